@@ -1,0 +1,87 @@
+// What forward and backward share: scratch memory, the partition of the work, and rows in the format of computation.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "kernels.h"
+
+namespace gistops {
+
+constexpr int64_t kRows = 256;      // features a block: with kClasses, one block of scores stays in L2
+constexpr int64_t kClasses = 512;   // classes a block, at most
+constexpr int64_t kMinClasses = 64; // fewer make the matrix product inefficient
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Uninitialised scratch, aligned to a cache line.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) : data_(static_cast<T*>(std::aligned_alloc(64, ceil_div(std::max<int64_t>(n, 1) * sizeof(T), 64) * 64))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  T* get() const { return data_.get(); }
+  T& operator[](int64_t i) const { return data_.get()[i]; }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T[], Free> data_;
+};
+
+// A row-major matrix as it is stored.
+struct Stored {
+  const void* data;
+  Format format;
+  int64_t rows, d;
+
+  int64_t element_size() const { return format == Format::f64 ? 8 : format == Format::f32 ? 4 : 2; }
+  const void* row(int64_t i) const { return static_cast<const char*>(data) + i * d * element_size(); }
+  template <class T>
+  bool is() const { return format == (sizeof(T) == 8 ? Format::f64 : Format::f32); }
+
+  // Rows [begin, begin + n) for computation: where they lie, or converted into `scratch`.
+  template <class T>
+  const T* as(int64_t begin, int64_t n, T* scratch) const {
+    if (is<T>()) return static_cast<const T*>(row(begin));
+    kernels<T>().load(row(begin), format, n * d, scratch);
+    return scratch;
+  }
+  template <class T>
+  int64_t scratch_elements(int64_t n) const { return is<T>() ? 0 : n * d; }
+};
+
+// The arguments of the operator. M = m + 1 slots.
+template <class T>
+struct Problem {
+  Stored input, centers;
+  const T* delta;  // [m, d]
+  int64_t B, K, d, m;
+  T tau;
+  int64_t M() const { return m + 1; }
+};
+
+// 1 / max(norm, 1e-12); NaN stays NaN.
+template <class T>
+T clamped_rnorm(T square) {
+  const T norm = std::sqrt(square);
+  return norm < static_cast<T>(kMinNorm) ? static_cast<T>(1 / kMinNorm) : 1 / norm;
+}
+
+// Classes in blocks of equal size, the same number for each thread.
+struct Partition {
+  int64_t size, count;  // classes a block, blocks
+  Partition(int64_t K, int64_t threads) {
+    const int64_t per_thread = ceil_div(std::max<int64_t>(K, 1), threads);
+    const int64_t blocks = threads * ceil_div(per_thread, kClasses);
+    size = std::max(kMinClasses, ceil_div(ceil_div(K, blocks), 16) * 16);
+    count = ceil_div(K, size);
+  }
+};
+
+}  // namespace gistops

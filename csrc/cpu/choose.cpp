@@ -1,0 +1,59 @@
+// Which copy of the kernels runs here. Compiled for the oldest processor, like everything but kernels.cpp.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace gistops {
+
+#define GISTOPS_DECLARE(isa)                                 \
+  extern const Kernels<float>* const table_##isa##_float;   \
+  extern const Kernels<double>* const table_##isa##_double;
+
+GISTOPS_DECLARE(baseline)
+#ifdef GISTOPS_X86
+GISTOPS_DECLARE(v3)
+GISTOPS_DECLARE(v4)
+#endif
+
+namespace {
+
+enum class Isa { baseline, v3, v4 };
+
+Isa detect() {
+  Isa best = Isa::baseline;
+#ifdef GISTOPS_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v3")) best = Isa::v3;
+  if (__builtin_cpu_supports("x86-64-v4")) best = Isa::v4;
+  // For tests and for comparing: a lower one than the processor has, never a higher.
+  if (const char* asked = std::getenv("GISTOPS_CPU_CAPABILITY")) {
+    if (best > Isa::v3 && std::strcmp(asked, "v3") == 0) best = Isa::v3;
+    if (std::strcmp(asked, "baseline") == 0) best = Isa::baseline;
+  }
+#endif
+  return best;
+}
+
+const Isa chosen = detect();
+
+}  // namespace
+
+#ifdef GISTOPS_X86
+#define GISTOPS_PICK(T) \
+  (chosen == Isa::v4 ? *table_v4_##T : chosen == Isa::v3 ? *table_v3_##T : *table_baseline_##T)
+#else
+#define GISTOPS_PICK(T) (*table_baseline_##T)
+#endif
+
+template <>
+const Kernels<float>& kernels<float>() {
+  return GISTOPS_PICK(float);
+}
+
+template <>
+const Kernels<double>& kernels<double>() {
+  return GISTOPS_PICK(double);
+}
+
+}  // namespace gistops

@@ -1,0 +1,51 @@
+// The CPU kernels' interface: a table of functions, filled once for each instruction set (kernels.cpp is compiled once
+// for each) and picked at run time. All matrices are row-major; ld* are row strides in elements.
+#pragma once
+#include <cstdint>
+
+namespace gistops {
+
+// Norms are clamped here, as torch.nn.functional.normalize does.
+constexpr double kMinNorm = 1e-12;
+
+// Storage formats of input and centers; computation is in float, or in double if any of them is double.
+enum class Format { f32, f64, f16, bf16 };
+
+template <class T>
+struct Kernels {
+  // x [n] in another format -> out [n], and back (rounding to nearest even).
+  void (*load)(const void* x, Format format, int64_t n, T* out);
+  void (*store)(const T* x, int64_t n, Format format, void* out);
+
+  // dots[i, j] = x_i . y_j for j < columns, and squares[i] = |x_i|^2 (skipped if null).
+  void (*dots)(const T* x, int64_t rows, int64_t d, const T* y, int64_t columns, T* squares, T* dots, int64_t ld_dots);
+
+  // The epilogue, in place on a block of the product P:
+  //   logits[i, k] = scale[i] * max_j (P[i, k] + q[i, j]) * r[j, k],  slots[i, k] = the lowest j that attains it.
+  // Strict > keeps the lowest slot; a NaN in slot 0 stays (see block.h for how NaN reaches slot 0).
+  void (*pool)(T* logits, int64_t ld_logits, uint8_t* slots, int64_t ld_slots, int64_t rows, int64_t n, const T* q,
+               const T* r, int64_t ld_r, int64_t m_slots, const T* scale);
+
+  // The routing of one block of G = grad, j* = slots:
+  //   h[i, k] = scale[i] G[i, k] r[j*, k],   s[i, j*] += h[i, k],   t[j*, k] += G[i, k] logits[i, k]
+  // and *tau += sum of G * logits. s, t and tau are skipped if null; h too.
+  void (*route)(const T* grad, const T* logits, int64_t ld, const uint8_t* slots, int64_t rows, int64_t n, const T* r,
+                int64_t ld_r, int64_t m_slots, const T* scale, T* h, int64_t ld_h, T* s, T* t, int64_t ld_t, T* tau);
+
+  // The correction that keeps gradients orthogonal to u_kj = w_k + delta_j, formed before it is scaled, so that
+  // w_k close to -delta_j loses nothing:  dw[k] -= sum_j t[j, k] u_kj,   dd[j] -= sum_k t[j, k] u_kj  (j >= 1).
+  // delta has the m_slots - 1 rows 1..m. dw, dd are skipped if null.
+  void (*correct)(const T* w, int64_t rows, int64_t d, const T* delta, int64_t m_slots, const T* t, int64_t ld_t, T* dw,
+                  T* dd);
+
+  // g_i -= (g_i . f_i) f_i rnorm_i^2, the projection of the features' normalisation; clamped rows are left alone.
+  void (*project)(T* g, const T* f, int64_t rows, int64_t d, const T* rnorm);
+
+  const char* name;
+};
+
+// The table of the best instruction set that this processor has.
+template <class T>
+const Kernels<T>& kernels();
+
+}  // namespace gistops

@@ -1,0 +1,78 @@
+// Vectors in GCC's and Clang's portable notation. Included by kernels.cpp alone, which is compiled once for each
+// instruction set: everything here is in an unnamed namespace, so that no copy compiled for a newer processor can be
+// taken by the linker for all.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#define GISTOPS_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define GISTOPS_VECTOR_BYTES 32
+#else
+#define GISTOPS_VECTOR_BYTES 16
+#endif
+#define GISTOPS_INLINE inline __attribute__((always_inline))
+#define GISTOPS_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace {
+
+template <class T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  static constexpr int N = GISTOPS_VECTOR_BYTES / 4;
+  typedef float V __attribute__((vector_size(GISTOPS_VECTOR_BYTES)));
+  typedef int32_t I __attribute__((vector_size(GISTOPS_VECTOR_BYTES)));
+  typedef uint8_t Bytes __attribute__((vector_size(GISTOPS_VECTOR_BYTES / 4)));
+};
+
+template <>
+struct Simd<double> {
+  static constexpr int N = GISTOPS_VECTOR_BYTES / 8;
+  typedef double V __attribute__((vector_size(GISTOPS_VECTOR_BYTES)));
+  typedef int64_t I __attribute__((vector_size(GISTOPS_VECTOR_BYTES)));
+  typedef uint8_t Bytes __attribute__((vector_size(GISTOPS_VECTOR_BYTES / 8)));
+};
+
+// Loads and stores of n <= N elements; the rest of the vector is zero. With n == N known, one instruction.
+template <class V, class E>
+GISTOPS_INLINE V load(const E* p, int n) {
+  V v = {};
+  if (n == static_cast<int>(sizeof(V) / sizeof(E))) {
+    std::memcpy(&v, p, sizeof(V));
+  } else {
+    for (int i = 0; i < n; ++i) v[i] = p[i];
+  }
+  return v;
+}
+
+template <class V, class E>
+GISTOPS_INLINE void store(E* p, V v, int n) {
+  if (n == static_cast<int>(sizeof(V) / sizeof(E))) {
+    std::memcpy(p, &v, sizeof(V));
+  } else {
+    for (int i = 0; i < n; ++i) p[i] = v[i];
+  }
+}
+
+// Sum of the lanes, by halves: always in the same order.
+template <class T>
+GISTOPS_INLINE T sum(typename Simd<T>::V v) {
+  T lanes[Simd<T>::N];
+  std::memcpy(lanes, &v, sizeof(v));
+  for (int half = Simd<T>::N / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// Runs body(offset, n) over [0, size) in whole vectors, then once for the rest: n is a constant N in the first.
+template <int N, class F>
+GISTOPS_INLINE void over(int64_t size, F body) {
+  int64_t e = 0;
+  for (; e + N <= size; e += N) body(e, N);
+  if (e < size) body(e, static_cast<int>(size - e));
+}
+
+}  // namespace
