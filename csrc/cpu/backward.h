@@ -7,6 +7,7 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
+#include <utility>
 #include <vector>
 
 #include "blas.h"
@@ -19,122 +20,172 @@ struct Gradients {
   void *input, *centers, *displacements, *tau;
 };
 
-// One worker's share of the sums over classes.
+inline void* at(void* gradient, const Stored& argument, int64_t row) {
+  return static_cast<char*>(gradient) + row * argument.d * argument.element_size();
+}
+
+// What the forward left, and what is made of it before the blocks.
 template <class T>
-struct Partial {
-  Scratch<T> g, s, dd;  // [B, d], [B, M], [m, d]
-  T tau = 0;
-  Partial(int64_t g_size, int64_t s_size, int64_t dd_size) : g(g_size), s(s_size), dd(dd_size) {
-    std::fill_n(s.get(), s_size, T(0));
-    std::fill_n(dd.get(), dd_size, T(0));
-  }
+struct Saved {
+  const T *grad, *logits;  // [B, K]
+  const uint8_t* slots;    // [B, K]
+  const T *center_rnorms, *input_rnorms;  // [M, K], [B]
+  const T *f = nullptr, *scale = nullptr, *delta_squares = nullptr;  // [B, d], tau / |f_i| [B], [m]
 };
 
+// One worker: a run of blocks of classes, with their own gradients, and its share of the sums over all classes.
 template <class T>
-class Backward {
+class Worker {
  public:
-  Backward(const Problem<T>& p, const T* grad, const T* logits, const uint8_t* slots, const T* center_rnorms,
-           const T* input_rnorms, const Gradients& out)
-      : p_(p), grad_(grad), logits_(logits), slots_(slots), r_(center_rnorms), rnorm_(input_rnorms), out_(out),
-        blocks_(p.K, torch::stable::get_num_threads()), converted_(p.input.template scratch_elements<T>(p.B)),
-        scale_(p.B), f_(p.input.template as<T>(0, p.B, converted_.get())) {
-    for (int64_t i = 0; i < p.B; ++i) scale_[i] = p.tau * rnorm_[i];
+  Worker(const Problem<T>& p, const Saved<T>& saved, const Gradients& out, int64_t size)
+      : g(out.input ? p.B * p.d : 0), s(out.input || out.displacements ? p.B * p.M() : 0), dd(out.displacements ? p.m * p.d : 0),
+        p_(p), in_(saved), out_(out), size_(size), products_(out.input || out.centers), corrections_(out.centers || out.displacements),
+        h_(products_ ? std::min(kRows, p.B) * size : 0), t_(corrections_ ? p.M() * size : 0), block_dd_(out.displacements ? p.m * p.d : 0),
+        converted_(p.centers.template scratch_elements<T>(size)), dw_(out.centers ? p.centers.template scratch_elements<T>(size) : 0) {
+    g.zero(), s.zero(), dd.zero();
   }
 
-  void run() {
-    const bool sums = out_.input || out_.displacements;
-    const int64_t workers = std::clamp<int64_t>(torch::stable::get_num_threads(), 1, std::max<int64_t>(blocks_.count, 1));
-    std::vector<Partial<T>> partials;
-    for (int64_t i = 0; i < workers; ++i)
-      partials.emplace_back(out_.input ? p_.B * p_.d : 0, sums ? p_.B * p_.M() : 0, out_.displacements ? p_.m * p_.d : 0);
-    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        share(partials[i], blocks_.count * i / workers, blocks_.count * (i + 1) / workers);
-    });
-    finish(partials);
+  // Classes [k, k + n).
+  void run(int64_t k, int64_t n) {
+    const T* w = p_.centers.template as<T>(k, n, converted_.get());
+    const bool in_place = p_.centers.template is<T>();
+    T* dw = !out_.centers ? nullptr : in_place ? static_cast<T*>(out_.centers) + k * p_.d : dw_.get();
+    if (dw && p_.B == 0) std::fill_n(dw, n * p_.d, T(0));
+    t_.zero();
+    const std::vector<Pair> apart = cancelled(k, n);
+    for (int64_t i = 0; i < p_.B; i += kRows) {
+      const int64_t rows = std::min(kRows, p_.B - i);
+      route(k, n, i, rows, in_.center_rnorms + k, p_.K, apart.empty(), true);
+      if (dw)
+        blas::gemm<T>(blas::Op::transposed, blas::Op::none, n, p_.d, rows, h_.get(), size_, in_.f + i * p_.d, p_.d, i > 0, dw, p_.d);
+      if (!apart.empty()) add_apart(apart, w, k, n, i, rows);
+      if (out_.input)
+        blas::gemm<T>(blas::Op::none, blas::Op::none, rows, p_.d, n, h_.get(), size_, w, p_.d, 1, g.get() + i * p_.d, p_.d);
+    }
+    if (corrections_) correct(w, k, n, dw);
+    if (dw && !in_place) kernels<T>().store(dw, n * p_.d, p_.centers.format, at(out_.centers, p_.centers, k));
   }
+
+  Scratch<T> g, s, dd;  // [B, d], [B, M], [m, d]
+  T tau = 0;
 
  private:
-  // Blocks [first, last) of classes: their own gradients whole, and their part of the sums over classes.
-  void share(Partial<T>& sums, int64_t first, int64_t last) const {
-    const int64_t M = p_.M(), size = blocks_.size;
-    const bool products = out_.input || out_.centers, corrections = out_.centers || out_.displacements;
-    const bool in_place = p_.centers.template is<T>();
-    Scratch<T> h(products ? std::min(kRows, p_.B) * size : 0), t(corrections ? M * size : 0);
-    Scratch<T> converted(p_.centers.template scratch_elements<T>(size));
-    Scratch<T> dw_scratch(out_.centers && !in_place ? size * p_.d : 0), dd(out_.displacements ? p_.m * p_.d : 0);
-    for (int64_t b = first; b < last; ++b) {
-      const int64_t k = b * size, n = std::min(size, p_.K - k);
-      const T* w = p_.centers.template as<T>(k, n, converted.get());
-      T* dw = !out_.centers ? nullptr : in_place ? static_cast<T*>(out_.centers) + k * p_.d : dw_scratch.get();
-      if (corrections) std::fill_n(t.get(), M * size, T(0));
-      for (int64_t i = 0; i < p_.B; i += kRows) {
-        const int64_t rows = std::min(kRows, p_.B - i), at = i * p_.K + k;
-        kernels<T>().route(grad_ + at, logits_ + at, p_.K, slots_ + at, rows, n, r_ + k, p_.K, M, scale_.get() + i,
-                           products ? h.get() : nullptr, size, out_.input || out_.displacements ? sums.s.get() + i * M : nullptr,
-                           corrections ? t.get() : nullptr, size, out_.tau ? &sums.tau : nullptr);
-        if (dw)
-          blas::gemm<T>(blas::Op::transposed, blas::Op::none, n, p_.d, rows, h.get(), size, f_ + i * p_.d, p_.d, i > 0, dw, p_.d);
-        if (out_.input)
-          blas::gemm<T>(blas::Op::none, blas::Op::none, rows, p_.d, n, h.get(), size, w, p_.d, b > first, sums.g.get() + i * p_.d, p_.d);
-      }
-      if (!corrections) continue;
-      for (int64_t j = 0; j < M; ++j)
-        for (int64_t c = 0; c < n; ++c) {
-          const T r = r_[j * p_.K + k + c];
-          t[j * size + c] *= r >= static_cast<T>(1 / kMinNorm) ? 0 : r * r;  // a clamped norm is constant
-        }
-      if (dw && p_.B == 0) std::fill_n(dw, n * p_.d, T(0));
-      // Sums over many classes are made in two levels, to keep rounding errors small.
-      if (out_.displacements) std::fill_n(dd.get(), p_.m * p_.d, T(0));
-      kernels<T>().correct(w, n, p_.d, p_.delta, M, t.get(), size, dw, out_.displacements ? dd.get() : nullptr);
-      if (out_.displacements)
-        for (int64_t e = 0; e < p_.m * p_.d; ++e) sums.dd[e] += dd[e];
-      if (dw && !in_place)
-        kernels<T>().store(dw, n * p_.d, p_.centers.format, const_cast<void*>(Stored{out_.centers, p_.centers.format, p_.K, p_.d}.row(k)));
-    }
-    if (out_.input && first == last) std::fill_n(sums.g.get(), p_.B * p_.d, T(0));
+  struct Pair {
+    int64_t k, j;  // class, within the block, and slot
+  };
+
+  // h, and, if asked for, the sums of the block of grad at rows i and classes k.
+  void route(int64_t k, int64_t n, int64_t i, int64_t rows, const T* r, int64_t ld_r, bool shares, bool moments) {
+    const int64_t begin = i * p_.K + k;
+    kernels<T>().route(in_.grad + begin, in_.logits + begin, p_.K, in_.slots + begin, rows, n, r, ld_r, p_.M(), in_.scale + i,
+                       products_ ? h_.get() : nullptr, size_, shares && (out_.input || out_.displacements) ? s.get() + i * p_.M() : nullptr,
+                       moments && corrections_ ? t_.get() : nullptr, size_, moments && out_.tau ? &tau : nullptr);
   }
 
-  // Adds the workers' shares, in order, and what remains of the gradients of features, displacements and tau.
-  void finish(std::vector<Partial<T>>& partials) const {
-    const int64_t M = p_.M();
-    const Partial<T>& sums = partials[0];
-    T tau = sums.tau;
-    for (size_t i = 1; i < partials.size(); ++i) {
-      tau += partials[i].tau;
-      if (out_.input || out_.displacements)
-        for (int64_t e = 0; e < p_.B * M; ++e) sums.s[e] += partials[i].s[e];
-      if (out_.displacements)
-        for (int64_t e = 0; e < p_.m * p_.d; ++e) sums.dd[e] += partials[i].dd[e];
-    }
-    if (out_.tau) *static_cast<T*>(out_.tau) = tau / p_.tau;
-    if (out_.displacements) {
-      blas::gemm<T>(blas::Op::transposed, blas::Op::none, p_.m, p_.d, p_.B, sums.s.get() + 1, M, f_, p_.d, 1, sums.dd.get(), p_.d);
-      std::copy_n(sums.dd.get(), p_.m * p_.d, static_cast<T*>(out_.displacements));
-    }
-    if (!out_.input) return;
-    torch::stable::parallel_for(0, p_.B, 8, [&](int64_t begin, int64_t end) {
-      T* g = sums.g.get() + begin * p_.d;
-      for (size_t i = 1; i < partials.size(); ++i) {
-        const T* other = partials[i].g.get() + begin * p_.d;
-        for (int64_t e = 0; e < (end - begin) * p_.d; ++e) g[e] += other[e];
+  // The pairs of this block whose sums would cancel (block.h).
+  std::vector<Pair> cancelled(int64_t k, int64_t n) const {
+    std::vector<Pair> pairs;
+    const auto square = [&](int64_t j, int64_t c) {
+      const T r = in_.center_rnorms[j * p_.K + k + c];
+      return 1 / (r * r);
+    };
+    for (int64_t j = 1; j < p_.M(); ++j)
+      for (int64_t c = 0; c < n; ++c)
+        if (cancels(square(j, c), square(0, c), in_.delta_squares[j - 1])) pairs.push_back({c, j});
+    return pairs;
+  }
+
+  // Leaves these pairs out of h and s, and adds them to g and dd one by one.
+  void add_apart(const std::vector<Pair>& pairs, const T* w, int64_t k, int64_t n, int64_t i, int64_t rows) {
+    Scratch<T> r(p_.M() * n), u(p_.d);
+    for (int64_t j = 0; j < p_.M(); ++j) std::copy_n(in_.center_rnorms + j * p_.K + k, n, r.get() + j * n);
+    for (const Pair& pair : pairs) {
+      const T rnorm = std::exchange(r[pair.j * n + pair.k], T(0));
+      for (int64_t e = 0; e < p_.d; ++e) u[e] = w[pair.k * p_.d + e] + p_.delta[(pair.j - 1) * p_.d + e];
+      for (int64_t row = i; row < i + rows; ++row) {
+        const int64_t entry = row * p_.K + k + pair.k;
+        if (in_.slots[entry] != pair.j) continue;
+        const T weight = in_.grad[entry] * rnorm * in_.scale[row];
+        for (int64_t e = 0; e < p_.d; ++e) {
+          if (out_.input) g[row * p_.d + e] += weight * u[e];
+          if (out_.displacements) dd[(pair.j - 1) * p_.d + e] += weight * in_.f[row * p_.d + e];
+        }
       }
-      blas::gemm<T>(blas::Op::none, blas::Op::none, end - begin, p_.d, p_.m, sums.s.get() + begin * M + 1, M, p_.delta, p_.d, 1, g, p_.d);
-      kernels<T>().project(g, f_ + begin * p_.d, end - begin, p_.d, rnorm_ + begin);
-      kernels<T>().store(g, (end - begin) * p_.d, p_.input.format,
-                         const_cast<void*>(Stored{out_.input, p_.input.format, p_.B, p_.d}.row(begin)));
-    });
+    }
+    route(k, n, i, rows, r.get(), n, true, false);
+  }
+
+  // What the norms of w_k + delta_j take away.
+  void correct(const T* w, int64_t k, int64_t n, T* dw) {
+    for (int64_t j = 0; j < p_.M(); ++j)
+      for (int64_t c = 0; c < n; ++c) {
+        const T r = in_.center_rnorms[j * p_.K + k + c];
+        t_[j * size_ + c] *= r >= static_cast<T>(1 / kMinNorm) ? 0 : r * r;  // a clamped norm is constant
+      }
+    // Sums over many classes are made in two levels, to keep rounding errors small.
+    block_dd_.zero();
+    kernels<T>().correct(w, n, p_.d, p_.delta, p_.M(), t_.get(), size_, dw, out_.displacements ? block_dd_.get() : nullptr);
+    if (out_.displacements) dd.add(block_dd_);
   }
 
   const Problem<T>& p_;
-  const T *grad_, *logits_;
-  const uint8_t* slots_;
-  const T *r_, *rnorm_;
+  const Saved<T> in_;
   const Gradients out_;
-  const Partition blocks_;
-  const Scratch<T> converted_, scale_;
-  const T* f_;
+  const int64_t size_;
+  const bool products_, corrections_;
+  Scratch<T> h_, t_, block_dd_, converted_, dw_;
 };
+
+// Adds the workers' shares, in order, and makes of them the gradients of features, displacements and tau.
+template <class T>
+void finish(const Problem<T>& p, const Saved<T>& in, const Gradients& out, const std::vector<Worker<T>>& workers) {
+  const int64_t M = p.M();
+  const Worker<T>& sums = workers[0];
+  T tau = sums.tau;
+  for (size_t i = 1; i < workers.size(); ++i) {
+    tau += workers[i].tau;
+    sums.s.add(workers[i].s);
+    sums.dd.add(workers[i].dd);
+  }
+  if (out.tau) *static_cast<T*>(out.tau) = tau / p.tau;
+  if (out.displacements) {
+    blas::gemm<T>(blas::Op::transposed, blas::Op::none, p.m, p.d, p.B, sums.s.get() + 1, M, in.f, p.d, 1, sums.dd.get(), p.d);
+    std::copy_n(sums.dd.get(), p.m * p.d, static_cast<T*>(out.displacements));
+  }
+  if (!out.input) return;
+  torch::stable::parallel_for(0, p.B, 8, [&](int64_t begin, int64_t end) {
+    T* g = sums.g.get() + begin * p.d;
+    const int64_t rows = end - begin;
+    for (size_t i = 1; i < workers.size(); ++i) {
+      const T* other = workers[i].g.get() + begin * p.d;
+      for (int64_t e = 0; e < rows * p.d; ++e) g[e] += other[e];
+    }
+    blas::gemm<T>(blas::Op::none, blas::Op::none, rows, p.d, p.m, sums.s.get() + begin * M + 1, M, p.delta, p.d, 1, g, p.d);
+    kernels<T>().project(g, in.f + begin * p.d, rows, p.d, in.input_rnorms + begin);
+    kernels<T>().store(g, rows * p.d, p.input.format, at(out.input, p.input, begin));
+  });
+}
+
+template <class T>
+void backward(const Problem<T>& p, Saved<T> in, const Gradients& out) {
+  Scratch<T> converted(p.input.template scratch_elements<T>(p.B)), scale(p.B), delta_squares(p.m);
+  in.f = p.input.template as<T>(0, p.B, converted.get());
+  for (int64_t i = 0; i < p.B; ++i) scale[i] = p.tau * in.input_rnorms[i];
+  kernels<T>().dots(p.delta, p.m, p.d, nullptr, 0, delta_squares.get(), nullptr, 0);
+  in.scale = scale.get(), in.delta_squares = delta_squares.get();
+
+  const int64_t threads = torch::stable::get_num_threads();
+  const Partition blocks(p.K, threads);
+  const int64_t count = std::clamp<int64_t>(blocks.count, 1, threads);
+  std::vector<Worker<T>> workers;
+  workers.reserve(count);
+  for (int64_t i = 0; i < count; ++i) workers.emplace_back(p, in, out, blocks.size);
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t b = blocks.count * i / count; b < blocks.count * (i + 1) / count; ++b)
+        workers[i].run(b * blocks.size, std::min(blocks.size, p.K - b * blocks.size));
+  });
+  finish(p, in, out, workers);
+}
 
 }  // namespace gistops

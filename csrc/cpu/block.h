@@ -21,16 +21,21 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t n) : data_(static_cast<T*>(std::aligned_alloc(64, ceil_div(std::max<int64_t>(n, 1) * sizeof(T), 64) * 64))) {
+  explicit Scratch(int64_t n) : size_(n), data_(static_cast<T*>(std::aligned_alloc(64, ceil_div(std::max<int64_t>(n, 1) * sizeof(T), 64) * 64))) {
     if (!data_) throw std::bad_alloc();
   }
   T* get() const { return data_.get(); }
   T& operator[](int64_t i) const { return data_.get()[i]; }
+  void zero() const { std::fill_n(get(), size_, T(0)); }
+  void add(const Scratch& other) const {
+    for (int64_t i = 0; i < size_; ++i) data_[i] += other.data_[i];
+  }
 
  private:
   struct Free {
     void operator()(T* p) const { std::free(p); }
   };
+  int64_t size_;
   std::unique_ptr<T[], Free> data_;
 };
 
@@ -71,6 +76,13 @@ template <class T>
 T clamped_rnorm(T square) {
   const T norm = std::sqrt(square);
   return norm < static_cast<T>(kMinNorm) ? static_cast<T>(1 / kMinNorm) : 1 / norm;
+}
+
+// Where w_k is close to -delta_j, sums that hold w and delta apart lose digits: |w|^2 + 2 w.delta + |delta|^2 in the
+// forward, H w + S delta in the backward. Such pairs, rare or none, are computed from w_k + delta_j written out.
+template <class T>
+bool cancels(T square, T center_square, T delta_square) {
+  return square < (center_square + delta_square) / 16;
 }
 
 // Classes in blocks of equal size, the same number for each thread.

@@ -59,18 +59,17 @@ class CenterBlock {
       r_[k] = clamped_rnorm(squares_[k]);
       bool cancelled = false;
       for (int64_t j = 1; j <= p_.m; ++j) {
-        const T whole = squares_[k] + delta_squares_[j - 1];
-        const T square = whole + 2 * dots_[k * p_.m + j - 1];
+        const T square = squares_[k] + delta_squares_[j - 1] + 2 * dots_[k * p_.m + j - 1];
         r_[j * size_ + k] = clamped_rnorm(square);
-        cancelled |= square < whole / 16;
-        if (std::isnan(square)) r_[k] = square;  // as in project_features: slot 0 carries NaN to the maximum
+        cancelled |= cancels(square, squares_[k], delta_squares_[j - 1]);
+        // As in project_features: slot 0 carries NaN to the maximum.
+        if (std::isnan(square) || !std::isfinite(delta_squares_[j - 1])) r_[k] = std::numeric_limits<T>::quiet_NaN();
       }
       if (cancelled) cancelled_.push_back(k);
     }
   }
 
-  // Where w_k is close to -delta_j both the norm and the score lose digits in the sums above. Those classes, rare or
-  // none, are scored again with w_k + delta_j written out. f, rnorm, scale, logits, slots: of `rows` features.
+  // Scores the classes that hold a cancelled pair again. f, scale, logits, slots: of `rows` features.
   void score_cancelled(const T* f, int64_t rows, const T* scale, T* logits, int64_t ld, uint8_t* slots) {
     if (cancelled_.empty()) return;
     const int64_t M = p_.M();

@@ -2,7 +2,6 @@
 // (gistops/_build.py); the baseline copy also holds the choice between them.
 #include "kernels.h"
 
-#include <cmath>
 
 #include "formats.h"
 #include "simd.h"
@@ -102,60 +101,115 @@ void pool(T* logits, int64_t ld, uint8_t* slots, int64_t ld_slots, int64_t rows,
     pool_rows<T, 1>(logits + i * ld, ld, slots + i * ld_slots, ld_slots, n, q + i * m_slots, r, ld_r, m_slots, scale + i);
 }
 
-template <class T>
-void route(const T* grad, const T* logits, int64_t ld, const uint8_t* slots, int64_t rows, int64_t n, const T* r,
-           int64_t ld_r, int64_t m_slots, const T* scale, T* h, int64_t ld_h, T* s, T* t, int64_t ld_t, T* tau) {
+// R rows at once share the loads of r, and the sums t: one load and store for R rows.
+template <class T, int R, bool SHARES, bool MOMENTS>
+GISTOPS_INLINE void route_rows(const T* grad, const T* logits, int64_t ld, const uint8_t* slots, int64_t n, const T* r,
+                               int64_t ld_r, int64_t m_slots, const T* scale, T* h, int64_t ld_h, T* s, T* t,
+                               int64_t ld_t, typename Simd<T>::V& total) {
   using V = typename Simd<T>::V;
   using I = typename Simd<T>::I;
   using Bytes = typename Simd<T>::Bytes;
-  V total = {};
-  for (int64_t i = 0; i < rows; ++i) {
-    V shares[256];
-    if (s)
-      for (int64_t j = 0; j < m_slots; ++j) shares[j] = V{};
-    over<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
-      const V g = load<V>(grad + i * ld + k, lanes);
-      const V moment = g * load<V>(logits + i * ld + k, lanes);
-      const I slot = __builtin_convertvector(load<Bytes>(slots + i * ld + k, lanes), I);
-      V chosen = load<V>(r + k, lanes);
-      for (int64_t j = 1; j < m_slots; ++j) chosen = slot == static_cast<int>(j) ? load<V>(r + j * ld_r + k, lanes) : chosen;
-      const V weight = g * chosen * scale[i];
-      if (h) store(h + i * ld_h + k, weight, lanes);
-      if (tau) total += moment;
-      if (s)
-        for (int64_t j = 1; j < m_slots; ++j) shares[j] += slot == static_cast<int>(j) ? weight : V{};
-      if (t)
-        for (int64_t j = 0; j < m_slots; ++j) {
-          T* at = t + j * ld_t + k;
-          store(at, load<V>(at, lanes) + (slot == static_cast<int>(j) ? moment : V{}), lanes);
-        }
-    });
-    if (s)
-      for (int64_t j = 1; j < m_slots; ++j) s[i * m_slots + j] += sum<T>(shares[j]);
-  }
+  V shares[SHARES ? 256 : 1][R];
+  if constexpr (SHARES)
+    for (int64_t j = 1; j < m_slots; ++j)
+      for (int i = 0; i < R; ++i) shares[j][i] = V{};
+  over<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
+    V g[R], moment[R], chosen[R];
+    I slot[R];
+    const V r0 = load<V>(r + k, lanes);
+    for (int i = 0; i < R; ++i) {
+      g[i] = load<V>(grad + i * ld + k, lanes);
+      moment[i] = g[i] * load<V>(logits + i * ld + k, lanes);
+      total += moment[i];
+      slot[i] = __builtin_convertvector(load<Bytes>(slots + i * ld + k, lanes), I);
+      chosen[i] = r0;
+    }
+    for (int64_t j = 1; j < m_slots; ++j) {
+      const V rj = load<V>(r + j * ld_r + k, lanes);
+      for (int i = 0; i < R; ++i) chosen[i] = slot[i] == static_cast<int>(j) ? rj : chosen[i];
+    }
+    for (int i = 0; i < R; ++i) {
+      chosen[i] = g[i] * chosen[i] * scale[i];
+      if (h) store(h + i * ld_h + k, chosen[i], lanes);
+    }
+    for (int64_t j = 0; j < m_slots; ++j) {
+      V sum = {};
+      if constexpr (MOMENTS) sum = load<V>(t + j * ld_t + k, lanes);
+      for (int i = 0; i < R; ++i) {
+        const I here = slot[i] == static_cast<int>(j);
+        if constexpr (MOMENTS) sum += here ? moment[i] : V{};
+        if constexpr (SHARES) shares[j][i] += here ? chosen[i] : V{};
+      }
+      if constexpr (MOMENTS) store(t + j * ld_t + k, sum, lanes);
+    }
+  });
+  if constexpr (SHARES)
+    for (int i = 0; i < R; ++i)
+      for (int64_t j = 1; j < m_slots; ++j) s[i * m_slots + j] += sum<T>(shares[j][i]);
+}
+
+template <class T, bool SHARES, bool MOMENTS>
+void route_all(const T* grad, const T* logits, int64_t ld, const uint8_t* slots, int64_t rows, int64_t n, const T* r,
+               int64_t ld_r, int64_t m_slots, const T* scale, T* h, int64_t ld_h, T* s, T* t, int64_t ld_t, T* tau) {
+  constexpr int R = 2;
+  typename Simd<T>::V total = {};
+  int64_t i = 0;
+  const auto rows_from = [&]<int COUNT>() GISTOPS_INLINE_LAMBDA {
+    route_rows<T, COUNT, SHARES, MOMENTS>(grad + i * ld, logits + i * ld, ld, slots + i * ld, n, r, ld_r, m_slots,
+                                          scale + i, h ? h + i * ld_h : nullptr, ld_h, s ? s + i * m_slots : nullptr, t,
+                                          ld_t, total);
+  };
+  for (; i + R <= rows; i += R) rows_from.template operator()<R>();
+  for (; i < rows; ++i) rows_from.template operator()<1>();
   if (tau) *tau += sum<T>(total);
+}
+
+template <class T>
+void route(const T* grad, const T* logits, int64_t ld, const uint8_t* slots, int64_t rows, int64_t n, const T* r,
+           int64_t ld_r, int64_t m_slots, const T* scale, T* h, int64_t ld_h, T* s, T* t, int64_t ld_t, T* tau) {
+  const auto run = s && t ? route_all<T, true, true> : s ? route_all<T, true, false> : t ? route_all<T, false, true> : route_all<T, false, false>;
+  run(grad, logits, ld, slots, rows, n, r, ld_r, m_slots, scale, h, ld_h, s, t, ld_t, tau);
+}
+
+// R rows at once share the loads of delta, and the sums dd.
+template <class T, int R>
+GISTOPS_INLINE void correct_rows(const T* w, int64_t width, int64_t d, const T* delta, int64_t m_slots, const T* t,
+                                 int64_t ld_t, T* dw, T* dd) {
+  using V = typename Simd<T>::V;
+  over<Simd<T>::N>(width, [&](int64_t e, int lanes) GISTOPS_INLINE_LAMBDA {
+    V center[R], total[R];
+    for (int i = 0; i < R; ++i) {
+      center[i] = load<V>(w + i * d + e, lanes);
+      total[i] = center[i] * t[i];
+    }
+    for (int64_t j = 1; j < m_slots; ++j) {
+      const V shift = load<V>(delta + (j - 1) * d + e, lanes);
+      V sum = {};
+      for (int i = 0; i < R; ++i) {
+        const V pull = (center[i] + shift) * t[j * ld_t + i];
+        total[i] += pull;
+        sum += pull;
+      }
+      if (dd) store(dd + (j - 1) * d + e, load<V>(dd + (j - 1) * d + e, lanes) - sum, lanes);
+    }
+    if (dw)
+      for (int i = 0; i < R; ++i) store(dw + i * d + e, load<V>(dw + i * d + e, lanes) - total[i], lanes);
+  });
 }
 
 template <class T>
 void correct(const T* w, int64_t rows, int64_t d, const T* delta, int64_t m_slots, const T* t, int64_t ld_t, T* dw,
              T* dd) {
-  using V = typename Simd<T>::V;
+  constexpr int R = 4;
   constexpr int64_t kStrip = 512;  // of delta and dd, so that m strips of both stay in L1 while the rows pass
-  for (int64_t begin = 0; begin < d; begin += kStrip) {
-    const int64_t width = d - begin < kStrip ? d - begin : kStrip;
-    for (int64_t k = 0; k < rows; ++k) {
-      over<Simd<T>::N>(width, [&](int64_t offset, int lanes) GISTOPS_INLINE_LAMBDA {
-        const int64_t e = begin + offset;
-        const V center = load<V>(w + k * d + e, lanes);
-        V total = center * t[k];
-        for (int64_t j = 1; j < m_slots; ++j) {
-          const V pull = (center + load<V>(delta + (j - 1) * d + e, lanes)) * t[j * ld_t + k];
-          total += pull;
-          if (dd) store(dd + (j - 1) * d + e, load<V>(dd + (j - 1) * d + e, lanes) - pull, lanes);
-        }
-        if (dw) store(dw + k * d + e, load<V>(dw + k * d + e, lanes) - total, lanes);
-      });
-    }
+  for (int64_t e = 0; e < d; e += kStrip) {
+    const int64_t width = d - e < kStrip ? d - e : kStrip;
+    T* sums = dd ? dd + e : nullptr;
+    int64_t k = 0;
+    for (; k + R <= rows; k += R)
+      correct_rows<T, R>(w + k * d + e, width, d, delta + e, m_slots, t + k, ld_t, dw ? dw + k * d + e : nullptr, sums);
+    for (; k < rows; ++k)
+      correct_rows<T, 1>(w + k * d + e, width, d, delta + e, m_slots, t + k, ld_t, dw ? dw + k * d + e : nullptr, sums);
   }
 }
 

@@ -36,6 +36,16 @@ Tensor like(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, Sca
   return torch::stable::new_empty(x, sizes, dtype);
 }
 
+template <class T>
+T* data(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+template <class T>
+const T* values(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
 // The operator's arguments, contiguous, with the small ones (delta, tau) in the dtype of computation.
 struct Arguments {
   Tensor input, centers, displacements, tau;
@@ -60,19 +70,14 @@ struct Arguments {
     const int64_t d = input.size(1);
     return {{input.const_data_ptr(), format_of(input), input.size(0), d},
             {centers.const_data_ptr(), format_of(centers), centers.size(0), d},
-            static_cast<const T*>(displacements.const_data_ptr()),
+            values<T>(displacements),
             input.size(0),
             centers.size(0),
             d,
             displacements.size(0),
-            *static_cast<const T*>(tau.const_data_ptr())};
+            *values<T>(tau)};
   }
 };
-
-template <class T>
-T* data(const Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_forward(const Tensor& input, const Tensor& centers,
                                                                  const Tensor& displacements, const Tensor& tau) {
@@ -113,8 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
   const Gradients out{need_input ? df.mutable_data_ptr() : nullptr, need_centers ? dw.mutable_data_ptr() : nullptr,
                       need_displacements && a.displacements.numel() ? dd.mutable_data_ptr() : nullptr, need_tau ? dt.mutable_data_ptr() : nullptr};
   const auto run = [&]<class T>(T) {
-    const Problem<T> p = a.problem<T>();
-    Backward<T>(p, data<const T>(G), data<const T>(z), data<const uint8_t>(j), data<const T>(R), data<const T>(n), out).run();
+    const Saved<T> saved{values<T>(G), values<T>(z), values<uint8_t>(j), values<T>(R), values<T>(n)};
+    backward(a.problem<T>(), saved, out);
   };
   a.wide ? run(double()) : run(float());
   return {df, dw, torch::stable::to(dd, displacements.scalar_type()), torch::stable::to(dt, tau.scalar_type())};

@@ -1,0 +1,111 @@
+"""What the operator's tests share: samples, the float64 judge, and how far from it a backend may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gistops.backends import reference
+
+#: How many times the error of the plain PyTorch form in the same dtype a backend's error may be. The fused form sums
+#: |w|² + 2 w·δ + |δ|² unless that cancels by more than 16 (csrc/cpu/forward.h): up to 8 roundings of the norm.
+FACTOR = 8.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sizes and dtypes of one call. `spread` is |δ| against |w|."""
+
+    B: int
+    K: int
+    d: int
+    m: int
+    input: torch.dtype = torch.float32
+    centers: torch.dtype = torch.float32
+    displacements: torch.dtype = torch.float32
+    spread: float = 0.3
+
+    @property
+    def id(self) -> str:
+        dtypes = "-".join(
+            str(t).removeprefix("torch.") for t in (self.input, self.centers, self.displacements)
+        )
+        return f"{self.B}x{self.K}x{self.d}m{self.m}-{dtypes}"
+
+    def tensors(self, seed: int, requires_grad: bool = True) -> list[Tensor]:
+        """input, centers, displacements, tau: fresh random values."""
+        generator = torch.Generator().manual_seed(seed)
+        scale = self.d**-0.5
+        values = [
+            torch.randn(self.B, self.d, generator=generator).to(self.input),
+            (torch.randn(self.K, self.d, generator=generator) * scale).to(self.centers),
+            (torch.randn(self.m, self.d, generator=generator) * scale * self.spread).to(self.displacements),
+            torch.rand((), generator=generator) * 20 + 4,
+        ]
+        return [v.requires_grad_(requires_grad) for v in values]
+
+
+half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64
+# Larger than every block (256 features, 512 classes, strips of 512 dimensions) in each dimension, and odd.
+SAMPLES = [
+    Sample(517, 1043, 37, 4),
+    Sample(19, 2101, 41, 4),
+    Sample(35, 67, 1031, 4),
+    Sample(1, 1, 1, 0),
+    Sample(5, 130, 3, 9, spread=1.0),
+    Sample(33, 70, 16, 0),
+    Sample(4, 70, 33, 255),
+    Sample(70, 33, 24, 1),
+    Sample(67, 129, 40, 4, f64, f64, f64),
+    Sample(67, 129, 40, 4, bf16, bf16, bf16),
+    Sample(67, 129, 40, 4, half, half, half),
+    Sample(67, 129, 40, 4, bf16, torch.float32, torch.float32),
+    Sample(67, 129, 40, 3, half, torch.float32, bf16),
+    Sample(67, 129, 40, 3, torch.float32, f64, torch.float32),
+]
+IDS = [s.id for s in SAMPLES]
+
+
+def scores(input: Tensor, centers: Tensor, displacements: Tensor) -> Tensor:
+    """All cosines, [B, K, M], differentiable, as the definition has them."""
+    vectors = centers[:, None, :] + F.pad(displacements, (0, 0, 1, 0))
+    return torch.einsum("bd,kmd->bkm", F.normalize(input, eps=1e-12), F.normalize(vectors, dim=2, eps=1e-12))
+
+
+def routed(input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor, slots: Tensor) -> Tensor:
+    """Logits of the definition where each (feature, class) uses the slot given: what gradients flow through."""
+    chosen = scores(input, centers, displacements).gather(2, slots.long()[..., None]).squeeze(2)
+    return tau * chosen
+
+
+def leaves(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Fresh leaves with the same values."""
+    return [t.detach().clone().to(dtype or t.dtype).requires_grad_(t.requires_grad) for t in tensors]
+
+
+def gradients(function: Any, tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """Gradients of all tensors for a given, non-uniform grad of the logits."""
+    output = function(*tensors)
+    return list(torch.autograd.grad(output, tensors, grad.to(output.dtype)))
+
+
+def plain(tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The reference backend in the sample's own dtypes: the error that plain PyTorch makes."""
+    return reference.constellation_logits(*tensors)
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    """Largest absolute error."""
+    if not value.numel():
+        return 0.0
+    return float((value.detach().double() - truth.detach().double()).abs().max())
+
+
+def allowed(plain_error: float, truth: Tensor, dtype: torch.dtype, terms: int = 1) -> float:
+    """FACTOR times plain PyTorch's error, or a few roundings of the largest value where plain happens to have none."""
+    size = float(truth.detach().abs().max()) if truth.numel() else 0.0
+    return FACTOR * max(plain_error, terms**0.5 * torch.finfo(dtype).eps * max(size, 1e-30))

@@ -1,0 +1,182 @@
+"""The contract beyond exactness: ties, determinism, degenerate values and sizes, dtypes and layouts."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gistops
+
+from .oracle import Sample
+
+
+def run(tensors: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
+    return gistops.constellation_logits(*tensors, return_slots=True, backend=backend)
+
+
+@pytest.mark.parametrize("m", [1, 3, 4, 6, 9])
+def test_ties_go_to_the_lowest_slot(m: int, cpu: str, seed: int) -> None:
+    tensors = Sample(37, 530, 45, m).tensors(seed, requires_grad=False)
+    tensors[2][-1] = tensors[2][0]  # the last displacement repeats the first
+    assert run(tensors, cpu)[1].max() < m or m == 1
+    tensors[2].zero_()  # every slot ties
+    logits, slots = run(tensors, cpu)
+    assert not slots.any()
+    torch.testing.assert_close(logits, tensors[3] * F.normalize(tensors[0]) @ F.normalize(tensors[1]).T)
+
+
+def test_same_inputs_give_the_same_bits(cpu: str, seed: int) -> None:
+    tensors = Sample(300, 1100, 67, 4).tensors(seed)
+    grad = torch.randn(300, 1100)
+
+    def bits() -> list[Tensor]:
+        logits, slots = run(tensors, cpu)
+        return [logits, slots, *torch.autograd.grad(logits, tensors, grad)]
+
+    first = bits()
+    for _ in range(5):
+        torch.empty(1 << 20).normal_()  # memory is laid out anew
+        assert all(torch.equal(a, b) for a, b in zip(first, bits(), strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_any_number_of_threads(threads: int, cpu: str, seed: int) -> None:
+    tensors = Sample(301, 517, 40, 4).tensors(seed)
+    grad = torch.randn(301, 517)
+    logits, slots = run(tensors, "reference")
+    expected = torch.autograd.grad(logits, tensors, grad)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ours, our_slots = run(tensors, cpu)
+        value = torch.autograd.grad(ours, tensors, grad)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(ours, logits, atol=2e-5, rtol=1e-5)
+    if torch.equal(slots, our_slots):
+        torch.testing.assert_close(value, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_zero_vectors_score_zero_with_finite_gradients(backend: str, seed: int) -> None:
+    tensors = Sample(6, 40, 19, 2).tensors(seed)
+    with torch.no_grad():
+        tensors[0][2] = 0
+        tensors[1][5] = 0
+        tensors[1][9] = -tensors[2][0]
+    logits, slots = run(tensors, backend)
+    assert not logits[2].any()
+    bare = tensors[3] * F.normalize(tensors[0]) @ F.normalize(tensors[2]).T
+    torch.testing.assert_close(logits[:, 5], bare.clamp(min=0).max(dim=1).values)  # slot 0 scores 0
+    assert (logits[:, 9] >= 0).sum() >= (slots[:, 9] == 1).sum()  # slot 1 scores 0
+    assert not logits[slots[:, 9] == 1, 9].any()
+    for gradient in torch.autograd.grad(logits, tensors, torch.randn_like(logits)):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("argument", [0, 1, 2])
+def test_what_is_not_finite_gives_nan_where_it_is_used(
+    value: float, argument: int, cpu: str, seed: int
+) -> None:
+    tensors = Sample(6, 40, 19, 2).tensors(seed)
+    with torch.no_grad():
+        tensors[argument][1, 3] = value
+    logits, slots = run(tensors, cpu)
+    expected, _ = run(tensors, "reference")
+    assert torch.equal(logits.isnan(), expected.isnan())
+    torch.testing.assert_close(logits, expected, equal_nan=True, atol=2e-5, rtol=1e-5)
+    assert (slots <= 2).all()
+    torch.autograd.grad(logits, tensors, torch.randn_like(logits))  # neither crashes nor hangs
+
+
+@pytest.mark.parametrize(("B", "K", "m"), [(0, 5, 2), (3, 0, 2), (0, 0, 0), (1, 1, 0), (2, 1, 4)])
+def test_empty_and_tiny(B: int, K: int, m: int, backend: str, seed: int) -> None:
+    tensors = Sample(B, K, 7, m).tensors(seed)
+    logits, slots = run(tensors, backend)
+    assert logits.shape == slots.shape == (B, K)
+    if backend == "reference" and K == 0:
+        return  # nothing was computed from the arguments: no gradient, not one of zeros
+    for tensor, gradient in zip(tensors, torch.autograd.grad(logits.sum(), tensors), strict=True):
+        assert gradient.shape == tensor.shape
+        assert gradient.isfinite().all()
+        if B * K == 0:
+            assert not gradient.any()
+
+
+def test_layouts(cpu: str, seed: int) -> None:
+    """Transposed, strided and expanded arguments and gradients give what contiguous ones give."""
+    tensors = Sample(21, 90, 33, 3).tensors(seed, requires_grad=False)
+    grad = torch.randn(21, 90)
+    plain = [t.clone().requires_grad_() for t in tensors]
+    logits, slots = run(plain, cpu)
+    expected = torch.autograd.grad(logits, plain, grad)
+    odd = [
+        tensors[0].t().contiguous().t().requires_grad_(),
+        torch.stack([tensors[1], tensors[1]], dim=2)[:, :, 0].requires_grad_(),
+        tensors[2].repeat_interleave(2, dim=0)[::2].requires_grad_(),
+        tensors[3].reshape(1, 1).requires_grad_(),
+    ]
+    assert not any(t.is_contiguous() for t in odd[:2])
+    ours, our_slots = run(odd, cpu)
+    value = torch.autograd.grad(ours, odd, grad.t().contiguous().t())
+    assert torch.equal(ours, logits)
+    assert torch.equal(our_slots, slots)
+    assert value[3].shape == (1, 1)
+    for a, b in zip(value, expected, strict=True):
+        assert torch.equal(a, b.reshape(a.shape))
+    expanded = torch.autograd.grad(run(plain, cpu)[0].sum(), plain)  # the gradient of sum() has strides 0
+    expected = torch.autograd.grad(run(plain, cpu)[0], plain, torch.ones(21, 90))
+    assert all(torch.equal(a, b) for a, b in zip(expanded, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_converted_exactly(dtype: torch.dtype, cpu: str, seed: int) -> None:
+    """Logits of half-precision input are those of the same values in float32, to the bit."""
+    tensors = Sample(40, 70, 33, 3, dtype, dtype, dtype).tensors(seed, requires_grad=False)
+    special = torch.tensor([0.0, -0.0, 6e-8, -6e-8, 5.9e-5, 6.2e-5, 1.0, -2.5, 448.0, 60000.0])
+    tensors[0][0, : len(special)] = special.to(dtype)
+    tensors[1][0, : len(special)] = special.flip(0).to(dtype)
+    logits, slots = run(tensors, cpu)
+    wide, wide_slots = run([t.float() for t in tensors], cpu)
+    assert torch.equal(logits, wide)
+    assert torch.equal(slots, wide_slots)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)))
+def test_only_the_gradients_asked_for(needs: tuple[bool, ...], cpu: str, seed: int) -> None:
+    """The backward operator returns nothing for frozen arguments, and the others are as with none frozen."""
+    tensors = Sample(70, 530, 21, 4).tensors(seed, requires_grad=False)
+    saved = torch.ops.gistops.constellation_forward(*tensors)
+    grad = torch.randn(70, 530)
+    every = torch.ops.gistops.constellation_backward(grad, *tensors, *saved, True, True, True, True)
+    some = torch.ops.gistops.constellation_backward(grad, *tensors, *saved, *needs)
+    for needed, value, expected in zip(needs, some, every, strict=True):
+        if needed:  # tau's sum may be contracted differently where nothing else is made in that loop
+            torch.testing.assert_close(value, expected, atol=1e-4, rtol=1e-5)
+        else:
+            assert value.numel() == 0
+    frozen = [t.clone().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+    if any(needs):
+        gistops.constellation_logits(*frozen, backend=cpu).backward(grad)
+        for tensor, need, expected in zip(frozen, needs, every, strict=True):
+            if need:
+                torch.testing.assert_close(tensor.grad, expected, atol=1e-4, rtol=1e-5)
+            else:
+                assert tensor.grad is None
+
+
+@pytest.mark.large
+def test_more_logits_than_32_bits_count(cpu: str, seed: int) -> None:
+    """B·K > 2³¹: offsets are 64-bit. Takes 12 GB."""
+    B, K = 21_500, 100_003
+    tensors = Sample(B, K, 2, 1).tensors(seed, requires_grad=False)
+    logits, slots = run(tensors, cpu)
+    rows = torch.tensor([0, 1, B // 2, B - 2, B - 1])
+    assert B * K > 2**31
+    expected, _ = run([tensors[0][rows], *tensors[1:]], "reference")
+    torch.testing.assert_close(logits[rows], expected, atol=1e-4, rtol=1e-4)
+    assert (slots[rows] == 1).any()

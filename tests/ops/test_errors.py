@@ -1,0 +1,75 @@
+"""What is said of bad arguments: the argument's name, what was expected, what came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import gistops
+
+x, w, delta, tau = torch.randn(3, 8), torch.randn(5, 8), torch.randn(2, 8), torch.tensor(16.0)
+meta = torch.device("meta")
+
+CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"input": np.zeros((3, 8))}, TypeError, "input: expected a torch.Tensor, got ndarray"),
+    ({"centers": None}, TypeError, "centers: expected a torch.Tensor, got NoneType"),
+    ({"displacements": [[0.0] * 8]}, TypeError, "displacements: expected a torch.Tensor, got list"),
+    ({"tau": "16"}, TypeError, "tau: expected a torch.Tensor, got str"),
+    ({"tau": True}, TypeError, "tau: expected a torch.Tensor, got bool"),
+    ({"input": x.long()}, TypeError, "input: expected float32, float16, bfloat16 or float64, got torch.int64"),
+    ({"centers": w.to(torch.complex64)}, TypeError, "centers: expected float32, .* got torch.complex64"),
+    ({"displacements": delta.bool()}, TypeError, "displacements: expected float32, .* got torch.bool"),
+    ({"tau": torch.tensor(16)}, TypeError, "tau: expected float32, .* got torch.int64"),
+    ({"input": x.to_sparse()}, TypeError, r"input: expected a dense \(strided\) tensor, got layout torch.sparse"),
+    ({"centers": w.to_sparse_csr()}, TypeError, r"centers: expected a dense \(strided\) tensor"),
+    ({"input": x[0]}, ValueError, r"input: expected shape \[B, d\], got \[8\]"),
+    ({"input": x[None]}, ValueError, r"input: expected shape \[B, d\], got \[1, 3, 8\]"),
+    ({"input": x[:, :0]}, ValueError, r"input: expected shape \[B, d\] with d >= 1, got \[3, 0\]"),
+    ({"centers": w[:, :7]}, ValueError, r"centers: expected shape \[K, 8\] to match input's last dim.* got \[5, 7\]"),
+    ({"centers": w[0]}, ValueError, r"centers: expected shape \[K, 8\] .* got \[8\]"),
+    ({"centers": w.T}, ValueError, r"centers: expected shape \[K, 8\] .* got \[8, 5\]"),
+    ({"displacements": delta[:, :4]}, ValueError, r"displacements: expected shape \[m, 8\] .* got \[2, 4\]"),
+    ({"displacements": delta[None]}, ValueError, r"displacements: expected shape \[m, 8\] .* got \[1, 2, 8\]"),
+    ({"displacements": torch.randn(256, 8)}, ValueError, r"displacements: expected at most 255 rows .* got \[256, 8\]"),
+    ({"tau": torch.ones(2)}, ValueError, r"tau: expected a tensor of one element, got shape \[2\]"),
+    ({"tau": torch.ones(0)}, ValueError, r"tau: expected a tensor of one element, got shape \[0\]"),
+    ({"centers": w.to(meta)}, ValueError, "centers: expected device cpu to match input, got meta"),
+    ({"displacements": delta.to(meta)}, ValueError, "displacements: expected device cpu to match input, got meta"),
+    ({"tau": tau.to(meta)}, ValueError, "tau: expected device cpu to match input, got meta"),
+    ({"backend": "gpu"}, ValueError, "backend: expected None or one of 'cpu', 'reference', got 'gpu'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("change", "kind", "words"), CASES, ids=[c[2][:40] for c in CASES])
+def test_words(change: dict[str, Any], kind: type[Exception], words: str, backend: str) -> None:
+    arguments = {"input": x, "centers": w, "displacements": delta, "tau": tau, "backend": backend} | change
+    with pytest.raises(kind, match=words):
+        gistops.constellation_logits(**arguments)
+
+
+def test_operators_called_without_the_checks_stay_safe(cpu: str) -> None:
+    """Whoever calls the operators themselves gets an error for what would read out of bounds."""
+    forward, backward = torch.ops.gistops.constellation_forward, torch.ops.gistops.constellation_backward
+    with pytest.raises(RuntimeError, match="expected input"):
+        forward(x, w[:, :7], delta, tau)
+    with pytest.raises(RuntimeError, match="tau of one element"):
+        forward(x, w, delta, torch.ones(2))
+    with pytest.raises(RuntimeError, match="expected float32"):
+        forward(x.long(), w, delta, tau)
+    saved = forward(x, w, delta, tau)
+    with pytest.raises(RuntimeError, match="grad: expected the forward's shape"):
+        backward(torch.ones(3, 4), x, w, delta, tau, *saved, True, True, True, True)
+    with pytest.raises(RuntimeError, match="center_rnorms: expected the forward's shape"):
+        backward(saved[0], x, w, delta, tau, *saved[:2], saved[2].T, saved[3], True, True, True, True)
+
+
+def test_second_derivatives_say_what_to_do(cpu: str) -> None:
+    leaf = x.clone().requires_grad_()
+    logits = gistops.constellation_logits(leaf, w, delta, tau, backend=cpu)
+    (gradient,) = torch.autograd.grad(logits.square().sum(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiable once; .* backend='reference'"):
+        gradient.sum().backward()

@@ -1,0 +1,89 @@
+"""The compiled backend against the definition in float64: logits, slots and every gradient."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import gistops
+
+from .oracle import IDS, SAMPLES, Sample, allowed, error, gradients, leaves, plain, routed, scores
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=IDS)
+def test_logits_and_slots(sample: Sample, backend: str, seed: int) -> None:
+    tensors = sample.tensors(seed, requires_grad=False)
+    logits, slots = gistops.constellation_logits(*tensors, return_slots=True, backend=backend)
+    wide = [t.double() for t in tensors]
+    every = wide[3] * scores(*wide[:3])
+    truth = every.max(dim=2).values
+
+    assert logits.dtype == (torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32)
+    assert slots.dtype == torch.uint8
+    assert logits.shape == slots.shape == (sample.B, sample.K)
+    bound = allowed(error(plain(tensors)[0], truth), truth, logits.dtype)
+    assert error(logits, truth) <= bound
+    # The slot's own score is within rounding of the best: ties within rounding may go either way.
+    assert error(every.gather(2, slots.long()[..., None]).squeeze(2), truth) <= 2 * bound
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=IDS)
+def test_gradients(sample: Sample, backend: str, seed: int) -> None:
+    tensors = sample.tensors(seed)
+    grad = torch.randn(sample.B, sample.K, generator=torch.Generator().manual_seed(seed + 1))
+    logits, slots = gistops.constellation_logits(*tensors, return_slots=True, backend=backend)
+    ours = torch.autograd.grad(logits, tensors, grad.to(logits.dtype))
+    truth = gradients(lambda *t: routed(*t, slots), leaves(tensors, torch.float64), grad)
+    same = gradients(lambda *t: plain(list(t))[0], leaves(tensors), grad)
+    for name, tensor, value, true, comparable in zip(
+        ("input", "centers", "displacements", "tau"), tensors, ours, truth, same, strict=True
+    ):
+        assert value.dtype == tensor.dtype
+        assert value.shape == tensor.shape
+        # plain routes a rounding tie its own way now and then: then it says nothing about rounding, and eps does
+        bound = allowed(0.0, true, _coarsest(tensor.dtype, logits.dtype), max(sample.B, sample.K))
+        if name == "tau":  # one sum over all pairs, whose terms cancel: measured against their size
+            eps = torch.finfo(torch.float32).eps  # tau's own dtype
+            bound = 16 * eps * float((grad * logits.detach() / tensors[3].detach()).norm() + true.abs())
+        elif sample.d > 1:  # with d = 1 the true gradients of the vectors are zero: roundings alone remain
+            bound = max(bound, min(allowed(error(comparable, true), true, tensor.dtype), 1e3 * bound))
+        else:
+            bound = max(bound, 1e-4 * float(grad.abs().sum()))
+        assert error(value, true) <= bound, name
+
+
+def _coarsest(*dtypes: torch.dtype) -> torch.dtype:
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("closeness", [1e-1, 1e-3, 1e-6])
+def test_centers_that_a_displacement_all_but_cancels(closeness: float, backend: str, seed: int) -> None:
+    """w_k + δ_j close to zero: the sums of the fused form lose all digits there, and must not be used."""
+    tensors = Sample(37, 129, 24, 3).tensors(seed)
+    with torch.no_grad():
+        tensors[1][7:90] = -tensors[2][1] + closeness * tensors[1][7:90]
+    grad = torch.randn(37, 129, generator=torch.Generator().manual_seed(seed + 1))
+    logits, slots = gistops.constellation_logits(*tensors, return_slots=True, backend=backend)
+    wide = leaves(tensors, torch.float64)
+    truth = (wide[3] * scores(*wide[:3])).max(dim=2).values
+    assert (slots[:, 7:90] == 2).any(), "the cancelled slot wins nowhere: the test tests nothing"
+    assert error(logits, truth) <= allowed(error(plain(tensors)[0], truth), truth, torch.float32)
+    ours = torch.autograd.grad(logits, tensors, grad)
+    expected = gradients(lambda *t: routed(*t, slots), wide, grad)
+    for value, true in zip(ours, expected, strict=True):
+        assert error(value, true) <= allowed(0.0, true, torch.float32, 37 * 129)
+
+
+@pytest.mark.parametrize("capability", ["baseline", "v3"])
+def test_older_processors(capability: str) -> None:
+    """The same tests with the kernels of an older instruction set, as an older processor would choose them."""
+    if os.environ.get("GISTOPS_CPU_CAPABILITY"):
+        pytest.skip("already running under a forced instruction set")
+    environment = dict(os.environ, GISTOPS_CPU_CAPABILITY=capability)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "logits or gradients or cancel"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

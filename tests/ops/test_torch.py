@@ -1,0 +1,154 @@
+"""The operator in the hands of the rest of PyTorch: opcheck, gradcheck, compile, export, autocast, checkpointing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import gistops
+
+from .oracle import IDS, SAMPLES, Sample
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=IDS)
+def test_opcheck(sample: Sample, cpu: str, seed: int) -> None:
+    tensors = sample.tensors(seed)
+    forward = torch.ops.gistops.constellation_forward.default
+    backward = torch.ops.gistops.constellation_backward.default
+    torch.library.opcheck(forward, tuple(tensors))
+    with torch.no_grad():
+        saved = forward(*tensors)
+        grad = torch.randn_like(saved[0])
+    frozen = [t.detach() for t in tensors]
+    for needs in ((True, True, True, True), (True, False, True, False), (False, True, False, True)):
+        torch.library.opcheck(backward, (grad, *frozen, *saved, *needs))
+
+
+def test_gradcheck(backend: str, seed: int) -> None:
+    f64 = torch.float64
+    tensors = Sample(3, 5, 4, 2, f64, f64, f64).tensors(seed)
+    tensors[3] = tensors[3].detach().double().requires_grad_()
+
+    def logits(*t: Tensor) -> Tensor:
+        return gistops.constellation_logits(*t, backend=backend)
+
+    assert torch.autograd.gradcheck(logits, tensors)
+    if backend == "reference":
+        assert torch.autograd.gradgradcheck(logits, tensors)
+
+
+class Head(nn.Module):
+    def __init__(self, sample: Sample, seed: int, backend: str) -> None:
+        super().__init__()
+        _, *parameters = sample.tensors(seed, requires_grad=False)
+        self.centers, self.displacements, self.tau = (nn.Parameter(p) for p in parameters)
+        self.backend = backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gistops.constellation_logits(
+            x, self.centers, self.displacements, self.tau, backend=self.backend
+        )
+
+
+HEAD = Sample(37, 67, 20, 4)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_without_a_graph_break(compiler: str, dynamic: bool, cpu: str, seed: int) -> None:
+    if compiler == "inductor" and dynamic:
+        pytest.skip("aot_eager shows the dynamic shapes; inductor adds seconds and no new path of ours")
+    torch._dynamo.reset()
+    head = Head(HEAD, seed, cpu)
+    compiled = torch.compile(head, fullgraph=True, backend=compiler, dynamic=dynamic)
+    for rows in (37, 12):
+        x = torch.randn(rows, 20, requires_grad=True)
+        grad = torch.randn(rows, 67)
+        leaves = [x, *head.parameters()]
+        expected = [head(x), *torch.autograd.grad(head(x), leaves, grad)]
+        value = [compiled(x), *torch.autograd.grad(compiled(x), leaves, grad)]
+        torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_compile_of_the_default_backend(cpu: str, seed: int) -> None:
+    """The choice of the backend, with its look at the file system, leaves no mark in the graph."""
+    torch._dynamo.reset()
+    x, w, delta, tau = HEAD.tensors(seed, requires_grad=False)
+    function = torch.compile(gistops.constellation_logits, fullgraph=True, backend="aot_eager")
+    assert torch.equal(function(x, w, delta, tau), gistops.constellation_logits(x, w, delta, tau, backend=cpu))
+
+
+def test_export(cpu: str, seed: int) -> None:
+    head = Head(HEAD, seed, cpu).eval()
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(head, (torch.randn(37, 20),), dynamic_shapes={"x": {0: batch}})
+    assert any("constellation_forward" in str(node.target) for node in program.graph.nodes)
+    x = torch.randn(11, 20)
+    assert torch.equal(program.module()(x), head(x))
+
+
+def test_fake_and_meta_tensors(cpu: str) -> None:
+    arguments = [t.to("meta").requires_grad_() for t in Sample(6, 9, 5, 2).tensors(0, requires_grad=False)]
+    logits, slots = gistops.constellation_logits(*arguments, return_slots=True)
+    assert logits.is_meta
+    assert (logits.shape, logits.dtype) == ((6, 9), torch.float32)
+    assert (slots.shape, slots.dtype) == ((6, 9), torch.uint8)
+    logits.sum().backward()
+    assert all(a.grad is not None and a.grad.shape == a.shape for a in arguments)
+
+
+def test_gradient_checkpointing(cpu: str, seed: int) -> None:
+    head, body = Head(HEAD, seed, cpu), nn.Linear(20, 20)
+    x = torch.randn(37, 20)
+    grad = torch.randn(37, 67)
+    gradients = []
+    for wrapped in (False, True):
+        head.zero_grad()
+        body.zero_grad()
+
+        def both(x: Tensor) -> Tensor:
+            return head(body(x))
+
+        logits = checkpoint(both, x, use_reentrant=False) if wrapped else both(x)
+        logits.backward(grad)
+        gradients.append([p.grad.clone() for p in (*head.parameters(), *body.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_on_the_cpu(dtype: torch.dtype, backend: str, seed: int) -> None:
+    """Features come in low precision from autocast layers, centres stay float32, and so do the sums and logits."""
+    head, body = Head(HEAD, seed, backend), nn.Linear(20, 20)
+    x = torch.randn(37, 20)
+    with torch.autocast("cpu", dtype=dtype):
+        features = body(x)
+        logits = head(features)
+    assert features.dtype == dtype
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, head(features.float()), atol=1e-5, rtol=1e-5)
+    logits.sum().backward()
+    assert {p.grad.dtype for p in head.parameters()} == {torch.float32}
+
+
+def test_autocast_is_registered_for_both_devices(cpu: str) -> None:
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key("gistops::constellation_forward", key)
+
+
+def test_distributed_tensors_are_refused_in_words(cpu: str, seed: int) -> None:
+    distributed = pytest.importorskip("torch.distributed.tensor")
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        pytest.skip("a process group is already there")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        x, w, delta, tau = HEAD.tensors(seed, requires_grad=False)
+        sharded = distributed.distribute_tensor(w, mesh, [distributed.Shard(0)])
+        with pytest.raises(TypeError, match=r"centers: expected a local torch.Tensor, got a DTensor; call .to_local"):
+            gistops.constellation_logits(x, sharded, delta, tau)
+    finally:
+        dist.destroy_process_group()
