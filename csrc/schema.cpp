@@ -14,6 +14,6 @@ STABLE_TORCH_LIBRARY(gistops, m) {
       " Tensor logits, Tensor slots, Tensor center_rnorms, Tensor input_rnorms,"
       " bool need_input, bool need_centers, bool need_displacements, bool need_tau)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
-  // The instruction set that the CPU kernels use here, as in `python -m gistops.info`.
+  // The instruction set and the matrix products that the CPU backend uses here, as in `python -m gistops.info`.
   m.def("cpu_capability() -> str");
 }

@@ -64,9 +64,7 @@ def _backward_fake(
 ) -> tuple[Tensor, ...]:
     arguments = (input, centers, displacements, tau)
     needs = (need_input, need_centers, need_displacements, need_tau)
-    return tuple(
-        x.new_empty(x.shape if needed else (0,)) for x, needed in zip(arguments, needs, strict=True)
-    )
+    return tuple(x.new_empty(x.shape if needed else (0,)) for x, needed in zip(arguments, needs, strict=True))
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
@@ -79,7 +77,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
     if grad is None:
         return None, None, None, None
     needs = ctx.needs_input_grad
-    gradients = torch.ops.gistops.constellation_backward(grad, *ctx.saved_tensors, *needs)
+    gradients = torch.ops.gistops.constellation_backward.default(grad, *ctx.saved_tensors, *needs)
     return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
 
 
@@ -104,6 +102,6 @@ def _autocast(device: str) -> Any:
                 input, centers, displacements = (
                     x if x.dtype == torch.float64 else x.to(dtype) for x in (input, centers, displacements)
                 )
-            return torch.ops.gistops.constellation_forward(input, centers, displacements, tau)
+            return torch.ops.gistops.constellation_forward.default(input, centers, displacements, tau)
 
     return kernel

@@ -14,22 +14,37 @@ from .backends import reference
 
 @overload
 def constellation_logits(
-    input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor | float, *,
-    return_slots: Literal[False] = False, backend: str | None = None,
+    input: Tensor,
+    centers: Tensor,
+    displacements: Tensor,
+    tau: Tensor | float,
+    *,
+    return_slots: Literal[False] = False,
+    backend: str | None = None,
 ) -> Tensor: ...
 
 
 @overload
 def constellation_logits(
-    input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor | float, *,
-    return_slots: Literal[True], backend: str | None = None,
+    input: Tensor,
+    centers: Tensor,
+    displacements: Tensor,
+    tau: Tensor | float,
+    *,
+    return_slots: Literal[True],
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
 @overload
 def constellation_logits(
-    input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor | float, *,
-    return_slots: bool, backend: str | None = None,
+    input: Tensor,
+    centers: Tensor,
+    displacements: Tensor,
+    tau: Tensor | float,
+    *,
+    return_slots: bool,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -69,5 +84,7 @@ def constellation_logits(
     if chosen == "reference":
         logits, slots = reference.constellation_logits(input, centers, displacements, tau)
     else:
-        logits, slots = torch.ops.gistops.constellation_forward(input, centers, displacements, tau)[:2]
+        logits, slots = torch.ops.gistops.constellation_forward.default(input, centers, displacements, tau)[
+            :2
+        ]
     return (logits, slots) if return_slots else logits

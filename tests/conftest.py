@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import secrets
 import zlib
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -27,8 +26,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 @pytest.fixture
-def seed(request: pytest.FixtureRequest) -> Iterator[int]:
+def seed(request: pytest.FixtureRequest) -> int:
     """A fresh seed for each test and each run, set again by --seed (printed in the header)."""
     value = zlib.crc32(f"{request.config.getoption('--seed')} {request.node.nodeid}".encode())
     torch.manual_seed(value)
-    yield value
+    return value

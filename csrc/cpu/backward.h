@@ -7,11 +7,12 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
+#include <optional>
 #include <utility>
 #include <vector>
 
-#include "blas.h"
 #include "block.h"
+#include "products.h"
 
 namespace gistops {
 
@@ -27,9 +28,9 @@ inline void* at(void* gradient, const Stored& argument, int64_t row) {
 // What the forward left, and what is made of it before the blocks.
 template <class T>
 struct Saved {
-  const T *grad, *logits;  // [B, K]
-  const uint8_t* slots;    // [B, K]
-  const T *center_rnorms, *input_rnorms;  // [M, K], [B]
+  const T *grad, *logits;                                            // [B, K]
+  const uint8_t* slots;                                              // [B, K]
+  const T *center_rnorms, *input_rnorms;                             // [M, K], [B]
   const T *f = nullptr, *scale = nullptr, *delta_squares = nullptr;  // [B, d], tau / |f_i| [B], [m]
 };
 
@@ -38,10 +39,12 @@ template <class T>
 class Worker {
  public:
   Worker(const Problem<T>& p, const Saved<T>& saved, const Gradients& out, int64_t size)
-      : g(out.input ? p.B * p.d : 0), s(out.input || out.displacements ? p.B * p.M() : 0), dd(out.displacements ? p.m * p.d : 0),
-        p_(p), in_(saved), out_(out), size_(size), products_(out.input || out.centers), corrections_(out.centers || out.displacements),
-        h_(products_ ? std::min(kRows, p.B) * size : 0), t_(corrections_ ? p.M() * size : 0), block_dd_(out.displacements ? p.m * p.d : 0),
-        converted_(p.centers.template scratch_elements<T>(size)), dw_(out.centers ? p.centers.template scratch_elements<T>(size) : 0) {
+      : g(out.input ? p.B * p.d : 0), s(out.input || out.displacements ? p.B * p.M() : 0),
+        dd(out.displacements ? p.m * p.d : 0), p_(p), in_(saved), out_(out), size_(size),
+        products_(out.input || out.centers), corrections_(out.centers || out.displacements),
+        h_(products_ ? std::min(kRows, p.B) * size : 0), t_(corrections_ ? p.M() * size : 0),
+        block_dd_(out.displacements ? p.m * p.d : 0), converted_(p.centers.template scratch_elements<T>(size)),
+        dw_(out.centers ? p.centers.template scratch_elements<T>(size) : 0) {
     g.zero(), s.zero(), dd.zero();
   }
 
@@ -50,24 +53,27 @@ class Worker {
     const T* w = p_.centers.template as<T>(k, n, converted_.get());
     const bool in_place = p_.centers.template is<T>();
     T* dw = !out_.centers ? nullptr : in_place ? static_cast<T*>(out_.centers) + k * p_.d : dw_.get();
-    if (dw && p_.B == 0) std::fill_n(dw, n * p_.d, T(0));
+    const bool one_product = p_.B > 0 && p_.B <= kRows;  // then dw is written once, by correct()
+    if (dw && !one_product) std::fill_n(dw, n * p_.d, T(0));
+    std::optional<Product<T>> hf;
     t_.zero();
     const std::vector<Pair> apart = cancelled(k, n);
     for (int64_t i = 0; i < p_.B; i += kRows) {
       const int64_t rows = std::min(kRows, p_.B - i);
+      const Matrix<T> h{h_.get(), rows, n, size_}, features{in_.f + i * p_.d, rows, p_.d, p_.d},
+          classes{w, n, p_.d, p_.d};
       route(k, n, i, rows, in_.center_rnorms + k, p_.K, apart.empty(), true);
-      if (dw)
-        blas::gemm<T>(blas::Op::transposed, blas::Op::none, n, p_.d, rows, h_.get(), size_, in_.f + i * p_.d, p_.d, i > 0, dw, p_.d);
+      if (dw && one_product) hf.emplace(h.t(), features, dw, p_.d);
+      if (dw && !one_product) add_product(h.t(), features, dw);
       if (!apart.empty()) add_apart(apart, w, k, n, i, rows);
-      if (out_.input)
-        blas::gemm<T>(blas::Op::none, blas::Op::none, rows, p_.d, n, h_.get(), size_, w, p_.d, 1, g.get() + i * p_.d, p_.d);
+      if (out_.input) add_product(h, classes, g.get() + i * p_.d);
     }
-    if (corrections_) correct(w, k, n, dw);
+    if (corrections_) correct(w, k, n, hf ? hf->data : dw, dw);
     if (dw && !in_place) kernels<T>().store(dw, n * p_.d, p_.centers.format, at(out_.centers, p_.centers, k));
   }
 
   Scratch<T> g, s, dd;  // [B, d], [B, M], [m, d]
-  T tau = 0;
+  double tau = 0;
 
  private:
   struct Pair {
@@ -77,8 +83,9 @@ class Worker {
   // h, and, if asked for, the sums of the block of grad at rows i and classes k.
   void route(int64_t k, int64_t n, int64_t i, int64_t rows, const T* r, int64_t ld_r, bool shares, bool moments) {
     const int64_t begin = i * p_.K + k;
-    kernels<T>().route(in_.grad + begin, in_.logits + begin, p_.K, in_.slots + begin, rows, n, r, ld_r, p_.M(), in_.scale + i,
-                       products_ ? h_.get() : nullptr, size_, shares && (out_.input || out_.displacements) ? s.get() + i * p_.M() : nullptr,
+    kernels<T>().route(in_.grad + begin, in_.logits + begin, p_.K, in_.slots + begin, rows, n, r, ld_r, p_.M(),
+                       in_.scale + i, products_ ? h_.get() : nullptr, size_,
+                       shares && (out_.input || out_.displacements) ? s.get() + i * p_.M() : nullptr,
                        moments && corrections_ ? t_.get() : nullptr, size_, moments && out_.tau ? &tau : nullptr);
   }
 
@@ -116,7 +123,7 @@ class Worker {
   }
 
   // What the norms of w_k + delta_j take away.
-  void correct(const T* w, int64_t k, int64_t n, T* dw) {
+  void correct(const T* w, int64_t k, int64_t n, const T* hf, T* dw) {
     for (int64_t j = 0; j < p_.M(); ++j)
       for (int64_t c = 0; c < n; ++c) {
         const T r = in_.center_rnorms[j * p_.K + k + c];
@@ -124,7 +131,8 @@ class Worker {
       }
     // Sums over many classes are made in two levels, to keep rounding errors small.
     block_dd_.zero();
-    kernels<T>().correct(w, n, p_.d, p_.delta, p_.M(), t_.get(), size_, dw, out_.displacements ? block_dd_.get() : nullptr);
+    kernels<T>().correct(w, n, p_.d, p_.delta, p_.M(), t_.get(), size_, hf, dw,
+                         out_.displacements ? block_dd_.get() : nullptr);
     if (out_.displacements) dd.add(block_dd_);
   }
 
@@ -141,15 +149,16 @@ template <class T>
 void finish(const Problem<T>& p, const Saved<T>& in, const Gradients& out, const std::vector<Worker<T>>& workers) {
   const int64_t M = p.M();
   const Worker<T>& sums = workers[0];
-  T tau = sums.tau;
+  double tau = sums.tau;
   for (size_t i = 1; i < workers.size(); ++i) {
     tau += workers[i].tau;
     sums.s.add(workers[i].s);
     sums.dd.add(workers[i].dd);
   }
-  if (out.tau) *static_cast<T*>(out.tau) = tau / p.tau;
+  if (out.tau) *static_cast<T*>(out.tau) = static_cast<T>(tau / p.tau);
   if (out.displacements) {
-    blas::gemm<T>(blas::Op::transposed, blas::Op::none, p.m, p.d, p.B, sums.s.get() + 1, M, in.f, p.d, 1, sums.dd.get(), p.d);
+    const Matrix<T> s{sums.s.get() + 1, p.B, p.m, M}, features{in.f, p.B, p.d, p.d};
+    add_product(s.t(), features, sums.dd.get());
     std::copy_n(sums.dd.get(), p.m * p.d, static_cast<T*>(out.displacements));
   }
   if (!out.input) return;
@@ -160,7 +169,8 @@ void finish(const Problem<T>& p, const Saved<T>& in, const Gradients& out, const
       const T* other = workers[i].g.get() + begin * p.d;
       for (int64_t e = 0; e < rows * p.d; ++e) g[e] += other[e];
     }
-    blas::gemm<T>(blas::Op::none, blas::Op::none, rows, p.d, p.m, sums.s.get() + begin * M + 1, M, p.delta, p.d, 1, g, p.d);
+    const Matrix<T> s{sums.s.get() + begin * M + 1, rows, p.m, M}, structure{p.delta, p.m, p.d, p.d};
+    add_product(s, structure, g);
     kernels<T>().project(g, in.f + begin * p.d, rows, p.d, in.input_rnorms + begin);
     kernels<T>().store(g, rows * p.d, p.input.format, at(out.input, p.input, begin));
   });
@@ -174,18 +184,18 @@ void backward(const Problem<T>& p, Saved<T> in, const Gradients& out) {
   kernels<T>().dots(p.delta, p.m, p.d, nullptr, 0, delta_squares.get(), nullptr, 0);
   in.scale = scale.get(), in.delta_squares = delta_squares.get();
 
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = workers(p);
   const Partition blocks(p.K, threads);
   const int64_t count = std::clamp<int64_t>(blocks.count, 1, threads);
-  std::vector<Worker<T>> workers;
-  workers.reserve(count);
-  for (int64_t i = 0; i < count; ++i) workers.emplace_back(p, in, out, blocks.size);
+  std::vector<Worker<T>> shares;
+  shares.reserve(count);
+  for (int64_t i = 0; i < count; ++i) shares.emplace_back(p, in, out, blocks.size);
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t b = blocks.count * i / count; b < blocks.count * (i + 1) / count; ++b)
-        workers[i].run(b * blocks.size, std::min(blocks.size, p.K - b * blocks.size));
+        shares[i].run(b * blocks.size, std::min(blocks.size, p.K - b * blocks.size));
   });
-  finish(p, in, out, workers);
+  finish(p, in, out, shares);
 }
 
 }  // namespace gistops

@@ -1,5 +1,7 @@
 // What forward and backward share: scratch memory, the partition of the work, and rows in the format of computation.
 #pragma once
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -11,9 +13,9 @@
 
 namespace gistops {
 
-constexpr int64_t kRows = 256;      // features a block: with kClasses, one block of scores stays in L2
-constexpr int64_t kClasses = 512;   // classes a block, at most
-constexpr int64_t kMinClasses = 64; // fewer make the matrix product inefficient
+constexpr int64_t kRows = 256;       // features a block: with kClasses, one block of scores stays in L2
+constexpr int64_t kClasses = 512;    // classes a block, at most
+constexpr int64_t kMinClasses = 64;  // fewer make the matrix product inefficient
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -21,7 +23,9 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t n) : size_(n), data_(static_cast<T*>(std::aligned_alloc(64, ceil_div(std::max<int64_t>(n, 1) * sizeof(T), 64) * 64))) {
+  explicit Scratch(int64_t n)
+      : size_(n),
+        data_(static_cast<T*>(std::aligned_alloc(64, ceil_div(std::max<int64_t>(n, 1) * sizeof(T), 64) * 64))) {
     if (!data_) throw std::bad_alloc();
   }
   T* get() const { return data_.get(); }
@@ -48,7 +52,9 @@ struct Stored {
   int64_t element_size() const { return format == Format::f64 ? 8 : format == Format::f32 ? 4 : 2; }
   const void* row(int64_t i) const { return static_cast<const char*>(data) + i * d * element_size(); }
   template <class T>
-  bool is() const { return format == (sizeof(T) == 8 ? Format::f64 : Format::f32); }
+  bool is() const {
+    return format == (sizeof(T) == 8 ? Format::f64 : Format::f32);
+  }
 
   // Rows [begin, begin + n) for computation: where they lie, or converted into `scratch`.
   template <class T>
@@ -58,7 +64,9 @@ struct Stored {
     return scratch;
   }
   template <class T>
-  int64_t scratch_elements(int64_t n) const { return is<T>() ? 0 : n * d; }
+  int64_t scratch_elements(int64_t n) const {
+    return is<T>() ? 0 : n * d;
+  }
 };
 
 // The arguments of the operator. M = m + 1 slots.
@@ -70,6 +78,16 @@ struct Problem {
   T tau;
   int64_t M() const { return m + 1; }
 };
+
+// Threads worth waking: one for kWork multiplications, some 40 us.
+constexpr int64_t kWork = 1 << 21;
+
+template <class T>
+int64_t workers(const Problem<T>& p) {
+  const double products = static_cast<double>(p.B) * p.K * p.d;
+  return std::clamp<int64_t>(static_cast<int64_t>(std::min(products / kWork, 1e9)), 1,
+                             torch::stable::get_num_threads());
+}
 
 // 1 / max(norm, 1e-12); NaN stays NaN.
 template <class T>

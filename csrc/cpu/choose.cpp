@@ -6,8 +6,8 @@
 
 namespace gistops {
 
-#define GISTOPS_DECLARE(isa)                                 \
-  extern const Kernels<float>* const table_##isa##_float;   \
+#define GISTOPS_DECLARE(isa)                              \
+  extern const Kernels<float>* const table_##isa##_float; \
   extern const Kernels<double>* const table_##isa##_double;
 
 GISTOPS_DECLARE(baseline)
@@ -40,8 +40,7 @@ const Isa chosen = detect();
 }  // namespace
 
 #ifdef GISTOPS_X86
-#define GISTOPS_PICK(T) \
-  (chosen == Isa::v4 ? *table_v4_##T : chosen == Isa::v3 ? *table_v3_##T : *table_baseline_##T)
+#define GISTOPS_PICK(T) (chosen == Isa::v4 ? *table_v4_##T : chosen == Isa::v3 ? *table_v3_##T : *table_baseline_##T)
 #else
 #define GISTOPS_PICK(T) (*table_baseline_##T)
 #endif

@@ -50,8 +50,8 @@ GISTOPS_INLINE uint16_t to_f16(float x) {
   const uint32_t bits = to_bits(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
   if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to infinity
-  if (magnitude < 0x38800000) {                                             // below 2^-14: in units of 2^-24
-    const float shifted = from_bits(magnitude) + 0.5f;                      // 0.5 has its last bit at 2^-24
+  if (magnitude < 0x38800000) {                                              // below 2^-14: in units of 2^-24
+    const float shifted = from_bits(magnitude) + 0.5f;                       // 0.5 has its last bit at 2^-24
     return static_cast<uint16_t>(sign | (to_bits(shifted) - to_bits(0.5f)));
   }
   return static_cast<uint16_t>(sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13));

@@ -1,5 +1,5 @@
 // The forward: logits[i, k] = tau * max_j (P[i, k] + Q[i, j]) R[k, j] / |f_i|, with P = f W' from BLAS in blocks, and
-// the maximum taken in place while a block of P is in cache. The features' norm is a factor of the row, so that no
+// the maximum taken while a block of P is in cache. The features' norm is a factor of the row, so that no
 // normalised copy of them is made.
 #pragma once
 #include <torch/csrc/stable/ops.h>
@@ -8,8 +8,8 @@
 #include <limits>
 #include <vector>
 
-#include "blas.h"
 #include "block.h"
+#include "products.h"
 
 namespace gistops {
 
@@ -18,7 +18,8 @@ namespace gistops {
 template <class T>
 void project_features(const Problem<T>& p, T* converted, T* q, T* rnorm, T* scale) {
   constexpr int64_t kGrain = 16;  // rows: what a thread converts and reads again from its own cache
-  torch::stable::parallel_for(0, ceil_div(p.B, kGrain), 1, [&](int64_t first, int64_t last) {
+  const int64_t share = ceil_div(kWork, kGrain * p.d * p.M());
+  torch::stable::parallel_for(0, ceil_div(p.B, kGrain), share, [&](int64_t first, int64_t last) {
     T squares[kGrain];
     for (int64_t begin = first * kGrain; begin < std::min(last * kGrain, p.B); begin += kGrain) {
       const int64_t n = std::min(kGrain, p.B - begin);
@@ -76,8 +77,7 @@ class CenterBlock {
     Scratch<T> u(M * p_.d), squares(M), scores(rows * M);
     for (const int64_t k : cancelled_) {
       for (int64_t j = 0; j < M; ++j)
-        for (int64_t e = 0; e < p_.d; ++e)
-          u[j * p_.d + e] = w_[k * p_.d + e] + (j ? p_.delta[(j - 1) * p_.d + e] : 0);
+        for (int64_t e = 0; e < p_.d; ++e) u[j * p_.d + e] = w_[k * p_.d + e] + (j ? p_.delta[(j - 1) * p_.d + e] : 0);
       kernels<T>().dots(u.get(), M, p_.d, u.get(), 0, squares.get(), nullptr, 0);
       for (int64_t j = 0; j < M; ++j)
         if (!std::isnan(r_[k])) r_[j * size_ + k] = clamped_rnorm(squares[j]);
@@ -110,7 +110,7 @@ class CenterBlock {
 // logits [B, K], slots [B, K], center_rnorms [M, K], input_rnorms [B]
 template <class T>
 void forward(const Problem<T>& p, T* logits, uint8_t* slots, T* center_rnorms, T* input_rnorms) {
-  const int64_t M = p.M(), threads = torch::stable::get_num_threads();
+  const int64_t M = p.M(), threads = workers(p);
   const Kernels<T>& kern = kernels<T>();
   Scratch<T> converted(p.input.template scratch_elements<T>(p.B)), q(p.B * M), scale(p.B), delta_squares(p.m);
   kern.dots(p.delta, p.m, p.d, nullptr, 0, delta_squares.get(), nullptr, 0);
@@ -119,8 +119,9 @@ void forward(const Problem<T>& p, T* logits, uint8_t* slots, T* center_rnorms, T
 
   // Threads share out the classes. Where there are too few, they share the rows too, and each makes the norms itself.
   const Partition blocks(p.K, threads);
-  const int64_t groups =
-      blocks.count >= threads ? 1 : std::clamp<int64_t>(threads / std::max<int64_t>(blocks.count, 1), 1, std::max<int64_t>(1, p.B / 64));
+  const int64_t groups = blocks.count >= threads ? 1
+                                                 : std::clamp<int64_t>(threads / std::max<int64_t>(blocks.count, 1), 1,
+                                                                       std::max<int64_t>(1, p.B / 64));
   const int64_t group_rows = ceil_div(p.B, groups);
   torch::stable::parallel_for(0, blocks.count * groups, 1, [&](int64_t begin, int64_t end) {
     CenterBlock<T> block(p, delta_squares.get(), blocks.size);
@@ -132,8 +133,10 @@ void forward(const Problem<T>& p, T* logits, uint8_t* slots, T* center_rnorms, T
         const int64_t rows = std::min(kRows, last - i);
         T* out = logits + i * p.K + k;
         uint8_t* out_slots = slots + i * p.K + k;
-        blas::gemm<T>(blas::Op::none, blas::Op::transposed, rows, n, p.d, f + i * p.d, p.d, block.w(), p.d, 0, out, p.K);
-        kern.pool(out, p.K, out_slots, p.K, rows, n, q.get() + i * M, block.r(), blocks.size, M, scale.get() + i);
+        const Matrix<T> features{f + i * p.d, rows, p.d, p.d}, classes{block.w(), n, p.d, p.d};
+        const Product<T> product(features, classes.t(), out, p.K);
+        kern.pool(product.data, product.ld, out, out_slots, p.K, rows, n, q.get() + i * M, block.r(), blocks.size, M,
+                  scale.get() + i);
         block.score_cancelled(f + i * p.d, rows, scale.get() + i, out, p.K, out_slots);
       }
       if (first == 0)

@@ -2,7 +2,6 @@
 // (gistops/_build.py); the baseline copy also holds the choice between them.
 #include "kernels.h"
 
-
 #include "formats.h"
 #include "simd.h"
 
@@ -55,30 +54,31 @@ template <class T>
 void dots(const T* x, int64_t rows, int64_t d, const T* y, int64_t columns, T* squares, T* out, int64_t ld) {
   constexpr int R = GISTOPS_VECTOR_BYTES == 64 ? 4 : 2;  // 4 x 4 sums want 32 registers
   int64_t i = 0;
-  for (; i + R <= rows; i += R) dots_rows<T, R>(x + i * d, d, y, columns, squares ? squares + i : nullptr, out + i * ld, ld);
+  for (; i + R <= rows; i += R)
+    dots_rows<T, R>(x + i * d, d, y, columns, squares ? squares + i : nullptr, out + i * ld, ld);
   for (; i < rows; ++i) dots_rows<T, 1>(x + i * d, d, y, columns, squares ? squares + i : nullptr, out + i * ld, ld);
 }
 
 // R rows at once share the loads of r.
 template <class T, int R>
-GISTOPS_INLINE void pool_rows(T* logits, int64_t ld, uint8_t* slots, int64_t ld_slots, int64_t n, const T* q, const T* r,
-                              int64_t ld_r, int64_t m_slots, const T* scale) {
+GISTOPS_INLINE void pool_rows(const T* p, int64_t ld_p, T* logits, uint8_t* slots, int64_t ld, int64_t n, const T* q,
+                              const T* r, int64_t ld_r, int64_t m_slots, const T* scale) {
   using V = typename Simd<T>::V;
   using I = typename Simd<T>::I;
   using Bytes = typename Simd<T>::Bytes;
   over<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
-    V p[R], best[R];
+    V product[R], best[R];
     I slot[R] = {};
     const V r0 = load<V>(r + k, lanes);
     for (int i = 0; i < R; ++i) {
-      p[i] = load<V>(logits + i * ld + k, lanes);
-      best[i] = p[i] * r0;
+      product[i] = load<V>(p + i * ld_p + k, lanes);
+      best[i] = product[i] * r0;
     }
     for (int64_t j = 1; j < m_slots; ++j) {
       const V rj = load<V>(r + j * ld_r + k, lanes);
       const I index = I{} + static_cast<int>(j);
       for (int i = 0; i < R; ++i) {
-        const V score = (p[i] + q[i * m_slots + j]) * rj;
+        const V score = (product[i] + q[i * m_slots + j]) * rj;
         const I wins = score > best[i];
         best[i] = wins ? score : best[i];
         slot[i] = wins ? index : slot[i];
@@ -86,19 +86,21 @@ GISTOPS_INLINE void pool_rows(T* logits, int64_t ld, uint8_t* slots, int64_t ld_
     }
     for (int i = 0; i < R; ++i) {
       store(logits + i * ld + k, best[i] * scale[i], lanes);
-      store(slots + i * ld_slots + k, __builtin_convertvector(slot[i], Bytes), lanes);
+      store(slots + i * ld + k, __builtin_convertvector(slot[i], Bytes), lanes);
     }
   });
 }
 
 template <class T>
-void pool(T* logits, int64_t ld, uint8_t* slots, int64_t ld_slots, int64_t rows, int64_t n, const T* q, const T* r,
-          int64_t ld_r, int64_t m_slots, const T* scale) {
+void pool(const T* p, int64_t ld_p, T* logits, uint8_t* slots, int64_t ld, int64_t rows, int64_t n, const T* q,
+          const T* r, int64_t ld_r, int64_t m_slots, const T* scale) {
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4)
-    pool_rows<T, 4>(logits + i * ld, ld, slots + i * ld_slots, ld_slots, n, q + i * m_slots, r, ld_r, m_slots, scale + i);
+    pool_rows<T, 4>(p + i * ld_p, ld_p, logits + i * ld, slots + i * ld, ld, n, q + i * m_slots, r, ld_r, m_slots,
+                    scale + i);
   for (; i < rows; ++i)
-    pool_rows<T, 1>(logits + i * ld, ld, slots + i * ld_slots, ld_slots, n, q + i * m_slots, r, ld_r, m_slots, scale + i);
+    pool_rows<T, 1>(p + i * ld_p, ld_p, logits + i * ld, slots + i * ld, ld, n, q + i * m_slots, r, ld_r, m_slots,
+                    scale + i);
 }
 
 // R rows at once share the loads of r, and the sums t: one load and store for R rows.
@@ -150,31 +152,35 @@ GISTOPS_INLINE void route_rows(const T* grad, const T* logits, int64_t ld, const
 
 template <class T, bool SHARES, bool MOMENTS>
 void route_all(const T* grad, const T* logits, int64_t ld, const uint8_t* slots, int64_t rows, int64_t n, const T* r,
-               int64_t ld_r, int64_t m_slots, const T* scale, T* h, int64_t ld_h, T* s, T* t, int64_t ld_t, T* tau) {
+               int64_t ld_r, int64_t m_slots, const T* scale, T* h, int64_t ld_h, T* s, T* t, int64_t ld_t,
+               double* tau) {
   constexpr int R = 2;
-  typename Simd<T>::V total = {};
   int64_t i = 0;
   const auto rows_from = [&]<int COUNT>() GISTOPS_INLINE_LAMBDA {
+    typename Simd<T>::V total = {};
     route_rows<T, COUNT, SHARES, MOMENTS>(grad + i * ld, logits + i * ld, ld, slots + i * ld, n, r, ld_r, m_slots,
                                           scale + i, h ? h + i * ld_h : nullptr, ld_h, s ? s + i * m_slots : nullptr, t,
                                           ld_t, total);
+    if (tau) *tau += sum<T>(total);
   };
   for (; i + R <= rows; i += R) rows_from.template operator()<R>();
   for (; i < rows; ++i) rows_from.template operator()<1>();
-  if (tau) *tau += sum<T>(total);
 }
 
 template <class T>
 void route(const T* grad, const T* logits, int64_t ld, const uint8_t* slots, int64_t rows, int64_t n, const T* r,
-           int64_t ld_r, int64_t m_slots, const T* scale, T* h, int64_t ld_h, T* s, T* t, int64_t ld_t, T* tau) {
-  const auto run = s && t ? route_all<T, true, true> : s ? route_all<T, true, false> : t ? route_all<T, false, true> : route_all<T, false, false>;
+           int64_t ld_r, int64_t m_slots, const T* scale, T* h, int64_t ld_h, T* s, T* t, int64_t ld_t, double* tau) {
+  const auto run = s && t ? route_all<T, true, true>
+                   : s    ? route_all<T, true, false>
+                   : t    ? route_all<T, false, true>
+                          : route_all<T, false, false>;
   run(grad, logits, ld, slots, rows, n, r, ld_r, m_slots, scale, h, ld_h, s, t, ld_t, tau);
 }
 
 // R rows at once share the loads of delta, and the sums dd.
 template <class T, int R>
 GISTOPS_INLINE void correct_rows(const T* w, int64_t width, int64_t d, const T* delta, int64_t m_slots, const T* t,
-                                 int64_t ld_t, T* dw, T* dd) {
+                                 int64_t ld_t, const T* hf, T* dw, T* dd) {
   using V = typename Simd<T>::V;
   over<Simd<T>::N>(width, [&](int64_t e, int lanes) GISTOPS_INLINE_LAMBDA {
     V center[R], total[R];
@@ -193,23 +199,24 @@ GISTOPS_INLINE void correct_rows(const T* w, int64_t width, int64_t d, const T* 
       if (dd) store(dd + (j - 1) * d + e, load<V>(dd + (j - 1) * d + e, lanes) - sum, lanes);
     }
     if (dw)
-      for (int i = 0; i < R; ++i) store(dw + i * d + e, load<V>(dw + i * d + e, lanes) - total[i], lanes);
+      for (int i = 0; i < R; ++i) store(dw + i * d + e, load<V>(hf + i * d + e, lanes) - total[i], lanes);
   });
 }
 
 template <class T>
-void correct(const T* w, int64_t rows, int64_t d, const T* delta, int64_t m_slots, const T* t, int64_t ld_t, T* dw,
-             T* dd) {
+void correct(const T* w, int64_t rows, int64_t d, const T* delta, int64_t m_slots, const T* t, int64_t ld_t,
+             const T* hf, T* dw, T* dd) {
   constexpr int R = 4;
   constexpr int64_t kStrip = 512;  // of delta and dd, so that m strips of both stay in L1 while the rows pass
   for (int64_t e = 0; e < d; e += kStrip) {
     const int64_t width = d - e < kStrip ? d - e : kStrip;
-    T* sums = dd ? dd + e : nullptr;
+    const auto rows_from = [&]<int COUNT>(int64_t k) GISTOPS_INLINE_LAMBDA {
+      correct_rows<T, COUNT>(w + k * d + e, width, d, delta + e, m_slots, t + k, ld_t, dw ? hf + k * d + e : nullptr,
+                             dw ? dw + k * d + e : nullptr, dd ? dd + e : nullptr);
+    };
     int64_t k = 0;
-    for (; k + R <= rows; k += R)
-      correct_rows<T, R>(w + k * d + e, width, d, delta + e, m_slots, t + k, ld_t, dw ? dw + k * d + e : nullptr, sums);
-    for (; k < rows; ++k)
-      correct_rows<T, 1>(w + k * d + e, width, d, delta + e, m_slots, t + k, ld_t, dw ? dw + k * d + e : nullptr, sums);
+    for (; k + R <= rows; k += R) rows_from.template operator()<R>(k);
+    for (; k < rows; ++k) rows_from.template operator()<1>(k);
   }
 }
 

@@ -20,23 +20,24 @@ struct Kernels {
   // dots[i, j] = x_i . y_j for j < columns, and squares[i] = |x_i|^2 (skipped if null).
   void (*dots)(const T* x, int64_t rows, int64_t d, const T* y, int64_t columns, T* squares, T* dots, int64_t ld_dots);
 
-  // The epilogue, in place on a block of the product P:
+  // The epilogue of a block of the product P, which may lie where the logits go:
   //   logits[i, k] = scale[i] * max_j (P[i, k] + q[i, j]) * r[j, k],  slots[i, k] = the lowest j that attains it.
-  // Strict > keeps the lowest slot; a NaN in slot 0 stays (see block.h for how NaN reaches slot 0).
-  void (*pool)(T* logits, int64_t ld_logits, uint8_t* slots, int64_t ld_slots, int64_t rows, int64_t n, const T* q,
+  // Strict > keeps the lowest slot; a NaN in slot 0 stays (see forward.h for how NaN reaches slot 0).
+  void (*pool)(const T* p, int64_t ld_p, T* logits, uint8_t* slots, int64_t ld, int64_t rows, int64_t n, const T* q,
                const T* r, int64_t ld_r, int64_t m_slots, const T* scale);
 
   // The routing of one block of G = grad, j* = slots:
   //   h[i, k] = scale[i] G[i, k] r[j*, k],   s[i, j*] += h[i, k],   t[j*, k] += G[i, k] logits[i, k]
   // and *tau += sum of G * logits. s, t and tau are skipped if null; h too.
   void (*route)(const T* grad, const T* logits, int64_t ld, const uint8_t* slots, int64_t rows, int64_t n, const T* r,
-                int64_t ld_r, int64_t m_slots, const T* scale, T* h, int64_t ld_h, T* s, T* t, int64_t ld_t, T* tau);
+                int64_t ld_r, int64_t m_slots, const T* scale, T* h, int64_t ld_h, T* s, T* t, int64_t ld_t,
+                double* tau);
 
   // The correction that keeps gradients orthogonal to u_kj = w_k + delta_j, formed before it is scaled, so that
-  // w_k close to -delta_j loses nothing:  dw[k] -= sum_j t[j, k] u_kj,   dd[j] -= sum_k t[j, k] u_kj  (j >= 1).
-  // delta has the m_slots - 1 rows 1..m. dw, dd are skipped if null.
-  void (*correct)(const T* w, int64_t rows, int64_t d, const T* delta, int64_t m_slots, const T* t, int64_t ld_t, T* dw,
-                  T* dd);
+  // w_k close to -delta_j loses nothing:  dw[k] = hf[k] - sum_j t[j, k] u_kj,   dd[j] -= sum_k t[j, k] u_kj  (j >= 1).
+  // delta has the m_slots - 1 rows 1..m. hf [rows, d] may be dw. dw (with hf) and dd are skipped if null.
+  void (*correct)(const T* w, int64_t rows, int64_t d, const T* delta, int64_t m_slots, const T* t, int64_t ld_t,
+                  const T* hf, T* dw, T* dd);
 
   // g_i -= (g_i . f_i) f_i rnorm_i^2, the projection of the features' normalisation; clamped rows are left alone.
   void (*project)(T* g, const T* f, int64_t rows, int64_t d, const T* rnorm);

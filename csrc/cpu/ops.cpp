@@ -55,9 +55,11 @@ struct Arguments {
   Arguments(const Tensor& f, const Tensor& w, const Tensor& delta, const Tensor& t)
       : input(torch::stable::contiguous(f)), centers(torch::stable::contiguous(w)), displacements(delta), tau(t),
         wide(is_double(f) || is_double(w) || is_double(delta)), compute(wide ? ScalarType::Double : ScalarType::Float) {
-    STD_TORCH_CHECK(blas::available(), "gistops: this PyTorch exports no BLAS (sgemm_, dgemm_); use backend='reference'");
-    STD_TORCH_CHECK(f.dim() == 2 && w.dim() == 2 && delta.dim() == 2 && f.size(1) == w.size(1) && f.size(1) == delta.size(1),
-                    "gistops: expected input [B, d], centers [K, d] and displacements [m, d]");
+    STD_TORCH_CHECK(blas_available(),
+                    "gistops: this PyTorch exports no BLAS (sgemm_, dgemm_); use backend='reference'");
+    STD_TORCH_CHECK(
+        f.dim() == 2 && w.dim() == 2 && delta.dim() == 2 && f.size(1) == w.size(1) && f.size(1) == delta.size(1),
+        "gistops: expected input [B, d], centers [K, d] and displacements [m, d]");
     STD_TORCH_CHECK(delta.size(0) < 256, "gistops: expected at most 255 displacements");
     STD_TORCH_CHECK(t.numel() == 1, "gistops: expected tau of one element");
     STD_TORCH_CHECK(f.is_cpu() && w.is_cpu() && delta.is_cpu() && t.is_cpu(), "gistops: expected tensors on the CPU");
@@ -106,17 +108,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
   const Tensor G = matrix(grad, B, K, a.compute, "grad"), z = matrix(logits, B, K, a.compute, "logits");
   const Tensor j = matrix(slots, B, K, ScalarType::Byte, "slots");
   const Tensor R = matrix(center_rnorms, M, K, a.compute, "center_rnorms");
-  STD_TORCH_CHECK(input_rnorms.is_cpu() && input_rnorms.dim() == 1 && input_rnorms.size(0) == B && input_rnorms.scalar_type() == a.compute,
+  STD_TORCH_CHECK(input_rnorms.is_cpu() && input_rnorms.dim() == 1 && input_rnorms.size(0) == B &&
+                      input_rnorms.scalar_type() == a.compute,
                   "gistops: input_rnorms: expected the forward's shape [", B, "] and dtype");
   const Tensor n = torch::stable::contiguous(input_rnorms);
 
   const auto gradient = [](bool needed, const Tensor& x, ScalarType dtype) {
     return needed ? torch::stable::new_empty(x, x.sizes(), dtype) : torch::stable::new_empty(x, {0}, x.scalar_type());
   };
-  const Tensor df = gradient(need_input, a.input, input.scalar_type()), dw = gradient(need_centers, a.centers, centers.scalar_type());
+  const Tensor df = gradient(need_input, a.input, input.scalar_type()),
+               dw = gradient(need_centers, a.centers, centers.scalar_type());
   Tensor dd = gradient(need_displacements, a.displacements, a.compute), dt = gradient(need_tau, a.tau, a.compute);
   const Gradients out{need_input ? df.mutable_data_ptr() : nullptr, need_centers ? dw.mutable_data_ptr() : nullptr,
-                      need_displacements && a.displacements.numel() ? dd.mutable_data_ptr() : nullptr, need_tau ? dt.mutable_data_ptr() : nullptr};
+                      need_displacements && a.displacements.numel() ? dd.mutable_data_ptr() : nullptr,
+                      need_tau ? dt.mutable_data_ptr() : nullptr};
   const auto run = [&]<class T>(T) {
     const Saved<T> saved{values<T>(G), values<T>(z), values<uint8_t>(j), values<T>(R), values<T>(n)};
     backward(a.problem<T>(), saved, out);
@@ -125,7 +130,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
   return {df, dw, torch::stable::to(dd, displacements.scalar_type()), torch::stable::to(dt, tau.scalar_type())};
 }
 
-std::string cpu_capability() { return kernels<float>().name; }
+std::string cpu_capability() {
+  return std::string(kernels<float>().name) + (use_onednn() ? ", products by oneDNN" : ", products by BLAS");
+}
 
 }  // namespace
 }  // namespace gistops

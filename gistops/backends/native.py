@@ -1,9 +1,25 @@
-"""Loads the compiled operators."""
+"""Finds, or else builds, the compiled operators, and loads them once a process."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
+
+from .. import _build
+from .._toolchain import BuildError, Tools
+
+PACKAGE = Path(__file__).resolve().parent.parent
+LIBRARY = "_C.so"
+REINSTALL = "`pip install --force-reinstall --no-deps` of gistops builds it anew"
 
 
 @dataclass(frozen=True)
@@ -11,10 +27,166 @@ class Status:
     """What became of the compiled operators in this process."""
 
     loaded: bool
-    reason: str
+    reason: str  # where they come from, or why they are not there and how to get them
     path: Path | None = None
+    origin: str | None = None  # "install" or "first use": when they were compiled
+    built_for: str | None = None  # the version of torch that they were compiled for
+    compiler: str | None = None
+    error: str | None = None  # the last library that was there and did not load, and why
+
+
+def source_dir() -> Path:
+    """The C++ sources: inside an installed package, beside the package in a source tree."""
+    inside = PACKAGE / "csrc"
+    return inside if inside.is_dir() else PACKAGE.parent / "csrc"
+
+
+def cache_dir() -> Path:
+    """Where first-use builds are kept: $GISTOPS_CACHE, else gistops/ in the user's cache folder."""
+    if own := os.environ.get("GISTOPS_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gistops"
+
+
+def first_use_path(wanted: str) -> Path:
+    """Where the first-use build of the sources with hash `wanted` lies, for this torch and machine."""
+    return cache_dir() / f"{wanted}-torch{torch.__version__}-{_build.machine()}" / LIBRARY
+
+
+def _installed() -> list[Path]:
+    """Libraries compiled at install: this package's own, else that of another gistops on the path.
+
+    The second kind matters when tests run from the repository: `gistops` is then the source folder, and the
+    library lies in site-packages. It serves only if it was built from the same sources.
+    """
+    folders = [PACKAGE, *(Path(entry).resolve() / "gistops" for entry in sys.path)]
+    return [path for path in dict.fromkeys(folder / LIBRARY for folder in folders) if path.is_file()]
+
+
+def _load_error(path: Path) -> str | None:
+    """Load one library; what is wrong with it, or None."""
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"{path} does not load: {error.__cause__ or error}"  # torch's own words name only the path
+    if not hasattr(torch.ops.gistops, "constellation_forward"):
+        return f"{path} loads, but does not define gistops::constellation_forward"
+    return None
+
+
+def _use_installed(path: Path, wanted: str) -> Status:
+    record = _build.Record.read(path)
+    if record is None:
+        why = f"{path} is not this package's: it has no readable {_build.Record.path(path).name} beside it"
+        return Status(False, f"{why}; {REINSTALL}", path, error=why)
+    if record.source_hash != wanted:
+        return Status(False, f"{path} was compiled from other sources than {source_dir()}", path)
+    if error := _load_error(path):
+        if record.torch != torch.__version__:
+            error += f"; it was built for torch {record.torch}, you have {torch.__version__}"
+        return Status(False, f"{error}; {REINSTALL}", path, error=error)
+    return Status(True, f"compiled at install: {path}", path, "install", record.torch, record.compiler)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Hold the folder's lock; gives False where there are no locks. A killed process's lock falls with it."""
+    with open(folder / "lock", "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            yield False
+        else:
+            yield True
+
+
+def build_on_first_use(wanted: str) -> Path:
+    """The library in the cache folder, compiled now if it is not there. Safe with several processes at once.
+
+    Raises:
+        BuildError: it cannot be compiled here.
+        OSError: the cache folder cannot be written.
+    """
+    out = first_use_path(wanted)
+    if out.is_file():
+        return out
+    tools = Tools.find()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # One process compiles and the others wait for it. Where locks do not work each compiles for itself,
+    # as safely and more slowly, because what is made aside is moved into place in one step.
+    with _lock(out.parent) as alone:
+        if out.is_file():
+            return out
+        if alone:
+            for left in out.parent.glob("build-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+        say = f"gistops: compiling the CPU operators for torch {torch.__version__}, once (some ten seconds)"
+        print(f"{say}; they are kept in {out.parent}", file=sys.stderr, flush=True)
+        tmp = Path(tempfile.mkdtemp(prefix="build-", dir=out.parent))
+        try:
+            _build.build(source_dir(), tmp / LIBRARY, tmp, tools)
+            # The record first: where the library is, all is.
+            os.replace(_build.Record.path(tmp / LIBRARY), _build.Record.path(out))
+            os.replace(tmp / LIBRARY, out)
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+    return out
+
+
+def _use_first_use(wanted: str) -> Status:
+    if os.environ.get("GISTOPS_JIT") == "0":
+        return Status(False, "GISTOPS_JIT=0 forbids to compile on first use; unset it to allow that")
+    try:
+        path = build_on_first_use(wanted)
+    except BuildError as failure:
+        return Status(False, f"cannot compile on first use: {failure}")
+    except OSError as failure:
+        why = f"cannot compile on first use into {cache_dir()}: {failure}"
+        return Status(False, f"{why}; set GISTOPS_CACHE to a folder that can be written")
+    if error := _load_error(path):
+        return Status(False, f"{error}; delete {path.parent} to have it compiled anew", path, error=error)
+    record = _build.Record.read(path)
+    built_for, compiler = (record.torch, record.compiler) if record else (None, None)
+    return Status(True, f"compiled on first use: {path}", path, "first use", built_for, compiler)
+
+
+def _find_and_load() -> Status:
+    wanted = _build.source_hash(source_dir())
+    refused = []
+    for path in _installed():
+        status = _use_installed(path, wanted)
+        if status.loaded:
+            break
+        refused.append(status)
+    else:
+        status = _use_first_use(wanted)
+    errors = [s.error for s in (*refused, status) if s.error]
+    reasons = [s.reason for s in (*refused, status)]
+    return replace(
+        status,
+        reason=status.reason if status.loaded else "; ".join(reasons),
+        error=errors[-1] if errors else None,
+    )
+
+
+_status: Status | None = None
+_once = threading.Lock()
 
 
 def load() -> Status:
-    """Load the compiled operators, once."""
-    return Status(False, "not built yet")
+    """Load the compiled operators, once; never raises."""
+    global _status
+    with _once:
+        if _status is None:
+            try:
+                _status = _find_and_load()
+                if _status.loaded:
+                    from .. import _ops
+
+                    _ops.register()
+            except Exception as error:  # whatever is broken here, the reference backend must stay usable
+                why = f"{type(error).__name__}: {error}"
+                _status = Status(False, why, error=why)
+        return _status

@@ -44,9 +44,9 @@ def constellation_logits(
         for start in range(0, centers.shape[0], chunk):
             part = centers[start : start + chunk].to(dtype)
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                best, slot = checkpoint(_best_cosine, unit, part, structure, use_reentrant=False)
+                best, slot = checkpoint(best_cosine, unit, part, structure, use_reentrant=False)
             else:
-                best, slot = _best_cosine(unit, part, structure)
+                best, slot = best_cosine(unit, part, structure)
             logits.append(scale * best)
             slots.append(slot)
         if not logits:
@@ -55,7 +55,8 @@ def constellation_logits(
         return torch.cat(logits, dim=1), torch.cat(slots, dim=1)
 
 
-def _best_cosine(unit: Tensor, centers: Tensor, structure: Tensor) -> tuple[Tensor, Tensor]:
+def best_cosine(unit: Tensor, centers: Tensor, structure: Tensor) -> tuple[Tensor, Tensor]:
+    """The direct form: unit features [B, d], centers [k, d], δ_0..δ_m [M, d] -> best cosine and its slot, [B, k]."""
     vectors = centers[:, None, :] + structure  # [k, M, d]
     vectors = F.normalize(vectors, dim=2, eps=1e-12)
     scores = unit @ vectors.flatten(0, 1).T  # [B, k·M]

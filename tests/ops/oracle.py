@@ -54,6 +54,7 @@ half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64
 SAMPLES = [
     Sample(517, 1043, 37, 4),
     Sample(19, 2101, 41, 4),
+    Sample(300, 600, 130, 4),  # blocks large enough for oneDNN
     Sample(35, 67, 1031, 4),
     Sample(1, 1, 1, 0),
     Sample(5, 130, 3, 9, spread=1.0),

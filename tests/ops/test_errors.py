@@ -71,5 +71,5 @@ def test_second_derivatives_say_what_to_do(cpu: str) -> None:
     leaf = x.clone().requires_grad_()
     logits = gistops.constellation_logits(leaf, w, delta, tau, backend=cpu)
     (gradient,) = torch.autograd.grad(logits.square().sum(), leaf, create_graph=True)
-    with pytest.raises(NotImplementedError, match="differentiable once; .* backend='reference'"):
+    with pytest.raises(NotImplementedError, match=r"differentiable once; .* backend='reference'"):
         gradient.sum().backward()

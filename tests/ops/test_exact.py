@@ -78,12 +78,16 @@ def test_centers_that_a_displacement_all_but_cancels(closeness: float, backend: 
         assert error(value, true) <= allowed(0.0, true, torch.float32, 37 * 129)
 
 
-@pytest.mark.parametrize("capability", ["baseline", "v3"])
-def test_older_processors(capability: str) -> None:
-    """The same tests with the kernels of an older instruction set, as an older processor would choose them."""
-    if os.environ.get("GISTOPS_CPU_CAPABILITY"):
-        pytest.skip("already running under a forced instruction set")
-    environment = dict(os.environ, GISTOPS_CPU_CAPABILITY=capability)
+@pytest.mark.parametrize(
+    "choice", ["CAPABILITY=baseline", "CAPABILITY=v3", "PRODUCTS=blas", "PRODUCTS=onednn"]
+)
+def test_other_processors(choice: str, request: pytest.FixtureRequest) -> None:
+    """The same tests with the kernels and products that other processors would choose."""
+    if any(name.startswith("GISTOPS_CPU_") for name in os.environ):
+        pytest.skip("already running under a forced choice")
+    name, value = choice.split("=")
+    environment = dict(os.environ) | {f"GISTOPS_CPU_{name}": value}
     command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "logits or gradients or cancel"]
+    command.append(f"--seed={request.config.getoption('--seed')}")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

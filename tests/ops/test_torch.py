@@ -77,7 +77,9 @@ def test_compile_of_the_default_backend(cpu: str, seed: int) -> None:
     torch._dynamo.reset()
     x, w, delta, tau = HEAD.tensors(seed, requires_grad=False)
     function = torch.compile(gistops.constellation_logits, fullgraph=True, backend="aot_eager")
-    assert torch.equal(function(x, w, delta, tau), gistops.constellation_logits(x, w, delta, tau, backend=cpu))
+    assert torch.equal(
+        function(x, w, delta, tau), gistops.constellation_logits(x, w, delta, tau, backend=cpu)
+    )
 
 
 def test_export(cpu: str, seed: int) -> None:
@@ -148,7 +150,9 @@ def test_distributed_tensors_are_refused_in_words(cpu: str, seed: int) -> None:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
         x, w, delta, tau = HEAD.tensors(seed, requires_grad=False)
         sharded = distributed.distribute_tensor(w, mesh, [distributed.Shard(0)])
-        with pytest.raises(TypeError, match=r"centers: expected a local torch.Tensor, got a DTensor; call .to_local"):
+        with pytest.raises(
+            TypeError, match=r"centers: expected a local torch.Tensor, got a DTensor; call .to_local"
+        ):
             gistops.constellation_logits(x, sharded, delta, tau)
     finally:
         dist.destroy_process_group()

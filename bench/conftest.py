@@ -1,0 +1,130 @@
+"""Options, the interleaved timing, and the tables at the end of `pytest bench/`."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gistops.backends import native
+
+from .forms import SIZES, Size
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("gistops")
+    group.addoption(
+        "--sizes",
+        default=None,
+        help="comma-separated BxKxd or BxKxdxm; default: " + ", ".join(map(str, SIZES)),
+    )
+    group.addoption(
+        "--seconds", type=float, default=5.0, help="time to spend on each row of a table (at least 3 rounds)"
+    )
+
+
+class Rows:
+    """What was measured: table -> row -> column -> text."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, dict[str, dict[str, str]]] = {}
+
+    def add(self, table: str, row: str, column: str, value: str) -> None:
+        self.tables.setdefault(table, {}).setdefault(row, {})[column] = value
+
+
+ROWS = pytest.StashKey[Rows]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = Rows()
+
+
+def sizes(config: pytest.Config) -> tuple[Size, ...]:
+    chosen = config.getoption("--sizes")
+    return tuple(Size.parse(text) for text in chosen.split(",")) if chosen else SIZES
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "size" in metafunc.fixturenames:
+        metafunc.parametrize("size", sizes(metafunc.config), ids=str)
+
+
+@pytest.fixture
+def rows(request: pytest.FixtureRequest) -> Rows:
+    return request.config.stash[ROWS]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_backend() -> None:
+    status = native.load()
+    assert status.loaded, f"there is nothing to measure: {status.reason}"
+    return
+
+
+@pytest.fixture
+def paired(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., tuple[float, float, int]]:
+    """Times `run` with pytest-benchmark, and `limit` just before each round.
+
+    Both see the same state of the machine, so that the median of the ratios of pairs can be trusted where the
+    times themselves cannot. Returns that ratio, the median time of `run` in ms, and the number of pairs.
+    """
+    seconds: float = request.config.getoption("--seconds")
+
+    def measure(run: Callable[[], Any], limit: Callable[[], Any]) -> tuple[float, float, int]:
+        for function in (limit, run):  # compile, allocate
+            function()
+        begin = time.perf_counter()
+        limit()
+        run()
+        rounds = min(max(3, int(seconds / (time.perf_counter() - begin))), 200)
+        limits: list[float] = []
+
+        def setup() -> None:
+            begin = time.perf_counter()
+            limit()
+            limits.append(time.perf_counter() - begin)
+
+        benchmark.pedantic(run, setup=setup, rounds=rounds, iterations=1, warmup_rounds=0)
+        times: list[float] = benchmark.stats.stats.data
+        ratio = statistics.median(a / b for a, b in zip(times, limits[-rounds:], strict=True))
+        benchmark.extra_info["ratio to F.linear"] = ratio
+        return ratio, statistics.median(times) * 1e3, rounds
+
+    return measure
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    model = fields.get("model name") or platform.processor() or platform.machine()
+    family = f" (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else ""
+    return model + family
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    tables = config.stash[ROWS].tables
+    if not tables:
+        return
+    write = terminalreporter.write_line
+    write("")
+    capability = torch.ops.gistops.cpu_capability()
+    write(
+        f"{processor()}, {torch.get_num_threads()} threads, kernels {capability}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, {platform.system()}; n = rounds, each paired with F.linear"
+    )
+    for title, table in tables.items():
+        columns = list(dict.fromkeys(column for cells in table.values() for column in cells))
+        write(f"\n{title}\n")
+        write("| | " + " | ".join(columns) + " |")
+        write("|---|" + "---|" * len(columns))
+        for row, cells in table.items():
+            write(f"| {row} | " + " | ".join(cells.get(column, "–") for column in columns) + " |")

@@ -1,0 +1,213 @@
+"""Compiles `csrc/` into one shared library against the torch that is installed.
+
+Used at two moments: by setup.py when the package is installed, and by backends/native.py on first use where
+that was not possible. It uses torch's stable ABI alone, so that one library serves torch 2.10 and everything
+newer, on any Python.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ._toolchain import BuildError, Tools
+
+STABLE_ABI = "0x020a000000000000"  # 2.10: what is compiled for it loads on that torch and on later ones
+SOURCE_SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One object file: its source, flags of its own, and whether it may include torch's headers."""
+
+    name: str
+    source: str
+    flags: tuple[str, ...] = ()
+    torch_headers: bool = False
+
+
+# The kernels are compiled once for each instruction set, and choose.cpp picks one when it runs, so that a
+# library built on one machine runs on every other of its architecture. For the same reason they include no
+# torch header, and a test looks for weak symbols in them: of an inline function the linker keeps one copy,
+# from whichever object file, and an AVX-512 copy would crash an older machine.
+COMMON = (
+    Unit("schema", "schema.cpp", torch_headers=True),
+    Unit("cpu_ops", "cpu/ops.cpp", torch_headers=True),
+    Unit("cpu_choose", "cpu/choose.cpp"),
+    Unit("cpu_kernels_baseline", "cpu/kernels.cpp", ("-DGISTOPS_ISA=baseline",)),
+)
+X86_64 = (
+    Unit("cpu_kernels_v3", "cpu/kernels.cpp", ("-DGISTOPS_ISA=v3", "-march=x86-64-v3")),
+    Unit(
+        "cpu_kernels_v4",
+        "cpu/kernels.cpp",
+        ("-DGISTOPS_ISA=v4", "-march=x86-64-v4", "-mprefer-vector-width=512"),
+    ),
+)
+
+
+def machine() -> str:
+    """The processor's architecture, by one name each: "x86_64", "aarch64", ..."""
+    name = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+
+
+def units() -> tuple[Unit, ...]:
+    """What is compiled on this architecture."""
+    return COMMON + X86_64 if machine() == "x86_64" else COMMON
+
+
+def compile_flags() -> tuple[str, ...]:
+    """The flags of every unit. None depends on the machine that compiles (no -march=native)."""
+    flags = (
+        "-std=c++20",
+        "-O3",
+        "-ffp-contract=fast",  # the ISO modes of GCC make no fused multiply-adds otherwise
+        "-g0",
+        "-fPIC",
+        "-fvisibility=hidden",
+        f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
+    )
+    return (*flags, "-DGISTOPS_X86=1") if machine() == "x86_64" else flags
+
+
+def link_flags() -> tuple[str, ...]:
+    """The flags of the link step."""
+    # defs: a missing function is an error now, not when the library is loaded.
+    # no-as-needed: on a CUDA torch, libtorch brings libtorch_cuda, whose functions are looked up when called.
+    linux = () if sys.platform == "darwin" else ("-Wl,-z,defs", "-Wl,--no-as-needed")
+    return (*linux, "-ltorch", "-ltorch_cpu", "-lc10")
+
+
+def sources(src: Path) -> list[Path]:
+    """The files of `src` that a build may read, relative to it, in a fixed order."""
+    return sorted(path.relative_to(src) for path in src.rglob("*") if path.suffix in SOURCE_SUFFIXES)
+
+
+def source_hash(src: Path) -> str:
+    """A hash of all that decides what a build of `src` makes, but for torch and the compiler."""
+    digest = hashlib.sha256(repr((units(), compile_flags(), link_flags())).encode())
+    for path in sources(src):
+        digest.update(f"\0{path.as_posix()}\0".encode() + (src / path).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a library was built from, and for what; lies beside `_C.so` as `_C.json`."""
+
+    source_hash: str
+    torch: str
+    machine: str
+    compiler: str
+
+    @staticmethod
+    def path(library: Path) -> Path:
+        """Where the record of `library` lies."""
+        return library.with_suffix(".json")
+
+    @classmethod
+    def read(cls, library: Path) -> Record | None:
+        """The record of `library`, or None where there is none that can be read."""
+        try:
+            data = json.loads(cls.path(library).read_text(encoding="utf-8"))
+            return cls(**{name: str(data[name]) for name in cls.__dataclass_fields__})
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, library: Path) -> None:
+        """Write this record beside `library`."""
+        self.path(library).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def _escape(path: Path) -> str:
+    """A path as ninja's build lines want it."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def _command(*words: str | Path) -> str:
+    """A command line as ninja's rules want it."""
+    return shlex.join(map(str, words)).replace("$", "$$")
+
+
+def _write_ninja(src: Path, out: Path, tmp: Path, tools: Tools) -> None:
+    lines = []
+    objects = []
+    for unit in units():
+        obj, source = tmp / f"{unit.name}.o", src / unit.source
+        depfile = obj.with_suffix(".d")
+        # Checks carry their file's name into Python's messages: without the folder that it was compiled in.
+        flags = [*compile_flags(), *unit.flags, f"-ffile-prefix-map={src}=csrc"]
+        if unit.torch_headers:
+            flags += ["-isystem", str(tools.torch.include)]
+        command = _command(*tools.compiler, *flags, "-MD", "-MF", depfile, "-c", source, "-o", obj)
+        lines += [
+            f"rule {unit.name}",
+            f"  command = {command}",
+            f"  depfile = {_escape(depfile)}",
+            "  deps = gcc",
+        ]
+        lines += [f"build {_escape(obj)}: {unit.name} {_escape(source)}", ""]
+        objects.append(obj)
+    command = _command(*tools.compiler, "-shared", *objects, "-o", out, f"-L{tools.torch.lib}", *link_flags())
+    lines += ["rule link", f"  command = {command}"]
+    lines += [f"build {_escape(out)}: link {' '.join(map(_escape, objects))}", ""]
+    (tmp / "build.ninja").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _explain(output: str) -> str:
+    """The compiler's first error lines and the command that they came from, out of ninja's output."""
+    first = r"^FAILED:.*\n(?P<command>.*)\n(?P<said>(?s:.*?))(?=^\[\d+/\d+\]|^FAILED:|^ninja: |\Z)"
+    failed = re.search(first, output, re.M)
+    if failed is None:
+        return output.strip()[-2000:]
+    said = failed["said"].splitlines()
+    errors = [line for line in said if re.search(r"error|undefined reference|cannot find|not found", line)]
+    shown = "\n".join(f"  {line}" for line in (errors or said)[:8])
+    return f"{shown}\n  command: {failed['command']}"
+
+
+def build(src: Path, out: Path, tmp: Path, tools: Tools | None = None) -> Record:
+    """Compile `src` into the library `out`, and write its record beside it.
+
+    Args:
+        src: the folder of the C++ sources.
+        out: the library to make.
+        tmp: the folder for object files; what an earlier build of the same sources left there is used again.
+        tools: what to build with; None finds them.
+
+    Raises:
+        BuildError: torch, a compiler or ninja is missing, or compiling failed.
+    """
+    missing = [unit.source for unit in units() if not (src / unit.source).is_file()]
+    if missing:
+        raise BuildError(f"{src}: C++ sources are missing: {', '.join(dict.fromkeys(missing))}")
+    tools = tools or Tools.find()
+    src, out, tmp = src.resolve(), out.absolute(), tmp.absolute()
+    tmp.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    record = Record(source_hash(src), tools.torch.version, machine(), tools.compiler_version())
+    _write_ninja(src, out, tmp, tools)
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS", "").isdigit() else []
+    done = subprocess.run(
+        [str(tools.ninja), "-C", str(tmp), *jobs],
+        env={**os.environ, "LC_ALL": "C"},  # error lines are looked for in English
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode != 0:
+        why = _explain(done.stdout)
+        raise BuildError(f"compiling gistops' C++ code for torch {tools.torch.version} failed:\n{why}")
+    record.write(out)
+    return record

@@ -1,0 +1,100 @@
+"""What is built, what is chosen, and why: `python -m gistops.info`."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import torch
+
+from . import __version__
+from ._build import machine
+from ._toolchain import BuildError, find_compiler
+from .backends import NAMES, native
+
+
+def _cpu(status: native.Status) -> dict[str, Any]:
+    return {"available": status.loaded, "reason": status.reason}
+
+
+def _reference(status: native.Status) -> dict[str, Any]:
+    return {"available": True, "reason": "plain PyTorch, on any device"}
+
+
+# How each backend of backends.NAMES is judged; a new one adds its line here.
+_JUDGES = {"cpu": _cpu, "reference": _reference}
+
+
+def _capability(status: native.Status) -> str | None:
+    return str(torch.ops.gistops.cpu_capability()) if status.loaded else None
+
+
+def _compiler(status: native.Status) -> str:
+    if status.compiler:
+        return status.compiler
+    try:
+        return " ".join(find_compiler())
+    except BuildError as error:
+        return f"none: {error}"
+
+
+def mismatch(built_for: str | None, running: str) -> str | None:
+    """What to know where the operators were compiled for another torch than the one that runs; else None."""
+    if built_for is None or built_for == running:
+        return None
+    return (
+        f"the operators were built for torch {built_for}, you have {running}. They use the stable ABI and "
+        f"should work with both; {native.REINSTALL}."
+    )
+
+
+def info() -> dict[str, Any]:
+    """All that `python -m gistops.info` prints. Loads the compiled operators, compiling them if need be."""
+    status = native.load()
+    return {
+        "versions": {
+            "gistops": __version__,
+            "python": f"{platform.python_version()} ({machine()}, {platform.system()})",
+            "torch, running": torch.__version__,
+            "torch, built for": status.built_for or "nothing is built",
+            "compiler": _compiler(status),
+        },
+        "backends": {name: _JUDGES[name](status) for name in NAMES},
+        "cpu": {
+            "instruction set": _capability(status) or "none: the compiled operators are not loaded",
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+        },
+        "cache": {"folder": str(native.cache_dir()), "sources": str(native.source_dir())},
+        "mismatch": mismatch(status.built_for, torch.__version__),
+        "last load error": status.error,
+    }
+
+
+def render(facts: dict[str, Any]) -> str:
+    """`info()` as text."""
+    lines = []
+    rows = {**facts["versions"], **facts["cpu"], "cache folder": facts["cache"]["folder"]}
+    rows["C++ sources"] = facts["cache"]["sources"]
+    rows["last load error"] = facts["last load error"] or "none"
+    width = max(map(len, rows))
+    indent = "\n" + " " * (width + 2)
+    lines += [f"{name:<{width}}  {str(value).replace(chr(10), indent)}" for name, value in rows.items()]
+    lines += ["", f"{'backend':<{width}}  available  why"]
+    for name, judged in facts["backends"].items():
+        available = "yes" if judged["available"] else "no"
+        reason = judged["reason"].replace("\n", indent + " " * 11)
+        lines.append(f"{name:<{width}}  {available:<9}  {reason}")
+    if facts["mismatch"]:
+        lines += ["", f"Note: {facts['mismatch']}"]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print what is built, what is chosen, and why."""
+    print(render(info()))
+
+
+if __name__ == "__main__":
+    main()

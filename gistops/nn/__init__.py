@@ -1,0 +1,7 @@
+"""Classification heads of GistNet (Liu, Li, Kang, Hua, Vasconcelos, ICCV 2021) as modules."""
+
+from .constellation import ConstellationClassifier
+from .gist import GistClassifier
+from .usage import SlotUsage
+
+__all__ = ["ConstellationClassifier", "GistClassifier", "SlotUsage"]

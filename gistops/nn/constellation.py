@@ -1,0 +1,230 @@
+"""One constellation head."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import backends
+from .._checks import FLOAT_DTYPES, MAX_SLOTS
+from ..functional import constellation_logits
+from ._checks import check_integer, check_positive
+from .usage import SlotUsage
+
+
+class ConstellationClassifier(nn.Module):
+    """A classifier whose classes are constellations: logits `τ · max_j cos(f, w_k + δ_j)`, with `δ_0 = 0`.
+
+    GistNet (Liu, Li, Kang, Hua, Vasconcelos, ICCV 2021), equations 4 to 7. The displacements δ are shared by
+    all classes. With `num_displacements=0` it is the plain cosine classifier. To train it as the paper does,
+    use `GistClassifier`, whose `export()` gives one of these.
+
+    Parameters of the module:
+        centers: w, [num_classes, in_features]; entries N(0, 1/in_features), so that a row's norm is about 1.
+        displacements: δ, [num_displacements, in_features]; random directions, each of norm
+            `displacement_scale` times the mean norm of a centre. Never zero: at zero all slots tie, slot 0
+            wins, and δ gets no gradient.
+        log_tau: log τ, [1], so that τ is positive whatever the optimiser does. Keep it out of weight decay,
+            which would pull τ towards 1: it has one dimension, so the usual rule "no decay below two
+            dimensions" does. (Not a scalar, which FSDP does not take.)
+
+    A module cast to bfloat16 or float16 computes as exactly as one in float32 from rounded parameters, but
+    small steps of an optimiser are lost in such parameters, in `log_tau` above all: for training keep the
+    module in float32 and use autocast.
+
+    Args:
+        in_features: dimension d of the features.
+        num_classes: number of classes K.
+        num_displacements: number m of displacements, 0 to 255; the paper's best is 4.
+        tau: initial temperature, above 0.
+        displacement_scale: initial norm of a displacement relative to a centre's, above 0.
+        device, dtype: of the parameters, as in `torch.nn.Linear`.
+        backend: as in `gistops.constellation_logits`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
+    """
+
+    centers: nn.Parameter
+    displacements: nn.Parameter
+    log_tau: nn.Parameter
+    _warned = False  # of displacements that do nothing
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        num_displacements: int = 4,
+        *,
+        tau: float = 16.0,
+        displacement_scale: float = 0.1,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = check_integer("in_features", in_features, 1)
+        self.num_classes = check_integer("num_classes", num_classes, 1)
+        num_displacements = check_integer("num_displacements", num_displacements, 0, MAX_SLOTS - 1)
+        self.initial_tau = check_positive("tau", tau)
+        self.displacement_scale = check_positive("displacement_scale", displacement_scale)
+        if dtype is not None and dtype not in FLOAT_DTYPES:
+            raise TypeError(f"dtype: expected float32, float16, bfloat16 or float64, got {dtype}")
+        if backend is not None and backend not in backends.NAMES:
+            names = ", ".join(map(repr, backends.NAMES))
+            raise ValueError(f"backend: expected None or one of {names}, got {backend!r}")
+        self.backend = backend
+        for name, shape in self._parameter_shapes(num_displacements).items():
+            setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.reset_parameters()
+
+    def _parameter_shapes(self, num_displacements: int) -> dict[str, tuple[int, ...]]:
+        return {
+            "centers": (self.num_classes, self.in_features),
+            "displacements": (num_displacements, self.in_features),
+            "log_tau": (1,),
+        }
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, from the default generator of their device."""
+        nn.init.normal_(self.centers, std=self.in_features**-0.5)
+        nn.init.constant_(self.log_tau, math.log(self.initial_tau))
+        directions = torch.randn_like(self.displacements, dtype=torch.float32)
+        self.displacements.copy_(self._scaled(directions, self.displacement_scale))
+
+    def _scaled(self, directions: Tensor, scale: float) -> Tensor:
+        """`directions` [m, d] at norms of `scale` times the centres' mean norm, on the centres' device."""
+        centers = self.centers.detach()
+        norm = torch.linalg.vector_norm(centers, dim=1, dtype=_compute_dtype(centers)).mean()
+        norm = torch.where(norm > 0, norm, 1.0)  # centres at zero must not make displacements of zero
+        return F.normalize(directions.to(norm.device), dim=1) * (scale * norm)
+
+    @property
+    def num_displacements(self) -> int:
+        """Number m of displacements; there are m + 1 slots."""
+        return self.displacements.shape[0]
+
+    @property
+    def tau(self) -> Tensor:
+        """The temperature τ = exp(log_tau), a scalar, float32 (float64 in a float64 module)."""
+        return positive(self.log_tau)
+
+    def forward(self, input: Tensor, return_slots: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits of all classes.
+
+        Args:
+            input: features, [B, in_features], float32, float16, bfloat16 or float64; not normalised.
+            return_slots: also return which vector of each class won.
+
+        Returns:
+            logits [B, num_classes], float32 (float64 for float64); with `return_slots` also slots
+            [B, num_classes], uint8, 0 for the bare centre.
+
+        Raises:
+            TypeError, ValueError, gistops.BackendUnavailable: as `gistops.constellation_logits`.
+        """
+        return constellation_logits(
+            input, self.centers, self.displacements, self.tau, return_slots=return_slots, backend=self.backend
+        )
+
+    @torch.no_grad()
+    def add_displacements(
+        self,
+        num: int = 4,
+        *,
+        values: Tensor | None = None,
+        scale: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Give a head made with `num_displacements=0` its displacements: the paper's second stage.
+
+        All other parameters stay as they are. `displacements` becomes a new parameter, on the device and in
+        the dtype of the old one: make the optimiser (and a DDP or FSDP wrapper) anew afterwards, or it will
+        not be trained.
+
+        Args:
+            num: number of displacements, 1 to 255.
+            values: initial displacements, [m, in_features], floating; m then counts instead of `num`. Without
+                them random directions are drawn, of norm `scale` times the mean norm of the centres.
+            scale: above 0; by default the module's `displacement_scale`.
+            generator: draws the directions, on its own device; by default the CPU's default generator, so
+                that the values do not depend on the module's device.
+
+        Raises:
+            RuntimeError: the head has displacements.
+            TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
+        """
+        if self.num_displacements:
+            raise RuntimeError(
+                f"add_displacements: expected a head made with num_displacements=0, this one has "
+                f"{self.num_displacements}; assign to .displacements.data to change their values"
+            )
+        scale = self.displacement_scale if scale is None else check_positive("scale", scale)
+        if values is None:
+            num = check_integer("num", num, 1, MAX_SLOTS - 1)
+            device = "cpu" if generator is None else generator.device
+            values = self._scaled(
+                torch.randn(num, self.in_features, generator=generator, device=device), scale
+            )
+        elif not isinstance(values, Tensor) or not values.is_floating_point():
+            got = values.dtype if isinstance(values, Tensor) else type(values).__name__
+            raise TypeError(f"values: expected a floating-point torch.Tensor, got {got}")
+        elif values.dim() != 2 or values.shape[1] != self.in_features or not 1 <= len(values) < MAX_SLOTS:
+            raise ValueError(
+                f"values: expected shape [m, {self.in_features}] with 1 <= m <= {MAX_SLOTS - 1}, "
+                f"got {list(values.shape)}"
+            )
+        old = self.displacements
+        self.displacements = nn.Parameter(
+            values.detach().to(old.device, old.dtype, copy=True), requires_grad=old.requires_grad
+        )
+        self._warn_if_zero()
+
+    def slot_usage(self, input: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Share of the samples won by each slot of their own class; over many batches use `SlotUsage`.
+
+        Args:
+            input: features, [B, in_features].
+            labels: classes, [B], integer; without them a sample's own class is the predicted one.
+
+        Returns:
+            shares [num_displacements + 1], float32, which sum to 1.
+        """
+        usage = SlotUsage(self)
+        usage.update(input, labels)
+        return usage.shares()
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, num_classes={self.num_classes}"
+        text += f", num_displacements={self.num_displacements}"
+        return text if self.backend is None else f"{text}, backend={self.backend!r}"
+
+    def _warn_if_zero(self) -> None:
+        # A parameter of another type has no values to look at: fake, functional or distributed tensors.
+        known = type(self.displacements) is nn.Parameter and not self.displacements.is_meta
+        if known and not self._warned and self.num_displacements and not self.displacements.detach().any():
+            self._warn(
+                "displacements are exactly zero: all slots tie, slot 0 wins every tie, and the displacements "
+                "never get a gradient. Give them other values before training: as this module draws them, "
+                "random ones of about a tenth of the centres' norm."
+            )
+
+    def _warn(self, what: str) -> None:
+        """Warn, once a module."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"{type(self).__name__}: {what}", RuntimeWarning, stacklevel=4)
+
+
+def positive(log_value: Tensor) -> Tensor:
+    """exp of a parameter [1] as a scalar, float32 (float64 for float64): bfloat16 is too coarse."""
+    return log_value.to(_compute_dtype(log_value)).exp().reshape(())
+
+
+def _compute_dtype(value: Tensor) -> torch.dtype:
+    return torch.promote_types(value.dtype, torch.float32)

@@ -1,0 +1,133 @@
+"""GistNet's head for training: two streams, one set of displacements."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional import constellation_logits
+from .constellation import ConstellationClassifier, positive
+
+
+class GistClassifier(ConstellationClassifier):
+    """GistNet's two-stream head (Liu, Li, Kang, Hua, Vasconcelos, ICCV 2021): train with `losses()`.
+
+    A class-balanced stream trains the centres w that are kept for inference; a random stream, in which the
+    frequent classes dominate, trains centres v of its own and the displacements δ, which the few-shot classes
+    then share. The gradients are routed, and what is blocked is exactly zero:
+
+    | parameter | shape | gets gradient from |
+    |---|---|---|
+    | `centers` (w) | [num_classes, in_features] | balanced loss |
+    | `random_centers` (v) | [num_classes, in_features] | random loss |
+    | `displacements` (δ) | [num_displacements, in_features] | random loss; detached in the balanced one |
+    | `log_tau` | [1] | balanced loss |
+    | `log_random_tau` | [1] | random loss |
+
+    and the features of each stream from its own loss. `forward()` gives w's logits and routes nothing: a loss
+    of them would train the displacements too. Training goes in two stages: the first without displacements
+    (`num_displacements=0`), the second after `add_displacements()`.
+
+    Initial values, weight decay, arguments and errors: as `ConstellationClassifier`.
+    """
+
+    random_centers: nn.Parameter
+    log_random_tau: nn.Parameter
+    _looked = False  # whether the displacements are zero
+
+    def _parameter_shapes(self, num_displacements: int) -> dict[str, tuple[int, ...]]:
+        return {
+            **super()._parameter_shapes(num_displacements),
+            "random_centers": (self.num_classes, self.in_features),
+            "log_random_tau": (1,),
+        }
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, from the default generator of their device."""
+        super().reset_parameters()
+        nn.init.normal_(self.random_centers, std=self.in_features**-0.5)
+        nn.init.constant_(self.log_random_tau, math.log(self.initial_tau))
+
+    @property
+    def random_tau(self) -> Tensor:
+        """The random stream's temperature, like `tau`."""
+        return positive(self.log_random_tau)
+
+    def random_logits(self, input: Tensor) -> Tensor:
+        """Logits of the random stream's centres v, [B, num_classes]; input as in `forward`."""
+        return constellation_logits(
+            input, self.random_centers, self.displacements, self.random_tau, backend=self.backend
+        )
+
+    def losses(
+        self, x_balanced: Tensor, y_balanced: Tensor, x_random: Tensor, y_random: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropies of the two streams, with the gradients routed as the class describes.
+
+        The paper minimises `loss_random + 0.5 * loss_balanced`. Under DDP call it in the `forward` of the
+        module that is wrapped, because DDP sees to gradients of calls to `forward` only.
+
+        Args:
+            x_balanced: features of a class-balanced batch, [B, in_features], as in `forward`.
+            y_balanced: their classes, [B], int64; or class probabilities, [B, num_classes], floating.
+            x_random: features of a random batch, [B', in_features].
+            y_random: their classes, [B'], or class probabilities, [B', num_classes].
+
+        Returns:
+            (loss_balanced, loss_random), scalars, float32 (float64 for float64); NaN for an empty batch.
+
+        Raises:
+            TypeError, ValueError, gistops.BackendUnavailable: as `gistops.constellation_logits`, or targets
+                that do not fit.
+        """
+        if not torch.compiler.is_compiling() and not self._looked:
+            self._looked = True  # once, because on a GPU the host must wait for the answer
+            self._warn_if_zero()
+        balanced = constellation_logits(
+            x_balanced, self.centers, self.displacements.detach(), self.tau, backend=self.backend
+        )
+        random = self.random_logits(x_random)
+        return (
+            F.cross_entropy(balanced, _as_targets("y_balanced", y_balanced, balanced)),
+            F.cross_entropy(random, _as_targets("y_random", y_random, random)),
+        )
+
+    def export(self) -> ConstellationClassifier:
+        """The head for inference alone: a `ConstellationClassifier` with copies of w, δ and τ.
+
+        v and its temperature are left out. The result's logits are those of `forward`, bit for bit; it draws
+        no random numbers, and `torch.export.export` takes it.
+        """
+        head = ConstellationClassifier(
+            self.in_features,
+            self.num_classes,
+            self.num_displacements,
+            tau=self.initial_tau,
+            displacement_scale=self.displacement_scale,
+            device="meta",
+            backend=self.backend,
+        )
+        for name in ("centers", "displacements", "log_tau"):
+            setattr(head, name, nn.Parameter(getattr(self, name).detach().clone()))
+        return head.eval()
+
+
+def _as_targets(name: str, target: Tensor, logits: Tensor) -> Tensor:
+    """Targets that fit the logits, probabilities in their dtype."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(target).__name__}")
+    batch, classes = logits.shape
+    if target.is_floating_point():
+        fits = target.shape == logits.shape
+    else:
+        fits = target.dtype == torch.int64 and target.shape == (batch,)
+    if not fits:
+        raise ValueError(
+            f"{name}: expected int64 [{batch}] or floating-point [{batch}, {classes}], "
+            f"got {str(target.dtype).removeprefix('torch.')} {list(target.shape)}"
+        )
+    return target.to(logits.dtype) if target.is_floating_point() else target

@@ -1,0 +1,227 @@
+"""Class-balanced batches."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from math import gcd
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from .nn._checks import check_integer
+
+Integers = npt.NDArray[np.int64]
+
+
+class ClassBalancedBatchSampler(Sampler[list[int]]):
+    """Endless batches of `classes_per_batch` distinct classes with `samples_per_class` images each.
+
+    GistNet (Liu, Li, Kang, Hua, Vasconcelos, ICCV 2021) draws 32 classes x 4 images for its balanced loss.
+    Classes come from an endless sequence of shuffled cycles over all classes, and the images of a class from
+    an endless sequence of shuffled cycles over its images. Hence, at any moment and counted over all
+    replicas, the visits of any two classes differ by at most one, and so do those of any two images of a
+    class. Classes in a batch are distinct; images of a class in a batch are distinct if it has
+    `samples_per_class` of them, otherwise they repeat. Classes without images are left out.
+
+        sampler = ClassBalancedBatchSampler(dataset.targets)
+        loader = DataLoader(dataset, batch_sampler=sampler, num_workers=4, persistent_workers=True)
+
+    Replicas: all walk the same sequence of batches, and of each group of `num_replicas` batches, replica r
+    takes batch r; so they never draw the same place. If there are `num_replicas * classes_per_batch` classes
+    or more, no class is in two batches of a group; with fewer that cannot be.
+
+    The sequence depends on the arguments alone, not on the versions of numpy and torch, and has no length. A
+    new iterator goes on where the last one stopped. A batch costs some microseconds a class, however many
+    classes and images there are.
+
+    Args:
+        labels: the class of each image, integers of at least 0: a list, a numpy array or a tensor, [N].
+        classes_per_batch: at least 1, at most the number of classes that have images.
+        samples_per_class: at least 1.
+        seed: at least 0; the same for all replicas.
+        num_replicas: number of processes that share the sequence.
+        rank: this process, 0 to num_replicas - 1.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[int] | npt.NDArray[Any] | Tensor,
+        classes_per_batch: int = 32,
+        samples_per_class: int = 4,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        array = _as_labels(labels)
+        self.classes_per_batch = check_integer("classes_per_batch", classes_per_batch, 1)
+        self.samples_per_class = check_integer("samples_per_class", samples_per_class, 1)
+        self.seed = check_integer("seed", seed, 0)
+        self.num_replicas = check_integer("num_replicas", num_replicas, 1)
+        self.rank = check_integer("rank", rank, 0, self.num_replicas - 1)
+        # Images sorted by class, and where each class begins and ends there: one sort serves all classes.
+        self._order = np.argsort(array, kind="stable")
+        ends = np.flatnonzero(np.diff(array[self._order], append=-1)) + 1
+        self._bounds = np.concatenate(([0], ends))
+        self.num_classes = len(ends)
+        if self.classes_per_batch > self.num_classes:
+            raise ValueError(
+                f"classes_per_batch: expected at most {self.num_classes}, the number of classes that have "
+                f"images, got {self.classes_per_batch}"
+            )
+        self._checksum = zlib.crc32(array.data)
+        self._key = np.asarray(np.random.SeedSequence(self.seed).generate_state(2, np.uint64), np.uint64)
+        group = self.num_replicas * self.classes_per_batch
+        window = group if group <= self.num_classes else self.classes_per_batch
+        self._classes = _ShuffledCycles(self.num_classes, window, self._key, 0)
+        self._images: dict[int, _ShuffledCycles] = {}  # of the classes met so far
+        self._batches = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while True:
+            index = self._batches * self.num_replicas + self.rank  # in the sequence that all replicas share
+            self._batches += 1
+            yield self._batch(index)
+
+    def _batch(self, index: int) -> list[int]:
+        """Batch number `index` of the shared sequence, a function of the arguments and `index` alone."""
+        start = index * self.classes_per_batch
+        images = []
+        for place, label in enumerate(self._classes.take(start, self.classes_per_batch).tolist(), start):
+            # A class is met once in each cycle of classes: the cycle's number counts its earlier visits.
+            visit = place // self.num_classes
+            low, high = int(self._bounds[label]), int(self._bounds[label + 1])
+            if label not in self._images:
+                window = self.samples_per_class if self.samples_per_class <= high - low else 1
+                self._images[label] = _ShuffledCycles(high - low, window, self._key, 1 + label)
+            chosen = self._images[label].take(visit * self.samples_per_class, self.samples_per_class)
+            images.append(self._order[low + chosen])
+        result: list[int] = np.concatenate(images).tolist()
+        return result
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the sequence stands, in plain integers; `torch.load(weights_only=True)` reads it.
+
+        `batches` counts the batches that this replica has drawn. A `DataLoader` with workers draws some ahead
+        of training: to resume at the batch after the last one trained on, set `batches` to the number of
+        batches trained on since the sampler was made.
+        """
+        return {
+            "batches": self._batches,
+            "num_replicas": self.num_replicas,
+            "seed": self.seed,
+            "classes_per_batch": self.classes_per_batch,
+            "samples_per_class": self.samples_per_class,
+            "labels": self._checksum,
+        }
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on where `state` was taken, with the very same batches; iterators that exist follow.
+
+        With another number of replicas than the state's it goes on at the same place of another sequence: as
+        balanced, but not with the same batches.
+
+        Raises:
+            KeyError: the state lacks an entry.
+            ValueError: the state is of a sampler with other labels or arguments.
+        """
+        own = self.state_dict()
+        if missing := own.keys() - state.keys():
+            raise KeyError(
+                f"state: expected entries {', '.join(own)}, got none for {', '.join(sorted(missing))}"
+            )
+        for name in ("seed", "classes_per_batch", "samples_per_class", "labels"):
+            if state[name] != own[name]:
+                what = "a checksum of " if name == "labels" else ""
+                raise ValueError(f"{name}: expected {what}{state[name]}, as in the state, got {own[name]}")
+        batches = check_integer("state['batches']", state["batches"], 0)
+        replicas = check_integer("state['num_replicas']", state["num_replicas"], 1)
+        self._batches = -(-batches * replicas // self.num_replicas)  # rounded up, to whole groups
+
+
+class _ShuffledCycles:
+    """Endless shuffled cycles over 0..n-1, without repeats in any aligned window of `window` places.
+
+    Every cycle is a permutation, so visits of any two items differ by at most one at any place; a window is
+    the places from a multiple of `window` to the next, and `window <= n`. A cycle is a function of (key,
+    stream, its number), and of the cycle before it if a window lies across the two. Since windows and cycles
+    end together every `window / gcd(n, window)` cycles, any cycle can be made without those before that
+    point: there is no state to keep.
+    """
+
+    __slots__ = ("_cycle", "_key", "_n", "_number", "_span", "_stream", "_window")
+
+    def __init__(self, n: int, window: int, key: npt.NDArray[np.uint64], stream: int) -> None:
+        self._n, self._window, self._key, self._stream = n, window, key, stream
+        self._span = window // gcd(n, window)
+        self._number = -1  # of the cycle at hand
+        self._cycle: Integers = np.zeros(0, np.int64)
+
+    def take(self, start: int, count: int) -> Integers:
+        """Items at places start..start+count-1, [count]."""
+        number, offset = divmod(start, self._n)
+        part = self._get(number)[offset : offset + count]
+        if len(part) == count:
+            return part
+        parts = [part]
+        while count := count - len(part):
+            number += 1
+            part = self._get(number)[:count]
+            parts.append(part)
+        return np.concatenate(parts)
+
+    def _get(self, number: int) -> Integers:
+        if number != self._number:
+            first = number - number % self._span  # a cycle that no window joins to the one before
+            for i in range(self._number + 1 if first <= self._number < number else first, number + 1):
+                self._cycle = self._make(i)
+                self._number = i
+        return self._cycle
+
+    def _make(self, number: int) -> Integers:
+        """Cycle `number`; the one before it must be at hand if a window joins them."""
+        if self._n == 1:
+            return np.zeros(1, np.int64)
+        # Raw words of a counter-based generator: numpy keeps them the same for ever, unlike its permutations.
+        words = np.random.Philox(key=self._key, counter=np.array([0, 0, number, self._stream], np.uint64))
+        order = np.argsort(words.random_raw(self._n), kind="stable")
+        used = number * self._n % self._window  # places taken already of the window across the boundary
+        if not used:
+            return order
+        # A uniform draw from the permutations that fit: the window's other places from the items not in it
+        # yet, then all that remain, shuffled anew (they were not uniform given the first).
+        free = np.ones(self._n, bool)
+        free[self._cycle[self._n - used :]] = False
+        head = order[free[order]][: self._window - used]
+        free[:] = True
+        free[head] = False
+        rest = np.flatnonzero(free)
+        return np.concatenate((head, rest[np.argsort(words.random_raw(len(rest)), kind="stable")]))
+
+
+def _as_labels(labels: object) -> Integers:
+    if isinstance(labels, Tensor):
+        if labels.is_floating_point():  # bfloat16 is unknown to numpy
+            raise TypeError(f"labels: expected integers, got {labels.dtype}")
+        labels = labels.detach().cpu().numpy()
+    try:
+        array = np.asarray(labels)
+    except ValueError as error:
+        raise ValueError(
+            "labels: expected one class for each image, shape [N], got rows that differ"
+        ) from error
+    if array.ndim != 1 or not len(array):
+        raise ValueError(
+            f"labels: expected one class for each image, shape [N] with N >= 1, got {list(array.shape)}"
+        )
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"labels: expected integers, got {array.dtype}")
+    if array.min() < 0:
+        raise ValueError(f"labels: expected classes of at least 0, got {array.min()}")
+    return array.astype(np.int64)

@@ -1,0 +1,88 @@
+"""Compiles the operators while the package is installed, where that can be done.
+
+torch is no build requirement: pip would fetch a second one of several gigabytes and compile against the wrong
+version. `gistops/_build.py` finds the one that is installed instead. GISTOPS_BUILD says what is wanted:
+
+    auto (default)  compile; where that fails the install succeeds, and the first use compiles
+    1               compile; a failure is an error
+    0               do not compile
+"""
+
+import os
+import shutil
+import sys
+import types
+from pathlib import Path
+
+from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+
+# `import gistops` would import torch, which is hidden here; this empty package in its place does not.
+package = types.ModuleType("gistops")
+package.__path__ = [str(ROOT / "gistops")]
+sys.modules["gistops"] = package
+from gistops import _build  # noqa: E402
+from gistops._toolchain import BuildError  # noqa: E402
+
+
+class GistopsDistribution(Distribution):
+    """Holds native code once it has been compiled; only then is the wheel bound to a platform."""
+
+    compiled = False
+
+    def has_ext_modules(self):
+        return self.compiled
+
+
+class BuildPackage(build_py):
+    """Copies the Python files, adds the C++ sources for a build on first use, and compiles."""
+
+    def run(self):
+        if self.editable_mode:  # the source folder is the package; what is edited there is compiled when used
+            return super().run()
+        for name in ("gistops", "train"):  # what an earlier build left must not be shipped
+            shutil.rmtree(Path(self.build_lib, name), ignore_errors=True)
+        super().run()
+        built = Path(self.build_lib, "gistops")
+        for path in _build.sources(ROOT / "csrc"):
+            target = built / "csrc" / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(ROOT / "csrc" / path), str(target))
+        self.compile_operators(built / "_C.so")
+
+    def compile_operators(self, out):
+        wanted = os.environ.get("GISTOPS_BUILD", "auto")
+        if wanted not in ("auto", "0", "1"):
+            raise SystemExit(f"GISTOPS_BUILD: expected auto, 0 or 1, got {wanted!r}")
+        if wanted == "0":
+            return print("gistops: GISTOPS_BUILD=0, the operators are not compiled now", file=sys.stderr)
+        temporary = Path(self.get_finalized_command("build").build_temp, "gistops")
+        try:
+            record = _build.build(ROOT / "csrc", out, temporary)
+        except BuildError as error:
+            if wanted == "1":
+                raise SystemExit(f"gistops: GISTOPS_BUILD=1, but {error}") from error
+            print(f"gistops: the operators are not compiled now, but on first use: {error}", file=sys.stderr)
+        else:
+            self.distribution.compiled = True
+            print(
+                f"gistops: operators compiled for torch {record.torch} by {record.compiler}", file=sys.stderr
+            )
+
+
+class Wheel(bdist_wheel):
+    """Tagged for any Python, and for this platform if there is native code inside."""
+
+    def run(self):
+        self.run_command("build")
+        self.root_is_pure = not self.distribution.compiled
+        super().run()
+
+    def get_tag(self):
+        return ("py3", "none", super().get_tag()[2] if self.distribution.compiled else "any")
+
+
+setup(distclass=GistopsDistribution, cmdclass={"build_py": BuildPackage, "bdist_wheel": Wheel})

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from gistops.backends import native
+
+
+@pytest.fixture
+def cheap_sources(tmp_path: Path) -> Path:
+    """C++ sources that compile in a second: the operators' schemas and no kernels."""
+    src = tmp_path / "cheap_csrc"
+    (src / "cpu").mkdir(parents=True)
+    shutil.copy(native.source_dir() / "schema.cpp", src)
+    for name in ("ops.cpp", "choose.cpp", "kernels.cpp"):
+        (src / "cpu" / name).write_text("namespace gistops {}\n")
+    return src

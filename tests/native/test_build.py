@@ -1,0 +1,209 @@
+"""The build: what it finds, what it says where something is missing, and what it makes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gistops import _build, _toolchain, info
+from gistops._toolchain import BuildError, Tools
+from gistops.backends import native
+
+
+def a_compiler_is_here() -> bool:
+    try:
+        Tools.find()
+    except BuildError:
+        return False
+    return True
+
+
+needs_compiler = pytest.mark.skipif(not a_compiler_is_here(), reason="there is no C++ compiler or no ninja")
+
+
+@pytest.fixture
+def no_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No CXX, and nothing on PATH."""
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+
+
+@pytest.mark.skipif(
+    not native.load().loaded and not a_compiler_is_here(),
+    reason="no compiler: the reference backend is tested",
+)
+def test_the_tests_run_on_compiled_operators() -> None:
+    status = native.load()
+    assert status.loaded, status.reason
+    record = _build.Record.read(status.path)
+    assert record is not None
+    assert record.source_hash == _build.source_hash(native.source_dir())
+
+
+# What is missing is named, and how to get it.
+
+
+@pytest.mark.usefixtures("no_programs")
+def test_no_compiler() -> None:
+    with pytest.raises(BuildError, match=r"no C\+\+ compiler: CXX is not set.*install one"):
+        _toolchain.find_compiler()
+
+
+def test_a_wrong_cxx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-c++ -m64")
+    with pytest.raises(
+        BuildError, match=r"CXX: expected a C\+\+ compiler's command, got 'no-such-c\+\+ -m64'"
+    ):
+        _toolchain.find_compiler()
+
+
+@pytest.mark.usefixtures("no_programs")
+def test_cxx_may_hold_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", f"{sys.executable} -a")
+    assert _toolchain.find_compiler() == (sys.executable, "-a")
+
+
+@pytest.mark.usefixtures("no_programs")
+def test_no_ninja(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_toolchain.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BuildError, match=r"ninja.*`pip install ninja`"):
+        _toolchain.find_ninja()
+
+
+def test_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_toolchain, "_torch_folders", lambda: iter(()))
+    with pytest.raises(BuildError, match=r"no torch is installed for .*`pip install torch`"):
+        _toolchain.find_torch()
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        ("2.10.1", r"expected 2\.11 or newer, got 2\.10\.1"),
+        ("2.99.0", r"torch 2\.99\.0: its C\+\+ header .* is missing"),
+    ],
+)
+def test_a_torch_that_does_not_do(
+    version: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "version.py").write_text(f"__version__ = '{version}'\n")
+    monkeypatch.setattr(_toolchain, "_torch_folders", lambda: iter((tmp_path,)))
+    with pytest.raises(BuildError, match=message):
+        _toolchain.find_torch()
+
+
+def test_torch_is_found_behind_build_isolation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_toolchain.importlib.util, "find_spec", lambda name: None)
+    assert _toolchain.find_torch().version == torch.__version__
+
+
+def test_missing_sources(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"C\+\+ sources are missing: schema\.cpp, cpu/ops\.cpp"):
+        _build.build(tmp_path, tmp_path / "_C.so", tmp_path)
+
+
+# What is made.
+
+
+@needs_compiler
+def test_a_compile_error_is_shown_with_its_command(cheap_sources: Path, tmp_path: Path) -> None:
+    (cheap_sources / "cpu" / "ops.cpp").write_text("int f() { return no_such_name; }\n")
+    with pytest.raises(BuildError) as caught:
+        _build.build(cheap_sources, tmp_path / "_C.so", tmp_path / "objects")
+    assert re.search(r"ops\.cpp:1:\d+: error: .*no_such_name", str(caught.value))
+    assert re.search(r"command: \S+ -std=c\+\+20 .*-c \S*ops\.cpp", str(caught.value))
+    assert len(str(caught.value)) < 3000
+
+
+@needs_compiler
+def test_a_missing_function_is_an_error_of_the_build(cheap_sources: Path, tmp_path: Path) -> None:
+    (cheap_sources / "cpu" / "choose.cpp").write_text(
+        "void nowhere_defined();\nvoid g() { nowhere_defined(); }\n"
+    )
+    with pytest.raises(BuildError, match=r"undefined reference to .*nowhere_defined|Undefined symbols"):
+        _build.build(cheap_sources, tmp_path / "_C.so", tmp_path / "objects")
+
+
+@needs_compiler
+def test_odd_paths_the_record_and_a_second_build(cheap_sources: Path, tmp_path: Path) -> None:
+    out, objects = tmp_path / "with space" / "_C.so", tmp_path / "a$b: c's"
+    record = _build.build(cheap_sources, out, objects)
+    assert _build.Record.read(out) == record
+    assert record.torch == torch.__version__
+    assert record.source_hash == _build.source_hash(cheap_sources)
+    made = {path.name: path.stat().st_mtime_ns for path in objects.glob("*.o")}
+    assert len(made) == len(_build.units())
+    (cheap_sources / "cpu" / "choose.cpp").write_text("namespace gistops { int x; }\n")
+    _build.build(cheap_sources, out, objects)
+    changed = {path.name for path in objects.glob("*.o") if path.stat().st_mtime_ns != made[path.name]}
+    assert changed == {"cpu_choose.o"}
+
+
+def test_the_hash_follows_sources_and_flags(cheap_sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _build.source_hash(cheap_sources)
+    (cheap_sources / "notes.txt").write_text("not compiled")
+    assert _build.source_hash(cheap_sources) == before
+    (cheap_sources / "cpu" / "new.h").write_text("// a header\n")
+    after = _build.source_hash(cheap_sources)
+    assert after != before
+    monkeypatch.setattr(_build, "compile_flags", lambda: ("-O0",))
+    assert _build.source_hash(cheap_sources) != after
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm, of binutils, is not on PATH")
+def test_kernels_of_new_processors_hold_no_weak_symbols(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The linker keeps one copy of a weak function: a v4 copy of std::max would crash an older machine."""
+    checked = [unit for unit in _build.units() if "-march" in " ".join(unit.flags)]
+    if not checked:
+        pytest.skip(f"{_build.machine()} has one variant of the kernels")
+    tools = Tools.find()
+    for unit in checked:
+        obj = tmp_path / f"{unit.name}.o"
+        source = native.source_dir() / unit.source
+        flags = (*_build.compile_flags(), *unit.flags)
+        subprocess.run([*tools.compiler, *flags, "-c", source, "-o", obj], check=True)
+        listed = subprocess.run(["nm", "-C", obj], check=True, capture_output=True, text=True).stdout
+        weak = [line for line in listed.splitlines() if re.match(r"[0-9a-f]+ [WVu] ", line)]
+        assert not weak, f"{unit.name}: {weak[:5]}"
+        assert re.search(r" [DRdr] ", listed), (
+            f"{unit.name}: expected the table of kernels, got {listed[:500]}"
+        )
+
+
+# What is said.
+
+
+def test_info_tells_versions_backends_and_folders() -> None:
+    facts = info.info()
+    assert facts["versions"]["torch, running"] == torch.__version__
+    assert facts["backends"]["reference"]["available"]
+    assert facts["backends"]["cpu"]["available"] == native.load().loaded
+    text = info.render(facts)
+    for word in (
+        "gistops",
+        "torch, built for",
+        "compiler",
+        "cache folder",
+        str(native.cache_dir()),
+        "instruction set",
+    ):
+        assert word in text
+    assert "last load error" in text
+
+
+def test_info_tells_a_mismatch() -> None:
+    note = info.mismatch("2.11.0", "2.13.0")
+    assert note is not None
+    assert "built for torch 2.11.0, you have 2.13.0" in note
+    assert "pip install --force-reinstall" in note
+    assert info.mismatch("2.13.0", "2.13.0") is None
+    assert "built for torch 2.11.0" in info.render({**info.info(), "mismatch": note})

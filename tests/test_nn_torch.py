@@ -1,0 +1,217 @@
+"""The modules within PyTorch: export, compile, copies, state dicts, casts, autocast, optimisers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gistops.backends import native
+from gistops.nn import ConstellationClassifier, GistClassifier
+
+D, K, M, B = 41, 67, 4, 53
+KINDS = [ConstellationClassifier, GistClassifier]
+
+
+def make(kind: type[Any], m: int = M, **arguments: Any) -> Any:
+    """A head whose displacements are long enough that every slot wins somewhere."""
+    head = kind(D, K, m, displacement_scale=0.9, **arguments)
+    nn.init.uniform_(head.log_tau, 2, 3)
+    return head
+
+
+@pytest.fixture
+def compiled_backend() -> None:
+    """The reference backend, which would serve instead, cannot do these."""
+    status = native.load()
+    assert status.loaded, f"the compiled backend is not available: {status.reason}"
+
+
+def streams() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.randn(B, D), torch.randint(K, (B,)), torch.randn(B + 6, D), torch.randint(K, (B + 6,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("m", [0, M])
+def test_export_gives_the_inference_head_alone(m: int, dtype: torch.dtype, seed: int) -> None:
+    head = make(GistClassifier, m, dtype=dtype, backend="reference").train()
+    state = torch.get_rng_state()
+    exported = head.export()
+    assert torch.equal(torch.get_rng_state(), state), "export draws no random numbers"
+    assert type(exported) is ConstellationClassifier
+    assert exported.backend == "reference"
+    assert set(exported.state_dict()) == {"centers", "displacements", "log_tau"}
+    x = torch.randn(B, D)
+    expected = head(x)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(1)  # the copy does not follow
+    assert torch.equal(exported(x), expected)
+    fresh = ConstellationClassifier(D, K, m, dtype=dtype)
+    fresh.load_state_dict(exported.state_dict())
+    torch.testing.assert_close(fresh(x), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("m", [0, M])
+@pytest.mark.usefixtures("compiled_backend")
+def test_torch_export_with_any_batch(m: int, seed: int) -> None:
+    head = make(GistClassifier, m).export()
+    program = torch.export.export(
+        head, (torch.randn(B, D),), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+    )
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for size in (1, 2, B, 300):
+        x = torch.randn(size, D)
+        assert torch.equal(loaded(x), head(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_forward_without_graph_breaks(kind: type[Any], seed: int) -> None:
+    torch.compiler.reset()
+    head = make(kind)
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    x = torch.randn(B, D, requires_grad=True)
+    logits, expected = compiled(x), head(x)
+    torch.testing.assert_close(logits, expected)
+    weight = torch.randn_like(logits)
+    inputs = [x, head.centers, head.displacements, head.log_tau]
+    ours = torch.autograd.grad(logits, inputs, weight)
+    torch.testing.assert_close(ours, torch.autograd.grad(expected, inputs, weight))
+    slots = torch.compile(lambda x: head(x, return_slots=True)[1], fullgraph=True, backend="aot_eager")
+    assert torch.equal(slots(x), head(x, return_slots=True)[1])
+
+
+def test_compiled_losses_without_graph_breaks_in_both_stages(seed: int) -> None:
+    torch.compiler.reset()
+    head = make(GistClassifier, 0)
+    compiled = torch.compile(head.losses, fullgraph=True, backend="aot_eager")
+    for stage in (1, 2):
+        arguments = streams()
+        ours, expected = compiled(*arguments), head.losses(*arguments)
+        torch.testing.assert_close(ours, expected)
+        for loss, same in zip(ours, expected, strict=True):
+            # Compiled, both losses are one graph, which gives zeros where plain autograd gives None.
+            parameters = list(head.parameters())
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+            wanted = torch.autograd.grad(same, parameters, allow_unused=True)
+            for a, b in zip(gradients, wanted, strict=True):
+                if b is None:
+                    assert a is None or not a.any()
+                else:
+                    torch.testing.assert_close(a, b)
+        if stage == 1:
+            head.add_displacements(scale=0.9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies(kind: type[Any], seed: int) -> None:
+    head, x = make(kind), torch.randn(B, D)
+    for twin in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+        assert torch.equal(twin(x), head(x))
+        nn.init.zeros_(twin.centers)
+        assert head.centers.all()
+        assert repr(twin) == repr(head)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_dict_of_the_second_stage(kind: type[Any], seed: int) -> None:
+    head = make(kind, 0)
+    head.add_displacements(3)
+    file = io.BytesIO()
+    torch.save(head.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    fresh = kind(D, K, 3)
+    fresh.load_state_dict(state)
+    x = torch.randn(B, D)
+    assert torch.equal(fresh(x), head(x))
+    late = kind(D, K, 0)
+    with pytest.raises(RuntimeError, match="size mismatch for displacements"):
+        late.load_state_dict(state)
+    late.add_displacements(3)
+    late.load_state_dict(state)
+    assert torch.equal(late(x), head(x))
+    materialised = kind(D, K, 3, device="meta").to_empty(device="cpu")
+    materialised.load_state_dict(state, assign=True)
+    assert torch.equal(materialised(x), head(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_module_in_half_precision(dtype: torch.dtype, seed: int) -> None:
+    head = make(GistClassifier).to(dtype)
+    exact = copy.deepcopy(head).double()
+    xb, yb, xr, yr = streams()
+    xb, xr = xb.to(dtype), xr.to(dtype)
+    logits = head(xb)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact(xb), atol=1e-4, rtol=1e-5)  # sums are in float32
+    losses = head.losses(xb, yb, xr, yr)
+    torch.testing.assert_close(
+        [x.double() for x in losses], list(exact.losses(xb, yb, xr, yr)), rtol=1e-5, atol=1e-5
+    )
+    sum(losses).backward()
+    assert all(p.grad is not None and p.grad.dtype == dtype and p.grad.any() for p in head.parameters())
+
+
+def test_autocast(seed: int) -> None:
+    """Features as a backbone gives them under autocast, with a head in float32."""
+    head = make(GistClassifier)
+    backbone = nn.Linear(D, D)
+    xb, yb, xr, yr = streams()
+    with torch.autocast("cpu", torch.bfloat16):
+        features = backbone(xb)
+        assert features.dtype == torch.bfloat16
+        logits = head(features)
+        losses = head.losses(features, yb, backbone(xr), yr)
+    assert logits.dtype == losses[0].dtype == losses[1].dtype == torch.float32
+    exact = copy.deepcopy(head).double()(features.double())
+    torch.testing.assert_close(logits.double(), exact, atol=1e-4, rtol=1e-5)
+    sum(losses).backward()
+    for parameter in (*head.parameters(), *backbone.parameters()):
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.any()
+
+
+@pytest.mark.usefixtures("compiled_backend")
+def test_meta_device() -> None:
+    head = GistClassifier(D, K, device="meta")
+    assert {p.device.type for p in head.parameters()} == {"meta"}
+    losses = head.losses(*(x.to("meta") for x in streams()))
+    assert losses[0].is_meta
+
+
+def test_two_stages_of_training(seed: int) -> None:
+    """Twenty steps a stage with a fresh optimiser: the stage's parameters move, and both losses fall."""
+    prototypes = torch.randn(K, D)
+    balanced, random = torch.randint(K, (200,)), torch.randint(K, (200,))
+    data = [
+        prototypes[balanced] + torch.randn(200, D),
+        balanced,
+        prototypes[random] + torch.randn(200, D),
+        random,
+    ]
+    head = GistClassifier(D, K, 0)
+    for stage in (1, 2):
+        if stage == 2:
+            head.add_displacements()
+        before = {name: p.detach().clone() for name, p in head.named_parameters()}
+        first = head.losses(*data)
+        optimizer = torch.optim.SGD(head.parameters(), lr=0.3, momentum=0.9, weight_decay=5e-4)
+        for _ in range(20):
+            losses = head.losses(*data)
+            optimizer.zero_grad()
+            (losses[1] + 0.5 * losses[0]).backward()
+            optimizer.step()
+        for name, parameter in head.named_parameters():
+            assert not torch.equal(parameter, before[name]) or not parameter.numel(), name
+        assert losses[0] < first[0]
+        assert losses[1] < first[1]

@@ -1,0 +1,1 @@
+"""The driver: trains GistNet, and a plain softmax model to hold it against. `python -m train --help`."""

@@ -1,0 +1,62 @@
+"""Residual networks for small images, after He et al. 2016, section 4.2, with torchvision's parameter names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions. Where the shape changes the shortcut subsamples and pads with zeros (option A)."""
+
+    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.stride, self.new_planes = stride, planes - in_planes
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.stride > 1 or self.new_planes:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_planes))
+        return F.relu(out + x)
+
+
+class SmallResNet(nn.Module):
+    """Three stages of basic blocks at full, half and quarter resolution, then the mean over positions: [b, d]."""
+
+    def __init__(self, in_channels: int, blocks: int, width: int, stem_stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stem_stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = self._layer(width, width, blocks, stride=1)
+        self.layer2 = self._layer(width, 2 * width, blocks, stride=2)
+        self.layer3 = self._layer(2 * width, 4 * width, blocks, stride=2)
+        self.out_features = 4 * width
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @staticmethod
+    def _layer(in_planes: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
+        first = BasicBlock(in_planes, planes, stride)
+        return nn.Sequential(first, *(BasicBlock(planes, planes, 1) for _ in range(blocks - 1)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return x.mean((2, 3))
+
+
+#: Networks by name; each takes the number of channels and has `out_features`.
+BACKBONES: dict[str, Callable[[int], SmallResNet]] = {
+    # One block a stage on a stem of stride 2, twice as wide: for 28×28 on a CPU.
+    "resnet8-half": lambda channels: SmallResNet(channels, blocks=1, width=32, stem_stride=2),
+    "resnet20": lambda channels: SmallResNet(channels, blocks=3, width=16),
+    "resnet32": lambda channels: SmallResNet(channels, blocks=5, width=16),
+}

@@ -1,0 +1,224 @@
+"""What a run is told: one typed record, made from a recipe (a data file) and the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import torch
+import tyro
+import typeguard
+
+from .backbones import BACKBONES
+from .data.arrays import EMBEDDED
+from .evaluate import SPLIT_RULES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+RECIPES = Path(__file__).with_name("recipes")
+DEFAULT_RECIPE = "fashion-mnist-lt"
+
+
+class ConfigError(ValueError):
+    """An option that cannot be; the message names it, what was expected and what came."""
+
+    def __init__(self, option: str, expected: str, got: object) -> None:
+        super().__init__(f"--{option.replace('_', '-')}: expected {expected}, got {got}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every choice of a run. The defaults are the paper's where it names one; a recipe replaces them."""
+
+    recipe: str = DEFAULT_RECIPE
+    """Where the other options start from: a recipe's name, or a .toml file, such as a run's config.toml."""
+    name: str = ""
+    """The run's folder under --runs; the recipe's name if empty."""
+    runs: str = "runs"
+    """Where the runs' folders are."""
+    resume: bool = False
+    """Go on from the run's last checkpoint, or begin where there is none."""
+
+    data: str = ""
+    """A .npz or .safetensors file with x_train, y_train, x_test, y_test (x: uint8 images [n, h, w] or [n, h, w, c],
+    or floating-point features [n, d]), or the name of a set that comes with the package: fashion-mnist-lt."""
+    num_classes: int | None = None
+    """How many classes the data must have; taken from the data if not given."""
+    backbone: str = "resnet32"
+    """A network for images, or 'none' for a head alone on features."""
+    crop_padding: int = 0
+    """Images: random crops after padding by so many pixels on each side."""
+    flip: bool = False
+    """Images: random horizontal flips."""
+
+    methods: tuple[Literal["gist", "plain"], ...] = ("gist", "plain")
+    """What to train: GistNet, a plain softmax model with as many image passes, or both."""
+    num_displacements: int = 4
+    """GistNet: displacements of the constellation that all classes share; 0 for none."""
+    balanced_loss_weight: float = 0.5
+    """GistNet: λ in L = L_random + λ L_balanced."""
+    batch_size: int = 128
+    """Images that the random stream gives to a step. An epoch is one pass of it."""
+    classes_per_batch: int = 32
+    """Classes in the balanced stream's part of a step."""
+    samples_per_class: int = 4
+    """Images of each of these classes. A plain model gets as many more from the random stream."""
+
+    stage1_epochs: int = 60
+    """GistNet's first stage, without displacements. A plain model trains in one stage as long as both."""
+    stage2_epochs: int = 60
+    """GistNet's second stage, with displacements; optimiser and schedule start afresh."""
+    max_steps_per_epoch: int | None = None
+    """Ends every epoch after so many steps, for a quick trial."""
+    lr: float = 0.1
+    """Learning rate at the start of a stage (SGD)."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 5e-4
+    """Weight decay of everything but the temperatures."""
+    schedule: Literal["step", "cosine"] = "step"
+    """How the rate falls within a stage: to a tenth at each of --lr-drops, or along a cosine to zero."""
+    lr_drops: tuple[float, ...] = (0.25, 0.5, 0.75)
+    """Where the step schedule drops, in parts of the stage (the paper's 15, 30 and 45 of 60 epochs)."""
+    warmup_epochs: float = 0.0
+    """The rate grows linearly over so many epochs at the start of a stage."""
+
+    split_rule: str = "standard"
+    """What many-, medium- and few-shot mean: standard (>100, <20 training images), paper_text (>100, <=20)
+    or paper_code (>=100, <=20)."""
+    evaluate_every: int = 1
+    """Epochs between two evaluations on the test images; the last epoch of a stage is always evaluated."""
+    checkpoint_steps: int | None = None
+    """Also writes a checkpoint every so many steps, not only after each epoch."""
+    seed: int = 0
+    """Seed of everything random; the same seed gives the same bits on the CPU."""
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU if there is one."""
+    threads: int | None = None
+    """CPU threads; PyTorch's choice if not given."""
+
+
+def from_command_line(args: list[str] | None = None) -> Config:
+    """The configuration that the command line asks for, checked as far as it can be without the data.
+
+    Raises:
+        ConfigError: an option that cannot be.
+        SystemExit: --help, or an option that is none (code 2).
+    """
+    first = argparse.ArgumentParser(prog="python -m train", add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default=DEFAULT_RECIPE)
+    recipe = first.parse_known_args(args)[0].recipe
+    config = tyro.cli(
+        Config,
+        args=args,
+        default=load_recipe(recipe),
+        prog="python -m train",
+        description=_description(),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    config = dataclasses.replace(
+        config,
+        name=config.name or Path(config.recipe).stem,
+        device=_device(config.device),
+    )
+    check(config)
+    return config
+
+
+def _recipe_file(recipe: str) -> Path:
+    return Path(recipe) if recipe.endswith(".toml") else RECIPES / f"{recipe}.toml"
+
+
+def _read_recipe(recipe: str) -> dict[str, Any]:
+    try:
+        with open(_recipe_file(recipe), "rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
+        raise ConfigError("recipe", f"a .toml file that is there, or one of {names}", repr(recipe)) from None
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError("recipe", "a readable TOML file", f"{recipe}: {error}") from None
+
+
+def load_recipe(recipe: str) -> Config:
+    """The configuration that a recipe alone gives.
+
+    Raises:
+        ConfigError: there is no such recipe, or it holds something that is no option or of a wrong type.
+    """
+    values = {key: value for key, value in _read_recipe(recipe).items() if key != "description"}
+    values["recipe"] = recipe
+    hints = get_type_hints(Config)
+    for key, value in values.items():
+        if key not in hints:
+            raise ConfigError("recipe", "the names of options as keys", f"{key!r} in {recipe}")
+        if isinstance(value, list):
+            values[key] = value = tuple(value)
+        try:
+            typeguard.check_type(value, hints[key])
+        except typeguard.TypeCheckError as error:
+            expected = Config.__annotations__[key]
+            raise ConfigError(key, expected, f"{value!r} in the recipe {recipe} ({error})") from None
+    return Config(**values)
+
+
+def config_values(config: Config) -> dict[str, Any]:
+    """What decides a run's outcome, as plain values: not where it came from or lies, nor that it is resumed."""
+    values = dataclasses.asdict(config)
+    for other in ("recipe", "runs", "resume"):
+        del values[other]
+    return values
+
+
+def _description() -> str:
+    lines = ["Trains GistNet in two stages on a long-tailed set, and a plain softmax model beside it. Recipes:", ""]
+    for path in sorted(RECIPES.glob("*.toml")):
+        lines.append(f"{path.stem}: {_read_recipe(path.stem).get('description', '')}")
+    return "\n".join(lines)
+
+
+def _device(asked: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+
+
+def check(config: Config) -> None:
+    """Refuse what no data could make sense of.
+
+    Raises:
+        ConfigError: names the first option that is wrong.
+    """
+
+    def expect(option: str, fits: bool, expected: str) -> None:
+        if not fits:
+            raise ConfigError(option, expected, repr(getattr(config, option)))
+
+    for option in ("batch_size", "classes_per_batch", "samples_per_class", "evaluate_every"):
+        expect(option, getattr(config, option) >= 1, "at least 1")
+    for option in ("max_steps_per_epoch", "checkpoint_steps", "threads", "num_classes"):
+        expect(option, getattr(config, option) is None or getattr(config, option) >= 1, "at least 1")
+    for option in ("stage1_epochs", "stage2_epochs", "crop_padding", "warmup_epochs", "weight_decay", "seed"):
+        expect(option, getattr(config, option) >= 0, "at least 0")
+    expect("stage1_epochs", config.stage1_epochs + config.stage2_epochs > 0, "some epoch in some stage")
+    expect("num_displacements", 0 <= config.num_displacements <= 255, "0 to 255")
+    expect("balanced_loss_weight", config.balanced_loss_weight >= 0, "at least 0")
+    expect("lr", config.lr > 0, "a number above 0")
+    expect("momentum", 0 <= config.momentum < 1, "at least 0 and below 1")
+    expect("lr_drops", all(0 < drop < 1 for drop in config.lr_drops), "parts of a stage, between 0 and 1")
+    expect("methods", len(config.methods) > 0, "at least one of gist, plain")
+    expect("methods", len(set(config.methods)) == len(config.methods), "each method once")
+    expect("backbone", config.backbone in ("none", *BACKBONES), f"one of none, {', '.join(BACKBONES)}")
+    expect("split_rule", config.split_rule in SPLIT_RULES, f"one of {', '.join(SPLIT_RULES)}")
+    expect("name", Path(config.name).name == config.name, "a folder's name, not a path (see --runs)")
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError("device", "cpu, cuda or auto", f"{config.device!r} ({error})".split("\n")[0]) from None
+    needed = f"a .npz or .safetensors file, or {', '.join(EMBEDDED)}"
+    expect("data", bool(config.data), f"{needed} (the recipe {config.recipe} brings no data)")

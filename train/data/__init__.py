@@ -1,0 +1,1 @@
+"""Training data: sets from files of arrays, and the random stream of batches."""

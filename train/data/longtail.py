@@ -1,0 +1,28 @@
+"""The long-tailed subsets that the field calls CIFAR-LT, of any balanced set."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def long_tailed_counts(largest: int, num_classes: int, imbalance_ratio: float) -> list[int]:
+    """Images a class: exponential from `largest` for class 0 to `largest / imbalance_ratio` for the last one."""
+    steps = max(num_classes - 1, 1)
+    return [int(largest * (1.0 / imbalance_ratio) ** (k / steps)) for k in range(num_classes)]
+
+
+def long_tailed_indices(labels: np.ndarray, counts: list[int], seed: int = 0) -> np.ndarray:
+    """Which images the subset keeps: for each class in order, shuffle its images and take the first `counts[k]`.
+
+    The published subsets were drawn with numpy's old global generator, so the same one draws here: another would
+    choose other images.
+    """
+    rng = np.random.RandomState(seed)  # noqa: NPY002
+    chosen = []
+    for k, count in enumerate(counts):
+        candidates = np.flatnonzero(labels == k)
+        if count > len(candidates):
+            raise ValueError(f"class {k}: {count} images wanted, {len(candidates)} there")
+        rng.shuffle(candidates)
+        chosen.append(candidates[:count])
+    return np.concatenate(chosen)

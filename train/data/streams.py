@@ -1,0 +1,60 @@
+"""The random stream of training samples, and the augmentation of a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class RandomStream:
+    """Endless passes over `size` samples, each in a new random order drawn from `generator`."""
+
+    def __init__(self, size: int, generator: torch.Generator) -> None:
+        self._generator = generator
+        self._order = torch.randperm(size, generator=generator)
+        self._position = 0
+
+    def take(self, count: int) -> Tensor:
+        """The indices of the next `count` samples, [count]; a new pass begins where the last one ends."""
+        parts = []
+        while count > 0:
+            if self._position == len(self._order):
+                self._order = torch.randperm(len(self._order), generator=self._generator)
+                self._position = 0
+            part = self._order[self._position : self._position + count]
+            self._position += len(part)
+            count -= len(part)
+            parts.append(part)
+        return torch.cat(parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the pass stands; the generator's state is its owner's to keep."""
+        return {"order": self._order, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._order, self._position = state["order"], state["position"]
+
+
+class Augmentation:
+    """Random crops after zero padding, and random flips, of a batch of images [b, c, h, w] in one gather."""
+
+    def __init__(self, crop_padding: int, flip: bool, generator: torch.Generator) -> None:
+        self.crop_padding, self.flip, self.generator = crop_padding, flip, generator
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if images.dim() != 4 or not (self.crop_padding or self.flip):
+            return images
+        (b, c, h, w), p = images.shape, self.crop_padding
+        top, left = torch.randint(0, 2 * p + 1, (2, b, 1), generator=self.generator)
+        rows, columns = top + torch.arange(h), left + torch.arange(w)  # [b, h], [b, w]
+        if self.flip:
+            flipped = torch.rand(b, 1, generator=self.generator) < 0.5
+            columns = torch.where(flipped, columns.flip(1), columns)
+        rows, columns = rows.to(images.device), columns.to(images.device)
+        sample = torch.arange(b, device=images.device)[:, None, None, None]
+        channel = torch.arange(c, device=images.device)[:, None, None]
+        padded = F.pad(images, (p, p, p, p))
+        return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]

@@ -1,0 +1,63 @@
+"""What is shown while a run goes on: a progress bar on a terminal, a line an epoch anywhere else."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class Display:
+    """Shows loss, rate and time left of a whole run, counted in images."""
+
+    def __init__(self, console: Console, total_images: int, done_images: int) -> None:
+        self.console = console
+        self.total, self.done = total_images, done_images
+        self._begin, self._done_before = time.perf_counter(), done_images
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=total_images, completed=done_images, status="")
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    @property
+    def rate(self) -> float:
+        """Images a second since the display began, evaluations included: what the time left depends on."""
+        return (self.done - self._done_before) / max(time.perf_counter() - self._begin, 1e-9)
+
+    @property
+    def left(self) -> str:
+        seconds = round((self.total - self.done) / self.rate) if self.rate > 0 else 0
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+    def step(self, where: str, images: int, loss: float | None) -> None:
+        """Count a step of `images` images; `loss` if it is at hand."""
+        self.done += images
+        if self._progress.disable:
+            return
+        fields = {} if loss is None else {"status": f"loss {loss:.3f}  {self.rate:,.0f} images/s  {self.left} left"}
+        self._progress.update(self._task, completed=self.done, description=where, **fields)
+
+    def epoch(self, where: str, record: dict[str, Any]) -> None:
+        """A line for an epoch's record: on a terminal only where it was evaluated."""
+        accuracy = record.get("accuracy")
+        if accuracy is None and not self._progress.disable:
+            return
+        parts = [f"{where:<28}", f"loss {record['loss']:.3f}", f"lr {record['lr']:.4f}"]
+        parts += [f"{record['images_per_second']:,.0f} images/s", f"{self.left} left"]
+        if accuracy is not None:
+            parts.append(f"test accuracy {100 * accuracy['overall']:.1f}")
+        self.console.print("  ".join(parts), highlight=False, soft_wrap=True)

@@ -1,0 +1,72 @@
+"""Accuracy by class, and by groups of classes: many-, medium- and few-shot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gistops.nn import ConstellationClassifier, SlotUsage
+
+from .model import Model
+
+GROUPS = ("many", "medium", "few")
+
+#: Which classes have many and which have few training images n; the others are medium. Published tables differ here.
+SPLIT_RULES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "standard": (lambda n: n > 100, lambda n: n < 20),
+    "paper_text": (lambda n: n > 100, lambda n: n <= 20),
+    "paper_code": (lambda n: n >= 100, lambda n: n <= 20),
+}
+
+
+def split_classes(train_counts: Tensor, rule: str) -> dict[str, Tensor]:
+    """A mask over classes, [K] bool, for each group."""
+    many, few = (predicate(train_counts) for predicate in SPLIT_RULES[rule])
+    return {"many": many, "medium": ~(many | few), "few": few}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Test images and correct ones of each class, [K]; the share of images that each slot of their class won, [M]."""
+
+    correct: Tensor
+    total: Tensor
+    slot_usage: Tensor | None
+
+    def per_class(self) -> list[float | None]:
+        """Accuracy of each class; None for a class without test images."""
+        pairs = zip(self.correct.tolist(), self.total.tolist(), strict=True)
+        return [correct / total if total else None for correct, total in pairs]
+
+    def accuracy(self, train_counts: Tensor, rule: str) -> dict[str, float | None]:
+        """The share of images classified correctly, and for each group the mean of its classes' accuracies.
+
+        None for a group without classes.
+        """
+        result: dict[str, float | None] = {"overall": float(self.correct.sum()) / float(self.total.sum())}
+        for group, mask in split_classes(train_counts, rule).items():
+            tested = mask & (self.total > 0)
+            result[group] = float((self.correct[tested].double() / self.total[tested]).mean()) if tested.any() else None
+        return result
+
+
+@torch.no_grad()
+def evaluate(model: Model, x: Tensor, y: Tensor, num_classes: int, batch_size: int = 500) -> Evaluation:
+    """Classify all of `x` in evaluation mode; the model is left in training mode."""
+    model.eval()
+    usage = SlotUsage(model.head) if isinstance(model.head, ConstellationClassifier) else None
+    predicted = []
+    for part, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        if usage is None:
+            logits = model(part)
+        else:
+            logits, slots = model.head(model.features(part), return_slots=True)
+            usage.update_slots(slots, labels)
+        predicted.append(logits.argmax(1))
+    model.train()
+    correct = torch.bincount(y[torch.cat(predicted) == y], minlength=num_classes).cpu()
+    total = torch.bincount(y, minlength=num_classes).cpu()
+    return Evaluation(correct, total, None if usage is None else usage.shares().cpu())

@@ -1,0 +1,75 @@
+"""What a run ends with: a table of accuracies, a few lines about the constellation, a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from .evaluate import GROUPS, split_classes
+
+TITLES = {"gist": "GistNet", "plain": "plain softmax"}
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def print_results(console: Console, results: list[dict[str, Any]], train_counts: Tensor, rule: str) -> None:
+    """Print the table and, for GistNet, slot usage, temperatures and the size of the displacements."""
+    sizes = {group: int(mask.sum()) for group, mask in split_classes(train_counts, rule).items()}
+    table = Table(title=f"Test accuracy in %, split rule {rule}")
+    table.add_column("")
+    table.add_column(f"overall\n{len(train_counts)} classes", justify="right")
+    for group in GROUPS:
+        table.add_column(f"{group}\n{sizes[group]} classes", justify="right")
+    table.add_column("image\npasses", justify="right")
+    for result in results:
+        accuracy = result["accuracy"]
+        shown = (percent(accuracy[column]) for column in ("overall", *GROUPS))
+        table.add_row(TITLES[result["method"]], *shown, f"{result['images']:,}")
+    console.print(table)
+    for result in results:
+        if "slot_usage" in result:
+            console.print(constellation_line(result), highlight=False, soft_wrap=True)
+
+
+def constellation_line(result: dict[str, Any]) -> str:
+    """Slot usage, τ's and ‖δ‖ in words."""
+    usage = " / ".join(percent(share) for share in result["slot_usage"])
+    norms = ", ".join(f"{norm:.2f}" for norm in result["displacement_norms"]) or "none"
+    tau = f"τ_c {result['tau_balanced']:.2f}, τ_r {result['tau_random']:.2f}"
+    return (
+        f"slot usage on test images, centre first: {usage} %;  {tau};  "
+        f"‖δ‖ {norms} beside a mean ‖w‖ of {result['mean_center_norm']:.2f}"
+    )
+
+
+def plot_accuracy(
+    path: Path, results: list[dict[str, Any]], train_counts: Tensor, title: str
+) -> None:
+    """Draw each class's accuracy against its number of training images."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(
+        xscale="log",
+        xlabel="training images of the class",
+        ylabel="test accuracy (%)",
+        title=title,
+        ylim=(-3, 103),
+    )
+    order = torch.argsort(train_counts, descending=True, stable=True)
+    window = max(1, len(order) // 10)  # classes a point of the line averages, so that 1000 classes can be read
+    for result, colour, marker in zip(results, ("C0", "C1"), "os", strict=False):
+        accuracy = 100 * torch.tensor(result["accuracy_per_class"])[order]
+        label = f"{TITLES[result['method']]}, overall {percent(result['accuracy']['overall'])}"
+        axes.scatter(train_counts[order], accuracy, s=18, alpha=0.5, color=colour, marker=marker)
+        means = [(c.double().mean(), a.nanmean()) for c, a in zip(train_counts[order].split(window), accuracy.split(window))]
+        axes.plot(*zip(*means, strict=True), color=colour, label=label)
+    axes.legend(loc="lower right")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150, format="png")

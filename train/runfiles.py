@@ -1,0 +1,91 @@
+"""A run's folder. A process killed at any moment leaves every file in it whole, or as it was before."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+
+from .config import Config, ConfigError, config_values, load_recipe
+
+
+def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with a temporary path beside `path`, make its file durable, and move it into place."""
+    aside = path.with_name(f".{path.name}.tmp")
+    write(aside)
+    with open(aside, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # or a power cut could undo the move
+    finally:
+        os.close(folder)
+
+
+class RunFolder:
+    """`runs/<name>/`: config.toml, metrics.jsonl, checkpoint.pt, and what the run ends with."""
+
+    def __init__(self, config: Config) -> None:
+        self.path = Path(config.runs) / config.name
+        self.config_file = self.path / "config.toml"
+        self.checkpoint_file = self.path / "checkpoint.pt"
+        self.metrics_file = self.path / "metrics.jsonl"
+
+    def open(self, config: Config, data_fingerprint: str) -> dict[str, Any] | None:
+        """Make the folder ready; returns the checkpoint to go on from, or None to begin.
+
+        Raises:
+            ConfigError: it would write over another run, or resume one with other options or data.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError("name", "a folder", f"{self.path}, which is a file")
+        if not config.resume and self.path.exists() and any(self.path.iterdir()):
+            advice = "give another --name, or --resume to go on with it"
+            raise ConfigError("name", "a new run", f"{self.path}, which is there already; {advice}")
+        if self.config_file.exists():
+            self._check_same(config)
+        saved = self._load_checkpoint()
+        if saved and saved["data"] != data_fingerprint:
+            expected = f"the data that the run began with ({saved['data']})"
+            raise ConfigError("data", expected, f"{config.data} ({data_fingerprint})")
+        self._data = data_fingerprint
+        self.path.mkdir(parents=True, exist_ok=True)
+        values = {name: value for name, value in config_values(config).items() if value is not None}
+        text = f"# From the recipe {config.recipe}. `--recipe` takes this file too.\n{tomli_w.dumps(values)}"
+        self.write(self.config_file.name, lambda path: path.write_text(text))
+        return saved
+
+    def _check_same(self, config: Config) -> None:
+        before, now = config_values(load_recipe(str(self.config_file))), config_values(config)
+        for option in now:
+            if before[option] != now[option]:
+                expected = f"{before[option]!r} as in {self.config_file}, which is to be resumed"
+                raise ConfigError(option, expected, repr(now[option]))
+
+    def _load_checkpoint(self) -> dict[str, Any] | None:
+        if not self.checkpoint_file.exists():
+            return None
+        saved: dict[str, Any] = torch.load(self.checkpoint_file, map_location="cpu", weights_only=True)
+        return saved
+
+    def write(self, name: str, write: Callable[[Path], object]) -> None:
+        """Let `write` make the file `name`, whole or not at all."""
+        write_aside(self.path / name, write)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.write(self.checkpoint_file.name, lambda path: torch.save({**checkpoint, "data": self._data}, path))
+
+    def restart_metrics(self, records: list[dict[str, Any]]) -> None:
+        """Make metrics.jsonl hold these records: what came after the checkpoint comes again."""
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        self.write(self.metrics_file.name, lambda path: path.write_text(text))
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        with open(self.metrics_file, "a") as file:
+            file.write(json.dumps(record) + "\n")
