@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gistops.backends import native
 from gistops.nn import ConstellationClassifier, GistClassifier
 
-D, K, M, B = 41, 67, 4, 53
-KINDS = [ConstellationClassifier, GistClassifier]
+from .nn_samples import KINDS, B, D, K, M
 
 
 def make(kind: type[Any], m: int = M, **arguments: Any) -> Any:
@@ -99,7 +99,7 @@ def test_compiled_losses_without_graph_breaks_in_both_stages(seed: int) -> None:
         torch.testing.assert_close(ours, expected)
         for loss, same in zip(ours, expected, strict=True):
             # Compiled, both losses are one graph, which gives zeros where plain autograd gives None.
-            parameters = list(head.parameters())
+            parameters = [p for p in head.parameters() if p.requires_grad]
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
             wanted = torch.autograd.grad(same, parameters, allow_unused=True)
             for a, b in zip(gradients, wanted, strict=True):
@@ -215,3 +215,34 @@ def test_two_stages_of_training(seed: int) -> None:
             assert not torch.equal(parameter, before[name]) or not parameter.numel(), name
         assert losses[0] < first[0]
         assert losses[1] < first[1]
+
+
+class Trained(nn.Module):
+    """A backbone and the head, with the losses in `forward`, as DDP wants them."""
+
+    def __init__(self, m: int) -> None:
+        super().__init__()
+        self.backbone, self.head = nn.Linear(D, D), make(GistClassifier, m)
+
+    def forward(self, xb: Tensor, yb: Tensor, xr: Tensor, yr: Tensor) -> tuple[Tensor, Tensor]:
+        losses: tuple[Tensor, Tensor] = self.head.losses(self.backbone(xb), yb, self.backbone(xr), yr)
+        return losses
+
+
+@pytest.mark.parametrize("m", [0, M])
+def test_distributed_data_parallel(m: int, seed: int) -> None:
+    """Each step reaches all parameters: DDP raises in the second step of a module that leaves one out."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = Trained(m)
+        alone, wrapped = copy.deepcopy(model), nn.parallel.DistributedDataParallel(model)
+        for _ in range(3):
+            arguments = streams()
+            for module in (alone, wrapped):
+                balanced, random = module(*arguments)
+                (random + 0.5 * balanced).backward()
+        for expected, parameter in zip(alone.parameters(), model.parameters(), strict=True):
+            if expected.requires_grad:
+                torch.testing.assert_close(parameter.grad, expected.grad)
+    finally:
+        dist.destroy_process_group()

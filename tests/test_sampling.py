@@ -90,6 +90,15 @@ def test_seeds_cycles_and_places_are_shuffled_evenly(seed: int) -> None:
         counts = np.bincount(drawn[:, place], minlength=classes)
         assert np.abs(counts - expected).max() < 6 * deviation, (place, counts)
     assert len({tuple(cycle) for cycle in drawn[:50].tolist()}) > 45  # of 5040 permutations
+    # Cycles 2, 7, 12, .. begin with one place of a window whose other places are the last 4 of the cycle before:
+    # those items may be at any place but the first, each as likely as the next.
+    pairs = [(drawn[i - 1, 3:], drawn[i]) for i in range(2, cycles, 5)]
+    places = np.array([[cycle.tolist().index(item) for item in last] for last, cycle in pairs])
+    expected, deviation = len(pairs) / 6, (len(pairs) / 6 * (1 - 1 / 6)) ** 0.5
+    for column in places.T:
+        counts = np.bincount(column, minlength=classes)
+        assert counts[0] == 0
+        assert np.abs(counts[1:] - expected).max() < 6 * deviation, counts
     other = ClassBalancedBatchSampler(np.arange(classes), 5, 1, seed=seed + 1)
     assert draw(other, 20) != drawn.reshape(-1, 5)[:20].tolist()
 
@@ -190,8 +199,8 @@ def test_data_loader(workers: int, seed: int) -> None:
     assert not any(batch in expected for batch in again)
 
 
-def work(classes: int, largest: int) -> tuple[int, list[int]]:
-    """Bytecodes executed by the constructor, and by each of some batches, on labels of that size."""
+def work(classes: int, largest: int) -> tuple[int, list[int], int]:
+    """Bytecodes executed by the constructor, by each of some batches, and by one far on, on such labels."""
     labels = long_tailed(classes, largest, 0, smallest=2)
     executed = 0
 
@@ -216,7 +225,8 @@ def work(classes: int, largest: int) -> tuple[int, list[int]]:
     iterator = iter(made[0])
     batches = [count(lambda: next(iterator)) for _ in range(10)]
     assert len(made[0]._images) <= 10 * 32  # nothing is made for classes that were not met
-    return setup, batches
+    made[0].load_state_dict({**made[0].state_dict(), "batches": 1_000_003})
+    return setup, batches, count(lambda: next(iterator))
 
 
 def test_work_does_not_grow_with_classes_and_images() -> None:
@@ -224,6 +234,7 @@ def test_work_does_not_grow_with_classes_and_images() -> None:
     small, large = work(100, 40), work(8142, 300)
     assert large[0] < 1.1 * small[0] + 100
     assert max(large[1]) < 1.5 * max(small[1])
+    assert large[2] < 4 * max(large[1])  # no walk through the batches before
 
 
 GOOD: dict[str, Any] = {"labels": [0, 0, 1, 2], "classes_per_batch": 2}

@@ -122,15 +122,15 @@ class Training:
             return
         self.method.begin_stage(stage, self.model.head)
         self.model.train()
-        named = list(self.model.named_parameters())
+        named, config = list(self.model.named_parameters()), self.config
+        weights = {"params": [p for name, p in named if not name.endswith("tau")]}
+        temperatures = {
+            "params": [p for name, p in named if name.endswith("tau")],
+            "lr": config.lr * config.tau_lr_factor,
+            "weight_decay": 0.0,  # it would pull τ towards 1
+        }
         self.optimizer = torch.optim.SGD(
-            [
-                {"params": [p for name, p in named if not name.endswith("tau")]},
-                {"params": [p for name, p in named if name.endswith("tau")], "weight_decay": 0.0},
-            ],
-            lr=self.config.lr,
-            momentum=self.config.momentum,
-            weight_decay=self.config.weight_decay,
+            [weights, temperatures], lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
         factor = lr_schedule(self.config, self.method.stages[stage].epochs, len(self.batch_sizes))
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)

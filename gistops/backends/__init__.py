@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import warnings
 
-import torch
-
 from . import native
 
 NAMES = ("cpu", "reference")
@@ -15,7 +13,6 @@ class BackendUnavailable(RuntimeError):
     """A backend was asked for by name and cannot serve; the message says why and how to get it."""
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(device_type: str, requested: str | None) -> str:
     """The backend that serves tensors on `device_type`: the one requested, or the best that is there.
 
@@ -40,6 +37,10 @@ def choose(device_type: str, requested: str | None) -> str:
     _warn_once(f"gistops: there is no fused backend for {device_type!r} in this version; ")
     return "reference"
 
+
+# torch.compile takes the answer as a constant and leaves the look at the file system out of its graph. What
+# torch.compiler.assume_constant_result does, without its import of torch._dynamo (over a second at start-up).
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _warned: set[str] = set()
 

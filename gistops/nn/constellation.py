@@ -79,7 +79,9 @@ class ConstellationClassifier(nn.Module):
             raise ValueError(f"backend: expected None or one of {names}, got {backend!r}")
         self.backend = backend
         for name, shape in self._parameter_shapes(num_displacements).items():
-            setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+            value = torch.empty(shape, device=device, dtype=dtype)
+            # No gradient for no displacements: FSDP does not take an empty one.
+            setattr(self, name, nn.Parameter(value, requires_grad=value.numel() > 0))
         self.reset_parameters()
 
     def _parameter_shapes(self, num_displacements: int) -> dict[str, tuple[int, ...]]:
@@ -143,9 +145,9 @@ class ConstellationClassifier(nn.Module):
     ) -> None:
         """Give a head made with `num_displacements=0` its displacements: the paper's second stage.
 
-        All other parameters stay as they are. `displacements` becomes a new parameter, on the device and in
-        the dtype of the old one: make the optimiser (and a DDP or FSDP wrapper) anew afterwards, or it will
-        not be trained.
+        All other parameters stay as they are. `displacements` becomes a new trainable parameter, on the
+        device and in the dtype of the old one: make the optimiser (and a DDP or FSDP wrapper) anew
+        afterwards, or it will not be trained.
 
         Args:
             num: number of displacements, 1 to 255.
@@ -180,9 +182,7 @@ class ConstellationClassifier(nn.Module):
                 f"got {list(values.shape)}"
             )
         old = self.displacements
-        self.displacements = nn.Parameter(
-            values.detach().to(old.device, old.dtype, copy=True), requires_grad=old.requires_grad
-        )
+        self.displacements = nn.Parameter(values.detach().to(old.device, old.dtype, copy=True))
         self._warn_if_zero()
 
     def slot_usage(self, input: Tensor, labels: Tensor | None = None) -> Tensor:

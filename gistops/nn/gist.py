@@ -112,7 +112,8 @@ class GistClassifier(ConstellationClassifier):
             backend=self.backend,
         )
         for name in ("centers", "displacements", "log_tau"):
-            setattr(head, name, nn.Parameter(getattr(self, name).detach().clone()))
+            own = getattr(self, name)
+            setattr(head, name, nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad))
         return head.eval()
 
 

@@ -1,0 +1,38 @@
+"""What the tests of the modules share: sizes, heads, batches, and the definition in float64."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from gistops.backends import reference
+from gistops.nn import ConstellationClassifier, GistClassifier
+
+D, K, M, B = 41, 67, 4, 53
+KINDS = [ConstellationClassifier, GistClassifier]
+
+Head = TypeVar("Head", bound=ConstellationClassifier)
+
+
+def reference_logits(input: Tensor, centers: Tensor, displacements: Tensor, log_tau: Tensor) -> Tensor:
+    """The definition in float64."""
+    return reference.constellation_logits(
+        input.double(), centers.double(), displacements.double(), log_tau.double().exp()
+    )[0]
+
+
+def spread(head: Head) -> Head:
+    """Displacements as long as centres, and temperatures that differ, so that every slot and stream tells."""
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            if name == "displacements":
+                parameter.copy_(torch.randn_like(parameter) * 0.8 * D**-0.5)
+            elif "log" in name:
+                parameter.copy_(torch.rand_like(parameter) + 2)
+    return head
+
+
+def batch(classes: int = K, size: int = B) -> tuple[Tensor, Tensor]:
+    return torch.randn(size, D, requires_grad=True), torch.randint(classes, (size,))
