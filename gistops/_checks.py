@@ -1,8 +1,10 @@
-"""Argument checks of the public operators, in one place, so that every backend says the same."""
+"""Argument checks, in one place, so that every backend says the same; each message names the argument."""
 
 from __future__ import annotations
 
+import math
 import sys
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -66,3 +68,34 @@ def check_constellation(input: object, centers: object, displacements: object, t
     if tau.device != input.device:
         raise ValueError(f"tau: expected device {input.device} to match input, got {tau.device}")
     return tau
+
+
+def check_integer(name: str, value: object, low: int, high: int | None = None) -> int:
+    """`value` as an int.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is below `low` or above `high`.
+    """
+    expected = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected {expected}, got {value!r} of type {type(value).__name__}")
+    number = int(value)
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{name}: expected {expected}, got {number}")
+    return number
+
+
+def check_positive(name: str, value: object) -> float:
+    """`value` as a finite float above zero.
+
+    Raises:
+        TypeError: it is no real number.
+        ValueError: it is not finite, or not above zero.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number above 0, got {value!r} of type {type(value).__name__}")
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{name}: expected a finite number above 0, got {number}")
+    return number

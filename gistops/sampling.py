@@ -12,7 +12,7 @@ import numpy.typing as npt
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from .nn._checks import check_integer
+from ._checks import check_integer
 
 Integers = npt.NDArray[np.int64]
 

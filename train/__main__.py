@@ -20,7 +20,9 @@ from .runfiles import RunFolder
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 2 for an option that cannot be, 1 for a run that failed."""
     console = Console()
-    warnings.showwarning = lambda message, *_: console.print(f"warning: {message}", highlight=False, soft_wrap=True)
+    warnings.showwarning = lambda message, *_: console.print(
+        f"warning: {message}", highlight=False, soft_wrap=True
+    )
     try:
         config = from_command_line(args)
         data = load(config)
@@ -39,7 +41,9 @@ def main(args: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "\ninterrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr
+        )
         return 130
     print_results(console, results, data.train_counts, config.split_rule)
     folder.write("accuracy.png", lambda path: plot_accuracy(path, results, data.train_counts, config.name))

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import torch
-import tyro
 import typeguard
+import tyro
 
 from .backbones import BACKBONES
 from .data.arrays import EMBEDDED
@@ -20,7 +20,7 @@ from .evaluate import SPLIT_RULES
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 RECIPES = Path(__file__).with_name("recipes")
 DEFAULT_RECIPE = "fashion-mnist-lt"
@@ -47,12 +47,14 @@ class Config:
     """Go on from the run's last checkpoint, or begin where there is none."""
 
     data: str = ""
-    """A .npz or .safetensors file with x_train, y_train, x_test, y_test (x: uint8 images [n, h, w] or [n, h, w, c],
-    or floating-point features [n, d]), or the name of a set that comes with the package: fashion-mnist-lt."""
+    """A .npz or .safetensors file with x_train, y_train, x_test and y_test, where x is uint8 images [n, h, w] or
+    [n, h, w, c] or floating-point features [n, d]. Or the name of a set that comes with the package, which is
+    fashion-mnist-lt."""
     num_classes: int | None = None
     """How many classes the data must have; taken from the data if not given."""
     backbone: str = "resnet32"
-    """A network for images, or 'none' for a head alone on features."""
+    """A network for images (resnet20 or resnet32 for 32×32, resnet8-half for 28×28 on a CPU), or none for a head
+    alone on features."""
     crop_padding: int = 0
     """Images: random crops after padding by so many pixels on each side."""
     flip: bool = False
@@ -94,8 +96,8 @@ class Config:
     """The rate grows linearly over so many epochs at the start of a stage."""
 
     split_rule: str = "standard"
-    """What many-, medium- and few-shot mean: standard (>100, <20 training images), paper_text (>100, <=20)
-    or paper_code (>=100, <=20)."""
+    """What many- and few-shot mean in training images: standard (>100, <20), paper_text (>100, <=20) or paper_code
+    (>=100, <=20)."""
     evaluate_every: int = 1
     """Epochs between two evaluations on the test images; the last epoch of a stage is always evaluated."""
     checkpoint_steps: int | None = None
@@ -142,7 +144,8 @@ def _recipe_file(recipe: str) -> Path:
 def _read_recipe(recipe: str) -> dict[str, Any]:
     try:
         with open(_recipe_file(recipe), "rb") as file:
-            return tomllib.load(file)
+            values: dict[str, Any] = tomllib.load(file)
+            return values
     except FileNotFoundError:
         names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
         raise ConfigError("recipe", f"a .toml file that is there, or one of {names}", repr(recipe)) from None
@@ -181,10 +184,13 @@ def config_values(config: Config) -> dict[str, Any]:
 
 
 def _description() -> str:
-    lines = ["Trains GistNet in two stages on a long-tailed set, and a plain softmax model beside it. Recipes:", ""]
+    paragraphs = [
+        "Trains GistNet in two stages on a long-tailed set, and a plain softmax model beside it.",
+        "Recipes:",
+    ]
     for path in sorted(RECIPES.glob("*.toml")):
-        lines.append(f"{path.stem}: {_read_recipe(path.stem).get('description', '')}")
-    return "\n".join(lines)
+        paragraphs.append(f"{path.stem}: {_read_recipe(path.stem).get('description', '')}")
+    return "\n\n".join(paragraphs)
 
 
 def _device(asked: str) -> str:
@@ -223,6 +229,8 @@ def check(config: Config) -> None:
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError("device", "cpu, cuda or auto", f"{config.device!r} ({error})".split("\n")[0]) from None
+        raise ConfigError(
+            "device", "cpu, cuda or auto", f"{config.device!r} ({error})".split("\n")[0]
+        ) from None
     needed = f"a .npz or .safetensors file, or {', '.join(EMBEDDED)}"
     expect("data", bool(config.data), f"{needed} (the recipe {config.recipe} brings no data)")

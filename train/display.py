@@ -48,7 +48,11 @@ class Display:
         self.done += images
         if self._progress.disable:
             return
-        fields = {} if loss is None else {"status": f"loss {loss:.3f}  {self.rate:,.0f} images/s  {self.left} left"}
+        fields = (
+            {}
+            if loss is None
+            else {"status": f"loss {loss:.3f}  {self.rate:,.0f} images/s  {self.left} left"}
+        )
         self._progress.update(self._task, completed=self.done, description=where, **fields)
 
     def epoch(self, where: str, record: dict[str, Any]) -> None:

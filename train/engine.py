@@ -34,7 +34,9 @@ class Diverged(RuntimeError):
     """The loss is no longer a number."""
 
 
-def run(config: Config, data: Dataset, folder: RunFolder, display: Display, saved: Record | None) -> list[Record]:
+def run(
+    config: Config, data: Dataset, folder: RunFolder, display: Display, saved: Record | None
+) -> list[Record]:
     """Train every method that the checkpoint `saved` has not finished; return the results of all methods."""
     records: list[Record] = saved["records"] if saved else []
     folder.restart_metrics(records)
@@ -75,7 +77,10 @@ def train(training: Training, folder: RunFolder, display: Display, records: list
                     save()
             seconds = time.perf_counter() - begin
             rate = (training.images - images_before) / seconds
-            record = training.end_epoch() | {"seconds": round(seconds, 3), "images_per_second": round(rate, 1)}
+            record = training.end_epoch() | {
+                "seconds": round(seconds, 3),
+                "images_per_second": round(rate, 1),
+            }
             if training.epoch % config.evaluate_every == 0 or training.epoch == stage.epochs:
                 record |= training.evaluate()
             write(record)
@@ -123,8 +128,8 @@ class Training:
         self.method.begin_stage(stage, self.model.head)
         self.model.train()
         named, config = list(self.model.named_parameters()), self.config
-        weights = {"params": [p for name, p in named if not name.endswith("tau")]}
-        temperatures = {
+        weights: Record = {"params": [p for name, p in named if not name.endswith("tau")]}
+        temperatures: Record = {
             "params": [p for name, p in named if name.endswith("tau")],
             "lr": config.lr * config.tau_lr_factor,
             "weight_decay": 0.0,  # it would pull τ towards 1

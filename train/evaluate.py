@@ -49,7 +49,9 @@ class Evaluation:
         result: dict[str, float | None] = {"overall": float(self.correct.sum()) / float(self.total.sum())}
         for group, mask in split_classes(train_counts, rule).items():
             tested = mask & (self.total > 0)
-            result[group] = float((self.correct[tested].double() / self.total[tested]).mean()) if tested.any() else None
+            result[group] = (
+                float((self.correct[tested].double() / self.total[tested]).mean()) if tested.any() else None
+            )
         return result
 
 

@@ -55,7 +55,9 @@ class Plain:
     def begin_stage(self, stage: int, head: nn.Linear) -> None:
         pass
 
-    def losses(self, head: nn.Linear, features: Tensor, labels: Tensor, num_balanced: int) -> dict[str, Tensor]:
+    def losses(
+        self, head: nn.Linear, features: Tensor, labels: Tensor, num_balanced: int
+    ) -> dict[str, Tensor]:
         return {"loss": F.cross_entropy(head(features), labels)}
 
     def describe(self, head: nn.Linear) -> dict[str, Any]:
@@ -78,7 +80,9 @@ class Gist:
         if stage == 1 and self.config.num_displacements:
             head.add_displacements(self.config.num_displacements)
 
-    def losses(self, head: GistClassifier, features: Tensor, labels: Tensor, num_balanced: int) -> dict[str, Tensor]:
+    def losses(
+        self, head: GistClassifier, features: Tensor, labels: Tensor, num_balanced: int
+    ) -> dict[str, Tensor]:
         (f_c, f_r), (y_c, y_r) = features.tensor_split([num_balanced]), labels.tensor_split([num_balanced])
         balanced, random = head.losses(f_c, y_c, f_r, y_r)
         loss = random + self.config.balanced_loss_weight * balanced

@@ -39,13 +39,17 @@ class Model(nn.Module):
     def __init__(self, normalize: nn.Module, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.normalize, self.backbone, self.head = normalize, backbone, head
-        self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
+        for parameter in self.parameters():
+            if parameter.dim() == 4:  # the faster layout for convolutions
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def features(self, x: Tensor) -> Tensor:
-        return self.backbone(self.normalize(x))
+        features: Tensor = self.backbone(self.normalize(x))
+        return features
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
+        logits: Tensor = self.head(self.features(x))
+        return logits
 
 
 def build_trunk(backbone: str, data: Dataset) -> tuple[nn.Module, nn.Module, int]:

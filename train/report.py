@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,7 @@ def constellation_line(result: dict[str, Any]) -> str:
     )
 
 
-def plot_accuracy(
-    path: Path, results: list[dict[str, Any]], train_counts: Tensor, title: str
-) -> None:
+def plot_accuracy(path: Path, results: list[dict[str, Any]], train_counts: Tensor, title: str) -> None:
     """Draw each class's accuracy against its number of training images."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(
@@ -63,12 +62,16 @@ def plot_accuracy(
         ylim=(-3, 103),
     )
     order = torch.argsort(train_counts, descending=True, stable=True)
-    window = max(1, len(order) // 10)  # classes a point of the line averages, so that 1000 classes can be read
+    window = max(
+        1, len(order) // 10
+    )  # classes a point of the line averages, so that 1000 classes can be read
     for result, colour, marker in zip(results, ("C0", "C1"), "os", strict=False):
-        accuracy = 100 * torch.tensor(result["accuracy_per_class"])[order]
+        per_class = [math.nan if value is None else value for value in result["accuracy_per_class"]]
+        accuracy = 100 * torch.tensor(per_class)[order]
         label = f"{TITLES[result['method']]}, overall {percent(result['accuracy']['overall'])}"
         axes.scatter(train_counts[order], accuracy, s=18, alpha=0.5, color=colour, marker=marker)
-        means = [(c.double().mean(), a.nanmean()) for c, a in zip(train_counts[order].split(window), accuracy.split(window))]
+        windows = zip(train_counts[order].split(window), accuracy.split(window), strict=True)
+        means = [(float(counts.double().mean()), float(values.nanmean())) for counts, values in windows]
         axes.plot(*zip(*means, strict=True), color=colour, label=label)
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)

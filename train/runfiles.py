@@ -79,7 +79,9 @@ class RunFolder:
         write_aside(self.path / name, write)
 
     def save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.write(self.checkpoint_file.name, lambda path: torch.save({**checkpoint, "data": self._data}, path))
+        self.write(
+            self.checkpoint_file.name, lambda path: torch.save({**checkpoint, "data": self._data}, path)
+        )
 
     def restart_metrics(self, records: list[dict[str, Any]]) -> None:
         """Make metrics.jsonl hold these records: what came after the checkpoint comes again."""

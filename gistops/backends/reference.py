@@ -6,6 +6,8 @@ form, so that a mistake in one cannot hide in the other.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,12 +36,15 @@ def constellation_logits(
     dtype = torch.float32
     if torch.float64 in (input.dtype, centers.dtype, displacements.dtype):
         dtype = torch.float64
-    with torch.autocast(input.device.type, enabled=False):
+    device = input.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         unit = F.normalize(input.to(dtype), dim=1, eps=1e-12)
         structure = F.pad(displacements.to(dtype), (0, 0, 1, 0))  # [M, d], row 0 the bare centre
         scale = tau.to(dtype).reshape(())
         slots_count, d = structure.shape
-        chunk = max(1, CHUNK_ELEMENTS // (slots_count * max(d, input.shape[0], 1)))
+        # A graph must hold for any batch: there the batch has no say in the chunks.
+        rows = d if torch.compiler.is_compiling() else max(d, input.shape[0])
+        chunk = max(1, CHUNK_ELEMENTS // (slots_count * rows))
         logits, slots = [], []
         for start in range(0, centers.shape[0], chunk):
             part = centers[start : start + chunk].to(dtype)

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
-from .._checks import FLOAT_DTYPES, MAX_SLOTS
+from .._checks import FLOAT_DTYPES, MAX_SLOTS, check_integer, check_positive
 from ..functional import constellation_logits
-from ._checks import check_integer, check_positive
 from .usage import SlotUsage
 
 

@@ -82,18 +82,19 @@ def test_compile_of_the_default_backend(cpu: str, seed: int) -> None:
     )
 
 
-def test_export(cpu: str, seed: int) -> None:
-    head = Head(HEAD, seed, cpu).eval()
+def test_export(backend: str, seed: int) -> None:
+    head = Head(HEAD, seed, backend).eval()
     batch = torch.export.Dim("batch")
     program = torch.export.export(head, (torch.randn(37, 20),), dynamic_shapes={"x": {0: batch}})
-    assert any("constellation_forward" in str(node.target) for node in program.graph.nodes)
+    fused = any("constellation_forward" in str(node.target) for node in program.graph.nodes)
+    assert fused == (backend == "cpu")
     x = torch.randn(11, 20)
-    assert torch.equal(program.module()(x), head(x))
+    torch.testing.assert_close(program.module()(x), head(x))
 
 
-def test_fake_and_meta_tensors(cpu: str) -> None:
+def test_meta_tensors(backend: str) -> None:
     arguments = [t.to("meta").requires_grad_() for t in Sample(6, 9, 5, 2).tensors(0, requires_grad=False)]
-    logits, slots = gistops.constellation_logits(*arguments, return_slots=True)
+    logits, slots = gistops.constellation_logits(*arguments, return_slots=True, backend=backend)
     assert logits.is_meta
     assert (logits.shape, logits.dtype) == ((6, 9), torch.float32)
     assert (slots.shape, slots.dtype) == ((6, 9), torch.uint8)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,17 +88,17 @@ def load_arrays(source: str, num_classes: int | None = None) -> Dataset:
 
 
 def _read(path: Path) -> dict[str, np.ndarray | Tensor]:
-    readers: dict[str, Callable[[Path], dict[str, np.ndarray | Tensor]]] = {
-        ".npz": lambda path: dict(np.load(path, allow_pickle=False)),
-        ".safetensors": lambda path: safetensors.torch.load_file(path),
-    }
-    if path.suffix not in readers:
-        known = f"a file named .npz or .safetensors, or one of {', '.join(EMBEDDED)}"
-        raise DataError(f"{path}: expected {known}")
+    if path.suffix not in (".npz", ".safetensors"):
+        raise DataError(
+            f"{path}: expected a file named .npz or .safetensors, or one of {', '.join(EMBEDDED)}"
+        )
     if not path.is_file():
         raise DataError(f"{path}: there is no such file")
     try:
-        return readers[path.suffix](path)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+        return dict(safetensors.torch.load_file(path))
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
         raise DataError(f"{path}: expected a readable {path.suffix} file, got {error}") from None
 
@@ -113,7 +112,9 @@ def _samples(name: str, array: np.ndarray | Tensor) -> Tensor:
     if array.ndim == 2 and got.startswith(("float", "bfloat")):
         features = torch.as_tensor(array).float()
         if not features.isfinite().all():
-            raise DataError(f"{name}: expected finite features, got {int((~features.isfinite()).sum())} that are not")
+            raise DataError(
+                f"{name}: expected finite features, got {int((~features.isfinite()).sum())} that are not"
+            )
         return features
     if got.startswith("uint8") and (array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3))):
         images = torch.as_tensor(array)
@@ -154,11 +155,13 @@ def _dataset(
 ) -> Dataset:
     found = int(y_train.max()) + 1
     if num_classes is not None and found != num_classes:
-        raise DataError(f"y_train: expected {num_classes} classes (--num-classes), got labels up to {found - 1}")
+        raise DataError(
+            f"y_train: expected {num_classes} classes (--num-classes), got labels up to {found - 1}"
+        )
     if int(y_test.max()) >= found:
         raise DataError(f"y_test: expected labels below {found} as in y_train, got {int(y_test.max())}")
     counts = torch.bincount(y_train, minlength=found)
-    if (absent := (counts == 0).nonzero().flatten().tolist()):
+    if absent := (counts == 0).nonzero().flatten().tolist():
         some = ", ".join(map(str, absent[:5])) + (", …" if len(absent) > 5 else "")
         raise DataError(f"y_train: expected a sample of every class up to {found - 1}, got none of {some}")
     if names is not None and len(names) != found:

@@ -17,7 +17,7 @@ def long_tailed_indices(labels: np.ndarray, counts: list[int], seed: int = 0) ->
     The published subsets were drawn with numpy's old global generator, so the same one draws here: another would
     choose other images.
     """
-    rng = np.random.RandomState(seed)  # noqa: NPY002
+    rng = np.random.RandomState(seed)
     chosen = []
     for k, count in enumerate(counts):
         candidates = np.flatnonzero(labels == k)

@@ -18,7 +18,10 @@ import numpy as np
 from ..longtail import long_tailed_counts, long_tailed_indices
 
 LARGEST, RATIO, TEST_IMAGES = 1000, 100, 400
-CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
+CLASSES = [
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+]
 OUT = Path(__file__).with_name("fashion_mnist_lt100.npz")
 
 
