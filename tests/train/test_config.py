@@ -1,0 +1,93 @@
+"""Options that cannot be are refused before any work starts, in one line that names them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train.__main__ import main
+from train.config import RECIPES, ConfigError, from_command_line, load_recipe
+
+GOOD = {
+    "x_train": np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32),
+    "y_train": np.arange(12) % 3,
+    "x_test": np.zeros((3, 5), np.float32),
+    "y_test": np.arange(3),
+}
+WORDS = [
+    ("--recipe nowhere", "--recipe: expected a .toml file that is there, or one of "),
+    ("--batch-size 0", "--batch-size: expected at least 1, got 0"),
+    ("--classes-per-batch 11", "--classes-per-batch: expected at most 10"),
+    ("--lr -1", "--lr: expected a number above 0, got -1.0"),
+    ("--momentum 1", "--momentum: expected at least 0 and below 1"),
+    ("--num-displacements 256", "--num-displacements: expected 0 to 255, got 256"),
+    ("--backbone resnet99", "--backbone: expected one of none, "),
+    ("--split-rule many", "--split-rule: expected one of standard, paper_text, paper_code"),
+    ("--data nowhere.npz", "nowhere.npz: there is no such file"),
+    ("--data README.md", "expected a file named .npz or .safetensors"),
+    ("--num-classes 11", "expected 11 classes"),
+    ("--backbone none", "--backbone: expected a network, for images"),
+    ("--device gpu9", "--device: expected cpu, cuda or auto"),
+    ("--name a/b", "--name: expected a folder's name"),
+    ("--stage1-epochs 0 --stage2-epochs 0", "--stage1-epochs: expected some epoch"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), WORDS, ids=[w[0] for w in WORDS])
+def test_words(options: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["--recipe", "smoke", "--runs", str(tmp_path), *options.split()])
+    message = capsys.readouterr().err
+    assert code == 2
+    assert words in message
+    assert len(message.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+BAD_ARRAYS = [
+    ({"x_train": None}, "expected the arrays x_train, y_train, x_test, y_test, got"),
+    ({"y_train": np.arange(11) % 3}, "y_train: expected 12 labels to match x_train, got 11"),
+    ({"y_train": np.zeros(12)}, "y_train: expected integer labels"),
+    ({"y_train": np.arange(12) % 3 * 2}, "expected a sample of every class up to 4, got none of 1, 3"),
+    ({"y_test": np.array([0, 1, 7])}, "y_test: expected labels below 3"),
+    ({"x_test": np.zeros((3, 4), np.float32)}, "x_test: expected samples of the same shape"),
+    ({"x_train": np.full((12, 5), np.nan, np.float32)}, "x_train: expected finite features, got 60"),
+    ({"x_train": np.zeros((12, 5, 5, 7), np.uint8)}, "x_train: expected uint8 images"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), BAD_ARRAYS, ids=[w[1][:40] for w in BAD_ARRAYS])
+def test_arrays(
+    change: dict[str, np.ndarray], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrays = {name: value for name, value in (GOOD | change).items() if value is not None}
+    np.savez(tmp_path / "data.npz", **arrays)
+    options = ["--recipe", "features", "--data", str(tmp_path / "data.npz"), "--classes-per-batch", "3"]
+    assert main([*options, "--runs", str(tmp_path / "runs")]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_recipe_with_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text('leraning_rate = 1.0\ndata = "fashion-mnist-lt"\n')
+    with pytest.raises(ConfigError, match="leraning_rate"):
+        load_recipe(str(tmp_path / "r.toml"))
+    (tmp_path / "r.toml").write_text('lr = "fast"\n')
+    with pytest.raises(ConfigError, match="--lr: expected float, got 'fast'"):
+        load_recipe(str(tmp_path / "r.toml"))
+    (tmp_path / "r.toml").write_text("lr = \n")
+    with pytest.raises(ConfigError, match="--recipe: expected a readable TOML file"):
+        load_recipe(str(tmp_path / "r.toml"))
+
+
+@pytest.mark.parametrize("recipe", [path.stem for path in RECIPES.glob("*.toml")])
+def test_every_recipe_is_valid(recipe: str) -> None:
+    config = from_command_line(["--recipe", recipe, "--data", "x.npz"])
+    assert config.name == recipe
+
+
+def test_the_command_line_wins_over_the_recipe() -> None:
+    config = from_command_line(["--recipe", "smoke", "--lr", "0.25", "--methods", "plain"])
+    assert (config.lr, config.methods) == (0.25, ("plain",))
+    assert config.max_steps_per_epoch == load_recipe("smoke").max_steps_per_epoch
