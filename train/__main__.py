@@ -20,35 +20,43 @@ from .runfiles import RunFolder
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 2 for an option that cannot be, 1 for a run that failed."""
     console = Console()
-    warnings.showwarning = lambda message, *_: console.print(
-        f"warning: {message}", highlight=False, soft_wrap=True
-    )
-    try:
-        config = from_command_line(args)
-        data = load(config)
-        folder = RunFolder(config)
-        saved = folder.open(config, data.fingerprint())
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        announce(console, config, data, saved)
-        total, done = images_in_all(config, data), images_done(saved)
-        with Display(console, total, done) as display:
-            results = run(config, data, folder, display, saved)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            "\ninterrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr
-        )
-        return 130
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: say(console, f"warning: {message}")
+        try:
+            return start(from_command_line(args), console)
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except Diverged as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print(
+                "interrupted; the same command with --resume goes on from the last checkpoint",
+                file=sys.stderr,
+            )
+            return 130
+
+
+def start(config: Config, console: Console) -> int:
+    """Load, train, report."""
+    data = load(config)
+    folder = RunFolder(config)
+    saved = folder.open(config, data.fingerprint())
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    announce(console, config, data, saved)
+    with Display(console, images_in_all(config, data), images_done(saved)) as display:
+        results = run(config, data, folder, display, saved)
     print_results(console, results, data.train_counts, config.split_rule)
     folder.write("accuracy.png", lambda path: plot_accuracy(path, results, data.train_counts, config.name))
-    console.print(f"written to {folder.path}", highlight=False, soft_wrap=True)
+    say(console, f"written to {folder.path}")
     return 0
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is: no colours, no wrapping."""
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def load(config: Config) -> Dataset:
@@ -81,7 +89,7 @@ def announce(console: Console, config: Config, data: Dataset, saved: dict[str, A
     elif config.resume:
         lines.append("no checkpoint to resume: from the beginning")
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 def images_in_all(config: Config, data: Dataset) -> int:
@@ -96,7 +104,7 @@ def images_done(saved: dict[str, Any] | None) -> int:
         return 0
     training = saved["training"]
     finished = (r for r in saved["records"] if r["event"] == "result" and r["method"] != training["name"])
-    return training["position"]["images"] + sum(record["images"] for record in finished)
+    return int(training["position"]["images"] + sum(record["images"] for record in finished))
 
 
 if __name__ == "__main__":

@@ -55,6 +55,9 @@ class Config:
     backbone: str = "resnet32"
     """A network for images (resnet20 or resnet32 for 32×32, resnet8-half for 28×28 on a CPU), or none for a head
     alone on features."""
+    center_features: bool = False
+    """Batch normalisation without parameters between backbone and head, in every method. Not in the paper. After a
+    ReLU all features share a direction, which pushes the displacements out of use; this takes it away."""
     crop_padding: int = 0
     """Images: random crops after padding by so many pixels on each side."""
     flip: bool = False

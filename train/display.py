@@ -48,12 +48,10 @@ class Display:
         self.done += images
         if self._progress.disable:
             return
-        fields = (
-            {}
-            if loss is None
-            else {"status": f"loss {loss:.3f}  {self.rate:,.0f} images/s  {self.left} left"}
-        )
-        self._progress.update(self._task, completed=self.done, description=where, **fields)
+        self._progress.update(self._task, completed=self.done, description=where)
+        if loss is not None:
+            status = f"loss {loss:.3f}  {self.rate:,.0f} images/s  {self.left} left"
+            self._progress.update(self._task, status=status)
 
     def epoch(self, where: str, record: dict[str, Any]) -> None:
         """A line for an epoch's record: on a terminal only where it was evaluated."""

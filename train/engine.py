@@ -23,11 +23,11 @@ from .data.streams import Augmentation, RandomStream
 from .display import Display
 from .evaluate import evaluate
 from .methods import METHODS
-from .model import Model, build_trunk, save_model
+from .model import build_model, save_model
 from .runfiles import RunFolder
 
 Record = dict[str, Any]
-POSITION = ("stage", "epoch", "step_of_epoch", "images")
+POSITION = ("stage", "epoch", "step_of_epoch", "images", "lr")
 
 
 class Diverged(RuntimeError):
@@ -66,7 +66,7 @@ def train(training: Training, folder: RunFolder, display: Display, records: list
     while training.stage < len(stages):
         stage = stages[training.stage]
         while training.epoch < stage.epochs:
-            where = f"{training.name} {stage.name} epoch {training.epoch + 1}/{stage.epochs}"
+            where = f"{training.name} {stage.name}".strip() + f" epoch {training.epoch + 1}/{stage.epochs}"
             begin, images_before = time.perf_counter(), training.images
             while training.step_of_epoch < len(training.batch_sizes):
                 images, loss = training.images, training.step()
@@ -88,7 +88,7 @@ def train(training: Training, folder: RunFolder, display: Display, records: list
         training.begin_stage(training.stage + 1)
     folder.write(
         f"model-{training.name}.safetensors",
-        lambda path: save_model(path, training.model, config.backbone, training.data.class_names),
+        lambda path: save_model(path, training.model, training.data.class_names),
     )
     result = {"event": "result", "method": training.name, "images": training.images}
     write(result | training.method.describe(training.model.head) | training.evaluate(per_class=True))
@@ -105,9 +105,8 @@ class Training:
         # Each method starts from the seed, so that its weights do not depend on what was trained before it.
         torch.manual_seed(config.seed)
         self.method = METHODS[name](config)
-        normalize, backbone, features = build_trunk(config.backbone, data)
-        head = self.method.head(features, data.num_classes)
-        self.model = Model(normalize, backbone, head).to(self.device)
+        model = build_model(data, config.backbone, config.center_features, self.method.head)
+        self.model = model.to(self.device)
         self.generator = torch.Generator().manual_seed(config.seed)  # of the data's order and augmentation
         self.random = RandomStream(len(data.y_train), self.generator)
         self.balanced = ClassBalancedBatchSampler(
@@ -121,7 +120,7 @@ class Training:
 
     def begin_stage(self, stage: int) -> None:
         """Keep the weights, change the head as the stage asks; optimiser and schedule start afresh."""
-        self.stage, self.epoch, self.step_of_epoch = stage, 0, 0
+        self.stage, self.epoch, self.step_of_epoch, self.lr = stage, 0, 0, self.config.lr
         self.sums: dict[str, Tensor] = {}  # of the epoch's losses
         if stage == len(self.method.stages):
             return

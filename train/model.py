@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from gistops.nn import ConstellationClassifier, GistClassifier
 
 from .backbones import BACKBONES
 from .data.arrays import Dataset
+
+HeadMaker = Callable[[int, int], nn.Module]  # (in_features, num_classes) -> head
 
 
 class Normalize(nn.Module):
@@ -36,15 +39,23 @@ class Normalize(nn.Module):
 class Model(nn.Module):
     """Classifies images [b, c, h, w] uint8 (or, without a backbone, features [b, d]) into logits [b, K]."""
 
-    def __init__(self, normalize: nn.Module, backbone: nn.Module, head: nn.Module) -> None:
+    def __init__(
+        self,
+        normalize: nn.Module,
+        backbone: nn.Module,
+        center: nn.Module,
+        head: nn.Module,
+        backbone_name: str,
+    ) -> None:
         super().__init__()
-        self.normalize, self.backbone, self.head = normalize, backbone, head
+        self.normalize, self.backbone, self.center, self.head = normalize, backbone, center, head
+        self.backbone_name = backbone_name
         for parameter in self.parameters():
             if parameter.dim() == 4:  # the faster layout for convolutions
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def features(self, x: Tensor) -> Tensor:
-        features: Tensor = self.backbone(self.normalize(x))
+        features: Tensor = self.center(self.backbone(self.normalize(x)))
         return features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,40 +63,50 @@ class Model(nn.Module):
         return logits
 
 
-def build_trunk(backbone: str, data: Dataset) -> tuple[nn.Module, nn.Module, int]:
-    """All before the head: input scaling, backbone, and the features that come out."""
-    if not data.is_images:
-        return nn.Identity(), nn.Identity(), data.sample_shape[0]
-    network = BACKBONES[backbone](data.sample_shape[0])
-    return Normalize(*data.mean_std()), network, network.out_features
+def build_model(data: Dataset, backbone_name: str, center_features: bool, make_head: HeadMaker) -> Model:
+    """A model for `data`; `make_head(in_features, num_classes)` gives its head."""
+    normalize: nn.Module = nn.Identity()
+    backbone: nn.Module = nn.Identity()
+    in_features = data.sample_shape[0]
+    if data.is_images:
+        normalize = Normalize(*data.mean_std())
+        backbone = network = BACKBONES[backbone_name](in_features)
+        in_features = network.out_features
+    center = nn.BatchNorm1d(in_features, affine=False) if center_features else nn.Identity()
+    return Model(normalize, backbone, center, make_head(in_features, data.num_classes), backbone_name)
 
 
-def save_model(path: Path, model: Model, backbone: str, class_names: list[str]) -> None:
+def save_model(path: Path, model: Model, class_names: list[str]) -> None:
     """Write a trained model for inference: weights as safetensors, and in its metadata what `load_model` needs."""
     head = model.head.export() if isinstance(model.head, GistClassifier) else model.head
-    state = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
-    state |= {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
-    metadata = {"backbone": backbone, "classes": json.dumps(class_names)}
-    path.write_bytes(safetensors.torch.save({k: v.contiguous() for k, v in state.items()}, metadata))
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
+    state |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+    # One entry: the format keeps several in no fixed order, and the same model should give the same bytes.
+    metadata = {"train": json.dumps({"backbone": model.backbone_name, "classes": class_names})}
+    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}  # as the format asks
+    path.write_bytes(safetensors.torch.save(contiguous, metadata))
 
 
 def load_model(path: str | Path) -> tuple[Model, list[str]]:
     """A trained model in evaluation mode, and its classes' names, from `runs/<name>/model-<method>.safetensors`."""
     with safetensors.safe_open(path, framework="pt") as file:
-        metadata: dict[str, str] = file.metadata()
+        metadata = json.loads(file.metadata()["train"])
         state: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    names = json.loads(metadata["classes"])
+    names, backbone_name = metadata["classes"], metadata["backbone"]
     normalize: nn.Module = nn.Identity()
     backbone: nn.Module = nn.Identity()
+    center: nn.Module = nn.Identity()
+    head: nn.Module
     if "normalize.mean" in state:
         normalize = Normalize(state["normalize.mean"].flatten(), state["normalize.std"].flatten())
-        backbone = BACKBONES[metadata["backbone"]](len(state["normalize.mean"]))
-    head: nn.Module
+        backbone = BACKBONES[backbone_name](len(state["normalize.mean"]))
+    if "center.running_mean" in state:
+        center = nn.BatchNorm1d(len(state["center.running_mean"]), affine=False)
     if "head.centers" in state:
         num_displacements, in_features = state["head.displacements"].shape
         head = ConstellationClassifier(in_features, len(names), num_displacements)
     else:
         head = nn.Linear(state["head.weight"].shape[1], len(names))
-    model = Model(normalize, backbone, head)
+    model = Model(normalize, backbone, center, head, backbone_name)
     model.load_state_dict(state)
     return model.eval(), names

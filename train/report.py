@@ -21,14 +21,18 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
+def num_classes(count: int) -> str:
+    return f"{count} class" if count == 1 else f"{count} classes"
+
+
 def print_results(console: Console, results: list[dict[str, Any]], train_counts: Tensor, rule: str) -> None:
     """Print the table and, for GistNet, slot usage, temperatures and the size of the displacements."""
-    sizes = {group: int(mask.sum()) for group, mask in split_classes(train_counts, rule).items()}
+    sizes = {group: num_classes(int(mask.sum())) for group, mask in split_classes(train_counts, rule).items()}
     table = Table(title=f"Test accuracy in %, split rule {rule}")
     table.add_column("")
-    table.add_column(f"overall\n{len(train_counts)} classes", justify="right")
+    table.add_column(f"overall\n{num_classes(len(train_counts))}", justify="right")
     for group in GROUPS:
-        table.add_column(f"{group}\n{sizes[group]} classes", justify="right")
+        table.add_column(f"{group}\n{sizes[group]}", justify="right")
     table.add_column("image\npasses", justify="right")
     for result in results:
         accuracy = result["accuracy"]
@@ -37,7 +41,7 @@ def print_results(console: Console, results: list[dict[str, Any]], train_counts:
     console.print(table)
     for result in results:
         if "slot_usage" in result:
-            console.print(constellation_line(result), highlight=False, soft_wrap=True)
+            console.print(constellation_line(result), highlight=False, soft_wrap=True, markup=False)
 
 
 def constellation_line(result: dict[str, Any]) -> str:

@@ -55,7 +55,10 @@ class RunFolder:
             expected = f"the data that the run began with ({saved['data']})"
             raise ConfigError("data", expected, f"{config.data} ({data_fingerprint})")
         self._data = data_fingerprint
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError("runs", "a folder that can be written", f"{config.runs} ({error})") from None
         values = {name: value for name, value in config_values(config).items() if value is not None}
         text = f"# From the recipe {config.recipe}. `--recipe` takes this file too.\n{tomli_w.dumps(values)}"
         self.write(self.config_file.name, lambda path: path.write_text(text))

@@ -1,54 +1,83 @@
-"""Split rules against the published counts, accuracies against numbers made by hand."""
+"""Split rules against the published counts, accuracies against counts made by hand or one by one."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from train.data.longtail import long_tailed_counts
-from train.evaluate import Evaluation, split_classes
+from gistops.nn import GistClassifier
+from train.evaluate import GROUPS, Evaluation, evaluate, split_classes
+from train.model import Model
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "data"
-
-
-def test_groups_at_the_borders() -> None:
-    counts = torch.tensor([101, 100, 99, 21, 20, 19, 1])
-    sizes = {
-        rule: [int(mask.sum()) for mask in split_classes(counts, rule).values()]
-        for rule in ("standard", "paper_text", "paper_code")
-    }
-    assert sizes == {"standard": [1, 4, 2], "paper_text": [1, 3, 3], "paper_code": [2, 2, 3]}
+from .conftest import shared
 
 
-def test_groups_of_imagenet_lt() -> None:
-    file = SHARED / "imagenet_lt.json"
-    if not file.exists():
-        pytest.skip(f"no {file}: the published counts are not here")
-    found = json.loads(file.read_text())
-    counts = torch.tensor(next(v for v in found.values() if isinstance(v, list) and len(v) == 1000))
-    expected = {"standard": [385, 479, 136], "paper_text": [385, 469, 146], "paper_code": [391, 463, 146]}
-    for rule, sizes in expected.items():
-        assert [int(mask.sum()) for mask in split_classes(counts, rule).values()] == sizes
+@pytest.mark.parametrize(
+    ("rule", "many", "few"),
+    [
+        ("standard", [101, 500], [5, 19]),
+        ("paper_text", [101, 500], [5, 19, 20]),
+        ("paper_code", [100, 101, 500], [5, 19, 20]),
+    ],
+)
+def test_split_rules_at_their_borders(rule: str, many: list[int], few: list[int]) -> None:
+    counts = torch.tensor([500, 101, 100, 99, 21, 20, 19, 5])
+    split = {group: sorted(counts[mask].tolist()) for group, mask in split_classes(counts, rule).items()}
+    assert split["many"] == many
+    assert split["few"] == few
+    assert sorted(split["many"] + split["medium"] + split["few"]) == sorted(counts.tolist())
 
 
-def test_accuracies() -> None:
-    correct, total = torch.tensor([9, 5, 1, 0]), torch.tensor([10, 10, 10, 0])
-    found = Evaluation(correct, total, None)
-    value = found.accuracy(torch.tensor([500, 50, 60, 5]), "standard")
-    assert value == {
-        "overall": pytest.approx(0.5),
-        "many": pytest.approx(0.9),
-        "medium": pytest.approx(0.3),
-        "few": None,  # its one class has no test images
-    }
-    assert found.per_class() == [0.9, 0.5, 0.1, None]
+@pytest.mark.parametrize(
+    ("file", "sizes"),
+    [
+        (
+            "imagenet_lt.json",
+            {"paper_code": (391, 463, 146), "standard": (385, 479, 136), "paper_text": (385, 469, 146)},
+        ),
+        (
+            "places_lt.json",
+            {"paper_code": (132, 156, 77), "standard": (131, 163, 71), "paper_text": (131, 157, 77)},
+        ),
+    ],
+)
+def test_split_rules_on_published_counts(file: str, sizes: dict[str, tuple[int, ...]]) -> None:
+    content = json.loads(shared(file).read_text())
+    counts = torch.tensor(content["counts"])
+    for rule, expected in sizes.items():
+        split = split_classes(counts, rule)
+        assert tuple(int(split[group].sum()) for group in GROUPS) == expected
 
 
-def test_totals_of_the_published_long_tails() -> None:
-    assert sum(long_tailed_counts(500, 100, 100)) == 10_847
-    assert sum(long_tailed_counts(500, 100, 50)) == 12_608
-    assert sum(long_tailed_counts(500, 100, 10)) == 19_573
-    assert sum(long_tailed_counts(5000, 10, 100)) == 12_406
+def test_accuracy_by_hand() -> None:
+    train_counts = torch.tensor([200, 150, 50, 10])
+    found = Evaluation(torch.tensor([9, 2, 0, 3]), torch.tensor([10, 4, 0, 4]), None)
+    assert found.per_class() == [0.9, 0.5, None, 0.75]
+    accuracy = found.accuracy(train_counts, "standard")
+    assert accuracy == {"overall": 14 / 18, "many": 0.7, "medium": None, "few": 0.75}
+
+
+@pytest.mark.parametrize("gist", [False, True])
+def test_evaluate_against_one_sample_at_a_time(gist: bool, seed: int) -> None:
+    head = GistClassifier(8, 6, 3) if gist else nn.Linear(8, 6)
+    model = Model(nn.Identity(), nn.Identity(), nn.BatchNorm1d(8), head, "none")
+    x, y = torch.randn(53, 8), torch.randint(0, 6, (53,))
+    model(x)  # moves the statistics of the BatchNorm away from where they start
+    found = evaluate(model, x, y, 6, batch_size=10)
+    assert model.training
+    model.eval()
+    correct = torch.zeros(6, dtype=torch.long)
+    usage = torch.zeros(4)
+    for sample, label in zip(x, y, strict=True):
+        correct[label] += int(model(sample[None]).argmax() == label)
+        if gist:
+            usage[model.head(model.features(sample[None]), return_slots=True)[1][0, label].long()] += 1 / 53
+    assert torch.equal(found.correct, correct)
+    assert torch.equal(found.total, torch.bincount(y, minlength=6))
+    if gist:
+        torch.testing.assert_close(found.slot_usage, usage)
+    else:
+        assert found.slot_usage is None

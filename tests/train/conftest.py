@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train.data.arrays import Dataset, load_arrays
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COUNTS = (
+    120,
+    60,
+    30,
+    15,
+    7,
+)  # training samples a class: 1 many-, 2 medium- and 2 few-shot by the standard rule
+
+
+def shared(name: str) -> Path:
+    """A file of real data that lies beside the repository, not in it."""
+    path = REPOSITORY.parent / "shared" / "data" / name
+    if not path.is_file():
+        pytest.skip(f"{path} is not there: real data that does not come with the project")
+    return path
+
+
+def labels(counts: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    return rng.permutation(np.repeat(np.arange(len(counts)), counts))
+
+
+@pytest.fixture
+def arrays(seed: int) -> dict[str, np.ndarray]:
+    """Images 10×10 in which each class has a colour and noise: learnt in a few steps, not in none."""
+    rng = np.random.default_rng(seed)
+    colours = np.linspace(40, 215, len(COUNTS))[:, None] * [1, 0.5, 0] + [0, 60, 120]
+    result = {}
+    for part, counts in (("train", COUNTS), ("test", (20,) * len(COUNTS))):
+        y = labels(counts, rng)
+        x = colours[y][:, None, None] + rng.normal(0, 25, (len(y), 10, 10, 3))
+        result[f"x_{part}"], result[f"y_{part}"] = x.clip(0, 255).astype(np.uint8), y
+    return result
+
+
+@pytest.fixture
+def feature_arrays(seed: int) -> dict[str, np.ndarray]:
+    """Features [n, 12] in one cluster a class."""
+    rng = np.random.default_rng(seed)
+    centers = rng.normal(size=(len(COUNTS), 12))
+    result = {}
+    for part, counts in (("train", COUNTS), ("test", (20,) * len(COUNTS))):
+        y = labels(counts, rng)
+        noise = rng.normal(0, 0.4, (len(y), 12))
+        result[f"x_{part}"], result[f"y_{part}"] = (centers[y] + noise).astype(np.float32), y
+    return result
+
+
+@pytest.fixture
+def image_file(arrays: dict[str, np.ndarray], tmp_path: Path) -> Path:
+    path = tmp_path / "images.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture
+def feature_file(feature_arrays: dict[str, np.ndarray], tmp_path: Path) -> Path:
+    path = tmp_path / "features.npz"
+    np.savez(path, **feature_arrays)
+    return path
+
+
+@pytest.fixture
+def images(image_file: Path) -> Dataset:
+    return load_arrays(str(image_file))
+
+
+@pytest.fixture
+def features(feature_file: Path) -> Dataset:
+    return load_arrays(str(feature_file))

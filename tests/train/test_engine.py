@@ -1,0 +1,167 @@
+"""Training itself: streams, stages, schedules, determinism, and going on from any step."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from train.config import Config
+from train.data.arrays import Dataset
+from train.engine import Diverged, Training, epoch_batch_sizes, lr_schedule
+
+IMAGES = Config(
+    backbone="resnet8-half", crop_padding=1, flip=True, batch_size=50, classes_per_batch=3, samples_per_class=4,
+    stage1_epochs=1, stage2_epochs=2, lr=0.05, device="cpu", center_features=True,
+)  # fmt: skip
+FEATURES = dataclasses.replace(IMAGES, backbone="none", crop_padding=0, flip=False)
+
+
+def finish(training: Training, steps: int | None = None) -> list[dict[str, Any]]:
+    """Train to the end, or for so many steps; returns the records of the epochs that end."""
+    records: list[dict[str, Any]] = []
+    while training.stage < len(training.method.stages):
+        while training.epoch < training.method.stages[training.stage].epochs:
+            while training.step_of_epoch < len(training.batch_sizes):
+                if steps == 0:
+                    return records
+                training.step()
+                steps = None if steps is None else steps - 1
+            records.append(training.end_epoch())
+        training.begin_stage(training.stage + 1)
+    return records
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two nested states are the same to the bit."""
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)
+
+
+@pytest.mark.parametrize("method", ["gist", "plain"])
+def test_learns_and_counts_its_images(method: str, images: Dataset) -> None:
+    training = Training(method, dataclasses.replace(IMAGES, stage1_epochs=4, stage2_epochs=4), images)
+    records = finish(training)
+    per_epoch = 232 + 5 * 12  # one pass of the random stream, and a balanced batch in each of its 5 steps
+    assert [record["images"] for record in records] == [per_epoch * epoch for epoch in range(1, 9)]
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert training.evaluate()["accuracy"]["overall"] > 0.5  # by chance 0.2
+
+
+def test_gist_sees_each_random_image_once_an_epoch_and_balanced_classes(images: Dataset) -> None:
+    seen: list[Tensor] = []
+    training = Training("gist", IMAGES, images)
+    training.augment = lambda x: x  # type: ignore[assignment]
+    original = training.method.losses
+
+    def losses(head: Any, features: Tensor, labels: Tensor, num_balanced: int) -> dict[str, Tensor]:
+        assert torch.bincount(labels[:num_balanced]).unique().tolist() in ([0, 4], [4])
+        seen.append(labels[num_balanced:])
+        return original(head, features, labels, num_balanced)
+
+    training.method.losses = losses  # type: ignore[method-assign]
+    while training.step_of_epoch < len(training.batch_sizes):
+        training.step()
+    assert torch.equal(torch.bincount(torch.cat(seen)), images.train_counts)
+
+
+def test_stage_two_keeps_weights_and_starts_the_rest_afresh(images: Dataset) -> None:
+    training = Training("gist", IMAGES, images)
+    while training.step_of_epoch < len(training.batch_sizes):
+        training.step()
+    training.end_epoch()
+    before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    assert before["head.displacements"].shape == (0, 128)
+    assert training.optimizer.state
+    training.begin_stage(1)
+    after = training.model.state_dict()
+    assert after["head.displacements"].shape == (4, 128)
+    assert all(torch.equal(before[name], after[name]) for name in before if name != "head.displacements")
+    assert not training.optimizer.state
+    assert training.optimizer.param_groups[0]["lr"] == IMAGES.lr
+    displacements = training.model.head.displacements.detach().clone()
+    training.step()
+    assert not torch.equal(displacements, training.model.head.displacements)  # the new optimiser has them
+
+
+def test_temperatures_have_their_own_rate_and_no_decay(features: Dataset) -> None:
+    training = Training("gist", dataclasses.replace(FEATURES, tau_lr_factor=0.25), features)
+    weights, temperatures = training.optimizer.param_groups
+    head = training.model.head
+    assert {id(p) for p in temperatures["params"]} == {id(head.log_tau), id(head.log_random_tau)}
+    assert (temperatures["lr"], temperatures["weight_decay"]) == (0.25 * FEATURES.lr, 0.0)
+    assert (weights["lr"], weights["weight_decay"]) == (FEATURES.lr, FEATURES.weight_decay)
+    assert len(weights["params"]) + 2 == len(list(training.model.parameters()))
+
+
+@pytest.mark.parametrize("method", ["gist", "plain"])
+def test_same_seed_same_bits_other_seed_others(method: str, images: Dataset) -> None:
+    states = []
+    for seed in (3, 3, 4):
+        torch.rand(5)  # what was drawn before must not matter
+        training = Training(method, dataclasses.replace(IMAGES, seed=seed), images)
+        finish(training, steps=7)
+        states.append(training.state_dict()["model"])
+    assert equal(states[0], states[1])
+    assert not equal(states[0], states[2])
+
+
+@pytest.mark.parametrize("method", ["gist", "plain"])
+def test_goes_on_from_any_step_to_the_same_bits(method: str, images: Dataset, seed: int) -> None:
+    whole = Training(method, IMAGES, images)
+    expected = finish(whole)
+    total = 3 * len(whole.batch_sizes)
+    for steps in {0, 5, *random.Random(seed).sample(range(total), 3)}:  # 5: between the stages
+        first = Training(method, IMAGES, images)
+        records = finish(first, steps)
+        file = io.BytesIO()
+        torch.save(first.state_dict(), file)
+        file.seek(0)
+        second = Training(method, IMAGES, images)
+        second.load_state_dict(torch.load(file, weights_only=True))
+        torch.rand(3)  # nothing but the saved state may count …
+        torch.set_rng_state(torch.load(io.BytesIO(file.getvalue()), weights_only=True)["torch_rng"])
+        assert records + finish(second) == expected, f"after {steps} steps"
+        assert equal(second.state_dict(), whole.state_dict()), f"after {steps} steps"
+
+
+def test_steps_of_an_epoch(images: Dataset) -> None:
+    assert epoch_batch_sizes(IMAGES, images) == [(50, 12)] * 4 + [(32, 12)]
+    assert epoch_batch_sizes(dataclasses.replace(IMAGES, batch_size=116), images) == [(116, 12)] * 2
+    assert epoch_batch_sizes(dataclasses.replace(IMAGES, max_steps_per_epoch=3), images) == [(50, 12)] * 3
+
+
+def test_schedules() -> None:
+    step = lr_schedule(Config(schedule="step", lr_drops=(0.25, 0.5, 0.75)), epochs=60, steps_per_epoch=10)
+    for epoch, power in ((0, 0), (14, 0), (15, 1), (29, 1), (30, 2), (45, 3), (59, 3)):
+        assert step(epoch * 10) == pytest.approx(0.1**power)
+    cosine = lr_schedule(Config(schedule="cosine", warmup_epochs=2), epochs=20, steps_per_epoch=5)
+    assert [cosine(i) for i in range(3)] == pytest.approx([0.1, 0.2, 0.3], rel=0.01)
+    assert cosine(50) == pytest.approx(0.5)
+    assert cosine(100) == pytest.approx(0.0)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(features: Dataset) -> None:
+    training = Training("plain", dataclasses.replace(FEATURES, lr=1e30), features)
+    with pytest.raises(Diverged, match=r"the loss is (nan|inf); a lower --lr"):
+        finish(training)
+
+
+def test_displacements_stay_in_use_on_centred_features(features: Dataset) -> None:
+    training = Training("gist", dataclasses.replace(FEATURES, stage1_epochs=3, stage2_epochs=3), features)
+    records = finish(training)
+    assert records[-1]["displacement_norms"] != records[3]["displacement_norms"]
+    usage = training.evaluate()["slot_usage"]
+    assert len(usage) == 5
+    assert sum(usage) == pytest.approx(1, abs=1e-5)
+    assert usage[0] < 0.99
