@@ -16,10 +16,10 @@ KINDS = [ConstellationClassifier, GistClassifier]
 Head = TypeVar("Head", bound=ConstellationClassifier)
 
 
-def reference_logits(input: Tensor, centers: Tensor, displacements: Tensor, log_tau: Tensor) -> Tensor:
+def reference_logits(input: Tensor, centers: Tensor, displacements: Tensor, raw_tau: Tensor) -> Tensor:
     """The definition in float64."""
     return reference.constellation_logits(
-        input.double(), centers.double(), displacements.double(), log_tau.double().exp()
+        input.double(), centers.double(), displacements.double(), raw_tau.double().exp().log1p()
     )[0]
 
 
@@ -29,8 +29,8 @@ def spread(head: Head) -> Head:
         for name, parameter in head.named_parameters():
             if name == "displacements":
                 parameter.copy_(torch.randn_like(parameter) * 0.8 * D**-0.5)
-            elif "log" in name:
-                parameter.copy_(torch.rand_like(parameter) + 2)
+            elif "tau" in name:
+                parameter.copy_(torch.rand_like(parameter) * 12 + 8)
     return head
 
 

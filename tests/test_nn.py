@@ -22,7 +22,7 @@ def test_logits_against_the_definition(
 ) -> None:
     head = spread(kind(D, K, m, backend=backend))
     x = torch.randn(B, D) * 3
-    expected = reference_logits(x, head.centers, head.displacements, head.log_tau)
+    expected = reference_logits(x, head.centers, head.displacements, head.raw_tau)
     logits = head(x)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits.double(), expected, atol=1e-4, rtol=1e-5)
@@ -39,7 +39,7 @@ def test_initial_values(dtype: torch.dtype, seed: int) -> None:
     d, classes = 256, 500
     head = GistClassifier(d, classes, 5, tau=9.0, displacement_scale=0.2, dtype=dtype)
     assert {p.dtype for p in head.parameters()} == {dtype}
-    assert head.log_tau.shape == head.log_random_tau.shape == (1,)  # FSDP takes no scalars
+    assert head.raw_tau.shape == head.raw_random_tau.shape == (1,)  # FSDP takes no scalars
     for centers in (head.centers, head.random_centers):
         values = centers.detach().double() * d**0.5  # should be standard normal
         assert abs(values.mean().item()) < 6 / values.numel() ** 0.5
@@ -73,10 +73,10 @@ def test_tau_is_positive_and_learned(seed: int) -> None:
     x, y = batch()
     loss = F.cross_entropy(head(x), y)
     loss.backward()
-    assert head.log_tau.grad is not None
-    assert head.log_tau.grad.item() != 0
+    assert head.raw_tau.grad is not None
+    assert head.raw_tau.grad.item() != 0
     with torch.no_grad():
-        head.log_tau -= 50 * head.log_tau.grad.sign()
+        head.raw_tau -= 50 * head.raw_tau.grad.sign()
     assert 0 < head.tau.item() < math.inf
 
 
@@ -93,11 +93,11 @@ def gradients(head: GistClassifier, which: int) -> tuple[dict[str, Tensor | None
     inputs = [x.detach().double().requires_grad_() for x in (xb, xr)]
     if which == 0:
         logits = reference_logits(
-            inputs[0], exact["centers"], exact["displacements"].detach(), exact["log_tau"]
+            inputs[0], exact["centers"], exact["displacements"].detach(), exact["raw_tau"]
         )
     else:
         logits = reference_logits(
-            inputs[1], exact["random_centers"], exact["displacements"], exact["log_random_tau"]
+            inputs[1], exact["random_centers"], exact["displacements"], exact["raw_random_tau"]
         )
     expected = F.cross_entropy(logits, yr if which else yb)
     expected.backward()
@@ -113,8 +113,8 @@ def test_each_loss_trains_its_own_parameters_and_no_other(which: int, m: int, se
     spread(head)
     ours, expected = gradients(head, which)
     trained = (
-        {"centers", "log_tau", "x_balanced"},
-        {"random_centers", "displacements", "log_random_tau", "x_random"},
+        {"centers", "raw_tau", "x_balanced"},
+        {"random_centers", "displacements", "raw_random_tau", "x_random"},
     )[which]
     assert {name for name, gradient in expected.items() if gradient is not None} == trained
     for name, gradient in ours.items():

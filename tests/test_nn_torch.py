@@ -21,7 +21,7 @@ from .nn_samples import KINDS, B, D, K, M
 def make(kind: type[Any], m: int = M, **arguments: Any) -> Any:
     """A head whose displacements are long enough that every slot wins somewhere."""
     head = kind(D, K, m, displacement_scale=0.9, **arguments)
-    nn.init.uniform_(head.log_tau, 2, 3)
+    nn.init.uniform_(head.raw_tau, 8, 20)
     return head
 
 
@@ -45,7 +45,7 @@ def test_export_gives_the_inference_head_alone(m: int, dtype: torch.dtype, seed:
     assert torch.equal(torch.get_rng_state(), state), "export draws no random numbers"
     assert type(exported) is ConstellationClassifier
     assert exported.backend == "reference"
-    assert set(exported.state_dict()) == {"centers", "displacements", "log_tau"}
+    assert set(exported.state_dict()) == {"centers", "displacements", "raw_tau"}
     x = torch.randn(B, D)
     expected = head(x)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_compiled_forward_without_graph_breaks(kind: type[Any], seed: int) -> No
     logits, expected = compiled(x), head(x)
     torch.testing.assert_close(logits, expected)
     weight = torch.randn_like(logits)
-    inputs = [x, head.centers, head.displacements, head.log_tau]
+    inputs = [x, head.centers, head.displacements, head.raw_tau]
     ours = torch.autograd.grad(logits, inputs, weight)
     torch.testing.assert_close(ours, torch.autograd.grad(expected, inputs, weight))
     slots = torch.compile(lambda x: head(x, return_slots=True)[1], fullgraph=True, backend="aot_eager")

@@ -84,9 +84,6 @@ class Config:
     """Ends every epoch after so many steps, for a quick trial."""
     lr: float = 0.1
     """Learning rate at the start of a stage (SGD)."""
-    tau_lr_factor: float = 1 / 256
-    """GistNet: what multiplies the temperatures' learning rate. Their logarithm is learnt, so that 1/τ², which is
-    1/256 at the start, gives the steps that τ itself would make; with 1 they run away."""
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 5e-4
@@ -221,7 +218,6 @@ def check(config: Config) -> None:
     expect("num_displacements", 0 <= config.num_displacements <= 255, "0 to 255")
     expect("balanced_loss_weight", config.balanced_loss_weight >= 0, "at least 0")
     expect("lr", config.lr > 0, "a number above 0")
-    expect("tau_lr_factor", config.tau_lr_factor >= 0, "at least 0")
     expect("momentum", 0 <= config.momentum < 1, "at least 0 and below 1")
     expect("lr_drops", all(0 < drop < 1 for drop in config.lr_drops), "parts of a stage, between 0 and 1")
     expect("methods", len(config.methods) > 0, "at least one of gist, plain")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+WINDOW = 30.0  # seconds
 
 
 class Display:
@@ -15,7 +18,7 @@ class Display:
     def __init__(self, console: Console, total_images: int, done_images: int) -> None:
         self.console = console
         self.total, self.done = total_images, done_images
-        self._begin, self._done_before = time.perf_counter(), done_images
+        self._recent = deque([(time.perf_counter(), done_images)])  # (time, images done)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -35,8 +38,9 @@ class Display:
 
     @property
     def rate(self) -> float:
-        """Images a second since the display began, evaluations included: what the time left depends on."""
-        return (self.done - self._done_before) / max(time.perf_counter() - self._begin, 1e-9)
+        """Images a second of late, evaluations included: what the time left depends on."""
+        (begin, before), now = self._recent[0], time.perf_counter()
+        return (self.done - before) / max(now - begin, 1e-9)
 
     @property
     def left(self) -> str:
@@ -46,6 +50,10 @@ class Display:
     def step(self, where: str, images: int, loss: float | None) -> None:
         """Count a step of `images` images; `loss` if it is at hand."""
         self.done += images
+        now = time.perf_counter()
+        self._recent.append((now, self.done))
+        while len(self._recent) > 2 and self._recent[1][0] < now - WINDOW:
+            self._recent.popleft()
         if self._progress.disable:
             return
         self._progress.update(self._task, completed=self.done, description=where)

@@ -130,8 +130,7 @@ class Training:
         weights: Record = {"params": [p for name, p in named if not name.endswith("tau")]}
         temperatures: Record = {
             "params": [p for name, p in named if name.endswith("tau")],
-            "lr": config.lr * config.tau_lr_factor,
-            "weight_decay": 0.0,  # it would pull τ towards 1
+            "weight_decay": 0.0,  # it would pull τ down
         }
         self.optimizer = torch.optim.SGD(
             [weights, temperatures], lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay

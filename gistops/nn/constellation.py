@@ -27,12 +27,13 @@ class ConstellationClassifier(nn.Module):
         displacements: δ, [num_displacements, in_features]; random directions, each of norm
             `displacement_scale` times the mean norm of a centre. Never zero: at zero all slots tie, slot 0
             wins, and δ gets no gradient.
-        log_tau: log τ, [1], so that τ is positive whatever the optimiser does. Keep it out of weight decay,
-            which would pull τ towards 1: it has one dimension, so the usual rule "no decay below two
-            dimensions" does. (Not a scalar, which FSDP does not take.)
+        raw_tau: [1], τ = softplus(raw_tau), so that τ is positive whatever the optimiser does. Where τ is
+            large the two are equal and move alike. (Of log τ, a step of SGD would move τ some τ² times as far,
+            at 16 until it runs away.) Keep it out of weight decay, which would pull τ down: it has one
+            dimension, so the usual rule "no decay below two dimensions" does. (FSDP takes no scalars.)
 
     A module cast to bfloat16 or float16 computes as exactly as one in float32 from rounded parameters, but
-    small steps of an optimiser are lost in such parameters, in `log_tau` above all: for training keep the
+    small steps of an optimiser are lost in such parameters, in `raw_tau` above all: for training keep the
     module in float32 and use autocast.
 
     Args:
@@ -50,7 +51,7 @@ class ConstellationClassifier(nn.Module):
 
     centers: nn.Parameter
     displacements: nn.Parameter
-    log_tau: nn.Parameter
+    raw_tau: nn.Parameter
     _warned = False  # of displacements that do nothing
 
     def __init__(
@@ -87,14 +88,14 @@ class ConstellationClassifier(nn.Module):
         return {
             "centers": (self.num_classes, self.in_features),
             "displacements": (num_displacements, self.in_features),
-            "log_tau": (1,),
+            "raw_tau": (1,),
         }
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw all parameters anew, from the default generator of their device."""
         nn.init.normal_(self.centers, std=self.in_features**-0.5)
-        nn.init.constant_(self.log_tau, math.log(self.initial_tau))
+        nn.init.constant_(self.raw_tau, inverse_softplus(self.initial_tau))
         directions = torch.randn_like(self.displacements, dtype=torch.float32)
         self.displacements.copy_(self._scaled(directions, self.displacement_scale))
 
@@ -112,8 +113,8 @@ class ConstellationClassifier(nn.Module):
 
     @property
     def tau(self) -> Tensor:
-        """The temperature τ = exp(log_tau), a scalar, float32 (float64 in a float64 module)."""
-        return positive(self.log_tau)
+        """The temperature τ = softplus(raw_tau), a scalar, float32 (float64 in a float64 module)."""
+        return positive(self.raw_tau)
 
     def forward(self, input: Tensor, return_slots: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of all classes.
@@ -220,9 +221,14 @@ class ConstellationClassifier(nn.Module):
             warnings.warn(f"{type(self).__name__}: {what}", RuntimeWarning, stacklevel=4)
 
 
-def positive(log_value: Tensor) -> Tensor:
-    """exp of a parameter [1] as a scalar, float32 (float64 for float64): bfloat16 is too coarse."""
-    return log_value.to(_compute_dtype(log_value)).exp().reshape(())
+def positive(raw: Tensor) -> Tensor:
+    """softplus of a parameter [1] as a scalar, float32 (float64 for float64): bfloat16 is too coarse."""
+    return F.softplus(raw.to(_compute_dtype(raw))).reshape(())
+
+
+def inverse_softplus(value: float) -> float:
+    """The number whose softplus is `value`, above 0."""
+    return value + math.log(-math.expm1(-value))
 
 
 def _compute_dtype(value: Tensor) -> torch.dtype:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import constellation_logits
-from .constellation import ConstellationClassifier, positive
+from .constellation import ConstellationClassifier, inverse_softplus, positive
 
 
 class GistClassifier(ConstellationClassifier):
@@ -24,8 +22,8 @@ class GistClassifier(ConstellationClassifier):
     | `centers` (w) | [num_classes, in_features] | balanced loss |
     | `random_centers` (v) | [num_classes, in_features] | random loss |
     | `displacements` (δ) | [num_displacements, in_features] | random loss; detached in the balanced one |
-    | `log_tau` | [1] | balanced loss |
-    | `log_random_tau` | [1] | random loss |
+    | `raw_tau` | [1] | balanced loss |
+    | `raw_random_tau` | [1] | random loss |
 
     and the features of each stream from its own loss. `forward()` gives w's logits and routes nothing: a loss
     of them would train the displacements too. Training goes in two stages: the first without displacements
@@ -35,14 +33,14 @@ class GistClassifier(ConstellationClassifier):
     """
 
     random_centers: nn.Parameter
-    log_random_tau: nn.Parameter
+    raw_random_tau: nn.Parameter
     _looked = False  # whether the displacements are zero
 
     def _parameter_shapes(self, num_displacements: int) -> dict[str, tuple[int, ...]]:
         return {
             **super()._parameter_shapes(num_displacements),
             "random_centers": (self.num_classes, self.in_features),
-            "log_random_tau": (1,),
+            "raw_random_tau": (1,),
         }
 
     @torch.no_grad()
@@ -50,12 +48,12 @@ class GistClassifier(ConstellationClassifier):
         """Draw all parameters anew, from the default generator of their device."""
         super().reset_parameters()
         nn.init.normal_(self.random_centers, std=self.in_features**-0.5)
-        nn.init.constant_(self.log_random_tau, math.log(self.initial_tau))
+        nn.init.constant_(self.raw_random_tau, inverse_softplus(self.initial_tau))
 
     @property
     def random_tau(self) -> Tensor:
         """The random stream's temperature, like `tau`."""
-        return positive(self.log_random_tau)
+        return positive(self.raw_random_tau)
 
     def random_logits(self, input: Tensor) -> Tensor:
         """Logits of the random stream's centres v, [B, num_classes]; input as in `forward`."""
@@ -111,7 +109,7 @@ class GistClassifier(ConstellationClassifier):
             device="meta",
             backend=self.backend,
         )
-        for name in ("centers", "displacements", "log_tau"):
+        for name in ("centers", "displacements", "raw_tau"):
             own = getattr(self, name)
             setattr(head, name, nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad))
         return head.eval()

@@ -94,12 +94,12 @@ def test_stage_two_keeps_weights_and_starts_the_rest_afresh(images: Dataset) -> 
     assert not torch.equal(displacements, training.model.head.displacements)  # the new optimiser has them
 
 
-def test_temperatures_have_their_own_rate_and_no_decay(features: Dataset) -> None:
-    training = Training("gist", dataclasses.replace(FEATURES, tau_lr_factor=0.25), features)
+def test_temperatures_have_no_decay(features: Dataset) -> None:
+    training = Training("gist", FEATURES, features)
     weights, temperatures = training.optimizer.param_groups
     head = training.model.head
-    assert {id(p) for p in temperatures["params"]} == {id(head.log_tau), id(head.log_random_tau)}
-    assert (temperatures["lr"], temperatures["weight_decay"]) == (0.25 * FEATURES.lr, 0.0)
+    assert {id(p) for p in temperatures["params"]} == {id(head.raw_tau), id(head.raw_random_tau)}
+    assert (temperatures["lr"], temperatures["weight_decay"]) == (FEATURES.lr, 0.0)
     assert (weights["lr"], weights["weight_decay"]) == (FEATURES.lr, FEATURES.weight_decay)
     assert len(weights["params"]) + 2 == len(list(training.model.parameters()))
 
