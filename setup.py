@@ -6,6 +6,8 @@ version. `gistops/_build.py` finds the one that is installed instead. GISTOPS_BU
     auto (default)  compile; where that fails the install succeeds, and the first use compiles
     1               compile; a failure is an error
     0               do not compile
+
+The kernels for NVIDIA GPUs are compiled too where torch has CUDA and nvcc is found; GISTOPS_CUDA=0 leaves them out.
 """
 
 import os
@@ -61,7 +63,7 @@ class BuildPackage(build_py):
             return print("gistops: GISTOPS_BUILD=0, the operators are not compiled now", file=sys.stderr)
         temporary = Path(self.get_finalized_command("build").build_temp, "gistops")
         try:
-            record = _build.build(ROOT / "csrc", out, temporary)
+            record = _build.build(ROOT / "csrc", out, temporary, strict=wanted == "1")
         except BuildError as error:
             if wanted == "1":
                 raise SystemExit(f"gistops: GISTOPS_BUILD=1, but {error}") from error
@@ -69,7 +71,8 @@ class BuildPackage(build_py):
         else:
             self.distribution.compiled = True
             print(
-                f"gistops: operators compiled for torch {record.torch} by {record.compiler}", file=sys.stderr
+                f"gistops: operators compiled for torch {record.torch} by {record.compiler}; CUDA: {record.cuda}",
+                file=sys.stderr,
             )
 
 

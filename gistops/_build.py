@@ -15,7 +15,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ._toolchain import BuildError, Tools
@@ -32,6 +32,7 @@ class Unit:
     source: str
     flags: tuple[str, ...] = ()
     torch_headers: bool = False
+    cuda: bool = False  # of the backend for NVIDIA GPUs
 
 
 # The kernels are compiled once for each instruction set, and choose.cpp picks one when it runs, so that a
@@ -52,6 +53,10 @@ X86_64 = (
         ("-DGISTOPS_ISA=v4", "-march=x86-64-v4", "-mprefer-vector-width=512"),
     ),
 )
+CUDA = (
+    Unit("cuda_ops", "cuda/ops.cpp", torch_headers=True, cuda=True),
+    *(Unit(f"cuda_{t}", f"cuda/{t}.cu", cuda=True) for t in ("bf16", "f16", "f32", "tf32", "f64")),
+)
 
 
 def machine() -> str:
@@ -60,9 +65,10 @@ def machine() -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 
-def units() -> tuple[Unit, ...]:
-    """What is compiled on this architecture."""
-    return COMMON + X86_64 if machine() == "x86_64" else COMMON
+def units(cuda: bool = False) -> tuple[Unit, ...]:
+    """What is compiled on this architecture, with or without the backend for NVIDIA GPUs."""
+    cpu = COMMON + X86_64 if machine() == "x86_64" else COMMON
+    return cpu + CUDA if cuda else cpu
 
 
 def compile_flags() -> tuple[str, ...]:
@@ -77,6 +83,11 @@ def compile_flags() -> tuple[str, ...]:
         f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
     )
     return (*flags, "-DGISTOPS_X86=1") if machine() == "x86_64" else flags
+
+
+def nvcc_flags() -> tuple[str, ...]:
+    """The flags of every CUDA unit, but for the architectures."""
+    return ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden")
 
 
 def link_flags() -> tuple[str, ...]:
@@ -94,7 +105,7 @@ def sources(src: Path) -> list[Path]:
 
 def source_hash(src: Path) -> str:
     """A hash of all that decides what a build of `src` makes, but for torch and the compiler."""
-    digest = hashlib.sha256(repr((units(), compile_flags(), link_flags())).encode())
+    digest = hashlib.sha256(repr((units(True), compile_flags(), nvcc_flags(), link_flags())).encode())
     for path in sources(src):
         digest.update(f"\0{path.as_posix()}\0".encode() + (src / path).read_bytes())
     return digest.hexdigest()[:16]
@@ -108,6 +119,7 @@ class Record:
     torch: str
     machine: str
     compiler: str
+    cuda: str  # the GPU architectures that are in it, such as "sm_80 sm_90", or why there are none
 
     @staticmethod
     def path(library: Path) -> Path:
@@ -138,27 +150,38 @@ def _command(*words: str | Path) -> str:
     return shlex.join(map(str, words)).replace("$", "$$")
 
 
+def _compile_command(unit: Unit, source: Path, obj: Path, tools: Tools, src: Path) -> str:
+    output = ("-MD", "-MF", obj.with_suffix(".d"), "-c", source, "-o", obj)
+    if source.suffix == ".cu":
+        assert not isinstance(tools.cuda, str)
+        compiler = ("-ccbin", tools.compiler[0])
+        return _command(tools.cuda.nvcc, *compiler, *nvcc_flags(), *tools.cuda.flags(), *output)
+    # Checks carry their file's name into Python's messages: without the folder that it was compiled in.
+    flags = [*compile_flags(), *unit.flags, f"-ffile-prefix-map={src}=csrc"]
+    if unit.torch_headers:
+        flags += ["-isystem", str(tools.torch.include)]
+    return _command(*tools.compiler, *flags, *output)
+
+
 def _write_ninja(src: Path, out: Path, tmp: Path, tools: Tools) -> None:
     lines = []
     objects = []
-    for unit in units():
+    cuda = () if isinstance(tools.cuda, str) else (tools.cuda.runtime,)
+    for unit in units(bool(cuda)):
         obj, source = tmp / f"{unit.name}.o", src / unit.source
-        depfile = obj.with_suffix(".d")
-        # Checks carry their file's name into Python's messages: without the folder that it was compiled in.
-        flags = [*compile_flags(), *unit.flags, f"-ffile-prefix-map={src}=csrc"]
-        if unit.torch_headers:
-            flags += ["-isystem", str(tools.torch.include)]
-        command = _command(*tools.compiler, *flags, "-MD", "-MF", depfile, "-c", source, "-o", obj)
         lines += [
             f"rule {unit.name}",
-            f"  command = {command}",
-            f"  depfile = {_escape(depfile)}",
+            f"  command = {_compile_command(unit, source, obj, tools, src)}",
+            f"  depfile = {_escape(obj.with_suffix('.d'))}",
             "  deps = gcc",
         ]
         lines += [f"build {_escape(obj)}: {unit.name} {_escape(source)}", ""]
         objects.append(obj)
-    command = _command(*tools.compiler, "-shared", *objects, "-o", out, f"-L{tools.torch.lib}", *link_flags())
-    lines += ["rule link", f"  command = {command}"]
+    libraries = (f"-L{tools.torch.lib}", *link_flags(), *cuda)
+    lines += [
+        "rule link",
+        f"  command = {_command(*tools.compiler, '-shared', *objects, '-o', out, *libraries)}",
+    ]
     lines += [f"build {_escape(out)}: link {' '.join(map(_escape, objects))}", ""]
     (tmp / "build.ninja").write_text("\n".join(lines), encoding="utf-8")
 
@@ -175,7 +198,7 @@ def _explain(output: str) -> str:
     return f"{shown}\n  command: {failed['command']}"
 
 
-def build(src: Path, out: Path, tmp: Path, tools: Tools | None = None) -> Record:
+def build(src: Path, out: Path, tmp: Path, tools: Tools | None = None, strict: bool = False) -> Record:
     """Compile `src` into the library `out`, and write its record beside it.
 
     Args:
@@ -183,18 +206,36 @@ def build(src: Path, out: Path, tmp: Path, tools: Tools | None = None) -> Record
         out: the library to make.
         tmp: the folder for object files; what an earlier build of the same sources left there is used again.
         tools: what to build with; None finds them.
+        strict: that the kernels for NVIDIA GPUs do not compile, though nvcc is here, is an error. If not strict,
+            they are left out and the record says why.
 
     Raises:
         BuildError: torch, a compiler or ninja is missing, or compiling failed.
     """
-    missing = [unit.source for unit in units() if not (src / unit.source).is_file()]
+    tools = tools or Tools.find()
+    missing = [
+        unit.source for unit in units(not isinstance(tools.cuda, str)) if not (src / unit.source).is_file()
+    ]
     if missing:
         raise BuildError(f"{src}: C++ sources are missing: {', '.join(dict.fromkeys(missing))}")
-    tools = tools or Tools.find()
     src, out, tmp = src.resolve(), out.absolute(), tmp.absolute()
     tmp.mkdir(parents=True, exist_ok=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    record = Record(source_hash(src), tools.torch.version, machine(), tools.compiler_version())
+    error = _run_ninja(src, out, tmp, tools)
+    if error and not isinstance(tools.cuda, str) and not strict:
+        tools = replace(tools, cuda=f"compiling them failed:\n{error}")
+        error = _run_ninja(src, out, tmp, tools)
+    if error:
+        raise BuildError(f"compiling gistops' C++ code for torch {tools.torch.version} failed:\n{error}")
+    record = Record(
+        source_hash(src), tools.torch.version, machine(), tools.compiler_version(), str(tools.cuda)
+    )
+    record.write(out)
+    return record
+
+
+def _run_ninja(src: Path, out: Path, tmp: Path, tools: Tools) -> str | None:
+    """Write the build's commands and run them; what is wrong, or None."""
     _write_ninja(src, out, tmp, tools)
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS", "").isdigit() else []
     done = subprocess.run(
@@ -206,8 +247,4 @@ def build(src: Path, out: Path, tmp: Path, tools: Tools | None = None) -> Record
         errors="replace",
         check=False,
     )
-    if done.returncode != 0:
-        why = _explain(done.stdout)
-        raise BuildError(f"compiling gistops' C++ code for torch {tools.torch.version} failed:\n{why}")
-    record.write(out)
-    return record
+    return _explain(done.stdout) if done.returncode else None

@@ -1,32 +1,67 @@
 """What the dispatcher knows of the operators beyond their kernels: fake kernels, autograd, autocast.
 
-The schemas and the kernels are in `csrc/`; `register()` runs once they are loaded.
+Each family of kernels has a pair of operators, `<name>_forward` and `<name>_backward`, of one schema. The compiled
+family, `constellation`, is defined in `csrc/schema.cpp` with a kernel for the CPU and one for CUDA; the others are
+defined here from Python. `complete()` adds to a family what all have in common.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-FORWARD = "gistops::constellation_forward"
-BACKWARD = "gistops::constellation_backward"
+#: As in csrc/schema.cpp, which has the shapes; a test compares them.
+FORWARD_SCHEMA = (
+    "(Tensor input, Tensor centers, Tensor displacements, Tensor tau, bool allow_tf32=False)"
+    " -> (Tensor logits, Tensor slots, Tensor center_rnorms, Tensor input_rnorms)"
+)
+BACKWARD_SCHEMA = (
+    "(Tensor grad, Tensor input, Tensor centers, Tensor displacements, Tensor tau,"
+    " Tensor logits, Tensor slots, Tensor center_rnorms, Tensor input_rnorms,"
+    " bool need_input, bool need_centers, bool need_displacements, bool need_tau,"
+    " bool allow_tf32=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+Kernel = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+
+_libraries: list[torch.library.Library] = []  # kept alive: registrations end with them
 
 
-def register() -> None:
-    """Complete the operators of the library that has just been loaded."""
-    global _library
-    torch.library.register_fake(FORWARD, _forward_fake)
-    torch.library.register_fake(BACKWARD, _backward_fake)
-    torch.library.register_autograd(FORWARD, _backward, setup_context=_save)
-    torch.library.register_autograd(BACKWARD, _double_backward)
-    _library = torch.library.Library("gistops", "IMPL")
+def define(family: str, forward: Kernel, backward: Kernel, devices: Sequence[str]) -> None:
+    """Make the operators `gistops::<family>_forward` and `_backward` from Python kernels, and complete them.
+
+    Args:
+        family: the operators' name.
+        forward: takes and returns what `FORWARD_SCHEMA` says.
+        backward: takes and returns what `BACKWARD_SCHEMA` says; an empty tensor for each gradient not needed.
+        devices: dispatch keys that the kernels serve: "CUDA", "CPU".
+    """
+    library = torch.library.Library("gistops", "FRAGMENT")
+    _libraries.append(library)
+    for name, schema, kernel in (
+        ("forward", FORWARD_SCHEMA, forward),
+        ("backward", BACKWARD_SCHEMA, backward),
+    ):
+        library.define(f"{family}_{name}{schema}")
+        for device in devices:
+            library.impl(f"{family}_{name}", kernel, device)
+    complete(family)
+
+
+def complete(family: str) -> None:
+    """Add fake kernels, autograd and autocast to the operators of a family that has been defined."""
+    forward, backward = f"gistops::{family}_forward", f"gistops::{family}_backward"
+    torch.library.register_fake(forward, _forward_fake)
+    torch.library.register_fake(backward, _backward_fake)
+    torch.library.register_autograd(forward, _backward_of(family), setup_context=_save)
+    torch.library.register_autograd(backward, _double_backward)
+    library = torch.library.Library("gistops", "IMPL")
+    _libraries.append(library)
     for device in ("CPU", "CUDA"):
-        _library.impl("constellation_forward", _autocast(device.lower()), f"Autocast{device}")
-
-
-_library: torch.library.Library | None = None  # kept alive: its registrations end with it
+        library.impl(f"{family}_forward", _autocast(family, device.lower()), f"Autocast{device}")
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -35,7 +70,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def _forward_fake(
-    input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor
+    input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor, allow_tf32: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, classes, slots = input.shape[0], centers.shape[0], displacements.shape[0] + 1
     dtype = compute_dtype(input, centers, displacements)
@@ -61,24 +96,31 @@ def _backward_fake(
     need_centers: bool,
     need_displacements: bool,
     need_tau: bool,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, ...]:
     arguments = (input, centers, displacements, tau)
     needs = (need_input, need_centers, need_displacements, need_tau)
     return tuple(x.new_empty(x.shape if needed else (0,)) for x, needed in zip(arguments, needs, strict=True))
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.allow_tf32 = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, *output)
+    ctx.save_for_backward(*tensors, *output)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return None, None, None, None
-    needs = ctx.needs_input_grad
-    gradients = torch.ops.gistops.constellation_backward.default(grad, *ctx.saved_tensors, *needs)
-    return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
+def _backward_of(family: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    operator = getattr(torch.ops.gistops, f"{family}_backward").default
+
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None, None
+        needs = ctx.needs_input_grad[:4]
+        gradients = operator(grad, *ctx.saved_tensors, *needs, ctx.allow_tf32)
+        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None
+
+    return backward
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> None:
@@ -87,21 +129,24 @@ def _double_backward(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-def _autocast(device: str) -> Any:
+def _autocast(family: str, device: str) -> Kernel:
     """Under autocast, as torch's own matrix products: low precision where it is faster.
 
     A GPU multiplies in the autocast dtype. The CPU kernels compute in float32 from any mix of dtypes, so a cast
     there would lose bits and gain no time. Logits are float32 either way, and tau is never cast.
     """
+    operator = getattr(torch.ops.gistops, f"{family}_forward").default
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
-    def kernel(input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor) -> Any:
+    def kernel(
+        input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor, allow_tf32: bool = False
+    ) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(keys):
             if device == "cuda":
                 dtype = torch.get_autocast_dtype(device)
                 input, centers, displacements = (
                     x if x.dtype == torch.float64 else x.to(dtype) for x in (input, centers, displacements)
                 )
-            return torch.ops.gistops.constellation_forward.default(input, centers, displacements, tau)
+            return operator(input, centers, displacements, tau, allow_tf32)
 
     return kernel

@@ -29,6 +29,7 @@ class Torch:
 
     root: Path
     version: str
+    cuda: str | None = None  # the CUDA version that it was built with, such as "13.0"
 
     @property
     def include(self) -> Path:
@@ -42,12 +43,34 @@ class Torch:
 
 
 @dataclass(frozen=True)
+class Cuda:
+    """A CUDA toolkit that fits torch."""
+
+    nvcc: Path
+    runtime: Path  # libcudart, linked as torch links it, so that both have one current device
+    architectures: tuple[str, ...]  # "80", "90", or "100+PTX": with code for newer GPUs too
+
+    def flags(self) -> list[str]:
+        """What nvcc compiles for."""
+        flags = []
+        for architecture in self.architectures:
+            number = architecture.removesuffix("+PTX")
+            code = f"[sm_{number},compute_{number}]" if architecture.endswith("+PTX") else f"sm_{number}"
+            flags.append(f"-gencode=arch=compute_{number},code={code}")
+        return flags
+
+    def __str__(self) -> str:
+        return " ".join(f"sm_{architecture}" for architecture in self.architectures)
+
+
+@dataclass(frozen=True)
 class Tools:
     """All that a build needs besides the sources."""
 
     torch: Torch
     compiler: tuple[str, ...]
     ninja: Path
+    cuda: Cuda | str  # or why the kernels for NVIDIA GPUs cannot be compiled
 
     @classmethod
     def find(cls) -> Tools:
@@ -56,7 +79,8 @@ class Tools:
         Raises:
             BuildError: one is missing; the message says which, and how to get it.
         """
-        return cls(find_torch(), find_compiler(), find_ninja())
+        torch = find_torch()
+        return cls(torch, find_compiler(), find_ninja(), find_cuda(torch))
 
     def compiler_version(self) -> str:
         """The first line of what the compiler says of itself."""
@@ -90,7 +114,9 @@ def find_torch() -> Torch:
         found = re.search(
             r"^__version__\s*=\s*['\"]([^'\"]+)", version_file.read_text(encoding="utf-8"), re.M
         )
-        torch = Torch(root, found.group(1) if found else "0.0 (its version.py names none)")
+        cuda = re.search(r"^cuda\b.*=\s*['\"]([\d.]+)", version_file.read_text(encoding="utf-8"), re.M)
+        version = found.group(1) if found else "0.0 (its version.py names none)"
+        torch = Torch(root, version, cuda.group(1) if cuda else None)
         if tuple(int(n) for n in re.findall(r"\d+", torch.version)[:2]) < MIN_TORCH:
             wanted = ".".join(map(str, MIN_TORCH))
             raise BuildError(
@@ -150,3 +176,82 @@ def find_ninja() -> Path:
     if path is None:
         raise BuildError("ninja, which runs the compiler, is missing; `pip install ninja` brings it")
     return Path(path)
+
+
+#: What is compiled for if TORCH_CUDA_ARCH_LIST does not say: Ampere, Hopper, Blackwell, and PTX for what comes after.
+ARCHITECTURES = ("80", "90", "100")
+
+
+def find_nvcc() -> Path | None:
+    """nvcc: of $CUDA_HOME, on PATH, or where NVIDIA's installers put it."""
+    home = os.environ.get("CUDA_HOME")
+    for path in (home and shutil.which("nvcc", path=f"{home}/bin"), shutil.which("nvcc")):
+        if path:
+            return Path(path)
+    usual = Path("/usr/local/cuda/bin/nvcc")
+    return usual if usual.is_file() else None
+
+
+def _cuda_runtime(toolkit: Path, torch: Torch, major: str) -> Path | None:
+    folders = [toolkit / "lib64", toolkit / "lib", *sorted(torch.root.parent.glob("nvidia/*/lib")), torch.lib]
+    for folder in folders:
+        for path in (folder / f"libcudart.so.{major}", folder / "libcudart.so"):
+            if path.is_file():
+                return path
+    return None
+
+
+def _architectures(nvcc: Path) -> tuple[str, ...]:
+    asked = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    if asked != [""]:
+        for name in asked:
+            if re.fullmatch(r"\d+\.\d[a-z]?(\+PTX)?", name) is None or float(name[: name.index(".") + 2]) < 8:
+                raise BuildError(
+                    "TORCH_CUDA_ARCH_LIST: expected compute capabilities of at least 8.0, such as '8.0;9.0+PTX', "
+                    f"got {name!r}"
+                )
+        return tuple(name.replace(".", "") for name in asked)
+    listed = subprocess.run([str(nvcc), "--list-gpu-arch"], capture_output=True, text=True, check=False)
+    known = [a for a in ARCHITECTURES if f"compute_{a}\n" in listed.stdout]
+    return (*known[:-1], f"{known[-1]}+PTX") if known else ()
+
+
+def find_cuda(torch: Torch) -> Cuda | str:
+    """A CUDA toolkit that fits `torch`, or why the kernels for NVIDIA GPUs cannot be compiled.
+
+    Raises:
+        BuildError: TORCH_CUDA_ARCH_LIST names what cannot be compiled for.
+    """
+    if os.environ.get("GISTOPS_CUDA") == "0":
+        return "GISTOPS_CUDA=0 left them out"
+    if torch.cuda is None:
+        return f"torch {torch.version} is built without CUDA"
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return (
+            f"nvcc was not found (CUDA_HOME, PATH, /usr/local/cuda); install CUDA's toolkit {torch.cuda}, then "
+            "reinstall gistops"
+        )
+    said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    major = torch.cuda.split(".")[0]
+    if release is None or release.group(1) != major:
+        got = release.group(0) if release else said.strip() or "no answer"
+        return f"torch {torch.version} is built with CUDA {torch.cuda}, and {nvcc} is of another: {got}"
+    home = re.search(r"^#\$ TOP=(.*)$", _dry_run(nvcc), re.M)
+    toolkit = (nvcc.resolve().parent / home.group(1)).resolve() if home else nvcc.resolve().parent.parent
+    runtime = _cuda_runtime(toolkit, torch, major)
+    if runtime is None:
+        return f"libcudart.so.{major} was found neither beside {nvcc} nor beside torch {torch.version}"
+    architectures = _architectures(nvcc)
+    if not architectures:
+        return f"{nvcc} compiles for none of sm_{', sm_'.join(ARCHITECTURES)}"
+    return Cuda(nvcc, runtime, architectures)
+
+
+def _dry_run(nvcc: Path) -> str:
+    """What nvcc says of its folders: it may be called through a script elsewhere."""
+    done = subprocess.run(
+        [str(nvcc), "--dryrun", "-x", "cu", "-E", os.devnull], capture_output=True, text=True, check=False
+    )
+    return done.stderr

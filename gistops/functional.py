@@ -68,7 +68,7 @@ def constellation_logits(
         displacements: displacements δ shared by all classes, [m, d], 0 <= m <= 255. m = 0 is a cosine classifier.
         tau: temperature τ > 0, a tensor of one element, or a number.
         return_slots: also return which vector won.
-        backend: "cpu", "reference", or None for the best one for input's device.
+        backend: "cpu", "cuda", "triton", "reference", or None for the best one for input's device.
 
     Returns:
         logits [B, K], float64 if input, centers or displacements is float64, otherwise float32. With `return_slots`
@@ -77,14 +77,15 @@ def constellation_logits(
     Raises:
         TypeError: an argument is no dense floating-point tensor.
         ValueError: shapes or devices do not fit, or an unknown backend; the message names the argument.
-        gistops.BackendUnavailable: the backend asked for is not built here.
+        gistops.BackendUnavailable: the backend asked for cannot serve here.
     """
     tau = check_constellation(input, centers, displacements, tau)
     chosen = backends.choose(input.device.type, backend)
     if chosen == "reference":
         logits, slots = reference.constellation_logits(input, centers, displacements, tau)
     else:
-        logits, slots = torch.ops.gistops.constellation_forward.default(input, centers, displacements, tau)[
-            :2
-        ]
+        operators = torch.ops.gistops
+        forward = operators.triton_forward if chosen == "triton" else operators.constellation_forward
+        allow_tf32 = chosen != "cpu" and backends.allow_tf32()
+        logits, slots = forward.default(input, centers, displacements, tau, allow_tf32)[:2]
     return (logits, slots) if return_slots else logits

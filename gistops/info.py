@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
 from typing import Any
 
 import torch
 
-from . import __version__
+from . import __version__, backends
 from ._build import machine
 from ._toolchain import BuildError, find_compiler
-from .backends import NAMES, native
+from .backends import native
 
 
-def _cpu(status: native.Status) -> dict[str, Any]:
-    return {"available": status.loaded, "reason": status.reason}
-
-
-def _reference(status: native.Status) -> dict[str, Any]:
-    return {"available": True, "reason": "plain PyTorch, on any device"}
-
-
-# How each backend of backends.NAMES is judged; a new one adds its line here.
-_JUDGES = {"cpu": _cpu, "reference": _reference}
+def _backend(name: str, status: native.Status) -> dict[str, Any]:
+    if reason := backends.why_not(name):
+        return {"available": False, "reason": reason}
+    reasons = {
+        "cpu": status.reason,
+        "cuda": f"kernels for {status.cuda}: {status.path}",
+        "triton": "compiled by Triton when first called",
+        "reference": "plain PyTorch, on any device",
+    }
+    return {"available": True, "reason": reasons[name]}
 
 
 def _capability(status: native.Status) -> str | None:
@@ -49,6 +50,12 @@ def mismatch(built_for: str | None, running: str) -> str | None:
     )
 
 
+def _chosen(device: str) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the table says why
+        return backends.choose(device, None)
+
+
 def info() -> dict[str, Any]:
     """All that `python -m gistops.info` prints. Loads the compiled operators, compiling them if need be."""
     status = native.load()
@@ -60,11 +67,14 @@ def info() -> dict[str, Any]:
             "torch, built for": status.built_for or "nothing is built",
             "compiler": _compiler(status),
         },
-        "backends": {name: _JUDGES[name](status) for name in NAMES},
+        "backends": {name: _backend(name, status) for name in backends.NAMES},
         "cpu": {
             "instruction set": _capability(status) or "none: the compiled operators are not loaded",
             "threads": torch.get_num_threads(),
             "cores": os.cpu_count(),
+        },
+        "chosen": {
+            device: _chosen(device) for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ()))
         },
         "cache": {"folder": str(native.cache_dir()), "sources": str(native.source_dir())},
         "mismatch": mismatch(status.built_for, torch.__version__),
@@ -86,6 +96,7 @@ def render(facts: dict[str, Any]) -> str:
         available = "yes" if judged["available"] else "no"
         reason = judged["reason"].replace("\n", indent + " " * 11)
         lines.append(f"{name:<{width}}  {available:<9}  {reason}")
+    lines += ["", *(f"Chosen for tensors on {device!r}: {name}" for device, name in facts["chosen"].items())]
     if facts["mismatch"]:
         lines += ["", f"Note: {facts['mismatch']}"]
     return "\n".join(lines)

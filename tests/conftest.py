@@ -15,6 +15,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--seed", type=int, default=RUN_SEED, help="seed of the random inputs; random by default"
     )
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the operators are tested; cuda: with both GPU backends, `pytest tests/ops --device cuda`",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") != "cpu":
+        torch.set_default_device(config.getoption("--device"))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -82,7 +82,8 @@ struct Arguments {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_forward(const Tensor& input, const Tensor& centers,
-                                                                 const Tensor& displacements, const Tensor& tau) {
+                                                                 const Tensor& displacements, const Tensor& tau,
+                                                                 bool /*allow_tf32*/) {
   const Arguments a(input, centers, displacements, tau);
   const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
   const Tensor logits = like(input, {B, K}, a.compute), slots = like(input, {B, K}, ScalarType::Byte);
@@ -97,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_forward(const Tensor& i
 std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
     const Tensor& grad, const Tensor& input, const Tensor& centers, const Tensor& displacements, const Tensor& tau,
     const Tensor& logits, const Tensor& slots, const Tensor& center_rnorms, const Tensor& input_rnorms, bool need_input,
-    bool need_centers, bool need_displacements, bool need_tau) {
+    bool need_centers, bool need_displacements, bool need_tau, bool /*allow_tf32*/) {
   const Arguments a(input, centers, displacements, tau);
   const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
   const auto matrix = [&](const Tensor& x, int64_t rows, int64_t cols, ScalarType dtype, const char* name) {

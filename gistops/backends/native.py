@@ -32,6 +32,7 @@ class Status:
     origin: str | None = None  # "install" or "first use": when they were compiled
     built_for: str | None = None  # the version of torch that they were compiled for
     compiler: str | None = None
+    cuda: str = ""  # the GPU architectures that are in it, such as "sm_80 sm_90", or why there are none
     error: str | None = None  # the last library that was there and did not load, and why
 
 
@@ -74,6 +75,12 @@ def _load_error(path: Path) -> str | None:
     return None
 
 
+def _loaded(how: str, origin: str, path: Path, record: _build.Record | None) -> Status:
+    if record is None:
+        return Status(True, f"{how}: {path}", path, origin, cuda="its record cannot be read")
+    return Status(True, f"{how}: {path}", path, origin, record.torch, record.compiler, record.cuda)
+
+
 def _use_installed(path: Path, wanted: str) -> Status:
     record = _build.Record.read(path)
     if record is None:
@@ -85,7 +92,7 @@ def _use_installed(path: Path, wanted: str) -> Status:
         if record.torch != torch.__version__:
             error += f"; it was built for torch {record.torch}, you have {torch.__version__}"
         return Status(False, f"{error}; {REINSTALL}", path, error=error)
-    return Status(True, f"compiled at install: {path}", path, "install", record.torch, record.compiler)
+    return _loaded("compiled at install", "install", path, record)
 
 
 @contextlib.contextmanager
@@ -122,7 +129,7 @@ def build_on_first_use(wanted: str) -> Path:
         if alone:
             for left in out.parent.glob("build-*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
-        say = f"gistops: compiling the CPU operators for torch {torch.__version__}, once (some ten seconds)"
+        say = f"gistops: compiling the operators for torch {torch.__version__}, once (seconds; with CUDA a minute or two)"
         print(f"{say}; they are kept in {out.parent}", file=sys.stderr, flush=True)
         tmp = Path(tempfile.mkdtemp(prefix="build-", dir=out.parent))
         try:
@@ -147,9 +154,7 @@ def _use_first_use(wanted: str) -> Status:
         return Status(False, f"{why}; set GISTOPS_CACHE to a folder that can be written")
     if error := _load_error(path):
         return Status(False, f"{error}; delete {path.parent} to have it compiled anew", path, error=error)
-    record = _build.Record.read(path)
-    built_for, compiler = (record.torch, record.compiler) if record else (None, None)
-    return Status(True, f"compiled on first use: {path}", path, "first use", built_for, compiler)
+    return _loaded("compiled on first use", "first use", path, _build.Record.read(path))
 
 
 def _find_and_load() -> Status:
@@ -185,8 +190,34 @@ def load() -> Status:
                 if _status.loaded:
                     from .. import _ops
 
-                    _ops.register()
+                    _ops.complete("constellation")
             except Exception as error:  # whatever is broken here, the reference backend must stay usable
                 why = f"{type(error).__name__}: {error}"
                 _status = Status(False, why, error=why)
         return _status
+
+
+def why_not_cpu(device_type: str) -> str | None:
+    """Why the compiled operators cannot serve on the CPU, and how to get them; None if they can."""
+    status = load()
+    return None if status.loaded else status.reason
+
+
+def why_not_cuda(device_type: str) -> str | None:
+    """Why the compiled operators cannot serve on an NVIDIA GPU, and how to get them; None if they can."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; pytorch.org says how to install one with it"
+    status = load()
+    if not status.loaded:
+        return status.reason
+    if not status.cuda.startswith("sm_"):
+        return f"{status.path} holds no CUDA kernels: {status.cuda}"
+    if device_type == "meta":
+        return None
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        name = torch.cuda.get_device_name()
+        return f"its kernels need compute capability 8.0 or newer, got {major}.{minor} ({name})"
+    return None

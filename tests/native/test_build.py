@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -207,3 +208,64 @@ def test_info_tells_a_mismatch() -> None:
     assert "pip install --force-reinstall" in note
     assert info.mismatch("2.13.0", "2.13.0") is None
     assert "built for torch 2.11.0" in info.render({**info.info(), "mismatch": note})
+
+
+# The kernels for NVIDIA GPUs.
+
+CUDA_TORCH = _toolchain.Torch(Path(torch.__file__).parent, "2.99.0+cu130", "13.0")
+
+
+def test_without_cuda_the_reason_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = _toolchain.Torch(Path("/torch"), "2.99.0+cpu")
+    assert _toolchain.find_cuda(cpu) == "torch 2.99.0+cpu is built without CUDA"
+    monkeypatch.setattr(_toolchain, "find_nvcc", lambda: None)
+    assert "nvcc was not found" in str(_toolchain.find_cuda(CUDA_TORCH))
+    monkeypatch.setenv("GISTOPS_CUDA", "0")
+    assert _toolchain.find_cuda(CUDA_TORCH) == "GISTOPS_CUDA=0 left them out"
+
+
+def test_an_nvcc_of_another_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 12.4, V12.4.1\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(_toolchain, "find_nvcc", lambda: nvcc)
+    found = str(_toolchain.find_cuda(CUDA_TORCH))
+    assert found.endswith("of another: release 12.4"), found
+
+
+@pytest.mark.skipif(_toolchain.find_nvcc() is None, reason="nvcc is not here")
+def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = _toolchain.find_nvcc()
+    assert nvcc is not None
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a 10.0+PTX")
+    assert _toolchain._architectures(nvcc) == ("80", "90a", "100+PTX")
+    flags = _toolchain.Cuda(nvcc, nvcc, ("80", "100+PTX")).flags()
+    assert flags == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_100,code=[sm_100,compute_100]",
+    ]
+    for wrong in ("7.5", "Hopper", "9"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wrong)
+        with pytest.raises(BuildError, match=f"TORCH_CUDA_ARCH_LIST: expected .* got '{wrong}'"):
+            _toolchain._architectures(nvcc)
+
+
+@needs_compiler
+@pytest.mark.skipif(_toolchain.find_nvcc() is None, reason="nvcc is not here")
+def test_cuda_kernels_that_do_not_compile(cheap_sources: Path, tmp_path: Path) -> None:
+    """The CPU's operators are built all the same, and the record says what was wrong; strictly it is an error."""
+    tools = Tools.find()
+    nvcc = _toolchain.find_nvcc()
+    assert nvcc is not None
+    tools = replace(tools, cuda=_toolchain.Cuda(nvcc, tmp_path / "libcudart.so", ("90",)))
+    (cheap_sources / "cuda").mkdir()
+    for unit in _build.CUDA:
+        (cheap_sources / unit.source).write_text("namespace gistops {}\n")
+    (cheap_sources / "cuda" / "f64.cu").write_text("int f() { return no_such_name; }\n")
+    out = tmp_path / "_C.so"
+    with pytest.raises(BuildError, match="no_such_name"):
+        _build.build(cheap_sources, out, tmp_path / "o", tools, strict=True)
+    record = _build.build(cheap_sources, out, tmp_path / "o", tools)
+    assert out.is_file()
+    assert record.cuda.startswith("compiling them failed:")
+    assert "no_such_name" in record.cuda

@@ -38,15 +38,27 @@ class Sample:
 
     def tensors(self, seed: int, requires_grad: bool = True) -> list[Tensor]:
         """input, centers, displacements, tau: fresh random values."""
-        generator = torch.Generator().manual_seed(seed)
+        source = generator(seed)
         scale = self.d**-0.5
         values = [
-            torch.randn(self.B, self.d, generator=generator).to(self.input),
-            (torch.randn(self.K, self.d, generator=generator) * scale).to(self.centers),
-            (torch.randn(self.m, self.d, generator=generator) * scale * self.spread).to(self.displacements),
-            torch.rand((), generator=generator) * 20 + 4,
+            torch.randn(self.B, self.d, generator=source).to(self.input),
+            (torch.randn(self.K, self.d, generator=source) * scale).to(self.centers),
+            (torch.randn(self.m, self.d, generator=source) * scale * self.spread).to(self.displacements),
+            torch.rand((), generator=source) * 20 + 4,
         ]
         return [v.requires_grad_(requires_grad) for v in values]
+
+
+def generator(seed: int) -> torch.Generator:
+    """Random numbers on the device under test."""
+    return torch.Generator(device=torch.get_default_device()).manual_seed(seed)
+
+
+def operators(backend: str) -> tuple[Any, Any]:
+    """The forward and backward operator of a fused backend."""
+    family = "triton" if backend == "triton" else "constellation"
+    space = torch.ops.gistops
+    return getattr(space, f"{family}_forward").default, getattr(space, f"{family}_backward").default
 
 
 half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64

@@ -1,0 +1,86 @@
+// What all kernels share: launching, dynamic shared memory, number types, sums within a warp.
+// Without nvcc these files compile for the host, where tests/host_cuda/shim stands in for the CUDA runtime.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define GISTOPS_LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
+#define GISTOPS_DYNAMIC_SHARED(type, name)               \
+  extern __shared__ __align__(128) unsigned char raw_[]; \
+  type* name = reinterpret_cast<type*>(raw_)
+#else
+#define GISTOPS_LAUNCH(kernel, grid, block, shared, stream, ...) \
+  host_cuda::launch(grid, block, shared, stream, kernel, __VA_ARGS__)
+#define GISTOPS_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(host_cuda::dynamic_shared())
+#endif
+
+namespace gistops::cuda {
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
+constexpr int kWarp = 32;
+
+// The type of sums, norms and logits: float, and double for double.
+template <class T>
+struct SumOf {
+  using type = float;
+};
+template <>
+struct SumOf<double> {
+  using type = double;
+};
+template <class T>
+using Sum = typename SumOf<T>::type;
+
+__device__ __forceinline__ float wide(float x) { return x; }
+__device__ __forceinline__ double wide(double x) { return x; }
+__device__ __forceinline__ float wide(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float wide(f16 x) { return __half2float(x); }
+
+template <class T>
+__device__ __forceinline__ T narrow(Sum<T> x) {
+  if constexpr (sizeof(T) == sizeof(Sum<T>)) {
+    return x;
+  } else if constexpr (__is_same(T, bf16)) {
+    return __float2bfloat16(x);
+  } else {
+    return __float2half(x);
+  }
+}
+
+// 1 / max(|v|, 1e-12) from |v|^2, as torch.nn.functional.normalize clamps. Rounding may leave |v|^2 below zero. NaN
+// stays NaN.
+template <class S>
+__host__ __device__ constexpr S max_rnorm() {
+  return S(1) / S(1e-12);
+}
+
+template <class S>
+__device__ __forceinline__ S clamped_rnorm(S square) {
+  const S norm = sqrt(square > S(0) || square != square ? square : S(0));
+  return norm < S(1e-12) ? max_rnorm<S>() : S(1) / norm;
+}
+
+// Whether |w + delta|^2 = |w|^2 + 2 w.delta + |delta|^2 has lost more digits than the sum of a long vector does. Such a
+// pair is computed from w + delta itself, and its reciprocal norm is stored with a minus sign, for the backward.
+template <class S>
+__device__ __forceinline__ bool cancels(S square, S w_square, S delta_square) {
+  return square < (w_square + delta_square) * S(1.0 / 16);
+}
+
+// The sum over a warp, in every lane; the same bits in each, as both sides of an exchange add the same two numbers.
+template <class S>
+__device__ __forceinline__ S warp_sum(S x) {
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
+  return x;
+}
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace gistops::cuda

@@ -1,0 +1,6 @@
+// float64 operands.
+#include "operations.cuh"
+
+namespace gistops::cuda {
+const Operations f64_operations = operations<Fma<double>>();
+}

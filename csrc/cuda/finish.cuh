@@ -1,0 +1,89 @@
+// The last pieces of the backward, over [B, d] and [m, d].
+#pragma once
+#include "route.cuh"
+
+namespace gistops::cuda {
+
+constexpr int kFinishThreads = 256;
+
+// df_i = g - (g . f^) f^ with g = sum_k H[i, k] w_k + sum_j S[i, j] delta_j; 1 / |f| is in H and S. A block a feature.
+//   product [B, d]: H w, overwritten with g
+template <class T>
+__global__ void __launch_bounds__(kFinishThreads)
+    input_kernel(Problem<T> p, Saved<T> saved, Routed<T> routed, Sum<T>* product, T* out) {
+  using S = Sum<T>;
+  constexpr int kWarps = kFinishThreads / kWarp;
+  __shared__ S partial[kWarps];
+  const int64_t i = blockIdx.x, d = p.d(), K = p.K();
+  const int thread = static_cast<int>(threadIdx.x);
+  const T* f = p.input.data + i * p.input.ld;
+  const bool cancelled = *routed.cancelled;
+  S dot = 0;
+  for (int64_t x = thread; x < d; x += kFinishThreads) {
+    S g = product[i * d + x];
+    for (int64_t j = 1; j < p.M(); ++j)
+      g = fma(routed.s[i * p.M() + j], wide(p.displacements.data[(j - 1) * p.displacements.ld + x]), g);
+    if (cancelled) {  // these pairs are not in H and S
+      for (int64_t k = 0; k < K; ++k) {
+        const int64_t j = saved.slots[i * K + k];
+        const S r = saved.center_rnorms[j * K + k];
+        if (r < S(0)) {
+          const S v =
+              wide(p.centers.data[k * p.centers.ld + x]) + wide(p.displacements.data[(j - 1) * p.displacements.ld + x]);
+          g = fma(routed_weight(*p.tau, saved.grad[i * K + k], r, saved.input_rnorms[i]), v, g);
+        }
+      }
+    }
+    product[i * d + x] = g;
+    dot = fma(g, wide(f[x]), dot);
+  }
+  dot = warp_sum(dot);
+  if (thread % kWarp == 0) partial[thread / kWarp] = dot;
+  __syncthreads();
+  S all = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) all += partial[w];
+  const S rnorm = saved.input_rnorms[i];
+  const S along = rnorm >= max_rnorm<S>() ? S(0) : all * rnorm * rnorm;  // a clamped norm is a constant
+  for (int64_t x = thread; x < d; x += kFinishThreads)
+    out[i * d + x] = narrow<T>(product[i * d + x] - along * wide(f[x]));
+}
+
+// dd_j = sum_i S[i, j] f_i - the sum of the centres' partials. A block takes 32 dimensions of one displacement; the
+// eight threads of a dimension share out features and partials.
+template <class T>
+__global__ void __launch_bounds__(kFinishThreads)
+    displacements_kernel(Problem<T> p, Saved<T> saved, Routed<T> routed, const Sum<T>* partials, int64_t tiles,
+                         Sum<T>* out) {
+  using S = Sum<T>;
+  constexpr int kRuns = kFinishThreads / kWarp;
+  __shared__ S partial[kRuns][kWarp];
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, run = static_cast<int>(threadIdx.x) / kWarp;
+  const int64_t across = ceil_div(p.d(), kWarp), B = p.B(), K = p.K();
+  const int64_t j = blockIdx.x / across + 1, x = blockIdx.x % across * kWarp + lane;
+  S sum = 0;
+  if (x < p.d()) {
+    for (int64_t i = run; i < B; i += kRuns)
+      sum = fma(routed.s[i * p.M() + j], wide(p.input.data[i * p.input.ld + x]), sum);
+    for (int64_t tile = run; tile < tiles; tile += kRuns) sum -= partials[(tile * p.m() + j - 1) * p.d() + x];
+    for (int64_t k = *routed.cancelled ? run : K; k < K; k += kRuns) {  // these pairs are not in S
+      const S r = saved.center_rnorms[j * K + k];
+      if (r >= S(0) || r != r) continue;
+      for (int64_t i = 0; i < B; ++i) {
+        if (saved.slots[i * K + k] != j) continue;
+        const S h = routed_weight(*p.tau, saved.grad[i * K + k], r, saved.input_rnorms[i]);
+        sum = fma(h, wide(p.input.data[i * p.input.ld + x]), sum);
+      }
+    }
+  }
+  partial[run][lane] = sum;
+  __syncthreads();
+  if (run == 0 && x < p.d()) {
+    S all = 0;
+#pragma unroll
+    for (int r = 0; r < kRuns; ++r) all += partial[r][lane];
+    out[(j - 1) * p.d() + x] = all;
+  }
+}
+
+}  // namespace gistops::cuda

@@ -1,0 +1,45 @@
+// What the binding calls: the two operators for each type of operands, on pointers. No CUDA and no torch header here.
+#pragma once
+#include <cstdint>
+
+namespace gistops::cuda {
+
+// Contiguous rows. Sums are float, and double for double.
+struct Arguments {
+  const void *input, *centers, *displacements;  // [B, d], [K, d], [m, d], of one type
+  const void* tau;                              // one sum
+  int64_t B, K, d, m;
+  void* stream;
+};
+
+struct Results {
+  void* logits;         // [B, K] sums
+  uint8_t* slots;       // [B, K]
+  void* center_rnorms;  // [M, K] sums
+  void* input_rnorms;   // [B] sums
+};
+
+// Null where not needed.
+struct Gradients {
+  void *input, *centers;      // as the arguments
+  void *displacements, *tau;  // sums
+};
+
+// Lends device memory until the call ends, and multiplies large matrices.
+class Workspace {
+ public:
+  virtual ~Workspace() = default;
+  virtual void* scratch(int64_t bytes) = 0;
+  // h [B, K] with rows of length ld, times the centres -> [B, d] sums, in scratch memory.
+  virtual void* product(const void* h, int64_t ld, const Arguments& arguments) = 0;
+};
+
+// Both throw std::runtime_error with the kernel's name and CUDA's words where a launch fails.
+struct Operations {
+  void (*forward)(const Arguments&, const Results&, Workspace&);
+  void (*backward)(const Arguments&, const void* grad, const Results& saved, const Gradients&, Workspace&);
+};
+
+extern const Operations bf16_operations, f16_operations, f32_operations, tf32_operations, f64_operations;
+
+}  // namespace gistops::cuda

@@ -1,0 +1,190 @@
+// The operators on NVIDIA GPUs: tensors in, tensors out, on the current stream. Shapes and devices were checked in
+// gistops/_checks.py; what is checked again here is what memory safety rests on.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <array>
+#include <initializer_list>
+#include <tuple>
+#include <vector>
+
+#include "operations.h"
+
+// From libtorch_cuda, whose header declares it only for builds with CUDA's headers. Weak: this library also loads on a
+// torch without CUDA.
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace gistops::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Tensor like(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  return torch::stable::new_empty(x, sizes, dtype);
+}
+
+// The type that all operands are multiplied in: theirs if they agree, else float32; float64 if any is that.
+ScalarType operand_type(const Tensor& input, const Tensor& centers, const Tensor& displacements) {
+  const std::initializer_list<const Tensor*> operands{&input, &centers, &displacements};
+  if (std::ranges::any_of(operands, [](const Tensor* x) { return x->scalar_type() == ScalarType::Double; }))
+    return ScalarType::Double;
+  const bool agree = std::ranges::all_of(
+      operands, [&](const Tensor* x) { return x->numel() == 0 || x->scalar_type() == input.scalar_type(); });
+  return agree ? input.scalar_type() : ScalarType::Float;
+}
+
+const Operations& operations(ScalarType operands, bool allow_tf32) {
+  switch (operands) {
+    case ScalarType::BFloat16: return bf16_operations;
+    case ScalarType::Half: return f16_operations;
+    case ScalarType::Float: return allow_tf32 ? tf32_operations : f32_operations;
+    case ScalarType::Double: return f64_operations;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, "gistops: expected float32, float16, bfloat16 or float64");
+  return f32_operations;
+}
+
+void* current_stream(int32_t device) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "gistops: this torch has no CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+
+// The operator's arguments, contiguous and of one type.
+struct Call {
+  Tensor input, centers, displacements, tau;
+  ScalarType operands, sums;
+
+  Call(const Tensor& f, const Tensor& w, const Tensor& delta, const Tensor& t)
+      : input(f), centers(w), displacements(delta), tau(t), operands(operand_type(f, w, delta)),
+        sums(operands == ScalarType::Double ? ScalarType::Double : ScalarType::Float) {
+    STD_TORCH_CHECK(
+        f.dim() == 2 && w.dim() == 2 && delta.dim() == 2 && f.size(1) == w.size(1) && f.size(1) == delta.size(1),
+        "gistops: expected input [B, d], centers [K, d] and displacements [m, d]");
+    STD_TORCH_CHECK(delta.size(0) < 256, "gistops: expected at most 255 displacements");
+    STD_TORCH_CHECK(t.numel() == 1, "gistops: expected tau of one element");
+    for (const Tensor* x : {&f, &w, &delta, &t})
+      STD_TORCH_CHECK(x->is_cuda() && x->get_device_index() == f.get_device_index(),
+                      "gistops: expected all tensors on one CUDA device");
+    for (Tensor* x : {&input, &centers, &displacements})
+      *x = torch::stable::contiguous(torch::stable::to(*x, operands));
+    tau = torch::stable::to(tau, sums);
+  }
+
+  Arguments arguments() const {
+    return {input.const_data_ptr(),
+            centers.const_data_ptr(),
+            displacements.const_data_ptr(),
+            tau.const_data_ptr(),
+            input.size(0),
+            centers.size(0),
+            input.size(1),
+            displacements.size(0),
+            current_stream(input.get_device_index())};
+  }
+};
+
+// Memory from PyTorch's allocator, which orders its reuse by streams; products by PyTorch's cuBLAS.
+class TorchWorkspace final : public Workspace {
+ public:
+  explicit TorchWorkspace(const Call& call) : call_(call) {}
+
+  void* scratch(int64_t bytes) override {
+    return keep(like(call_.input, {std::max<int64_t>(bytes, 1)}, ScalarType::Byte));
+  }
+
+  void* product(const void* h, int64_t ld, const Arguments& a) override {
+    const std::array<int64_t, 2> sizes{a.B, a.K}, strides{ld, 1};
+    const Tensor left =
+        torch::stable::from_blob(const_cast<void*>(h), sizes, strides, call_.input.device(), call_.operands);
+    if (call_.operands == call_.sums) return keep(call("aten::mm", "", left));
+    return keep(call("aten::mm", "dtype", left));  // half-precision operands, sums in float32
+  }
+
+ private:
+  Tensor call(const char* name, const char* overload, const Tensor& left) const {
+    std::array<StableIValue, 3> stack{torch::stable::detail::from(left), torch::stable::detail::from(call_.centers),
+                                      torch::stable::detail::from(call_.sums)};  // the last for "dtype" alone
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  }
+
+  void* keep(Tensor x) {
+    kept_.push_back(std::move(x));
+    return kept_.back().mutable_data_ptr();
+  }
+
+  const Call& call_;
+  std::vector<Tensor> kept_;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_forward(const Tensor& input, const Tensor& centers,
+                                                                 const Tensor& displacements, const Tensor& tau,
+                                                                 bool allow_tf32) {
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  const Call call(input, centers, displacements, tau);
+  const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
+  const Tensor logits = like(input, {B, K}, call.sums), slots = like(input, {B, K}, ScalarType::Byte);
+  const Tensor center_rnorms = like(input, {M, K}, call.sums), input_rnorms = like(input, {B}, call.sums);
+  TorchWorkspace workspace(call);
+  operations(call.operands, allow_tf32)
+      .forward(call.arguments(),
+               {logits.mutable_data_ptr(), static_cast<uint8_t*>(slots.mutable_data_ptr()),
+                center_rnorms.mutable_data_ptr(), input_rnorms.mutable_data_ptr()},
+               workspace);
+  return {logits, slots, center_rnorms, input_rnorms};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
+    const Tensor& grad, const Tensor& input, const Tensor& centers, const Tensor& displacements, const Tensor& tau,
+    const Tensor& logits, const Tensor& slots, const Tensor& center_rnorms, const Tensor& input_rnorms, bool need_input,
+    bool need_centers, bool need_displacements, bool need_tau, bool allow_tf32) {
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  const Call call(input, centers, displacements, tau);
+  const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
+  const auto saved = [&](const Tensor& x, std::vector<int64_t> sizes, ScalarType dtype, const char* name) {
+    bool fits = x.is_cuda() && x.dim() == static_cast<int64_t>(sizes.size()) && x.scalar_type() == dtype;
+    for (size_t i = 0; fits && i < sizes.size(); ++i) fits = x.size(static_cast<int64_t>(i)) == sizes[i];
+    STD_TORCH_CHECK(fits, "gistops: ", name, ": expected the forward's shape and dtype");
+    return torch::stable::contiguous(x);
+  };
+  const Tensor G = saved(grad, {B, K}, call.sums, "grad"), z = saved(logits, {B, K}, call.sums, "logits");
+  const Tensor j = saved(slots, {B, K}, ScalarType::Byte, "slots");
+  const Tensor R = saved(center_rnorms, {M, K}, call.sums, "center_rnorms");
+  const Tensor n = saved(input_rnorms, {B}, call.sums, "input_rnorms");
+
+  const auto gradient = [](bool needed, const Tensor& x, ScalarType dtype) {
+    return needed ? like(x, x.sizes(), dtype) : like(x, {0}, dtype);
+  };
+  const Tensor df = gradient(need_input, call.input, call.operands);
+  const Tensor dw = gradient(need_centers, call.centers, call.operands);
+  const Tensor dd = gradient(need_displacements, call.displacements, call.sums);
+  const Tensor dt = gradient(need_tau, call.tau, call.sums);
+  TorchWorkspace workspace(call);
+  operations(call.operands, allow_tf32)
+      .backward(call.arguments(), G.const_data_ptr(),
+                {z.mutable_data_ptr(), static_cast<uint8_t*>(j.mutable_data_ptr()), R.mutable_data_ptr(),
+                 n.mutable_data_ptr()},
+                {need_input ? df.mutable_data_ptr() : nullptr, need_centers ? dw.mutable_data_ptr() : nullptr,
+                 need_displacements ? dd.mutable_data_ptr() : nullptr, need_tau ? dt.mutable_data_ptr() : nullptr},
+                workspace);
+  return {torch::stable::to(df, input.scalar_type()), torch::stable::to(dw, centers.scalar_type()),
+          torch::stable::to(dd, displacements.scalar_type()), torch::stable::to(dt, tau.scalar_type())};
+}
+
+}  // namespace
+}  // namespace gistops::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(gistops, CUDA, m) {
+  m.impl("constellation_forward", TORCH_BOX(&gistops::cuda::constellation_forward));
+  m.impl("constellation_backward", TORCH_BOX(&gistops::cuda::constellation_backward));
+}
