@@ -53,6 +53,12 @@ __device__ __forceinline__ T narrow(Sum<T> x) {
   }
 }
 
+// |x|; plain abs is that of int in host code.
+template <class S>
+__device__ __forceinline__ S magnitude(S x) {
+  return x < S(0) ? -x : x;
+}
+
 // 1 / max(|v|, 1e-12) from |v|^2, as torch.nn.functional.normalize clamps. Rounding may leave |v|^2 below zero. NaN
 // stays NaN.
 template <class S>

@@ -263,8 +263,8 @@ class Forward {
       const int row = row_ + i * 16 + lane_ / 4;
 #pragma unroll
       for (int j = 0; j < Shape::kSlots; ++j) {
-        r[0][j] = j < n ? abs(e.r[j][row]) : S(0);
-        r[1][j] = j < n ? abs(e.r[j][row + 8]) : S(0);
+        r[0][j] = j < n ? magnitude(e.r[j][row]) : S(0);
+        r[1][j] = j < n ? magnitude(e.r[j][row + 8]) : S(0);
       }
 #pragma unroll
       for (int t = 0; t < kColTiles * 2; ++t) {
@@ -310,7 +310,7 @@ class Forward {
       for (int j = 0; j < p_.M(); ++j) {
         const S r = kGiven ? out_.center_rnorms[j * p_.K() + first_class_ + k] : e.r[j][k];
         const S score =
-            direct_product(f, w, j ? delta + (j - 1) * p_.displacements.ld : nullptr, p_.d(), lane_) * abs(r);
+            direct_product(f, w, j ? delta + (j - 1) * p_.displacements.ld : nullptr, p_.d(), lane_) * magnitude(r);
         if (j == 0 || score > best || score != score) best = score, slot = j;
       }
       if (lane_ == 0) e.logits[b][k] = best, e.slots[b][k] = static_cast<uint8_t>(slot);

@@ -39,7 +39,8 @@ class Sequence {
  public:
   Sequence(const Arguments& a, Workspace& workspace)
       : arguments_(a), workspace_(workspace), stream_(a.stream),
-        p_{matrix(a.input, a.B, a.d), matrix(a.centers, a.K, a.d), matrix(a.displacements, a.m, a.d),
+        p_{matrix(a.input, a.B, a.d), matrix(a.centers, a.K, a.d),
+           matrix(a.m ? a.displacements : a.input, a.m, a.d),  // not null, as an empty tensor's pointer is
            static_cast<const S*>(a.tau)} {}
 
   void forward(const Results& results) {

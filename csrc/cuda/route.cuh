@@ -52,7 +52,7 @@ struct Saved {
 // The weight with which feature i pulls on the vector that won class k; the same in every kernel that needs it.
 template <class S>
 __device__ __forceinline__ S routed_weight(S tau, S grad, S center_rnorm, S input_rnorm) {
-  return tau * grad * abs(center_rnorm) * input_rnorm;
+  return tau * grad * magnitude(center_rnorm) * input_rnorm;
 }
 
 // Eight values a lane -> the sum over the warp of value `lane / 4`, by halving exchanges: 9 shuffles for 40.
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(RouteShape::kThreads)
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) sum += partial_t[w][e / kClasses][e % kClasses];
         const S r = saved.center_rnorms[j * K + col];
-        out.t[(part * K + col) * M + j] = abs(r) >= max_rnorm<S>() ? S(0) : sum * r * r;
+        out.t[(part * K + col) * M + j] = magnitude(r) >= max_rnorm<S>() ? S(0) : sum * r * r;
       }
       __syncthreads();
     }

@@ -28,17 +28,22 @@ struct Tile {
   // Rows first_row.. and columns first_col.. of x; zeros beyond its ends. By all threads of the block; asynchronous.
   template <int kThreads>
   static __device__ __forceinline__ void load(T* tile, const Global<T>& x, int64_t first_row, int64_t first_col) {
-    constexpr int kPerRow = kCols / kVector;
-    for (int v = static_cast<int>(threadIdx.x); v < kRows * kPerRow; v += kThreads) {
-      const int row = v / kPerRow, col = v % kPerRow * kVector;
-      const int64_t from_row = first_row + row, from_col = first_col + col;
-      T* to = tile + row * kLd + col;
-      const bool inside = from_row < x.rows && from_col < x.cols;
-      const T* from = x.data + (inside ? from_row * x.ld + from_col : 0);
+    constexpr int kPerRow = kCols / kVector, kRowsAtOnce = kThreads / kPerRow;
+    static_assert(kThreads % kPerRow == 0);
+    const int row = static_cast<int>(threadIdx.x) / kPerRow, col = static_cast<int>(threadIdx.x) % kPerRow * kVector;
+    const int rows = static_cast<int>(min(x.rows - first_row, int64_t{kRows}));  // of them, those inside
+    const int cols = static_cast<int>(min(x.cols - first_col - col, int64_t{kVector}));
+    const T* from = x.data + (first_row + row) * x.ld + first_col + col;
+    T* to = tile + row * kLd + col;
+    const int64_t step = kRowsAtOnce * x.ld;
+#pragma unroll
+    for (int r = 0; r < kRows; r += kRowsAtOnce, from += step, to += kRowsAtOnce * kLd) {
+      if (kRows % kRowsAtOnce != 0 && row + r >= kRows) break;
+      const bool inside = row + r < rows && cols > 0;
       if (x.vectors) {
-        copy_async_16(to, from, inside);
+        copy_async_16(to, inside ? from : x.data, inside);
       } else {
-        for (int e = 0; e < kVector; ++e) to[e] = inside && from_col + e < x.cols ? from[e] : narrow<T>(0);
+        for (int e = 0; e < kVector; ++e) to[e] = inside && e < cols ? from[e] : narrow<T>(0);
       }
     }
   }

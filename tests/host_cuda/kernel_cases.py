@@ -1,0 +1,195 @@
+"""The host-compiled kernels against the definition in float64; test_kernels.py runs them plain and sanitised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.ops.oracle import Sample, allowed, error, gradients, leaves, plain, routed, scores
+
+from .operators import HostKernels
+
+half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64
+# The tiles: 64 classes by 64, 128 or 256 features by 128 bytes forward; 128 classes by 64 dimensions backward.
+SAMPLES = [
+    (Sample(70, 133, 69, 4), False),
+    (Sample(130, 67, 200, 4), False),
+    (Sample(5, 130, 3, 9, spread=1.0), False),
+    (Sample(33, 70, 16, 0), False),
+    (Sample(1, 1, 1, 0), False),
+    (Sample(4, 70, 33, 255), False),
+    (Sample(70, 133, 72, 4), True),
+    (Sample(261, 66, 40, 3), True),
+    (Sample(67, 129, 40, 4, f64, f64, f64), False),
+    (Sample(70, 133, 136, 4, bf16, bf16, bf16), False),
+    (Sample(140, 80, 201, 8, bf16, bf16, bf16), False),
+    (Sample(261, 66, 72, 4, bf16, bf16, bf16), False),
+    (Sample(40, 70, 40, 13, bf16, bf16, bf16), False),
+    (Sample(70, 129, 72, 4, half, half, half), False),
+    (Sample(67, 129, 40, 4, bf16, torch.float32, torch.float32), False),
+    (Sample(40, 65, 40, 3, torch.float32, f64, torch.float32), False),
+]
+IDS = [sample.id + ("-tf32" if tf32 else "") for sample, tf32 in SAMPLES]
+
+
+def coarse(kernels: HostKernels) -> torch.dtype:
+    """The dtype whose rounding the products make: tf32 keeps as many bits as float16."""
+    return torch.float16 if kernels.type == "tf32" else kernels.operands
+
+
+@pytest.mark.parametrize(("sample", "tf32"), SAMPLES, ids=IDS)
+def test_forward(sample: Sample, tf32: bool, module: Any, seed: int) -> None:
+    tensors = sample.tensors(seed, requires_grad=False)
+    kernels = HostKernels(module, tensors, tf32)
+    wide = [t.double() for t in tensors]
+    every = wide[3] * scores(*wide[:3])
+    truth = every.max(dim=2).values
+    # Half-precision operands are exact in the products, whose sums are float32: like plain PyTorch in float32.
+    bound = allowed(error(plain(tensors)[0], truth), truth, half if tf32 else kernels.sums)
+    assert error(kernels.logits, truth) <= bound
+    assert error(every.gather(2, kernels.slots.long()[..., None]).squeeze(2), truth) <= 2 * bound
+    vectors = wide[1][None] + F.pad(wide[2], (0, 0, 1, 0))[:, None]
+    rnorms = 1 / vectors.norm(dim=2)
+    assert error(kernels.center_rnorms.abs(), rnorms) <= allowed(0.0, rnorms, half if tf32 else kernels.sums, 16)
+    assert error(kernels.input_rnorms, 1 / wide[0].norm(dim=1)) <= allowed(0.0, 1 / wide[0].norm(dim=1), kernels.sums)
+
+
+@pytest.mark.parametrize(("sample", "tf32"), SAMPLES, ids=IDS)
+def test_gradients(sample: Sample, tf32: bool, module: Any, seed: int) -> None:
+    tensors = sample.tensors(seed)
+    grad = torch.randn(sample.B, sample.K, generator=torch.Generator().manual_seed(seed + 1))
+    kernels = HostKernels(module, tensors, tf32)
+    ours = kernels.gradients(grad)
+    truth = gradients(lambda *t: routed(*t, kernels.slots), leaves(tensors, torch.float64), grad)
+    for name, tensor, value, true in zip(
+        ("input", "centers", "displacements", "tau"), tensors, ours, truth, strict=True
+    ):
+        assert value is not None
+        assert value.dtype == tensor.dtype
+        # H is rounded to the operands' type, as the gradient of the logits of a plain layer is.
+        roundings = max((coarse(kernels), tensor.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+        bound = allowed(0.0, true, roundings, max(sample.B, sample.K))
+        if name == "tau":  # one sum over all pairs, whose terms cancel: measured against their size
+            size = (grad * kernels.logits / tensors[3].detach()).norm() + true.abs()
+            bound = 16 * torch.finfo(torch.float16 if tf32 else torch.float32).eps * float(size)
+        elif sample.d == 1:  # the true gradients of the vectors are zero: roundings alone remain
+            bound = max(bound, 1e-4 * float(grad.abs().sum()))
+        assert error(value, true) <= bound, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, bf16, f64])
+@pytest.mark.parametrize("closeness", [1e-1, 1e-3])
+def test_centers_that_a_displacement_all_but_cancels(
+    closeness: float, dtype: torch.dtype, module: Any, seed: int
+) -> None:
+    tensors = Sample(37, 129, 24, 3, dtype, dtype, dtype).tensors(seed)
+    with torch.no_grad():
+        tensors[1][7:90] = -tensors[2][1] + closeness * tensors[1][7:90]
+    grad = torch.randn(37, 129, generator=torch.Generator().manual_seed(seed + 1))
+    kernels = HostKernels(module, tensors)
+    wide = leaves(tensors, torch.float64)
+    truth = (wide[3] * scores(*wide[:3])).max(dim=2).values
+    assert (kernels.slots[:, 7:90] == 2).any(), "the cancelled slot wins nowhere: the test tests nothing"
+    assert (kernels.center_rnorms < 0).any()
+    assert error(kernels.logits, truth) <= allowed(error(plain(tensors)[0], truth), truth, kernels.sums)
+    expected = gradients(lambda *t: routed(*t, kernels.slots), wide, grad)
+    for tensor, value, true in zip(tensors, kernels.gradients(grad), expected, strict=True):
+        assert value is not None
+        roundings = max((dtype, tensor.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+        assert error(value, true) <= allowed(0.0, true, roundings, 37 * 129)
+
+
+@pytest.mark.parametrize("m", [3, 12])
+def test_ties_go_to_the_lowest_slot(m: int, module: Any, seed: int) -> None:
+    tensors = Sample(37, 70, 45, m).tensors(seed, requires_grad=False)
+    tensors[2][-1] = tensors[2][0]  # the last displacement repeats the first
+    assert HostKernels(module, tensors).slots.max() < m
+    tensors[2].zero_()  # every slot ties
+    kernels = HostKernels(module, tensors)
+    assert not kernels.slots.any()
+    torch.testing.assert_close(kernels.logits, tensors[3] * F.normalize(tensors[0]) @ F.normalize(tensors[1]).T)
+
+
+@pytest.mark.parametrize("m", [2, 11])
+def test_zero_vectors(m: int, module: Any, seed: int) -> None:
+    tensors = Sample(6, 40, 19, m).tensors(seed)
+    with torch.no_grad():
+        tensors[0][2] = 0
+        tensors[1][5] = 0
+        tensors[1][9] = -tensors[2][0]
+    kernels = HostKernels(module, tensors)
+    expected, slots = plain(tensors)
+    torch.testing.assert_close(kernels.logits, expected.detach(), atol=2e-5, rtol=1e-5)
+    assert torch.equal(kernels.slots, slots)
+    assert not kernels.logits[2].any()
+    grad = torch.randn(6, 40, generator=torch.Generator().manual_seed(seed))
+    grad[:, 5] = grad[:, 9] = 0  # of a clamped norm the gradient is 1e12 times the rest
+    for value, true in zip(kernels.gradients(grad), torch.autograd.grad(expected, tensors, grad), strict=True):
+        assert value is not None
+        torch.testing.assert_close(value, true, atol=float(true.abs().max()) * 1e-5, rtol=1e-4)
+    grad.fill_(1.0)
+    for gradient in kernels.gradients(grad):
+        assert gradient is not None
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("m", [2, 11])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("argument", [0, 1, 2])
+def test_what_is_not_finite_gives_nan_where_it_is_used(
+    argument: int, value: float, m: int, module: Any, seed: int
+) -> None:
+    tensors = Sample(6, 40, 19, m).tensors(seed, requires_grad=False)
+    tensors[argument][1, 3] = value
+    kernels = HostKernels(module, tensors)
+    expected, _ = plain(tensors)
+    torch.testing.assert_close(kernels.logits, expected, equal_nan=True, atol=2e-5, rtol=1e-5)
+    assert (kernels.slots <= m).all()
+    kernels.gradients(torch.randn(6, 40))
+
+
+@pytest.mark.parametrize(("B", "K", "m"), [(0, 5, 2), (3, 0, 2), (0, 0, 0)])
+def test_empty(B: int, K: int, m: int, module: Any, seed: int) -> None:
+    kernels = HostKernels(module, Sample(B, K, 7, m).tensors(seed))
+    assert kernels.logits.shape == kernels.slots.shape == (B, K)
+    for gradient in kernels.gradients(torch.zeros(B, K)):
+        assert gradient is not None
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2, 3, None])
+def test_only_the_gradients_asked_for(missing: int | None, module: Any, seed: int) -> None:
+    kernels = HostKernels(module, Sample(20, 70, 21, 4).tensors(seed))
+    grad = torch.randn(20, 70, generator=torch.Generator().manual_seed(seed))
+    every = kernels.gradients(grad)
+    needs = [index != missing if missing is not None else index == 1 for index in range(4)]
+    some = kernels.gradients(grad, (needs[0], needs[1], needs[2], needs[3]))
+    for needed, value, expected in zip(needs, some, every, strict=True):
+        assert (value is not None) == needed
+        if value is not None and expected is not None:
+            assert torch.equal(value, expected)
+
+
+def test_same_bits_in_any_order_of_threads(module: Any, seed: int) -> None:
+    """The order in which a block's threads run decides nothing: no barrier is missing."""
+    tensors = Sample(70, 133, 72, 4, bf16, bf16, bf16).tensors(seed)
+    grad = torch.randn(70, 133, generator=torch.Generator().manual_seed(seed))
+
+    def bits() -> list[Tensor | None]:
+        kernels = HostKernels(module, tensors)
+        return [kernels.logits, kernels.slots, kernels.center_rnorms, *kernels.gradients(grad)]
+
+    first = bits()
+    for order in ("reverse", "shuffled"):
+        module.set_thread_order(order, seed % 1000)
+        try:
+            for value, expected in zip(bits(), first, strict=True):
+                assert value is not None
+                assert expected is not None
+                assert torch.equal(value, expected), order
+        finally:
+            module.set_thread_order("forward", 0)

@@ -1,0 +1,119 @@
+// The CUDA backend's two operators, compiled for the host, on numpy arrays. Half-precision arrays travel as uint16.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "device.cuh"
+#include "operations.h"
+
+namespace py = pybind11;
+namespace gc = gistops::cuda;
+
+namespace {
+
+const gc::Operations& operations(const std::string& type) {
+  if (type == "bf16") return gc::bf16_operations;
+  if (type == "f16") return gc::f16_operations;
+  if (type == "f32") return gc::f32_operations;
+  if (type == "tf32") return gc::tf32_operations;
+  if (type == "f64") return gc::f64_operations;
+  throw py::value_error("type: expected bf16, f16, f32, tf32 or f64, got " + type);
+}
+
+py::dtype sums(const std::string& type) { return py::dtype(type == "f64" ? "float64" : "float32"); }
+
+// Allocations of the exact size, so that AddressSanitizer sees what runs over, and filled with a NaN.
+class HostWorkspace final : public gc::Workspace {
+ public:
+  explicit HostWorkspace(std::string type) : type_(std::move(type)) {}
+
+  void* scratch(int64_t bytes) override {
+    memory_.emplace_back(std::malloc(bytes), &std::free);
+    std::memset(memory_.back().get(), 0xff, bytes);
+    return memory_.back().get();
+  }
+
+  void* product(const void* h, int64_t ld, const gc::Arguments& a) override {
+    if (type_ == "bf16") return multiply<gc::bf16>(h, ld, a);
+    if (type_ == "f16") return multiply<gc::f16>(h, ld, a);
+    if (type_ == "f64") return multiply<double>(h, ld, a);
+    return multiply<float>(h, ld, a);
+  }
+
+ private:
+  template <class T>
+  void* multiply(const void* h, int64_t ld, const gc::Arguments& a) {
+    using S = gc::Sum<T>;
+    S* out = static_cast<S*>(scratch(a.B * a.d * sizeof(S)));
+    for (int64_t i = 0; i < a.B; ++i)
+      for (int64_t x = 0; x < a.d; ++x) {
+        S sum = 0;
+        for (int64_t k = 0; k < a.K; ++k)
+          sum += gc::wide(static_cast<const T*>(h)[i * ld + k]) *
+                 gc::wide(static_cast<const T*>(a.centers)[k * a.d + x]);
+        out[i * a.d + x] = sum;
+      }
+    return out;
+  }
+
+  std::string type_;
+  std::vector<std::unique_ptr<void, void (*)(void*)>> memory_;
+};
+
+gc::Arguments arguments(const py::array& input, const py::array& centers, const py::array& displacements,
+                        const py::array& tau) {
+  return {input.data(),   centers.data(), displacements.data(),   tau.data(), input.shape(0),
+          centers.shape(0), input.shape(1), displacements.shape(0), nullptr};
+}
+
+py::array empty(const py::dtype& dtype, std::vector<py::ssize_t> shape) {
+  py::array x(dtype, std::move(shape));
+  std::memset(x.mutable_data(), 0xff, x.nbytes());
+  return x;
+}
+
+py::tuple forward(const std::string& type, const py::array& input, const py::array& centers,
+                  const py::array& displacements, const py::array& tau) {
+  const gc::Arguments a = arguments(input, centers, displacements, tau);
+  py::array logits = empty(sums(type), {a.B, a.K}), slots = empty(py::dtype("uint8"), {a.B, a.K});
+  py::array center_rnorms = empty(sums(type), {a.m + 1, a.K}), input_rnorms = empty(sums(type), {a.B});
+  HostWorkspace workspace(type);
+  operations(type).forward(a,
+                           {logits.mutable_data(), static_cast<uint8_t*>(slots.mutable_data()),
+                            center_rnorms.mutable_data(), input_rnorms.mutable_data()},
+                           workspace);
+  return py::make_tuple(logits, slots, center_rnorms, input_rnorms);
+}
+
+py::tuple backward(const std::string& type, const py::array& grad, const py::array& input, const py::array& centers,
+                   const py::array& displacements, const py::array& tau, py::array logits, py::array slots,
+                   py::array center_rnorms, py::array input_rnorms, bool need_input, bool need_centers,
+                   bool need_displacements, bool need_tau) {
+  const gc::Arguments a = arguments(input, centers, displacements, tau);
+  const auto gradient = [](bool needed, const py::dtype& dtype, std::vector<py::ssize_t> shape) {
+    return needed ? empty(dtype, std::move(shape)) : py::array();
+  };
+  py::array df = gradient(need_input, input.dtype(), {a.B, a.d});
+  py::array dw = gradient(need_centers, input.dtype(), {a.K, a.d});
+  py::array dd = gradient(need_displacements, sums(type), {a.m, a.d}), dt = gradient(need_tau, sums(type), {1});
+  HostWorkspace workspace(type);
+  operations(type).backward(a, grad.data(),
+                            {logits.mutable_data(), static_cast<uint8_t*>(slots.mutable_data()),
+                             center_rnorms.mutable_data(), input_rnorms.mutable_data()},
+                            {need_input ? df.mutable_data() : nullptr, need_centers ? dw.mutable_data() : nullptr,
+                             need_displacements ? dd.mutable_data() : nullptr, need_tau ? dt.mutable_data() : nullptr},
+                            workspace);
+  return py::make_tuple(df, dw, dd, dt);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(GISTOPS_MODULE, m) {
+  m.def("forward", &forward);
+  m.def("backward", &backward);
+}

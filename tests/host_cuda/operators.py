@@ -1,0 +1,64 @@
+"""The CUDA operators of the host-compiled kernels, on CPU tensors, with the judge's conventions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HALF = {torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def operand_type(tensors: list[Tensor], allow_tf32: bool) -> str:
+    """What csrc/cuda/ops.cpp multiplies these operands in."""
+    dtypes = {t.dtype for t in tensors[:3] if t.numel()}
+    if torch.float64 in {t.dtype for t in tensors[:3]}:
+        return "f64"
+    if len(dtypes) == 1 and (half := _HALF.get(next(iter(dtypes)))):
+        return half
+    return "tf32" if allow_tf32 else "f32"
+
+
+def _array(tensor: Tensor) -> Any:
+    tensor = tensor.detach().contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype in _HALF else tensor).numpy()
+
+
+class HostKernels:
+    """Forward and backward on the host, and what the binding does around them.
+
+    Args:
+        module: the compiled kernels (tests/host_cuda/kernels.cpp).
+        tensors: input, centers, displacements, tau.
+        allow_tf32: multiply float32 as tf32.
+    """
+
+    def __init__(self, module: Any, tensors: list[Tensor], allow_tf32: bool = False) -> None:
+        self.module = module
+        self.tensors = tensors
+        self.type = operand_type(tensors, allow_tf32)
+        half = {name: dtype for dtype, name in _HALF.items()}
+        self.sums = torch.float64 if self.type == "f64" else torch.float32
+        self.operands = half.get(self.type, self.sums)
+        dtypes = (*[self.operands] * 3, self.sums)
+        self.arrays = [_array(t.detach().to(dtype)) for t, dtype in zip(tensors, dtypes, strict=True)]
+        self.saved = module.forward(self.type, *self.arrays)
+        self.logits, self.slots, self.center_rnorms, self.input_rnorms = map(torch.from_numpy, self.saved)
+
+    def gradients(
+        self, grad: Tensor, needs: tuple[bool, bool, bool, bool] = (True, True, True, True)
+    ) -> list[Tensor | None]:
+        """The arguments' gradients, each in its argument's shape and dtype; None where not needed."""
+        grad = grad.to(self.sums).contiguous()
+        values = self.module.backward(self.type, grad.numpy(), *self.arrays, *self.saved, *needs)
+        gradients: list[Tensor | None] = []
+        for value, tensor, needed in zip(values, self.tensors, needs, strict=True):
+            if not needed:
+                gradients.append(None)
+                continue
+            made = torch.from_numpy(value)
+            if made.dtype == torch.uint16:
+                made = made.view(self.operands)
+            gradients.append(made.to(tensor.dtype).reshape(tensor.shape))
+        return gradients
