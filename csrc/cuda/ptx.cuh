@@ -1,7 +1,11 @@
-// All inline PTX, each instruction behind a function: tests/host_cuda/shim/ptx.cuh has the same functions for the host.
+// All inline PTX, each instruction behind a function. tests/host_cuda/shim has the same functions for the host.
 // Layouts of fragments: PTX ISA, "Matrix fragments for mma.m16n8k16 / m16n8k8" and "ldmatrix".
 #pragma once
 #include "device.cuh"
+
+#ifndef __CUDACC__
+#include <host_ptx.cuh>
+#else
 
 namespace gistops::cuda {
 
@@ -87,3 +91,5 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 }
 
 }  // namespace gistops::cuda
+
+#endif

@@ -54,8 +54,8 @@ class HostWorkspace final : public gc::Workspace {
       for (int64_t x = 0; x < a.d; ++x) {
         S sum = 0;
         for (int64_t k = 0; k < a.K; ++k)
-          sum += gc::wide(static_cast<const T*>(h)[i * ld + k]) *
-                 gc::wide(static_cast<const T*>(a.centers)[k * a.d + x]);
+          sum +=
+              gc::wide(static_cast<const T*>(h)[i * ld + k]) * gc::wide(static_cast<const T*>(a.centers)[k * a.d + x]);
         out[i * a.d + x] = sum;
       }
     return out;
@@ -67,7 +67,7 @@ class HostWorkspace final : public gc::Workspace {
 
 gc::Arguments arguments(const py::array& input, const py::array& centers, const py::array& displacements,
                         const py::array& tau) {
-  return {input.data(),   centers.data(), displacements.data(),   tau.data(), input.shape(0),
+  return {input.data(),     centers.data(), displacements.data(),   tau.data(), input.shape(0),
           centers.shape(0), input.shape(1), displacements.shape(0), nullptr};
 }
 
@@ -116,4 +116,12 @@ py::tuple backward(const std::string& type, const py::array& grad, const py::arr
 PYBIND11_MODULE(GISTOPS_MODULE, m) {
   m.def("forward", &forward);
   m.def("backward", &backward);
+  m.def("set_thread_order", [](const std::string& order, unsigned seed) {
+    using host_cuda::Order;
+    host_cuda::set_order(order == "reverse"    ? Order::reverse
+                         : order == "shuffled" ? Order::shuffled
+                                               : Order::forward,
+                         seed);
+  });
+  m.def("set_shared_memory", [](int bytes) { host_cuda::shared_at_most = bytes; });
 }

@@ -1,0 +1,107 @@
+// Stands in for CUDA's header of this name where kernels are compiled for the host.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "fibers.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static  // one block at a time
+#define __align__(n) alignas(n)
+
+#define threadIdx (host_cuda::thread_index())
+#define blockIdx (host_cuda::block_index())
+#define blockDim (host_cuda::block_dim())
+#define gridDim (host_cuda::grid_dim())
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct float2 {
+  float x, y;
+};
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+
+namespace host_cuda {
+
+constexpr int kSharedWithoutAsking = 48 << 10, kSharedAtMost = 227 << 10;  // of a Hopper GPU
+inline std::map<const void*, int> shared_limits;                           // what kernels have asked for
+inline cudaError_t last_error = cudaSuccess;
+inline int shared_at_most = kSharedAtMost;
+
+// As <<<>>>: a configuration that a GPU would refuse sets the error that cudaGetLastError tells.
+template <class... Parameters, class... Arguments>
+void launch(dim3 grid, dim3 block, size_t shared, cudaStream_t, void (*kernel)(Parameters...), Arguments... arguments) {
+  const auto asked = shared_limits.find(reinterpret_cast<const void*>(kernel));
+  const size_t limit = asked == shared_limits.end() ? kSharedWithoutAsking : asked->second;
+  const bool empty = grid.x == 0 || grid.y == 0 || grid.z == 0;
+  if (shared > limit || empty || block.x * block.y * block.z > 1024 || grid.y > 65535 || grid.z > 65535) {
+    last_error = cudaErrorInvalidConfiguration;
+    return;
+  }
+  run({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared, [&] { kernel(arguments...); });
+}
+
+// Every lane shows a value; returns lane `from`'s.
+template <class T>
+T exchange(T value, unsigned from) {
+  static_assert(sizeof(T) <= kSlotBytes);
+  std::memcpy(own_slot(), &value, sizeof(T));
+  warp_barrier();
+  std::memcpy(&value, slot_of(from), sizeof(T));
+  warp_barrier();
+  return value;
+}
+
+}  // namespace host_cuda
+
+inline cudaError_t cudaGetLastError() { return std::exchange(host_cuda::last_error, cudaSuccess); }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "invalid argument";
+}
+template <class... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
+  if (bytes > host_cuda::shared_at_most) return cudaErrorInvalidValue;
+  host_cuda::shared_limits[reinterpret_cast<const void*>(kernel)] = bytes;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = host_cuda::shared_at_most, cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  return std::memset(to, value, bytes), cudaSuccess;
+}
+
+inline void __syncthreads() { host_cuda::block_barrier(); }
+inline int __syncthreads_or(int predicate) { return host_cuda::block_any(predicate); }
+inline void __syncwarp(unsigned = ~0u) { host_cuda::warp_barrier(); }
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return host_cuda::exchange(value, host_cuda::lane() ^ static_cast<unsigned>(mask));
+}
+
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+template <class T>
+constexpr T min(T a, T b) {
+  return b < a ? b : a;
+}

@@ -1,0 +1,97 @@
+// What csrc/cuda/ptx.cuh does on a GPU: each instruction in plain code, on the same layouts of fragments (PTX ISA).
+#pragma once
+#include "device.cuh"
+
+namespace gistops::cuda {
+
+inline void require_vector(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0)
+    throw std::runtime_error("host_cuda: an address that is no multiple of 16");
+}
+
+inline void copy_async_16(void* shared, const void* global, bool valid) {
+  require_vector(shared);
+  if (valid) require_vector(global);
+  host_cuda::copy_later(shared, valid ? global : nullptr);
+}
+inline void copy_async_commit() { host_cuda::end_copy_group(); }
+template <int N>
+void copy_async_wait() {
+  host_cuda::wait_for_copies(N);
+}
+
+// Lane l takes elements 2 (l % 4) and the next of row l / 4 of each matrix, or of column l / 4.
+template <size_t N>
+void load_matrices(uint32_t (&r)[N], const void* row, bool transposed) {
+  const unsigned lane = host_cuda::lane();
+  if (lane < 8 * N) require_vector(row);
+  std::memcpy(host_cuda::own_slot(), &row, sizeof row);
+  __syncwarp();
+  for (unsigned matrix = 0; matrix < N; ++matrix) {
+    uint16_t pair[2];
+    for (unsigned h = 0; h < 2; ++h) {
+      unsigned i = lane / 4, j = lane % 4 * 2 + h;
+      if (transposed) std::swap(i, j);
+      const uint16_t* from;
+      std::memcpy(&from, host_cuda::slot_of(matrix * 8 + i), sizeof from);
+      pair[h] = from[j];
+    }
+    std::memcpy(&r[matrix], pair, sizeof pair);
+  }
+  __syncwarp();
+}
+
+inline void load_matrix_x4(uint32_t (&r)[4], const void* row) { load_matrices(r, row, false); }
+inline void load_matrix_x4_trans(uint32_t (&r)[4], const void* row) { load_matrices(r, row, true); }
+inline void load_matrix_x2(uint32_t (&r)[2], const void* row) { load_matrices(r, row, false); }
+inline void load_matrix_x2_trans(uint32_t (&r)[2], const void* row) { load_matrices(r, row, true); }
+
+struct Operands {
+  uint32_t a[4], b[2];
+};
+
+// c += a b for a product of depth kDepth, whose registers hold kPacked elements each.
+//   a [16, kDepth]: row l / 4, +8 in registers 1 and 3; elements kPacked (l % 4) and on, + kDepth / 2 in 2 and 3
+//   b [kDepth, 8]: column l / 4; elements as a's, + kDepth / 2 in register 1
+template <int kDepth, int kPacked, class Value>
+void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Value value) {
+  Operands own;
+  std::memcpy(own.a, a, sizeof own.a);
+  std::memcpy(own.b, b, sizeof own.b);
+  std::memcpy(host_cuda::own_slot(), &own, sizeof own);
+  __syncwarp();
+  const int lane = static_cast<int>(host_cuda::lane());
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < kDepth; ++k) {
+      const int half = k / (kDepth / 2), within = k % (kDepth / 2), part = within % kPacked;
+      Operands left, right;
+      std::memcpy(&left, host_cuda::slot_of(row % 8 * 4 + within / kPacked), sizeof left);
+      std::memcpy(&right, host_cuda::slot_of(col * 4 + within / kPacked), sizeof right);
+      c[i] += value(left.a[row / 8 + half * 2], part) * value(right.b[half], part);
+    }
+  }
+  __syncwarp();
+}
+
+template <class T>
+void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply<16, 2>(c, a, b, [](uint32_t pair, int part) {
+    T both[2];
+    std::memcpy(both, &pair, sizeof both);
+    return wide(both[part]);
+  });
+}
+
+// The unit does not see the low 13 bits of a float.
+inline void mma_1688_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply<8, 1>(c, a, b, [](uint32_t bits, int) { return __uint_as_float(bits & 0xffffe000u); });
+}
+
+inline uint32_t to_tf32(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return std::isfinite(x) ? (bits + 0x1000u) & 0xffffe000u : bits;
+}
+
+}  // namespace gistops::cuda
