@@ -20,7 +20,17 @@ HERE = Path(__file__).parent
 SHIM = HERE / "shim"
 SANITIZED = "GISTOPS_TEST_SANITIZED"  # the sanitised module, in the process that runs it
 
-FLAGS = ("-std=c++20", "-O1", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered")
+FLAGS = (
+    "-std=c++20",
+    "-O1",
+    "-g",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-Wno-clobbered",
+)
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
 
@@ -109,5 +119,14 @@ def sanitized_pytest(module: Path, arguments: Sequence[str]) -> subprocess.Compl
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        *arguments,
+    ]  # -s: ASan writes to the real stderr
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -19,7 +19,9 @@ KERNELS = [native.source_dir() / unit.source for unit in _build.CUDA if unit.sou
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if shutil.which("g++") is None:
         for item in items:
-            item.add_marker(pytest.mark.skip(reason="kernels are compiled for the host by g++, which is not here"))
+            item.add_marker(
+                pytest.mark.skip(reason="kernels are compiled for the host by g++, which is not here")
+            )
 
 
 @pytest.fixture(scope="session")

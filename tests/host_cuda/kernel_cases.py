@@ -54,8 +54,12 @@ def test_forward(sample: Sample, tf32: bool, module: Any, seed: int) -> None:
     assert error(every.gather(2, kernels.slots.long()[..., None]).squeeze(2), truth) <= 2 * bound
     vectors = wide[1][None] + F.pad(wide[2], (0, 0, 1, 0))[:, None]
     rnorms = 1 / vectors.norm(dim=2)
-    assert error(kernels.center_rnorms.abs(), rnorms) <= allowed(0.0, rnorms, half if tf32 else kernels.sums, 16)
-    assert error(kernels.input_rnorms, 1 / wide[0].norm(dim=1)) <= allowed(0.0, 1 / wide[0].norm(dim=1), kernels.sums)
+    assert error(kernels.center_rnorms.abs(), rnorms) <= allowed(
+        0.0, rnorms, half if tf32 else kernels.sums, 16
+    )
+    assert error(kernels.input_rnorms, 1 / wide[0].norm(dim=1)) <= allowed(
+        0.0, 1 / wide[0].norm(dim=1), kernels.sums
+    )
 
 
 @pytest.mark.parametrize(("sample", "tf32"), SAMPLES, ids=IDS)
@@ -111,7 +115,9 @@ def test_ties_go_to_the_lowest_slot(m: int, module: Any, seed: int) -> None:
     tensors[2].zero_()  # every slot ties
     kernels = HostKernels(module, tensors)
     assert not kernels.slots.any()
-    torch.testing.assert_close(kernels.logits, tensors[3] * F.normalize(tensors[0]) @ F.normalize(tensors[1]).T)
+    torch.testing.assert_close(
+        kernels.logits, tensors[3] * F.normalize(tensors[0]) @ F.normalize(tensors[1]).T
+    )
 
 
 @pytest.mark.parametrize("m", [2, 11])
@@ -128,7 +134,9 @@ def test_zero_vectors(m: int, module: Any, seed: int) -> None:
     assert not kernels.logits[2].any()
     grad = torch.randn(6, 40, generator=torch.Generator().manual_seed(seed))
     grad[:, 5] = grad[:, 9] = 0  # of a clamped norm the gradient is 1e12 times the rest
-    for value, true in zip(kernels.gradients(grad), torch.autograd.grad(expected, tensors, grad), strict=True):
+    for value, true in zip(
+        kernels.gradients(grad), torch.autograd.grad(expected, tensors, grad), strict=True
+    ):
         assert value is not None
         torch.testing.assert_close(value, true, atol=float(true.abs().max()) * 1e-5, rtol=1e-4)
     grad.fill_(1.0)

@@ -19,7 +19,9 @@ from .operators import HostKernels
 CASES = Path(__file__).with_name("kernel_cases.py")
 
 
-def test_under_address_and_undefined_behaviour_sanitizers(cache: Path, request: pytest.FixtureRequest) -> None:
+def test_under_address_and_undefined_behaviour_sanitizers(
+    cache: Path, request: pytest.FixtureRequest
+) -> None:
     """Every load and store of the kernels is inside what it was given."""
     sanitized = build_kernels(cache, sanitize=True)
     seed = f"--seed={request.config.getoption('--seed')}"

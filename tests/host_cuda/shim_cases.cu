@@ -1,0 +1,133 @@
+// Small kernels that check the shim itself: what is right must be right, what is wrong must be seen.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "device.cuh"
+#include "ptx.cuh"
+
+namespace py = pybind11;
+using namespace gistops::cuda;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+// Element (row, col) of a fragment of A [16, 16], B [16, 8] (as B' [8, 16]) by ldmatrix, multiplied by mma.
+template <class T>
+__global__ void product_kernel(const T* a, const T* b, float* c, bool transposed) {
+  __shared__ __align__(16) T left[16 * 16];
+  __shared__ __align__(16) T right[16 * 8];
+  const int lane = static_cast<int>(threadIdx.x);
+  for (int i = lane; i < 16 * 16; i += 32) left[transposed ? i % 16 * 16 + i / 16 : i] = a[i];
+  for (int i = lane; i < 16 * 8; i += 32) right[transposed ? i : i % 8 * 16 + i / 8] = b[i];  // b [16, 8]
+  __syncthreads();
+  uint32_t ra[4], rb[2];
+  if (transposed) {
+    load_matrix_x4_trans(ra, left + (lane / 16 * 8 + lane % 8) * 16 + lane / 8 % 2 * 8);
+    load_matrix_x2_trans(rb, right + lane % 16 * 8);
+  } else {
+    load_matrix_x4(ra, left + lane % 16 * 16 + lane / 16 * 8);
+    load_matrix_x2(rb, right + lane % 8 * 16 + lane / 8 % 2 * 8);
+  }
+  float sums[4] = {};
+  mma_16816<T>(sums, ra, rb);
+  for (int i = 0; i < 4; ++i) c[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sums[i];
+}
+
+__global__ void product_tf32_kernel(const float* a, const float* b, float* c) {  // [16, 8] [8, 8]
+  const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
+  const uint32_t ra[4] = {to_tf32(a[g * 8 + t]), to_tf32(a[(g + 8) * 8 + t]), to_tf32(a[g * 8 + t + 4]),
+                          to_tf32(a[(g + 8) * 8 + t + 4])};
+  const uint32_t rb[2] = {to_tf32(b[t * 8 + g]), to_tf32(b[(t + 4) * 8 + g])};
+  float sums[4] = {};
+  mma_1688_tf32(sums, ra, rb);
+  for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + t * 2 + i % 2] = sums[i];
+}
+
+Array<float> product(const std::string& type, py::array a, py::array b, bool transposed) {
+  Array<float> c({16, 8});
+  if (type == "tf32") {
+    GISTOPS_LAUNCH(product_tf32_kernel, dim3(1), dim3(32), 0, nullptr, static_cast<const float*>(a.data()),
+                   static_cast<const float*>(b.data()), c.mutable_data());
+  } else if (type == "bf16") {
+    GISTOPS_LAUNCH(product_kernel<bf16>, dim3(1), dim3(32), 0, nullptr, static_cast<const bf16*>(a.data()),
+                   static_cast<const bf16*>(b.data()), c.mutable_data(), transposed);
+  } else {
+    GISTOPS_LAUNCH(product_kernel<f16>, dim3(1), dim3(32), 0, nullptr, static_cast<const f16*>(a.data()),
+                   static_cast<const f16*>(b.data()), c.mutable_data(), transposed);
+  }
+  return c;
+}
+
+// Each thread writes its number and reads its neighbour's: wrong in some order without the barrier.
+__global__ void neighbour_kernel(int* out, bool barrier) {
+  __shared__ int numbers[64];
+  const int i = static_cast<int>(threadIdx.x);
+  numbers[i] = i + 1;
+  if (barrier) __syncthreads();
+  out[i] = numbers[(i + 1) % 64];
+  __syncthreads();
+  numbers[i] = 0;
+}
+
+Array<int> neighbour(bool barrier) {
+  Array<int> out(64);
+  GISTOPS_LAUNCH(neighbour_kernel, dim3(1), dim3(64), 0, nullptr, out.mutable_data(), barrier);
+  return out;
+}
+
+__global__ void divergent_kernel(bool by_warp) {
+  if (by_warp ? threadIdx.x < 7 : threadIdx.x < 32) return;
+  by_warp ? __syncwarp() : __syncthreads();
+  if (by_warp && threadIdx.x < 16) __syncthreads();
+}
+
+__global__ void copy_kernel(const int* in, int* out, bool wait, bool valid) {
+  GISTOPS_DYNAMIC_SHARED(int, shared);
+  const int i = static_cast<int>(threadIdx.x) * 4;
+  copy_async_16(shared + i, in + i, valid);
+  copy_async_commit();
+  copy_async_commit();
+  wait ? copy_async_wait<1>() : copy_async_wait<2>();  // of two groups the first is needed
+  for (int e = 0; e < 4; ++e) out[i + e] = shared[i + e];
+}
+
+Array<int> copied(Array<int> in, bool wait, bool valid) {
+  Array<int> out(128);
+  GISTOPS_LAUNCH(copy_kernel, dim3(1), dim3(32), 512, nullptr, in.data(), out.mutable_data(), wait, valid);
+  return out;
+}
+
+__global__ void beyond_kernel(int* out, int n) {
+  GISTOPS_DYNAMIC_SHARED(int, shared);
+  shared[threadIdx.x] = 1;
+  __syncthreads();
+  if (threadIdx.x == 0) *out = shared[n - 1];
+}
+
+// A launch with `bytes` of shared memory, of which element n - 1 is read.
+int beyond(int bytes, int n, bool ask) {
+  int out = 0;
+  if (ask && cudaFuncSetAttribute(beyond_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)
+    return -2;
+  GISTOPS_LAUNCH(beyond_kernel, dim3(1), dim3(32), bytes, nullptr, &out, n);
+  return cudaGetLastError() == cudaSuccess ? out : -1;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(GISTOPS_MODULE, m) {
+  m.def("product", &product);
+  m.def("neighbour", &neighbour);
+  m.def("divergent", [](bool by_warp) { GISTOPS_LAUNCH(divergent_kernel, dim3(1), dim3(64), 0, nullptr, by_warp); });
+  m.def("copied", &copied);
+  m.def("beyond", &beyond);
+  m.def("round_bf16", [](float x) { return wide(narrow<bf16>(x)); });
+  m.def("round_f16", [](float x) { return wide(narrow<f16>(x)); });
+  m.def("round_tf32", [](float x) { return __uint_as_float(to_tf32(x)); });
+  m.def("set_reverse",
+        [](bool on) { host_cuda::set_order(on ? host_cuda::Order::reverse : host_cuda::Order::forward, 0); });
+}
