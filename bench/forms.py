@@ -42,17 +42,17 @@ MAIN = SIZES[2]  # iNaturalist 2018's classes, ResNet-50's features
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def tensors(size: Size, dtype: torch.dtype = torch.float32) -> Tensors:
+def tensors(size: Size, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Tensors:
     """input, centers, displacements (a third of the centres' length) and tau, all requiring gradients."""
     scale = size.d**-0.5
-    generator = torch.Generator().manual_seed(0)
-    values = (
-        torch.randn(size.B, size.d, generator=generator),
-        torch.randn(size.K, size.d, generator=generator).mul_(scale),
-        torch.randn(size.m, size.d, generator=generator).mul_(scale / 3),
-    )
-    x, w, delta = (v.to(dtype).requires_grad_() for v in values)
-    return x, w, delta, torch.tensor(16.0, requires_grad=True)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(rows: int, factor: float) -> Tensor:
+        values = torch.randn(rows, size.d, generator=generator, device=device).mul_(factor)
+        return values.to(dtype).requires_grad_()
+
+    x, w, delta = normal(size.B, 1.0), normal(size.K, scale), normal(size.m, scale / 3)
+    return x, w, delta, torch.tensor(16.0, device=device, requires_grad=True)
 
 
 def linear(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor) -> Tensor:
@@ -100,9 +100,15 @@ def forward(function: Callable[..., Tensor], arguments: Tensors) -> Callable[[],
     return run
 
 
+def labels_of(arguments: Tensors) -> Tensor:
+    """A label for each feature: classes in turn."""
+    batch, classes = arguments[0].shape[0], arguments[1].shape[0]
+    return torch.arange(batch, device=arguments[0].device) % classes
+
+
 def step(function: Callable[..., Tensor], arguments: Tensors) -> Callable[[], Any]:
     """Forward, cross-entropy and backward, as in training; gradients are made anew each time."""
-    labels = torch.arange(arguments[0].shape[0]) % arguments[1].shape[0]
+    labels = labels_of(arguments)
 
     def run() -> None:
         for argument in arguments:

@@ -100,7 +100,7 @@ T clamped_rnorm(T square) {
 // forward, H w + S delta in the backward. Such pairs, rare or none, are computed from w_k + delta_j written out.
 template <class T>
 bool cancels(T square, T center_square, T delta_square) {
-  return square < (center_square + delta_square) / 16;
+  return square < (center_square + delta_square) / 8;
 }
 
 // Classes in blocks of equal size, the same number for each thread.

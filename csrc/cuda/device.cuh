@@ -76,7 +76,7 @@ __device__ __forceinline__ S clamped_rnorm(S square) {
 // pair is computed from w + delta itself, and its reciprocal norm is stored with a minus sign, for the backward.
 template <class S>
 __device__ __forceinline__ bool cancels(S square, S w_square, S delta_square) {
-  return square < (w_square + delta_square) * S(1.0 / 16);
+  return square < (w_square + delta_square) * S(1.0 / 8);
 }
 
 // The sum over a warp, in every lane; the same bits in each, as both sides of an exchange add the same two numbers.

@@ -55,6 +55,22 @@ __device__ __forceinline__ S routed_weight(S tau, S grad, S center_rnorm, S inpu
   return tau * grad * magnitude(center_rnorm) * input_rnorm;
 }
 
+// The weight as H holds it. Of a zero vector, whose norm is clamped, it is up to 1e12 times the others: float16 holds
+// it as its largest value, because infinity times a zero beside it would be NaN. Elsewhere infinity stays, which tells
+// a gradient scaler to step back.
+template <class T>
+__device__ __forceinline__ T stored_weight(Sum<T> tau, Sum<T> grad, Sum<T> center_rnorm, Sum<T> input_rnorm) {
+  using S = Sum<T>;
+  if (center_rnorm < S(0)) return narrow<T>(S(0));
+  S h = routed_weight(tau, grad, center_rnorm, input_rnorm);
+  if constexpr (__is_same(T, f16)) {
+    constexpr S kLargest = 65504;
+    const bool clamped = center_rnorm >= max_rnorm<S>() || input_rnorm >= max_rnorm<S>();
+    if (clamped && magnitude(h) > kLargest) h = h < S(0) ? -kLargest : kLargest;
+  }
+  return narrow<T>(h);
+}
+
 // Eight values a lane -> the sum over the warp of value `lane / 4`, by halving exchanges: 9 shuffles for 40.
 template <class S>
 __device__ __forceinline__ S warp_sum_of_eight(const S (&x)[8], int lane) {
@@ -107,7 +123,7 @@ __global__ void __launch_bounds__(RouteShape::kThreads)
           const S grad = inside ? saved.grad[at] : S(0), z = inside ? saved.logits[at] : S(0);
           const int slot = inside ? saved.slots[at] : 0;
           const S r = inside ? saved.center_rnorms[slot * K + k[c]] : S(0), moved = grad * z;
-          const T h = narrow<T>(r < S(0) ? S(0) : routed_weight(tau, grad, r, saved.input_rnorms[i]));
+          const T h = stored_weight<T>(tau, grad, r, saved.input_rnorms[i]);
           if (first == 0) {
             out.h[i * out.ld + k[c]] = h;
             tau_sum += moved;

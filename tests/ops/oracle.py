@@ -12,7 +12,7 @@ from torch import Tensor
 from gistops.backends import reference
 
 #: How many times the error of the plain PyTorch form in the same dtype a backend's error may be. The fused form sums
-#: |w|² + 2 w·δ + |δ|² unless that cancels by more than 16 (csrc/cpu/forward.h): up to 8 roundings of the norm.
+#: |w|² + 2 w·δ + |δ|² unless that cancels by more than 8 (`cancels` in csrc): 4 roundings of the norm, 3 of the product.
 FACTOR = 8.0
 
 

@@ -1,0 +1,220 @@
+"""Tile sizes, and the rule that chooses among them.
+
+The tables were chosen by what compilers report, not by a clock: each entry compiles without spilled registers and fits
+the shared memory of its target (tests/triton/test_aot.py; `python -m tests.triton.aot` prints the table). An entry is
+there for a shape, which its comment names.
+
+Which entry is used follows from sizes and device alone. A choice by timing, as `triton.autotune` makes it, may fall
+out differently in each process, and other tiles sum in another order: the same inputs would not give the same bits.
+Those who prefer speed set GISTOPS_TRITON_TUNE=1: the first call of each class of shapes then times the entries, which
+synchronises with the GPU. Inside a CUDA graph capture, where that is not allowed, the rule holds: warm up before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+Target = Literal["hopper", "ampere", "amd", "interpreter"]
+Kind = Literal["half", "tf32", "ieee", "f64"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes of one of the two large kernels: of classes, features and dimensions."""
+
+    classes: int
+    features: int
+    depth: int
+    warps: int
+    stages: int
+
+    def arguments(self) -> dict[str, Any]:
+        """What the kernel's launch takes."""
+        return {
+            "TILE_K": self.classes,
+            "TILE_B": self.features,
+            "TILE_D": self.depth,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+# The forward: acc [classes, features], the loop over `depth`. Largest first; `first_that_fills` takes them in order.
+# Accumulator, maximum and slot take 3 · classes · features / threads registers in the epilogue: with 64 elements a
+# thread (128 x 128 and 8 warps) 192 of 255, which is the limit. The last entry serves more than 16 slots too.
+FORWARD: dict[tuple[Target, Kind], tuple[Config, ...]] = {
+    ("hopper", "half"): (
+        Config(128, 128, 64, 8, 3),  # two warp groups share the features: most reuse
+        Config(64, 128, 64, 4, 4),  # few classes: twice the programs
+        Config(128, 64, 64, 8, 4),  # at most 64 features
+        Config(64, 64, 64, 4, 4),  # small problems: four times the programs
+    ),
+    ("hopper", "tf32"): (
+        Config(128, 128, 32, 8, 3),  # a row of 32 is as many bytes as 64 of half precision
+        Config(128, 64, 32, 8, 3),  # at most 64 features, or few classes
+        Config(64, 64, 32, 4, 3),  # small problems
+    ),
+    ("ampere", "half"): (
+        Config(128, 128, 32, 8, 3),  # operands pass through registers: half the depth leaves room for them
+        Config(128, 64, 32, 8, 4),  # at most 64 features, or few classes
+        Config(64, 64, 32, 4, 4),  # small problems
+    ),
+    ("ampere", "tf32"): (
+        Config(128, 64, 32, 8, 3),  # the three products of the norms take the registers of a larger tile
+        Config(64, 64, 32, 8, 3),  # small problems
+    ),
+    ("amd", "half"): (
+        Config(128, 128, 64, 8, 2),  # 64 KB of LDS: two stages
+        Config(64, 64, 64, 4, 2),  # small problems
+    ),
+    ("amd", "tf32"): (Config(64, 64, 32, 4, 2),),
+}
+
+# The centres' gradient: acc [classes, depth], the loop over `features`. It reads w and writes ∂w, which for the usual
+# few hundred features takes longer than the product: tiles small enough for two or three programs a multiprocessor,
+# of which one computes while others load and store.
+CENTERS: dict[tuple[Target, Kind], tuple[Config, ...]] = {
+    ("hopper", "half"): (
+        Config(64, 64, 128, 8, 3),  # long rows of w
+        Config(128, 64, 64, 8, 3),  # d at most 64
+        Config(64, 64, 64, 4, 3),  # few classes
+    ),
+    ("hopper", "tf32"): (
+        Config(64, 32, 128, 8, 3),
+        Config(128, 32, 64, 8, 3),  # d at most 64
+        Config(64, 32, 64, 4, 3),  # few classes
+    ),
+    ("ampere", "half"): (
+        Config(64, 32, 128, 8, 3),
+        Config(64, 32, 64, 8, 3),  # few classes, or d at most 64
+    ),
+    ("ampere", "tf32"): (
+        Config(128, 32, 64, 8, 3),
+        Config(64, 32, 64, 4, 3),  # few classes
+    ),
+    ("amd", "half"): (
+        Config(64, 32, 128, 8, 2),
+        Config(64, 32, 64, 4, 2),  # few classes, or d at most 64
+    ),
+    ("amd", "tf32"): (Config(64, 32, 64, 4, 2),),
+}
+
+# float32 in full precision and float64 have no (wide) matrix instructions: sums of products, from small tiles.
+for _target in ("hopper", "ampere", "amd"):
+    FORWARD[_target, "ieee"] = (Config(64, 64, 16, 4, 2),)
+    FORWARD[_target, "f64"] = (Config(32, 32, 16, 4, 2),)
+    CENTERS[_target, "ieee"] = (Config(64, 32, 64, 4, 2),)
+    CENTERS[_target, "f64"] = (Config(64, 16, 32, 4, 2),)
+
+#: Slots whose norms the forward makes itself, in one narrow product beside P. More come from `norms_kernel`.
+FUSED_SLOTS = 16
+
+#: Under the interpreter a program costs the same whatever its tile. Tests set smaller ones here.
+INTERPRETER = {"forward": Config(128, 128, 128, 4, 1), "centers": Config(128, 128, 128, 4, 1)}
+
+
+@dataclass(frozen=True)
+class Small:
+    """Tile sizes of the kernels that read much and compute little. All run with 4 warps, but for route_kernel."""
+
+    prepare: tuple[int, int]  # features, dimensions; times 16 displacements
+    norms: tuple[int, int]  # classes, dimensions; times 16 displacements
+    apart: tuple[int, int, int]  # classes, features, dimensions
+    route: tuple[int, int]  # features, classes
+    route_warps: int
+    route_many: tuple[int, int]  # the same where M > 32: there the sums S' take registers; 4 warps
+    finish_input: tuple[int, int]  # classes of a look for pairs that cancel; dimensions at most
+    finish_displacements: tuple[int, int]  # terms added at a time, dimensions
+
+
+_HALF = Small((32, 64), (64, 32), (32, 32, 16), (64, 32), 4, (16, 64), (64, 512), (32, 64))
+_SINGLE = replace(_HALF, route=(64, 64), route_warps=8)
+_DOUBLE = replace(
+    _HALF, prepare=(16, 32), norms=(32, 16), route=(32, 32), route_many=(16, 32), finish_input=(64, 256)
+)
+SMALL: dict[Kind, Small] = {"half": _HALF, "tf32": _SINGLE, "ieee": _SINGLE, "f64": _DOUBLE}
+
+#: Programs of route_kernel at least, where there is work for them: 8 for each of 132 multiprocessors.
+ROUTE_PROGRAMS = 1056
+#: Groups of classes at most, which bounds the partial sums S' [groups, M, B].
+ROUTE_GROUPS = 256
+
+
+def target(device: torch.device) -> Target:
+    """The table that fits a device."""
+    if INTERPRETED:
+        return "interpreter"
+    if torch.version.hip:
+        return "amd"
+    # 9.0 and 10.x have 227 KB of shared memory a block, 12.x has 99 KB as 8.6 has.
+    return "hopper" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "ampere"
+
+
+def kind(dtype: torch.dtype, allow_tf32: bool) -> Kind:
+    """How products of a dtype are made."""
+    if dtype == torch.float64:
+        return "f64"
+    if dtype == torch.float32:
+        return "tf32" if allow_tf32 else "ieee"
+    return "half"
+
+
+def choose(
+    kernel: Literal["forward", "centers"],
+    device: torch.device,
+    product: Kind,
+    B: int,
+    K: int,
+    d: int,
+    M: int,
+    launch: Callable[[Config], object],
+) -> Config:
+    """The entry for these sizes: by rule, or, with GISTOPS_TRITON_TUNE=1, by timing `launch`."""
+    name = target(device)
+    if name == "interpreter":
+        return INTERPRETER[kernel]
+    entries = (FORWARD if kernel == "forward" else CENTERS)[name, product]
+    if kernel == "forward" and M > FUSED_SLOTS:
+        return entries[-1]  # what the loop over slots loads takes the registers of a larger tile
+    columns = B if kernel == "forward" else d
+    if os.environ.get("GISTOPS_TRITON_TUNE") == "1" and len(entries) > 1:
+        shape = tuple(triton.next_power_of_2(max(n, 16)) for n in (B, K, d, M))
+        if best := tune((kernel, device, product, shape), entries, launch):
+            return best
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return first_that_fills(kernel, entries, K, columns, processors)
+
+
+def first_that_fills(
+    kernel: Literal["forward", "centers"], entries: Sequence[Config], K: int, columns: int, processors: int
+) -> Config:
+    """The first, that is the largest, tile that wastes less than half of its columns and occupies the device."""
+    fitting = []
+    for entry in entries:
+        width = entry.features if kernel == "forward" else entry.depth
+        if width <= max(64, triton.next_power_of_2(columns)):
+            fitting.append(entry)
+            if triton.cdiv(K, entry.classes) * triton.cdiv(columns, width) >= processors:
+                return entry
+    return fitting[-1] if fitting else entries[-1]
+
+
+_tuned: dict[Hashable, Config] = {}
+
+
+def tune(key: Hashable, entries: Sequence[Config], launch: Callable[[Config], object]) -> Config | None:
+    """The fastest entry, timed once for each key and process; None during the capture of a CUDA graph."""
+    if key not in _tuned:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        times = [triton.testing.do_bench(lambda e=e: launch(e), warmup=10, rep=40) for e in entries]
+        _tuned[key] = entries[times.index(min(times))]
+    return _tuned[key]

@@ -1,0 +1,114 @@
+"""The last steps of the gradients of features and displacements, from the products and sums made before."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .centers import weight_apart
+from .numbers import is_clamped
+
+
+@triton.jit
+def finish_input_kernel(
+    products,  # H'W [B, d] in ACC; overwritten by g
+    shares,  # S' [M, B]
+    input,  # [B, d]
+    centers,  # [K, d]
+    displacements,  # [m, d]
+    grad,  # [B, K]
+    slots,  # [B, K]
+    center_rnorms,  # [M, K]
+    input_rnorms,  # [B]
+    tau,  # one element
+    flags,  # [splits, groups]
+    input_gradient,  # [B, d]
+    B,
+    K,
+    d,
+    M,
+    groups,
+    group_classes,  # classes a group
+    split_rows,  # features a split
+    TILE_K: tl.constexpr,
+    TILE_D: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """∂f = g − (g·f̂) f̂ with g = H'W + S'Δ. 1/|f| is in H' already. A program: one feature."""
+    i = tl.cast(tl.program_id(0), tl.int64)
+    input_rnorm = tl.load(input_rnorms + i)
+    dot = tl.zeros((TILE_D,), ACC)
+    for start in range(0, d, TILE_D):
+        depth = start + tl.arange(0, TILE_D)
+        inside = depth < d
+        g = tl.load(products + i * d + depth, mask=inside, other=0.0)
+        for j in range(1, M):
+            delta = tl.load(displacements + (j - 1) * d + depth, mask=inside, other=0.0).to(ACC)
+            g += tl.load(shares + tl.cast(j, tl.int64) * B + i) * delta
+        for group in range(groups):
+            if tl.load(flags + i // split_rows * groups + group) > 0:
+                for first in range(group * group_classes, tl.minimum((group + 1) * group_classes, K), TILE_K):
+                    lanes = tl.arange(0, TILE_K)
+                    classes = first + lanes
+                    h, slot = weight_apart(
+                        i, classes, classes < K, grad, slots, center_rnorms, input_rnorms, tau, K, M
+                    )
+                    if tl.max((h != 0).to(tl.int32), 0) > 0:  # true for NaN
+                        for lane in range(TILE_K):
+                            weight = tl.sum(tl.where(lanes == lane, h, tl.zeros_like(h)), 0)
+                            if weight != 0:
+                                j = tl.sum(tl.where(lanes == lane, slot, tl.zeros_like(slot)), 0)
+                                w = tl.load(
+                                    centers + tl.cast(first + lane, tl.int64) * d + depth,
+                                    mask=inside,
+                                    other=0.0,
+                                )
+                                delta = tl.load(displacements + (j - 1) * d + depth, mask=inside, other=0.0)
+                                g += weight * (w.to(ACC) + delta.to(ACC))
+        tl.store(products + i * d + depth, g, mask=inside)
+        f = tl.load(input + i * d + depth, mask=inside, other=0.0).to(ACC)
+        dot += g * (f * input_rnorm)
+    # A clamped norm is a constant: nothing to project out.
+    along = tl.where(is_clamped(input_rnorm), tl.zeros_like(input_rnorm), tl.sum(dot, 0) * input_rnorm)
+    tl.debug_barrier()
+    for start in range(0, d, TILE_D):
+        depth = start + tl.arange(0, TILE_D)
+        inside = depth < d
+        g = tl.load(products + i * d + depth, mask=inside, other=0.0)
+        f = tl.load(input + i * d + depth, mask=inside, other=0.0).to(ACC)
+        result = g - along * f
+        tl.store(input_gradient + i * d + depth, result.to(input_gradient.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def finish_displacements_kernel(
+    shares,  # S' [M, B]
+    input,  # [B, d]
+    parts,  # [class tiles, m, d], from centers_kernel
+    displacement_gradient,  # [m, d]
+    B,
+    d,
+    m,
+    class_tiles,
+    TILE_R: tl.constexpr,  # terms added at a time
+    TILE_D: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """∂δ_j = Σ_i S'[i, j] f_i − Σ_k T[k, j] (w_k + δ_j). A program: one displacement, TILE_D dimensions."""
+    j = tl.program_id(1)
+    depth = tl.program_id(0) * TILE_D + tl.arange(0, TILE_D)
+    inside = depth < d
+    lanes = tl.arange(0, TILE_R)
+    result = tl.zeros((TILE_R, TILE_D), ACC)
+    for start in range(0, B, TILE_R):
+        rows = (start + lanes).to(tl.int64)
+        share = tl.load(shares + tl.cast(j + 1, tl.int64) * B + rows, mask=rows < B, other=0.0)
+        valid = (rows < B)[:, None] & inside[None, :]
+        f = tl.load(input + rows[:, None] * d + depth[None, :], mask=valid, other=0.0).to(ACC)
+        result += share[:, None] * f
+    for start in range(0, class_tiles, TILE_R):
+        tiles = (start + lanes).to(tl.int64)
+        valid = (tiles < class_tiles)[:, None] & inside[None, :]
+        result += tl.load(parts + (tiles[:, None] * m + j) * d + depth[None, :], mask=valid, other=0.0)
+    target = displacement_gradient + j * d + depth
+    tl.store(target, tl.sum(result, 0).to(displacement_gradient.dtype.element_ty), mask=inside)

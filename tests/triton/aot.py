@@ -1,0 +1,231 @@
+"""Every kernel in every shipped configuration, compiled for GPUs that need not be there; what the compilers report.
+
+`python -m tests.triton.aot` prints the table as Markdown. Takes some minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gistops.backends.triton import configs
+from gistops.backends.triton.apart import apart_kernel
+from gistops.backends.triton.centers import centers_kernel
+from gistops.backends.triton.configs import FUSED_SLOTS, SMALL, Config
+from gistops.backends.triton.finish import finish_displacements_kernel, finish_input_kernel
+from gistops.backends.triton.forward import forward_kernel, norms_kernel
+from gistops.backends.triton.prepare import prepare_kernel
+from gistops.backends.triton.route import route_kernel
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TABLES: dict[str, configs.Target] = {"sm_80": "ampere", "sm_90": "hopper", "gfx942": "amd"}
+#: Shared memory a block may have. sm_80's table serves 8.6, 8.9 and 12.x too, which have less.
+SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
+#: Dtype of the arguments, and how they are multiplied.
+DTYPES: dict[str, tuple[str, configs.Kind]] = {
+    "bf16": ("bf16", "half"),
+    "f16": ("fp16", "half"),
+    "tf32": ("fp32", "tf32"),
+    "f32": ("fp32", "ieee"),
+    "f64": ("fp64", "f64"),
+}
+INTEGERS = (
+    "B",
+    "K",
+    "d",
+    "M",
+    "m",
+    "stride",
+    "tiles",
+    "groups",
+    "group_classes",
+    "split_rows",
+    "class_tiles",
+)
+OPERANDS = (
+    "input", "centers", "displacements", "weights",
+    "center_gradient", "input_gradient", "displacement_gradient",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation."""
+
+    kernel: Any
+    dtype: str
+    target: str
+    constants: dict[str, Any]
+    warps: int = 4
+    stages: int = 3
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
+
+    @property
+    def tiles(self) -> str:
+        sizes = [f"{k.removeprefix('TILE_')} {v}" for k, v in self.constants.items() if k.startswith("TILE_")]
+        slots = [f"slots {self.constants['SLOTS']}"] if "SLOTS" in self.constants else []
+        needs = [
+            k.removeprefix("NEED_").lower() for k, v in self.constants.items() if k.startswith("NEED_") and v
+        ]
+        return ", ".join([*sizes, *slots, *(["+".join(needs)] if needs else [])])
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-{self.dtype}-{self.target}-{self.tiles}-{self.warps}x{self.stages}".replace(
+            " ", ""
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compilers said."""
+
+    registers: int
+    spilled: int  # bytes on the stack (NVIDIA), vector registers (AMD)
+    shared: int
+    assembly: str
+
+
+def compile_case(case: Case, ones: bool = False) -> Report:
+    """Compile as Triton would: pointers, d and stride are multiples of 16 (problem.py).
+
+    Args:
+        case: what to compile.
+        ones: the code for sizes of 1, which Triton makes constants of.
+    """
+    operand, kind = DTYPES[case.dtype]
+    total = "fp64" if kind == "f64" else "fp32"
+    signature, attributes, constants = {}, {}, dict(case.constants)
+    for index, parameter in enumerate(case.kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name] = "constexpr"
+            continue
+        types = {"slots": "*u8", "flags": "*i32", "tau": "*fp32"} | dict.fromkeys(INTEGERS, "i32")
+        signature[name] = types.get(name, f"*{operand if name in OPERANDS else total}")
+        aligned = name in ("d", "stride")
+        if ones and name in INTEGERS and not aligned:
+            signature[name] = "constexpr"
+            constants[name] = 1
+        elif aligned or name not in INTEGERS:
+            attributes[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(case.kernel, signature, constants, attributes)
+    options = {"num_warps": case.warps, "num_stages": case.stages}
+    compiled = triton.compile(source, target=TARGETS[case.target], options=options)
+    if case.target.startswith("sm"):
+        registers, spilled = _resources(compiled.asm["cubin"])
+        assembly = compiled.asm["ptx"]
+    else:
+        assembly = compiled.asm["amdgcn"]
+        registers, spilled = (
+            int(re.search(rf"\.{field}: +(\d+)", assembly)[1])  # type: ignore[index]
+            for field in ("vgpr_count", "vgpr_spill_count")
+        )
+    return Report(registers, spilled, compiled.metadata.shared, assembly)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        command = [str(tool), "--dump-resource-usage", str(file)]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    fields = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", output))
+    return int(fields["REG"]), int(fields["STACK"]) + int(fields["LOCAL"])
+
+
+def cases(target: str, dtype: str) -> Iterator[Case]:
+    """All that the backend may launch for a target and a dtype, but for switches that leave out work."""
+    _, kind = DTYPES[dtype]
+    acc = tl.float64 if kind == "f64" else tl.float32
+    precise = "tf32x3" if kind == "tf32" and target.startswith("sm") else "ieee"
+    precision = "tf32" if kind == "tf32" else "ieee"
+    products = {"ACC": acc, "PRECISION": precision, "WIDEN": False}
+    table = TABLES[target], kind
+    for config in configs.FORWARD[table]:
+        for slots in (FUSED_SLOTS, 1, 0) if config == configs.FORWARD[table][-1] else (FUSED_SLOTS, 1):
+            yield _large(
+                forward_kernel, dtype, target, config, products | {"SLOTS": slots, "NORM_PRECISION": precise}
+            )
+    for config in configs.CENTERS[table]:
+        for needs in ((True, True), (True, False), (False, True)):
+            switches = {"NEED_CENTERS": needs[0], "NEED_DISPLACEMENTS": needs[1]}
+            yield _large(centers_kernel, dtype, target, config, products | switches)
+    sizes = SMALL[kind]
+    small: list[tuple[Any, dict[str, Any]]] = [
+        (prepare_kernel, _tiles("BD", sizes.prepare) | products | {"SLOTS": 16, "PRECISION": precise}),
+        (
+            norms_kernel,
+            _tiles("KD", sizes.norms) | {"SLOTS": 16, "ACC": acc, "NORM_PRECISION": precise, "WIDEN": False},
+        ),
+        (apart_kernel, _tiles("KBD", sizes.apart) | {"ACC": acc}),
+        (finish_input_kernel, _tiles("KD", sizes.finish_input) | {"ACC": acc}),
+        (finish_displacements_kernel, _tiles("RD", sizes.finish_displacements) | {"ACC": acc}),
+    ]
+    needs_all = {f"NEED_{what}": True for what in ("WEIGHTS", "SHARES", "MOMENTS", "TOTALS")}
+    largest = 65504.0 if dtype == "f16" else 0.0
+    for tiles, slots, warps in (
+        (sizes.route, 8, sizes.route_warps),
+        (sizes.route, 32, sizes.route_warps),
+        (sizes.route_many, 256, 4),
+    ):
+        constants = _tiles("BK", tiles) | {"SLOTS": slots, "LARGEST": largest} | needs_all
+        yield Case(route_kernel, dtype, target, constants, warps)
+    for kernel, constants in small:
+        yield Case(kernel, dtype, target, constants)
+
+
+def _large(kernel: Any, dtype: str, target: str, config: Config, constants: dict[str, Any]) -> Case:
+    arguments = config.arguments()
+    warps, stages = arguments.pop("num_warps"), arguments.pop("num_stages")
+    return Case(kernel, dtype, target, arguments | constants, warps, stages)
+
+
+def _tiles(names: str, sizes: tuple[int, ...]) -> dict[str, int]:
+    return {f"TILE_{name}": size for name, size in zip(names, sizes, strict=True)}
+
+
+def instructions(report: Report) -> str:
+    """Which matrix instructions are there."""
+    found = [i for i in ("wgmma", "mma.sync", "v_mfma") if i in report.assembly]
+    return " ".join(found) or "–"
+
+
+def table() -> Iterator[str]:
+    """The table, line by line."""
+    yield "| kernel | tiles | dtype | target | warps, stages | registers | spilled | shared memory, B | matrix instructions |"
+    yield "|---|---|---|---|---|---:|---:|---:|---|"
+    for target in TARGETS:
+        for dtype in DTYPES:
+            for case in cases(target, dtype):
+                r = compile_case(case)
+                yield (
+                    f"| {case.name} | {case.tiles} | {dtype} | {target} | {case.warps}, {case.stages} "
+                    f"| {r.registers} | {r.spilled} | {r.shared} | {instructions(r)} |"
+                )
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    print(f"Triton {triton.__version__}\n")
+    for line in table():
+        print(line, flush=True)

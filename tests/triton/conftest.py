@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(params=["small", "large"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Tiles of 16 and 32, so that small samples exceed them everywhere, or those shipped for the interpreter."""
+    from gistops.backends.triton import configs
+
+    if request.param == "small":  # sizes differ, so that none can stand for another
+        forward = configs.Config(classes=32, features=16, depth=16, warps=4, stages=1)
+        centers = configs.Config(classes=16, features=16, depth=32, warps=4, stages=1)
+        monkeypatch.setattr(configs, "INTERPRETER", {"forward": forward, "centers": centers})
+        for kind, sizes in configs.SMALL.items():
+            small = replace(
+                sizes, prepare=(16, 32), norms=(32, 16), apart=(16, 32, 16), route=(16, 32), route_many=(16, 32),
+                finish_input=(16, 32), finish_displacements=(16, 32),
+            )  # fmt: skip
+            monkeypatch.setitem(configs.SMALL, kind, small)
+        monkeypatch.setattr(configs, "ROUTE_GROUPS", 2)  # several class tiles a group
+    return str(request.param)

@@ -1,0 +1,60 @@
+"""Forward and backward through Triton's launcher, up to the launch itself, for an H100 that is not there.
+
+What neither the interpreter nor aot.py sees: how arguments bind, what Triton makes of their values, which grid. Run by
+test_aot.py in a process of its own, since it replaces Triton's driver. Prints each kernel and its grid.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from gistops.backends.triton import configs, operators
+
+
+class Driver:
+    """Says that there is a GPU."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+def main() -> None:
+    launch, product = JITFunction.run, torch.mm
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        print(self.fn.__name__, *grid)
+        return launch(self, *arguments, grid=grid, warmup=True, **options)
+
+    def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        return product(a, b).to(out_dtype or a.dtype)
+
+    driver.set_active(Driver())
+    JITFunction.run, torch.mm = compile_only, mm  # type: ignore[method-assign, assignment]
+    configs.target = lambda device: "hopper"  # type: ignore[assignment]
+    torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_processor_count=132)  # type: ignore[assignment]
+    for dtype, B, K, d, m in (
+        (torch.bfloat16, 256, 1000, 64, 4),
+        (torch.float32, 1, 1, 1, 0),
+        (torch.float16, 5, 7, 33, 20),
+    ):
+        tensors = [torch.randn(n, d, dtype=dtype) for n in (B, K, m)] + [torch.tensor(3.0)]
+        saved = operators.forward(*tensors)
+        made = operators.backward(torch.randn(B, K), *tensors, *saved, True, True, True, True)
+        assert all(g.shape == t.shape and g.dtype == t.dtype for g, t in zip(made, tensors, strict=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The shipped configurations, compiled for GPUs that are not there: no spilled registers, and shared memory that fits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton==3.8.0")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter's kernels cannot be compiled", allow_module_level=True)
+
+from gistops.backends.triton import configs  # noqa: E402
+
+from . import aot  # noqa: E402
+
+#: Bytes, or registers, that may be spilled. The tables are chosen for the compilers of Triton 3.8; those of others
+#: move a value or two. Hundreds would mean a tile that does not fit.
+SPILLED = 0 if triton.__version__.startswith("3.8.") else 64
+
+EVERY = [case for target in aot.TARGETS for dtype in aot.DTYPES for case in aot.cases(target, dtype)]
+
+
+def in_default_run(case: aot.Case) -> bool:
+    """All of bfloat16 on Hopper; elsewhere the two large kernels at their fullest. A fifth of all, in 20 seconds."""
+    if case.dtype == "bf16" and case.target == "sm_90":
+        return True
+    fullest = case.constants.get("SLOTS") == configs.FUSED_SLOTS or (
+        case.constants.get("NEED_CENTERS") and case.constants.get("NEED_DISPLACEMENTS")
+    )
+    large = case.name in ("forward_kernel", "centers_kernel")
+    return bool(large and fullest and case.dtype in ("bf16", "tf32"))
+
+
+DEFAULT = [case for case in EVERY if in_default_run(case)]
+OTHERS = [case for case in EVERY if not in_default_run(case)]
+
+
+def check(case: aot.Case) -> None:
+    report = aot.compile_case(case)
+    assert report.spilled <= SPILLED, f"{report.spilled} spilled, {report.registers} registers"
+    assert report.shared <= aot.SHARED[case.target], f"{report.shared} bytes of shared memory"
+    multiplies = case.name == "forward_kernel" or case.constants.get("NEED_CENTERS")
+    if multiplies and case.dtype in ("bf16", "f16", "tf32"):
+        assert {"sm_80": "mma.sync", "sm_90": "wgmma", "gfx942": "v_mfma"}[case.target] in report.assembly
+
+
+@pytest.mark.parametrize("case", DEFAULT, ids=lambda case: case.id)
+def test_fits(case: aot.Case) -> None:
+    check(case)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.id)
+def test_the_others_fit(case: aot.Case) -> None:
+    check(case)
+
+
+ONES = {(c.name, c.constants.get("SLOTS")): c for c in EVERY if (c.dtype, c.target) == ("bf16", "sm_90")}
+
+
+@pytest.mark.parametrize("case", ONES.values(), ids=lambda case: case.id)
+def test_sizes_of_one_compile(case: aot.Case) -> None:
+    """Triton makes constants of arguments that are 1, and other code of constants, which no interpreter sees."""
+    aot.compile_case(case, ones=True)
+
+
+def test_launches_bind_their_arguments() -> None:
+    command = [sys.executable, "-m", "tests.triton.launch"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    launched = [line.split()[0] for line in done.stdout.splitlines()]
+    assert len(launched) == 7 + 5 + 8, launched
+    assert set(launched) == {case.name for case in EVERY}
+
+
+def test_the_table_has_a_line_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aot, "compile_case", lambda case: aot.Report(1, 2, 3, "wgmma"))
+    lines = list(aot.table())
+    assert len(lines) == len(EVERY) + 2
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
+
+
+def test_kinds_of_products() -> None:
+    assert configs.kind(torch.float32, allow_tf32=False) == "ieee"
+    assert configs.kind(torch.float32, allow_tf32=True) == "tf32"
+    assert configs.kind(torch.bfloat16, True) == configs.kind(torch.float16, False) == "half"
+    assert configs.kind(torch.float64, True) == "f64"
+
+
+@pytest.mark.parametrize(
+    ("B", "K", "expected"),
+    [
+        (4096, 100_000, (128, 128)),  # enough of everything: the largest
+        (256, 8142, (64, 128)),  # 128 programs of the largest would leave 4 of 132 multiprocessors idle
+        (64, 100_000, (128, 64)),  # no tile wider than the features
+        (32, 1000, (64, 64)),  # too small to fill the device: as many programs as there can be
+    ],
+)
+def test_the_largest_tile_that_fills_the_device(B: int, K: int, expected: tuple[int, int]) -> None:
+    entries = configs.FORWARD["hopper", "half"]
+    choice = configs.first_that_fills("forward", entries, K, B, processors=132)
+    assert (choice.classes, choice.features) == expected

@@ -1,0 +1,53 @@
+"""Runs test_exact.py under Triton's interpreter, in a process of its own.
+
+TRITON_INTERPRET must be set before the kernels are defined, and changes what `backend="triton"` means and what
+torch.compile finds: no other test may see it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy
+import pytest
+import torch
+
+import gistops
+from tests.ops.oracle import Sample
+
+HERE = Path(__file__).parent
+triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton==3.8.0")
+OUTDATED = triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (
+    2,
+    4,
+)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="already under the interpreter")
+@pytest.mark.skipif(OUTDATED, reason="the interpreter of Triton 3.6 fails with numpy 2.4 and newer")
+def test_kernels_under_the_interpreter(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    seed = f"--seed={request.config.getoption('--seed')}"
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
+    command += [str(HERE / "test_exact.py"), f"--junitxml={report}", seed]
+    environment = dict(os.environ) | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    counts = ElementTree.parse(report).getroot()[0].attrib
+    assert int(counts["tests"]) >= 70
+    assert all(int(counts[what]) == 0 for what in ("skipped", "failures", "errors")), counts
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="there the backend is available")
+def test_without_a_gpu_the_error_says_what_to_do() -> None:
+    tensors = Sample(2, 3, 4, 1).tensors(0, requires_grad=False)
+    with pytest.raises(gistops.BackendUnavailable, match=r"'triton' is not available: .*TRITON_INTERPRET=1"):
+        gistops.constellation_logits(*tensors, backend="triton")
+    if not torch.cuda.is_available():
+        assert gistops.backends.why_not("triton", "cuda") == "torch finds no GPU"
