@@ -101,6 +101,11 @@ Array<int> copied(Array<int> in, bool wait, bool valid) {
   return out;
 }
 
+__global__ void misaligned_kernel(const int* in) {
+  GISTOPS_DYNAMIC_SHARED(int, shared);
+  copy_async_16(shared + 1, in, true);
+}
+
 __global__ void beyond_kernel(int* out, int n) {
   GISTOPS_DYNAMIC_SHARED(int, shared);
   shared[threadIdx.x] = 1;
@@ -124,6 +129,10 @@ PYBIND11_MODULE(GISTOPS_MODULE, m) {
   m.def("neighbour", &neighbour);
   m.def("divergent", [](bool by_warp) { GISTOPS_LAUNCH(divergent_kernel, dim3(1), dim3(64), 0, nullptr, by_warp); });
   m.def("copied", &copied);
+  m.def("misaligned", [] {
+    const int in[4] = {};
+    GISTOPS_LAUNCH(misaligned_kernel, dim3(1), dim3(32), 1024, nullptr, in);
+  });
   m.def("beyond", &beyond);
   m.def("round_bf16", [](float x) { return wide(narrow<bf16>(x)); });
   m.def("round_f16", [](float x) { return wide(narrow<f16>(x)); });

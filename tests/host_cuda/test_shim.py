@@ -81,6 +81,11 @@ def test_copies_arrive_when_they_are_waited_for(shim: Any) -> None:
     assert (shim.copied(values, False, True) != values).all()
 
 
+def test_a_misaligned_copy(shim: Any) -> None:
+    with pytest.raises(RuntimeError, match="an address that is no multiple of 16"):
+        shim.misaligned()
+
+
 def test_shared_memory_has_its_limits(shim: Any) -> None:
     assert shim.beyond(256 << 10, 32, False) == -1  # more than there is
     assert shim.beyond(256 << 10, 32, True) == -2

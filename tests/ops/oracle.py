@@ -119,6 +119,10 @@ def error(value: Tensor, truth: Tensor) -> float:
 
 
 def allowed(plain_error: float, truth: Tensor, dtype: torch.dtype, terms: int = 1) -> float:
-    """FACTOR times plain PyTorch's error, or a few roundings of the largest value where plain happens to have none."""
+    """FACTOR times plain PyTorch's error, or a few roundings of the largest value where plain happens to have none.
+
+    One rounding to `dtype`, or those of a sum of `terms`, which is made in float32 at least.
+    """
     size = float(truth.detach().abs().max()) if truth.numel() else 0.0
-    return FACTOR * max(plain_error, terms**0.5 * torch.finfo(dtype).eps * max(size, 1e-30))
+    sums = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    return FACTOR * max(plain_error, max(torch.finfo(dtype).eps, terms**0.5 * sums) * max(size, 1e-30))

@@ -47,11 +47,12 @@ def finish_input_kernel(
             g += tl.load(shares + tl.cast(j, tl.int64) * B + i) * delta
         for group in range(groups):
             if tl.load(flags + i // split_rows * groups + group) > 0:
-                for first in range(group * group_classes, tl.minimum((group + 1) * group_classes, K), TILE_K):
+                last = tl.minimum((group + 1) * group_classes, K)
+                for first in range(group * group_classes, last, TILE_K):
                     lanes = tl.arange(0, TILE_K)
                     classes = first + lanes
                     h, slot = weight_apart(
-                        i, classes, classes < K, grad, slots, center_rnorms, input_rnorms, tau, K, M
+                        i, classes, classes < last, grad, slots, center_rnorms, input_rnorms, tau, K, M
                     )
                     if tl.max((h != 0).to(tl.int32), 0) > 0:  # true for NaN
                         for lane in range(TILE_K):

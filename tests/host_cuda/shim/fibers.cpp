@@ -47,6 +47,7 @@ struct Block {
   Index grid, dim, index;
   const std::function<void()>* body;
   ucontext_t scheduler;
+  std::string failure;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
   void* scheduler_sanitizer = nullptr;
@@ -124,7 +125,10 @@ void run_block() {
   }
   for (;;) {
     for (const unsigned i : b.order)
-      if (b.fibers[i].state == State::ready) resume(b.fibers[i]);
+      if (b.fibers[i].state == State::ready) {
+        resume(b.fibers[i]);
+        if (!b.failure.empty()) throw std::runtime_error("host_cuda: " + b.failure);
+      }
     const size_t done = count(0, n, State::done);
     if (done == n) return;
     bool released = false;
@@ -145,6 +149,7 @@ void set_order(Order order, unsigned seed) { thread_order = order, order_seed = 
 
 void run(Index grid, Index dim, size_t shared_bytes, const std::function<void()>& body) {
   const size_t n = size_t{dim.x} * dim.y * dim.z;
+  if (n % kWarp != 0) throw std::runtime_error("host_cuda: blocks of whole warps alone are supported");
   Block b;
   b.fibers = std::vector<Fiber>(n);
   b.grid = grid, b.dim = dim, b.body = &body;
@@ -171,6 +176,11 @@ Index grid_dim() { return block->grid; }
 void* dynamic_shared() { return block->shared.get(); }
 unsigned lane() { return current->linear % kWarp; }
 
+void fail(const char* what) {
+  block->failure = what;
+  wait_as(State::done);  // an exception cannot leave a fiber: the scheduler throws
+}
+
 void block_barrier() { wait_as(State::at_block_barrier); }
 void warp_barrier() { wait_as(State::at_warp_barrier); }
 
@@ -185,7 +195,10 @@ int block_any(int predicate) {
 void* own_slot() { return current->slot; }
 const void* slot_of(unsigned lane) { return block->fibers[current->linear / kWarp * kWarp + lane].slot; }
 
-void copy_later(void* to, const void* from) { current->groups.back().push_back({to, from}); }
+void copy_later(void* to, const void* from) {
+  std::memset(to, 0xcd, 16);  // so that a read before the wait, also of what lay there, shows
+  current->groups.back().push_back({to, from});
+}
 void end_copy_group() { current->groups.emplace_back(); }
 
 void wait_for_copies(size_t groups_left) {

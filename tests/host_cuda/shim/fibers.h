@@ -32,6 +32,9 @@ Index grid_dim();
 void* dynamic_shared();
 unsigned lane();
 
+// Ends the launch with an exception from run().
+void fail(const char* what);
+
 void block_barrier();
 void warp_barrier();
 int block_any(int predicate);

@@ -5,8 +5,7 @@
 namespace gistops::cuda {
 
 inline void require_vector(const void* address) {
-  if (reinterpret_cast<uintptr_t>(address) % 16 != 0)
-    throw std::runtime_error("host_cuda: an address that is no multiple of 16");
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) host_cuda::fail("an address that is no multiple of 16");
 }
 
 inline void copy_async_16(void* shared, const void* global, bool valid) {
