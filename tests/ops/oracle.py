@@ -126,3 +126,11 @@ def allowed(plain_error: float, truth: Tensor, dtype: torch.dtype, terms: int = 
     size = float(truth.detach().abs().max()) if truth.numel() else 0.0
     sums = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     return FACTOR * max(plain_error, max(torch.finfo(dtype).eps, terms**0.5 * sums) * max(size, 1e-30))
+
+
+def allowed_of_tau(grad: Tensor, logits: Tensor, tau: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
+    """For tau's gradient, one sum over all pairs whose terms cancel: a few roundings of the terms' size."""
+    terms = (
+        grad.double() * logits.detach().double() / float(tau.detach())
+    ).norm() + truth.detach().double().abs()
+    return 16 * torch.finfo(dtype).eps * float(terms)

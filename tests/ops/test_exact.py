@@ -11,7 +11,20 @@ import torch
 
 import gistops
 
-from .oracle import IDS, SAMPLES, Sample, allowed, error, generator, gradients, leaves, plain, routed, scores
+from .oracle import (
+    IDS,
+    SAMPLES,
+    Sample,
+    allowed,
+    allowed_of_tau,
+    error,
+    generator,
+    gradients,
+    leaves,
+    plain,
+    routed,
+    scores,
+)
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=IDS)
@@ -46,9 +59,8 @@ def test_gradients(sample: Sample, backend: str, seed: int) -> None:
         assert value.shape == tensor.shape
         # plain routes a rounding tie its own way now and then: then it says nothing about rounding, and eps does
         bound = allowed(0.0, true, _coarsest(tensor.dtype, logits.dtype), max(sample.B, sample.K))
-        if name == "tau":  # one sum over all pairs, whose terms cancel: measured against their size
-            eps = torch.finfo(torch.float32).eps  # tau's own dtype
-            bound = 16 * eps * float((grad * logits.detach() / tensors[3].detach()).norm() + true.abs())
+        if name == "tau":
+            bound = allowed_of_tau(grad, logits, tensor, true, torch.float32)
         elif sample.d > 1:  # with d = 1 the true gradients of the vectors are zero: roundings alone remain
             bound = max(bound, min(allowed(error(comparable, true), true, tensor.dtype), 1e3 * bound))
         else:
@@ -74,8 +86,10 @@ def test_centers_that_a_displacement_all_but_cancels(closeness: float, backend: 
     assert error(logits, truth) <= allowed(error(plain(tensors)[0], truth), truth, torch.float32)
     ours = torch.autograd.grad(logits, tensors, grad)
     expected = gradients(lambda *t: routed(*t, slots), wide, grad)
-    for value, true in zip(ours, expected, strict=True):
-        assert error(value, true) <= allowed(0.0, true, torch.float32, 37 * 129)
+    bounds = [allowed(0.0, true, torch.float32, 37 * 129) for true in expected]
+    bounds[3] = allowed_of_tau(grad, logits, tensors[3], expected[3], torch.float32)
+    for value, true, bound in zip(ours, expected, bounds, strict=True):
+        assert error(value, true) <= bound
 
 
 @pytest.mark.parametrize(

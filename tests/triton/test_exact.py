@@ -11,7 +11,18 @@ from torch import Tensor
 import gistops
 from tests.ops import test_contract as contract
 from tests.ops import test_exact as exact
-from tests.ops.oracle import SAMPLES, Sample, allowed, error, gradients, leaves, plain, routed, scores
+from tests.ops.oracle import (
+    SAMPLES,
+    Sample,
+    allowed,
+    allowed_of_tau,
+    error,
+    gradients,
+    leaves,
+    plain,
+    routed,
+    scores,
+)
 
 from .conftest import INTERPRETED
 
@@ -57,12 +68,14 @@ CANCELLING = [
 @pytest.mark.parametrize("tiles", ["small", "large"], indirect=True)
 def test_pairs_that_cancel(tiles: str, m: int, dtype: torch.dtype, closeness: float, seed: int) -> None:
     """w_k + δ_j close to zero, or zero: the sums of the fused form lose all digits there, and must not be used."""
-    K, last = (37, 20) if tiles == "small" else (133, 90)  # more classes than a tile, and such pairs in several
+    K, last = (
+        (37, 20) if tiles == "small" else (133, 90)
+    )  # more classes than a tile, and such pairs in several
     tensors = Sample(17 if m < 9 else 5, K, 23, m, dtype, dtype, dtype).tensors(seed)
     with torch.no_grad():
         tensors[1][12:last] = -tensors[2][1] + closeness * tensors[1][12:last]
     grad = torch.randn(tensors[0].shape[0], K, generator=torch.Generator().manual_seed(seed + 1))
-    grad *= 1e-2 if dtype == half else 1  # gradients of the order of 1 / closeness, which float16 must hold
+    grad *= 1e-3 if dtype == half else 1  # gradients of the order of 1 / closeness, which float16 must hold
     logits, slots = gistops.constellation_logits(*tensors, return_slots=True, backend="triton")
     wide = leaves(tensors, f64)
     truth = (wide[3] * scores(*wide[:3])).max(dim=2).values
@@ -75,8 +88,12 @@ def test_pairs_that_cancel(tiles: str, m: int, dtype: torch.dtype, closeness: fl
         assert all(g.isfinite().all() for g in ours)
         return  # |w + δ| is 0 or a rounding: no truth to compare with
     expected = gradients(lambda *t: routed(*t, slots), wide, grad)
-    for tensor, value, true in zip(tensors, ours, expected, strict=True):
-        assert error(value, true) <= allowed(0.0, true, tensor.dtype, 17 * K)
+    bounds = [
+        allowed(0.0, true, tensor.dtype, 17 * K) for tensor, true in zip(tensors, expected, strict=True)
+    ]
+    bounds[3] = allowed_of_tau(grad, logits, tensors[3], expected[3], torch.float32)
+    for value, true, bound in zip(ours, expected, bounds, strict=True):
+        assert error(value, true) <= bound
 
 
 @pytest.mark.parametrize("tiles", ["small"], indirect=True)
@@ -105,7 +122,9 @@ def test_shares_sum_the_weights_as_they_were_rounded(seed: int) -> None:
 
     tensors = Sample(21, 70, 23, 3, half, half, half).tensors(seed, requires_grad=False)
     saved = kernels.Saved(torch.randn(21, 70), *run_operator(tensors))
-    result = kernels.route(Problem.of(*tensors, allow_tf32=False), saved, kernels.Needs(True, True, True, True))
+    result = kernels.route(
+        Problem.of(*tensors, allow_tf32=False), saved, kernels.Needs(True, True, True, True)
+    )
     assert result.weights.dtype == half
     weights, slots = result.weights[:, :70].double(), saved.slots.long()
     expected = torch.zeros(21, 4, dtype=f64).scatter_add(1, slots, weights)
