@@ -33,6 +33,12 @@ Tensor like(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, Sca
 // The type that all operands are multiplied in: theirs if they agree, else float32; float64 if any is that.
 ScalarType operand_type(const Tensor& input, const Tensor& centers, const Tensor& displacements) {
   const std::initializer_list<const Tensor*> operands{&input, &centers, &displacements};
+  for (const Tensor* x : operands) {
+    const ScalarType type = x->scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
+                        type == ScalarType::BFloat16,
+                    "gistops: expected float32, float16, bfloat16 or float64");
+  }
   if (std::ranges::any_of(operands, [](const Tensor* x) { return x->scalar_type() == ScalarType::Double; }))
     return ScalarType::Double;
   const bool agree = std::ranges::all_of(
@@ -44,12 +50,9 @@ const Operations& operations(ScalarType operands, bool allow_tf32) {
   switch (operands) {
     case ScalarType::BFloat16: return bf16_operations;
     case ScalarType::Half: return f16_operations;
-    case ScalarType::Float: return allow_tf32 ? tf32_operations : f32_operations;
     case ScalarType::Double: return f64_operations;
-    default: break;
+    default: return allow_tf32 ? tf32_operations : f32_operations;
   }
-  STD_TORCH_CHECK(false, "gistops: expected float32, float16, bfloat16 or float64");
-  return f32_operations;
 }
 
 void* current_stream(int32_t device) {

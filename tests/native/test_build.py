@@ -257,6 +257,7 @@ def test_cuda_kernels_that_do_not_compile(cheap_sources: Path, tmp_path: Path) -
     tools = Tools.find()
     nvcc = _toolchain.find_nvcc()
     assert nvcc is not None
+    assert tools.cuda == "GISTOPS_CUDA=0 left them out" or "without CUDA" in str(tools.cuda)
     tools = replace(tools, cuda=_toolchain.Cuda(nvcc, tmp_path / "libcudart.so", ("90",)))
     (cheap_sources / "cuda").mkdir()
     for unit in _build.CUDA:

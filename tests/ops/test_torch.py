@@ -150,7 +150,7 @@ def test_distributed_tensors_are_refused_in_words(fused: str, seed: int) -> None
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        x, w, delta, tau = HEAD.tensors(seed, requires_grad=False)
+        x, w, delta, tau = (t.cpu() for t in HEAD.tensors(seed, requires_grad=False))
         sharded = distributed.distribute_tensor(w, mesh, [distributed.Shard(0)])
         with pytest.raises(
             TypeError, match=r"centers: expected a local torch.Tensor, got a DTensor; call .to_local"
