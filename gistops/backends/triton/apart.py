@@ -69,7 +69,8 @@ def apart_kernel(
             known = center_rnorms + tl.cast(j, tl.int64) * K + classes
             rnorm = tl.load(known, mask=class_valid, other=0.0)
             direct = clamped_rnorm(squares)
-            tl.store(known, -direct, mask=class_valid & (rnorm < 0) & (feature_tile == 0))
+            if feature_tile == 0:
+                tl.store(known, -direct, mask=class_valid & (rnorm < 0))
             score = products * tl.where(rnorm < 0, direct, rnorm)[:, None]
             better = (score > best) | (score != score)
             best = tl.where(better, score, best)

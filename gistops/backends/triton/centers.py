@@ -130,7 +130,9 @@ def centers_kernel(
             result -= correction
         if NEED_DISPLACEMENTS:
             target = parts + (tl.cast(class_tile, tl.int64) * (M - 1) + j - 1) * d + depth
-            part = tl.load(target, mask=inside & (j > 0) & marked, other=0.0)
+            part = tl.zeros((TILE_D,), ACC)
+            if marked:
+                part = tl.load(target, mask=inside & (j > 0), other=0.0)
             tl.store(target, part - tl.sum(correction, 0), mask=inside & (j > 0))
     if NEED_CENTERS:
         tl.store(center_gradient + elements, result.to(center_gradient.dtype.element_ty), mask=valid)

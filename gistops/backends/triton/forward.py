@@ -83,8 +83,8 @@ def forward_kernel(
             nothing = tl.zeros((1,), ACC)
             rnorms = signed_rnorms(squares, tl.zeros((TILE_K, 1), ACC), nothing)
         target = center_rnorms + candidates.to(tl.int64)[None, :] * K + classes[:, None]
-        stored = (candidates < M)[None, :] & class_valid[:, None] & (feature_tile == 0)
-        tl.store(target, rnorms, mask=stored)
+        if feature_tile == 0:
+            tl.store(target, rnorms, mask=(candidates < M)[None, :] & class_valid[:, None])
 
     # Scores of pairs that cancel are wrong here, and made anew by apart_kernel.
     if SLOTS == 1:

@@ -53,6 +53,8 @@ def prepare_kernel(
 
     target = shifts + slots.to(tl.int64)[None, :] * B + rows[:, None]
     tl.store(target, products, mask=row_valid[:, None] & slot_valid[None, :])
-    tl.store(input_rnorms + rows, clamped_rnorm(squares), mask=row_valid & (tl.program_id(1) == 0))
-    first = tl.program_id(0) == 0
-    tl.store(displacement_squares + slots, structure_squares, mask=slot_valid & first)
+    # A branch here and below, since the interpreter of Triton 3.9 takes no mask that was joined with a scalar.
+    if tl.program_id(1) == 0:
+        tl.store(input_rnorms + rows, clamped_rnorm(squares), mask=row_valid)
+    if tl.program_id(0) == 0:
+        tl.store(displacement_squares + slots, structure_squares, mask=slot_valid)
