@@ -1,9 +1,10 @@
-// The operators' schemas, once for every device. Fake kernels, autograd and autocast: gistops/_ops.py.
+// The operators' schemas, once for every device. Fake kernels, autograd and autocast: gistops/operators/.
 #include <torch/csrc/stable/library.h>
 
 // Letters as in the paper and csrc/README.md: B features of length d, K classes, M = m + 1 slots.
 STABLE_TORCH_LIBRARY(gistops, m) {
-  // input [B, d], centers [K, d], displacements [m, d], tau [1 element]
+  // input [B, d], centers [K, d], displacements [m, d], tau [1 element]; or free centres: centers [K, M, d] and
+  // displacements [0, d]
   //   -> logits [B, K], slots [B, K] uint8, center_rnorms R [M, K], input_rnorms 1/|f| [B]
   // allow_tf32: float32 products may be rounded to tf32, on a GPU that has it. On GPUs a negative R marks a pair whose
   // norm was computed from w + delta itself.
@@ -18,6 +19,35 @@ STABLE_TORCH_LIBRARY(gistops, m) {
       " bool need_input, bool need_centers, bool need_displacements, bool need_tau,"
       " bool allow_tf32=False)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
+
+  // The parts of a cross-entropy, without logits [B, K]: of z the logits, lse_i = log sum over k != y_i of e^(z + class_bias),
+  // target_logits z[i, y_i] (0 where the target y is ignore_index, which hides no class), and sums_i = sum over k of
+  // weight_k z_ik ([0] without weight). class_bias [K], target [B] int64, weight [K].
+  m.def(
+      "constellation_lse_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias,"
+      " Tensor target, Tensor? weight, int ignore_index, bool allow_tf32=False) -> (Tensor lse, Tensor target_logits, Tensor sums)");
+  // Gradients of input, centers, displacements, tau and class_bias.
+  m.def(
+      "constellation_lse_backward(Tensor grad_lse, Tensor grad_target, Tensor grad_sums, Tensor input, Tensor centers,"
+      " Tensor displacements, Tensor tau, Tensor? class_bias, Tensor target, Tensor? weight, int ignore_index,"
+      " Tensor lse, bool need_input, bool need_centers, bool need_displacements, bool need_tau, bool need_bias,"
+      " bool allow_tf32=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // On the CPU, the same with the scores parked between the two in `parked`, like centers, which then becomes the
+  // gradient of centers.
+  m.def(
+      "constellation_parked_lse_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau,"
+      " Tensor? class_bias, Tensor target, Tensor? weight, int ignore_index, Tensor(a!) parked)"
+      " -> (Tensor lse, Tensor target_logits, Tensor sums)");
+  m.def(
+      "constellation_parked_lse_backward(Tensor grad_lse, Tensor grad_target, Tensor grad_sums, Tensor input,"
+      " Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias, Tensor target, Tensor? weight, int ignore_index,"
+      " Tensor lse, bool need_input, bool need_displacements, bool need_tau, bool need_bias, Tensor(a!) parked)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+  // The k largest of z + class_bias of each row, largest first, the lowest class of equals; lse over all classes ([0]
+  // unless need_lse). values [B, k], classes [B, k] int64, slots [B, k] uint8.
+  m.def(
+      "constellation_topk(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias, int k,"
+      " bool need_lse=False, bool allow_tf32=False) -> (Tensor values, Tensor classes, Tensor slots, Tensor lse)");
   // The instruction set and the matrix products that the CPU backend uses here, as in `python -m gistops.info`.
   m.def("cpu_capability() -> str");
 }

@@ -42,6 +42,7 @@ class Unit:
 COMMON = (
     Unit("schema", "schema.cpp", torch_headers=True),
     Unit("cpu_ops", "cpu/ops.cpp", torch_headers=True),
+    Unit("cpu_streaming_ops", "cpu/streaming_ops.cpp", torch_headers=True),
     Unit("cpu_choose", "cpu/choose.cpp"),
     Unit("cpu_kernels_baseline", "cpu/kernels.cpp", ("-DGISTOPS_ISA=baseline",)),
 )

@@ -60,6 +60,30 @@ def check_constellation(input: object, centers: object, displacements: object, t
         raise ValueError(
             f"displacements: expected at most {MAX_SLOTS - 1} rows (slots are uint8), got {_shape(displacements)}"
         )
+    return _tau(tau, input)
+
+
+def check_subcenters(input: object, centers: object, tau: object) -> Tensor:
+    """Check the arguments of an operator on free centres [K, M, d]; return tau as a tensor. Raises as above."""
+    input = _floating("input", input)
+    centers = _floating("centers", centers)
+    if input.dim() != 2 or input.shape[1] == 0:
+        raise ValueError(f"input: expected shape [B, d] with d >= 1, got {_shape(input)}")
+    if centers.dim() != 3 or centers.shape[2] != input.shape[1]:
+        raise ValueError(
+            f"centers: expected shape [K, M, {input.shape[1]}] to match input's last dimension, "
+            f"got {_shape(centers)}"
+        )
+    if not 1 <= centers.shape[1] <= MAX_SLOTS:
+        raise ValueError(
+            f"centers: expected 1 to {MAX_SLOTS} centres a class (slots are uint8), got {_shape(centers)}"
+        )
+    if centers.device != input.device:
+        raise ValueError(f"centers: expected device {input.device} to match input, got {centers.device}")
+    return _tau(tau, input)
+
+
+def _tau(tau: object, input: Tensor) -> Tensor:
     if isinstance(tau, (int, float)) and not isinstance(tau, bool):
         tau = torch.tensor(float(tau), dtype=torch.float32, device=input.device)
     tau = _floating("tau", tau)
@@ -68,6 +92,68 @@ def check_constellation(input: object, centers: object, displacements: object, t
     if tau.device != input.device:
         raise ValueError(f"tau: expected device {input.device} to match input, got {tau.device}")
     return tau
+
+
+def check_class_vector(name: str, value: object, classes: int, input: Tensor) -> Tensor:
+    """Check a floating tensor [K] on input's device. Raises as above."""
+    value = _floating(name, value)
+    if value.shape != (classes,):
+        raise ValueError(f"{name}: expected shape [{classes}], one for each class, got {_shape(value)}")
+    if value.device != input.device:
+        raise ValueError(f"{name}: expected device {input.device} to match input, got {value.device}")
+    return value
+
+
+def check_loss(
+    target: object,
+    input: Tensor,
+    classes: int,
+    margin_kind: str,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """Check what a loss takes beyond the logits' arguments; return the target as int64.
+
+    Raises:
+        TypeError: target is no int64 or int32 tensor.
+        ValueError: a shape, a device, or an option out of its range.
+        IndexError: on the CPU, in eager mode, a target out of range.
+    """
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a torch.Tensor, got {type(target).__name__}")
+    if target.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"target: expected int64 or int32 classes, got {target.dtype}"
+            + (
+                "; for class probabilities use F.cross_entropy of the logits"
+                if target.is_floating_point()
+                else ""
+            )
+        )
+    if target.shape != input.shape[:1]:
+        raise ValueError(f"target: expected shape [{input.shape[0]}], got {_shape(target)}")
+    if target.device != input.device:
+        raise ValueError(f"target: expected device {input.device} to match input, got {target.device}")
+    for name, value, choices in (
+        ("margin_kind", margin_kind, ("logit", "cosine", "angle")),
+        ("reduction", reduction, ("mean", "sum", "none")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
+        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: expected 0 to 1, got {label_smoothing}")
+    if target.device.type == "cpu" and type(target) is Tensor and not torch.compiler.is_compiling():
+        outside = (target != ignore_index) & ((target < 0) | (target >= classes))
+        if outside.any():
+            position = int(outside.nonzero()[0])
+            raise IndexError(
+                f"target: expected 0 to {classes - 1} or ignore_index {ignore_index}, "
+                f"got {int(target[position])} at position {position}"
+            )
+    return target.long()
 
 
 def check_integer(name: str, value: object, low: int, high: int | None = None) -> int:

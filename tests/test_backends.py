@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import gistops
-from gistops import BackendUnavailable, _ops, backends
+from gistops import BackendUnavailable, backends
 from gistops.backends import native, triton
+from gistops.operators import logits, loss, topk
 
 x, w, delta, tau = torch.randn(3, 8), torch.randn(5, 8), torch.randn(2, 8), torch.tensor(16.0)
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -75,7 +76,9 @@ def test_the_reference_serves_where_nothing_else_does_and_says_so(monkeypatch: p
 
 
 def test_the_python_schemas_are_those_of_the_library() -> None:
-    for name, schema in (("forward", _ops.FORWARD_SCHEMA), ("backward", _ops.BACKWARD_SCHEMA)):
+    schemas = {"forward": logits.FORWARD_SCHEMA, "backward": logits.BACKWARD_SCHEMA, "topk": topk.SCHEMA}
+    schemas |= {"lse_forward": loss.FORWARD_SCHEMA, "lse_backward": loss.BACKWARD_SCHEMA}
+    for name, schema in schemas.items():
         compiled = getattr(torch.ops.gistops, f"constellation_{name}").default._schema
         assert torch._C.parse_schema(f"gistops::constellation_{name}{schema}") == compiled
 

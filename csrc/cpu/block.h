@@ -69,14 +69,16 @@ struct Stored {
   }
 };
 
-// The arguments of the operator. M = m + 1 slots.
+// The arguments of the operator. A class has M = m + 1 slots, its centre and the centre with each displacement; or,
+// where it has free_slots > 0, that many centres of its own and no displacements (sub-centres).
 template <class T>
 struct Problem {
-  Stored input, centers;
-  const T* delta;  // [m, d]
-  int64_t B, K, d, m;
+  Stored input, centers;  // [B, d], [K, stored(), d]
+  const T* delta;         // [m, d]
+  int64_t B, K, d, m, free_slots;
   T tau;
-  int64_t M() const { return m + 1; }
+  int64_t M() const { return free_slots ? free_slots : m + 1; }
+  int64_t stored() const { return free_slots ? free_slots : 1; }  // vectors a class in centers
 };
 
 // Threads worth waking: one for kWork multiplications, some 40 us.
@@ -84,7 +86,7 @@ constexpr int64_t kWork = 1 << 21;
 
 template <class T>
 int64_t workers(const Problem<T>& p) {
-  const double products = static_cast<double>(p.B) * p.K * p.d;
+  const double products = static_cast<double>(p.B) * p.K * p.stored() * p.d;
   return std::clamp<int64_t>(static_cast<int64_t>(std::min(products / kWork, 1e9)), 1,
                              torch::stable::get_num_threads());
 }
@@ -105,12 +107,23 @@ bool cancels(T square, T center_square, T delta_square) {
 
 // Classes in blocks of equal size, the same number for each thread.
 struct Partition {
-  int64_t size, count;  // classes a block, blocks
-  Partition(int64_t K, int64_t threads) {
+  int64_t K, size, count;  // classes, classes a block, blocks
+  Partition(int64_t classes, int64_t stored, int64_t threads) : K(classes) {
     const int64_t per_thread = ceil_div(std::max<int64_t>(K, 1), threads);
-    const int64_t blocks = threads * ceil_div(per_thread, kClasses);
+    const int64_t blocks = threads * ceil_div(per_thread, std::max(kClasses / stored, kMinClasses));
     size = std::max(kMinClasses, ceil_div(ceil_div(K, blocks), 16) * 16);
     count = ceil_div(K, size);
+  }
+  int64_t begin(int64_t block) const { return block * size; }
+  int64_t classes(int64_t block) const { return std::min(size, K - block * size); }
+
+  // Runs run(worker, first class, classes) for all blocks: each worker has a run of them, in order.
+  template <class Run>
+  void each(int64_t workers, Run run) const {
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i)
+        for (int64_t b = count * i / workers; b < count * (i + 1) / workers; ++b) run(i, begin(b), classes(b));
+    });
   }
 };
 

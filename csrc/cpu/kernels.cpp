@@ -4,6 +4,7 @@
 
 #include "formats.h"
 #include "simd.h"
+#include "softmax.h"
 
 #define GISTOPS_JOIN_(a, b) a##b
 #define GISTOPS_JOIN(a, b) GISTOPS_JOIN_(a, b)
@@ -237,8 +238,19 @@ void project(T* g, const T* f, int64_t rows, int64_t d, const T* rnorm) {
 }
 
 template <class T>
-constexpr gistops::Kernels<T> kTable = {load_format<T>, store_format<T>, dots<T>,    pool<T>,
-                                        route<T>,       correct<T>,      project<T>, GISTOPS_STRING(GISTOPS_ISA)};
+constexpr gistops::Kernels<T> kTable = {load_format<T>,
+                                        store_format<T>,
+                                        dots<T>,
+                                        pool<T>,
+                                        route<T>,
+                                        correct<T>,
+                                        project<T>,
+                                        log_sums<T>,
+                                        softmax<T>,
+                                        above<T>,
+                                        compete<T>,
+                                        select<T>,
+                                        GISTOPS_STRING(GISTOPS_ISA)};
 
 }  // namespace
 

@@ -42,6 +42,26 @@ struct Kernels {
   // g_i -= (g_i . f_i) f_i rnorm_i^2, the projection of the features' normalisation; clamped rows are left alone.
   void (*project)(T* g, const T* f, int64_t rows, int64_t d, const T* rnorm);
 
+  // max[i], sum[i]: of the scores so far, their largest and the sum of e^(score - max); goes on with the block z +
+  // bias. bias may be null, here and below.
+  void (*log_sums)(const T* z, int64_t ld, int64_t rows, int64_t n, const T* bias, T* max, double* sum);
+
+  // g[i, k] = a[i] e^(z + bias - lse[i]) + s[i] weight[k], with the row stride of z; without the second term if weight
+  // is null. columns[k] += the first term summed over rows, skipped if null. g may be z.
+  void (*softmax)(const T* z, int64_t ld, int64_t rows, int64_t n, const T* bias, const T* weight, const T* lse,
+                  const T* a, const T* s, T* g, T* columns);
+
+  // Whether any z + bias is NaN or larger than bound.
+  bool (*above)(const T* z, int64_t n, const T* bias, T bound);
+
+  // Free centres, one slot after the other: best = max(best, p r), and slots = slot where it wins; slot 0 overwrites.
+  // With the last slot comes scale, which multiplies best.
+  void (*compete)(const T* p, int64_t ld_p, int64_t rows, int64_t n, const T* r, int slot, const T* scale, T* best,
+                  uint8_t* slots, int64_t ld);
+
+  // out [rows, n], contiguous: h where slots says slot, else 0.
+  void (*select)(const T* h, int64_t ld_h, const uint8_t* slots, int64_t ld, int64_t rows, int64_t n, int slot, T* out);
+
   const char* name;
 };
 

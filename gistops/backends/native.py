@@ -188,9 +188,9 @@ def load() -> Status:
             try:
                 _status = _find_and_load()
                 if _status.loaded:
-                    from .. import _ops
+                    from .. import operators
 
-                    _ops.complete("constellation")
+                    operators.complete_compiled(cuda=_status.cuda.startswith("sm_"))
             except Exception as error:  # whatever is broken here, the reference backend must stay usable
                 why = f"{type(error).__name__}: {error}"
                 _status = Status(False, why, error=why)

@@ -67,3 +67,76 @@ def best_cosine(unit: Tensor, centers: Tensor, structure: Tensor) -> tuple[Tenso
     scores = unit @ vectors.flatten(0, 1).T  # [B, k·M]
     best, slot = scores.unflatten(1, vectors.shape[:2]).max(dim=2)
     return best, slot.to(torch.uint8)
+
+
+def subcenter_logits(input: Tensor, centers: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """`τ · max_j cos(f_i, w_kj)` of free centres [K, M, d], and the lowest j; otherwise as `constellation_logits`."""
+    dtype = torch.float64 if torch.float64 in (input.dtype, centers.dtype) else torch.float32
+    device = input.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        unit = F.normalize(input.to(dtype), dim=1, eps=1e-12)
+        vectors = F.normalize(centers.to(dtype), dim=2, eps=1e-12)
+        scores = (unit @ vectors.flatten(0, 1).T).unflatten(1, centers.shape[:2])
+        best, slot = scores.max(dim=2)
+        return tau.to(dtype).reshape(()) * best, slot.to(torch.uint8)
+
+
+def _logits(input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    if centers.dim() == 3:
+        return subcenter_logits(input, centers, tau)
+    return constellation_logits(input, centers, displacements, tau)
+
+
+def cross_entropy(
+    input: Tensor,
+    centers: Tensor,
+    displacements: Tensor,
+    tau: Tensor,
+    target: Tensor,
+    class_bias: Tensor | None,
+    weight: Tensor | None,
+    margin: Tensor | float | None,
+    margin_kind: str,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """`F.cross_entropy` of logits that are held, and their log-sum-exp [B]; arguments as the public function's."""
+    logits, _ = _logits(input, centers, displacements, tau)
+    if margin is not None:
+        own = F.one_hot(torch.where(target == ignore_index, 0, target), centers.shape[0]).bool()
+        scale = tau.to(logits.dtype).reshape(())
+        angle = (logits / scale).clamp(-1, 1).acos()
+        margin = torch.as_tensor(margin, dtype=logits.dtype, device=logits.device)
+        lowered = {
+            "logit": lambda: logits - margin,
+            "cosine": lambda: logits - scale * margin,
+            "angle": lambda: torch.where(
+                angle + margin > torch.pi,
+                logits - scale * margin * margin.sin(),
+                scale * (angle + margin).cos(),
+            ),
+        }[margin_kind]()
+        logits = torch.where(own & (target != ignore_index)[:, None], lowered, logits)
+    if class_bias is not None:
+        logits = logits + class_bias.to(logits.dtype)
+    loss = F.cross_entropy(
+        logits,
+        target,
+        None if weight is None else weight.to(logits.dtype),
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
+    return loss, logits.logsumexp(1)
+
+
+def topk(
+    input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor, class_bias: Tensor | None, k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The k largest logits of each row, their classes and slots, and the log-sum-exp of all."""
+    logits, slots = _logits(input, centers, displacements, tau)
+    if class_bias is not None:
+        logits = logits + class_bias.to(logits.dtype)
+    order = logits.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return logits.gather(1, order), order, slots.gather(1, order), logits.logsumexp(1)

@@ -28,7 +28,7 @@ def _define() -> str | None:
         from . import operators
     except ImportError as error:
         return f"Triton does not load: {error}"
-    from ... import _ops
+    from ... import operators as dispatcher
 
-    _ops.define("triton", operators.forward, operators.backward, ("CUDA", "CPU"))
+    dispatcher.define("triton", operators.forward, operators.backward, ("CUDA", "CPU"))
     return None

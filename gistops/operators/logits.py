@@ -1,9 +1,4 @@
-"""What the dispatcher knows of the operators beyond their kernels: fake kernels, autograd, autocast.
-
-Each family of kernels has a pair of operators, `<name>_forward` and `<name>_backward`, of one schema. The compiled
-family, `constellation`, is defined in `csrc/schema.cpp` with a kernel for the CPU and one for CUDA; the others are
-defined here from Python. `complete()` adds to a family what all have in common.
-"""
+"""The operators `<family>_forward` and `<family>_backward`, which make and take logits."""
 
 from __future__ import annotations
 
@@ -12,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import registry
 
 #: As in csrc/schema.cpp, which has the shapes; a test compares them.
 FORWARD_SCHEMA = (
@@ -27,11 +24,9 @@ BACKWARD_SCHEMA = (
 )
 Kernel = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
-_libraries: list[torch.library.Library] = []  # kept alive: registrations end with them
-
 
 def define(family: str, forward: Kernel, backward: Kernel, devices: Sequence[str]) -> None:
-    """Make the operators `gistops::<family>_forward` and `_backward` from Python kernels, and complete them.
+    """Make the operators of a family from Python kernels, and complete them.
 
     Args:
         family: the operators' name.
@@ -39,15 +34,8 @@ def define(family: str, forward: Kernel, backward: Kernel, devices: Sequence[str
         backward: takes and returns what `BACKWARD_SCHEMA` says; an empty tensor for each gradient not needed.
         devices: dispatch keys that the kernels serve: "CUDA", "CPU".
     """
-    library = torch.library.Library("gistops", "FRAGMENT")
-    _libraries.append(library)
-    for name, schema, kernel in (
-        ("forward", FORWARD_SCHEMA, forward),
-        ("backward", BACKWARD_SCHEMA, backward),
-    ):
-        library.define(f"{family}_{name}{schema}")
-        for device in devices:
-            library.impl(f"{family}_{name}", kernel, device)
+    registry.define(f"{family}_forward", FORWARD_SCHEMA, forward, devices)
+    registry.define(f"{family}_backward", BACKWARD_SCHEMA, backward, devices)
     complete(family)
 
 
@@ -57,23 +45,16 @@ def complete(family: str) -> None:
     torch.library.register_fake(forward, _forward_fake)
     torch.library.register_fake(backward, _backward_fake)
     torch.library.register_autograd(forward, _backward_of(family), setup_context=_save)
-    torch.library.register_autograd(backward, _double_backward)
-    library = torch.library.Library("gistops", "IMPL")
-    _libraries.append(library)
-    for device in ("CPU", "CUDA"):
-        library.impl(f"{family}_forward", _autocast(family, device.lower()), f"Autocast{device}")
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of logits, norms and all sums: float64 if any argument is float64, otherwise float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    torch.library.register_autograd(backward, registry.double_backward)
+    registry.autocast(f"{family}_forward")
 
 
 def _forward_fake(
     input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor, allow_tf32: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, classes, slots = input.shape[0], centers.shape[0], displacements.shape[0] + 1
-    dtype = compute_dtype(input, centers, displacements)
+    batch, classes = input.shape[0], centers.shape[0]
+    slots = displacements.shape[0] + 1 if centers.dim() == 2 else centers.shape[1]
+    dtype = registry.compute_dtype(input, centers, displacements)
     return (
         input.new_empty(batch, classes, dtype=dtype),
         input.new_empty(batch, classes, dtype=torch.uint8),
@@ -121,32 +102,3 @@ def _backward_of(family: str) -> Callable[..., tuple[Tensor | None, ...]]:
         return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None
 
     return backward
-
-
-def _double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "gistops.constellation_logits is differentiable once; for second derivatives use backend='reference'"
-    )
-
-
-def _autocast(family: str, device: str) -> Kernel:
-    """Under autocast, as torch's own matrix products: low precision where it is faster.
-
-    A GPU multiplies in the autocast dtype. The CPU kernels compute in float32 from any mix of dtypes, so a cast
-    there would lose bits and gain no time. Logits are float32 either way, and tau is never cast.
-    """
-    operator = getattr(torch.ops.gistops, f"{family}_forward").default
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
-
-    def kernel(
-        input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor, allow_tf32: bool = False
-    ) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            if device == "cuda":
-                dtype = torch.get_autocast_dtype(device)
-                input, centers, displacements = (
-                    x if x.dtype == torch.float64 else x.to(dtype) for x in (input, centers, displacements)
-                )
-            return operator(input, centers, displacements, tau, allow_tf32)
-
-    return kernel

@@ -1,4 +1,4 @@
-"""The public operators."""
+"""Logits of constellations and of free centres."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import backends
-from ._checks import check_constellation
-from .backends import reference
+from .. import backends
+from .._checks import check_constellation, check_subcenters
+from ..backends import reference
 
 
 @overload
@@ -84,8 +84,65 @@ def constellation_logits(
     if chosen == "reference":
         logits, slots = reference.constellation_logits(input, centers, displacements, tau)
     else:
-        operators = torch.ops.gistops
-        forward = operators.triton_forward if chosen == "triton" else operators.constellation_forward
-        allow_tf32 = chosen != "cpu" and backends.allow_tf32()
-        logits, slots = forward.default(input, centers, displacements, tau, allow_tf32)[:2]
+        logits, slots = fused(chosen, input, centers, displacements, tau)
     return (logits, slots) if return_slots else logits
+
+
+def subcenter_logits(
+    input: Tensor,
+    centers: Tensor,
+    tau: Tensor | float,
+    *,
+    return_slots: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Logits of classes with centres of their own: `τ · max_j cos(f_i, w_kj)`.
+
+    Sub-centre ArcFace (Deng, Guo, Liu, Gong, Zafeiriou, ECCV 2020), and any rule that makes M vectors for each class.
+    Where they are one centre and shared displacements, `constellation_logits` takes a Mth of the time. Otherwise as
+    that: dtypes, zero vectors, ties, bits and errors.
+
+    Args:
+        input: features f, [B, d], not normalised.
+        centers: M centres w of each class, [K, M, d], 1 <= M <= 256; not normalised.
+        tau: temperature τ > 0, a tensor of one element, or a number.
+        return_slots: also return which centre won.
+        backend: as in `constellation_logits`.
+
+    Returns:
+        logits [B, K], float64 if input or centers is float64, otherwise float32. With `return_slots` also slots
+        [B, K], uint8.
+
+    Raises:
+        TypeError, ValueError, gistops.BackendUnavailable: as `constellation_logits`.
+    """
+    tau = check_subcenters(input, centers, tau)
+    chosen = backends.choose(input.device.type, backend)
+    if chosen == "reference":
+        logits, slots = reference.subcenter_logits(input, centers, tau)
+    else:
+        logits, slots = fused(chosen, input, centers, no_displacements(input), tau)
+    return (logits, slots) if return_slots else logits
+
+
+def fused(
+    backend: str, input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor
+) -> tuple[Tensor, Tensor]:
+    """logits and slots from a backend's operator; centers [K, d], or [K, M, d] with no displacements."""
+    name = family(backend)
+    if centers.dim() == 3 and backend != "cpu":
+        name = f"{backend}_free"
+    forward = getattr(torch.ops.gistops, f"{name}_forward").default
+    allow_tf32 = backend != "cpu" and backends.allow_tf32()
+    logits, slots = forward(input, centers, displacements, tau, allow_tf32)[:2]
+    return logits, slots
+
+
+def family(backend: str) -> str:
+    """The family of operators that a fused backend uses."""
+    return "triton" if backend == "triton" else "constellation"
+
+
+def no_displacements(input: Tensor) -> Tensor:
+    """What stands for δ where there is none: [0, d]."""
+    return input.new_empty(0, input.shape[1])

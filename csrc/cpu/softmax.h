@@ -1,0 +1,141 @@
+// Softmax of a block of scores, and the choice among free centres. Included by kernels.cpp alone (see simd.h).
+#pragma once
+#include <cmath>
+#include <limits>
+
+#include "simd.h"
+
+namespace {
+
+template <class T>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+  // ln 2 in two parts, so that n ln 2 is exact in the first; magic: adding it rounds to an integer in the low bits.
+  static constexpr float kHigh = 0.693359375f, kLow = -2.12194440e-4f, kMagic = 12582912.0f;
+  static constexpr float kSmallest = -87.3f, kLargest = 89.0f;  // of normal numbers, and of infinity
+  static constexpr int kBias = 127, kShift = 23, kTerms = 8;
+};
+template <>
+struct ExpConstants<double> {
+  static constexpr double kHigh = 6.93145751953125e-1, kLow = 1.42860682030941723212e-6, kMagic = 6755399441055744.0;
+  static constexpr double kSmallest = -708.0, kLargest = 710.0;
+  static constexpr int kBias = 1023, kShift = 52, kTerms = 14;
+};
+
+// e^x by Taylor's series on |r| <= ln 2 / 2, x = n ln 2 + r; within two roundings. NaN stays; below the smallest
+// normal number it is 0.
+template <class T>
+GISTOPS_INLINE typename Simd<T>::V exp_of(typename Simd<T>::V x) {
+  using V = typename Simd<T>::V;
+  using I = typename Simd<T>::I;
+  using C = ExpConstants<T>;
+  x = x > C::kLargest ? V{} + C::kLargest : x;
+  const V rounded = x * static_cast<T>(1.4426950408889634) + C::kMagic;
+  const V n = rounded - C::kMagic;
+  const V r = (x - n * C::kHigh) - n * C::kLow;
+  V sum = V{} + 1;
+  for (int term = C::kTerms - 1; term > 0; --term) sum = 1 + sum * r * static_cast<T>(1.0 / term);
+  I power;
+  std::memcpy(&power, &rounded, sizeof(power));
+  power = (power << C::kShift) + ((I{} + C::kBias) << C::kShift);
+  V scale;
+  std::memcpy(&scale, &power, sizeof(scale));
+  return x < C::kSmallest ? V{} : sum * scale;
+}
+
+// n <= N scores with their bias; lanes past the end as if they were not there.
+template <class T>
+GISTOPS_INLINE typename Simd<T>::V biased(const T* z, const T* bias, int64_t k, int n) {
+  using V = typename Simd<T>::V;
+  V x = load<V>(z + k, n);
+  if (bias) x += load<V>(bias + k, n);
+  for (int i = n; i < Simd<T>::N; ++i) x[i] = -std::numeric_limits<T>::infinity();
+  return x;
+}
+
+template <class T>
+void log_sums(const T* z, int64_t ld, int64_t rows, int64_t n, const T* bias, T* max, double* sum) {
+  using V = typename Simd<T>::V;
+  constexpr T kNone = -std::numeric_limits<T>::infinity();
+  for (int64_t i = 0; i < rows; ++i, z += ld) {
+    V largest = V{} + kNone;
+    over<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
+      const V x = biased(z, bias, k, lanes);
+      largest = x > largest ? x : largest;
+    });
+    T block = max[i];
+    for (int lane = 0; lane < Simd<T>::N; ++lane) block = largest[lane] > block ? largest[lane] : block;
+    if (block > max[i]) {
+      if (max[i] != kNone) sum[i] *= std::exp(static_cast<double>(max[i]) - block);
+      max[i] = block;
+    }
+    const T shift = block == kNone ? 0 : block;
+    V total = {};
+    over<Simd<T>::N>(
+        n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA { total += exp_of<T>(biased(z, bias, k, lanes) - shift); });
+    sum[i] += ::sum<T>(total);
+  }
+}
+
+template <class T>
+void softmax(const T* z, int64_t ld, int64_t rows, int64_t n, const T* bias, const T* weight, const T* lse, const T* a,
+             const T* s, T* g, T* columns) {
+  using V = typename Simd<T>::V;
+  constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  for (int64_t i = 0; i < rows; ++i) {
+    const T shift = lse[i] == -kInfinity ? kInfinity : lse[i];  // no class: probability 0
+    over<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
+      V p = exp_of<T>(biased(z + i * ld, bias, k, lanes) - shift) * a[i];
+      if (columns) store(columns + k, load<V>(columns + k, lanes) + p, lanes);
+      if (weight) p += load<V>(weight + k, lanes) * s[i];
+      store(g + i * ld + k, p, lanes);
+    });
+  }
+}
+
+template <class T>
+bool above(const T* z, int64_t n, const T* bias, T bound) {
+  using I = typename Simd<T>::I;
+  I any = {};
+  over<Simd<T>::N>(n,
+                   [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA { any |= ~(biased(z, bias, k, lanes) <= bound); });
+  for (int lane = 0; lane < Simd<T>::N; ++lane)
+    if (any[lane]) return true;
+  return false;
+}
+
+template <class T>
+void compete(const T* p, int64_t ld_p, int64_t rows, int64_t n, const T* r, int slot, const T* scale, T* best,
+             uint8_t* slots, int64_t ld) {
+  using V = typename Simd<T>::V;
+  using I = typename Simd<T>::I;
+  using Bytes = typename Simd<T>::Bytes;
+  for (int64_t i = 0; i < rows; ++i)
+    over<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
+      V score = load<V>(p + i * ld_p + k, lanes) * load<V>(r + k, lanes);
+      I winner = {};
+      if (slot > 0) {
+        const V before = load<V>(best + i * ld + k, lanes);
+        const I wins = (score > before) | ((score != score) & (before == before));  // NaN wins, and stays
+        winner = wins ? I{} + slot : __builtin_convertvector(load<Bytes>(slots + i * ld + k, lanes), I);
+        score = wins ? score : before;
+      }
+      store(best + i * ld + k, scale ? score * scale[i] : score, lanes);
+      store(slots + i * ld + k, __builtin_convertvector(winner, Bytes), lanes);
+    });
+}
+
+template <class T>
+void select(const T* h, int64_t ld_h, const uint8_t* slots, int64_t ld, int64_t rows, int64_t n, int slot, T* out) {
+  using V = typename Simd<T>::V;
+  using I = typename Simd<T>::I;
+  using Bytes = typename Simd<T>::Bytes;
+  for (int64_t i = 0; i < rows; ++i)
+    over<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
+      const I here = __builtin_convertvector(load<Bytes>(slots + i * ld + k, lanes), I) == slot;
+      store(out + i * n + k, here ? load<V>(h + i * ld_h + k, lanes) : V{}, lanes);
+    });
+}
+
+}  // namespace

@@ -1,0 +1,161 @@
+// The CPU operators that stream over classes: the parts of a cross-entropy, and the best k.
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "arguments.h"
+#include "loss.h"
+#include "topk.h"
+
+namespace gistops {
+namespace {
+
+// A vector of classes, optional, in the type of computation.
+std::optional<Tensor> of_classes(const Arguments& a, const std::optional<Tensor>& x, const char* name) {
+  if (!x) return std::nullopt;
+  return a.checked(torch::stable::to(*x, a.compute), {a.K()}, a.compute, name);
+}
+
+template <class T>
+const T* values_or_null(const std::optional<Tensor>& x) {
+  return x ? values<T>(*x) : nullptr;
+}
+
+struct Terms {
+  std::optional<Tensor> bias, weight;
+  Tensor target;  // -1: none
+
+  Terms(const Arguments& a, const std::optional<Tensor>& b, const Tensor& y, const std::optional<Tensor>& w,
+        int64_t ignore_index)
+      : bias(of_classes(a, b, "class_bias")), weight(of_classes(a, w, "weight")),
+        target(like(a.input, {a.B()}, ScalarType::Long)) {
+    const Tensor given = a.checked(y, {a.B()}, ScalarType::Long, "target");
+    for (int64_t i = 0; i < a.B(); ++i) {
+      const int64_t k = values<int64_t>(given)[i];
+      STD_TORCH_CHECK(k == ignore_index || (k >= 0 && k < a.K()), "target: expected 0 to ", a.K() - 1,
+                      " or ignore_index ", ignore_index, ", got ", k, " at position ", i);
+      data<int64_t>(target)[i] = k == ignore_index ? -1 : k;
+    }
+  }
+
+  template <class T>
+  LossTerms<T> terms() const {
+    return {values_or_null<T>(bias), values_or_null<T>(weight), values<int64_t>(target)};
+  }
+};
+
+// Memory for the scores: one that will hold the gradient of centers.
+void check_parked(const Arguments& a, const Tensor& parked) {
+  STD_TORCH_CHECK(parked.is_cpu() && parked.is_contiguous() && parked.numel() == a.centers.numel() &&
+                      parked.scalar_type() == a.centers.scalar_type(),
+                  "gistops: parked: expected a contiguous tensor of the shape and dtype of centers");
+}
+
+template <class T>
+Parking<T> parking(const Problem<T>& p, const Tensor* parked) {
+  return parked ? Parking<T>(p, parked->mutable_data_ptr()) : Parking<T>();
+}
+
+std::tuple<Tensor, Tensor, Tensor> lse(const Tensor& input, const Tensor& centers, const Tensor& displacements,
+                                       const Tensor& tau, const std::optional<Tensor>& class_bias, const Tensor& target,
+                                       const std::optional<Tensor>& weight, int64_t ignore_index,
+                                       const Tensor* parked) {
+  const Arguments a(input, centers, displacements, tau);
+  const Terms t(a, class_bias, target, weight, ignore_index);
+  const Tensor lse = like(input, {a.B()}, a.compute), target_logits = like(input, {a.B()}, a.compute),
+               sums = like(input, {t.weight ? a.B() : 0}, a.compute);
+  if (parked) check_parked(a, *parked);
+  a.dispatch([&]<class T>(T) {
+    const Problem<T> p = a.problem<T>();
+    loss_forward(p, t.terms<T>(), parking(p, parked), data<T>(lse), data<T>(target_logits),
+                 t.weight ? data<T>(sums) : nullptr);
+  });
+  return {lse, target_logits, sums};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lse_gradients(
+    const Tensor& grad_lse, const Tensor& grad_target, const Tensor& grad_sums, const Tensor& input,
+    const Tensor& centers, const Tensor& displacements, const Tensor& tau, const std::optional<Tensor>& class_bias,
+    const Tensor& target, const std::optional<Tensor>& weight, int64_t ignore_index, const Tensor& lse, bool need_input,
+    bool need_centers, bool need_displacements, bool need_tau, bool need_bias, const Tensor* parked) {
+  const Arguments a(input, centers, displacements, tau);
+  const Terms t(a, class_bias, target, weight, ignore_index);
+  const Tensor of_lse = a.checked(grad_lse, {a.B()}, a.compute, "grad_lse"),
+               of_target = a.checked(grad_target, {a.B()}, a.compute, "grad_target"),
+               of_sums = a.checked(grad_sums, {t.weight ? a.B() : 0}, a.compute, "grad_sums"),
+               sums = a.checked(lse, {a.B()}, a.compute, "lse");
+  if (parked) check_parked(a, *parked);
+  const GradientTensors gradients(a, need_input, need_centers, need_displacements, need_tau, parked);
+  const Tensor bias = like(input, {need_bias ? a.K() : 0}, a.compute);
+  a.dispatch([&]<class T>(T) {
+    const Problem<T> p = a.problem<T>();
+    const LossGrads<T> grads{values<T>(of_lse), values<T>(of_target), t.weight ? values<T>(of_sums) : nullptr};
+    loss_backward(p, t.terms<T>(), grads, values<T>(sums), parking(p, parked), gradients.out,
+                  need_bias ? data<T>(bias) : nullptr);
+  });
+  return {gradients.input, gradients.centers, torch::stable::to(gradients.displacements, displacements.scalar_type()),
+          torch::stable::to(gradients.tau, tau.scalar_type()),
+          need_bias && class_bias ? torch::stable::to(bias, class_bias->scalar_type()) : bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lse_forward(const Tensor& input, const Tensor& centers, const Tensor& displacements,
+                                               const Tensor& tau, std::optional<Tensor> class_bias,
+                                               const Tensor& target, std::optional<Tensor> weight, int64_t ignore_index,
+                                               bool /*allow_tf32*/) {
+  return lse(input, centers, displacements, tau, class_bias, target, weight, ignore_index, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor> parked_lse_forward(const Tensor& input, const Tensor& centers,
+                                                      const Tensor& displacements, const Tensor& tau,
+                                                      std::optional<Tensor> class_bias, const Tensor& target,
+                                                      std::optional<Tensor> weight, int64_t ignore_index,
+                                                      const Tensor& parked) {
+  return lse(input, centers, displacements, tau, class_bias, target, weight, ignore_index, &parked);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lse_backward(
+    const Tensor& grad_lse, const Tensor& grad_target, const Tensor& grad_sums, const Tensor& input,
+    const Tensor& centers, const Tensor& displacements, const Tensor& tau, std::optional<Tensor> class_bias,
+    const Tensor& target, std::optional<Tensor> weight, int64_t ignore_index, const Tensor& lse, bool need_input,
+    bool need_centers, bool need_displacements, bool need_tau, bool need_bias, bool /*allow_tf32*/) {
+  return lse_gradients(grad_lse, grad_target, grad_sums, input, centers, displacements, tau, class_bias, target, weight,
+                       ignore_index, lse, need_input, need_centers, need_displacements, need_tau, need_bias, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> parked_lse_backward(
+    const Tensor& grad_lse, const Tensor& grad_target, const Tensor& grad_sums, const Tensor& input,
+    const Tensor& centers, const Tensor& displacements, const Tensor& tau, std::optional<Tensor> class_bias,
+    const Tensor& target, std::optional<Tensor> weight, int64_t ignore_index, const Tensor& lse, bool need_input,
+    bool need_displacements, bool need_tau, bool need_bias, const Tensor& parked) {
+  const auto [of_input, of_centers, of_displacements, of_tau, of_bias] =
+      lse_gradients(grad_lse, grad_target, grad_sums, input, centers, displacements, tau, class_bias, target, weight,
+                    ignore_index, lse, need_input, true, need_displacements, need_tau, need_bias, &parked);
+  return {of_input, of_displacements, of_tau, of_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> best(const Tensor& input, const Tensor& centers, const Tensor& displacements,
+                                                const Tensor& tau, std::optional<Tensor> class_bias, int64_t k,
+                                                bool need_lse, bool /*allow_tf32*/) {
+  const Arguments a(input, centers, displacements, tau);
+  const std::optional<Tensor> bias = of_classes(a, class_bias, "class_bias");
+  STD_TORCH_CHECK(k >= 1 && k <= a.K(), "gistops: expected 1 <= k <= ", a.K(), ", got ", k);
+  const Tensor of_best = like(input, {a.B(), k}, a.compute), classes = like(input, {a.B(), k}, ScalarType::Long),
+               slots = like(input, {a.B(), k}, ScalarType::Byte), lse = like(input, {need_lse ? a.B() : 0}, a.compute);
+  a.dispatch([&]<class T>(T) {
+    topk(a.problem<T>(), values_or_null<T>(bias), k, data<T>(of_best), data<int64_t>(classes), data<uint8_t>(slots),
+         need_lse ? data<T>(lse) : nullptr);
+  });
+  return {of_best, classes, slots, lse};
+}
+
+}  // namespace
+}  // namespace gistops
+
+STABLE_TORCH_LIBRARY_IMPL(gistops, CPU, m) {
+  m.impl("constellation_lse_forward", TORCH_BOX(&gistops::lse_forward));
+  m.impl("constellation_lse_backward", TORCH_BOX(&gistops::lse_backward));
+  m.impl("constellation_parked_lse_forward", TORCH_BOX(&gistops::parked_lse_forward));
+  m.impl("constellation_parked_lse_backward", TORCH_BOX(&gistops::parked_lse_backward));
+  m.impl("constellation_topk", TORCH_BOX(&gistops::best));
+}

@@ -1,0 +1,14 @@
+"""The public operators."""
+
+from .logits import constellation_logits, subcenter_logits
+from .loss import constellation_cross_entropy, subcenter_cross_entropy
+from .topk import constellation_topk, subcenter_topk
+
+__all__ = [
+    "constellation_cross_entropy",
+    "constellation_logits",
+    "constellation_topk",
+    "subcenter_cross_entropy",
+    "subcenter_logits",
+    "subcenter_topk",
+]

@@ -1,0 +1,160 @@
+"""The operators `<family>_lse_forward` and `<family>_lse_backward`, the parts of a cross-entropy without [B, K]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import registry
+
+#: As in csrc/schema.cpp, which says what they mean; a test compares them.
+FORWARD_SCHEMA = (
+    "(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias,"
+    " Tensor target, Tensor? weight, int ignore_index, bool allow_tf32=False)"
+    " -> (Tensor lse, Tensor target_logits, Tensor sums)"
+)
+BACKWARD_SCHEMA = (
+    "(Tensor grad_lse, Tensor grad_target, Tensor grad_sums, Tensor input, Tensor centers,"
+    " Tensor displacements, Tensor tau, Tensor? class_bias, Tensor target, Tensor? weight, int ignore_index,"
+    " Tensor lse, bool need_input, bool need_centers, bool need_displacements, bool need_tau, bool need_bias,"
+    " bool allow_tf32=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def complete(family: str) -> None:
+    """Add fake kernels, autograd and autocast to the operators of a family that has been defined."""
+    forward, backward = f"gistops::{family}_lse_forward", f"gistops::{family}_lse_backward"
+    torch.library.register_fake(forward, _forward_fake)
+    torch.library.register_fake(backward, _backward_fake)
+    torch.library.register_autograd(forward, _backward_of(family), setup_context=_save)
+    torch.library.register_autograd(backward, registry.double_backward)
+    registry.autocast(f"{family}_lse_forward")
+
+
+def _forward_fake(
+    input: Tensor,
+    centers: Tensor,
+    displacements: Tensor,
+    tau: Tensor,
+    class_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    allow_tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = registry.compute_dtype(input, centers, displacements)
+    batch = input.shape[0]
+    return (
+        input.new_empty(batch, dtype=dtype),
+        input.new_empty(batch, dtype=dtype),
+        input.new_empty(0 if weight is None else batch, dtype=dtype),
+    )
+
+
+def _backward_fake(
+    grad_lse: Tensor,
+    grad_target: Tensor,
+    grad_sums: Tensor,
+    input: Tensor,
+    centers: Tensor,
+    displacements: Tensor,
+    tau: Tensor,
+    class_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    lse: Tensor,
+    need_input: bool,
+    need_centers: bool,
+    need_displacements: bool,
+    need_tau: bool,
+    need_bias: bool,
+    allow_tf32: bool = False,
+) -> tuple[Tensor, ...]:
+    arguments = (input, centers, displacements, tau, lse if class_bias is None else class_bias)
+    needs = (need_input, need_centers, need_displacements, need_tau, need_bias and class_bias is not None)
+    return tuple(x.new_empty(x.shape if needed else (0,)) for x, needed in zip(arguments, needs, strict=True))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.ignore_index, ctx.allow_tf32 = inputs
+    ctx.save_for_backward(*tensors, output[0])
+
+
+def _backward_of(family: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    operator = getattr(torch.ops.gistops, f"{family}_lse_backward").default
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, lse = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:5]
+        gradients = operator(*grads, *tensors, ctx.ignore_index, lse, *needs, ctx.allow_tf32)
+        chosen = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+        return *chosen, None, None, None, None
+
+    return backward
+
+
+class ParkedLse(torch.autograd.Function):
+    """`constellation_lse_forward` on the CPU with the scores parked where the gradient of the centres will lie.
+
+    So the backward makes no product again. It takes the memory from the forward on, and can use it once: another
+    backward of the same graph makes the scores again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        centers: Tensor,
+        displacements: Tensor,
+        tau: Tensor,
+        class_bias: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        parked = torch.empty_like(centers, memory_format=torch.contiguous_format)
+        arguments = (input, centers, displacements, tau, class_bias, target, weight)
+        output = torch.ops.gistops.constellation_parked_lse_forward.default(*arguments, ignore_index, parked)
+        ctx.save_for_backward(*arguments, output[0])
+        ctx.ignore_index = ignore_index
+        ctx.parked = [parked]
+        return tuple(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, lse = ctx.saved_tensors
+        arguments = (*(g.contiguous() for g in grads), *tensors, ctx.ignore_index, lse)
+        needs = list(ctx.needs_input_grad[:5])
+        operators = torch.ops.gistops
+        if ctx.parked and needs[1]:
+            parked = ctx.parked.pop()
+            gradients = operators.constellation_parked_lse_backward.default(
+                *arguments, needs[0], *needs[2:], parked
+            )
+            gradients = (gradients[0], parked, *gradients[1:])
+        else:
+            gradients = operators.constellation_lse_backward.default(*arguments, *needs)
+        chosen = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+        return *chosen, None, None, None
+
+
+def parks(*tensors: Tensor | None) -> bool:
+    """Whether `ParkedLse` may serve: plain CPU tensors, in eager mode, and the centres (second) need a gradient."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    centers = tensors[1]
+    return (
+        torch.is_grad_enabled()
+        and centers is not None
+        and centers.requires_grad
+        and all(t is None or (type(t) in _PLAIN and t.device.type == "cpu") for t in tensors)
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)

@@ -1,0 +1,66 @@
+"""What all operators need of the dispatcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_libraries: list[torch.library.Library] = []  # kept alive: registrations end with them
+
+
+def define(name: str, schema: str, kernel: Callable[..., Any], devices: Sequence[str]) -> None:
+    """Make the operator `gistops::name` from a Python kernel that serves these dispatch keys ("CUDA", "CPU")."""
+    library = torch.library.Library("gistops", "FRAGMENT")
+    _libraries.append(library)
+    library.define(f"{name}{schema}")
+    for device in devices:
+        library.impl(name, kernel, device)
+
+
+def implement(name: str, kernel: Callable[..., Any], key: str) -> None:
+    """Give an operator that has been defined a kernel for a dispatch key."""
+    library = torch.library.Library("gistops", "IMPL")
+    _libraries.append(library)
+    library.impl(name, kernel, key)
+
+
+def autocast(name: str) -> None:
+    """Give an operator whose first arguments are input, centers and displacements its rule under autocast.
+
+    As torch's own matrix products: low precision where it is faster. A GPU multiplies in the autocast dtype. The CPU
+    kernels compute in float32 from any mix of dtypes, so a cast there would lose bits and gain no time. What comes out
+    is float32 either way, and tau is never cast.
+    """
+    for device in ("CPU", "CUDA"):
+        implement(name, _autocast(name, device.lower()), f"Autocast{device}")
+
+
+def _autocast(name: str, device: str) -> Callable[..., Any]:
+    operator = getattr(torch.ops.gistops, name).default
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def kernel(input: Tensor, centers: Tensor, displacements: Tensor, *others: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            if device == "cuda":
+                dtype = torch.get_autocast_dtype(device)
+                input, centers, displacements = (
+                    x if x.dtype == torch.float64 else x.to(dtype) for x in (input, centers, displacements)
+                )
+            return operator(input, centers, displacements, *others)
+
+    return kernel
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of logits, norms and all sums: float64 if any argument is float64, otherwise float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def double_backward(ctx: Any, *grads: Tensor) -> None:
+    """The autograd formula of all backward operators."""
+    raise NotImplementedError(
+        "the operators of gistops are differentiable once; for second derivatives use backend='reference'"
+    )
