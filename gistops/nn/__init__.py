@@ -2,6 +2,15 @@
 
 from .constellation import ConstellationClassifier
 from .gist import GistClassifier
+from .head import MaxCosineHead, Prediction
+from .subcenter import SubcenterClassifier
 from .usage import SlotUsage
 
-__all__ = ["ConstellationClassifier", "GistClassifier", "SlotUsage"]
+__all__ = [
+    "ConstellationClassifier",
+    "GistClassifier",
+    "MaxCosineHead",
+    "Prediction",
+    "SlotUsage",
+    "SubcenterClassifier",
+]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import backends
-from .._checks import FLOAT_DTYPES, MAX_SLOTS, check_integer, check_positive
-from ..functional import constellation_logits
+from .._checks import MAX_SLOTS, check_integer, check_positive
+from ..functional import constellation_cross_entropy, constellation_logits, constellation_topk
+from .head import MaxCosineHead, compute_dtype, inverse_softplus
 from .usage import SlotUsage
 
 
-class ConstellationClassifier(nn.Module):
+class ConstellationClassifier(MaxCosineHead):
     """A classifier whose classes are constellations: logits `τ · max_j cos(f, w_k + δ_j)`, with `δ_0 = 0`.
 
     GistNet (Liu, Li, Kang, Hua, Vasconcelos, ICCV 2021), equations 4 to 7. The displacements δ are shared by
@@ -49,9 +49,7 @@ class ConstellationClassifier(nn.Module):
         TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
     """
 
-    centers: nn.Parameter
     displacements: nn.Parameter
-    raw_tau: nn.Parameter
     _warned = False  # of displacements that do nothing
 
     def __init__(
@@ -66,22 +64,10 @@ class ConstellationClassifier(nn.Module):
         dtype: torch.dtype | None = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features = check_integer("in_features", in_features, 1)
-        self.num_classes = check_integer("num_classes", num_classes, 1)
+        super().__init__(in_features, num_classes, tau, backend)
         num_displacements = check_integer("num_displacements", num_displacements, 0, MAX_SLOTS - 1)
-        self.initial_tau = check_positive("tau", tau)
         self.displacement_scale = check_positive("displacement_scale", displacement_scale)
-        if dtype is not None and dtype not in FLOAT_DTYPES:
-            raise TypeError(f"dtype: expected float32, float16, bfloat16 or float64, got {dtype}")
-        if backend is not None and backend not in backends.NAMES:
-            names = ", ".join(map(repr, backends.NAMES))
-            raise ValueError(f"backend: expected None or one of {names}, got {backend!r}")
-        self.backend = backend
-        for name, shape in self._parameter_shapes(num_displacements).items():
-            value = torch.empty(shape, device=device, dtype=dtype)
-            # No gradient for no displacements: FSDP does not take an empty one.
-            setattr(self, name, nn.Parameter(value, requires_grad=value.numel() > 0))
+        self._make_parameters(self._parameter_shapes(num_displacements), device, dtype)
         self.reset_parameters()
 
     def _parameter_shapes(self, num_displacements: int) -> dict[str, tuple[int, ...]]:
@@ -102,7 +88,7 @@ class ConstellationClassifier(nn.Module):
     def _scaled(self, directions: Tensor, scale: float) -> Tensor:
         """`directions` [m, d] at norms of `scale` times the centres' mean norm, on the centres' device."""
         centers = self.centers.detach()
-        norm = torch.linalg.vector_norm(centers, dim=1, dtype=_compute_dtype(centers)).mean()
+        norm = torch.linalg.vector_norm(centers, dim=1, dtype=compute_dtype(centers)).mean()
         norm = torch.where(norm > 0, norm, 1.0)  # centres at zero must not make displacements of zero
         return F.normalize(directions.to(norm.device), dim=1) * (scale * norm)
 
@@ -110,11 +96,6 @@ class ConstellationClassifier(nn.Module):
     def num_displacements(self) -> int:
         """Number m of displacements; there are m + 1 slots."""
         return self.displacements.shape[0]
-
-    @property
-    def tau(self) -> Tensor:
-        """The temperature τ = softplus(raw_tau), a scalar, float32 (float64 in a float64 module)."""
-        return positive(self.raw_tau)
 
     def forward(self, input: Tensor, return_slots: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of all classes.
@@ -132,6 +113,25 @@ class ConstellationClassifier(nn.Module):
         """
         return constellation_logits(
             input, self.centers, self.displacements, self.tau, return_slots=return_slots, backend=self.backend
+        )
+
+    def loss(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return constellation_cross_entropy(  # type: ignore[return-value]
+            input, self.centers, self.displacements, self.tau, target, backend=self.backend, **options
+        )
+
+    loss.__doc__ = MaxCosineHead.loss.__doc__
+
+    def _topk(self, input: Tensor, k: int, class_bias: Tensor | None, return_lse: bool) -> tuple[Tensor, ...]:
+        return constellation_topk(
+            input,
+            self.centers,
+            self.displacements,
+            self.tau,
+            k,
+            class_bias=class_bias,
+            return_lse=return_lse,
+            backend=self.backend,
         )
 
     @torch.no_grad()
@@ -219,17 +219,3 @@ class ConstellationClassifier(nn.Module):
         if not self._warned:
             self._warned = True
             warnings.warn(f"{type(self).__name__}: {what}", RuntimeWarning, stacklevel=4)
-
-
-def positive(raw: Tensor) -> Tensor:
-    """softplus of a parameter [1] as a scalar, float32 (float64 for float64): bfloat16 is too coarse."""
-    return F.softplus(raw.to(_compute_dtype(raw))).reshape(())
-
-
-def inverse_softplus(value: float) -> float:
-    """The number whose softplus is `value`, above 0."""
-    return value + math.log(-math.expm1(-value))
-
-
-def _compute_dtype(value: Tensor) -> torch.dtype:
-    return torch.promote_types(value.dtype, torch.float32)

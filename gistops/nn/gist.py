@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import constellation_logits
-from .constellation import ConstellationClassifier, inverse_softplus, positive
+from ..functional import constellation_cross_entropy, constellation_logits
+from .constellation import ConstellationClassifier
+from .head import inverse_softplus, positive
 
 
 class GistClassifier(ConstellationClassifier):
@@ -71,7 +72,7 @@ class GistClassifier(ConstellationClassifier):
 
         Args:
             x_balanced: features of a class-balanced batch, [B, in_features], as in `forward`.
-            y_balanced: their classes, [B], int64; or class probabilities, [B, num_classes], floating.
+            y_balanced: their classes, [B], int64 or int32; or class probabilities, [B, num_classes], floating.
             x_random: features of a random batch, [B', in_features].
             y_random: their classes, [B'], or class probabilities, [B', num_classes].
 
@@ -85,13 +86,22 @@ class GistClassifier(ConstellationClassifier):
         if not torch.compiler.is_compiling() and not self._looked:
             self._looked = True  # once, because on a GPU the host must wait for the answer
             self._warn_if_zero()
-        balanced = constellation_logits(
-            x_balanced, self.centers, self.displacements.detach(), self.tau, backend=self.backend
-        )
-        random = self.random_logits(x_random)
+        balanced = (self.centers, self.displacements.detach(), self.tau)
+        random = (self.random_centers, self.displacements, self.random_tau)
         return (
-            F.cross_entropy(balanced, _as_targets("y_balanced", y_balanced, balanced)),
-            F.cross_entropy(random, _as_targets("y_random", y_random, random)),
+            self._stream_loss("y_balanced", x_balanced, y_balanced, *balanced),
+            self._stream_loss("y_random", x_random, y_random, *random),
+        )
+
+    def _stream_loss(
+        self, name: str, input: Tensor, target: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor
+    ) -> Tensor:
+        _check_target(name, target, input.shape[0], self.num_classes)
+        if target.is_floating_point():  # probabilities are as large as logits: hold both
+            logits = constellation_logits(input, centers, displacements, tau, backend=self.backend)
+            return F.cross_entropy(logits, target.to(logits.dtype))
+        return constellation_cross_entropy(  # type: ignore[return-value]
+            input, centers, displacements, tau, target, backend=self.backend
         )
 
     def export(self) -> ConstellationClassifier:
@@ -115,18 +125,15 @@ class GistClassifier(ConstellationClassifier):
         return head.eval()
 
 
-def _as_targets(name: str, target: Tensor, logits: Tensor) -> Tensor:
-    """Targets that fit the logits, probabilities in their dtype."""
+def _check_target(name: str, target: object, batch: int, classes: int) -> None:
     if not isinstance(target, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(target).__name__}")
-    batch, classes = logits.shape
     if target.is_floating_point():
-        fits = target.shape == logits.shape
+        fits = target.shape == (batch, classes)
     else:
-        fits = target.dtype == torch.int64 and target.shape == (batch,)
+        fits = target.dtype in (torch.int64, torch.int32) and target.shape == (batch,)
     if not fits:
         raise ValueError(
-            f"{name}: expected int64 [{batch}] or floating-point [{batch}, {classes}], "
+            f"{name}: expected int64 or int32 [{batch}] or floating-point [{batch}, {classes}], "
             f"got {str(target.dtype).removeprefix('torch.')} {list(target.shape)}"
         )
-    return target.to(logits.dtype) if target.is_floating_point() else target

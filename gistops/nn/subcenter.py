@@ -1,0 +1,90 @@
+"""A head of free centres."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import MAX_SLOTS, check_integer
+from ..functional import subcenter_cross_entropy, subcenter_logits, subcenter_topk
+from .head import MaxCosineHead, inverse_softplus
+
+
+class SubcenterClassifier(MaxCosineHead):
+    """A classifier whose classes have centres of their own: logits `τ · max_j cos(f, w_kj)`.
+
+    Sub-centre ArcFace (Deng, Guo, Liu, Gong, Zafeiriou, ECCV 2020), which takes 3 centres a class and an angular margin:
+    `loss(x, y, margin=0.5, margin_kind="angle")`, with τ = 64.
+
+    Parameters of the module:
+        centers: w, [num_classes, num_subcenters, in_features]; entries N(0, 1/in_features).
+        raw_tau: [1], τ = softplus(raw_tau). Keep it out of weight decay.
+
+    Args:
+        in_features: dimension d of the features.
+        num_classes: number of classes K.
+        num_subcenters: centres a class M, 1 to 256.
+        tau: initial temperature, above 0.
+        device, dtype: of the parameters, as in `torch.nn.Linear`.
+        backend: as in `gistops.constellation_logits`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        num_subcenters: int = 3,
+        *,
+        tau: float = 16.0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, tau, backend)
+        self.num_subcenters = check_integer("num_subcenters", num_subcenters, 1, MAX_SLOTS)
+        shapes = {"centers": (num_classes, num_subcenters, in_features), "raw_tau": (1,)}
+        self._make_parameters(shapes, device, dtype)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, from the default generator of their device."""
+        nn.init.normal_(self.centers, std=self.in_features**-0.5)
+        nn.init.constant_(self.raw_tau, inverse_softplus(self.initial_tau))
+
+    def forward(self, input: Tensor, return_slots: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits of all classes, [B, num_classes]; with `return_slots` also which centre won, uint8.
+
+        Args and errors: as `gistops.subcenter_logits`.
+        """
+        return subcenter_logits(
+            input, self.centers, self.tau, return_slots=return_slots, backend=self.backend
+        )
+
+    def loss(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return subcenter_cross_entropy(  # type: ignore[return-value]
+            input, self.centers, self.tau, target, backend=self.backend, **options
+        )
+
+    loss.__doc__ = MaxCosineHead.loss.__doc__
+
+    def _topk(self, input: Tensor, k: int, class_bias: Tensor | None, return_lse: bool) -> tuple[Tensor, ...]:
+        return subcenter_topk(
+            input,
+            self.centers,
+            self.tau,
+            k,
+            class_bias=class_bias,
+            return_lse=return_lse,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, num_classes={self.num_classes}"
+        text += f", num_subcenters={self.num_subcenters}"
+        return text if self.backend is None else f"{text}, backend={self.backend!r}"
