@@ -20,12 +20,13 @@ STABLE_TORCH_LIBRARY(gistops, m) {
       " bool allow_tf32=False)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
 
-  // The parts of a cross-entropy, without logits [B, K]: of z the logits, lse_i = log sum over k != y_i of e^(z + class_bias),
-  // target_logits z[i, y_i] (0 where the target y is ignore_index, which hides no class), and sums_i = sum over k of
-  // weight_k z_ik ([0] without weight). class_bias [K], target [B] int64, weight [K].
+  // The parts of a cross-entropy, without logits [B, K]: of z the logits, lse_i = log sum over k != y_i of e^(z +
+  // class_bias), target_logits z[i, y_i] (0 where the target y is ignore_index, which hides no class), and sums_i = sum
+  // over k of weight_k z_ik ([0] without weight). class_bias [K], target [B] int64, weight [K].
   m.def(
       "constellation_lse_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias,"
-      " Tensor target, Tensor? weight, int ignore_index, bool allow_tf32=False) -> (Tensor lse, Tensor target_logits, Tensor sums)");
+      " Tensor target, Tensor? weight, int ignore_index, bool allow_tf32=False) -> (Tensor lse, Tensor target_logits, "
+      "Tensor sums)");
   // Gradients of input, centers, displacements, tau and class_bias.
   m.def(
       "constellation_lse_backward(Tensor grad_lse, Tensor grad_target, Tensor grad_sums, Tensor input, Tensor centers,"
@@ -40,14 +41,22 @@ STABLE_TORCH_LIBRARY(gistops, m) {
       " -> (Tensor lse, Tensor target_logits, Tensor sums)");
   m.def(
       "constellation_parked_lse_backward(Tensor grad_lse, Tensor grad_target, Tensor grad_sums, Tensor input,"
-      " Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias, Tensor target, Tensor? weight, int ignore_index,"
+      " Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias, Tensor target, Tensor? weight, int "
+      "ignore_index,"
       " Tensor lse, bool need_input, bool need_displacements, bool need_tau, bool need_bias, Tensor(a!) parked)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
   // The k largest of z + class_bias of each row, largest first, the lowest class of equals; lse over all classes ([0]
   // unless need_lse). values [B, k], classes [B, k] int64, slots [B, k] uint8.
   m.def(
       "constellation_topk(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias, int k,"
-      " bool need_lse=False, bool allow_tf32=False) -> (Tensor values, Tensor classes, Tensor slots, Tensor lse)");
+      " bool need_lse=False, bool allow_tf32=False, Tensor? norms=None)"
+      " -> (Tensor values, Tensor classes, Tensor slots, Tensor lse)");
+  // On the CPU, R of centres and displacements that do not change, for the two that take it; what is negative marks a
+  // class to be scored from w + delta itself.
+  m.def("constellation_norms(Tensor centers, Tensor displacements) -> Tensor norms");
+  m.def(
+      "constellation_frozen_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor norms)"
+      " -> (Tensor logits, Tensor slots)");
   // The instruction set and the matrix products that the CPU backend uses here, as in `python -m gistops.info`.
   m.def("cpu_capability() -> str");
 }

@@ -83,6 +83,13 @@ def check_subcenters(input: object, centers: object, tau: object) -> Tensor:
     return _tau(tau, input)
 
 
+def check_tensors(input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor) -> Tensor:
+    """`check_subcenters` for centers [K, M, d], otherwise `check_constellation`."""
+    if centers.dim() == 3:
+        return check_subcenters(input, centers, tau)
+    return check_constellation(input, centers, displacements, tau)
+
+
 def _tau(tau: object, input: Tensor) -> Tensor:
     if isinstance(tau, (int, float)) and not isinstance(tau, bool):
         tau = torch.tensor(float(tau), dtype=torch.float32, device=input.device)

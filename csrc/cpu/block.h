@@ -77,6 +77,7 @@ struct Problem {
   const T* delta;         // [m, d]
   int64_t B, K, d, m, free_slots;
   T tau;
+  const T* norms = nullptr;  // [M, K]: R as center_norms() makes it, if that is known already
   int64_t M() const { return free_slots ? free_slots : m + 1; }
   int64_t stored() const { return free_slots ? free_slots : 1; }  // vectors a class in centers
 };

@@ -40,6 +40,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
           torch::stable::to(gradients.tau, tau.scalar_type())};
 }
 
+Tensor constellation_norms(const Tensor& centers, const Tensor& displacements) {
+  const int64_t d = centers.dim() > 0 ? centers.size(centers.dim() - 1) : 0;
+  const Arguments a(like(centers, {0, d}, centers.scalar_type()), centers, displacements,
+                    torch::stable::fill_(like(centers, {1}, ScalarType::Float), 1.0));
+  const Tensor norms = like(centers, {a.M(), a.K()}, a.compute);
+  a.dispatch([&]<class T>(T) { center_norms(a.problem<T>(), data<T>(norms)); });
+  return norms;
+}
+
+std::tuple<Tensor, Tensor> constellation_frozen_forward(const Tensor& input, const Tensor& centers,
+                                                        const Tensor& displacements, const Tensor& tau,
+                                                        const Tensor& norms) {
+  const Arguments a(input, centers, displacements, tau);
+  const Tensor known = a.checked(torch::stable::to(norms, a.compute), {a.M(), a.K()}, a.compute, "norms");
+  const Tensor logits = like(input, {a.B(), a.K()}, a.compute), slots = like(input, {a.B(), a.K()}, ScalarType::Byte);
+  a.dispatch([&]<class T>(T) {
+    Problem<T> p = a.problem<T>();
+    p.norms = values<T>(known);
+    forward(p, data<T>(logits), data<uint8_t>(slots), static_cast<T*>(nullptr), static_cast<T*>(nullptr));
+  });
+  return {logits, slots};
+}
+
 std::string cpu_capability() {
   return std::string(kernels<float>().name) + (use_onednn() ? ", products by oneDNN" : ", products by BLAS");
 }
@@ -50,6 +73,8 @@ std::string cpu_capability() {
 STABLE_TORCH_LIBRARY_IMPL(gistops, CPU, m) {
   m.impl("constellation_forward", TORCH_BOX(&gistops::constellation_forward));
   m.impl("constellation_backward", TORCH_BOX(&gistops::constellation_backward));
+  m.impl("constellation_norms", TORCH_BOX(&gistops::constellation_norms));
+  m.impl("constellation_frozen_forward", TORCH_BOX(&gistops::constellation_frozen_forward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gistops, CompositeExplicitAutograd, m) {

@@ -69,6 +69,10 @@ class ClassBlock {
     cancelled_.clear();
     const int64_t begin = first * p_.stored(), vectors = n * p_.stored();
     const bool direct = p_.centers.template is<T>();
+    if (p_.norms) {
+      w_ = p_.centers.template as<T>(begin, vectors, converted_.get());
+      return known_norms(first);
+    }
     for (int64_t v = 0; v < vectors; v += direct ? vectors : kGroup) {
       const int64_t rows = direct ? vectors : std::min(kGroup, vectors - v);
       const T* w = p_.centers.template as<T>(begin + v, rows, converted_.get() + (direct ? 0 : v * p_.d));
@@ -76,6 +80,13 @@ class ClassBlock {
       kernels<T>().dots(w, rows, p_.d, p_.delta, p_.m, squares_.get() + v, dots_.get() + v * p_.m, p_.m);
     }
     p_.free_slots ? free_norms() : shared_norms();
+  }
+
+  // What load made, for another time: R [M, K] at these classes, negative for all pairs of a class to be scored apart.
+  void save_norms(int64_t first, T* norms) {
+    for (int64_t j = 0; j < p_.M(); ++j) std::copy_n(r_.get() + j * size_, n_, norms + j * p_.K + first);
+    for (const int64_t k : cancelled_)
+      for (int64_t j = 0; j < p_.M(); ++j) norms[j * p_.K + first + k] *= -1;
   }
 
   // logits and slots, both with row stride ld, of the features [i, i + rows).
@@ -105,6 +116,18 @@ class ClassBlock {
   void free_norms() {
     for (int64_t k = 0; k < n_; ++k)
       for (int64_t j = 0; j < p_.M(); ++j) r_[j * size_ + k] = clamped_rnorm(squares_[k * p_.M() + j]);
+  }
+
+  void known_norms(int64_t first) {
+    for (int64_t k = 0; k < n_; ++k) {
+      bool cancelled = false;
+      for (int64_t j = 0; j < p_.M(); ++j) {
+        const T r = p_.norms[j * p_.K + first + k];
+        cancelled |= r < 0;
+        r_[j * size_ + k] = std::abs(r);
+      }
+      if (cancelled) cancelled_.push_back(k);
+    }
   }
 
   // From |w + delta|^2 = |w|^2 + 2 w.delta + |delta|^2.

@@ -136,14 +136,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> parked_lse_backward(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> best(const Tensor& input, const Tensor& centers, const Tensor& displacements,
                                                 const Tensor& tau, std::optional<Tensor> class_bias, int64_t k,
-                                                bool need_lse, bool /*allow_tf32*/) {
+                                                bool need_lse, bool /*allow_tf32*/, std::optional<Tensor> norms) {
   const Arguments a(input, centers, displacements, tau);
   const std::optional<Tensor> bias = of_classes(a, class_bias, "class_bias");
   STD_TORCH_CHECK(k >= 1 && k <= a.K(), "gistops: expected 1 <= k <= ", a.K(), ", got ", k);
   const Tensor of_best = like(input, {a.B(), k}, a.compute), classes = like(input, {a.B(), k}, ScalarType::Long),
                slots = like(input, {a.B(), k}, ScalarType::Byte), lse = like(input, {need_lse ? a.B() : 0}, a.compute);
+  if (norms) norms = a.checked(torch::stable::to(*norms, a.compute), {a.M(), a.K()}, a.compute, "norms");
   a.dispatch([&]<class T>(T) {
-    topk(a.problem<T>(), values_or_null<T>(bias), k, data<T>(of_best), data<int64_t>(classes), data<uint8_t>(slots),
+    Problem<T> p = a.problem<T>();
+    p.norms = values_or_null<T>(norms);
+    topk(p, values_or_null<T>(bias), k, data<T>(of_best), data<int64_t>(classes), data<uint8_t>(slots),
          need_lse ? data<T>(lse) : nullptr);
   });
   return {of_best, classes, slots, lse};

@@ -125,6 +125,21 @@ def subcenter_logits(
     return (logits, slots) if return_slots else logits
 
 
+def center_norms(centers: Tensor, displacements: Tensor) -> Tensor:
+    """What the `cpu` backend needs of centres that do not change, [M, K]; for `frozen_logits` and `frozen_topk`."""
+    norms: Tensor = torch.ops.gistops.constellation_norms.default(centers.detach(), displacements.detach())
+    return norms
+
+
+def frozen_logits(
+    input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor, norms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """logits and slots of the `cpu` backend with norms made before: the same bits, and no gradient."""
+    operator = torch.ops.gistops.constellation_frozen_forward.default
+    logits, slots = operator(input, centers.detach(), displacements.detach(), tau.detach(), norms)
+    return logits, slots
+
+
 def fused(
     backend: str, input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -145,4 +160,4 @@ def family(backend: str) -> str:
 
 def no_displacements(input: Tensor) -> Tensor:
     """What stands for δ where there is none: [0, d]."""
-    return input.new_empty(0, input.shape[1])
+    return input.new_empty(0, input.shape[-1])

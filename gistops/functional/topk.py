@@ -42,7 +42,7 @@ def constellation_topk(
         TypeError, ValueError, gistops.BackendUnavailable: as `constellation_logits`; the message names the argument.
     """
     tau = check_constellation(input, centers, displacements, tau)
-    return _topk(input, centers, displacements, tau, k, class_bias, return_lse, backend)
+    return topk(input, centers, displacements, tau, k, class_bias, return_lse, backend)
 
 
 @torch.no_grad()
@@ -58,10 +58,10 @@ def subcenter_topk(
 ) -> tuple[Tensor, ...]:
     """`constellation_topk` for the free centres [K, M, d] of `subcenter_logits`."""
     tau = check_subcenters(input, centers, tau)
-    return _topk(input, centers, no_displacements(input), tau, k, class_bias, return_lse, backend)
+    return topk(input, centers, no_displacements(input), tau, k, class_bias, return_lse, backend)
 
 
-def _topk(
+def topk(
     input: Tensor,
     centers: Tensor,
     displacements: Tensor,
@@ -70,7 +70,9 @@ def _topk(
     class_bias: Tensor | None,
     return_lse: bool,
     backend: str | None,
+    norms: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
+    """Arguments that were checked; norms: of `center_norms`, for the `cpu` backend."""
     classes = centers.shape[0]
     if classes == 0:
         raise ValueError(f"centers: expected at least one class, got {list(centers.shape)}")
@@ -83,6 +85,6 @@ def _topk(
     else:
         operator = getattr(torch.ops.gistops, f"{family(chosen)}_topk").default
         allow_tf32 = chosen != "cpu" and backends.allow_tf32()
-        made = operator(input, centers, displacements, tau, class_bias, k, return_lse, allow_tf32)
+        made = operator(input, centers, displacements, tau, class_bias, k, return_lse, allow_tf32, norms)
     values, best, slots, lse = made
     return (values, best, slots, lse) if return_lse else (values, best, slots)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import MAX_SLOTS, check_integer, check_positive
-from ..functional import constellation_cross_entropy, constellation_logits, constellation_topk
+from ..functional import constellation_cross_entropy, constellation_logits
 from .head import MaxCosineHead, compute_dtype, inverse_softplus
 from .usage import SlotUsage
 
@@ -111,6 +111,8 @@ class ConstellationClassifier(MaxCosineHead):
         Raises:
             TypeError, ValueError, gistops.BackendUnavailable: as `gistops.constellation_logits`.
         """
+        if frozen := self._frozen_logits(input):
+            return frozen if return_slots else frozen[0]
         return constellation_logits(
             input, self.centers, self.displacements, self.tau, return_slots=return_slots, backend=self.backend
         )
@@ -122,17 +124,8 @@ class ConstellationClassifier(MaxCosineHead):
 
     loss.__doc__ = MaxCosineHead.loss.__doc__
 
-    def _topk(self, input: Tensor, k: int, class_bias: Tensor | None, return_lse: bool) -> tuple[Tensor, ...]:
-        return constellation_topk(
-            input,
-            self.centers,
-            self.displacements,
-            self.tau,
-            k,
-            class_bias=class_bias,
-            return_lse=return_lse,
-            backend=self.backend,
-        )
+    def _displacements(self, input: Tensor) -> Tensor:
+        return self.displacements
 
     @torch.no_grad()
     def add_displacements(

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
-from .._checks import FLOAT_DTYPES, check_integer, check_positive
+from .._checks import FLOAT_DTYPES, check_integer, check_positive, check_tensors
+from ..functional.logits import center_norms, frozen_logits
+from ..functional.topk import topk
 
 
 class Prediction(NamedTuple):
@@ -31,6 +33,9 @@ class MaxCosineHead(nn.Module):
 
     centers: nn.Parameter
     raw_tau: nn.Parameter
+    _norms: Tensor | None  # of a frozen head on the CPU
+    _versions: tuple[int, ...] = ()  # of the parameters that they were made from
+    frozen = False
 
     def __init__(self, in_features: int, num_classes: int, tau: float, backend: str | None) -> None:
         super().__init__()
@@ -41,6 +46,7 @@ class MaxCosineHead(nn.Module):
             names = ", ".join(map(repr, backends.NAMES))
             raise ValueError(f"backend: expected None or one of {names}, got {backend!r}")
         self.backend = backend
+        self.register_buffer("_norms", None, persistent=False)
 
     def _make_parameters(
         self, shapes: dict[str, tuple[int, ...]], device: Any, dtype: torch.dtype | None
@@ -73,8 +79,66 @@ class MaxCosineHead(nn.Module):
         """
         raise NotImplementedError
 
-    def _topk(self, input: Tensor, k: int, class_bias: Tensor | None, return_lse: bool) -> tuple[Tensor, ...]:
+    def _displacements(self, input: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _topk(self, input: Tensor, k: int, class_bias: Tensor | None, return_lse: bool) -> tuple[Tensor, ...]:
+        displacements = self._displacements(input)
+        tau = check_tensors(input, self.centers, displacements, self.tau)
+        norms = self._known_norms(input)
+        return topk(input, self.centers, displacements, tau, k, class_bias, return_lse, self.backend, norms)
+
+    def freeze(self) -> MaxCosineHead:
+        """Make the head ready for inference: eval mode, no gradients, and norms made once. Returns itself.
+
+        Results stay the same, bit for bit. On GPUs, where the norms are made in the pass that makes the products, they
+        are not kept. `unfreeze()` ends it; parameters that are changed or moved meanwhile are noticed.
+        """
+        self.frozen = True
+        self.eval().requires_grad_(False)
+        self._make_norms()
+        return self
+
+    def unfreeze(self) -> MaxCosineHead:
+        """Undo `freeze()`: all parameters that are not empty take gradients again. Returns itself, in eval mode."""
+        self.frozen = False
+        self._norms = None
+        for parameter in self.parameters():
+            parameter.requires_grad_(parameter.numel() > 0)
+        return self
+
+    def _make_norms(self) -> None:
+        displacements = self._displacements(self.centers)
+        self._norms = None
+        if backends.choose(self.centers.device.type, self.backend) == "cpu" and not self.centers.is_meta:
+            self._norms = center_norms(self.centers, displacements)
+        self._versions = self.centers._version, displacements._version
+
+    def _known_norms(self, input: Tensor) -> Tensor | None:
+        """The norms of a frozen head; None where there are none, or a gradient is wanted."""
+        if not self.frozen or (torch.is_grad_enabled() and input.requires_grad):
+            return None
+        if not torch.compiler.is_compiling():
+            now = self.centers._version, self._displacements(self.centers)._version
+            if now != self._versions:
+                self._make_norms()
+        return self._norms
+
+    def _frozen_logits(self, input: Tensor) -> tuple[Tensor, Tensor] | None:
+        """logits and slots by the norms of a frozen head, if it has them."""
+        norms = self._known_norms(input)
+        if norms is None:
+            return None
+        displacements = self._displacements(input)
+        tau = check_tensors(input, self.centers, displacements, self.tau)
+        return frozen_logits(input, self.centers, displacements, tau, norms)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> MaxCosineHead:
+        self._norms = None  # of another device or dtype
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if self.frozen:
+            self._make_norms()
+        return self
 
     @torch.no_grad()
     def predict(self, input: Tensor, *, class_bias: Tensor | None = None) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import MAX_SLOTS, check_integer
-from ..functional import subcenter_cross_entropy, subcenter_logits, subcenter_topk
+from ..functional import subcenter_cross_entropy, subcenter_logits
+from ..functional.logits import no_displacements
 from .head import MaxCosineHead, inverse_softplus
 
 
@@ -62,6 +63,8 @@ class SubcenterClassifier(MaxCosineHead):
 
         Args and errors: as `gistops.subcenter_logits`.
         """
+        if frozen := self._frozen_logits(input):
+            return frozen if return_slots else frozen[0]
         return subcenter_logits(
             input, self.centers, self.tau, return_slots=return_slots, backend=self.backend
         )
@@ -73,16 +76,8 @@ class SubcenterClassifier(MaxCosineHead):
 
     loss.__doc__ = MaxCosineHead.loss.__doc__
 
-    def _topk(self, input: Tensor, k: int, class_bias: Tensor | None, return_lse: bool) -> tuple[Tensor, ...]:
-        return subcenter_topk(
-            input,
-            self.centers,
-            self.tau,
-            k,
-            class_bias=class_bias,
-            return_lse=return_lse,
-            backend=self.backend,
-        )
+    def _displacements(self, input: Tensor) -> Tensor:
+        return no_displacements(input)
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, num_classes={self.num_classes}"

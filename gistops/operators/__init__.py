@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from . import logits, loss, registry, streaming, topk
+from . import frozen, logits, loss, registry, streaming, topk
 
 __all__ = ["complete_compiled", "define", "logits", "loss", "registry", "streaming", "topk"]
 
@@ -20,6 +20,7 @@ def complete_compiled(cuda: bool) -> None:
     logits.complete("constellation")
     loss.complete("constellation")
     topk.complete("constellation")
+    frozen.complete()
     if cuda:
         over = streaming.Streaming("constellation")
         registry.implement("constellation_lse_forward", over.lse_forward, "CUDA")

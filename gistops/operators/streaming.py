@@ -196,8 +196,9 @@ class Streaming:
         k: int,
         need_lse: bool = False,
         allow_tf32: bool = False,
+        norms: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`topk.SCHEMA`."""
+        """`topk.SCHEMA`; norms are made anew, in the same pass as the products."""
         batch = input.shape[0]
         dtype = compute_dtype(input, centers, displacements)
         best = (

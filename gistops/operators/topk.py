@@ -10,7 +10,8 @@ from . import registry
 #: As in csrc/schema.cpp, which says what it means; a test compares them.
 SCHEMA = (
     "(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias, int k,"
-    " bool need_lse=False, bool allow_tf32=False) -> (Tensor values, Tensor classes, Tensor slots, Tensor lse)"
+    " bool need_lse=False, bool allow_tf32=False, Tensor? norms=None)"
+    " -> (Tensor values, Tensor classes, Tensor slots, Tensor lse)"
 )
 
 
@@ -29,6 +30,7 @@ def _fake(
     k: int,
     need_lse: bool = False,
     allow_tf32: bool = False,
+    norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = registry.compute_dtype(input, centers, displacements)
     batch = input.shape[0]

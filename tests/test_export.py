@@ -1,0 +1,54 @@
+"""torch.export and ONNX, judged by running what was exported."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+import gistops.export
+from gistops.nn import ConstellationClassifier, MaxCosineHead, SubcenterClassifier
+
+HEADS = {
+    "constellation": lambda: ConstellationClassifier(24, 53),
+    "no displacements": lambda: ConstellationClassifier(24, 53, 0),
+    "frozen": lambda: ConstellationClassifier(24, 53).freeze(),
+    "free centres": lambda: SubcenterClassifier(24, 53),
+    "frozen free centres": lambda: SubcenterClassifier(24, 53).freeze(),
+}
+
+
+def program(head: MaxCosineHead) -> torch.export.ExportedProgram:
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    return torch.export.export(head.eval(), (torch.randn(7, 24),), dynamic_shapes=shapes)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_decompositions_leave_no_operator_of_ours(name: str, seed: int) -> None:
+    head = HEADS[name]()
+    exported = program(head)
+    assert "gistops" in str(exported.graph)
+    plain = exported.run_decompositions(gistops.export.decompositions())
+    assert "gistops" not in str(plain.graph)
+    for batch in (1, 30):
+        x = torch.randn(batch, 24)
+        assert torch.equal(exported.module()(x), head(x))
+        torch.testing.assert_close(plain.module()(x), head(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_onnx(name: str, seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    pytest.importorskip("onnxscript", reason="needs onnxscript")
+    caplog.set_level(logging.ERROR)
+    head = HEADS[name]()
+    plain = program(head).run_decompositions(gistops.export.decompositions())
+    path = tmp_path / "head.onnx"
+    torch.onnx.export(plain, f=path, verbose=False)
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for batch in (7, 1, 30):
+        x = torch.randn(batch, 24)
+        (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), head(x).detach(), atol=1e-5, rtol=1e-5)
