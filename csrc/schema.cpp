@@ -20,37 +20,53 @@ STABLE_TORCH_LIBRARY(gistops, m) {
       " bool allow_tf32=False)"
       " -> (Tensor, Tensor, Tensor, Tensor)");
 
-  // The parts of a cross-entropy, without logits [B, K]: of z the logits, lse_i = log sum over k != y_i of e^(z +
-  // class_bias), target_logits z[i, y_i] (0 where the target y is ignore_index, which hides no class), and sums_i = sum
-  // over k of weight_k z_ik ([0] without weight). class_bias [K], target [B] int64, weight [K].
+  // The same where the vectors of class k in slot j >= 1 are w_k + y[0, j, k] a + y[1, j, k] b_j, all as long as w_k,
+  // with a and b_j shared by the classes: a rotation. feature_table x [B, M]: f.a, and f.b_j for j >= 1; class_tables y
+  // [2, M, K], 0 in slot 0.
+  m.def(
+      "tabled_forward(Tensor input, Tensor centers, Tensor tau, Tensor feature_table, Tensor class_tables,"
+      " bool allow_tf32=False)"
+      " -> (Tensor logits, Tensor slots, Tensor center_rnorms, Tensor input_rnorms)");
+  // Gradients of input, centers, tau, feature_table and class_tables; the last two are always made.
+  m.def(
+      "tabled_backward(Tensor grad, Tensor input, Tensor centers, Tensor tau, Tensor feature_table,"
+      " Tensor class_tables, Tensor logits, Tensor slots, Tensor center_rnorms, Tensor input_rnorms,"
+      " bool need_input, bool need_centers, bool need_tau, bool allow_tf32=False)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // The parts of a cross-entropy, without logits [B, K]: of z the logits, lse_i = log sum over k != y_i of
+  // e^(z + class_bias), target_logits z[i, y_i] (0 where the target y is ignore_index, which hides no class), and
+  // sums_i = sum over k of weight_k z_ik ([0] without weight). class_bias [K], target [B] int64, weight [K]. Both
+  // tables or none, and no displacements with them.
   m.def(
       "constellation_lse_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias,"
-      " Tensor target, Tensor? weight, int ignore_index, bool allow_tf32=False) -> (Tensor lse, Tensor target_logits, "
-      "Tensor sums)");
-  // Gradients of input, centers, displacements, tau and class_bias.
+      " Tensor? feature_table, Tensor? class_tables, Tensor target, Tensor? weight, int ignore_index,"
+      " bool allow_tf32=False) -> (Tensor lse, Tensor target_logits, Tensor sums)");
+  // Gradients of input, centers, displacements, tau, class_bias, and of the tables, if there are any.
   m.def(
       "constellation_lse_backward(Tensor grad_lse, Tensor grad_target, Tensor grad_sums, Tensor input, Tensor centers,"
-      " Tensor displacements, Tensor tau, Tensor? class_bias, Tensor target, Tensor? weight, int ignore_index,"
-      " Tensor lse, bool need_input, bool need_centers, bool need_displacements, bool need_tau, bool need_bias,"
-      " bool allow_tf32=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " Tensor displacements, Tensor tau, Tensor? class_bias, Tensor? feature_table, Tensor? class_tables,"
+      " Tensor target, Tensor? weight, int ignore_index, Tensor lse, bool need_input, bool need_centers,"
+      " bool need_displacements, bool need_tau, bool need_bias, bool allow_tf32=False)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // On the CPU, the same with the scores parked between the two in `parked`, like centers, which then becomes the
   // gradient of centers.
   m.def(
       "constellation_parked_lse_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau,"
-      " Tensor? class_bias, Tensor target, Tensor? weight, int ignore_index, Tensor(a!) parked)"
-      " -> (Tensor lse, Tensor target_logits, Tensor sums)");
+      " Tensor? class_bias, Tensor? feature_table, Tensor? class_tables, Tensor target, Tensor? weight,"
+      " int ignore_index, Tensor(a!) parked) -> (Tensor lse, Tensor target_logits, Tensor sums)");
   m.def(
       "constellation_parked_lse_backward(Tensor grad_lse, Tensor grad_target, Tensor grad_sums, Tensor input,"
-      " Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias, Tensor target, Tensor? weight, int "
-      "ignore_index,"
-      " Tensor lse, bool need_input, bool need_displacements, bool need_tau, bool need_bias, Tensor(a!) parked)"
-      " -> (Tensor, Tensor, Tensor, Tensor)");
+      " Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias, Tensor? feature_table,"
+      " Tensor? class_tables, Tensor target, Tensor? weight, int ignore_index, Tensor lse, bool need_input,"
+      " bool need_displacements, bool need_tau, bool need_bias, Tensor(a!) parked)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The k largest of z + class_bias of each row, largest first, the lowest class of equals; lse over all classes ([0]
   // unless need_lse). values [B, k], classes [B, k] int64, slots [B, k] uint8.
   m.def(
-      "constellation_topk(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias, int k,"
-      " bool need_lse=False, bool allow_tf32=False, Tensor? norms=None)"
-      " -> (Tensor values, Tensor classes, Tensor slots, Tensor lse)");
+      "constellation_topk(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias,"
+      " Tensor? feature_table, Tensor? class_tables, int k, bool need_lse=False, bool allow_tf32=False,"
+      " Tensor? norms=None) -> (Tensor values, Tensor classes, Tensor slots, Tensor lse)");
   // On the CPU, R of centres and displacements that do not change, for the two that take it; what is negative marks a
   // class to be scored from w + delta itself.
   m.def("constellation_norms(Tensor centers, Tensor displacements) -> Tensor norms");

@@ -163,6 +163,21 @@ def check_loss(
     return target.long()
 
 
+def check_transform(transform: str, axis: object, input: Tensor) -> None:
+    """Check what a displacement does, and the axis of a rotation. Raises as above."""
+    if transform not in ("translation", "rotation"):
+        raise ValueError(f"transform: expected 'translation' or 'rotation', got {transform!r}")
+    if transform == "translation":
+        if axis is not None:
+            raise ValueError("axis: expected None unless transform='rotation'")
+        return
+    axis = _floating("axis", axis)
+    if axis.shape != input.shape[1:]:
+        raise ValueError(f"axis: expected shape [{input.shape[1]}] to match input, got {_shape(axis)}")
+    if axis.device != input.device:
+        raise ValueError(f"axis: expected device {input.device} to match input, got {axis.device}")
+
+
 def check_integer(name: str, value: object, low: int, high: int | None = None) -> int:
     """`value` as an int.
 

@@ -6,6 +6,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <optional>
+
 #include "backward.h"
 #include "block.h"
 #include "products.h"
@@ -49,7 +51,11 @@ struct Arguments {
   bool wide;  // float64
   ScalarType compute;
 
-  Arguments(const Tensor& f, const Tensor& w, const Tensor& delta, const Tensor& t)
+  std::optional<Tensor> x, y;  // tables [B, M] and [2, M, K], in the type of computation
+
+  Arguments(const Tensor& f, const Tensor& w, const Tensor& delta, const Tensor& t,
+            const std::optional<Tensor>& feature_table = std::nullopt,
+            const std::optional<Tensor>& class_tables = std::nullopt)
       : input(torch::stable::contiguous(f)), centers(torch::stable::contiguous(w)), displacements(delta), tau(t),
         wide(is_double(f) || is_double(w) || is_double(delta)), compute(wide ? ScalarType::Double : ScalarType::Float) {
     STD_TORCH_CHECK(blas_available(),
@@ -64,12 +70,18 @@ struct Arguments {
     STD_TORCH_CHECK(f.is_cpu() && w.is_cpu() && delta.is_cpu() && t.is_cpu(), "gistops: expected tensors on the CPU");
     displacements = torch::stable::contiguous(torch::stable::to(displacements, compute));
     tau = torch::stable::to(tau, compute);
+    if (!feature_table || !class_tables) return;
+    const int64_t slots = feature_table->dim() == 2 ? feature_table->size(1) : 0;
+    STD_TORCH_CHECK(w.dim() == 2 && delta.size(0) == 0 && slots >= 1 && slots <= 256,
+                    "gistops: expected tables of 1 to 256 slots without displacements");
+    x = checked(torch::stable::to(*feature_table, compute), {B(), slots}, compute, "feature_table");
+    y = checked(torch::stable::to(*class_tables, compute), {2, slots, K()}, compute, "class_tables");
   }
 
   int64_t B() const { return input.size(0); }
   int64_t K() const { return centers.size(0); }
   int64_t free_slots() const { return centers.dim() == 3 ? centers.size(1) : 0; }
-  int64_t M() const { return free_slots() ? free_slots() : displacements.size(0) + 1; }
+  int64_t M() const { return free_slots() ? free_slots() : x ? x->size(1) : displacements.size(0) + 1; }
 
   template <class T>
   Problem<T> problem() const {
@@ -82,7 +94,11 @@ struct Arguments {
             d,
             displacements.size(0),
             free_slots(),
-            *values<T>(tau)};
+            *values<T>(tau),
+            nullptr,
+            x ? x->size(1) : 0,
+            x ? values<T>(*x) : nullptr,
+            y ? values<T>(*y) : nullptr};
   }
 
   // Runs run(T()) in the type of computation.
@@ -104,6 +120,7 @@ struct Arguments {
 // The gradients asked for, in their arguments' shapes; an empty tensor for each of the others.
 struct GradientTensors {
   Tensor input, centers, displacements, tau;
+  Tensor x, y;  // of tables, always made; empty without
   Gradients out;
 
   // parked: memory for the gradient of centers, or null.
@@ -112,9 +129,14 @@ struct GradientTensors {
       : input(make(need_input, a.input, a.input.scalar_type())),
         centers(parked ? *parked : make(need_centers, a.centers, a.centers.scalar_type())),
         displacements(make(need_displacements, a.displacements, a.compute)), tau(make(need_tau, a.tau, a.compute)),
-        out{need_input ? input.mutable_data_ptr() : nullptr, need_centers ? centers.mutable_data_ptr() : nullptr,
+        x(make(a.x.has_value(), a.x ? *a.x : a.tau, a.compute)),
+        y(make(a.y.has_value(), a.y ? *a.y : a.tau, a.compute)),
+        out{need_input ? input.mutable_data_ptr() : nullptr,
+            need_centers ? centers.mutable_data_ptr() : nullptr,
             need_displacements && a.displacements.numel() ? displacements.mutable_data_ptr() : nullptr,
-            need_tau ? tau.mutable_data_ptr() : nullptr} {}
+            need_tau ? tau.mutable_data_ptr() : nullptr,
+            a.x ? x.mutable_data_ptr() : nullptr,
+            a.y ? y.mutable_data_ptr() : nullptr} {}
 
   static Tensor make(bool needed, const Tensor& x, ScalarType dtype) {
     return needed ? torch::stable::new_empty(x, x.sizes(), dtype) : torch::stable::new_empty(x, {0}, x.scalar_type());

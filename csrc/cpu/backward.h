@@ -17,8 +17,10 @@
 namespace gistops {
 
 // Where to put the gradients; null where one is not needed. In the storage format of the argument.
+// x and y, of tables, are in the type of computation.
 struct Gradients {
   void *input, *centers, *displacements, *tau;
+  void *x = nullptr, *y = nullptr;
 };
 
 inline void* at(void* gradient, const Stored& argument, int64_t row) {
@@ -70,13 +72,15 @@ class Worker {
  public:
   Worker(const Problem<T>& p, const Features<T>& features, const Gradients& out, int64_t size, Source source)
       : g(out.input ? p.B * p.d : 0), s((out.input || out.displacements) && p.m ? p.B * p.M() : 0),
-        dd(out.displacements ? p.m * p.d : 0), p_(p), features_(features), out_(out), size_(size),
-        source_(std::move(source)), products_(out.input || out.centers), corrections_(out.centers || out.displacements),
+        dd(out.displacements ? p.m * p.d : 0), dx(p.table_slots ? p.B * p.M() : 0), moments(p.table_slots ? p.B : 0),
+        p_(p), features_(features), out_(out), size_(size), source_(std::move(source)),
+        products_(out.input || out.centers), corrections_(out.centers || out.displacements || p.table_slots),
         in_place_(p.centers.template is<T>()), h_(products_ ? std::min(kRows, p.B) * size : 0),
         t_(corrections_ ? p.M() * size : 0), block_dd_(out.displacements ? p.m * p.d : 0),
         dw_(out.centers && (!in_place_ || Source::kParked) ? size * p.stored() * p.d : 0),
-        piece_(p.free_slots ? size * p.d : 0), selected_(p.free_slots ? std::min(kRows, p.B) * size : 0) {
-    g.zero(), s.zero(), dd.zero();
+        dy_(2 * p.table_slots * size), piece_(p.free_slots ? size * p.d : 0),
+        selected_(p.free_slots ? std::min(kRows, p.B) * size : 0) {
+    g.zero(), s.zero(), dd.zero(), dx.zero(), moments.zero();
   }
 
   // Classes [k, k + n).
@@ -89,7 +93,8 @@ class Worker {
     const bool one_product = p_.B > 0 && p_.B <= kRows && !p_.free_slots;  // then dw is written once, by correct()
     if (dw && !one_product) std::fill_n(dw, vectors * p_.d, T(0));
     std::optional<Product<T>> hf;
-    t_.zero();
+    t_.zero(), dy_.zero();
+    k_ = k;
     const std::vector<Pair> apart = cancelled(n);
     for (int64_t i = 0; i < p_.B; i += kRows) {
       const int64_t count = std::min(kRows, p_.B - i);
@@ -109,11 +114,16 @@ class Worker {
       if (out_.input) add_product(h, classes, g.get() + i * p_.d);
     }
     T* corrected = final && in_place_ ? static_cast<T*>(final) : dw;
+    if (out_.y)
+      for (int64_t row = 0; row < 2 * p_.M(); ++row)
+        std::copy_n(dy_.get() + row * size_, n, static_cast<T*>(out_.y) + row * p_.K + k);
     if (corrections_) correct(w, n, hf ? hf->data : dw, corrected);
     if (final && !in_place_) kernels<T>().store(dw, vectors * p_.d, p_.centers.format, final);
   }
 
-  Scratch<T> g, s, dd;  // [B, d], [B, M], [m, d]
+  Scratch<T> g, s, dd;      // [B, d], [B, M], [m, d]
+  Scratch<T> dx;            // [B, M], of tables
+  Scratch<double> moments;  // [B], of tables: sum over classes of G logits
   double tau = 0;
 
  private:
@@ -124,6 +134,10 @@ class Worker {
   // h, and, if asked for, the sums of these rows of the block.
   void route(const Rows<T>& rows, int64_t n, int64_t i, int64_t count, const T* r, int64_t ld_r, T* h, int64_t ld_h,
              bool shares, bool moments) {
+    if (p_.table_slots)
+      return kernels<T>().route_tables(rows.grad, rows.logits, rows.ld, rows.slots, count, n, p_.tables(i, k_), r,
+                                       features_.scale.get() + i, h, ld_h, dx.get() + i * p_.M(), dy_.get(),
+                                       dy_.get() + p_.M() * size_, size_, t_.get(), this->moments.get() + i);
     kernels<T>().route(rows.grad, rows.logits, rows.ld, rows.slots, count, n, r, ld_r, p_.M(),
                        features_.scale.get() + i, h, ld_h,
                        shares && p_.m && (out_.input || out_.displacements) ? s.get() + i * p_.M() : nullptr,
@@ -186,6 +200,7 @@ class Worker {
         const T r = source_.r()[j * source_.ld_r() + c];
         t_[j * size_ + c] *= r >= static_cast<T>(1 / kMinNorm) ? 0 : r * r;  // a clamped norm is constant
       }
+    if (p_.table_slots) return kernels<T>().correct(w, n, p_.d, nullptr, 1, t_.get(), size_, hf, dw, nullptr);
     if (p_.free_slots) {
       Scratch<T> t(n * p_.M());  // one factor for each row of w
       for (int64_t v = 0; v < n * p_.M(); ++v) t[v] = t_[v % p_.M() * size_ + v / p_.M()];
@@ -204,7 +219,9 @@ class Worker {
   const int64_t size_;
   Source source_;
   const bool products_, corrections_, in_place_;
+  int64_t k_ = 0;
   Scratch<T> h_, t_, block_dd_, dw_;
+  Scratch<T> dy_;                // of tables: [2, M, size]
   Scratch<T> piece_, selected_;  // of free centres: [size, d], [rows, size]
 };
 
@@ -219,7 +236,11 @@ void finish(const Problem<T>& p, const Features<T>& features, const Gradients& o
     tau += workers[i].tau;
     sums.s.add(workers[i].s);
     sums.dd.add(workers[i].dd);
+    sums.dx.add(workers[i].dx);
+    sums.moments.add(workers[i].moments);
   }
+  for (int64_t i = 0; i < (p.table_slots ? p.B : 0); ++i) tau += sums.moments[i];
+  if (out.x) std::copy_n(sums.dx.get(), p.B * M, static_cast<T*>(out.x));
   if (out.tau) *static_cast<T*>(out.tau) = static_cast<T>(tau / p.tau);
   if (out.displacements) {
     const Matrix<T> s{sums.s.get() + 1, p.B, p.m, M};
@@ -238,7 +259,15 @@ void finish(const Problem<T>& p, const Features<T>& features, const Gradients& o
       const Matrix<T> s{sums.s.get() + begin * M + 1, rows, p.m, M}, structure{p.delta, p.m, p.d, p.d};
       add_product(s, structure, g);
     }
-    kernels<T>().project(g, features.f() + begin * p.d, rows, p.d, features.rnorm.get() + begin);
+    if (p.table_slots) {  // what the features' norm takes away includes the tables' terms
+      for (int64_t i = begin; i < end; ++i) {
+        const T r = features.rnorm[i];
+        const T along = r >= static_cast<T>(1 / kMinNorm) ? 0 : static_cast<T>(sums.moments[i]) * r * r;
+        for (int64_t e = 0; e < p.d; ++e) g[(i - begin) * p.d + e] -= along * features.f()[i * p.d + e];
+      }
+    } else {
+      kernels<T>().project(g, features.f() + begin * p.d, rows, p.d, features.rnorm.get() + begin);
+    }
     kernels<T>().store(g, rows * p.d, p.input.format, at(out.input, p.input, begin));
   });
 }

@@ -70,7 +70,8 @@ struct Stored {
 };
 
 // The arguments of the operator. A class has M = m + 1 slots, its centre and the centre with each displacement; or,
-// where it has free_slots > 0, that many centres of its own and no displacements (sub-centres).
+// where it has free_slots > 0, that many centres of its own and no displacements (sub-centres); or, where it has
+// table_slots > 0, that many vectors by tables (tables.h), without displacements.
 template <class T>
 struct Problem {
   Stored input, centers;  // [B, d], [K, stored(), d]
@@ -78,7 +79,10 @@ struct Problem {
   int64_t B, K, d, m, free_slots;
   T tau;
   const T* norms = nullptr;  // [M, K]: R as center_norms() makes it, if that is known already
-  int64_t M() const { return free_slots ? free_slots : m + 1; }
+  int64_t table_slots = 0;
+  const T *x = nullptr, *y = nullptr;  // tables [B, M] and [2, M, K]
+  int64_t M() const { return free_slots ? free_slots : table_slots ? table_slots : m + 1; }
+  Tables<T> tables(int64_t i, int64_t k) const { return {x + i * M(), y + k, y + M() * K + k, M(), K}; }
   int64_t stored() const { return free_slots ? free_slots : 1; }  // vectors a class in centers
 };
 

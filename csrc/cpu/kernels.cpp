@@ -5,6 +5,7 @@
 #include "formats.h"
 #include "simd.h"
 #include "softmax.h"
+#include "tables.h"
 
 #define GISTOPS_JOIN_(a, b) a##b
 #define GISTOPS_JOIN(a, b) GISTOPS_JOIN_(a, b)
@@ -238,19 +239,10 @@ void project(T* g, const T* f, int64_t rows, int64_t d, const T* rnorm) {
 }
 
 template <class T>
-constexpr gistops::Kernels<T> kTable = {load_format<T>,
-                                        store_format<T>,
-                                        dots<T>,
-                                        pool<T>,
-                                        route<T>,
-                                        correct<T>,
-                                        project<T>,
-                                        log_sums<T>,
-                                        softmax<T>,
-                                        above<T>,
-                                        compete<T>,
-                                        select<T>,
-                                        GISTOPS_STRING(GISTOPS_ISA)};
+constexpr gistops::Kernels<T> kTable = {
+    load_format<T>, store_format<T>, dots<T>,        pool<T>,         route<T>,
+    correct<T>,     project<T>,      log_sums<T>,    softmax<T>,      above<T>,
+    compete<T>,     select<T>,       pool_tables<T>, route_tables<T>, GISTOPS_STRING(GISTOPS_ISA)};
 
 }  // namespace
 

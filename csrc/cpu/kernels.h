@@ -11,6 +11,13 @@ constexpr double kMinNorm = 1e-12;
 // Storage formats of input and centers; computation is in float, or in double if any of them is double.
 enum class Format { f32, f64, f16, bf16 };
 
+// Rank-2 terms (tables.h) of some rows and classes: x [rows, slots], y0 and y1 [slots, n] with row stride ld.
+template <class T>
+struct Tables {
+  const T *x, *y0, *y1;
+  int64_t slots, ld;
+};
+
 template <class T>
 struct Kernels {
   // x [n] in another format -> out [n], and back (rounding to nearest even).
@@ -61,6 +68,16 @@ struct Kernels {
 
   // out [rows, n], contiguous: h where slots says slot, else 0.
   void (*select)(const T* h, int64_t ld_h, const uint8_t* slots, int64_t ld, int64_t rows, int64_t n, int slot, T* out);
+
+  // logits[i, k] = scale[i] r[k] max_j (p[i, k] + x[i, 0] y0[j, k] + x[i, j] y1[j, k]), without tables in slot 0.
+  void (*pool_tables)(const T* p, int64_t ld_p, T* logits, uint8_t* slots, int64_t ld, int64_t rows, int64_t n,
+                      const Tables<T>& tables, const T* r, const T* scale);
+
+  // The routing of such a block: h = scale G r, skipped if null; the tables' gradients dx [rows, slots] and dy
+  // [slots, n], t[k] += sum over i of G logits, and moments[i] += sum over k of it. All are added to.
+  void (*route_tables)(const T* grad, const T* logits, int64_t ld, const uint8_t* slots, int64_t rows, int64_t n,
+                       const Tables<T>& tables, const T* r, const T* scale, T* h, int64_t ld_h, T* dx, T* dy0, T* dy1,
+                       int64_t ld_dy, T* t, double* moments);
 
   const char* name;
 };

@@ -11,6 +11,9 @@
 namespace gistops {
 namespace {
 
+// No displacements, [0, d].
+Tensor none(const Tensor& input) { return like(input, {0, input.dim() == 2 ? input.size(1) : 0}, input.scalar_type()); }
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_forward(const Tensor& input, const Tensor& centers,
                                                                  const Tensor& displacements, const Tensor& tau,
                                                                  bool /*allow_tf32*/) {
@@ -38,6 +41,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
   });
   return {gradients.input, gradients.centers, torch::stable::to(gradients.displacements, displacements.scalar_type()),
           torch::stable::to(gradients.tau, tau.scalar_type())};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> tabled_forward(const Tensor& input, const Tensor& centers, const Tensor& tau,
+                                                          const Tensor& feature_table, const Tensor& class_tables,
+                                                          bool /*allow_tf32*/) {
+  const Arguments a(input, centers, none(input), tau, feature_table, class_tables);
+  const Tensor logits = like(input, {a.B(), a.K()}, a.compute), slots = like(input, {a.B(), a.K()}, ScalarType::Byte);
+  const Tensor center_rnorms = like(input, {a.M(), a.K()}, a.compute), input_rnorms = like(input, {a.B()}, a.compute);
+  a.dispatch([&]<class T>(T) {
+    forward(a.problem<T>(), data<T>(logits), data<uint8_t>(slots), data<T>(center_rnorms), data<T>(input_rnorms));
+  });
+  return {logits, slots, center_rnorms, input_rnorms};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tabled_backward(
+    const Tensor& grad, const Tensor& input, const Tensor& centers, const Tensor& tau, const Tensor& feature_table,
+    const Tensor& class_tables, const Tensor& logits, const Tensor& slots, const Tensor& center_rnorms,
+    const Tensor& /*input_rnorms*/, bool need_input, bool need_centers, bool need_tau, bool /*allow_tf32*/) {
+  const Arguments a(input, centers, none(input), tau, feature_table, class_tables);
+  const Tensor G = a.checked(grad, {a.B(), a.K()}, a.compute, "grad"),
+               z = a.checked(logits, {a.B(), a.K()}, a.compute, "logits"),
+               j = a.checked(slots, {a.B(), a.K()}, ScalarType::Byte, "slots"),
+               R = a.checked(center_rnorms, {a.M(), a.K()}, a.compute, "center_rnorms");
+  const GradientTensors gradients(a, need_input, need_centers, false, need_tau);
+  a.dispatch([&]<class T>(T) {
+    backward(a.problem<T>(), values<T>(G), values<T>(z), values<uint8_t>(j), values<T>(R), gradients.out);
+  });
+  return {gradients.input, gradients.centers, torch::stable::to(gradients.tau, tau.scalar_type()), gradients.x,
+          gradients.y};
 }
 
 Tensor constellation_norms(const Tensor& centers, const Tensor& displacements) {
@@ -73,6 +105,8 @@ std::string cpu_capability() {
 STABLE_TORCH_LIBRARY_IMPL(gistops, CPU, m) {
   m.impl("constellation_forward", TORCH_BOX(&gistops::constellation_forward));
   m.impl("constellation_backward", TORCH_BOX(&gistops::constellation_backward));
+  m.impl("tabled_forward", TORCH_BOX(&gistops::tabled_forward));
+  m.impl("tabled_backward", TORCH_BOX(&gistops::tabled_backward));
   m.impl("constellation_norms", TORCH_BOX(&gistops::constellation_norms));
   m.impl("constellation_frozen_forward", TORCH_BOX(&gistops::constellation_frozen_forward));
 }

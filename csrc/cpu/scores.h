@@ -44,6 +44,8 @@ class Features {
           // A comparison would drop a NaN of slot j >= 1: it goes into the row's factor instead.
           for (int64_t j = 1; j <= p_.m; ++j)
             if (std::isnan(q[i * p_.M() + j])) scale[i] = std::numeric_limits<T>::quiet_NaN();
+          for (int64_t j = 0; j < p_.table_slots; ++j)
+            if (std::isnan(p_.x[i * p_.M() + j])) scale[i] = std::numeric_limits<T>::quiet_NaN();
         }
       }
     });
@@ -65,7 +67,7 @@ class ClassBlock {
   // Classes [first, first + n).
   void load(int64_t first, int64_t n) {
     constexpr int64_t kGroup = 16;  // rows converted and read again from L1
-    n_ = n;
+    first_ = first, n_ = n;
     cancelled_.clear();
     const int64_t begin = first * p_.stored(), vectors = n * p_.stored();
     const bool direct = p_.centers.template is<T>();
@@ -79,7 +81,9 @@ class ClassBlock {
       if (v == 0) w_ = w;
       kernels<T>().dots(w, rows, p_.d, p_.delta, p_.m, squares_.get() + v, dots_.get() + v * p_.m, p_.m);
     }
-    p_.free_slots ? free_norms() : shared_norms();
+    if (p_.free_slots) return free_norms();
+    shared_norms();
+    if (p_.table_slots) table_norms();
   }
 
   // What load made, for another time: R [M, K] at these classes, negative for all pairs of a class to be scored apart.
@@ -102,6 +106,9 @@ class ClassBlock {
       return;
     }
     const Product<T> product(f, vectors(0).t(), logits, ld);
+    if (p_.table_slots)
+      return kernels<T>().pool_tables(product.data, product.ld, logits, slots, ld, rows, n_, p_.tables(i, first_),
+                                      r_.get(), scale);
     kernels<T>().pool(product.data, product.ld, logits, slots, ld, rows, n_, features_.q.get() + i * p_.M(), r_.get(),
                       size_, p_.M(), scale);
     score_cancelled(f.data, rows, scale, logits, slots, ld);
@@ -128,6 +135,18 @@ class ClassBlock {
       }
       if (cancelled) cancelled_.push_back(k);
     }
+  }
+
+  // Rotations keep |w_k|: all slots have its norm.
+  void table_norms() {
+    for (int64_t k = 0; k < n_; ++k)
+      for (int64_t j = 1; j < p_.M(); ++j) {
+        const Tables<T> tables = p_.tables(0, first_ + k);
+        // As in Features: slot 0 carries NaN to the maximum.
+        if (std::isnan(tables.y0[j * tables.ld] + tables.y1[j * tables.ld]))
+          r_[k] = std::numeric_limits<T>::quiet_NaN();
+      }
+    for (int64_t j = 1; j < p_.M(); ++j) std::copy_n(r_.get(), n_, r_.get() + j * size_);
   }
 
   // From |w + delta|^2 = |w|^2 + 2 w.delta + |delta|^2.
@@ -174,7 +193,7 @@ class ClassBlock {
 
   const Problem<T>& p_;
   const Features<T>& features_;
-  int64_t size_, n_ = 0;
+  int64_t size_, first_ = 0, n_ = 0;
   Scratch<T> converted_, squares_, dots_, r_, product_;
   const T* w_ = nullptr;
   std::vector<int64_t> cancelled_;

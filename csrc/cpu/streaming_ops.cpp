@@ -57,88 +57,102 @@ Parking<T> parking(const Problem<T>& p, const Tensor* parked) {
   return parked ? Parking<T>(p, parked->mutable_data_ptr()) : Parking<T>();
 }
 
-std::tuple<Tensor, Tensor, Tensor> lse(const Tensor& input, const Tensor& centers, const Tensor& displacements,
-                                       const Tensor& tau, const std::optional<Tensor>& class_bias, const Tensor& target,
-                                       const std::optional<Tensor>& weight, int64_t ignore_index,
-                                       const Tensor* parked) {
-  const Arguments a(input, centers, displacements, tau);
-  const Terms t(a, class_bias, target, weight, ignore_index);
-  const Tensor lse = like(input, {a.B()}, a.compute), target_logits = like(input, {a.B()}, a.compute),
-               sums = like(input, {t.weight ? a.B() : 0}, a.compute);
-  if (parked) check_parked(a, *parked);
-  a.dispatch([&]<class T>(T) {
-    const Problem<T> p = a.problem<T>();
-    loss_forward(p, t.terms<T>(), parking(p, parked), data<T>(lse), data<T>(target_logits),
-                 t.weight ? data<T>(sums) : nullptr);
-  });
-  return {lse, target_logits, sums};
+using Optional = std::optional<Tensor>;
+using Lse = std::tuple<Tensor, Tensor, Tensor>;
+using LseGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// What the operators of the loss have in common: their arguments from input to ignore_index.
+struct Call {
+  Arguments a;
+  Terms t;
+  const Tensor *displacements, *tau;
+  const Optional* bias;
+
+  Call(const Tensor& input, const Tensor& centers, const Tensor& delta, const Tensor& temperature, const Optional& b,
+       const Optional& x, const Optional& y, const Tensor& target, const Optional& weight, int64_t ignore_index)
+      : a(input, centers, delta, temperature, x, y), t(a, b, target, weight, ignore_index), displacements(&delta),
+        tau(&temperature), bias(&b) {}
+
+  Lse forward(const Tensor* parked) const {
+    const Tensor lse = like(a.input, {a.B()}, a.compute), target_logits = like(a.input, {a.B()}, a.compute),
+                 sums = like(a.input, {t.weight ? a.B() : 0}, a.compute);
+    if (parked) check_parked(a, *parked);
+    a.dispatch([&]<class T>(T) {
+      const Problem<T> p = a.problem<T>();
+      loss_forward(p, t.terms<T>(), parking(p, parked), data<T>(lse), data<T>(target_logits),
+                   t.weight ? data<T>(sums) : nullptr);
+    });
+    return {lse, target_logits, sums};
+  }
+
+  LseGradients backward(const Tensor& grad_lse, const Tensor& grad_target, const Tensor& grad_sums, const Tensor& lse,
+                        bool need_input, bool need_centers, bool need_displacements, bool need_tau, bool need_bias,
+                        const Tensor* parked) const {
+    const Tensor of_lse = a.checked(grad_lse, {a.B()}, a.compute, "grad_lse"),
+                 of_target = a.checked(grad_target, {a.B()}, a.compute, "grad_target"),
+                 of_sums = a.checked(grad_sums, {t.weight ? a.B() : 0}, a.compute, "grad_sums"),
+                 sums = a.checked(lse, {a.B()}, a.compute, "lse");
+    if (parked) check_parked(a, *parked);
+    const GradientTensors g(a, need_input, need_centers, need_displacements, need_tau, parked);
+    const Tensor of_bias = like(a.input, {need_bias && *bias ? a.K() : 0}, a.compute);
+    a.dispatch([&]<class T>(T) {
+      const Problem<T> p = a.problem<T>();
+      const LossGrads<T> grads{values<T>(of_lse), values<T>(of_target), t.weight ? values<T>(of_sums) : nullptr};
+      loss_backward(p, t.terms<T>(), grads, values<T>(sums), parking(p, parked), g.out,
+                    of_bias.numel() ? data<T>(of_bias) : nullptr);
+    });
+    return {g.input,
+            g.centers,
+            torch::stable::to(g.displacements, displacements->scalar_type()),
+            torch::stable::to(g.tau, tau->scalar_type()),
+            *bias ? torch::stable::to(of_bias, (*bias)->scalar_type()) : of_bias,
+            g.x,
+            g.y};
+  }
+};
+
+Lse lse_forward(const Tensor& input, const Tensor& centers, const Tensor& displacements, const Tensor& tau,
+                Optional class_bias, Optional feature_table, Optional class_tables, const Tensor& target,
+                Optional weight, int64_t ignore_index, bool /*allow_tf32*/) {
+  return Call(input, centers, displacements, tau, class_bias, feature_table, class_tables, target, weight, ignore_index)
+      .forward(nullptr);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lse_gradients(
+Lse parked_lse_forward(const Tensor& input, const Tensor& centers, const Tensor& displacements, const Tensor& tau,
+                       Optional class_bias, Optional feature_table, Optional class_tables, const Tensor& target,
+                       Optional weight, int64_t ignore_index, const Tensor& parked) {
+  return Call(input, centers, displacements, tau, class_bias, feature_table, class_tables, target, weight, ignore_index)
+      .forward(&parked);
+}
+
+LseGradients lse_backward(const Tensor& grad_lse, const Tensor& grad_target, const Tensor& grad_sums,
+                          const Tensor& input, const Tensor& centers, const Tensor& displacements, const Tensor& tau,
+                          Optional class_bias, Optional feature_table, Optional class_tables, const Tensor& target,
+                          Optional weight, int64_t ignore_index, const Tensor& lse, bool need_input, bool need_centers,
+                          bool need_displacements, bool need_tau, bool need_bias, bool /*allow_tf32*/) {
+  return Call(input, centers, displacements, tau, class_bias, feature_table, class_tables, target, weight, ignore_index)
+      .backward(grad_lse, grad_target, grad_sums, lse, need_input, need_centers, need_displacements, need_tau,
+                need_bias, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> parked_lse_backward(
     const Tensor& grad_lse, const Tensor& grad_target, const Tensor& grad_sums, const Tensor& input,
-    const Tensor& centers, const Tensor& displacements, const Tensor& tau, const std::optional<Tensor>& class_bias,
-    const Tensor& target, const std::optional<Tensor>& weight, int64_t ignore_index, const Tensor& lse, bool need_input,
-    bool need_centers, bool need_displacements, bool need_tau, bool need_bias, const Tensor* parked) {
-  const Arguments a(input, centers, displacements, tau);
-  const Terms t(a, class_bias, target, weight, ignore_index);
-  const Tensor of_lse = a.checked(grad_lse, {a.B()}, a.compute, "grad_lse"),
-               of_target = a.checked(grad_target, {a.B()}, a.compute, "grad_target"),
-               of_sums = a.checked(grad_sums, {t.weight ? a.B() : 0}, a.compute, "grad_sums"),
-               sums = a.checked(lse, {a.B()}, a.compute, "lse");
-  if (parked) check_parked(a, *parked);
-  const GradientTensors gradients(a, need_input, need_centers, need_displacements, need_tau, parked);
-  const Tensor bias = like(input, {need_bias ? a.K() : 0}, a.compute);
-  a.dispatch([&]<class T>(T) {
-    const Problem<T> p = a.problem<T>();
-    const LossGrads<T> grads{values<T>(of_lse), values<T>(of_target), t.weight ? values<T>(of_sums) : nullptr};
-    loss_backward(p, t.terms<T>(), grads, values<T>(sums), parking(p, parked), gradients.out,
-                  need_bias ? data<T>(bias) : nullptr);
-  });
-  return {gradients.input, gradients.centers, torch::stable::to(gradients.displacements, displacements.scalar_type()),
-          torch::stable::to(gradients.tau, tau.scalar_type()),
-          need_bias && class_bias ? torch::stable::to(bias, class_bias->scalar_type()) : bias};
-}
-
-std::tuple<Tensor, Tensor, Tensor> lse_forward(const Tensor& input, const Tensor& centers, const Tensor& displacements,
-                                               const Tensor& tau, std::optional<Tensor> class_bias,
-                                               const Tensor& target, std::optional<Tensor> weight, int64_t ignore_index,
-                                               bool /*allow_tf32*/) {
-  return lse(input, centers, displacements, tau, class_bias, target, weight, ignore_index, nullptr);
-}
-
-std::tuple<Tensor, Tensor, Tensor> parked_lse_forward(const Tensor& input, const Tensor& centers,
-                                                      const Tensor& displacements, const Tensor& tau,
-                                                      std::optional<Tensor> class_bias, const Tensor& target,
-                                                      std::optional<Tensor> weight, int64_t ignore_index,
-                                                      const Tensor& parked) {
-  return lse(input, centers, displacements, tau, class_bias, target, weight, ignore_index, &parked);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lse_backward(
-    const Tensor& grad_lse, const Tensor& grad_target, const Tensor& grad_sums, const Tensor& input,
-    const Tensor& centers, const Tensor& displacements, const Tensor& tau, std::optional<Tensor> class_bias,
-    const Tensor& target, std::optional<Tensor> weight, int64_t ignore_index, const Tensor& lse, bool need_input,
-    bool need_centers, bool need_displacements, bool need_tau, bool need_bias, bool /*allow_tf32*/) {
-  return lse_gradients(grad_lse, grad_target, grad_sums, input, centers, displacements, tau, class_bias, target, weight,
-                       ignore_index, lse, need_input, need_centers, need_displacements, need_tau, need_bias, nullptr);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> parked_lse_backward(
-    const Tensor& grad_lse, const Tensor& grad_target, const Tensor& grad_sums, const Tensor& input,
-    const Tensor& centers, const Tensor& displacements, const Tensor& tau, std::optional<Tensor> class_bias,
-    const Tensor& target, std::optional<Tensor> weight, int64_t ignore_index, const Tensor& lse, bool need_input,
-    bool need_displacements, bool need_tau, bool need_bias, const Tensor& parked) {
-  const auto [of_input, of_centers, of_displacements, of_tau, of_bias] =
-      lse_gradients(grad_lse, grad_target, grad_sums, input, centers, displacements, tau, class_bias, target, weight,
-                    ignore_index, lse, need_input, true, need_displacements, need_tau, need_bias, &parked);
-  return {of_input, of_displacements, of_tau, of_bias};
+    const Tensor& centers, const Tensor& displacements, const Tensor& tau, Optional class_bias, Optional feature_table,
+    Optional class_tables, const Tensor& target, Optional weight, int64_t ignore_index, const Tensor& lse,
+    bool need_input, bool need_displacements, bool need_tau, bool need_bias, const Tensor& parked) {
+  const auto [of_input, of_centers, of_displacements, of_tau, of_bias, of_x, of_y] =
+      Call(input, centers, displacements, tau, class_bias, feature_table, class_tables, target, weight, ignore_index)
+          .backward(grad_lse, grad_target, grad_sums, lse, need_input, true, need_displacements, need_tau, need_bias,
+                    &parked);
+  return {of_input, of_displacements, of_tau, of_bias, of_x, of_y};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> best(const Tensor& input, const Tensor& centers, const Tensor& displacements,
-                                                const Tensor& tau, std::optional<Tensor> class_bias, int64_t k,
-                                                bool need_lse, bool /*allow_tf32*/, std::optional<Tensor> norms) {
-  const Arguments a(input, centers, displacements, tau);
-  const std::optional<Tensor> bias = of_classes(a, class_bias, "class_bias");
+                                                const Tensor& tau, Optional class_bias, Optional feature_table,
+                                                Optional class_tables, int64_t k, bool need_lse, bool /*allow_tf32*/,
+                                                Optional norms) {
+  const Arguments a(input, centers, displacements, tau, feature_table, class_tables);
+  const Optional bias = of_classes(a, class_bias, "class_bias");
   STD_TORCH_CHECK(k >= 1 && k <= a.K(), "gistops: expected 1 <= k <= ", a.K(), ", got ", k);
   const Tensor of_best = like(input, {a.B(), k}, a.compute), classes = like(input, {a.B(), k}, ScalarType::Long),
                slots = like(input, {a.B(), k}, ScalarType::Byte), lse = like(input, {need_lse ? a.B() : 0}, a.compute);

@@ -81,7 +81,30 @@ def subcenter_logits(input: Tensor, centers: Tensor, tau: Tensor) -> tuple[Tenso
         return tau.to(dtype).reshape(()) * best, slot.to(torch.uint8)
 
 
-def _logits(input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+def rotated_logits(
+    input: Tensor, centers: Tensor, displacements: Tensor, axis: Tensor, tau: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logits of centres [K, d] and their rotations from `axis` to each displacement, each written out as a matrix."""
+    wide = torch.float64 in (input.dtype, centers.dtype, displacements.dtype)
+    dtype = torch.float64 if wide else torch.float32
+    w = centers.to(dtype)
+    u = F.normalize(axis.to(dtype), dim=0, eps=1e-12)
+    vectors = [w]
+    for delta in F.normalize(displacements.to(dtype), dim=1, eps=1e-12):
+        c = delta @ u
+        rest = delta - c * u
+        s = rest.norm()
+        v = rest / s.clamp(min=1e-12)
+        turn = (c - 1) * (torch.outer(u, u) + torch.outer(v, v)) + s * (torch.outer(v, u) - torch.outer(u, v))
+        vectors.append(w + w @ turn.T)
+    return subcenter_logits(input, torch.stack(vectors, 1), tau)
+
+
+def _logits(
+    input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor, axis: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if axis is not None:
+        return rotated_logits(input, centers, displacements, axis, tau)
     if centers.dim() == 3:
         return subcenter_logits(input, centers, tau)
     return constellation_logits(input, centers, displacements, tau)
@@ -100,9 +123,10 @@ def cross_entropy(
     reduction: str,
     ignore_index: int,
     label_smoothing: float,
+    axis: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`F.cross_entropy` of logits that are held, and their log-sum-exp [B]; arguments as the public function's."""
-    logits, _ = _logits(input, centers, displacements, tau)
+    logits, _ = _logits(input, centers, displacements, tau, axis)
     if margin is not None:
         own = F.one_hot(torch.where(target == ignore_index, 0, target), centers.shape[0]).bool()
         scale = tau.to(logits.dtype).reshape(())
@@ -132,10 +156,16 @@ def cross_entropy(
 
 
 def topk(
-    input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor, class_bias: Tensor | None, k: int
+    input: Tensor,
+    centers: Tensor,
+    displacements: Tensor,
+    tau: Tensor,
+    class_bias: Tensor | None,
+    k: int,
+    axis: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The k largest logits of each row, their classes and slots, and the log-sum-exp of all."""
-    logits, slots = _logits(input, centers, displacements, tau)
+    logits, slots = _logits(input, centers, displacements, tau, axis)
     if class_bias is not None:
         logits = logits + class_bias.to(logits.dtype)
     order = logits.sort(dim=1, descending=True, stable=True).indices[:, :k]

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._checks import check_constellation, check_subcenters
+from .._checks import check_constellation, check_subcenters, check_transform
 from ..backends import reference
+from . import rotation
+
+Transform = Literal["translation", "rotation"]
 
 
 @overload
@@ -19,6 +22,8 @@ def constellation_logits(
     displacements: Tensor,
     tau: Tensor | float,
     *,
+    transform: Transform = "translation",
+    axis: Tensor | None = None,
     return_slots: Literal[False] = False,
     backend: str | None = None,
 ) -> Tensor: ...
@@ -31,6 +36,8 @@ def constellation_logits(
     displacements: Tensor,
     tau: Tensor | float,
     *,
+    transform: Transform = "translation",
+    axis: Tensor | None = None,
     return_slots: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -43,6 +50,8 @@ def constellation_logits(
     displacements: Tensor,
     tau: Tensor | float,
     *,
+    transform: Transform = "translation",
+    axis: Tensor | None = None,
     return_slots: bool,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -54,6 +63,8 @@ def constellation_logits(
     displacements: Tensor,
     tau: Tensor | float,
     *,
+    transform: Transform = "translation",
+    axis: Tensor | None = None,
     return_slots: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -67,6 +78,9 @@ def constellation_logits(
         centers: class centres w, [K, d]; the dtype may differ from input's.
         displacements: displacements δ shared by all classes, [m, d], 0 <= m <= 255. m = 0 is a cosine classifier.
         tau: temperature τ > 0, a tensor of one element, or a number.
+        transform: what a displacement does to a centre. "translation": w_k + δ_j. "rotation": w_k turned by the rotation
+            that takes `axis` to the direction of δ_j, in their plane (equations 8 and 9, read so that it is one).
+        axis: for a rotation, the direction u that all share, [d], floating; differentiable.
         return_slots: also return which vector won.
         backend: "cpu", "cuda", "triton", "reference", or None for the best one for input's device.
 
@@ -80,9 +94,18 @@ def constellation_logits(
         gistops.BackendUnavailable: the backend asked for cannot serve here.
     """
     tau = check_constellation(input, centers, displacements, tau)
+    check_transform(transform, axis, input)
     chosen = backends.choose(input.device.type, backend)
-    if chosen == "reference":
+    if chosen == "reference" and axis is not None:
+        logits, slots = reference.rotated_logits(input, centers, displacements, axis, tau)
+    elif chosen == "reference":
         logits, slots = reference.constellation_logits(input, centers, displacements, tau)
+    elif axis is not None:
+        prefix = "triton_" if chosen == "triton" else ""
+        forward = getattr(torch.ops.gistops, f"{prefix}tabled_forward").default
+        allow_tf32 = chosen != "cpu" and backends.allow_tf32()
+        both = rotation.tables(input, centers, displacements, axis)
+        logits, slots = forward(input, centers, tau, *both, allow_tf32)[:2]
     else:
         logits, slots = fused(chosen, input, centers, displacements, tau)
     return (logits, slots) if return_slots else logits

@@ -10,10 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from .._checks import check_class_vector, check_constellation, check_loss, check_subcenters
+from .._checks import (
+    check_class_vector,
+    check_constellation,
+    check_loss,
+    check_subcenters,
+    check_transform,
+)
 from ..backends import reference
 from ..operators.loss import ParkedLse, parks
-from .logits import family, no_displacements
+from . import rotation
+from .logits import Transform, family, no_displacements
 
 MarginKind = Literal["logit", "cosine", "angle"]
 
@@ -25,6 +32,8 @@ def constellation_cross_entropy(
     tau: Tensor | float,
     target: Tensor,
     *,
+    transform: Transform = "translation",
+    axis: Tensor | None = None,
     class_bias: Tensor | None = None,
     weight: Tensor | None = None,
     margin: Tensor | float | None = None,
@@ -40,10 +49,10 @@ def constellation_cross_entropy(
     A step's memory beyond the gradients does not grow with B·K. On the CPU it takes the three matrix products of a
     linear layer, as long as B is below 0.8 d (the scores wait where the gradient of the centres will lie); otherwise,
     and on GPUs, four. The sums are exact: no probability is left out. Differentiable once, in input, centers,
-    displacements, tau, class_bias, and a margin given as a tensor.
+    displacements, tau, axis, class_bias, and a margin given as a tensor.
 
     Args:
-        input, centers, displacements, tau, backend: as in `constellation_logits`.
+        input, centers, displacements, tau, transform, axis, backend: as in `constellation_logits`.
         target: classes, [B], int64 or int32, 0 to K - 1 or `ignore_index`.
         class_bias: added to the logits, [K], floating. With log class frequencies this is the balanced softmax (Ren et
             al., NeurIPS 2020), or logit adjustment (Menon et al., ICLR 2021).
@@ -67,6 +76,7 @@ def constellation_cross_entropy(
             which comes later, and does not know the position.
     """
     tau = check_constellation(input, centers, displacements, tau)
+    check_transform(transform, axis, input)
     return _cross_entropy(
         input,
         centers,
@@ -82,6 +92,7 @@ def constellation_cross_entropy(
         label_smoothing,
         return_lse,
         backend,
+        axis,
     )
 
 
@@ -136,6 +147,7 @@ def _cross_entropy(
     label_smoothing: float,
     return_lse: bool,
     backend: str | None,
+    axis: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     classes = centers.shape[0]
     target = check_loss(target, input, classes, margin_kind, reduction, ignore_index, label_smoothing)
@@ -161,6 +173,7 @@ def _cross_entropy(
             reduction,
             ignore_index,
             label_smoothing,
+            axis,
         )
     else:
         ignored = target == ignore_index
@@ -169,7 +182,7 @@ def _cross_entropy(
         if label_smoothing > 0:
             smoothed = input.new_ones(classes, dtype=torch.float32) if weight is None else weight
         others, logit, sums = _lse(
-            chosen, input, centers, displacements, tau, class_bias, target, smoothed, ignore_index
+            chosen, input, centers, displacements, tau, axis, class_bias, target, smoothed, ignore_index
         )
         lowered = logit
         if margin is not None:
@@ -203,12 +216,17 @@ def _lse(
     centers: Tensor,
     displacements: Tensor,
     tau: Tensor,
+    axis: Tensor | None,
     class_bias: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = (input, centers, displacements, tau, class_bias, target, weight)
+    both: tuple[Tensor | None, Tensor | None] = (None, None)
+    if axis is not None:
+        both = rotation.tables(input, centers, displacements, axis)
+        displacements = no_displacements(input)
+    arguments = (input, centers, displacements, tau, class_bias, *both, target, weight)
     if backend == "cpu" and parks(*arguments):
         made: tuple[Tensor, Tensor, Tensor] = ParkedLse.apply(*arguments, ignore_index)  # type: ignore[no-untyped-call]
         return made

@@ -6,9 +6,16 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._checks import check_class_vector, check_constellation, check_integer, check_subcenters
+from .._checks import (
+    check_class_vector,
+    check_constellation,
+    check_integer,
+    check_subcenters,
+    check_transform,
+)
 from ..backends import reference
-from .logits import family, no_displacements
+from . import rotation
+from .logits import Transform, family, no_displacements
 
 
 @torch.no_grad()
@@ -19,6 +26,8 @@ def constellation_topk(
     tau: Tensor | float,
     k: int,
     *,
+    transform: Transform = "translation",
+    axis: Tensor | None = None,
     class_bias: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
@@ -28,7 +37,7 @@ def constellation_topk(
     Not differentiable. Of equal logits the lowest class comes first; NaN counts as the largest, as in `torch.topk`.
 
     Args:
-        input, centers, displacements, tau, backend: as in `constellation_logits`.
+        input, centers, displacements, tau, transform, axis, backend: as in `constellation_logits`.
         k: number of classes, 1 to K.
         class_bias: added to the logits, [K], floating.
         return_lse: also return the log-sum-exp of all logits (with their bias): `(values - lse[:, None]).exp()` are
@@ -42,7 +51,8 @@ def constellation_topk(
         TypeError, ValueError, gistops.BackendUnavailable: as `constellation_logits`; the message names the argument.
     """
     tau = check_constellation(input, centers, displacements, tau)
-    return topk(input, centers, displacements, tau, k, class_bias, return_lse, backend)
+    check_transform(transform, axis, input)
+    return topk(input, centers, displacements, tau, k, class_bias, return_lse, backend, axis=axis)
 
 
 @torch.no_grad()
@@ -71,6 +81,7 @@ def topk(
     return_lse: bool,
     backend: str | None,
     norms: Tensor | None = None,
+    axis: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Arguments that were checked; norms: of `center_norms`, for the `cpu` backend."""
     classes = centers.shape[0]
@@ -81,10 +92,16 @@ def topk(
         check_class_vector("class_bias", class_bias, classes, input)
     chosen = backends.choose(input.device.type, backend)
     if chosen == "reference":
-        made = reference.topk(input, centers, displacements, tau, class_bias, k)
+        made = reference.topk(input, centers, displacements, tau, class_bias, k, axis)
     else:
         operator = getattr(torch.ops.gistops, f"{family(chosen)}_topk").default
         allow_tf32 = chosen != "cpu" and backends.allow_tf32()
-        made = operator(input, centers, displacements, tau, class_bias, k, return_lse, allow_tf32, norms)
+        both: tuple[Tensor | None, Tensor | None] = (None, None)
+        if axis is not None:
+            both = rotation.tables(input, centers, displacements, axis)
+            displacements = no_displacements(input)
+        made = operator(
+            input, centers, displacements, tau, class_bias, *both, k, return_lse, allow_tf32, norms
+        )
     values, best, slots, lse = made
     return (values, best, slots, lse) if return_lse else (values, best, slots)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from . import frozen, logits, loss, registry, streaming, topk
+from . import frozen, logits, loss, registry, streaming, tabled, topk
 
-__all__ = ["complete_compiled", "define", "logits", "loss", "registry", "streaming", "topk"]
+__all__ = ["complete_compiled", "define", "logits", "loss", "registry", "streaming", "tabled", "topk"]
 
 
 def complete_compiled(cuda: bool) -> None:
@@ -20,12 +20,15 @@ def complete_compiled(cuda: bool) -> None:
     logits.complete("constellation")
     loss.complete("constellation")
     topk.complete("constellation")
+    tabled.complete("")
     frozen.complete()
     if cuda:
         over = streaming.Streaming("constellation")
         registry.implement("constellation_lse_forward", over.lse_forward, "CUDA")
         registry.implement("constellation_lse_backward", over.lse_backward, "CUDA")
         registry.implement("constellation_topk", over.topk, "CUDA")
+        registry.implement("tabled_forward", over.tabled_forward, "CUDA")
+        registry.implement("tabled_backward", over.tabled_backward, "CUDA")
         logits.define("cuda_free", over.free_forward, over.free_backward, ("CUDA",))
 
 
@@ -38,5 +41,8 @@ def define(family: str, forward: logits.Kernel, backward: logits.Kernel, devices
     make(f"{family}_lse_forward", loss.FORWARD_SCHEMA, over.lse_forward)
     make(f"{family}_lse_backward", loss.BACKWARD_SCHEMA, over.lse_backward)
     make(f"{family}_topk", topk.SCHEMA, over.topk)
+    make(f"{family}_tabled_forward", tabled.FORWARD_SCHEMA, over.tabled_forward)
+    make(f"{family}_tabled_backward", tabled.BACKWARD_SCHEMA, over.tabled_backward)
+    tabled.complete(f"{family}_")
     loss.complete(family)
     topk.complete(family)

@@ -14,14 +14,15 @@ from . import registry
 #: As in csrc/schema.cpp, which says what they mean; a test compares them.
 FORWARD_SCHEMA = (
     "(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias,"
-    " Tensor target, Tensor? weight, int ignore_index, bool allow_tf32=False)"
-    " -> (Tensor lse, Tensor target_logits, Tensor sums)"
+    " Tensor? feature_table, Tensor? class_tables, Tensor target, Tensor? weight, int ignore_index,"
+    " bool allow_tf32=False) -> (Tensor lse, Tensor target_logits, Tensor sums)"
 )
 BACKWARD_SCHEMA = (
     "(Tensor grad_lse, Tensor grad_target, Tensor grad_sums, Tensor input, Tensor centers,"
-    " Tensor displacements, Tensor tau, Tensor? class_bias, Tensor target, Tensor? weight, int ignore_index,"
-    " Tensor lse, bool need_input, bool need_centers, bool need_displacements, bool need_tau, bool need_bias,"
-    " bool allow_tf32=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " Tensor displacements, Tensor tau, Tensor? class_bias, Tensor? feature_table, Tensor? class_tables,"
+    " Tensor target, Tensor? weight, int ignore_index, Tensor lse, bool need_input, bool need_centers,"
+    " bool need_displacements, bool need_tau, bool need_bias, bool allow_tf32=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -41,6 +42,8 @@ def _forward_fake(
     displacements: Tensor,
     tau: Tensor,
     class_bias: Tensor | None,
+    feature_table: Tensor | None,
+    class_tables: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
     ignore_index: int,
@@ -64,6 +67,8 @@ def _backward_fake(
     displacements: Tensor,
     tau: Tensor,
     class_bias: Tensor | None,
+    feature_table: Tensor | None,
+    class_tables: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
     ignore_index: int,
@@ -75,9 +80,14 @@ def _backward_fake(
     need_bias: bool,
     allow_tf32: bool = False,
 ) -> tuple[Tensor, ...]:
-    arguments = (input, centers, displacements, tau, lse if class_bias is None else class_bias)
-    needs = (need_input, need_centers, need_displacements, need_tau, need_bias and class_bias is not None)
-    return tuple(x.new_empty(x.shape if needed else (0,)) for x, needed in zip(arguments, needs, strict=True))
+    arguments = (input, centers, displacements, tau, class_bias, feature_table, class_tables)
+    needs = (need_input, need_centers, need_displacements, need_tau, need_bias, True, True)
+    return tuple(
+        lse.new_empty(0)
+        if x is None
+        else x.new_empty(x.shape if needed else (0,), dtype=lse.dtype if i > 4 else x.dtype)
+        for i, (x, needed) in enumerate(zip(arguments, needs, strict=True))
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -90,10 +100,9 @@ def _backward_of(family: str) -> Callable[..., tuple[Tensor | None, ...]]:
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, lse = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:5]
-        gradients = operator(*grads, *tensors, ctx.ignore_index, lse, *needs, ctx.allow_tf32)
-        chosen = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-        return *chosen, None, None, None, None
+        needs = ctx.needs_input_grad[:7]
+        gradients = operator(*grads, *tensors, ctx.ignore_index, lse, *needs[:5], ctx.allow_tf32)
+        return *_chosen(gradients, tensors, needs), None, None, None, None
 
     return backward
 
@@ -113,12 +122,24 @@ class ParkedLse(torch.autograd.Function):
         displacements: Tensor,
         tau: Tensor,
         class_bias: Tensor | None,
+        feature_table: Tensor | None,
+        class_tables: Tensor | None,
         target: Tensor,
         weight: Tensor | None,
         ignore_index: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         parked = torch.empty_like(centers, memory_format=torch.contiguous_format)
-        arguments = (input, centers, displacements, tau, class_bias, target, weight)
+        arguments = (
+            input,
+            centers,
+            displacements,
+            tau,
+            class_bias,
+            feature_table,
+            class_tables,
+            target,
+            weight,
+        )
         output = torch.ops.gistops.constellation_parked_lse_forward.default(*arguments, ignore_index, parked)
         ctx.save_for_backward(*arguments, output[0])
         ctx.ignore_index = ignore_index
@@ -130,18 +151,26 @@ class ParkedLse(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, lse = ctx.saved_tensors
         arguments = (*(g.contiguous() for g in grads), *tensors, ctx.ignore_index, lse)
-        needs = list(ctx.needs_input_grad[:5])
+        needs = ctx.needs_input_grad[:7]
         operators = torch.ops.gistops
         if ctx.parked and needs[1]:
             parked = ctx.parked.pop()
             gradients = operators.constellation_parked_lse_backward.default(
-                *arguments, needs[0], *needs[2:], parked
+                *arguments, needs[0], *needs[2:5], parked
             )
             gradients = (gradients[0], parked, *gradients[1:])
         else:
-            gradients = operators.constellation_lse_backward.default(*arguments, *needs)
-        chosen = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-        return *chosen, None, None, None
+            gradients = operators.constellation_lse_backward.default(*arguments, *needs[:5])
+        return *_chosen(gradients, tensors, needs), None, None, None
+
+
+def _chosen(
+    gradients: tuple[Tensor, ...], arguments: list[Tensor], needs: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """The gradients asked for, in their arguments' dtypes."""
+    return [
+        g.to(x.dtype) if needed else None for g, x, needed in zip(gradients, arguments, needs, strict=False)
+    ]
 
 
 def parks(*tensors: Tensor | None) -> bool:

@@ -27,29 +27,28 @@ def implement(name: str, kernel: Callable[..., Any], key: str) -> None:
     library.impl(name, kernel, key)
 
 
-def autocast(name: str) -> None:
-    """Give an operator whose first arguments are input, centers and displacements its rule under autocast.
+def autocast(name: str, operands: int = 3) -> None:
+    """Give an operator whose first arguments are input, centers and (3 operands) displacements its rule under autocast.
 
     As torch's own matrix products: low precision where it is faster. A GPU multiplies in the autocast dtype. The CPU
     kernels compute in float32 from any mix of dtypes, so a cast there would lose bits and gain no time. What comes out
     is float32 either way, and tau is never cast.
     """
     for device in ("CPU", "CUDA"):
-        implement(name, _autocast(name, device.lower()), f"Autocast{device}")
+        implement(name, _autocast(name, device.lower(), operands), f"Autocast{device}")
 
 
-def _autocast(name: str, device: str) -> Callable[..., Any]:
+def _autocast(name: str, device: str, operands: int) -> Callable[..., Any]:
     operator = getattr(torch.ops.gistops, name).default
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
-    def kernel(input: Tensor, centers: Tensor, displacements: Tensor, *others: Any) -> Any:
+    def kernel(*arguments: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(keys):
             if device == "cuda":
                 dtype = torch.get_autocast_dtype(device)
-                input, centers, displacements = (
-                    x if x.dtype == torch.float64 else x.to(dtype) for x in (input, centers, displacements)
-                )
-            return operator(input, centers, displacements, *others)
+                cast = (x if x.dtype == torch.float64 else x.to(dtype) for x in arguments[:operands])
+                arguments = (*cast, *arguments[operands:])
+            return operator(*arguments)
 
     return kernel
 

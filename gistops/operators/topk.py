@@ -9,8 +9,9 @@ from . import registry
 
 #: As in csrc/schema.cpp, which says what it means; a test compares them.
 SCHEMA = (
-    "(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias, int k,"
-    " bool need_lse=False, bool allow_tf32=False, Tensor? norms=None)"
+    "(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias,"
+    " Tensor? feature_table, Tensor? class_tables, int k, bool need_lse=False, bool allow_tf32=False,"
+    " Tensor? norms=None)"
     " -> (Tensor values, Tensor classes, Tensor slots, Tensor lse)"
 )
 
@@ -27,6 +28,8 @@ def _fake(
     displacements: Tensor,
     tau: Tensor,
     class_bias: Tensor | None,
+    feature_table: Tensor | None,
+    class_tables: Tensor | None,
     k: int,
     need_lse: bool = False,
     allow_tf32: bool = False,

@@ -1,0 +1,45 @@
+"""Rotations of class centres, as tables for the operators (GistNet, equations 8 and 9).
+
+The paper's g turns a centre in the plane of a shared direction u and a displacement. Read so that it is a rotation, with δ̂
+the unit vector of δ_j: c = u·δ̂, v the unit vector of δ̂ - c u, s = √(1 - c²), the angle from u to δ̂,
+
+    R_j = I + (c - 1)(u uᵀ + v vᵀ) + s (v uᵀ - u vᵀ)
+
+    f·R_j w = f·w + (f·u) A + (f·v) B,   A = (c - 1)(w·u) - s (w·v),   B = (c - 1)(w·v) + s (w·u),   |R_j w| = |w|
+
+so that no vector but w is ever multiplied with all features.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..operators.registry import compute_dtype
+
+
+def plane(displacements: Tensor, axis: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """u [d], v [m, d], cosines c [m] and sines s [m] of the rotations."""
+    u = F.normalize(axis, dim=0, eps=1e-12)
+    directions = F.normalize(displacements, dim=1, eps=1e-12)
+    c = directions @ u
+    rest = directions - c[:, None] * u
+    s = torch.linalg.vector_norm(rest, dim=1)
+    return u, rest / s.clamp(min=1e-12)[:, None], c, s
+
+
+def tables(input: Tensor, centers: Tensor, displacements: Tensor, axis: Tensor) -> tuple[Tensor, Tensor]:
+    """feature_table [B, M] and class_tables [2, M, K] of `tabled_forward`; differentiable in all arguments."""
+    dtype = compute_dtype(input, centers, displacements)
+    device = input.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        u, v, c, s = plane(displacements.to(dtype), axis.to(dtype))
+        directions = torch.cat([u[None], v])  # [M, d]
+        x = input.to(dtype) @ directions.T
+        along, across = (directions @ centers.to(dtype).T).split([1, len(v)])  # w·u [1, K], w·v [m, K]
+        a = (c - 1)[:, None] * along - s[:, None] * across
+        b = (c - 1)[:, None] * across + s[:, None] * along
+        return x, F.pad(torch.stack([a, b]), (0, 0, 1, 0))
