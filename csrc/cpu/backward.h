@@ -184,7 +184,7 @@ class Worker {
     const int64_t M = p_.M();
     for (int64_t j = 0; j < M; ++j) {
       kernels<T>().select(h.data, h.ld, rows.slots, rows.ld, count, n, static_cast<int>(j), selected_.get());
-      const Matrix<T> hj{selected_.get(), count, n, n}, vectors{w + j * p_.d, n, p_.d, M * p_.d};
+      const Matrix<T> hj{selected_.get(), count, n, n}, vectors{pack_slot(p_, w, n, j, piece_.get()), n, p_.d, p_.d};
       if (out_.input) add_product(hj, vectors, g.get() + i * p_.d);
       if (!dw) continue;
       const Product<T> hf(hj.t(), features_.rows(i, count), piece_.get(), p_.d);

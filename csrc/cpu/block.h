@@ -86,6 +86,13 @@ struct Problem {
   int64_t stored() const { return free_slots ? free_slots : 1; }  // vectors a class in centers
 };
 
+// Free centres w [n, stored, d] of one slot, together: [n, d] in `packed`.
+template <class T>
+const T* pack_slot(const Problem<T>& p, const T* w, int64_t n, int64_t slot, T* packed) {
+  for (int64_t k = 0; k < n; ++k) std::copy_n(w + (k * p.stored() + slot) * p.d, p.d, packed + k * p.d);
+  return packed;
+}
+
 // Threads worth waking: one for kWork multiplications, some 40 us.
 constexpr int64_t kWork = 1 << 21;
 

@@ -105,8 +105,10 @@ inline bool use_onednn() {
 
 template <class T>
 bool worth_onednn(const Matrix<T>& a, const Matrix<T>& b) {
-  // Its call costs some 10 us, a thousandth of a block's product.
-  return sizeof(T) == sizeof(float) && a.height() * b.width() * a.width() >= (1 << 20) && use_onednn();
+  // Its call costs some 10 us, a thousandth of a block's product. With gaps between the rows of b it is a hundred times
+  // slower: it has no kernel for that but its reference.
+  return sizeof(T) == sizeof(float) && b.ld == b.cols && a.height() * b.width() * a.width() >= (1 << 20) &&
+         use_onednn();
 }
 
 // The product a b, wherever it was made: in c, or in memory of its own, held until this object goes.

@@ -62,7 +62,8 @@ class ClassBlock {
   // size: classes a block, at most; rows: features a call of score, at most.
   ClassBlock(const Problem<T>& p, const Features<T>& features, int64_t size, int64_t rows)
       : p_(p), features_(features), size_(size), converted_(p.centers.template scratch_elements<T>(size * p.stored())),
-        squares_(size * p.stored()), dots_(size * p.m), r_(size * p.M()), product_(p.free_slots ? rows * size : 0) {}
+        squares_(size * p.stored()), dots_(size * p.m), r_(size * p.M()), product_(p.free_slots ? rows * size : 0),
+        packed_(p.free_slots ? size * p.d : 0) {}
 
   // Classes [first, first + n).
   void load(int64_t first, int64_t n) {
@@ -99,13 +100,15 @@ class ClassBlock {
     const T* scale = features_.scale.get() + i;
     if (p_.free_slots) {
       for (int64_t j = 0; j < p_.M(); ++j) {
-        const Product<T> product(f, vectors(j).t(), product_.get(), n_);
+        const Matrix<T> vectors{pack_slot(p_, w_, n_, j, packed_.get()), n_, p_.d, p_.d};
+        const Product<T> product(f, vectors.t(), product_.get(), n_);
         kernels<T>().compete(product.data, product.ld, rows, n_, r_.get() + j * size_, static_cast<int>(j),
                              j + 1 == p_.M() ? scale : nullptr, logits, slots, ld);
       }
       return;
     }
-    const Product<T> product(f, vectors(0).t(), logits, ld);
+    const Matrix<T> classes{w_, n_, p_.d, p_.d};
+    const Product<T> product(f, classes.t(), logits, ld);
     if (p_.table_slots)
       return kernels<T>().pool_tables(product.data, product.ld, logits, slots, ld, rows, n_, p_.tables(i, first_),
                                       r_.get(), scale);
@@ -114,8 +117,6 @@ class ClassBlock {
     score_cancelled(f.data, rows, scale, logits, slots, ld);
   }
 
-  // The stored vectors of slot j, [n, d].
-  Matrix<T> vectors(int64_t j) const { return {w_ + j * p_.d, n_, p_.d, p_.stored() * p_.d}; }
   const T* w() const { return w_; }
   const T* r() const { return r_.get(); }  // [M, size]
 
@@ -194,7 +195,7 @@ class ClassBlock {
   const Problem<T>& p_;
   const Features<T>& features_;
   int64_t size_, first_ = 0, n_ = 0;
-  Scratch<T> converted_, squares_, dots_, r_, product_;
+  Scratch<T> converted_, squares_, dots_, r_, product_, packed_;
   const T* w_ = nullptr;
   std::vector<int64_t> cancelled_;
 };
