@@ -111,6 +111,17 @@ def check_class_vector(name: str, value: object, classes: int, input: Tensor) ->
     return value
 
 
+def check_some_classes(centers: Tensor) -> int:
+    """K, which is not 0.
+
+    Raises:
+        ValueError: it is.
+    """
+    if centers.shape[0] == 0:
+        raise ValueError(f"centers: expected at least one class, got shape {_shape(centers)}")
+    return centers.shape[0]
+
+
 def check_loss(
     target: object,
     input: Tensor,

@@ -14,6 +14,7 @@ from .._checks import (
     check_class_vector,
     check_constellation,
     check_loss,
+    check_some_classes,
     check_subcenters,
     check_transform,
 )
@@ -149,7 +150,7 @@ def _cross_entropy(
     backend: str | None,
     axis: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    classes = centers.shape[0]
+    classes = check_some_classes(centers)
     target = check_loss(target, input, classes, margin_kind, reduction, ignore_index, label_smoothing)
     for name, value in (("class_bias", class_bias), ("weight", weight)):
         if value is not None:

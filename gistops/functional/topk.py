@@ -10,6 +10,7 @@ from .._checks import (
     check_class_vector,
     check_constellation,
     check_integer,
+    check_some_classes,
     check_subcenters,
     check_transform,
 )
@@ -84,9 +85,7 @@ def topk(
     axis: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Arguments that were checked; norms: of `center_norms`, for the `cpu` backend."""
-    classes = centers.shape[0]
-    if classes == 0:
-        raise ValueError(f"centers: expected at least one class, got {list(centers.shape)}")
+    classes = check_some_classes(centers)
     k = check_integer("k", k, 1, classes)
     if class_bias is not None:
         check_class_vector("class_bias", class_bias, classes, input)

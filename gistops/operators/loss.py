@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import registry
 
@@ -147,19 +146,18 @@ class ParkedLse(torch.autograd.Function):
         return tuple(output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, lse = ctx.saved_tensors
         arguments = (*(g.contiguous() for g in grads), *tensors, ctx.ignore_index, lse)
         needs = ctx.needs_input_grad[:7]
         operators = torch.ops.gistops
-        if ctx.parked and needs[1]:
-            parked = ctx.parked.pop()
+        parked = ctx.parked.pop() if ctx.parked else None
+        if parked is not None and needs[1] and not torch.is_grad_enabled():
             gradients = operators.constellation_parked_lse_backward.default(
                 *arguments, needs[0], *needs[2:5], parked
             )
             gradients = (gradients[0], parked, *gradients[1:])
-        else:
+        else:  # this one knows what to say of second derivatives
             gradients = operators.constellation_lse_backward.default(*arguments, *needs[:5])
         return *_chosen(gradients, tensors, needs), None, None, None
 
@@ -175,7 +173,7 @@ def _chosen(
 
 def parks(*tensors: Tensor | None) -> bool:
     """Whether `ParkedLse` may serve: plain CPU tensors, in eager mode, and the centres (second) need a gradient."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return False
     centers = tensors[1]
     return (
