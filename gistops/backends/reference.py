@@ -130,7 +130,8 @@ def cross_entropy(
     if margin is not None:
         own = F.one_hot(torch.where(target == ignore_index, 0, target), centers.shape[0]).bool()
         scale = tau.to(logits.dtype).reshape(())
-        angle = (logits / scale).clamp(-1, 1).acos()
+        cosine_limit = 1 - torch.finfo(logits.dtype).eps  # acos has no finite derivative at 1
+        angle = (logits / scale).clamp(-cosine_limit, cosine_limit).acos()
         margin = torch.as_tensor(margin, dtype=logits.dtype, device=logits.device)
         lowered = {
             "logit": lambda: logits - margin,

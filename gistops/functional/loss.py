@@ -187,7 +187,9 @@ def _cross_entropy(
         )
         lowered = logit
         if margin is not None:
-            lowered = _lowered(logit, tau.to(logit.dtype).reshape(()), _of(margin, row), margin_kind)
+            margin = torch.as_tensor(margin, dtype=logit.dtype, device=logit.device)
+            own = margin[row] if margin.dim() > 0 else margin
+            lowered = _lowered(logit, tau.to(logit.dtype).reshape(()), own, margin_kind)
         bias = None if class_bias is None else class_bias.to(logit.dtype)
         score = lowered if bias is None else lowered + bias[row]
         loss = -F.logsigmoid(score - others)  # log(1 + Σ e^z / e^score): exact however small
@@ -241,17 +243,12 @@ def _lse(
     return made
 
 
-def _of(margin: Tensor | float, row: Tensor) -> Tensor | float:
-    return margin[row] if isinstance(margin, Tensor) and margin.dim() > 0 else margin
-
-
-def _lowered(logit: Tensor, tau: Tensor, margin: Tensor | float, kind: str) -> Tensor:
+def _lowered(logit: Tensor, tau: Tensor, margin: Tensor, kind: str) -> Tensor:
     """The target's logits [B] with their margins."""
     if kind == "logit":
         return logit - margin
     if kind == "cosine":
         return logit - tau * margin
-    margin = torch.as_tensor(margin, dtype=logit.dtype, device=logit.device)
     cosine = logit / tau
     sine = (1 - cosine * cosine).clamp(min=torch.finfo(logit.dtype).tiny).sqrt()
     turned = cosine * margin.cos() - sine * margin.sin()

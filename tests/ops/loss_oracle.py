@@ -66,6 +66,7 @@ class Call:
         tensors = sample.tensors(seed, requires_grad=False)
         target = torch.randint(0, sample.K, (sample.B,), generator=source)
         target[torch.rand(sample.B, generator=source) < options.ignored] = IGNORED
+        target[:1] = 0  # a mean needs one
         bias = torch.randn(sample.K, generator=source)
         margin = torch.rand(sample.K, generator=source) * 0.5
         weight = torch.rand(sample.K, generator=source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,7 +104,21 @@ def test_other_processors(choice: str, request: pytest.FixtureRequest) -> None:
         pytest.skip("already running under a forced choice")
     name, value = choice.split("=")
     environment = dict(os.environ) | {f"GISTOPS_CPU_{name}": value}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "logits or gradients or cancel"]
+    folder = Path(__file__).parent
+    files = [
+        __file__,
+        *(str(folder / f"test_{name}.py") for name in ("loss", "topk", "subcenter", "rotation")),
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        *files,
+        "-k",
+        "logits or gradients or cancel or values",
+    ]
     command.append(f"--seed={request.config.getoption('--seed')}")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
