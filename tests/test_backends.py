@@ -10,7 +10,7 @@ import torch
 import gistops
 from gistops import BackendUnavailable, backends
 from gistops.backends import native, triton
-from gistops.operators import logits, loss, topk
+from gistops.operators import logits, loss, tabled, topk
 
 x, w, delta, tau = torch.randn(3, 8), torch.randn(5, 8), torch.randn(2, 8), torch.tensor(16.0)
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -81,6 +81,9 @@ def test_the_python_schemas_are_those_of_the_library() -> None:
     for name, schema in schemas.items():
         compiled = getattr(torch.ops.gistops, f"constellation_{name}").default._schema
         assert torch._C.parse_schema(f"gistops::constellation_{name}{schema}") == compiled
+    for name, schema in (("forward", tabled.FORWARD_SCHEMA), ("backward", tabled.BACKWARD_SCHEMA)):
+        compiled = getattr(torch.ops.gistops, f"tabled_{name}").default._schema
+        assert torch._C.parse_schema(f"gistops::tabled_{name}{schema}") == compiled
 
 
 def test_importing_gistops_imports_no_triton() -> None:

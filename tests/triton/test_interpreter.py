@@ -1,4 +1,4 @@
-"""Runs test_exact.py under Triton's interpreter, in a process of its own.
+"""Runs test_exact.py and test_streaming.py under Triton's interpreter, in a process of its own.
 
 TRITON_INTERPRET must be set before the kernels are defined, and changes what `backend="triton"` means and what
 torch.compile finds: no other test may see it.
@@ -33,14 +33,14 @@ def test_kernels_under_the_interpreter(request: pytest.FixtureRequest, tmp_path:
     report = tmp_path / "report.xml"
     seed = f"--seed={request.config.getoption('--seed')}"
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
-    command += [str(HERE / "test_exact.py"), f"--junitxml={report}", seed]
+    command += [str(HERE / "test_exact.py"), str(HERE / "test_streaming.py"), f"--junitxml={report}", seed]
     environment = dict(os.environ) | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
         command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     counts = ElementTree.parse(report).getroot()[0].attrib
-    assert int(counts["tests"]) >= 70
+    assert int(counts["tests"]) >= 90
     assert all(int(counts[what]) == 0 for what in ("skipped", "failures", "errors")), counts
 
 
