@@ -174,19 +174,34 @@ def check_loss(
     return target.long()
 
 
-def check_transform(transform: str, axis: object, input: Tensor) -> None:
-    """Check what a displacement does, and the axis of a rotation. Raises as above."""
-    if transform not in ("translation", "rotation"):
-        raise ValueError(f"transform: expected 'translation' or 'rotation', got {transform!r}")
-    if transform == "translation":
-        if axis is not None:
-            raise ValueError("axis: expected None unless transform='rotation'")
-        return
-    axis = _floating("axis", axis)
-    if axis.shape != input.shape[1:]:
-        raise ValueError(f"axis: expected shape [{input.shape[1]}] to match input, got {_shape(axis)}")
-    if axis.device != input.device:
-        raise ValueError(f"axis: expected device {input.device} to match input, got {axis.device}")
+def check_transform(transform: str, axis: object, mlp: object, input: Tensor) -> None:
+    """Check what a displacement does, the axis of a rotation, and the weights of an MLP. Raises as above."""
+    if transform not in ("translation", "rotation", "mlp"):
+        raise ValueError(f"transform: expected 'translation', 'rotation' or 'mlp', got {transform!r}")
+    if transform != "rotation" and axis is not None:
+        raise ValueError("axis: expected None unless transform='rotation'")
+    if transform != "mlp" and mlp is not None:
+        raise ValueError("mlp: expected None unless transform='mlp'")
+    d = input.shape[1]
+    if transform == "rotation":
+        axis = _floating("axis", axis)
+        if axis.shape != (d,):
+            raise ValueError(f"axis: expected shape [{d}] to match input, got {_shape(axis)}")
+        if axis.device != input.device:
+            raise ValueError(f"axis: expected device {input.device} to match input, got {axis.device}")
+    if transform == "mlp":
+        if not isinstance(mlp, tuple) or len(mlp) != 2:
+            raise TypeError(f"mlp: expected a tuple of two tensors, got {type(mlp).__name__}")
+        first, second = _floating("mlp[0]", mlp[0]), _floating("mlp[1]", mlp[1])
+        if first.dim() != 2 or first.shape[0] < 1 or first.shape[1] != 2 * d:
+            raise ValueError(f"mlp[0]: expected shape [h, {2 * d}] with h >= 1, got {_shape(first)}")
+        if second.shape != (d, first.shape[0]):
+            raise ValueError(f"mlp[1]: expected shape [{d}, {first.shape[0]}], got {_shape(second)}")
+        for i, value in enumerate(mlp):
+            if value.device != input.device:
+                raise ValueError(
+                    f"mlp[{i}]: expected device {input.device} to match input, got {value.device}"
+                )
 
 
 def check_integer(name: str, value: object, low: int, high: int | None = None) -> int:

@@ -34,6 +34,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table = dict(torch.export.default_decompositions().items())
     table[operators.constellation_forward.default] = _forward
     table[operators.constellation_frozen_forward.default] = _frozen_forward
+    table[operators.tabled_forward.default] = _tabled_forward
     return table
 
 
@@ -56,15 +57,18 @@ def _forward(
             vectors, score = w + delta[j - 1], product + f @ delta[j - 1][:, None]
         rnorms.append(vectors.square().sum(1).sqrt().clamp(min=1e-12).reciprocal())
         score = score * rnorms[-1]
-        if best is None or slot is None:
-            best, slot = score, torch.zeros_like(score, dtype=torch.int32)
-        else:
-            wins = score > best
-            best, slot = torch.where(wins, score, best), torch.where(wins, j, slot)
+        best, slot = _better(score, j, best, slot)
     assert best is not None
     assert slot is not None
     logits = best * (tau.to(dtype) * rnorm[:, None])
     return logits, slot.to(torch.uint8), torch.stack(rnorms), rnorm
+
+
+def _better(score: Tensor, j: int, best: Tensor | None, slot: Tensor | None) -> tuple[Tensor, Tensor]:
+    if best is None or slot is None:
+        return score, torch.zeros_like(score, dtype=torch.int32)
+    wins = score > best
+    return torch.where(wins, score, best), torch.where(wins, j, slot)
 
 
 def _frozen_forward(
@@ -72,3 +76,23 @@ def _frozen_forward(
 ) -> tuple[Tensor, Tensor]:
     logits, slots, _, _ = _forward(input, centers, displacements, tau)
     return logits, slots
+
+
+def _tabled_forward(
+    input: Tensor,
+    centers: Tensor,
+    tau: Tensor,
+    feature_table: Tensor,
+    class_tables: Tensor,
+    allow_tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(input, centers)
+    f, w, x, y = (t.to(dtype) for t in (input, centers, feature_table, class_tables))
+    rnorm, center_rnorm = (t.square().sum(1).sqrt().clamp(min=1e-12).reciprocal() for t in (f, w))
+    product = f @ w.T
+    best, slot = _better(product, 0, None, None)
+    for j in range(1, x.shape[1]):
+        score = product + x[:, :1] * y[0, j] + x[:, j : j + 1] * y[1, j]
+        best, slot = _better(score, j, best, slot)
+    logits = best * (tau.to(dtype) * rnorm[:, None] * center_rnorm)
+    return logits, slot.to(torch.uint8), center_rnorm.expand(x.shape[1], -1), rnorm

@@ -15,6 +15,8 @@ HEADS = {
     "constellation": lambda: ConstellationClassifier(24, 53),
     "no displacements": lambda: ConstellationClassifier(24, 53, 0),
     "frozen": lambda: ConstellationClassifier(24, 53).freeze(),
+    "rotation": lambda: ConstellationClassifier(24, 53, transform="rotation"),
+    "mlp": lambda: ConstellationClassifier(24, 53, transform="mlp"),
     "free centres": lambda: SubcenterClassifier(24, 53),
     "frozen free centres": lambda: SubcenterClassifier(24, 53).freeze(),
 }

@@ -100,11 +100,36 @@ def rotated_logits(
     return subcenter_logits(input, torch.stack(vectors, 1), tau)
 
 
-def _logits(
-    input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor, axis: Tensor | None
+def mlp_logits(
+    input: Tensor, centers: Tensor, displacements: Tensor, mlp: tuple[Tensor, Tensor], tau: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Logits of centres [K, d] and of w + B relu(A [ŵ; δ_j]), with A [h, 2d] and B [d, h]."""
+    wide = torch.float64 in (input.dtype, centers.dtype, displacements.dtype, mlp[0].dtype, mlp[1].dtype)
+    dtype = torch.float64 if wide else torch.float32
+    device = input.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        w, first, second = centers.to(dtype), mlp[0].to(dtype), mlp[1].to(dtype)
+        unit = F.normalize(w, dim=1, eps=1e-12)
+        vectors = [w]
+        for delta in displacements.to(dtype):
+            both = torch.cat([unit, delta.expand_as(unit)], dim=1)
+            vectors.append(w + (both @ first.T).relu() @ second.T)
+    return subcenter_logits(input, torch.stack(vectors, 1), tau)
+
+
+def logits(
+    input: Tensor,
+    centers: Tensor,
+    displacements: Tensor,
+    tau: Tensor,
+    axis: Tensor | None = None,
+    mlp: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """logits and slots, whatever the displacements do."""
     if axis is not None:
         return rotated_logits(input, centers, displacements, axis, tau)
+    if mlp is not None:
+        return mlp_logits(input, centers, displacements, mlp, tau)
     if centers.dim() == 3:
         return subcenter_logits(input, centers, tau)
     return constellation_logits(input, centers, displacements, tau)
@@ -124,36 +149,37 @@ def cross_entropy(
     ignore_index: int,
     label_smoothing: float,
     axis: Tensor | None = None,
+    mlp: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`F.cross_entropy` of logits that are held, and their log-sum-exp [B]; arguments as the public function's."""
-    logits, _ = _logits(input, centers, displacements, tau, axis)
+    scores, _ = logits(input, centers, displacements, tau, axis, mlp)
     if margin is not None:
         own = F.one_hot(torch.where(target == ignore_index, 0, target), centers.shape[0]).bool()
-        scale = tau.to(logits.dtype).reshape(())
-        cosine_limit = 1 - torch.finfo(logits.dtype).eps  # acos has no finite derivative at 1
-        angle = (logits / scale).clamp(-cosine_limit, cosine_limit).acos()
-        margin = torch.as_tensor(margin, dtype=logits.dtype, device=logits.device)
+        scale = tau.to(scores.dtype).reshape(())
+        cosine_limit = 1 - torch.finfo(scores.dtype).eps  # acos has no finite derivative at 1
+        angle = (scores / scale).clamp(-cosine_limit, cosine_limit).acos()
+        margin = torch.as_tensor(margin, dtype=scores.dtype, device=scores.device)
         lowered = {
-            "logit": lambda: logits - margin,
-            "cosine": lambda: logits - scale * margin,
+            "logit": lambda: scores - margin,
+            "cosine": lambda: scores - scale * margin,
             "angle": lambda: torch.where(
                 angle + margin > torch.pi,
-                logits - scale * margin * margin.sin(),
+                scores - scale * margin * margin.sin(),
                 scale * (angle + margin).cos(),
             ),
         }[margin_kind]()
-        logits = torch.where(own & (target != ignore_index)[:, None], lowered, logits)
+        scores = torch.where(own & (target != ignore_index)[:, None], lowered, scores)
     if class_bias is not None:
-        logits = logits + class_bias.to(logits.dtype)
+        scores = scores + class_bias.to(scores.dtype)
     loss = F.cross_entropy(
-        logits,
+        scores,
         target,
-        None if weight is None else weight.to(logits.dtype),
+        None if weight is None else weight.to(scores.dtype),
         reduction=reduction,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
     )
-    return loss, logits.logsumexp(1)
+    return loss, scores.logsumexp(1)
 
 
 def topk(
@@ -164,10 +190,11 @@ def topk(
     class_bias: Tensor | None,
     k: int,
     axis: Tensor | None = None,
+    mlp: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The k largest logits of each row, their classes and slots, and the log-sum-exp of all."""
-    logits, slots = _logits(input, centers, displacements, tau, axis)
+    scores, slots = logits(input, centers, displacements, tau, axis, mlp)
     if class_bias is not None:
-        logits = logits + class_bias.to(logits.dtype)
-    order = logits.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return logits.gather(1, order), order, slots.gather(1, order), logits.logsumexp(1)
+        scores = scores + class_bias.to(scores.dtype)
+    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return scores.gather(1, order), order, slots.gather(1, order), scores.logsumexp(1)

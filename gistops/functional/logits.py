@@ -10,9 +10,10 @@ from torch import Tensor
 from .. import backends
 from .._checks import check_constellation, check_subcenters, check_transform
 from ..backends import reference
+from . import mlp as networks
 from . import rotation
 
-Transform = Literal["translation", "rotation"]
+Transform = Literal["translation", "rotation", "mlp"]
 
 
 @overload
@@ -24,6 +25,7 @@ def constellation_logits(
     *,
     transform: Transform = "translation",
     axis: Tensor | None = None,
+    mlp: tuple[Tensor, Tensor] | None = None,
     return_slots: Literal[False] = False,
     backend: str | None = None,
 ) -> Tensor: ...
@@ -38,6 +40,7 @@ def constellation_logits(
     *,
     transform: Transform = "translation",
     axis: Tensor | None = None,
+    mlp: tuple[Tensor, Tensor] | None = None,
     return_slots: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -52,6 +55,7 @@ def constellation_logits(
     *,
     transform: Transform = "translation",
     axis: Tensor | None = None,
+    mlp: tuple[Tensor, Tensor] | None = None,
     return_slots: bool,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -65,6 +69,7 @@ def constellation_logits(
     *,
     transform: Transform = "translation",
     axis: Tensor | None = None,
+    mlp: tuple[Tensor, Tensor] | None = None,
     return_slots: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -80,7 +85,9 @@ def constellation_logits(
         tau: temperature τ > 0, a tensor of one element, or a number.
         transform: what a displacement does to a centre. "translation": w_k + δ_j. "rotation": w_k turned by the rotation
             that takes `axis` to the direction of δ_j, in their plane (equations 8 and 9, read so that it is one).
+            "mlp": w_k + B relu(A [w_k / |w_k|; δ_j]), the paper's learned g: m + 1 products instead of one, in chunks.
         axis: for a rotation, the direction u that all share, [d], floating; differentiable.
+        mlp: for an MLP, its weights A [h, 2 d] and B [d, h], floating; differentiable.
         return_slots: also return which vector won.
         backend: "cpu", "cuda", "triton", "reference", or None for the best one for input's device.
 
@@ -94,12 +101,12 @@ def constellation_logits(
         gistops.BackendUnavailable: the backend asked for cannot serve here.
     """
     tau = check_constellation(input, centers, displacements, tau)
-    check_transform(transform, axis, input)
+    check_transform(transform, axis, mlp, input)
     chosen = backends.choose(input.device.type, backend)
-    if chosen == "reference" and axis is not None:
-        logits, slots = reference.rotated_logits(input, centers, displacements, axis, tau)
-    elif chosen == "reference":
-        logits, slots = reference.constellation_logits(input, centers, displacements, tau)
+    if chosen == "reference":
+        logits, slots = reference.logits(input, centers, displacements, tau, axis, mlp)
+    elif mlp is not None:
+        logits, slots = networks.logits(chosen, input, centers, displacements, tau, mlp)
     elif axis is not None:
         prefix = "triton_" if chosen == "triton" else ""
         forward = getattr(torch.ops.gistops, f"{prefix}tabled_forward").default

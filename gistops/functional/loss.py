@@ -20,6 +20,7 @@ from .._checks import (
 )
 from ..backends import reference
 from ..operators.loss import ParkedLse, parks
+from . import mlp as networks
 from . import rotation
 from .logits import Transform, family, no_displacements
 
@@ -35,6 +36,7 @@ def constellation_cross_entropy(
     *,
     transform: Transform = "translation",
     axis: Tensor | None = None,
+    mlp: tuple[Tensor, Tensor] | None = None,
     class_bias: Tensor | None = None,
     weight: Tensor | None = None,
     margin: Tensor | float | None = None,
@@ -50,10 +52,10 @@ def constellation_cross_entropy(
     A step's memory beyond the gradients does not grow with B·K. On the CPU it takes the three matrix products of a
     linear layer, as long as B is below 0.8 d (the scores wait where the gradient of the centres will lie); otherwise,
     and on GPUs, four. The sums are exact: no probability is left out. Differentiable once, in input, centers,
-    displacements, tau, axis, class_bias, and a margin given as a tensor.
+    displacements, tau, axis, mlp, class_bias, and a margin given as a tensor.
 
     Args:
-        input, centers, displacements, tau, transform, axis, backend: as in `constellation_logits`.
+        input, centers, displacements, tau, transform, axis, mlp, backend: as in `constellation_logits`.
         target: classes, [B], int64 or int32, 0 to K - 1 or `ignore_index`.
         class_bias: added to the logits, [K], floating. With log class frequencies this is the balanced softmax (Ren et
             al., NeurIPS 2020), or logit adjustment (Menon et al., ICLR 2021).
@@ -77,7 +79,7 @@ def constellation_cross_entropy(
             which comes later, and does not know the position.
     """
     tau = check_constellation(input, centers, displacements, tau)
-    check_transform(transform, axis, input)
+    check_transform(transform, axis, mlp, input)
     return _cross_entropy(
         input,
         centers,
@@ -94,6 +96,7 @@ def constellation_cross_entropy(
         return_lse,
         backend,
         axis,
+        mlp,
     )
 
 
@@ -149,6 +152,7 @@ def _cross_entropy(
     return_lse: bool,
     backend: str | None,
     axis: Tensor | None = None,
+    mlp: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     classes = check_some_classes(centers)
     target = check_loss(target, input, classes, margin_kind, reduction, ignore_index, label_smoothing)
@@ -175,6 +179,7 @@ def _cross_entropy(
             ignore_index,
             label_smoothing,
             axis,
+            mlp,
         )
     else:
         ignored = target == ignore_index
@@ -183,7 +188,7 @@ def _cross_entropy(
         if label_smoothing > 0:
             smoothed = input.new_ones(classes, dtype=torch.float32) if weight is None else weight
         others, logit, sums = _lse(
-            chosen, input, centers, displacements, tau, axis, class_bias, target, smoothed, ignore_index
+            chosen, input, centers, displacements, tau, axis, mlp, class_bias, target, smoothed, ignore_index
         )
         lowered = logit
         if margin is not None:
@@ -220,6 +225,7 @@ def _lse(
     displacements: Tensor,
     tau: Tensor,
     axis: Tensor | None,
+    mlp: tuple[Tensor, Tensor] | None,
     class_bias: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
@@ -230,13 +236,17 @@ def _lse(
         both = rotation.tables(input, centers, displacements, axis)
         displacements = no_displacements(input)
     arguments = (input, centers, displacements, tau, class_bias, *both, target, weight)
-    if backend == "cpu" and parks(*arguments):
+    if backend == "cpu" and mlp is None and parks(*arguments):
         made: tuple[Tensor, Tensor, Tensor] = ParkedLse.apply(*arguments, ignore_index)  # type: ignore[no-untyped-call]
         return made
     if target.device.type == "cuda":
         inside = (target == ignore_index) | ((target >= 0) & (target < centers.shape[0]))
         torch._assert_async(
             inside.all(), f"target: expected 0 to {centers.shape[0] - 1} or ignore_index {ignore_index}"
+        )
+    if mlp is not None:
+        return networks.lse(
+            backend, input, centers, displacements, tau, mlp, class_bias, target, weight, ignore_index
         )
     operator = getattr(torch.ops.gistops, f"{family(backend)}_lse_forward").default
     made = operator(*arguments, ignore_index, backend != "cpu" and backends.allow_tf32())

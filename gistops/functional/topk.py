@@ -15,6 +15,7 @@ from .._checks import (
     check_transform,
 )
 from ..backends import reference
+from . import mlp as networks
 from . import rotation
 from .logits import Transform, family, no_displacements
 
@@ -29,6 +30,7 @@ def constellation_topk(
     *,
     transform: Transform = "translation",
     axis: Tensor | None = None,
+    mlp: tuple[Tensor, Tensor] | None = None,
     class_bias: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
@@ -38,7 +40,7 @@ def constellation_topk(
     Not differentiable. Of equal logits the lowest class comes first; NaN counts as the largest, as in `torch.topk`.
 
     Args:
-        input, centers, displacements, tau, transform, axis, backend: as in `constellation_logits`.
+        input, centers, displacements, tau, transform, axis, mlp, backend: as in `constellation_logits`.
         k: number of classes, 1 to K.
         class_bias: added to the logits, [K], floating.
         return_lse: also return the log-sum-exp of all logits (with their bias): `(values - lse[:, None]).exp()` are
@@ -52,8 +54,8 @@ def constellation_topk(
         TypeError, ValueError, gistops.BackendUnavailable: as `constellation_logits`; the message names the argument.
     """
     tau = check_constellation(input, centers, displacements, tau)
-    check_transform(transform, axis, input)
-    return topk(input, centers, displacements, tau, k, class_bias, return_lse, backend, axis=axis)
+    check_transform(transform, axis, mlp, input)
+    return topk(input, centers, displacements, tau, k, class_bias, return_lse, backend, axis=axis, mlp=mlp)
 
 
 @torch.no_grad()
@@ -83,6 +85,7 @@ def topk(
     backend: str | None,
     norms: Tensor | None = None,
     axis: Tensor | None = None,
+    mlp: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """Arguments that were checked; norms: of `center_norms`, for the `cpu` backend."""
     classes = check_some_classes(centers)
@@ -91,7 +94,9 @@ def topk(
         check_class_vector("class_bias", class_bias, classes, input)
     chosen = backends.choose(input.device.type, backend)
     if chosen == "reference":
-        made = reference.topk(input, centers, displacements, tau, class_bias, k, axis)
+        made = reference.topk(input, centers, displacements, tau, class_bias, k, axis, mlp)
+    elif mlp is not None:
+        made = networks.topk(chosen, input, centers, displacements, tau, mlp, class_bias, k, return_lse)
     else:
         operator = getattr(torch.ops.gistops, f"{family(chosen)}_topk").default
         allow_tf32 = chosen != "cpu" and backends.allow_tf32()

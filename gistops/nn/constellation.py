@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from .._checks import MAX_SLOTS, check_integer, check_positive
 from ..functional import constellation_cross_entropy, constellation_logits
+from ..functional.logits import Transform
 from .head import MaxCosineHead, compute_dtype, inverse_softplus
 from .usage import SlotUsage
 
@@ -31,6 +33,9 @@ class ConstellationClassifier(MaxCosineHead):
             large the two are equal and move alike. (Of log τ, a step of SGD would move τ some τ² times as far,
             at 16 until it runs away.) Keep it out of weight decay, which would pull τ down: it has one
             dimension, so the usual rule "no decay below two dimensions" does. (FSDP takes no scalars.)
+        axis: with `transform="rotation"`, the direction u that all rotations start from, [in_features]; random.
+        mlp_in, mlp_out: with `transform="mlp"`, A [hidden_features, 2 in_features] and B [in_features,
+            hidden_features]; random. Displacements then start at the centres' norm.
 
     A module cast to bfloat16 or float16 computes as exactly as one in float32 from rounded parameters, but
     small steps of an optimiser are lost in such parameters, in `raw_tau` above all: for training keep the
@@ -41,7 +46,11 @@ class ConstellationClassifier(MaxCosineHead):
         num_classes: number of classes K.
         num_displacements: number m of displacements, 0 to 255; the paper's best is 4.
         tau: initial temperature, above 0.
-        displacement_scale: initial norm of a displacement relative to a centre's, above 0.
+        displacement_scale: initial norm of a displacement relative to a centre's, above 0. Of an MLP, how far
+            it moves a centre at first.
+        transform: what a displacement does to a centre: "translation", "rotation" or "mlp", as in
+            `gistops.constellation_logits`.
+        hidden_features: width of the MLP's hidden layer; by default a quarter of `in_features`.
         device, dtype: of the parameters, as in `torch.nn.Linear`.
         backend: as in `gistops.constellation_logits`.
 
@@ -50,6 +59,9 @@ class ConstellationClassifier(MaxCosineHead):
     """
 
     displacements: nn.Parameter
+    axis: nn.Parameter
+    mlp_in: nn.Parameter
+    mlp_out: nn.Parameter
     _warned = False  # of displacements that do nothing
 
     def __init__(
@@ -60,11 +72,24 @@ class ConstellationClassifier(MaxCosineHead):
         *,
         tau: float = 16.0,
         displacement_scale: float = 0.1,
+        transform: Transform = "translation",
+        hidden_features: int | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__(in_features, num_classes, tau, backend)
+        if transform not in get_args(Transform):
+            names = ", ".join(map(repr, get_args(Transform)))
+            raise ValueError(f"transform: expected one of {names}, got {transform!r}")
+        if hidden_features is not None and transform != "mlp":
+            raise ValueError("hidden_features: expected None unless transform='mlp'")
+        self.transform = transform
+        self.hidden_features = check_integer(
+            "hidden_features",
+            max(1, self.in_features // 4) if hidden_features is None else hidden_features,
+            1,
+        )
         num_displacements = check_integer("num_displacements", num_displacements, 0, MAX_SLOTS - 1)
         self.displacement_scale = check_positive("displacement_scale", displacement_scale)
         self._make_parameters(self._parameter_shapes(num_displacements), device, dtype)
@@ -75,7 +100,14 @@ class ConstellationClassifier(MaxCosineHead):
             "centers": (self.num_classes, self.in_features),
             "displacements": (num_displacements, self.in_features),
             "raw_tau": (1,),
+            **{name: shape for name, shape in self._transform_shapes().items() if num_displacements},
         }
+
+    def _transform_shapes(self) -> dict[str, tuple[int, ...]]:
+        d, hidden = self.in_features, self.hidden_features
+        if self.transform == "rotation":
+            return {"axis": (d,)}
+        return {"mlp_in": (hidden, 2 * d), "mlp_out": (d, hidden)} if self.transform == "mlp" else {}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -83,13 +115,32 @@ class ConstellationClassifier(MaxCosineHead):
         nn.init.normal_(self.centers, std=self.in_features**-0.5)
         nn.init.constant_(self.raw_tau, inverse_softplus(self.initial_tau))
         directions = torch.randn_like(self.displacements, dtype=torch.float32)
-        self.displacements.copy_(self._scaled(directions, self.displacement_scale))
+        self.displacements.copy_(self._scaled(directions, self._initial_scale))
+        self._reset_transform(None)
+
+    @property
+    def _initial_scale(self) -> float:
+        return 1.0 if self.transform == "mlp" else self.displacement_scale
+
+    def _reset_transform(self, generator: torch.Generator | None) -> None:
+        """Draw what belongs to the transform; `generator`: on its own device, else the parameters' default one."""
+        hidden, d = self.hidden_features, self.in_features
+        # Of a sum of two unit vectors' products; and so that B relu(...) is displacement_scale of a centre's norm.
+        spread = {"mlp_out": self.displacement_scale * self._mean_norm() / math.sqrt(hidden * d)}
+        for name in self._transform_shapes():
+            if (own := getattr(self, name, None)) is not None:
+                device = own.device if generator is None else generator.device
+                drawn = torch.randn(own.shape, generator=generator, device=device)
+                own.copy_(drawn.to(own.device) * spread.get(name, 1.0))
+
+    def _mean_norm(self) -> Tensor:
+        centers = self.centers.detach()
+        norm = torch.linalg.vector_norm(centers, dim=1, dtype=compute_dtype(centers)).mean()
+        return torch.where(norm > 0, norm, 1.0)  # centres at zero must not make displacements of zero
 
     def _scaled(self, directions: Tensor, scale: float) -> Tensor:
         """`directions` [m, d] at norms of `scale` times the centres' mean norm, on the centres' device."""
-        centers = self.centers.detach()
-        norm = torch.linalg.vector_norm(centers, dim=1, dtype=compute_dtype(centers)).mean()
-        norm = torch.where(norm > 0, norm, 1.0)  # centres at zero must not make displacements of zero
+        norm = self._mean_norm()
         return F.normalize(directions.to(norm.device), dim=1) * (scale * norm)
 
     @property
@@ -113,19 +164,26 @@ class ConstellationClassifier(MaxCosineHead):
         """
         if frozen := self._frozen_logits(input):
             return frozen if return_slots else frozen[0]
-        return constellation_logits(
-            input, self.centers, self.displacements, self.tau, return_slots=return_slots, backend=self.backend
-        )
+        tensors = (input, self.centers, self.displacements, self.tau)
+        options = self._transform()
+        return constellation_logits(*tensors, return_slots=return_slots, backend=self.backend, **options)
 
     def loss(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
-        return constellation_cross_entropy(  # type: ignore[return-value]
-            input, self.centers, self.displacements, self.tau, target, backend=self.backend, **options
-        )
+        tensors = (input, self.centers, self.displacements, self.tau)
+        options = self._transform() | options
+        return constellation_cross_entropy(*tensors, target, backend=self.backend, **options)  # type: ignore[return-value]
 
     loss.__doc__ = MaxCosineHead.loss.__doc__
 
     def _displacements(self, input: Tensor) -> Tensor:
         return self.displacements
+
+    def _transform(self) -> dict[str, Any]:
+        if not self.num_displacements or self.transform == "translation":
+            return {}
+        if self.transform == "rotation":
+            return {"transform": "rotation", "axis": self.axis}
+        return {"transform": "mlp", "mlp": (self.mlp_in, self.mlp_out)}
 
     @torch.no_grad()
     def add_displacements(
@@ -139,15 +197,15 @@ class ConstellationClassifier(MaxCosineHead):
         """Give a head made with `num_displacements=0` its displacements: the paper's second stage.
 
         All other parameters stay as they are. `displacements` becomes a new trainable parameter, on the
-        device and in the dtype of the old one: make the optimiser (and a DDP or FSDP wrapper) anew
+        device and in the dtype of the old one, and so do those of a rotation or an MLP: make the optimiser (and a DDP or FSDP wrapper) anew
         afterwards, or it will not be trained.
 
         Args:
             num: number of displacements, 1 to 255.
             values: initial displacements, [m, in_features], floating; m then counts instead of `num`. Without
                 them random directions are drawn, of norm `scale` times the mean norm of the centres.
-            scale: above 0; by default the module's `displacement_scale`.
-            generator: draws the directions, on its own device; by default the CPU's default generator, so
+            scale: above 0; by default what a new module's displacements have.
+            generator: draws all values, on its own device; by default the CPU's default generator, so
                 that the values do not depend on the module's device.
 
         Raises:
@@ -159,10 +217,11 @@ class ConstellationClassifier(MaxCosineHead):
                 f"add_displacements: expected a head made with num_displacements=0, this one has "
                 f"{self.num_displacements}; assign to .displacements.data to change their values"
             )
-        scale = self.displacement_scale if scale is None else check_positive("scale", scale)
+        scale = self._initial_scale if scale is None else check_positive("scale", scale)
+        generator = torch.default_generator if generator is None else generator
         if values is None:
             num = check_integer("num", num, 1, MAX_SLOTS - 1)
-            device = "cpu" if generator is None else generator.device
+            device = generator.device
             values = self._scaled(
                 torch.randn(num, self.in_features, generator=generator, device=device), scale
             )
@@ -176,6 +235,8 @@ class ConstellationClassifier(MaxCosineHead):
             )
         old = self.displacements
         self.displacements = nn.Parameter(values.detach().to(old.device, old.dtype, copy=True))
+        self._make_parameters(self._transform_shapes(), old.device, old.dtype)
+        self._reset_transform(generator)
         self._warn_if_zero()
 
     def slot_usage(self, input: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -195,6 +256,10 @@ class ConstellationClassifier(MaxCosineHead):
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, num_classes={self.num_classes}"
         text += f", num_displacements={self.num_displacements}"
+        if self.transform != "translation":
+            text += f", transform={self.transform!r}"
+        if self.transform == "mlp":
+            text += f", hidden_features={self.hidden_features}"
         return text if self.backend is None else f"{text}, backend={self.backend!r}"
 
     def _warn_if_zero(self) -> None:

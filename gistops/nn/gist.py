@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ class GistClassifier(ConstellationClassifier):
     | `centers` (w) | [num_classes, in_features] | balanced loss |
     | `random_centers` (v) | [num_classes, in_features] | random loss |
     | `displacements` (δ) | [num_displacements, in_features] | random loss; detached in the balanced one |
+    | `axis`; `mlp_in`, `mlp_out` | of a rotation; of an MLP | as δ |
     | `raw_tau` | [1] | balanced loss |
     | `raw_random_tau` | [1] | random loss |
 
@@ -58,9 +61,9 @@ class GistClassifier(ConstellationClassifier):
 
     def random_logits(self, input: Tensor) -> Tensor:
         """Logits of the random stream's centres v, [B, num_classes]; input as in `forward`."""
-        return constellation_logits(
-            input, self.random_centers, self.displacements, self.random_tau, backend=self.backend
-        )
+        tensors = (input, self.random_centers, self.displacements, self.random_tau)
+        logits: Tensor = constellation_logits(*tensors, backend=self.backend, **self._transform())
+        return logits
 
     def losses(
         self, x_balanced: Tensor, y_balanced: Tensor, x_random: Tensor, y_random: Tensor
@@ -86,22 +89,28 @@ class GistClassifier(ConstellationClassifier):
         if not torch.compiler.is_compiling() and not self._looked:
             self._looked = True  # once, because on a GPU the host must wait for the answer
             self._warn_if_zero()
+        transform = self._transform()
         balanced = (self.centers, self.displacements.detach(), self.tau)
         random = (self.random_centers, self.displacements, self.random_tau)
         return (
-            self._stream_loss("y_balanced", x_balanced, y_balanced, *balanced),
-            self._stream_loss("y_random", x_random, y_random, *random),
+            self._stream_loss("y_balanced", x_balanced, y_balanced, balanced, _detached(transform)),
+            self._stream_loss("y_random", x_random, y_random, random, transform),
         )
 
     def _stream_loss(
-        self, name: str, input: Tensor, target: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor
+        self,
+        name: str,
+        input: Tensor,
+        target: Tensor,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        transform: dict[str, Any],
     ) -> Tensor:
         _check_target(name, target, input.shape[0], self.num_classes)
         if target.is_floating_point():  # probabilities are as large as logits: hold both
-            logits = constellation_logits(input, centers, displacements, tau, backend=self.backend)
+            logits = constellation_logits(input, *tensors, backend=self.backend, **transform)
             return F.cross_entropy(logits, target.to(logits.dtype))
         return constellation_cross_entropy(  # type: ignore[return-value]
-            input, centers, displacements, tau, target, backend=self.backend
+            input, *tensors, target, backend=self.backend, **transform
         )
 
     def export(self) -> ConstellationClassifier:
@@ -116,13 +125,25 @@ class GistClassifier(ConstellationClassifier):
             self.num_displacements,
             tau=self.initial_tau,
             displacement_scale=self.displacement_scale,
+            transform=self.transform,
+            hidden_features=self.hidden_features if self.transform == "mlp" else None,
             device="meta",
             backend=self.backend,
         )
-        for name in ("centers", "displacements", "raw_tau"):
+        for name, _ in list(head.named_parameters()):
             own = getattr(self, name)
             setattr(head, name, nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad))
         return head.eval()
+
+
+def _detached(transform: dict[str, Any]) -> dict[str, Any]:
+    """The same, with its tensors detached."""
+    made = dict(transform)
+    if "axis" in made:
+        made["axis"] = made["axis"].detach()
+    if "mlp" in made:
+        made["mlp"] = tuple(t.detach() for t in made["mlp"])
+    return made
 
 
 def _check_target(name: str, target: object, batch: int, classes: int) -> None:

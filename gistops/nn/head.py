@@ -82,17 +82,23 @@ class MaxCosineHead(nn.Module):
     def _displacements(self, input: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def _transform(self) -> dict[str, Any]:
+        """Arguments that say what a displacement does, where it is no translation."""
+        return {}
+
     def _topk(self, input: Tensor, k: int, class_bias: Tensor | None, return_lse: bool) -> tuple[Tensor, ...]:
         displacements = self._displacements(input)
         tau = check_tensors(input, self.centers, displacements, self.tau)
-        norms = self._known_norms(input)
-        return topk(input, self.centers, displacements, tau, k, class_bias, return_lse, self.backend, norms)
+        arguments = (input, self.centers, displacements, tau, k, class_bias, return_lse, self.backend)
+        transform = self._transform()
+        transform.pop("transform", None)
+        return topk(*arguments, self._known_norms(input), **transform)
 
     def freeze(self) -> MaxCosineHead:
         """Make the head ready for inference: eval mode, no gradients, and norms made once. Returns itself.
 
         Results stay the same, bit for bit. On GPUs, where the norms are made in the pass that makes the products, they
-        are not kept. `unfreeze()` ends it; parameters that are changed or moved meanwhile are noticed.
+        are not kept; nor for rotations and networks. `unfreeze()` ends it; parameters that are changed or moved meanwhile are noticed.
         """
         self.frozen = True
         self.eval().requires_grad_(False)
@@ -110,7 +116,8 @@ class MaxCosineHead(nn.Module):
     def _make_norms(self) -> None:
         displacements = self._displacements(self.centers)
         self._norms = None
-        if backends.choose(self.centers.device.type, self.backend) == "cpu" and not self.centers.is_meta:
+        cpu = not self.centers.is_meta and backends.choose(self.centers.device.type, self.backend) == "cpu"
+        if cpu and not self._transform():
             self._norms = center_norms(self.centers, displacements)
         self._versions = self.centers._version, displacements._version
 

@@ -182,12 +182,7 @@ class Streaming:
         over = scorer(
             self.family, input, centers, displacements, tau, feature_table, class_tables, allow_tf32
         )
-        batch = input.shape[0]
-        best = (
-            input.new_empty(batch, 0, dtype=over.dtype),
-            input.new_empty(batch, 0, dtype=torch.int64),
-            input.new_empty(batch, 0, dtype=torch.uint8),
-        )
+        best: tuple[Tensor, ...] = ()
         parts = []
         for part in over.parts():
             z, slots = over.forward(part)[:2]
@@ -198,11 +193,10 @@ class Streaming:
             classes = torch.arange(part.start, part.stop, device=z.device).expand_as(z)
             values, order = _largest(z, k)
             some = (values, classes.gather(1, order), slots.gather(1, order))
-            joined = [torch.cat(pair, 1) for pair in zip(best, some, strict=True)]
-            order = _largest(joined[0], k)[1]
-            best = (joined[0].gather(1, order), joined[1].gather(1, order), joined[2].gather(1, order))
+            best = join_best(best, some, k)
         lse = torch.stack(parts).logsumexp(0) if need_lse else input.new_empty(0, dtype=over.dtype)
-        return *best, lse
+        values, best_classes, best_slots = best
+        return values, best_classes, best_slots, lse
 
 
 def _logits(over: Shared) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -242,6 +236,13 @@ def _others(z: Tensor, class_bias: Tensor | None, part: slice, place: Tensor, he
     if class_bias is not None:
         z = z + class_bias[part].to(z.dtype)
     return z.scatter(1, place, torch.where(here[:, None], _NONE, z.gather(1, place)))
+
+
+def join_best(best: tuple[Tensor, ...], more: tuple[Tensor, ...], k: int) -> tuple[Tensor, ...]:
+    """The k best of both, in order: scores, classes and slots [B, ·]; those of `best`, or nothing, come first."""
+    joined = [torch.cat(pair, 1) for pair in zip(best, more, strict=True)] if best else list(more)
+    order = _largest(joined[0], k)[1]
+    return tuple(x.gather(1, order) for x in joined)
 
 
 def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

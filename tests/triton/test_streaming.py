@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gistops.functional import mlp as networks
 from gistops.operators import chunks
 from tests.ops import test_loss as loss
 from tests.ops import test_loss_torch as in_torch
+from tests.ops import test_mlp as mlp
 from tests.ops import test_rotation as rotation
 from tests.ops import test_subcenter as subcenter
 from tests.ops import test_topk as topk
@@ -107,3 +109,10 @@ def test_rotations_in_pytorch(seed: int) -> None:
     rotation.test_a_displacement_along_the_axis_turns_nothing("triton", seed)
     rotation.test_zero_vectors("triton", seed)
     rotation.test_opcheck_gradcheck_and_compile("triton", seed)
+
+
+def test_vectors_of_a_network(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(networks, "CHUNK_ELEMENTS", 12 * 4 * 40)
+    mlp.test_logits(None, "triton", seed)
+    mlp.test_loss(True, "none", None, "triton", seed)
+    mlp.test_topk(None, "triton", seed)
