@@ -1,5 +1,7 @@
 """Peak memory of one form, alone in its process: `python -m bench.memory ours step 256x8142x2048` prints bytes.
 
+Instead of a step of logits (bench/forms.py) also "loss" and "topk" (bench/losses.py).
+
 Beyond what is there before the call: arguments, labels, and PyTorch with its thread pools, compiled code and BLAS
 buffers, which an earlier call has made. What that call freed is given back to the system first.
 """
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from . import losses
 from .forms import PASSES, Size, form, tensors
 
 
@@ -24,9 +27,9 @@ def _status(field: str) -> int:
 
 def peak(name: str, kind: str, size: Size) -> int:
     """Bytes of resident memory that one call adds at its peak."""
-    function = form(name)
     arguments = tensors(size)
-    run = PASSES[kind](function, arguments)
+    runs = {"loss": losses.loss_step, "topk": losses.topk}
+    run = runs[kind](name, arguments) if kind in runs else PASSES[kind](form(name), arguments)
     run()
     for argument in arguments:
         argument.grad = None

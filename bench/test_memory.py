@@ -10,19 +10,44 @@ import pytest
 
 from .conftest import Rows
 from .forms import NAMES, PASSES, Size
+from .losses import BEST, LOSSES, TOPK, why_not
+
+LINUX = Path("/proc/self/clear_refs").exists()
+needs_proc = pytest.mark.skipif(not LINUX, reason="peak memory is read from Linux's /proc")
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"
-)
-@pytest.mark.parametrize("kind", PASSES)
-@pytest.mark.parametrize("name", NAMES)
-def test_peak(size: Size, name: str, kind: str, rows: Rows) -> None:
+def peak(size: Size, name: str, kind: str) -> int:
     command = [sys.executable, "-m", "bench.memory", name, kind, f"{size.B}x{size.K}x{size.d}x{size.m}"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    peak = int(done.stdout)
+    return int(done.stdout)
+
+
+@needs_proc
+@pytest.mark.parametrize("kind", PASSES)
+@pytest.mark.parametrize("name", NAMES)
+def test_peak(size: Size, name: str, kind: str, rows: Rows) -> None:
+    added = peak(size, name, kind)
     title = f"Peak memory of a {kind} beyond its arguments, as a multiple of the logits' size"
-    rows.add(title, name, str(size), f"{peak / (4 * size.B * size.K):.2f} ({peak / 2**20:.0f} MiB)")
+    rows.add(title, name, str(size), f"{added / (4 * size.B * size.K):.2f} ({added / 2**20:.0f} MiB)")
+
+
+@needs_proc
+@pytest.mark.parametrize("name", LOSSES)
+def test_peak_of_a_loss(size: Size, name: str, rows: Rows) -> None:
+    if reason := why_not(name):
+        pytest.skip(reason)
+    gradients = 4 * (size.d * (size.B + size.K + size.m) + 1)
+    added = peak(size, name, "loss") - gradients
+    title = "Peak memory of a loss and its backward beyond arguments and gradients, of the logits' size"
+    rows.add(title, name, str(size), f"{added / (4 * size.B * size.K):.1%} ({added / 2**20:.0f} MiB)")
+
+
+@needs_proc
+@pytest.mark.parametrize("name", TOPK)
+def test_peak_of_the_best_classes(size: Size, name: str, rows: Rows) -> None:
+    added = peak(size, name, "topk")
+    title = f"Peak memory of the best {BEST} classes beyond the arguments, of the logits' size"
+    rows.add(title, name, str(size), f"{added / (4 * size.B * size.K):.1%} ({added / 2**20:.0f} MiB)")

@@ -70,13 +70,16 @@ class Saved {
 template <class T, class Source>
 class Worker {
  public:
-  Worker(const Problem<T>& p, const Features<T>& features, const Gradients& out, int64_t size, Source source)
-      : g(out.input ? p.B * p.d : 0), s((out.input || out.displacements) && p.m ? p.B * p.M() : 0),
-        dd(out.displacements ? p.m * p.d : 0), dx(p.table_slots ? p.B * p.M() : 0), moments(p.table_slots ? p.B : 0),
-        p_(p), features_(features), out_(out), size_(size), source_(std::move(source)),
-        products_(out.input || out.centers), corrections_(out.centers || out.displacements || p.table_slots),
-        in_place_(p.centers.template is<T>()), h_(products_ ? std::min(kRows, p.B) * size : 0),
-        t_(corrections_ ? p.M() * size : 0), block_dd_(out.displacements ? p.m * p.d : 0),
+  // first: it makes its share of the features' gradient where the sum will be, if the types allow.
+  Worker(const Problem<T>& p, const Features<T>& features, const Gradients& out, int64_t size, Source source,
+         bool first)
+      : g(out.input ? p.B * p.d : 0, first && p.input.template is<T>() ? static_cast<T*>(out.input) : nullptr),
+        s((out.input || out.displacements) && p.m ? p.B * p.M() : 0), dd(out.displacements ? p.m * p.d : 0),
+        dx(p.table_slots ? p.B * p.M() : 0), moments(p.table_slots ? p.B : 0), p_(p), features_(features), out_(out),
+        size_(size), source_(std::move(source)), products_(out.input || out.centers),
+        corrections_(out.centers || out.displacements || p.table_slots), in_place_(p.centers.template is<T>()),
+        h_(products_ ? std::min(kRows, p.B) * size : 0), t_(corrections_ ? p.M() * size : 0),
+        block_dd_(out.displacements ? p.m * p.d : 0),
         dw_(out.centers && (!in_place_ || Source::kParked) ? size * p.stored() * p.d : 0),
         dy_(2 * p.table_slots * size), piece_(p.free_slots ? size * p.d : 0),
         selected_(p.free_slots ? std::min(kRows, p.B) * size : 0) {
@@ -108,9 +111,11 @@ class Worker {
         add_free(h, rows, w, n, i, count, dw);
         continue;
       }
+      if (out_.input && apart.empty()) add_product(h, classes, g.get() + i * p_.d);  // first: hf keeps its memory
       if (dw && one_product) hf.emplace(h.t(), f, dw, p_.d);
       if (dw && !one_product) add_product(h.t(), f, dw);
-      if (!apart.empty()) add_apart(apart, rows, w, n, i, count);
+      if (apart.empty()) continue;
+      add_apart(apart, rows, w, n, i, count);
       if (out_.input) add_product(h, classes, g.get() + i * p_.d);
     }
     T* corrected = final && in_place_ ? static_cast<T*>(final) : dw;
@@ -268,7 +273,8 @@ void finish(const Problem<T>& p, const Features<T>& features, const Gradients& o
     } else {
       kernels<T>().project(g, features.f() + begin * p.d, rows, p.d, features.rnorm.get() + begin);
     }
-    kernels<T>().store(g, rows * p.d, p.input.format, at(out.input, p.input, begin));
+    void* final = at(out.input, p.input, begin);
+    if (g != final) kernels<T>().store(g, rows * p.d, p.input.format, final);
   });
 }
 
@@ -278,7 +284,7 @@ void backward(const Problem<T>& p, const Features<T>& features, const Gradients&
               int64_t count, Make source) {
   std::vector<Worker<T, decltype(source(0))>> shares;
   shares.reserve(count);
-  for (int64_t i = 0; i < count; ++i) shares.emplace_back(p, features, out, blocks.size, source(i));
+  for (int64_t i = 0; i < count; ++i) shares.emplace_back(p, features, out, blocks.size, source(i), i == 0);
   blocks.each(count, [&](int64_t i, int64_t k, int64_t n) { shares[i].run(k, n); });
   finish(p, features, out, shares);
 }

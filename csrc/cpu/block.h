@@ -13,9 +13,10 @@
 
 namespace gistops {
 
-constexpr int64_t kRows = 256;       // features a block: with kClasses, one block of scores stays in L2
-constexpr int64_t kClasses = 512;    // classes a block, at most
-constexpr int64_t kMinClasses = 64;  // fewer make the matrix product inefficient
+constexpr int64_t kRows = 256;         // features a block: with kClasses, one block of scores stays in L2
+constexpr int64_t kClasses = 512;      // classes a block, at most
+constexpr int64_t kLossClasses = 192;  // of a loss, whose scratch memory should be small: as fast
+constexpr int64_t kMinClasses = 64;    // fewer make the matrix product inefficient
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -28,6 +29,12 @@ class Scratch {
         data_(static_cast<T*>(std::aligned_alloc(64, ceil_div(std::max<int64_t>(n, 1) * sizeof(T), 64) * 64))) {
     if (!data_) throw std::bad_alloc();
   }
+  // Someone else's memory, if it is not null.
+  Scratch(int64_t n, T* lent) : Scratch(lent ? 0 : n) {
+    if (!lent) return;
+    size_ = n;
+    data_ = {lent, Free{false}};
+  }
   T* get() const { return data_.get(); }
   T& operator[](int64_t i) const { return data_.get()[i]; }
   void zero() const { std::fill_n(get(), size_, T(0)); }
@@ -37,7 +44,10 @@ class Scratch {
 
  private:
   struct Free {
-    void operator()(T* p) const { std::free(p); }
+    bool own = true;
+    void operator()(T* p) const {
+      if (own) std::free(p);
+    }
   };
   int64_t size_;
   std::unique_ptr<T[], Free> data_;
@@ -120,9 +130,9 @@ bool cancels(T square, T center_square, T delta_square) {
 // Classes in blocks of equal size, the same number for each thread.
 struct Partition {
   int64_t K, size, count;  // classes, classes a block, blocks
-  Partition(int64_t classes, int64_t stored, int64_t threads) : K(classes) {
+  Partition(int64_t classes, int64_t stored, int64_t threads, int64_t at_most = kClasses) : K(classes) {
     const int64_t per_thread = ceil_div(std::max<int64_t>(K, 1), threads);
-    const int64_t blocks = threads * ceil_div(per_thread, std::max(kClasses / stored, kMinClasses));
+    const int64_t blocks = threads * ceil_div(per_thread, std::max(at_most / stored, kMinClasses));
     size = std::max(kMinClasses, ceil_div(ceil_div(K, blocks), 16) * 16);
     count = ceil_div(K, size);
   }

@@ -38,6 +38,7 @@ struct Parking {
     rows = room >= p.B ? p.B : std::max<int64_t>(room, 0) / kRows * kRows;
   }
   bool holds(int64_t i) const { return i < rows; }
+  bool holds_all(int64_t B) const { return B > 0 && rows == B; }
   // All for the block of classes [k, k + n). Norms first: they and the scores stay aligned.
   T* norms(int64_t k) const { return reinterpret_cast<T*>(data + k * row_bytes); }
   T* scores(int64_t k, int64_t n, int64_t M, int64_t i) const { return norms(k) + (M + i) * n; }
@@ -78,8 +79,8 @@ template <class T>
 void loss_forward(const Problem<T>& p, const LossTerms<T>& terms, const Parking<T>& parking, T* lse, T* target_logits,
                   T* sums) {
   const Features<T> features(p);
-  const int64_t threads = workers(p), chunk = std::min(kRows, p.B);
-  const Partition blocks(p.K, p.stored(), threads);
+  const int64_t threads = workers(p), chunk = std::min(kRows, p.B), unparked = parking.holds_all(p.B) ? 0 : chunk;
+  const Partition blocks(p.K, p.stored(), threads, kLossClasses);
   struct Share {
     ClassBlock<T> block;
     Scratch<T> scores, weighed;  // [chunk, size], [chunk]
@@ -91,8 +92,8 @@ void loss_forward(const Problem<T>& p, const LossTerms<T>& terms, const Parking<
   std::vector<Share> shares;
   shares.reserve(count);
   for (int64_t i = 0; i < count; ++i) {
-    shares.push_back({ClassBlock<T>(p, features, blocks.size, chunk), Scratch<T>(chunk * blocks.size),
-                      Scratch<T>(chunk), Scratch<uint8_t>(chunk * blocks.size), Scratch<double>(sums ? p.B : 0),
+    shares.push_back({ClassBlock<T>(p, features, blocks.size, chunk), Scratch<T>(unparked * blocks.size),
+                      Scratch<T>(chunk), Scratch<uint8_t>(unparked * blocks.size), Scratch<double>(sums ? p.B : 0),
                       LogSums<T>(p.B)});
     shares[i].sums.zero();
   }
@@ -142,13 +143,14 @@ class LossSource {
              const T* lse, T* bias_gradient, const Parking<T>& parking, int64_t size)
       : p_(p), terms_(terms), grads_(grads), lse_(lse), bias_gradient_(bias_gradient), parking_(parking), size_(size),
         block_(p, features, size, std::min(kRows, p.B)), g_(std::min(kRows, p.B) * size),
-        scores_(std::min(kRows, p.B) * size), slots_(std::min(kRows, p.B) * size),
+        scores_(parking.holds_all(p.B) ? 0 : std::min(kRows, p.B) * size),
+        slots_(parking.holds_all(p.B) ? 0 : std::min(kRows, p.B) * size),
         converted_(p.centers.template scratch_elements<T>(size * p.stored())) {}
 
   const T* begin(int64_t k, int64_t n) {
     k_ = k, n_ = n;
     if (bias_gradient_) std::fill_n(bias_gradient_ + k, n, T(0));
-    again_ = parking_.rows < p_.B || p_.B == 0;
+    again_ = !parking_.holds_all(p_.B);
     if (again_) {
       block_.load(k, n);
       return block_.w();
@@ -193,7 +195,7 @@ void loss_backward(const Problem<T>& p, const LossTerms<T>& terms, const LossGra
                    const Parking<T>& parking, const Gradients& out, T* bias_gradient) {
   const Features<T> features(p);
   const int64_t threads = workers(p);
-  const Partition blocks(p.K, p.stored(), threads);
+  const Partition blocks(p.K, p.stored(), threads, kLossClasses);
   const int64_t count = std::clamp<int64_t>(blocks.count, 1, threads);
   const auto run = [&]<bool PARKED>() {
     backward(p, features, out, blocks, count, [&](int64_t) {
