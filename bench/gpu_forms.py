@@ -14,7 +14,7 @@ from gistops import backends
 
 from . import forms
 from .forms import Tensors
-from .gpu_plan import LOSSES, OURS
+from .gpu_plan import LOSSES, OURS, backend_of, is_ours
 
 Head = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # input, centers, displacements, tau -> logits
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # input, weight, labels -> mean loss
@@ -47,7 +47,7 @@ def make(name: str) -> Head:
 
 def why_not(name: str, device: str) -> str | None:
     """Why a form cannot be measured here, or None."""
-    backend = name.removesuffix(", m=0")
+    backend = backend_of(name)
     if backend in backends.NAMES:
         return backends.why_not(backend, device)
     if name.startswith("torch linear_cross_entropy") and not hasattr(F, "linear_cross_entropy"):
@@ -96,6 +96,21 @@ def _loss_step(name: str, arguments: Tensors) -> Callable[[], None]:
     return run
 
 
+def _our_loss_step(name: str, arguments: Tensors) -> Callable[[], None]:
+    x, w, delta, tau = arguments
+    labels, backend = forms.labels_of(arguments), backend_of(name)
+    delta = delta.detach()[:0] if name.endswith("m=0") else delta
+
+    def run() -> None:
+        for argument in arguments:
+            argument.grad = None
+        loss = gistops.constellation_cross_entropy(x, w, delta, tau, labels, backend=backend)
+        assert isinstance(loss, Tensor)
+        loss.backward()
+
+    return run
+
+
 def runner(name: str, kind: str, arguments: Tensors) -> tuple[Callable[[], object], Head | None]:
     """One call of a form's forward or step, and its head alone where it has one that makes the constellation's logits.
 
@@ -104,7 +119,10 @@ def runner(name: str, kind: str, arguments: Tensors) -> tuple[Callable[[], objec
         kind: "forward" or "step".
         arguments: input, centers, displacements, tau; a step leaves their gradients in them.
     """
-    if name in LOSSES and not name.endswith("m=0"):
+    if is_ours(name) and " loss" in name:
+        head = None if name.endswith("m=0") else constellation(backend_of(name))
+        return _our_loss_step(name, arguments), head
+    if name in LOSSES and not is_ours(name):
         return _loss_step(name, arguments), None
     head = make(name)
     same = name != "linear" and not name.endswith("m=0")

@@ -21,9 +21,12 @@ MAIN = Size(256, 8142, 2048)
 OURS = ("cuda", "triton")
 PLAIN = ("linear", *OURS, "direct")
 COMPILED = ("split compiled", "direct compiled")
-#: The loss without its logits: of a plain linear layer, and of cosines with a temperature, which is our head at m = 0.
+#: Our head at m = 0, which is cosines with a temperature.
+HELD = tuple(f"{name}, m=0" for name in OURS)
+#: The loss without its logits: ours, and of libraries that of a plain linear layer and of cosines; and HELD beside them.
 LOSSES = (
-    *(f"{name}, m=0" for name in OURS),
+    *HELD,
+    *(f"{name} loss{head}" for name in OURS for head in ("", ", m=0")),
     *(
         f"{name}{head}"
         for name in ("torch linear_cross_entropy", "CCE", "Liger")
@@ -114,7 +117,8 @@ def _plan() -> Iterator[Case]:
         if (precision, Size(B, K, d)) not in compared
     ]
     for precision, size in rest:
-        yield from _passes(precision, size, PLAIN, 0.5)
+        yield Case(precision, size, "forward", PLAIN, 0.5)
+        yield Case(precision, size, "step", PLAIN + tuple(f for f in LOSSES if f not in HELD), 0.5)
     for precision, size in rest:
         yield from _passes(precision, size, ("linear", *OURS, *COMPILED), 0.5, losses=False)
 
@@ -133,8 +137,17 @@ class Work(NamedTuple):
     bytes: int  # each input read once, each output written once
 
 
+def backend_of(form: str) -> str:
+    """The backend of a form of ours; of others, their name."""
+    return form.removesuffix(", m=0").removesuffix(" loss")
+
+
+def is_ours(form: str) -> bool:
+    return backend_of(form) in OURS
+
+
 def work(form: str, size: Size, kind: str, width: int) -> list[Work] | None:
-    """The phases of one form; None for the forms that make no logits.
+    """The phases of one form; None for the libraries' losses.
 
     Every form of the constellation is held against the same count, that of the fused algebra: one large product and
     thin ones. A form that does more work than that is further from its roofline, as it should be.
@@ -145,7 +158,7 @@ def work(form: str, size: Size, kind: str, width: int) -> list[Work] | None:
         kind: "forward" or "step".
         width: bytes of an element of input, centres and displacements.
     """
-    if form in LOSSES and not form.endswith("m=0"):
+    if form in LOSSES and not is_ours(form):
         return None
     B, K, d, _ = size.B, size.K, size.d, size.m
     m = 0 if form.endswith("m=0") else size.m
@@ -155,6 +168,12 @@ def work(form: str, size: Size, kind: str, width: int) -> list[Work] | None:
         forward = Work(main, arguments + logits)
         backward = Work(2 * main, logits + 2 * arguments)
         loss = Work(0, 2 * logits)
+    elif form.removesuffix(", m=0").endswith(" loss"):
+        thin, arguments = 2 * (B + K) * (m + 1) * d, width * d * (B + K + m)
+        return [
+            Work(main + thin, arguments),
+            Work(2 * main + 2 * thin, 2 * arguments),
+        ]  # no logits to read or write
     else:
         thin = 2 * (B + K) * (m + 1) * d  # with the bare centre's and the feature's own norms
         arguments, logits, slots = width * d * (B + K + m), 4 * B * K, B * K

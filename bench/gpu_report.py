@@ -188,8 +188,8 @@ HOW = (
     "queue kept full, so that launches are not in the times. A cell: ratio to `F.linear` in the same rounds (ms; n "
     "rounds; share of the form's roofline; peak memory beyond the arguments). *: the GPU waited for the CPU in over a "
     "tenth of the rounds. !: the results are less exact than they should be. m = 4 displacements; a step is forward, "
-    "cross-entropy and backward to all four arguments. The forms named after libraries give the loss of a plain linear "
-    "layer, or of cosines, without its logits."
+    'cross-entropy and backward to all four arguments. The forms with "loss" and those named after libraries hold no '
+    "logits: ours give the constellation's loss, the libraries' that of a plain linear layer, or of cosines."
 )
 
 

@@ -16,7 +16,7 @@ import torch
 
 from bench import gpu, gpu_forms, gpu_parts, gpu_report, gpu_timing, gpu_worker
 from bench.forms import Size, tensors
-from bench.gpu_plan import COMPILED, LOSSES, MAIN, Case, Work, floor_ms, plan, work
+from bench.gpu_plan import COMPILED, LOSSES, MAIN, Case, Work, floor_ms, is_ours, plan, work
 from bench.gpu_run import Bench, events_of
 from bench.gpu_timing import HostTimer, Sample, interleave, quartiles
 
@@ -66,6 +66,15 @@ def test_work_of_a_step_has_three_phases_and_three_products() -> None:
     assert work("Liger", MAIN, "step", 2) is None
 
 
+def test_a_loss_of_ours_has_three_products_and_no_logits() -> None:
+    for form in ("cuda loss", "triton loss, m=0"):
+        phases = work(form, Size(256, 8142, 2048), "step", 2)
+        assert phases is not None
+        product = 2 * 256 * 8142 * 2048
+        assert 3 * product <= sum(phase.flops for phase in phases) < 3.1 * product
+        assert sum(phase.bytes for phase in phases) < 3 * 2 * 2048 * (256 + 8142 + 5)
+
+
 def test_fewer_displacements_are_less_work() -> None:
     (with_them,) = work("cuda", MAIN, "forward", 2) or []
     (without,) = work("cuda, m=0", MAIN, "forward", 2) or []
@@ -104,7 +113,7 @@ def test_the_most_important_case_is_first_and_the_list_fits_its_time() -> None:
     assert (first.precision, first.size, first.kind) == ("bf16", MAIN, "forward")
     assert (second.precision, second.size, second.kind) == ("bf16", MAIN, "step")
     last = max(n for n, case in enumerate(cases) if "direct" in case.forms)
-    libraries = [form for form in LOSSES if not form.endswith("m=0")]  # rarely installed
+    libraries = [form for form in LOSSES if not is_ours(form)]  # rarely installed
     seconds = [case.without(libraries).estimate(4.0) for case in cases]
     assert sum(seconds[:4]) < 60
     halves = max(n for n, case in enumerate(cases[: last + 1]) if case.precision == "bf16")

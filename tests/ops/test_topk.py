@@ -12,7 +12,7 @@ import gistops
 from gistops.functional.logits import center_norms
 from gistops.functional.topk import topk as checked_topk
 
-from .oracle import SAMPLES, Sample, allowed, error, plain, scores
+from .oracle import SAMPLES, Sample, allowed, error, generator, plain, scores
 from .test_loss_torch import family
 
 Case = tuple[Sample, int]
@@ -57,7 +57,7 @@ def test_values_classes_slots_and_lse(case: Case, biased: bool, backend: str, se
 
 def test_equals_come_lowest_class_first(backend: str, seed: int) -> None:
     """As a stable sort has them, over blocks and threads; the bias makes the scores."""
-    source = torch.Generator().manual_seed(seed)
+    source = generator(seed)
     K = 1700
     x, w, delta, tau = torch.zeros(7, 8), torch.ones(K, 8), torch.empty(0, 8), torch.tensor(1.0)
     bias = torch.randint(0, 4, (K,), generator=source).float()
