@@ -24,7 +24,7 @@ Report = dict[str, Any]
 TOOLS = ("memcheck", "racecheck")
 SMALL = "130x300x136"
 #: What tests/train needs beyond the tests of the operators.
-TRAIN_NEEDS = ("tyro", "typeguard", "tomli_w", "rich", "matplotlib", "safetensors")
+TRAIN_NEEDS = ("tyro", "typeguard", "tomli_w", "rich", "matplotlib", "safetensors", "sklearn")
 
 
 @dataclass

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 import typeguard
@@ -31,6 +31,20 @@ class ConfigError(ValueError):
 
     def __init__(self, option: str, expected: str, got: object) -> None:
         super().__init__(f"--{option.replace('_', '-')}: expected {expected}, got {got}")
+
+
+MethodName = Literal[
+    "gist",
+    "plain",
+    "cos-cb",
+    "cos-cs-cb",
+    "cos-gist",
+    "gist-combined",
+    "gist-rotation",
+    "gist-mlp",
+    "balanced-softmax",
+    "cos-balanced-softmax",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +77,24 @@ class Config:
     flip: bool = False
     """Images: random horizontal flips."""
 
-    methods: tuple[Literal["gist", "plain"], ...] = ("gist", "plain")
-    """What to train: GistNet, a plain softmax model with as many image passes, or both."""
+    methods: tuple[MethodName, ...] = ("gist", "plain")
+    """What to train, each with as many image passes. gist is GistNet, COS+CS+GIST in the paper's Table 3; cos-cb,
+    cos-cs-cb, cos-gist, gist-combined (w = v), gist-rotation and gist-mlp are its other rows; plain is a linear
+    softmax classifier; balanced-softmax and cos-balanced-softmax add the log prior to their logits in training."""
     num_displacements: int = 4
-    """GistNet: displacements of the constellation that all classes share; 0 for none."""
+    """Displacements of the constellation that all classes share; 0 for none."""
+    displacement_init: Literal["random", "residuals"] = "random"
+    """Where they start: random directions, or those in which the larger classes' features spread around their
+    means. (The paper does not say; its authors' code starts at zero, from where they never move.) A rotation's or an
+    MLP's are always random."""
+    displacement_scale: float | None = None
+    """Their length at the start relative to the centres'; 0.1 if not given, and 1 for an MLP."""
+    displacement_lr: float = 1.0
+    """Their learning rate as a multiple of --lr; 0 leaves them where they start."""
+    displacement_weight_decay: float | None = None
+    """Their weight decay; --weight-decay if not given."""
+    prior_strength: float = 1.0
+    """What the log prior is multiplied with where it is added in training, or taken off afterwards."""
     balanced_loss_weight: float = 0.5
     """GistNet: λ in L = L_random + λ L_balanced."""
     batch_size: int = 128
@@ -74,12 +102,12 @@ class Config:
     classes_per_batch: int = 32
     """Classes in the balanced stream's part of a step."""
     samples_per_class: int = 4
-    """Images of each of these classes. A plain model gets as many more from the random stream."""
+    """Images of each of these classes. A method without a balanced stream gets as many more from the random one."""
 
     stage1_epochs: int = 60
-    """GistNet's first stage, without displacements. A plain model trains in one stage as long as both."""
+    """The first stage, without displacements. Softmax classifiers train in one stage as long as both."""
     stage2_epochs: int = 60
-    """GistNet's second stage, with displacements; optimiser and schedule start afresh."""
+    """The second stage, with displacements; optimiser and schedule start afresh."""
     max_steps_per_epoch: int | None = None
     """Ends every epoch after so many steps, for a quick trial."""
     lr: float = 0.1
@@ -216,11 +244,18 @@ def check(config: Config) -> None:
         expect(option, getattr(config, option) >= 0, "at least 0")
     expect("stage1_epochs", config.stage1_epochs + config.stage2_epochs > 0, "some epoch in some stage")
     expect("num_displacements", 0 <= config.num_displacements <= 255, "0 to 255")
+    expect("displacement_init", config.displacement_init in ("random", "residuals"), "random or residuals")
+    scale = config.displacement_scale
+    expect("displacement_scale", scale is None or scale > 0, "a number above 0")
+    expect("displacement_lr", config.displacement_lr >= 0, "at least 0")
+    decay = config.displacement_weight_decay
+    expect("displacement_weight_decay", decay is None or decay >= 0, "at least 0")
+    expect("prior_strength", config.prior_strength >= 0, "at least 0")
     expect("balanced_loss_weight", config.balanced_loss_weight >= 0, "at least 0")
     expect("lr", config.lr > 0, "a number above 0")
     expect("momentum", 0 <= config.momentum < 1, "at least 0 and below 1")
     expect("lr_drops", all(0 < drop < 1 for drop in config.lr_drops), "parts of a stage, between 0 and 1")
-    expect("methods", len(config.methods) > 0, "at least one of gist, plain")
+    expect("methods", len(config.methods) > 0, f"at least one of {', '.join(get_args(MethodName))}")
     expect("methods", len(set(config.methods)) == len(config.methods), "each method once")
     expect("backbone", config.backbone in ("none", *BACKBONES), f"one of none, {', '.join(BACKBONES)}")
     expect("split_rule", config.split_rule in SPLIT_RULES, f"one of {', '.join(SPLIT_RULES)}")

@@ -19,14 +19,15 @@ from gistops.sampling import ClassBalancedBatchSampler
 
 from .config import Config
 from .data.arrays import Dataset
-from .data.streams import Augmentation, RandomStream
+from .data.streams import Augmentation, BalancedStream, RandomStream
 from .display import Display
 from .evaluate import evaluate
 from .methods import METHODS
-from .model import build_model, save_model
+from .model import Model, build_model, save_model
 from .runfiles import RunFolder
 
 Record = dict[str, Any]
+DISPLACEMENTS = ("displacements", "axis", "mlp_in", "mlp_out")
 POSITION = ("stage", "epoch", "step_of_epoch", "images", "lr")
 
 
@@ -104,15 +105,16 @@ class Training:
         self.x_test, self.y_test = data.x_test.to(self.device), data.y_test.to(self.device)
         # Each method starts from the seed, so that its weights do not depend on what was trained before it.
         torch.manual_seed(config.seed)
-        self.method = METHODS[name](config)
+        self.method = METHODS[name](config, data.train_counts)
         model = build_model(data, config.backbone, config.center_features, self.method.head)
         self.model = model.to(self.device)
         self.generator = torch.Generator().manual_seed(config.seed)  # of the data's order and augmentation
         self.random = RandomStream(len(data.y_train), self.generator)
-        self.balanced = ClassBalancedBatchSampler(
-            data.y_train, config.classes_per_batch, config.samples_per_class, seed=config.seed
+        self.balanced = BalancedStream(
+            ClassBalancedBatchSampler(
+                data.y_train, config.classes_per_batch, config.samples_per_class, seed=config.seed
+            )
         )
-        self.balanced_batches = iter(self.balanced)
         self.augment = Augmentation(config.crop_padding, config.flip, self.generator)
         self.batch_sizes = epoch_batch_sizes(config, data)
         self.images = 0
@@ -124,16 +126,14 @@ class Training:
         self.sums: dict[str, Tensor] = {}  # of the epoch's losses
         if stage == len(self.method.stages):
             return
-        self.method.begin_stage(stage, self.model.head)
+        self.method.begin_stage(stage, self.model.head, self._sample)
         self.model.train()
-        named, config = list(self.model.named_parameters()), self.config
-        weights: Record = {"params": [p for name, p in named if not name.endswith("tau")]}
-        temperatures: Record = {
-            "params": [p for name, p in named if name.endswith("tau")],
-            "weight_decay": 0.0,  # it would pull τ down
-        }
+        config = self.config
         self.optimizer = torch.optim.SGD(
-            [weights, temperatures], lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+            parameter_groups(self.model, config),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
         )
         factor = lr_schedule(self.config, self.method.stages[stage].epochs, len(self.batch_sizes))
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
@@ -141,10 +141,8 @@ class Training:
     def step(self) -> Tensor:
         """One step of SGD on one batch of both streams; returns the loss."""
         num_random, num_balanced = self.batch_sizes[self.step_of_epoch]
-        if self.method.balanced:
-            indices = torch.cat([torch.tensor(next(self.balanced_batches)), self.random.take(num_random)])
-        else:  # as many images, all of them random
-            indices = self.random.take(num_balanced + num_random)
+        num_balanced, num_random = self.method.draws(num_balanced, num_random)
+        indices = torch.cat([self.balanced.take(num_balanced), self.random.take(num_random)])
         x, y = self.augment(self.x_train[indices]), self.y_train[indices]
         # Both streams go through the backbone together, and so share the statistics of its BatchNorms.
         losses = self.method.losses(self.model.head, self.model.features(x), y, num_balanced)
@@ -159,6 +157,14 @@ class Training:
         self.images += len(indices)
         return losses["loss"].detach()
 
+    @torch.no_grad()
+    def _sample(self) -> tuple[Tensor, Tensor]:
+        """Features of all training samples, without augmentation, and their classes."""
+        self.model.eval()
+        features = torch.cat([self.model.features(part) for part in self.x_train.split(500)])
+        self.model.train()
+        return features, self.y_train
+
     def end_epoch(self) -> Record:
         """Go to the next epoch; returns the record of the one that ends, with its mean losses."""
         means = {name: float(total) / self.step_of_epoch for name, total in self.sums.items()}
@@ -170,8 +176,15 @@ class Training:
 
     def evaluate(self, per_class: bool = False) -> Record:
         """Accuracies on the test set; nothing is chosen by them."""
-        found = evaluate(self.model, self.x_test, self.y_test, self.data.num_classes)
-        record: Record = {"accuracy": found.accuracy(self.data.train_counts, self.config.split_rule)}
+        data, rule = self.data, self.config.split_rule
+        found, readings = evaluate(
+            self.model, self.x_test, self.y_test, data.num_classes, self.method.readings
+        )
+        record: Record = {"accuracy": found.accuracy(data.train_counts, rule)}
+        if readings:
+            record["accuracy_of"] = {
+                name: e.accuracy(data.train_counts, rule) for name, e in readings.items()
+            }
         if found.slot_usage is not None:
             record["slot_usage"] = found.slot_usage.tolist()
         if per_class:
@@ -210,6 +223,26 @@ class Training:
         torch.set_rng_state(state["torch_rng"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+
+def parameter_groups(model: Model, config: Config) -> list[Record]:
+    """Temperatures without weight decay, which would pull them down; displacements, and what moves them, apart."""
+    groups: dict[str, Record] = {
+        "weights": {},
+        "temperatures": {"weight_decay": 0.0},
+        "displacements": {"lr": config.lr * config.displacement_lr},
+    }
+    if config.displacement_weight_decay is not None:
+        groups["displacements"]["weight_decay"] = config.displacement_weight_decay
+    for group in groups.values():
+        group["params"] = []
+    for name, parameter in model.named_parameters():
+        own = name.removeprefix("head.")
+        kind = (
+            "temperatures" if own.endswith("tau") else "displacements" if own in DISPLACEMENTS else "weights"
+        )
+        groups[kind]["params"].append(parameter)
+    return list(groups.values())
 
 
 def epoch_batch_sizes(config: Config, data: Dataset) -> list[tuple[int, int]]:

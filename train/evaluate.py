@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gistops.nn import ConstellationClassifier, SlotUsage
 
@@ -56,19 +56,45 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: Model, x: Tensor, y: Tensor, num_classes: int, batch_size: int = 500) -> Evaluation:
-    """Classify all of `x` in evaluation mode; the model is left in training mode."""
+def evaluate(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    num_classes: int,
+    readings: Callable[[nn.Module, Tensor], dict[str, Tensor]] | None = None,
+    batch_size: int = 500,
+) -> tuple[Evaluation, dict[str, Evaluation]]:
+    """Classify all of `x` in evaluation mode; the model is left in training mode.
+
+    Args:
+        model: the network.
+        x: images or features.
+        y: their classes, [n].
+        num_classes: K.
+        readings: (head, features) -> logits of other ways to use the head, by name.
+        batch_size: samples at a time.
+
+    Returns:
+        The evaluation of the head's own logits, and one for each of `readings`.
+    """
     model.eval()
     usage = SlotUsage(model.head) if isinstance(model.head, ConstellationClassifier) else None
-    predicted = []
+    predicted: dict[str, list[Tensor]] = {"": []}
     for part, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        features = model.features(part)
         if usage is None:
-            logits = model(part)
+            logits = model.head(features)
         else:
-            logits, slots = model.head(model.features(part), return_slots=True)
+            logits, slots = model.head(features, return_slots=True)
             usage.update_slots(slots, labels)
-        predicted.append(logits.argmax(1))
+        predicted[""].append(logits.argmax(1))
+        for name, scores in (readings(model.head, features) if readings else {}).items():
+            predicted.setdefault(name, []).append(scores.argmax(1))
     model.train()
-    correct = torch.bincount(y[torch.cat(predicted) == y], minlength=num_classes).cpu()
     total = torch.bincount(y, minlength=num_classes).cpu()
-    return Evaluation(correct, total, None if usage is None else usage.shares().cpu())
+    made = {}
+    for name, parts in predicted.items():
+        correct = torch.bincount(y[torch.cat(parts) == y], minlength=num_classes).cpu()
+        shares = usage.shares().cpu() if usage is not None and not name else None
+        made[name] = Evaluation(correct, total, shares)
+    return made.pop(""), made

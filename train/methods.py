@@ -1,17 +1,26 @@
-"""What is trained: for each method its head, its stages, what it draws and its loss."""
+"""What is trained: for each method its head, its stages, what it draws, its loss, and how its scores may be read.
+
+The rows of the paper's Table 3, and what is in use today instead.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gistops.nn import GistClassifier
+import gistops
+from gistops.nn import ConstellationClassifier, GistClassifier
 
 from .config import Config
+from .displacements import residual_directions
+
+Sample = Callable[[], tuple[Tensor, Tensor]]  # training features [n, d] and their classes [n]
+Scores = dict[str, Tensor]  # what a reading is called -> logits [b, K]
 
 
 @dataclass(frozen=True)
@@ -26,59 +35,130 @@ class Method(Protocol):
     """One way to train a head on a backbone's features."""
 
     stages: list[Stage]
-    balanced: bool  # whether a step draws a class-balanced batch; if not, the random stream gives as many images more
+
+    def draws(self, num_balanced: int, num_random: int) -> tuple[int, int]:
+        """Of a step's images, which every method sees as many of: from the balanced and from the random stream."""
 
     def head(self, in_features: int, num_classes: int) -> nn.Module:
         """A new head, as the first stage has it."""
 
-    def begin_stage(self, stage: int, head: Any) -> None:
+    def begin_stage(self, stage: int, head: Any, sample: Sample) -> None:
         """Change the head from the stage before into that of `stage`."""
 
     def losses(self, head: Any, features: Tensor, labels: Tensor, num_balanced: int) -> dict[str, Tensor]:
-        """The loss to minimise, as 'loss', and its parts; the balanced batch's samples come first."""
+        """The loss to minimise, as 'loss', and its parts; the balanced stream's samples come first."""
+
+    def readings(self, head: Any, features: Tensor) -> Scores:
+        """Logits that the trained head could also be used with, beside its own."""
 
     def describe(self, head: Any) -> dict[str, Any]:
         """What is worth writing down of the head, in plain types."""
 
 
-class Plain:
-    """A linear head under cross-entropy, on the random stream alone."""
+class SoftmaxClassifier:
+    """One stream, the random one, and a linear or cosine head; with a prior, its log is added to the logits in training.
 
-    balanced = False
+    That is logit adjustment (Menon et al., ICLR 2021), and with a strength of 1 balanced softmax (Ren et al., NeurIPS
+    2020). Without, the prior may be taken off afterwards.
+    """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, counts: Tensor, *, cosine: bool = False, prior: bool = False) -> None:
+        self.cosine, self.prior = cosine, prior
+        self.log_prior = config.prior_strength * log_prior(counts)
         self.stages = [Stage("", config.stage1_epochs + config.stage2_epochs)]
 
+    def draws(self, num_balanced: int, num_random: int) -> tuple[int, int]:
+        return 0, num_balanced + num_random
+
     def head(self, in_features: int, num_classes: int) -> nn.Module:
+        if self.cosine:
+            return ConstellationClassifier(in_features, num_classes, 0)
         return nn.Linear(in_features, num_classes)
 
-    def begin_stage(self, stage: int, head: nn.Linear) -> None:
+    def begin_stage(self, stage: int, head: nn.Module, sample: Sample) -> None:
         pass
 
     def losses(
-        self, head: nn.Linear, features: Tensor, labels: Tensor, num_balanced: int
+        self, head: nn.Module, features: Tensor, labels: Tensor, num_balanced: int
     ) -> dict[str, Tensor]:
-        return {"loss": F.cross_entropy(head(features), labels)}
+        bias = self.log_prior.to(features.device) if self.prior else None
+        if isinstance(head, ConstellationClassifier):
+            return {"loss": head.loss(features, labels, class_bias=bias)}
+        logits = head(features)
+        return {"loss": F.cross_entropy(logits if bias is None else logits + bias, labels)}
 
-    def describe(self, head: nn.Linear) -> dict[str, Any]:
+    def readings(self, head: nn.Module, features: Tensor) -> Scores:
+        return (
+            {} if self.prior else {"adjusted afterwards": head(features) - self.log_prior.to(features.device)}
+        )
+
+    def describe(self, head: nn.Module) -> dict[str, Any]:
+        return describe_constellation(head) if isinstance(head, ConstellationClassifier) else {}
+
+
+class OneHead:
+    """One constellation. On the balanced stream alone; or on both, δ learned from the random one (w = v)."""
+
+    def __init__(self, config: Config, counts: Tensor, *, displacements: bool, both: bool = False) -> None:
+        self.config, self.counts, self.both = config, counts, both
+        self.num_displacements = config.num_displacements if displacements else 0
+        self.stages = two_stages(config)
+
+    def draws(self, num_balanced: int, num_random: int) -> tuple[int, int]:
+        return (num_balanced, num_random) if self.both else (num_balanced + num_random, 0)
+
+    def head(self, in_features: int, num_classes: int) -> nn.Module:
+        return ConstellationClassifier(in_features, num_classes, 0)
+
+    def begin_stage(self, stage: int, head: ConstellationClassifier, sample: Sample) -> None:
+        if stage == 1 and self.num_displacements:
+            add_displacements(head, self.config, self.counts, sample)
+
+    def losses(
+        self, head: ConstellationClassifier, features: Tensor, labels: Tensor, num_balanced: int
+    ) -> dict[str, Tensor]:
+        if not self.both:
+            return {"loss": head.loss(features, labels)}
+        (f_c, f_r), (y_c, y_r) = features.tensor_split([num_balanced]), labels.tensor_split([num_balanced])
+        constellation = head.centers, head.displacements.detach(), head.tau
+        balanced = gistops.constellation_cross_entropy(f_c, *constellation, y_c)
+        random = head.loss(f_r, y_r)
+        assert isinstance(balanced, Tensor)
+        loss = random + self.config.balanced_loss_weight * balanced
+        return {"loss": loss, "loss_balanced": balanced, "loss_random": random}
+
+    def readings(self, head: ConstellationClassifier, features: Tensor) -> Scores:
         return {}
+
+    def describe(self, head: ConstellationClassifier) -> dict[str, Any]:
+        return describe_constellation(head)
 
 
 class Gist:
     """GistNet: L = L_random + λ L_balanced; cosine heads in stage 1, with displacements in stage 2."""
 
-    balanced = True
+    def __init__(
+        self,
+        config: Config,
+        counts: Tensor,
+        *,
+        displacements: bool = True,
+        transform: Literal["translation", "rotation", "mlp"] = "translation",
+    ) -> None:
+        self.config, self.counts, self.transform = config, counts, transform
+        self.num_displacements = config.num_displacements if displacements else 0
+        self.log_prior = config.prior_strength * log_prior(counts)
+        self.stages = two_stages(config)
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.stages = [Stage("stage 1", config.stage1_epochs), Stage("stage 2", config.stage2_epochs)]
+    def draws(self, num_balanced: int, num_random: int) -> tuple[int, int]:
+        return num_balanced, num_random
 
     def head(self, in_features: int, num_classes: int) -> nn.Module:
-        return GistClassifier(in_features, num_classes, num_displacements=0)
+        return GistClassifier(in_features, num_classes, num_displacements=0, transform=self.transform)
 
-    def begin_stage(self, stage: int, head: GistClassifier) -> None:
-        if stage == 1 and self.config.num_displacements:
-            head.add_displacements(self.config.num_displacements)
+    def begin_stage(self, stage: int, head: GistClassifier, sample: Sample) -> None:
+        if stage == 1 and self.num_displacements:
+            add_displacements(head, self.config, self.counts, sample)
 
     def losses(
         self, head: GistClassifier, features: Tensor, labels: Tensor, num_balanced: int
@@ -88,13 +168,65 @@ class Gist:
         loss = random + self.config.balanced_loss_weight * balanced
         return {"loss": loss, "loss_balanced": balanced, "loss_random": random}
 
+    def readings(self, head: GistClassifier, features: Tensor) -> Scores:
+        adjusted = head.random_logits(features) - self.log_prior.to(features.device)
+        both = head(features).log_softmax(1) + adjusted.log_softmax(1)
+        return {"random head, adjusted": adjusted, "both heads": both}
+
     def describe(self, head: GistClassifier) -> dict[str, Any]:
-        return {
-            "tau_balanced": float(head.tau.detach()),
-            "tau_random": float(head.random_tau.detach()),
-            "mean_center_norm": float(head.centers.detach().norm(dim=1).mean()),
-            "displacement_norms": head.displacements.detach().norm(dim=1).tolist(),
-        }
+        return describe_constellation(head) | {"tau_random": float(head.random_tau.detach())}
 
 
-METHODS: dict[str, Callable[[Config], Method]] = {"gist": Gist, "plain": Plain}
+def two_stages(config: Config) -> list[Stage]:
+    return [Stage("stage 1", config.stage1_epochs), Stage("stage 2", config.stage2_epochs)]
+
+
+def log_prior(counts: Tensor) -> Tensor:
+    """log of each class's share of the training samples, [K] float32."""
+    return (counts / counts.sum()).log().float()
+
+
+def add_displacements(head: ConstellationClassifier, config: Config, counts: Tensor, sample: Sample) -> None:
+    """The second stage's displacements, as the configuration wants them to start."""
+    if config.displacement_init == "random" or head.transform != "translation":
+        return head.add_displacements(config.num_displacements, scale=config.displacement_scale)
+    directions = residual_directions(*sample(), counts, config.num_displacements, config.seed)
+    length = (config.displacement_scale or head.displacement_scale) * head.centers.detach().norm(dim=1).mean()
+    head.add_displacements(values=length * directions.to(head.centers))
+
+
+def describe_constellation(head: ConstellationClassifier) -> dict[str, Any]:
+    """Temperature, and lengths of centres and displacements."""
+    return {
+        "tau_balanced": float(head.tau.detach()),
+        "mean_center_norm": float(head.centers.detach().norm(dim=1).mean()),
+        "displacement_norms": head.displacements.detach().norm(dim=1).tolist(),
+    }
+
+
+METHODS: dict[str, Callable[[Config, Tensor], Method]] = {
+    "gist": Gist,
+    "plain": SoftmaxClassifier,
+    "cos-cb": functools.partial(OneHead, displacements=False),
+    "cos-cs-cb": functools.partial(OneHead, displacements=True),
+    "cos-gist": functools.partial(Gist, displacements=False),
+    "gist-combined": functools.partial(OneHead, displacements=True, both=True),
+    "gist-rotation": functools.partial(Gist, transform="rotation"),
+    "gist-mlp": functools.partial(Gist, transform="mlp"),
+    "balanced-softmax": functools.partial(SoftmaxClassifier, prior=True),
+    "cos-balanced-softmax": functools.partial(SoftmaxClassifier, cosine=True, prior=True),
+}
+
+#: What reports call them; in the paper's Table 3 where it has them.
+TITLES = {
+    "gist": "GistNet (COS+CS+GIST)",
+    "plain": "plain softmax",
+    "cos-cb": "COS+CB",
+    "cos-cs-cb": "COS+CS+CB",
+    "cos-gist": "COS+GIST",
+    "gist-combined": "w/v combined",
+    "gist-rotation": "GistNet, rotation",
+    "gist-mlp": "GistNet, MLP",
+    "balanced-softmax": "balanced softmax",
+    "cos-balanced-softmax": "cosine balanced softmax",
+}

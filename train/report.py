@@ -13,8 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .evaluate import GROUPS, split_classes
-
-TITLES = {"gist": "GistNet", "plain": "plain softmax"}
+from .methods import TITLES
 
 
 def percent(value: float | None) -> str:
@@ -35,9 +34,11 @@ def print_results(console: Console, results: list[dict[str, Any]], train_counts:
         table.add_column(f"{group}\n{sizes[group]}", justify="right")
     table.add_column("image\npasses", justify="right")
     for result in results:
-        accuracy = result["accuracy"]
-        shown = (percent(accuracy[column]) for column in ("overall", *GROUPS))
-        table.add_row(TITLES[result["method"]], *shown, f"{result['images']:,}")
+        rows = {TITLES[result["method"]]: result["accuracy"]}
+        rows |= {f"  {name}": accuracy for name, accuracy in result.get("accuracy_of", {}).items()}
+        for name, accuracy in rows.items():
+            shown = (percent(accuracy[column]) for column in ("overall", *GROUPS))
+            table.add_row(name, *shown, "" if name.startswith(" ") else f"{result['images']:,}")
     console.print(table)
     for result in results:
         if "slot_usage" in result:
@@ -48,9 +49,11 @@ def constellation_line(result: dict[str, Any]) -> str:
     """Slot usage, τ's and ‖δ‖ in words."""
     usage = " / ".join(percent(share) for share in result["slot_usage"])
     norms = ", ".join(f"{norm:.2f}" for norm in result["displacement_norms"]) or "none"
-    tau = f"τ_c {result['tau_balanced']:.2f}, τ_r {result['tau_random']:.2f}"
+    tau = f"τ {result['tau_balanced']:.2f}"
+    if "tau_random" in result:
+        tau += f", of the random head {result['tau_random']:.2f}"
     return (
-        f"slot usage on test images, centre first: {usage} %;  {tau};  "
+        f"{TITLES[result['method']]}: slot usage on test images, centre first: {usage} %;  {tau};  "
         f"‖δ‖ {norms} beside a mean ‖w‖ of {result['mean_center_norm']:.2f}"
     )
 
@@ -69,7 +72,8 @@ def plot_accuracy(path: Path, results: list[dict[str, Any]], train_counts: Tenso
     window = max(
         1, len(order) // 10
     )  # classes a point of the line averages, so that 1000 classes can be read
-    for result, colour, marker in zip(results, ("C0", "C1"), "os", strict=False):
+    for number, result in enumerate(results):
+        colour, marker = f"C{number % 10}", "os^vD"[number % 5]
         per_class = [math.nan if value is None else value for value in result["accuracy_per_class"]]
         accuracy = 100 * torch.tensor(per_class)[order]
         label = f"{TITLES[result['method']]}, overall {percent(result['accuracy']['overall'])}"

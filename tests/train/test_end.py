@@ -41,7 +41,7 @@ def test_written_models_classify_as_reported(
         model, names = load_model(tmp_path / "r" / f"model-{method}.safetensors")
         assert names == data.class_names
         assert not any("random" in name for name in model.state_dict())  # v has done its work
-        found = evaluate(model, data.x_test, data.y_test, data.num_classes)
+        found, _ = evaluate(model, data.x_test, data.y_test, data.num_classes)
         assert found.per_class() == result["accuracy_per_class"]
         assert f"{100 * result['accuracy']['overall']:.1f}" in shown
     for line in (

@@ -96,12 +96,27 @@ def test_stage_two_keeps_weights_and_starts_the_rest_afresh(images: Dataset) -> 
 
 def test_temperatures_have_no_decay(features: Dataset) -> None:
     training = Training("gist", FEATURES, features)
-    weights, temperatures = training.optimizer.param_groups
+    weights, temperatures, displacements = training.optimizer.param_groups
     head = training.model.head
     assert {id(p) for p in temperatures["params"]} == {id(head.raw_tau), id(head.raw_random_tau)}
     assert (temperatures["lr"], temperatures["weight_decay"]) == (FEATURES.lr, 0.0)
     assert (weights["lr"], weights["weight_decay"]) == (FEATURES.lr, FEATURES.weight_decay)
-    assert len(weights["params"]) + 2 == len(list(training.model.parameters()))
+    assert [id(p) for p in displacements["params"]] == [id(head.displacements)]
+    assert len(weights["params"]) + 3 == len(list(training.model.parameters()))
+
+
+def test_displacements_have_a_rate_and_a_decay_of_their_own(features: Dataset) -> None:
+    config = dataclasses.replace(FEATURES, displacement_lr=0.5, displacement_weight_decay=0.0)
+    for method, number in (("gist", 1), ("gist-rotation", 2), ("gist-mlp", 3)):
+        training = Training(method, config, features)
+        training.begin_stage(1)
+        group = training.optimizer.param_groups[2]
+        assert (group["lr"], group["weight_decay"], len(group["params"])) == (config.lr / 2, 0.0, number)
+    still = Training("gist", dataclasses.replace(config, displacement_lr=0.0), features)
+    still.begin_stage(1)
+    before = still.model.head.displacements.detach().clone()
+    still.step()
+    assert torch.equal(still.model.head.displacements, before)
 
 
 @pytest.mark.parametrize("method", ["gist", "plain"])

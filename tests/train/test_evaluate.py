@@ -66,7 +66,8 @@ def test_evaluate_against_one_sample_at_a_time(gist: bool, seed: int) -> None:
     model = Model(nn.Identity(), nn.Identity(), nn.BatchNorm1d(8), head, "none")
     x, y = torch.randn(53, 8), torch.randint(0, 6, (53,))
     model(x)  # moves the statistics of the BatchNorm away from where they start
-    found = evaluate(model, x, y, 6, batch_size=10)
+    worst = lambda head, features: {"worst": -head(features)}  # noqa: E731
+    found, others = evaluate(model, x, y, 6, worst, batch_size=10)
     assert model.training
     model.eval()
     correct = torch.zeros(6, dtype=torch.long)
@@ -76,6 +77,9 @@ def test_evaluate_against_one_sample_at_a_time(gist: bool, seed: int) -> None:
         if gist:
             usage[model.head(model.features(sample[None]), return_slots=True)[1][0, label].long()] += 1 / 53
     assert torch.equal(found.correct, correct)
+    least = (model(x).argmin(1) == y).sum()
+    assert int(others["worst"].correct.sum()) == least
+    assert others["worst"].slot_usage is None
     assert torch.equal(found.total, torch.bincount(y, minlength=6))
     if gist:
         torch.testing.assert_close(found.slot_usage, usage)

@@ -1,4 +1,4 @@
-"""The random stream of training samples, and the augmentation of a batch."""
+"""The two streams of training samples, random and class-balanced, and the augmentation of a batch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gistops.sampling import ClassBalancedBatchSampler
 
 
 class RandomStream:
@@ -19,7 +21,7 @@ class RandomStream:
 
     def take(self, count: int) -> Tensor:
         """The indices of the next `count` samples, [count]; a new pass begins where the last one ends."""
-        parts = []
+        parts = [self._order[:0]]
         while count > 0:
             if self._position == len(self._order):
                 self._order = torch.randperm(len(self._order), generator=self._generator)
@@ -36,6 +38,30 @@ class RandomStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._order, self._position = state["order"], state["position"]
+
+
+class BalancedStream:
+    """The samples of a class-balanced sampler one after another, in runs of any length."""
+
+    def __init__(self, sampler: ClassBalancedBatchSampler) -> None:
+        self.sampler = sampler
+        self._batches = iter(sampler)
+        self._rest: list[int] = []  # of the last batch
+
+    def take(self, count: int) -> Tensor:
+        """The indices of the next `count` samples, [count]."""
+        while len(self._rest) < count:
+            self._rest += next(self._batches)
+        taken, self._rest = self._rest[:count], self._rest[count:]
+        return torch.tensor(taken, dtype=torch.int64)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands."""
+        return {"sampler": self.sampler.state_dict(), "rest": list(self._rest)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state["sampler"])
+        self._rest = list(state["rest"])
 
 
 class Augmentation:

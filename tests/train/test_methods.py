@@ -1,0 +1,160 @@
+"""Each method: what it draws, what its losses train, how its scores are read, where displacements start."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import get_args
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gistops.sampling import ClassBalancedBatchSampler
+from train.config import Config, MethodName, load_recipe
+from train.data.arrays import Dataset
+from train.data.streams import BalancedStream
+from train.displacements import residual_directions
+from train.engine import Training
+from train.methods import METHODS, TITLES
+
+from .test_engine import FEATURES, IMAGES, finish
+
+CONFIG: Config = dataclasses.replace(FEATURES, num_displacements=3)
+#: Images of the balanced and the random stream in a step of 12 + 48.
+DRAWS = {
+    "gist": (12, 48),
+    "cos-gist": (12, 48),
+    "gist-combined": (12, 48),
+    "cos-cb": (60, 0),
+    "cos-cs-cb": (60, 0),
+}
+
+
+def test_every_name_has_a_method_and_a_title() -> None:
+    assert list(get_args(MethodName)) == list(METHODS) == list(TITLES)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_trains_on_as_many_samples_and_learns(name: str, features: Dataset) -> None:
+    config = dataclasses.replace(CONFIG, stage1_epochs=4, stage2_epochs=4)
+    training = Training(name, config, features)
+    assert training.method.draws(12, 48) == DRAWS.get(name, DRAWS["gist"] if "gist" in name else (0, 60))
+    records = finish(training)
+    per_epoch = sum(map(sum, training.batch_sizes))
+    assert [record["images"] for record in records] == [per_epoch * n for n in range(1, len(records) + 1)]
+    assert records[-1]["loss"] < records[0]["loss"]
+    found = training.evaluate()
+    assert found["accuracy"]["overall"] > 0.5
+    displaced = name.startswith("gist") or name == "cos-cs-cb"
+    assert len(found.get("slot_usage", [0])) == (4 if displaced else 1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_parameter_gets_its_gradient(name: str, features: Dataset) -> None:
+    training = Training(name, CONFIG, features)
+    if len(training.method.stages) > 1:
+        training.begin_stage(1)
+    training.step()
+    for what, parameter in training.model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, what
+            assert parameter.grad.any(), what
+
+
+def test_the_combined_head_learns_its_displacements_from_the_random_stream(features: Dataset) -> None:
+    training = Training("gist-combined", CONFIG, features)
+    training.begin_stage(1)
+    head, x, y = training.model.head, torch.randn(20, 12), torch.randint(5, (20,))
+    losses = training.method.losses(head, x, y, 8)
+    losses["loss_balanced"].backward(retain_graph=True)
+    assert head.displacements.grad is None
+    assert head.centers.grad is not None
+    losses["loss_random"].backward()
+    assert head.displacements.grad is not None
+    torch.testing.assert_close(losses["loss_random"], F.cross_entropy(head(x[8:]), y[8:]))
+    torch.testing.assert_close(losses["loss_balanced"], F.cross_entropy(head(x[:8]), y[:8]))
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_priors(strength: float, features: Dataset) -> None:
+    config = dataclasses.replace(CONFIG, prior_strength=strength)
+    prior = strength * (features.train_counts / len(features.y_train)).log()
+    x, y = torch.randn(20, 12), torch.randint(5, (20,))
+    for name in ("balanced-softmax", "cos-balanced-softmax"):
+        training = Training(name, config, features)
+        loss = training.method.losses(training.model.head, x, y, 0)["loss"]
+        torch.testing.assert_close(loss, F.cross_entropy(training.model.head(x) + prior, y))
+        assert training.method.readings(training.model.head, x) == {}
+    training = Training("plain", config, features)
+    (adjusted,) = training.method.readings(training.model.head, x).values()
+    torch.testing.assert_close(adjusted, training.model.head(x) - prior)
+    training = Training("gist", config, features)
+    adjusted, both = training.method.readings(training.model.head, x).values()
+    torch.testing.assert_close(adjusted, training.model.head.random_logits(x) - prior)
+    torch.testing.assert_close(both, adjusted.log_softmax(1) + training.model.head(x).log_softmax(1))
+
+
+def test_displacements_start_from_residuals(features: Dataset) -> None:
+    config = dataclasses.replace(CONFIG, displacement_init="residuals", displacement_scale=0.7)
+    training = Training("gist", config, features)
+    training.begin_stage(1)
+    head = training.model.head
+    norm = head.centers.norm(dim=1).mean()
+    torch.testing.assert_close(head.displacements.norm(dim=1), (0.7 * norm).expand(3))
+    again = Training("gist", config, features)
+    again.begin_stage(1)
+    assert torch.equal(again.model.head.displacements, head.displacements)
+
+
+def test_residual_directions_are_those_in_which_classes_spread(seed: int) -> None:
+    """Classes whose samples lie off their mean in two opposite shared directions give these directions."""
+    spread = F.normalize(torch.randn(32), dim=0)
+    means = F.normalize(torch.randn(6, 32), dim=1)
+    means = F.normalize(means - (means @ spread)[:, None] * spread, dim=1)
+    counts = torch.tensor([200, 200, 200, 200, 5, 5])
+    y = torch.repeat_interleave(torch.arange(6), counts)
+    sign = torch.randint(2, (len(y), 1)) * 2.0 - 1
+    x = 3 * (means[y] + 0.5 * sign * spread + 0.01 * torch.randn(len(y), 32))
+    directions = residual_directions(x, y, counts, 2, seed=0)
+    torch.testing.assert_close(directions.norm(dim=1), torch.ones(2))
+    cosines = directions @ spread
+    assert cosines.abs().min() > 0.95
+    assert cosines[0] * cosines[1] < 0
+    few = residual_directions(x[-10:], torch.zeros(10, dtype=torch.int64), torch.tensor([10]), 2, 0)
+    assert few.shape == (2, 32)
+    with pytest.raises(ValueError, match=r"--num-displacements: expected at most 10, .* got 11"):
+        residual_directions(x[-10:], torch.zeros(10, dtype=torch.int64), torch.tensor([10]), 11, 0)
+
+
+def test_a_balanced_stream_in_any_runs_is_the_samplers(features: Dataset) -> None:
+    def sampler() -> ClassBalancedBatchSampler:
+        return ClassBalancedBatchSampler(features.y_train, 4, 3, seed=7)
+
+    batches = iter(sampler())
+    expected = torch.tensor([i for _ in range(10) for i in next(batches)])
+    stream = BalancedStream(sampler())
+    taken = [stream.take(n) for n in (5, 0, 19, 12, 1)]
+    resumed = BalancedStream(sampler())
+    resumed.load_state_dict(stream.state_dict())
+    taken += [resumed.take(n) for n in (50, 33)]
+    assert torch.equal(torch.cat(taken), expected)
+
+
+@pytest.mark.parametrize("name", ["cos-cs-cb", "gist-mlp", "gist-rotation", "balanced-softmax"])
+def test_methods_resume_exactly(name: str, images: Dataset) -> None:
+    config = dataclasses.replace(IMAGES, displacement_init="residuals")
+    whole = Training(name, config, images)
+    finish(whole, steps=9)
+    half = Training(name, config, images)
+    finish(half, steps=4)
+    state = half.state_dict()
+    rest = Training(name, config, images)
+    rest.load_state_dict(state)
+    finish(rest, steps=5)
+    for key, value in whole.state_dict()["model"].items():
+        assert torch.equal(rest.state_dict()["model"][key], value), key
+
+
+def test_recipes_name_methods_that_are_there() -> None:
+    for recipe in ("features", "cifar100-lt", "fashion-mnist-lt", "smoke"):
+        assert set(load_recipe(recipe).methods) <= set(METHODS)
