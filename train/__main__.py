@@ -1,29 +1,29 @@
-"""`python -m train`: checks what it was asked for, trains, and says what came of it."""
+"""`python -m train`: checks what it was asked for, trains, and says what came of it. `python -m train ablation`: many seeds."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from typing import Any
 
-import torch
 from rich.console import Console
 
-from .config import Config, ConfigError, from_command_line
-from .data.arrays import DataError, Dataset, load_arrays
-from .display import Display
-from .engine import Diverged, epoch_batch_sizes, run
-from .report import plot_accuracy, print_results
-from .runfiles import RunFolder
+from .ablation import Ablation, ablate
+from .config import ConfigError, from_command_line
+from .engine import Diverged
+from .run import say, start
 
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 2 for an option that cannot be, 1 for a run that failed."""
+    args = sys.argv[1:] if args is None else args
     console = Console()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: say(console, f"warning: {message}")
         try:
-            return start(from_command_line(args), console)
+            if args[:1] == ["ablation"]:
+                return ablate(from_command_line(args[1:], Ablation), console)
+            start(from_command_line(args), console)
+            return 0
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -36,75 +36,6 @@ def main(args: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 130
-
-
-def start(config: Config, console: Console) -> int:
-    """Load, train, report."""
-    data = load(config)
-    folder = RunFolder(config)
-    saved = folder.open(config, data.fingerprint())
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    announce(console, config, data, saved)
-    with Display(console, images_in_all(config, data), images_done(saved)) as display:
-        results = run(config, data, folder, display, saved)
-    print_results(console, results, data.train_counts, config.split_rule)
-    folder.write("accuracy.png", lambda path: plot_accuracy(path, results, data.train_counts, config.name))
-    say(console, f"written to {folder.path}")
-    return 0
-
-
-def say(console: Console, line: str) -> None:
-    """Print a line as it is: no colours, no wrapping."""
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-def load(config: Config) -> Dataset:
-    """The data, and whether the other options fit it."""
-    try:
-        data = load_arrays(config.data, config.num_classes)
-    except DataError as error:
-        raise ConfigError("data", "a data set", str(error)) from None
-    if data.is_images != (config.backbone != "none"):
-        kind = "a network, for images" if data.is_images else "none, for features"
-        raise ConfigError("backbone", f"{kind} {data.sample_shape} in {config.data}", repr(config.backbone))
-    if config.classes_per_batch > data.num_classes:
-        expected = f"at most {data.num_classes}, the classes in {config.data}"
-        raise ConfigError("classes_per_batch", expected, config.classes_per_batch)
-    return data
-
-
-def announce(console: Console, config: Config, data: Dataset, saved: dict[str, Any] | None) -> None:
-    counts = data.train_counts
-    samples = "images" if data.is_images else "features"
-    lines = [
-        f"{config.data}: {len(data.y_train):,} training {samples} {data.sample_shape} in {data.num_classes} classes "
-        f"({int(counts.max()):,} to {int(counts.min()):,} each), {len(data.y_test):,} for testing",
-        f"backbone {config.backbone}, {config.device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}",
-    ]
-    if saved:
-        at = saved["training"]["position"]
-        where = f"{saved['training']['name']} stage {at['stage'] + 1} epoch {at['epoch']} step {at['step_of_epoch']}"
-        lines.append(f"resuming after {where}")
-    elif config.resume:
-        lines.append("no checkpoint to resume: from the beginning")
-    for line in lines:
-        say(console, line)
-
-
-def images_in_all(config: Config, data: Dataset) -> int:
-    """Image passes of all methods and stages."""
-    epochs = config.stage1_epochs + config.stage2_epochs
-    return len(config.methods) * epochs * sum(map(sum, epoch_batch_sizes(config, data)))
-
-
-def images_done(saved: dict[str, Any] | None) -> int:
-    """Image passes before the checkpoint."""
-    if not saved:
-        return 0
-    training = saved["training"]
-    finished = (r for r in saved["records"] if r["event"] == "result" and r["method"] != training["name"])
-    return int(training["position"]["images"] + sum(record["images"] for record in finished))
 
 
 if __name__ == "__main__":

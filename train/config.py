@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints, overload
 
 import torch
 import typeguard
@@ -138,8 +138,23 @@ class Config:
     """CPU threads; PyTorch's choice if not given."""
 
 
-def from_command_line(args: list[str] | None = None) -> Config:
+Options = TypeVar("Options", bound=Config)
+
+
+@overload
+def from_command_line(args: list[str] | None = None) -> Config: ...
+
+
+@overload
+def from_command_line(args: list[str] | None, kind: type[Options]) -> Options: ...
+
+
+def from_command_line(args: list[str] | None = None, kind: type[Config] = Config) -> Config:
     """The configuration that the command line asks for, checked as far as it can be without the data.
+
+    Args:
+        args: the command line's words; sys.argv's if None.
+        kind: Config, or a dataclass with options beside it.
 
     Raises:
         ConfigError: an option that cannot be.
@@ -148,10 +163,11 @@ def from_command_line(args: list[str] | None = None) -> Config:
     first = argparse.ArgumentParser(prog="python -m train", add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default=DEFAULT_RECIPE)
     recipe = first.parse_known_args(args)[0].recipe
+    defaults = load_recipe(recipe)
     config = tyro.cli(
-        Config,
+        kind,
         args=args,
-        default=load_recipe(recipe),
+        default=kind(**{field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults)}),
         prog="python -m train",
         description=_description(),
         config=(tyro.conf.OmitArgPrefixes,),

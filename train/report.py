@@ -28,7 +28,7 @@ def print_results(console: Console, results: list[dict[str, Any]], train_counts:
     """Print the table and, for GistNet, slot usage, temperatures and the size of the displacements."""
     sizes = {group: num_classes(int(mask.sum())) for group, mask in split_classes(train_counts, rule).items()}
     table = Table(title=f"Test accuracy in %, split rule {rule}")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     table.add_column(f"overall\n{num_classes(len(train_counts))}", justify="right")
     for group in GROUPS:
         table.add_column(f"{group}\n{sizes[group]}", justify="right")

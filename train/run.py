@@ -1,0 +1,89 @@
+"""A run from its options to its report: load, announce, train, report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from .config import Config, ConfigError
+from .data.arrays import DataError, Dataset, load_arrays
+from .display import Display
+from .engine import epoch_batch_sizes, run
+from .report import plot_accuracy, print_results
+from .runfiles import RunFolder
+
+
+def start(config: Config, console: Console) -> list[dict[str, Any]]:
+    """Load, train, report; returns the results of all methods.
+
+    Raises:
+        ConfigError: an option that cannot be.
+        Diverged: the loss is no longer a number.
+    """
+    data = load(config)
+    folder = RunFolder(config)
+    saved = folder.open(config, data.fingerprint())
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    announce(console, config, data, saved)
+    with Display(console, images_in_all(config, data), images_done(saved)) as display:
+        results = run(config, data, folder, display, saved)
+    print_results(console, results, data.train_counts, config.split_rule)
+    folder.write("accuracy.png", lambda path: plot_accuracy(path, results, data.train_counts, config.name))
+    say(console, f"written to {folder.path}")
+    return results
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is: no colours, no wrapping."""
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def load(config: Config) -> Dataset:
+    """The data, and whether the other options fit it."""
+    try:
+        data = load_arrays(config.data, config.num_classes)
+    except DataError as error:
+        raise ConfigError("data", "a data set", str(error)) from None
+    if data.is_images != (config.backbone != "none"):
+        kind = "a network, for images" if data.is_images else "none, for features"
+        raise ConfigError("backbone", f"{kind} {data.sample_shape} in {config.data}", repr(config.backbone))
+    if config.classes_per_batch > data.num_classes:
+        expected = f"at most {data.num_classes}, the classes in {config.data}"
+        raise ConfigError("classes_per_batch", expected, config.classes_per_batch)
+    return data
+
+
+def announce(console: Console, config: Config, data: Dataset, saved: dict[str, Any] | None) -> None:
+    counts = data.train_counts
+    samples = "images" if data.is_images else "features"
+    lines = [
+        f"{config.data}: {len(data.y_train):,} training {samples} {data.sample_shape} in {data.num_classes} classes "
+        f"({int(counts.max()):,} to {int(counts.min()):,} each), {len(data.y_test):,} for testing",
+        f"backbone {config.backbone}, {config.device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}",
+    ]
+    if saved:
+        at = saved["training"]["position"]
+        where = f"{saved['training']['name']} stage {at['stage'] + 1} epoch {at['epoch']} step {at['step_of_epoch']}"
+        lines.append(f"resuming after {where}")
+    elif config.resume:
+        lines.append("no checkpoint to resume: from the beginning")
+    for line in lines:
+        say(console, line)
+
+
+def images_in_all(config: Config, data: Dataset) -> int:
+    """Image passes of all methods and stages."""
+    epochs = config.stage1_epochs + config.stage2_epochs
+    return len(config.methods) * epochs * sum(map(sum, epoch_batch_sizes(config, data)))
+
+
+def images_done(saved: dict[str, Any] | None) -> int:
+    """Image passes before the checkpoint."""
+    if not saved:
+        return 0
+    training = saved["training"]
+    finished = (r for r in saved["records"] if r["event"] == "result" and r["method"] != training["name"])
+    return int(training["position"]["images"] + sum(record["images"] for record in finished))
