@@ -1,4 +1,7 @@
-"""`python -m train`: checks what it was asked for, trains, and says what came of it. `python -m train ablation`: many seeds."""
+"""`python -m train`: checks what it was asked for, trains, and says what came of it.
+
+`python -m train ablation` does so for many seeds; `python -m train doctor` only looks at the data.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from rich.console import Console
 
 from .ablation import Ablation, ablate
 from .config import ConfigError, from_command_line
+from .display import say
+from .doctor import examine
 from .engine import Diverged
-from .run import say, start
+from .run import start
 
 
 def main(args: list[str] | None = None) -> int:
@@ -22,6 +27,8 @@ def main(args: list[str] | None = None) -> int:
         try:
             if args[:1] == ["ablation"]:
                 return ablate(from_command_line(args[1:], Ablation), console)
+            if args[:1] == ["doctor"]:
+                return examine(from_command_line(args[1:]), console)
             start(from_command_line(args), console)
             return 0
         except ConfigError as error:

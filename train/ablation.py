@@ -15,9 +15,10 @@ from typing import Any
 from rich.console import Console
 
 from .config import Config, ConfigError
+from .display import say
 from .evaluate import GROUPS
 from .methods import TITLES
-from .run import say, start
+from .run import start
 from .runfiles import write_aside
 
 Result = dict[str, Any]

@@ -15,6 +15,7 @@ import tyro
 
 from .backbones import BACKBONES
 from .data.arrays import EMBEDDED
+from .data.load import Source
 from .evaluate import SPLIT_RULES
 
 if sys.version_info >= (3, 11):
@@ -62,8 +63,25 @@ class Config:
 
     data: str = ""
     """A .npz or .safetensors file with x_train, y_train, x_test and y_test, where x is uint8 images [n, h, w] or
-    [n, h, w, c] or floating-point features [n, d]. Or the name of a set that comes with the package, which is
+    [n, h, w, c] or floating-point features [n, d]. CIFAR's archive from its authors (cifar-100-python.tar.gz). A list
+    of image files, .txt (path label, as ImageNet-LT's), .csv or .json (iNaturalist's). A folder with train/ and test/
+    (or val/), where each class has a folder. Or the name of a set that comes with the package, which is
     fashion-mnist-lt."""
+    test_data: str = ""
+    """The list or folder of test images; if not given, the one beside --data with test (or val) in its name instead of
+    train."""
+    images: str = ""
+    """Where the paths in lists begin; the list's own folder if not given."""
+    path_prefixes: tuple[str, ...] = ()
+    """OLD=NEW: paths in lists that begin with OLD begin with NEW instead, such as data_256/=train/."""
+    image_size: int = 64
+    """Side of the squares that image files are cut and resized to when they are decoded, once, into --cache."""
+    unreadable: Literal["stop", "skip"] = "stop"
+    """What an image file that cannot be read does: stop, or be left out. It is named either way."""
+    cache: str = ""
+    """Where decoded images are kept; ~/.cache/gistops/images if not given."""
+    imbalance_ratio: float = 1.0
+    """Makes a balanced training set long-tailed: the largest class over the smallest, by the rule of CIFAR-LT."""
     num_classes: int | None = None
     """How many classes the data must have; taken from the data if not given."""
     backbone: str = "resnet32"
@@ -219,10 +237,15 @@ def load_recipe(recipe: str) -> Config:
     return Config(**values)
 
 
+def source_of(config: Config) -> Source:
+    """The part that says which data."""
+    return Source(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Source)})
+
+
 def config_values(config: Config) -> dict[str, Any]:
     """What decides a run's outcome, as plain values: not where it came from or lies, nor that it is resumed."""
     values = dataclasses.asdict(config)
-    for other in ("recipe", "runs", "resume"):
+    for other in ("recipe", "runs", "resume", "cache"):
         del values[other]
     return values
 
@@ -260,6 +283,8 @@ def check(config: Config) -> None:
         expect(option, getattr(config, option) >= 0, "at least 0")
     expect("stage1_epochs", config.stage1_epochs + config.stage2_epochs > 0, "some epoch in some stage")
     expect("num_displacements", 0 <= config.num_displacements <= 255, "0 to 255")
+    expect("imbalance_ratio", config.imbalance_ratio >= 1, "at least 1")
+    expect("image_size", config.image_size >= 1, "at least 1")
     expect("displacement_init", config.displacement_init in ("random", "residuals"), "random or residuals")
     scale = config.displacement_scale
     expect("displacement_scale", scale is None or scale > 0, "a number above 0")
@@ -282,5 +307,5 @@ def check(config: Config) -> None:
         raise ConfigError(
             "device", "cpu, cuda or auto", f"{config.device!r} ({error})".split("\n")[0]
         ) from None
-    needed = f"a .npz or .safetensors file, or {', '.join(EMBEDDED)}"
+    needed = f"a file, a folder, or {', '.join(EMBEDDED)}"
     expect("data", bool(config.data), f"{needed} (the recipe {config.recipe} brings no data)")

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from .config import Config, ConfigError
-from .data.arrays import DataError, Dataset, load_arrays
-from .display import Display
+from .config import Config, ConfigError, source_of
+from .data.arrays import Dataset
+from .data.errors import DataError
+from .data.load import load as load_data
+from .display import Display, say
 from .engine import epoch_batch_sizes, run
 from .report import plot_accuracy, print_results
 from .runfiles import RunFolder
@@ -36,15 +38,10 @@ def start(config: Config, console: Console) -> list[dict[str, Any]]:
     return results
 
 
-def say(console: Console, line: str) -> None:
-    """Print a line as it is: no colours, no wrapping."""
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
 def load(config: Config) -> Dataset:
     """The data, and whether the other options fit it."""
     try:
-        data = load_arrays(config.data, config.num_classes)
+        data = load_data(source_of(config))
     except DataError as error:
         raise ConfigError("data", "a data set", str(error)) from None
     if data.is_images != (config.backbone != "none"):

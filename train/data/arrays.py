@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .errors import DataError
+
 EMBEDDED = {"fashion-mnist-lt": Path(__file__).parent / "fashion_mnist_lt" / "fashion_mnist_lt100.npz"}
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
-
-
-class DataError(ValueError):
-    """A file that is no data set; the message says what was expected and what came."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,10 @@ class Dataset:
 
     def mean_std(self) -> tuple[Tensor, Tensor]:
         """Of the training images' channels, [c], in units of full brightness."""
-        pixels = self.x_train.transpose(0, 1).flatten(1)  # [c, n·h·w] uint8
-        histogram = torch.stack([torch.bincount(channel, minlength=256) for channel in pixels]).double()
+        histogram = torch.zeros(self.sample_shape[0], 256, dtype=torch.float64)
+        for part in self.x_train.split(1000):  # they may lie on a disk
+            pixels = part.transpose(0, 1).flatten(1)  # [c, n·h·w] uint8
+            histogram += torch.stack([torch.bincount(channel, minlength=256) for channel in pixels])
         levels = torch.arange(256, dtype=torch.float64) / 255
         share = histogram / histogram.sum(1, keepdim=True)
         mean = share @ levels
@@ -58,7 +59,8 @@ class Dataset:
         """Changes when the data does: a run is not resumed on other data."""
         crc = 0
         for tensor in (self.x_train, self.y_train, self.x_test, self.y_test):
-            crc = zlib.crc32(tensor.contiguous().numpy().data, crc)
+            for part in tensor.split(10_000):
+                crc = zlib.crc32(part.contiguous().numpy().data, crc)
         return f"{len(self.y_train)}+{len(self.y_test)} samples, {self.num_classes} classes, crc32 {crc:08x}"
 
 
@@ -73,7 +75,13 @@ def load_arrays(source: str, num_classes: int | None = None) -> Dataset:
         DataError: the file or an array in it is not as expected.
     """
     path = EMBEDDED.get(source, Path(source))
-    arrays = _read(path)
+    return from_arrays(path, _read(path), num_classes)
+
+
+def from_arrays(
+    path: Path, arrays: Mapping[str, np.ndarray | Tensor], num_classes: int | None = None
+) -> Dataset:
+    """Check arrays that were read from `path`. Raises as `load_arrays`."""
     missing = [name for name in ARRAYS if name not in arrays]
     if missing:
         raise DataError(f"{path}: expected the arrays {', '.join(ARRAYS)}, got {', '.join(arrays) or 'none'}")
@@ -82,7 +90,7 @@ def load_arrays(source: str, num_classes: int | None = None) -> Dataset:
         x_train, x_test = (_samples(name, arrays[name]) for name in ("x_train", "x_test"))
         y_train, y_test = (_labels(name, arrays[name]) for name in ("y_train", "y_test"))
         _check_fit(x_train, y_train, x_test, y_test)
-        return _dataset(x_train, y_train, x_test, y_test, names, num_classes)
+        return make_dataset(x_train, y_train, x_test, y_test, names, num_classes)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
 
@@ -145,14 +153,19 @@ def _check_fit(x_train: Tensor, y_train: Tensor, x_test: Tensor, y_test: Tensor)
         raise DataError(f"x_test: expected samples of the same shape as x_train's, got {got}")
 
 
-def _dataset(
+def make_dataset(
     x_train: Tensor,
     y_train: Tensor,
     x_test: Tensor,
     y_test: Tensor,
-    names: np.ndarray | Tensor | None,
+    names: np.ndarray | Tensor | list[str] | None,
     num_classes: int | None,
 ) -> Dataset:
+    """Check labels against one another: every class has training samples, the test's classes are among them.
+
+    Raises:
+        DataError: they are not as expected.
+    """
     found = int(y_train.max()) + 1
     if num_classes is not None and found != num_classes:
         raise DataError(

@@ -1,0 +1,75 @@
+"""Many seeds: one run each, a table over all, and no work done twice."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train.__main__ import main
+from train.ablation import spread, table, usage
+from train.config import Config
+
+SHORT = "--stage1-epochs 1 --stage2-epochs 1 --classes-per-batch 3 --batch-size 50 --device cpu"
+
+
+def results_of(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["event"] == "result"]
+
+
+def test_seeds_a_table_and_going_on(
+    feature_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = (
+        f"--recipe features --data {feature_file} --runs {tmp_path} --name grid --methods gist plain {SHORT}"
+    )
+    assert main(["ablation", *args.split(), "--seeds", "3", "5"]) == 0
+    found = {seed: results_of(tmp_path / "grid" / f"seed-{seed}") for seed in (3, 5)}
+    text = (tmp_path / "grid" / "table.md").read_text()
+    assert text in capsys.readouterr().out
+    overall = [100 * found[seed][0]["accuracy"]["overall"] for seed in (3, 5)]
+    expected = f"| {statistics.fmean(overall):.1f} ± {statistics.stdev(overall):.1f} |"
+    (row,) = (line for line in text.splitlines() if line.startswith("| GistNet (COS+CS+GIST) |"))
+    assert expected in row
+    assert "| plain softmax: adjusted afterwards |" in text
+    assert "seeds 3, 5" in text
+
+    before = (tmp_path / "grid" / "seed-3" / "metrics.jsonl").stat().st_mtime_ns
+    model = tmp_path / "grid" / "seed-3" / "model-gist.safetensors"
+    written = model.stat().st_mtime_ns
+    assert main(["ablation", *args.split(), "--seeds", "3", "5", "4"]) == 0
+    assert model.stat().st_mtime_ns == written, "a finished run was trained again"
+    assert (tmp_path / "grid" / "seed-3" / "metrics.jsonl").stat().st_mtime_ns >= before
+    assert results_of(tmp_path / "grid" / "seed-3") == found[3]
+    assert "seeds 3, 5, 4" in (tmp_path / "grid" / "table.md").read_text()
+
+
+def test_options_that_differ_are_refused(
+    feature_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = f"ablation --recipe features --data {feature_file} --runs {tmp_path} --methods plain {SHORT} --seeds 0"
+    assert main(args.split()) == 0
+    assert main([*args.split(), "--lr", "0.5"]) == 2
+    assert "--lr: expected" in capsys.readouterr().err
+    assert main([*args.split(), "1", "1"]) == 2
+    assert "--seeds: expected one seed at least, each once, got (0, 1, 1)" in capsys.readouterr().err
+
+
+def test_cells() -> None:
+    assert spread([0.5, 0.6]) == "55.0 ± 7.1"
+    assert spread([0.5]) == "50.0"
+    assert spread([0.5, None]) == "–"
+    assert usage([{"slot_usage": [0.75, 0.25]}, {"slot_usage": [0.25, 0.75]}]) == "50 / 50"
+    assert usage([{"slot_usage": [1.0]}, {}]) == ""
+    one = {
+        "method": "plain",
+        "images": 7,
+        "accuracy": dict.fromkeys(("overall", "many", "medium", "few"), 0.5),
+    }
+    text = table({0: [one]}, Config(data="somewhere/file.npz"))
+    assert "data file.npz" in text
+    assert text.splitlines()[-1] == "| plain softmax | 50.0 | 50.0 | 50.0 | 50.0 |  | 7 |"

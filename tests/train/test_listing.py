@@ -1,0 +1,322 @@
+"""Data as it is published: lists, COCO files, folders, CIFAR's archives. Small made-up sets in the same layouts."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from train.__main__ import main
+from train.data import decoded, pictures
+from train.data.errors import DataError
+from train.data.listing import read_listing
+from train.data.load import Source, load
+
+COLOURS = {"ant": (250, 10, 10), "bee": (10, 250, 10), "cat": (10, 10, 250)}
+COUNTS = {"ant": 4, "bee": 3, "cat": 2}
+
+
+def picture(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """train/<class>/<n>.png and val/<class>/0.jpg."""
+    for name, count in COUNTS.items():
+        for i in range(count):
+            picture(tmp_path / "set" / "train" / name / f"{i}.png", COLOURS[name], (40 + i, 30))
+        picture(tmp_path / "set" / "val" / name / "0.jpg", COLOURS[name])
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> str:
+    return str(tmp_path / "cache")
+
+
+def entries(tree: Path, part: str) -> list[tuple[str, int]]:
+    names = list(COLOURS)
+    return [
+        (str(f.relative_to(tree)), names.index(f.parent.name)) for f in sorted((tree / part).rglob("*.*"))
+    ]
+
+
+def write_lists(tree: Path, kind: str) -> Path:
+    """Lists of both parts in the layout of a published set; the path of the training list."""
+    for part in ("train", "val"):
+        pairs = entries(tree, part)
+        path = tree / f"Made_Up_{part}.{kind}"
+        if kind == "txt":
+            path.write_text("".join(f"{name} {label}\n" for name, label in pairs))
+        elif kind == "csv":
+            with open(path, "w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(["id", "image", "label"])
+                writer.writerows((i, name, list(COLOURS)[label]) for i, (name, label) in enumerate(pairs))
+        else:  # ids and order as in iNaturalist's: annotations are not in the order of images, ids not from 0
+            images = [{"id": 900 + i, "file_name": name} for i, (name, _) in enumerate(pairs)]
+            notes = [{"image_id": 900 + i, "category_id": 10 + 5 * k} for i, (_, k) in enumerate(pairs)]
+            categories = [{"id": 10 + 5 * k, "name": name} for k, name in enumerate(COLOURS)]
+            path.write_text(
+                json.dumps({"images": images, "annotations": notes[::-1], "categories": categories})
+            )
+    return tree / f"Made_Up_train.{kind}"
+
+
+def check_colours(x: torch.Tensor, y: torch.Tensor) -> None:
+    """Each image has its class's colour: labels were not joined by position."""
+    for image, label in zip(x, y, strict=True):
+        expected = torch.tensor(list(COLOURS.values())[label]).float()
+        assert (image.float().mean((1, 2)) - expected).abs().max() < 12
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv", "json", "folder"])
+def test_every_layout_gives_the_same_set(kind: str, tree: Path, cache: str) -> None:
+    source = tree if kind == "folder" else write_lists(tree, kind)
+    data = load(Source(str(source), image_size=16, cache=cache))
+    assert data.sample_shape == [3, 16, 16]
+    assert data.train_counts.tolist() == [4, 3, 2]
+    assert torch.bincount(data.y_test).tolist() == [1, 1, 1]
+    check_colours(data.x_train, data.y_train)
+    check_colours(data.x_test, data.y_test)
+    names = list(COLOURS) if kind in ("csv", "folder") else ["0", "1", "2"]
+    assert data.class_names == names
+
+
+def test_prefixes_and_roots(tree: Path, cache: str) -> None:
+    """Places-LT's lists name a layout that another download does not have."""
+    path = write_lists(tree, "txt")
+    path.write_text("".join(f"data_256/{name[6:]} {label}\n" for name, label in entries(tree, "train")))
+    elsewhere = path.parent.parent / "lists"
+    elsewhere.mkdir()
+    for file in tree.glob("*.txt"):
+        file.rename(elsewhere / file.name)
+    source = Source(
+        str(elsewhere / path.name),
+        images=str(tree),
+        path_prefixes=("data_256/=train/",),
+        image_size=8,
+        cache=cache,
+    )
+    check_colours(*dataclasses.astuple(load(source))[:2])
+    with pytest.raises(DataError, match=r"9 of 9 images cannot be read: .*data_256"):
+        load(dataclasses.replace(source, path_prefixes=()))
+    with pytest.raises(DataError, match="--path-prefixes: expected OLD=NEW, got 'data_256'"):
+        load(dataclasses.replace(source, path_prefixes=("data_256",)))
+
+
+def test_unreadable_images_are_named(tree: Path, cache: str) -> None:
+    (tree / "train" / "ant" / "0.png").write_bytes(b"no image at all")
+    whole = (tree / "train" / "bee" / "1.png").read_bytes()
+    (tree / "train" / "bee" / "1.png").write_bytes(whole[: len(whole) // 2])
+    source = Source(str(tree), image_size=16, cache=cache)
+    with pytest.raises(
+        DataError, match=r"2 of 9 images cannot be read: .*0\.png.*; .*1\.png.* \(--unreadable skip"
+    ):
+        load(source)
+    with pytest.warns(RuntimeWarning, match=r"left out: 2 of 9 images cannot be read"):
+        data = load(dataclasses.replace(source, unreadable="skip"))
+    assert data.train_counts.tolist() == [3, 2, 2]
+    check_colours(data.x_train, data.y_train)
+
+
+def test_images_are_decoded_once(tree: Path, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source(str(tree), image_size=16, cache=cache)
+    first = load(source)
+    assert not list(Path(cache).glob(".*")), "something unfinished was left"
+
+    def never(*_: Any) -> None:
+        raise AssertionError("decoded again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(decoded, "_make", never)
+        again = load(source)
+    assert torch.equal(first.x_train, again.x_train)
+    assert first.fingerprint() == again.fingerprint()
+    picture(tree / "train" / "ant" / "0.png", (0, 0, 0))  # another image of that name
+    changed = load(source)
+    assert not torch.equal(changed.x_train, first.x_train)
+
+
+def test_many_images_by_several_processes(tmp_path: Path, cache: str) -> None:
+    for i in range(150):
+        for part in ("train", "test"):
+            picture(tmp_path / "set" / part / f"class {i % 3}" / f"{i}.png", (i, 0, 255 - i), (9, 9))
+    data = load(Source(str(tmp_path / "set"), image_size=9, cache=cache))
+    assert data.train_counts.tolist() == [50, 50, 50]
+    reds = data.x_train[:, 0, 4, 4]
+    order = sorted(range(150), key=lambda i: (i % 3, f"{i}.png"))
+    assert reds.tolist() == order
+
+
+def test_pictures_of_any_kind(tmp_path: Path) -> None:
+    for mode, colour in (
+        ("L", 90),
+        ("P", 3),
+        ("RGBA", (1, 2, 3, 4)),
+        ("CMYK", (9, 9, 9, 9)),
+        ("I;16", 5),
+        ("1", 1),
+    ):
+        path = tmp_path / f"{mode.replace(';', '')}.tiff"
+        Image.new(mode, (7, 50), colour).save(path)
+        assert pictures.decode(path, 12).shape == (12, 12, 3)
+    turned = Image.fromarray(
+        np.repeat(np.array([[[255, 0, 0]], [[0, 0, 255]]], np.uint8), 20, 1).repeat(10, 0)
+    )
+    exif = turned.getexif()
+    exif[0x0112] = 3  # upside down
+    turned.save(tmp_path / "turned.png", exif=exif)
+    image = pictures.decode(tmp_path / "turned.png", 20)
+    assert image[2, 10, 2] > 200
+    assert image[17, 10, 0] > 200
+
+
+WRONG: list[tuple[str, str, str]] = [
+    ("a.txt", "one.jpg 3\ntwo.jpg\n", r"a\.txt, line 2: expected `relative/path\.jpg label`, got 'two\.jpg'"),
+    ("a.txt", "one.jpg -3\n", r"line 1: expected"),
+    ("a.txt", "\n", "expected some images, got none"),
+    ("a.csv", "id,name\n1,x\n", r"a\.csv: expected a column named path, .* got id, name"),
+    ("a.csv", "path,label\nx.jpg,\n", r"a\.csv, line 2: expected a path and a label"),
+    ("a.json", "{", r"a\.json: expected COCO's images .* got JSONDecodeError"),
+    ("a.json", '{"images": [], "annotations": [{"image_id": 1, "category_id": 0}]}', "got none with id 1"),
+    ("a.md", "", "expected a folder of class folders, or a list named"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "words"), WRONG)
+def test_lists_that_are_none(name: str, content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=words):
+        read_listing(str(tmp_path / name))
+
+
+def test_what_is_missing_is_said(tree: Path, cache: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.txt: there is no such file"):
+        read_listing("nowhere.txt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="expected a folder for each class with images in it"):
+        read_listing(str(tmp_path / "empty"))
+    path = write_lists(tree, "txt")
+    (tree / "Made_Up_val.txt").unlink()
+    with pytest.raises(
+        DataError, match=r"--test-data: expected .*Made_Up_test\.txt or .*Made_Up_val\.txt beside"
+    ):
+        load(Source(str(path), cache=cache))
+    with pytest.raises(DataError, match="--test-data: expected the test images' list"):
+        load(Source(str(path.rename(tree / "some.txt")), cache=cache))
+    (tree / "val" / "dog").mkdir()
+    picture(tree / "val" / "dog" / "0.png", (1, 1, 1))
+    with pytest.raises(DataError, match="expected the training set's classes, got dog too"):
+        load(Source(str(tree), cache=cache))
+
+
+def archive(path: Path, folder: str, files: dict[str, Any]) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            raw = pickle.dumps(content, protocol=2)
+            member = tarfile.TarInfo(f"{folder}/{name}")
+            member.size = len(raw)
+            tar.addfile(member, io.BytesIO(raw))
+    return path
+
+
+def cifar(path: Path, classes: int, each: int, rng: np.random.Generator) -> Path:
+    """A small archive in CIFAR-100's layout, or for 10 classes CIFAR-10's; the first pixel is the label."""
+
+    def part(count: int, key: bytes) -> dict[bytes, Any]:
+        y = rng.permutation(np.repeat(np.arange(classes), count))
+        x = rng.integers(0, 256, (len(y), 3072)).astype(np.uint8)
+        x[:, 0] = y
+        return {b"data": x, key: y.tolist()}
+
+    if classes == 10:
+        batches = {f"data_batch_{i}": part(each // 5, b"labels") for i in range(1, 6)}
+        names = {b"label_names": [f"class {k}".encode() for k in range(10)]}
+        files = {**batches, "test_batch": part(2, b"labels"), "batches.meta": names}
+        return archive(path, "cifar-10-batches-py", files)
+    names = {b"fine_label_names": [f"class {k}".encode() for k in range(classes)]}
+    files = {"train": part(each, b"fine_labels"), "test": part(2, b"fine_labels"), "meta": names}
+    return archive(path, "cifar-100-python", files)
+
+
+@pytest.mark.parametrize("classes", [10, 20])
+def test_cifar_archives(classes: int, tmp_path: Path, seed: int) -> None:
+    path = cifar(tmp_path / "cifar.tar.gz", classes, 50, np.random.default_rng(seed))
+    data = load(Source(str(path), num_classes=classes))
+    assert data.train_counts.tolist() == [50] * classes
+    assert data.sample_shape == [3, 32, 32]
+    assert torch.equal(data.x_train[:, 0, 0, 0].long(), data.y_train)
+    assert torch.equal(data.x_test[:, 0, 0, 0].long(), data.y_test)
+    assert data.class_names[3] == "class 3"
+    tail = load(Source(str(path), imbalance_ratio=10))
+    expected = [int(50 * 0.1 ** (k / (classes - 1))) for k in range(classes)]
+    assert tail.train_counts.tolist() == torch.bincount(tail.y_train).tolist() == expected
+    assert len(tail.y_test) == len(data.y_test)
+
+
+def test_an_archive_that_would_run_something(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return print, ("run",)
+
+    path = archive(tmp_path / "a.tar.gz", "cifar-100-python", {"train": Evil(), "test": {}, "meta": {}})
+    with pytest.raises(DataError, match=r"expected the files and keys .* got it asks for .*print"):
+        load(Source(str(path)))
+    other = archive(tmp_path / "b.tar.gz", "something", {"train": {}})
+    with pytest.raises(DataError, match=r"expected the folder cifar-100-python or .* got something"):
+        load(Source(str(other)))
+    (tmp_path / "c.tar.gz").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="expected a readable tar archive"):
+        load(Source(str(tmp_path / "c.tar.gz")))
+
+
+def test_training_on_a_folder_and_the_doctor(
+    tree: Path, cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = (
+        f"--recipe smoke --data {tree} --cache {cache} --num-classes 3 --image-size 16 --runs {tmp_path} "
+    )
+    common += "--classes-per-batch 2 --batch-size 4 --device cpu --methods plain"
+    assert main(["doctor", *common.split()]) == 0
+    said = capsys.readouterr().out
+    assert "3 classes, samples [3, 16, 16]" in said
+    assert "training: 9 samples, 4 to 2 a class" in said
+    assert "nothing is wrong with it" in said
+    assert main(common.split()) == 0
+    assert (tmp_path / "smoke" / "model-plain.safetensors").is_file()
+
+
+def test_the_doctor_says_what_is_wrong(tree: Path, cache: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_lists(tree, "txt")
+    (tree / "train" / "ant" / "0.png").unlink()
+    (tree / "train" / "ant" / "1.png").write_bytes(b"nothing")
+    with open(tree / "Made_Up_val.txt", "a") as file:
+        file.write("train/bee/0.png 1\n")
+    (tree / "Made_Up_val.txt").write_text(
+        "".join(line for line in (tree / "Made_Up_val.txt").read_text().splitlines(True) if "cat" not in line)
+    )
+    args = f"doctor --recipe smoke --data {path} --cache {cache} --num-classes 3 --image-size 16 --device cpu"
+    assert main(args.split()) == 1
+    said = capsys.readouterr().out
+    for words in (
+        "1 of 9 training images are not there",
+        "1 images are in the training and the test list",
+        "left out: 2 of 9 images cannot be read",
+        "1 classes have no test sample: 2",
+        "4 problems",
+    ):
+        assert words in said, said

@@ -1,0 +1,124 @@
+"""Data from whatever `--data` names: arrays, CIFAR's archives, or lists and folders of image files."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .arrays import ARRAYS, EMBEDDED, Dataset, from_arrays, load_arrays, make_dataset
+from .cifar import read_cifar
+from .decoded import load_images
+from .errors import DataError
+from .listing import Listing, read_listing
+from .longtail import long_tailed_counts, long_tailed_indices
+
+ARCHIVES = (".tar.gz", ".tgz", ".tar")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What data is asked for; Config says what each means."""
+
+    data: str
+    test_data: str = ""
+    num_classes: int | None = None
+    imbalance_ratio: float = 1.0
+    images: str = ""
+    path_prefixes: tuple[str, ...] = ()
+    image_size: int = 64
+    unreadable: Literal["stop", "skip"] = "stop"
+    cache: str = ""
+
+
+def load(source: Source) -> Dataset:
+    """Read, check, and make long-tailed if asked.
+
+    Raises:
+        DataError: something is not as expected; the message names it.
+    """
+    path = Path(source.data)
+    if source.data in EMBEDDED or path.suffix in (".npz", ".safetensors"):
+        data = load_arrays(source.data, source.num_classes)
+    elif source.data.endswith(ARCHIVES):
+        data = from_arrays(path, read_cifar(path), source.num_classes)
+    elif path.is_dir() or path.suffix in (".txt", ".csv", ".json"):
+        data = _from_files(source)
+    else:
+        names = ", ".join(EMBEDDED)
+        raise DataError(
+            f"{source.data}: expected arrays in a file named .npz or .safetensors, CIFAR's archive, a list named "
+            f".txt, .csv or .json, a folder of class folders, or {names}"
+        )
+    return data if source.imbalance_ratio == 1 else long_tailed(data, source.imbalance_ratio)
+
+
+def long_tailed(data: Dataset, ratio: float) -> Dataset:
+    """The same set with a long tail: the rule and the seed of CIFAR-LT.
+
+    Raises:
+        DataError: a class has fewer images than the rule gives it.
+    """
+    counts = long_tailed_counts(int(data.train_counts.max()), data.num_classes, ratio)
+    try:
+        kept = torch.from_numpy(long_tailed_indices(data.y_train.numpy(), counts))
+    except ValueError as error:
+        raise DataError(f"--imbalance-ratio {ratio}: {error}") from None
+    return dataclasses.replace(
+        data, x_train=data.x_train[kept], y_train=data.y_train[kept], train_counts=torch.tensor(counts)
+    )
+
+
+def listings(source: Source) -> tuple[Listing, Listing]:
+    """The lists of training and of test images.
+
+    Raises:
+        DataError: one of them is not there, or not as expected.
+    """
+    train, test = source.data, source.test_data
+    folder = Path(train)
+    if folder.is_dir() and (folder / "train").is_dir():
+        train = str(folder / "train")
+        test = test or _first(train, [folder / "test", folder / "val"])
+    elif not test:
+        if "train" not in folder.name:
+            raise DataError(f"--test-data: expected the test images' list, as {train} does not name one")
+        before, _, after = folder.name.rpartition("train")
+        test = _first(train, [folder.with_name(f"{before}{part}{after}") for part in ("test", "val")])
+    trained = read_listing(train, source.images, source.path_prefixes)
+    return trained, read_listing(test, source.images, source.path_prefixes, trained.names)
+
+
+def _first(train: str, candidates: list[Path]) -> str:
+    for candidate in candidates:
+        if candidate.exists():
+            return str(candidate)
+    raise DataError(f"--test-data: expected {' or '.join(map(str, candidates))} beside {train}, got neither")
+
+
+def _from_files(source: Source) -> Dataset:
+    cache = Path(source.cache) if source.cache else Path.home() / ".cache" / "gistops" / "images"
+    parts: list[Tensor] = []
+    pair = listings(source)
+    for listing in pair:
+        images, rows, why = load_images(listing, source.image_size, cache)
+        labels = torch.tensor(listing.labels)
+        if why:
+            said = f"{len(why)} of {len(listing)} images cannot be read: " + "; ".join(why[:5])
+            said += "; …" if len(why) > 5 else ""
+            if source.unreadable == "stop":
+                raise DataError(f"{said} (--unreadable skip leaves them out)")
+            warnings.warn(f"left out: {said}", RuntimeWarning, stacklevel=2)
+            kept = torch.ones(len(labels), dtype=torch.bool)
+            kept[rows] = False
+            images, labels = images[kept], labels[kept]
+        parts += [images, labels]
+    arrays = dict(zip(ARRAYS, parts, strict=True))
+    if len(arrays["y_test"]) == 0 or len(arrays["y_train"]) == 0:
+        raise DataError(f"{source.data}: expected some images that can be read, got none")
+    return make_dataset(**arrays, names=pair[0].names, num_classes=source.num_classes)
