@@ -11,7 +11,8 @@ import warnings
 from rich.console import Console
 
 from .ablation import Ablation, ablate
-from .config import ConfigError, from_command_line
+from .commandline import from_command_line
+from .config import ConfigError
 from .display import say
 from .doctor import examine
 from .engine import Diverged

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from .config import Config, ConfigError
 from .display import say
-from .evaluate import GROUPS
+from .groups import GROUPS
 from .methods import TITLES
 from .run import start
 from .runfiles import write_aside

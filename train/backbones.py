@@ -1,4 +1,4 @@
-"""Residual networks for small images, after He et al. 2016, section 4.2, with torchvision's parameter names."""
+"""Residual networks after He et al. 2016, with torchvision's parameter names; others from timm."""
 
 from __future__ import annotations
 
@@ -54,10 +54,94 @@ class SmallResNet(nn.Module):
         return features
 
 
+class ProjectedBlock(nn.Module):
+    """Two 3×3 convolutions. Where the shape changes the shortcut is a 1×1 convolution (option B)."""
+
+    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.downsample: nn.Module = nn.Identity()
+        if stride > 1 or in_planes != planes:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_planes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.downsample(x))
+
+
+class ResNet10(nn.Module):
+    """One basic block in each of four stages on ImageNet's stem, for 224×224: [b, 512]. The field's for ImageNet-LT."""
+
+    out_features = 512
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        planes = (64, 64, 128, 256, 512)
+        for i in range(1, 5):
+            block = ProjectedBlock(planes[i - 1], planes[i], stride=1 if i == 1 else 2)
+            setattr(self, f"layer{i}", nn.Sequential(block))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, 2, padding=1)
+        for i in range(1, 5):
+            x = getattr(self, f"layer{i}")(x)
+        features: Tensor = x.mean((2, 3))
+        return features
+
+
+class Timm(nn.Module):
+    """A network of timm's without its classifier."""
+
+    def __init__(self, name: str, in_channels: int, pretrained: bool) -> None:
+        super().__init__()
+        try:
+            import timm  # type: ignore[import-not-found, unused-ignore]
+        except ImportError as error:
+            raise BackboneError(f"timm, which `pip install timm` brings ({error})") from None
+        try:
+            self.network = timm.create_model(name, pretrained, in_chans=in_channels, num_classes=0)
+        except RuntimeError as error:
+            raise BackboneError(f"the name of a network of timm's ({error})") from None
+        self.out_features: int = self.network.num_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.network(images)
+        return features
+
+
+class BackboneError(ValueError):
+    """A network that cannot be had; the message says what was expected."""
+
+
+TIMM = "timm/"
+
+
+def make_backbone(name: str, in_channels: int, pretrained: bool = False) -> nn.Module:
+    """A network by its name; it has `out_features`.
+
+    Raises:
+        BackboneError: timm is not installed, or knows no such network.
+    """
+    if name.startswith(TIMM):
+        return Timm(name.removeprefix(TIMM), in_channels, pretrained)
+    return BACKBONES[name](in_channels)
+
+
 #: Networks by name; each takes the number of channels and has `out_features`.
-BACKBONES: dict[str, Callable[[int], SmallResNet]] = {
+BACKBONES: dict[str, Callable[[int], nn.Module]] = {
     # One block a stage on a stem of stride 2, twice as wide: for 28×28 on a CPU.
     "resnet8-half": lambda channels: SmallResNet(channels, blocks=1, width=32, stem_stride=2),
     "resnet20": lambda channels: SmallResNet(channels, blocks=3, width=16),
     "resnet32": lambda channels: SmallResNet(channels, blocks=5, width=16),
+    "resnet10": ResNet10,
 }

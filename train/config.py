@@ -1,29 +1,19 @@
-"""What a run is told: one typed record, made from a recipe (a data file) and the command line."""
+"""What a run is told: one typed record."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints, overload
+from typing import Any, Literal, get_args
 
 import torch
-import typeguard
-import tyro
 
-from .backbones import BACKBONES
+from .backbones import BACKBONES, TIMM
 from .data.arrays import EMBEDDED
 from .data.load import Source
-from .evaluate import SPLIT_RULES
+from .groups import SPLIT_RULES
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
-
-RECIPES = Path(__file__).with_name("recipes")
 DEFAULT_RECIPE = "fashion-mnist-lt"
 
 
@@ -85,8 +75,10 @@ class Config:
     num_classes: int | None = None
     """How many classes the data must have; taken from the data if not given."""
     backbone: str = "resnet32"
-    """A network for images (resnet20 or resnet32 for 32×32, resnet8-half for 28×28 on a CPU), or none for a head
-    alone on features."""
+    """A network for images (resnet20 or resnet32 for 32×32, resnet8-half for 28×28 on a CPU, resnet10 for 224×224), or
+    timm/NAME for any of timm's, such as timm/resnet50 (`pip install timm`); or none for a head alone on features."""
+    pretrained: bool = False
+    """Begin with timm's weights for the network, which it downloads."""
     center_features: bool = False
     """Batch normalisation without parameters between backbone and head, in every method. Not in the paper. After a
     ReLU all features share a direction, which pushes the displacements out of use; this takes it away."""
@@ -94,6 +86,14 @@ class Config:
     """Images: random crops after padding by so many pixels on each side."""
     flip: bool = False
     """Images: random horizontal flips."""
+    crop_size: int | None = None
+    """Images: side of the squares that the network sees, random ones in training, the middle in tests; whole images if not
+    given."""
+    crop_scale: float | None = None
+    """Images: random crops take this share of the area or more, at any aspect ratio from 3/4 to 4/3, and are resized
+    to --crop-size."""
+    color_jitter: float = 0.0
+    """Images: brightness, contrast and saturation change by up to this share."""
 
     methods: tuple[MethodName, ...] = ("gist", "plain")
     """What to train, each with as many image passes. gist is GistNet, COS+CS+GIST in the paper's Table 3; cos-cb,
@@ -156,87 +156,6 @@ class Config:
     """CPU threads; PyTorch's choice if not given."""
 
 
-Options = TypeVar("Options", bound=Config)
-
-
-@overload
-def from_command_line(args: list[str] | None = None) -> Config: ...
-
-
-@overload
-def from_command_line(args: list[str] | None, kind: type[Options]) -> Options: ...
-
-
-def from_command_line(args: list[str] | None = None, kind: type[Config] = Config) -> Config:
-    """The configuration that the command line asks for, checked as far as it can be without the data.
-
-    Args:
-        args: the command line's words; sys.argv's if None.
-        kind: Config, or a dataclass with options beside it.
-
-    Raises:
-        ConfigError: an option that cannot be.
-        SystemExit: --help, or an option that is none (code 2).
-    """
-    first = argparse.ArgumentParser(prog="python -m train", add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default=DEFAULT_RECIPE)
-    recipe = first.parse_known_args(args)[0].recipe
-    defaults = load_recipe(recipe)
-    config = tyro.cli(
-        kind,
-        args=args,
-        default=kind(**{field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults)}),
-        prog="python -m train",
-        description=_description(),
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    config = dataclasses.replace(
-        config,
-        name=config.name or Path(config.recipe).stem,
-        device=_device(config.device),
-    )
-    check(config)
-    return config
-
-
-def _recipe_file(recipe: str) -> Path:
-    return Path(recipe) if recipe.endswith(".toml") else RECIPES / f"{recipe}.toml"
-
-
-def _read_recipe(recipe: str) -> dict[str, Any]:
-    try:
-        with open(_recipe_file(recipe), "rb") as file:
-            values: dict[str, Any] = tomllib.load(file)
-            return values
-    except FileNotFoundError:
-        names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
-        raise ConfigError("recipe", f"a .toml file that is there, or one of {names}", repr(recipe)) from None
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError("recipe", "a readable TOML file", f"{recipe}: {error}") from None
-
-
-def load_recipe(recipe: str) -> Config:
-    """The configuration that a recipe alone gives.
-
-    Raises:
-        ConfigError: there is no such recipe, or it holds something that is no option or of a wrong type.
-    """
-    values = {key: value for key, value in _read_recipe(recipe).items() if key != "description"}
-    values["recipe"] = recipe
-    hints = get_type_hints(Config)
-    for key, value in values.items():
-        if key not in hints:
-            raise ConfigError("recipe", "the names of options as keys", f"{key!r} in {recipe}")
-        if isinstance(value, list):
-            values[key] = value = tuple(value)
-        try:
-            typeguard.check_type(value, hints[key])
-        except typeguard.TypeCheckError as error:
-            expected = Config.__annotations__[key]
-            raise ConfigError(key, expected, f"{value!r} in the recipe {recipe} ({error})") from None
-    return Config(**values)
-
-
 def source_of(config: Config) -> Source:
     """The part that says which data."""
     return Source(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Source)})
@@ -248,20 +167,6 @@ def config_values(config: Config) -> dict[str, Any]:
     for other in ("recipe", "runs", "resume", "cache"):
         del values[other]
     return values
-
-
-def _description() -> str:
-    paragraphs = [
-        "Trains GistNet in two stages on a long-tailed set, and a plain softmax model beside it.",
-        "Recipes:",
-    ]
-    for path in sorted(RECIPES.glob("*.toml")):
-        paragraphs.append(f"{path.stem}: {_read_recipe(path.stem).get('description', '')}")
-    return "\n\n".join(paragraphs)
-
-
-def _device(asked: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
 def check(config: Config) -> None:
@@ -298,7 +203,20 @@ def check(config: Config) -> None:
     expect("lr_drops", all(0 < drop < 1 for drop in config.lr_drops), "parts of a stage, between 0 and 1")
     expect("methods", len(config.methods) > 0, f"at least one of {', '.join(get_args(MethodName))}")
     expect("methods", len(set(config.methods)) == len(config.methods), "each method once")
-    expect("backbone", config.backbone in ("none", *BACKBONES), f"one of none, {', '.join(BACKBONES)}")
+    known = config.backbone in ("none", *BACKBONES) or config.backbone.startswith(TIMM)
+    expect("backbone", known, f"one of none, {', '.join(BACKBONES)}, or {TIMM}NAME")
+    expect(
+        "pretrained",
+        not config.pretrained or config.backbone.startswith(TIMM),
+        f"no weights but for {TIMM}NAME",
+    )
+    expect("crop_size", config.crop_size is None or config.crop_size >= 1, "at least 1")
+    expect(
+        "crop_scale",
+        config.crop_scale is None or 0 < config.crop_scale <= 1,
+        "a share, above 0 and at most 1",
+    )
+    expect("color_jitter", 0 <= config.color_jitter <= 1, "a share, 0 to 1")
     expect("split_rule", config.split_rule in SPLIT_RULES, f"one of {', '.join(SPLIT_RULES)}")
     expect("name", Path(config.name).name == config.name, "a folder's name, not a path (see --runs)")
     try:

@@ -14,7 +14,7 @@ from .data.arrays import Dataset
 from .data.errors import DataError
 from .data.load import listings, load
 from .display import say
-from .evaluate import GROUPS, SPLIT_RULES, split_classes
+from .groups import GROUPS, SPLIT_RULES, split_classes
 
 SHOWN = 10  # of each kind of trouble
 

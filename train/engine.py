@@ -19,7 +19,8 @@ from gistops.sampling import ClassBalancedBatchSampler
 
 from .config import Config
 from .data.arrays import Dataset
-from .data.streams import Augmentation, BalancedStream, RandomStream
+from .data.augment import Augmentation
+from .data.streams import BalancedStream, RandomStream
 from .display import Display
 from .evaluate import evaluate
 from .methods import METHODS
@@ -106,7 +107,7 @@ class Training:
         # Each method starts from the seed, so that its weights do not depend on what was trained before it.
         torch.manual_seed(config.seed)
         self.method = METHODS[name](config, data.train_counts)
-        model = build_model(data, config.backbone, config.center_features, self.method.head)
+        model = build_model(data, config, self.method.head)
         self.model = model.to(self.device)
         self.generator = torch.Generator().manual_seed(config.seed)  # of the data's order and augmentation
         self.random = RandomStream(len(data.y_train), self.generator)
@@ -115,7 +116,14 @@ class Training:
                 data.y_train, config.classes_per_batch, config.samples_per_class, seed=config.seed
             )
         )
-        self.augment = Augmentation(config.crop_padding, config.flip, self.generator)
+        self.augment = Augmentation(
+            self.generator,
+            config.crop_padding,
+            config.flip,
+            config.crop_size or 0,
+            config.crop_scale,
+            config.color_jitter,
+        )
         self.batch_sizes = epoch_batch_sizes(config, data)
         self.images = 0
         self.begin_stage(0)

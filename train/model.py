@@ -14,24 +14,32 @@ from torch import Tensor, nn
 
 from gistops.nn import ConstellationClassifier, GistClassifier
 
-from .backbones import BACKBONES
+from .backbones import make_backbone
+from .config import Config
 from .data.arrays import Dataset
 
 HeadMaker = Callable[[int, int], nn.Module]  # (in_features, num_classes) -> head
 
 
 class Normalize(nn.Module):
-    """Images uint8 [b, c, h, w] to floats with mean 0 and standard deviation 1 over the training images."""
+    """Images 0 to 255 [b, c, h, w] to floats with mean 0 and standard deviation 1 over the training images.
+
+    Of images larger than `crop_size`, if that is not 0, the middle.
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: Tensor, std: Tensor) -> None:
+    def __init__(self, mean: Tensor, std: Tensor, crop_size: int = 0) -> None:
         super().__init__()
+        self.crop_size = crop_size
         self.register_buffer("mean", mean[:, None, None])
         self.register_buffer("std", std[:, None, None])
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.crop_size:
+            top, left = ((side - self.crop_size) // 2 for side in images.shape[2:])
+            images = images[:, :, max(top, 0) :, max(left, 0) :][:, :, : self.crop_size, : self.crop_size]
         x = (images.float() / 255 - self.mean) / self.std
         return x.contiguous(memory_format=torch.channels_last)
 
@@ -63,17 +71,21 @@ class Model(nn.Module):
         return logits
 
 
-def build_model(data: Dataset, backbone_name: str, center_features: bool, make_head: HeadMaker) -> Model:
-    """A model for `data`; `make_head(in_features, num_classes)` gives its head."""
+def build_model(data: Dataset, config: Config, make_head: HeadMaker) -> Model:
+    """A model for `data`; `make_head(in_features, num_classes)` gives its head.
+
+    Raises:
+        BackboneError: a network that cannot be had.
+    """
     normalize: nn.Module = nn.Identity()
     backbone: nn.Module = nn.Identity()
     in_features = data.sample_shape[0]
     if data.is_images:
-        normalize = Normalize(*data.mean_std())
-        backbone = network = BACKBONES[backbone_name](in_features)
-        in_features = network.out_features
-    center = nn.BatchNorm1d(in_features, affine=False) if center_features else nn.Identity()
-    return Model(normalize, backbone, center, make_head(in_features, data.num_classes), backbone_name)
+        normalize = Normalize(*data.mean_std(), config.crop_size or 0)
+        backbone = make_backbone(config.backbone, in_features, config.pretrained)
+        in_features = int(backbone.out_features)  # type: ignore[arg-type]
+    center = nn.BatchNorm1d(in_features, affine=False) if config.center_features else nn.Identity()
+    return Model(normalize, backbone, center, make_head(in_features, data.num_classes), config.backbone)
 
 
 def save_model(path: Path, model: Model, class_names: list[str]) -> None:
@@ -82,7 +94,11 @@ def save_model(path: Path, model: Model, class_names: list[str]) -> None:
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
     state |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
     # One entry: the format keeps several in no fixed order, and the same model should give the same bytes.
-    metadata = {"train": json.dumps({"backbone": model.backbone_name, "classes": class_names})}
+    crop_size = model.normalize.crop_size if isinstance(model.normalize, Normalize) else 0
+    said = {"backbone": model.backbone_name, "classes": class_names, "crop_size": crop_size}
+    if isinstance(head, ConstellationClassifier):
+        said |= {"transform": head.transform, "hidden_features": head.hidden_features}
+    metadata = {"train": json.dumps(said)}
     contiguous = {name: tensor.contiguous() for name, tensor in state.items()}  # as the format asks
     path.write_bytes(safetensors.torch.save(contiguous, metadata))
 
@@ -98,13 +114,21 @@ def load_model(path: str | Path) -> tuple[Model, list[str]]:
     center: nn.Module = nn.Identity()
     head: nn.Module
     if "normalize.mean" in state:
-        normalize = Normalize(state["normalize.mean"].flatten(), state["normalize.std"].flatten())
-        backbone = BACKBONES[backbone_name](len(state["normalize.mean"]))
+        mean, std = state["normalize.mean"].flatten(), state["normalize.std"].flatten()
+        normalize = Normalize(mean, std, metadata["crop_size"])
+        backbone = make_backbone(backbone_name, len(mean))
     if "center.running_mean" in state:
         center = nn.BatchNorm1d(len(state["center.running_mean"]), affine=False)
     if "head.centers" in state:
         num_displacements, in_features = state["head.displacements"].shape
-        head = ConstellationClassifier(in_features, len(names), num_displacements)
+        hidden = metadata["hidden_features"] if metadata["transform"] == "mlp" else None
+        head = ConstellationClassifier(
+            in_features,
+            len(names),
+            num_displacements,
+            transform=metadata["transform"],
+            hidden_features=hidden,
+        )
     else:
         head = nn.Linear(state["head.weight"].shape[1], len(names))
     model = Model(normalize, backbone, center, head, backbone_name)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .evaluate import GROUPS, split_classes
+from .groups import GROUPS, split_classes
 from .methods import TITLES
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from .backbones import BackboneError
 from .config import Config, ConfigError, source_of
 from .data.arrays import Dataset
 from .data.errors import DataError
@@ -31,7 +32,10 @@ def start(config: Config, console: Console) -> list[dict[str, Any]]:
         torch.set_num_threads(config.threads)
     announce(console, config, data, saved)
     with Display(console, images_in_all(config, data), images_done(saved)) as display:
-        results = run(config, data, folder, display, saved)
+        try:
+            results = run(config, data, folder, display, saved)
+        except BackboneError as error:
+            raise ConfigError("backbone", str(error), repr(config.backbone)) from None
     print_results(console, results, data.train_counts, config.split_rule)
     folder.write("accuracy.png", lambda path: plot_accuracy(path, results, data.train_counts, config.name))
     say(console, f"written to {folder.path}")
@@ -47,6 +51,9 @@ def load(config: Config) -> Dataset:
     if data.is_images != (config.backbone != "none"):
         kind = "a network, for images" if data.is_images else "none, for features"
         raise ConfigError("backbone", f"{kind} {data.sample_shape} in {config.data}", repr(config.backbone))
+    if config.crop_size and data.is_images and config.crop_size > min(data.sample_shape[1:]):
+        expected = f"at most the images' side, {min(data.sample_shape[1:])}"
+        raise ConfigError("crop_size", expected, config.crop_size)
     if config.classes_per_batch > data.num_classes:
         expected = f"at most {data.num_classes}, the classes in {config.data}"
         raise ConfigError("classes_per_batch", expected, config.classes_per_batch)

@@ -11,7 +11,8 @@ from typing import Any
 import tomli_w
 import torch
 
-from .config import Config, ConfigError, config_values, load_recipe
+from .commandline import load_recipe
+from .config import Config, ConfigError, config_values
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from train.__main__ import main
-from train.config import RECIPES, ConfigError, from_command_line, load_recipe
+from train.commandline import RECIPES, from_command_line, load_recipe
+from train.config import ConfigError
 
 GOOD = {
     "x_train": np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32),
@@ -26,7 +27,7 @@ WORDS = [
     ("--backbone resnet99", "--backbone: expected one of none, "),
     ("--split-rule many", "--split-rule: expected one of standard, paper_text, paper_code"),
     ("--data nowhere.npz", "nowhere.npz: there is no such file"),
-    ("--data README.md", "expected a file named .npz or .safetensors"),
+    ("--data README.md", "expected arrays in a file named .npz or .safetensors"),
     ("--num-classes 11", "expected 11 classes"),
     ("--backbone none", "--backbone: expected a network, for images"),
     ("--device gpu9", "--device: expected cpu, cuda or auto"),

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from gistops.nn import GistClassifier
-from train.evaluate import GROUPS, Evaluation, evaluate, split_classes
+from train.evaluate import Evaluation, evaluate
+from train.groups import GROUPS, split_classes
 from train.model import Model
 
 from .conftest import shared

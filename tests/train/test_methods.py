@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from gistops.sampling import ClassBalancedBatchSampler
-from train.config import Config, MethodName, load_recipe
+from train.commandline import load_recipe
+from train.config import Config, MethodName
 from train.data.arrays import Dataset
 from train.data.streams import BalancedStream
 from train.displacements import residual_directions

@@ -1,11 +1,10 @@
-"""The two streams of training samples, random and class-balanced, and the augmentation of a batch."""
+"""The two streams of training samples, random and class-balanced."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gistops.sampling import ClassBalancedBatchSampler
@@ -62,25 +61,3 @@ class BalancedStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sampler.load_state_dict(state["sampler"])
         self._rest = list(state["rest"])
-
-
-class Augmentation:
-    """Random crops after zero padding, and random flips, of a batch of images [b, c, h, w] in one gather."""
-
-    def __init__(self, crop_padding: int, flip: bool, generator: torch.Generator) -> None:
-        self.crop_padding, self.flip, self.generator = crop_padding, flip, generator
-
-    def __call__(self, images: Tensor) -> Tensor:
-        if images.dim() != 4 or not (self.crop_padding or self.flip):
-            return images
-        (b, c, h, w), p = images.shape, self.crop_padding
-        top, left = torch.randint(0, 2 * p + 1, (2, b, 1), generator=self.generator)
-        rows, columns = top + torch.arange(h), left + torch.arange(w)  # [b, h], [b, w]
-        if self.flip:
-            flipped = torch.rand(b, 1, generator=self.generator) < 0.5
-            columns = torch.where(flipped, columns.flip(1), columns)
-        rows, columns = rows.to(images.device), columns.to(images.device)
-        sample = torch.arange(b, device=images.device)[:, None, None, None]
-        channel = torch.arange(c, device=images.device)[:, None, None]
-        padded = F.pad(images, (p, p, p, p))
-        return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]

@@ -1,0 +1,174 @@
+"""Augmentation and networks for images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from train.__main__ import main
+from train.backbones import BackboneError, make_backbone
+from train.data.augment import Augmentation
+from train.model import Normalize
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def ramp(b: int, h: int, w: int) -> torch.Tensor:
+    """Red tells the column, green the row, of each pixel, in steps of 2."""
+    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    one = torch.stack([2 * columns, 2 * rows, torch.zeros_like(rows)])
+    return one.to(torch.uint8).expand(b, -1, -1, -1).contiguous()
+
+
+def test_random_resized_crops_are_boxes_of_the_image(seed: int) -> None:
+    images = ramp(400, 60, 80)
+    out = Augmentation(generator(seed), crop_size=24, crop_scale=0.2)(images)
+    assert out.shape == (400, 3, 24, 24)
+    column, row = out[:, 0] / 2, out[:, 1] / 2
+    inner = slice(4, 20)  # at the image's edge the sampling reflects
+    assert (column[:, inner, inner].diff(dim=2) > 0).all()
+    assert (row[:, inner, inner].diff(dim=1) > 0).all()
+    assert column[:, inner, inner].diff(dim=1).abs().max() < 0.02, "not upright"
+    width = 24 * column[:, 12, inner].diff(dim=1).mean(1)
+    height = 24 * row[:, inner, 12].diff(dim=1).mean(1)
+    assert width.max() <= 80.5
+    assert height.max() <= 60.5
+    area = width * height / (60 * 80)
+    assert 0.15 < area.min() < 0.3
+    assert area.max() > 0.8
+    ratio = (width / height)[area < 0.5]  # larger boxes may be cut to the image
+    assert ratio.min() > 0.73
+    assert ratio.max() < 1.36
+    middle = column[:, 12, 12]
+    assert middle.std() > 8
+    assert column.min() >= 0
+    assert column.max() <= 79.01
+
+
+def test_resized_crops_flip_half_of_the_images(seed: int) -> None:
+    out = Augmentation(generator(seed), flip=True, crop_size=24, crop_scale=0.5)(ramp(400, 60, 60))
+    flipped = (out[:, 0, 12, 18] < out[:, 0, 12, 6]).float().mean()
+    assert 0.35 < flipped < 0.65
+    assert (out[:, 1, 18, 12] > out[:, 1, 6, 12]).all()
+
+
+def test_crops_without_resizing(seed: int) -> None:
+    images = ramp(200, 30, 30)
+    out = Augmentation(generator(seed), crop_size=20)(images)
+    assert out.shape == (200, 3, 20, 20)
+    assert out.dtype == torch.uint8
+    left, top = out[:, 0, 0, 0].long() // 2, out[:, 1, 0, 0].long() // 2
+    assert sorted(left.unique().tolist()) == list(range(11))
+    for image, x, y in zip(out, left, top, strict=True):
+        assert torch.equal(image, images[0, :, y : y + 20, x : x + 20])
+
+
+def test_jitter_changes_brightness_contrast_and_saturation(seed: int) -> None:
+    grey = torch.full((300, 3, 4, 4), 100, dtype=torch.uint8)
+    out = Augmentation(generator(seed), jitter=0.4)(grey)
+    assert out.std((2, 3)).max() < 1e-3  # contrast and saturation do nothing to it
+    level = out[:, 0, 0, 0]
+    assert 59 < level.min() < 70
+    assert 130 < level.max() < 141
+    coloured = torch.randint(60, 160, (300, 3, 8, 8), dtype=torch.uint8)
+    out = Augmentation(generator(seed), jitter=0.4)(coloured)
+    spread = out.std((1, 2, 3)) / coloured.float().std((1, 2, 3))
+    assert spread.max() > 1.1
+    assert spread.min() < 0.8
+    assert out.min() >= 0
+    assert out.max() <= 255
+    single = Augmentation(generator(seed), jitter=0.4)(grey[:, :1])
+    assert single.shape == (300, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"crop_padding": 2, "flip": True}, {"crop_size": 8, "crop_scale": 0.3, "jitter": 0.4, "flip": True}],
+)
+def test_the_generator_alone_decides(options: dict[str, Any], seed: int) -> None:
+    images = torch.randint(0, 256, (5, 3, 12, 12), dtype=torch.uint8)
+    first = Augmentation(generator(seed), **options)
+    state = first.generator.get_state()
+    one = first(images)
+    torch.rand(9)
+    first.generator.set_state(state)
+    assert torch.equal(first(images), one)
+    assert not torch.equal(first(images), one)
+
+
+def test_tests_see_the_middle() -> None:
+    images = ramp(1, 31, 40)
+    seen = Normalize(torch.zeros(3), torch.ones(3), 20)(images) * 255
+    assert seen.shape == (1, 3, 20, 20)
+    assert torch.equal(seen.round().to(torch.uint8), images[:, :, 5:25, 10:30])
+    assert Normalize(torch.zeros(3), torch.ones(3), 20)(images[:, :, :20, :20]).shape == (1, 3, 20, 20)
+
+
+def test_resnet10_is_the_published_one(seed: int) -> None:
+    """The parameters of basic blocks 1-1-1-1 on ImageNet's stem, without a classifier."""
+    network = make_backbone("resnet10", 3)
+    assert sum(p.numel() for p in network.parameters()) == count_by_hand()
+    assert network(torch.randn(2, 3, 64, 64)).shape == (2, 512)
+    network(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+
+
+def count_by_hand() -> int:
+    total = 3 * 64 * 49 + 2 * 64
+    for inside, outside, projected in ((64, 64, False), (64, 128, True), (128, 256, True), (256, 512, True)):
+        total += 9 * inside * outside + 9 * outside * outside + 4 * outside
+        total += (inside * outside + 2 * outside) if projected else 0
+    return total
+
+
+def test_networks_of_timm(seed: int) -> None:
+    pytest.importorskip("timm", reason="timm is not installed")
+    network = make_backbone("timm/resnet18", 3)
+    assert network(torch.randn(2, 3, 64, 64)).shape == (2, network.out_features)
+    with pytest.raises(BackboneError, match="the name of a network"):
+        make_backbone("timm/no_such_network", 3)
+
+
+def test_without_timm_it_is_said(image_file: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        import timm  # noqa: F401
+
+        pytest.skip("timm is installed")
+    except ImportError:
+        pass
+    args = f"--recipe smoke --data {image_file} --num-classes 5 --classes-per-batch 4 --runs {tmp_path} --device cpu"
+    assert main([*args.split(), "--backbone", "timm/resnet50"]) == 2
+    assert "--backbone: expected timm, which `pip install timm` brings" in capsys.readouterr().err
+
+
+WRONG = [
+    ("--pretrained --backbone resnet20", "--pretrained: expected no weights but for timm/NAME"),
+    ("--crop-size 99", "--crop-size: expected at most the images' side, 28, got 99"),
+    ("--crop-scale 1.5", "--crop-scale: expected a share"),
+    ("--color-jitter 2", "--color-jitter: expected a share"),
+]
+
+
+@pytest.mark.parametrize(("args", "words"), WRONG)
+def test_words(args: str, words: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--recipe", "smoke", "--runs", str(tmp_path), *args.split()]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_run_with_all_of_it(image_file: Any, tmp_path: Any) -> None:
+    args = f"--recipe smoke --data {image_file} --num-classes 5 --classes-per-batch 4 --runs {tmp_path} --device cpu"
+    args += (
+        " --crop-padding 0 --crop-size 8 --crop-scale 0.3 --color-jitter 0.4 --methods gist-mlp gist-rotation"
+    )
+    assert main(args.split()) == 0
+    from train.model import load_model
+
+    for name in ("gist-mlp", "gist-rotation"):
+        model, _ = load_model(tmp_path / "smoke" / f"model-{name}.safetensors")
+        assert model.head.transform == name.removeprefix("gist-")
+        assert model.normalize.crop_size == 8
+        assert model(torch.zeros(2, 3, 10, 10, dtype=torch.uint8)).shape == (2, 5)

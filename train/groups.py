@@ -1,0 +1,22 @@
+"""Groups of classes: many-, medium- and few-shot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+GROUPS = ("many", "medium", "few")
+
+#: Which classes have many and which have few training images n; the others are medium. Published tables differ here.
+SPLIT_RULES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "standard": (lambda n: n > 100, lambda n: n < 20),
+    "paper_text": (lambda n: n > 100, lambda n: n <= 20),
+    "paper_code": (lambda n: n >= 100, lambda n: n <= 20),
+}
+
+
+def split_classes(train_counts: Tensor, rule: str) -> dict[str, Tensor]:
+    """A mask over classes, [K] bool, for each group."""
+    many, few = (predicate(train_counts) for predicate in SPLIT_RULES[rule])
+    return {"many": many, "medium": ~(many | few), "few": few}
