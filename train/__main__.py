@@ -1,6 +1,7 @@
 """`python -m train`: checks what it was asked for, trains, and says what came of it.
 
-`python -m train ablation` does so for many seeds; `python -m train doctor` only looks at the data.
+`python -m train ablation` does so for many seeds; `python -m train doctor` only looks at the data; `python -m train report`
+puts runs beside one another in a page.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .config import ConfigError
 from .display import say
 from .doctor import examine
 from .engine import Diverged
+from .page import compare
 from .run import start
 
 
@@ -28,6 +30,8 @@ def main(args: list[str] | None = None) -> int:
         try:
             if args[:1] == ["ablation"]:
                 return ablate(from_command_line(args[1:], Ablation), console)
+            if args[:1] == ["report"]:
+                return compare(args[1:], console)
             if args[:1] == ["doctor"]:
                 return examine(from_command_line(args[1:]), console)
             start(from_command_line(args), console)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gistops.sampling import ClassBalancedBatchSampler
 
+from .analysis import analyse
 from .config import Config
 from .data.arrays import Dataset
 from .data.augment import Augmentation
@@ -93,7 +94,8 @@ def train(training: Training, folder: RunFolder, display: Display, records: list
         lambda path: save_model(path, training.model, training.data.class_names),
     )
     result = {"event": "result", "method": training.name, "images": training.images}
-    write(result | training.method.describe(training.model.head) | training.evaluate(per_class=True))
+    result |= training.method.describe(training.model.head) | training.evaluate(per_class=True)
+    write(result | {"analysis": analyse(training.model, training.data, config.split_rule, config.seed)})
 
 
 class Training:

@@ -14,6 +14,7 @@ from .data.errors import DataError
 from .data.load import load as load_data
 from .display import Display, say
 from .engine import epoch_batch_sizes, run
+from .page import read_records, write_page
 from .report import plot_accuracy, print_results
 from .runfiles import RunFolder
 
@@ -38,6 +39,9 @@ def start(config: Config, console: Console) -> list[dict[str, Any]]:
             raise ConfigError("backbone", str(error), repr(config.backbone)) from None
     print_results(console, results, data.train_counts, config.split_rule)
     folder.write("accuracy.png", lambda path: plot_accuracy(path, results, data.train_counts, config.name))
+    about = f"{describe_data(config, data)}. Seed {config.seed}, backbone {config.backbone}, torch {torch.__version__}."
+    records = {config.name: read_records(folder.path)}
+    folder.write("report.html", lambda path: write_page(path, records, config.name, about))
     say(console, f"written to {folder.path}")
     return results
 
@@ -60,12 +64,18 @@ def load(config: Config) -> Dataset:
     return data
 
 
-def announce(console: Console, config: Config, data: Dataset, saved: dict[str, Any] | None) -> None:
+def describe_data(config: Config, data: Dataset) -> str:
     counts = data.train_counts
     samples = "images" if data.is_images else "features"
-    lines = [
+    return (
         f"{config.data}: {len(data.y_train):,} training {samples} {data.sample_shape} in {data.num_classes} classes "
-        f"({int(counts.max()):,} to {int(counts.min()):,} each), {len(data.y_test):,} for testing",
+        f"({int(counts.max()):,} to {int(counts.min()):,} each), {len(data.y_test):,} for testing"
+    )
+
+
+def announce(console: Console, config: Config, data: Dataset, saved: dict[str, Any] | None) -> None:
+    lines = [
+        describe_data(config, data),
         f"backbone {config.backbone}, {config.device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}",
     ]
     if saved:

@@ -1,0 +1,124 @@
+"""What the report is made of, and the page."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from train.__main__ import main
+from train.analysis import BINS, analyse, calibration, confusion, feature_map
+from train.data.arrays import Dataset
+from train.engine import Training
+
+from .test_engine import FEATURES, finish
+
+SHORT = "--stage1-epochs 1 --stage2-epochs 1 --classes-per-batch 3 --batch-size 50 --device cpu"
+
+
+def test_calibration_by_hand() -> None:
+    confidence = torch.tensor([0.05, 0.05, 0.95, 0.95, 0.95, 1.0])
+    correct = torch.tensor([False, True, True, True, False, True])
+    found = calibration(confidence, correct)
+    assert [count for _, _, count in found["bins"]] == [2, 4]
+    assert found["bins"][0][:2] == pytest.approx([0.05, 0.5])
+    assert found["bins"][1][:2] == pytest.approx([0.9625, 0.75])
+    assert found["error"] == pytest.approx((2 * 0.45 + 4 * 0.2125) / 6)
+    exact = torch.rand(100_000)
+    assert calibration(exact, torch.rand(100_000) < exact)["error"] < 0.01
+    assert len(calibration(exact, exact > 0)["bins"]) == BINS
+
+
+def test_confusion_by_hand(features: Dataset) -> None:
+    """Classes 3 and 4 are few-shot, 20 test samples each."""
+    predicted = features.y_test.clone()
+    third = (features.y_test == 3).nonzero().flatten()
+    predicted[third[:12]] = 1
+    predicted[third[12:15]] = 0
+    rows = confusion(predicted, features, "standard")
+    assert [row["class"] for row in rows] == ["3", "4"]
+    assert rows[0] == {"class": "3", "training": 15, "accuracy": 0.25, "taken for": [["1", 0.6], ["0", 0.15]]}
+    assert rows[1]["taken for"] == []
+
+
+@pytest.mark.parametrize("method", ["gist", "plain", "gist-rotation"])
+def test_the_map_holds_each_classs_samples_and_vectors(method: str, features: Dataset) -> None:
+    training = Training(method, dataclasses.replace(FEATURES, num_displacements=2), features)
+    finish(training)
+    found = feature_map(training.model, features, seed=0)
+    assert len(found["classes"]) == 5
+    assert len(found["samples"]) == 100
+    slots = [(name, slot) for name, slot, _, _ in found["vectors"]]
+    expected = [(name, slot) for name in found["classes"] for slot in range(3)] if method == "gist" else []
+    assert slots == expected
+    assert found == feature_map(training.model, features, seed=0)
+
+
+def test_analysis_leaves_training_as_it_was(features: Dataset) -> None:
+    training = Training("gist", FEATURES, features)
+    training.step()
+    before = training.state_dict()["model"]
+    rng = torch.get_rng_state()
+    before = {name: value.clone() for name, value in before.items()}
+    analyse(training.model, features, "standard", 0)
+    assert training.model.training
+    assert torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(value, before[name]) for name, value in training.state_dict()["model"].items())
+
+
+class Page(HTMLParser):
+    """Counts what a page holds, and fails for what it would have to fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.images: list[bytes] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "iframe")
+        for name, value in attrs:
+            if name in ("src", "href"):
+                assert value is not None
+                assert value.startswith("data:image/png;base64,")
+                self.images.append(base64.b64decode(value.partition(",")[2]))
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def test_a_runs_page_and_a_comparison(
+    feature_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = f"--recipe features --data {feature_file} --runs {tmp_path} {SHORT}".split()
+    assert main([*args, "--name", "<one>", "--methods", "gist", "plain"]) == 0
+    page = Page((tmp_path / "<one>" / "report.html").read_text())
+    assert len(page.images) == 6 + 4  # a plain head has neither slots nor a constellation
+    assert all(Image.open(io.BytesIO(png)).size[0] > 300 for png in page.images)
+    records = [json.loads(line) for line in (tmp_path / "<one>" / "metrics.jsonl").read_text().splitlines()]
+    for result in (record for record in records if record["event"] == "result"):
+        assert f"{100 * result['accuracy']['overall']:.1f}" in page.words
+    for words in (
+        "<one>",
+        "GistNet (COS+CS+GIST)",
+        "plain softmax",
+        "adjusted afterwards",
+        "Few-shot classes",
+    ):
+        assert words in page.words
+    assert main([*args, "--name", "two", "--methods", "cos-gist"]) == 0
+    out = tmp_path / "both.html"
+    assert main(["report", str(tmp_path / "<one>"), str(tmp_path / "two"), "--out", str(out)]) == 0
+    both = Page(out.read_text())
+    assert len(both.images) == 10 + 5  # no slots without displacements
+    assert re.search(r"two: COS\+GIST", both.words)
+    assert main(["report", str(tmp_path)]) == 2
+    assert "--folders: expected the folders of runs" in capsys.readouterr().err

@@ -1,0 +1,115 @@
+"""What a trained model does on the test samples beyond its accuracy: calibration, confusion, a map of the features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sklearn.manifold import TSNE
+from torch import Tensor
+
+from gistops.nn import ConstellationClassifier
+
+from .data.arrays import Dataset
+from .groups import split_classes
+from .model import Model
+
+BINS = 15  # of confidence
+MAPPED_CLASSES = 10
+MAPPED_SAMPLES = 60  # of each of them, at most
+CONFUSED = 3  # classes that a class is most often taken for
+
+
+@torch.no_grad()
+def analyse(model: Model, data: Dataset, rule: str, seed: int, batch_size: int = 500) -> dict[str, Any]:
+    """Plain values for the report, of the head's own predictions; the model is left in training mode."""
+    device = next(model.parameters()).device
+    model.eval()
+    confidence, predicted = [], []
+    for part in data.x_test.split(batch_size):
+        best = model(part.to(device)).softmax(1).max(1)
+        confidence.append(best.values.cpu())
+        predicted.append(best.indices.cpu())
+    made = {
+        "calibration": calibration(torch.cat(confidence), torch.cat(predicted) == data.y_test),
+        "confusion": confusion(torch.cat(predicted), data, rule),
+        "map": feature_map(model, data, seed),
+    }
+    model.train()
+    return made
+
+
+def calibration(confidence: Tensor, correct: Tensor) -> dict[str, Any]:
+    """Accuracy and mean confidence of samples in bins of equal width, and the expected calibration error.
+
+    Guo et al., ICML 2017.
+
+    Args:
+        confidence: probability of the predicted class, [n].
+        correct: whether it is the right one, [n] bool.
+    """
+    place = (confidence.double() * BINS).long().clamp(0, BINS - 1)
+    count = torch.bincount(place, minlength=BINS)
+    some = count.clamp(min=1)
+    means = torch.zeros(BINS, dtype=torch.float64).index_add_(0, place, confidence.double()) / some
+    shares = torch.zeros(BINS, dtype=torch.float64).index_add_(0, place, correct.double()) / some
+    error = float(((means - shares).abs() * count).sum() / len(confidence))
+    bins = zip(means.tolist(), shares.tolist(), count.tolist(), strict=True)
+    return {"error": error, "bins": [list(values) for values in bins if values[2]]}
+
+
+def confusion(predicted: Tensor, data: Dataset, rule: str) -> list[dict[str, Any]]:
+    """For each few-shot class what its test samples are taken for, the most frequent first."""
+    few = split_classes(data.train_counts, rule)["few"]
+    rows = []
+    for k in few.nonzero().flatten().tolist():
+        own = predicted[data.y_test == k]
+        if not len(own):
+            continue
+        counts = torch.bincount(own, minlength=data.num_classes)
+        right, counts[k] = int(counts[k]), 0
+        order = counts.argsort(descending=True, stable=True)[:CONFUSED].tolist()
+        others = [[data.class_names[o], int(counts[o]) / len(own)] for o in order if counts[o]]
+        row = {"class": data.class_names[k], "training": int(data.train_counts[k])}
+        rows.append(row | {"accuracy": right / len(own), "taken for": others})
+    return rows
+
+
+@torch.no_grad()
+def feature_map(model: Model, data: Dataset, seed: int) -> dict[str, Any]:
+    """t-SNE of unit test features of some classes, with the unit vectors of their constellations (van der Maaten 2008).
+
+    The classes are spread over the sizes; a head without a constellation is drawn without vectors.
+    """
+    tested = torch.bincount(data.y_test, minlength=data.num_classes) > 0
+    order = data.train_counts.argsort(descending=True, stable=True)
+    order = order[tested[order]]
+    chosen = order[torch.linspace(0, len(order) - 1, min(MAPPED_CLASSES, len(order))).long()].tolist()
+    device = next(model.parameters()).device
+    parts, labels = [], []
+    for k in chosen:
+        rows = (data.y_test == k).nonzero().flatten()[:MAPPED_SAMPLES]
+        parts.append(model.features(data.x_test[rows].to(device)))
+        labels += [k] * len(rows)
+    vectors = _vectors(model.head, chosen)
+    points = F.normalize(torch.cat([*parts, *vectors]).float(), dim=1).cpu()
+    perplexity = min(30.0, max(1.0, (len(points) - 1) / 3))
+    if len(points) < 3:
+        return {"classes": [], "samples": [], "vectors": []}
+    places = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points.numpy())
+    samples = [
+        [data.class_names[k], *place] for k, place in zip(labels, places.round(2).tolist(), strict=False)
+    ]
+    rest, drawn = places[len(labels) :].round(2).tolist(), []
+    for k, group in zip(chosen, vectors, strict=False):
+        drawn += [[data.class_names[k], slot, *rest.pop(0)] for slot in range(len(group))]
+    return {"classes": [data.class_names[k] for k in chosen], "samples": samples, "vectors": drawn}
+
+
+def _vectors(head: Any, classes: list[int]) -> list[Tensor]:
+    """The vectors of these classes' constellations, [m + 1, d] each; none for heads without, or with rotations or an MLP."""
+    if not isinstance(head, ConstellationClassifier) or head.transform != "translation":
+        return []
+    structure = F.pad(head.displacements, (0, 0, 1, 0))
+    return [head.centers[k] + structure for k in classes]

@@ -1,0 +1,122 @@
+"""The report's pictures, each as PNG bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .groups import GROUPS
+
+Record = dict[str, Any]
+Draw = Callable[[Axes], None]
+
+
+def picture(draw: Draw, width: float = 6.0, height: float = 3.6, **axes: Any) -> bytes:
+    """A figure of one pair of axes."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    drawn = figure.add_subplot(**axes)
+    draw(drawn)
+    if drawn.get_legend_handles_labels()[0]:
+        drawn.legend(fontsize=8)
+    drawn.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format="png")
+    return buffer.getvalue()
+
+
+def passed(records: list[Record]) -> list[int]:
+    """Image passes: the axis that all methods share."""
+    return [record["images"] for record in records]
+
+
+def losses(epochs: list[Record]) -> bytes:
+    def draw(axes: Axes) -> None:
+        for name in ("loss", "loss_balanced", "loss_random"):
+            if name in epochs[0]:
+                axes.plot(passed(epochs), [record[name] for record in epochs], label=name.replace("_", ", "))
+
+    return picture(draw, xlabel="image passes", ylabel="training loss")
+
+
+def accuracies(epochs: list[Record]) -> bytes:
+    def draw(axes: Axes) -> None:
+        found = [record for record in epochs if "accuracy" in record]
+        for group in ("overall", *GROUPS):
+            values = [record["accuracy"][group] for record in found]
+            if None not in values:
+                axes.plot(passed(found), [100 * value for value in values], marker=".", label=group)
+
+    return picture(draw, xlabel="image passes", ylabel="test accuracy (%)")
+
+
+def usage(epochs: list[Record]) -> bytes | None:
+    found = [record for record in epochs if len(record.get("slot_usage", [])) > 1]
+    if not found:
+        return None
+
+    def draw(axes: Axes) -> None:
+        shares = list(zip(*(record["slot_usage"] for record in found), strict=True))
+        names = ["centre", *(f"δ{j}" for j in range(1, len(shares)))]
+        axes.stackplot(passed(found), [[100 * s for s in share] for share in shares], labels=names, alpha=0.8)
+
+    return picture(draw, xlabel="image passes", ylabel="test samples won by a slot (%)", ylim=(0, 100))
+
+
+def constellation(epochs: list[Record]) -> bytes | None:
+    """Lengths of centres and displacements, and the temperatures, over time."""
+    found = [record for record in epochs if "mean_center_norm" in record]
+    if not found:
+        return None
+
+    def draw(axes: Axes) -> None:
+        axes.plot(
+            passed(found), [record["mean_center_norm"] for record in found], label="mean ‖w‖", color="k"
+        )
+        for j in range(max(len(record["displacement_norms"]) for record in found)):
+            moved = [record for record in found if len(record["displacement_norms"]) > j]
+            axes.plot(passed(moved), [r["displacement_norms"][j] for r in moved], label=f"‖δ{j + 1}‖")
+        other = axes.twinx()
+        other.set_ylabel("τ (dotted)")
+        for name in ("tau_balanced", "tau_random"):
+            if name in found[0]:
+                other.plot(passed(found), [record[name] for record in found], ":", color="grey")
+
+    return picture(draw, xlabel="image passes", ylabel="length")
+
+
+def reliability(found: Record) -> bytes:
+    def draw(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], "--", color="grey", label="calibrated")
+        x, y, _ = zip(*found["bins"], strict=True)
+        axes.plot(x, y, marker="o", label=f"this model; expected error {100 * found['error']:.1f} %")
+
+    return picture(draw, 4.2, 3.6, xlabel="confidence", ylabel="accuracy")
+
+
+def feature_map(found: Record) -> bytes | None:
+    """Test features in colour by class; centres as stars, displaced vectors as crosses, joined to their centre."""
+    if not found["classes"]:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for number, name in enumerate(found["classes"]):
+            colour = colormaps["tab10"](number % 10)
+            x, y = zip(*[(x, y) for label, x, y in found["samples"] if label == name], strict=True)
+            axes.scatter(x, y, s=8, alpha=0.5, color=colour, label=name)
+            vectors = [(x, y) for label, _, x, y in found["vectors"] if label == name]
+            if not vectors:
+                continue
+            (left, bottom), *others = vectors
+            for right, top in others:
+                axes.plot([left, right], [bottom, top], color=colour, linewidth=0.7)
+                axes.scatter([right], [top], marker="x", color=[colour], s=30)
+            axes.scatter([left], [bottom], marker="*", s=110, color=[colour], edgecolors="k", linewidths=0.5)
+        axes.set_xticks([])
+        axes.set_yticks([])
+
+    return picture(draw, 7.0, 5.5)
