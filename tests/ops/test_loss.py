@@ -52,11 +52,11 @@ def compare(call: Call, backend: str, seed: int) -> None:
         )
         unit = truth.new_ones(1) if i in (0, 1) or name in NAMES[3:] else truth.flatten()
         size = torch.cat([truth.flatten(), unit])
-        limit = steep * allowed(error(plain, truth), size, value.dtype, round(terms)) + (ties if i > 1 else 0)
+        limit = steep * allowed(error(plain, truth), size, value.dtype, round(terms)) + ties.get(name, 0.0)
         assert error(value, truth) <= limit, f"{name}: {error(value, truth):.3g} > {limit:.3g}"
 
 
-def ties_and_steepness(call: Call, slots: torch.Tensor, seed: int) -> tuple[float, float]:
+def ties_and_steepness(call: Call, slots: torch.Tensor, seed: int) -> tuple[dict[str, float], float]:
     """How much gradients may differ because two slots tie within rounding, and how much an angle's margin enlarges errors.
 
     The loss works on other blocks of classes than the logits: where the best two slots are within roundings, each may
@@ -78,7 +78,12 @@ def ties_and_steepness(call: Call, slots: torch.Tensor, seed: int) -> tuple[floa
         else torch.ones_like(logits)
     )
     longest = 1 / min(float(x.norm(dim=1).min()), float(w.norm(dim=1).min()))
-    ties = 4 * float(tau) * longest * float(upstream.abs()[gap < 1e-5].sum())
+    tied = float(tau) * longest * torch.where(gap < 1e-6, upstream.abs(), 0)
+    ties = {
+        "input": float(tied.sum(1).max()) if tied.numel() else 0.0,
+        "centers": float(tied.sum(0).max()) if tied.numel() else 0.0,
+        "displacements": float(tied.sum()),
+    }
     if call.options.margin != "angle":
         return ties, 1.0
     target = call.target.long().clamp(min=0)
