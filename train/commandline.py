@@ -12,7 +12,7 @@ import torch
 import typeguard
 import tyro
 
-from .config import DEFAULT_RECIPE, Config, ConfigError, check
+from .config import DEFAULT_RECIPE, DEPARTURES, Config, ConfigError, check
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -45,8 +45,12 @@ def from_command_line(args: list[str] | None = None, kind: type[Config] = Config
     """
     first = argparse.ArgumentParser(prog="python -m train", add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default=DEFAULT_RECIPE)
-    recipe = first.parse_known_args(args)[0].recipe
-    defaults = load_recipe(recipe)
+    first.add_argument("--preset", default="")
+    asked = first.parse_known_args(args)[0]
+    defaults = load_recipe(asked.recipe)
+    if asked.preset == "paper":
+        plain = Config()
+        defaults = dataclasses.replace(defaults, **{name: getattr(plain, name) for name in DEPARTURES})
     config = tyro.cli(
         kind,
         args=args,

@@ -17,6 +17,16 @@ from .groups import SPLIT_RULES
 DEFAULT_RECIPE = "fashion-mnist-lt"
 
 
+#: What --preset paper puts back to its default, which is the paper's.
+DEPARTURES = (
+    "center_features",
+    "displacement_init",
+    "displacement_scale",
+    "displacement_lr",
+    "displacement_weight_decay",
+)
+
+
 class ConfigError(ValueError):
     """An option that cannot be; the message names it, what was expected and what came."""
 
@@ -50,6 +60,10 @@ class Config:
     """Where the runs' folders are."""
     resume: bool = False
     """Go on from the run's last checkpoint, or begin where there is none."""
+
+    preset: Literal["recipe", "paper"] = "recipe"
+    """paper: where a recipe departs from the paper to keep the displacements in use (centred features, another start,
+    a rate or a decay of their own), the paper's way again. What the command line says still holds."""
 
     data: str = ""
     """A .npz or .safetensors file with x_train, y_train, x_test and y_test, where x is uint8 images [n, h, w] or
@@ -188,6 +202,7 @@ def check(config: Config) -> None:
         expect(option, getattr(config, option) >= 0, "at least 0")
     expect("stage1_epochs", config.stage1_epochs + config.stage2_epochs > 0, "some epoch in some stage")
     expect("num_displacements", 0 <= config.num_displacements <= 255, "0 to 255")
+    expect("preset", config.preset in ("recipe", "paper"), "recipe or paper")
     expect("imbalance_ratio", config.imbalance_ratio >= 1, "at least 1")
     expect("image_size", config.image_size >= 1, "at least 1")
     expect("displacement_init", config.displacement_init in ("random", "residuals"), "random or residuals")

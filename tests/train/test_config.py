@@ -92,3 +92,15 @@ def test_the_command_line_wins_over_the_recipe() -> None:
     config = from_command_line(["--recipe", "smoke", "--lr", "0.25", "--methods", "plain"])
     assert (config.lr, config.methods) == (0.25, ("plain",))
     assert config.max_steps_per_epoch == load_recipe("smoke").max_steps_per_epoch
+
+
+def test_the_papers_settings_stay_available() -> None:
+    recipe = from_command_line(["--recipe", "features", "--data", "x.npz"])
+    paper = from_command_line(["--recipe", "features", "--data", "x.npz", "--preset", "paper"])
+    assert recipe.center_features
+    assert not paper.center_features
+    assert (paper.lr, paper.stage1_epochs, paper.preset) == (recipe.lr, recipe.stage1_epochs, "paper")
+    mixed = from_command_line(
+        ["--recipe", "features", "--data", "x.npz", "--preset", "paper", "--center-features"]
+    )
+    assert mixed.center_features
