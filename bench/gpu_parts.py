@@ -24,7 +24,17 @@ Report = dict[str, Any]
 TOOLS = ("memcheck", "racecheck")
 SMALL = "130x300x136"
 #: What tests/train needs beyond the tests of the operators.
-TRAIN_NEEDS = ("tyro", "typeguard", "tomli_w", "rich", "matplotlib", "safetensors", "sklearn")
+TRAIN_NEEDS = (
+    "tyro",
+    "typeguard",
+    "tomli_w",
+    "rich",
+    "matplotlib",
+    "safetensors",
+    "sklearn",
+    "PIL",
+    "jinja2",
+)
 
 
 @dataclass

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sklearn.manifold import TSNE
 from torch import Tensor
 
 from gistops.nn import ConstellationClassifier
@@ -82,6 +81,8 @@ def feature_map(model: Model, data: Dataset, seed: int) -> dict[str, Any]:
 
     The classes are spread over the sizes; a head without a constellation is drawn without vectors.
     """
+    from sklearn.manifold import TSNE  # takes a second, which --help should not
+
     tested = torch.bincount(data.y_test, minlength=data.num_classes) > 0
     order = data.train_counts.argsort(descending=True, stable=True)
     order = order[tested[order]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 #: Most samples that the clustering looks at; more bring no other directions.
@@ -27,6 +26,8 @@ def residual_directions(features: Tensor, labels: Tensor, counts: Tensor, num: i
     Raises:
         ValueError: there are fewer residuals than directions.
     """
+    from sklearn.cluster import KMeans  # takes a second, which --help should not
+
     many = counts.to(labels.device) > counts.double().mean()
     if not many.any():  # all classes have as many
         many = torch.ones_like(many)

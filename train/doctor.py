@@ -14,7 +14,7 @@ from .data.arrays import Dataset
 from .data.errors import DataError
 from .data.load import listings, load
 from .display import say
-from .groups import GROUPS, SPLIT_RULES, split_classes
+from .groups import SPLIT_RULES, split_classes
 
 SHOWN = 10  # of each kind of trouble
 
@@ -57,7 +57,6 @@ def describe(data: Dataset, config: Config) -> list[str]:
     for rule in SPLIT_RULES:
         sizes = (f"{int(mask.sum())} {group}" for group, mask in split_classes(counts, rule).items())
         lines.append(f"groups, {rule}: {', '.join(sizes)}")
-    assert len(GROUPS) == 3
     return lines
 
 
@@ -74,7 +73,7 @@ def _missing_files(config: Config) -> list[str]:
     for part, listing in (("training", train), ("test", test)):
         missing = [file for file in listing.files if not file.is_file()]
         if missing:
-            some = ", ".join(map(str, missing[:SHOWN])) + (", …" if len(missing) > SHOWN else "")
+            some = _some(list(map(str, missing)))
             advice = ""
             if len(missing) == len(listing):
                 advice = "; none is there: see --images, where paths begin, and --path-prefixes OLD=NEW"
@@ -82,18 +81,20 @@ def _missing_files(config: Config) -> list[str]:
         if twice := len(listing) - len(set(listing.files)):
             troubles.append(f"{twice} {part} images are listed more than once")
     if both := sorted(set(train.files) & set(test.files)):
-        some = ", ".join(map(str, both[:SHOWN]))
+        some = _some(list(map(str, both)))
         troubles.append(f"{len(both)} images are in the training and the test list: {some}")
     return troubles
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
 
 def _odd(data: Dataset, config: Config) -> list[str]:
     troubles = []
     tested = torch.bincount(data.y_test, minlength=data.num_classes)
     if untested := (tested == 0).nonzero().flatten().tolist():
-        names = ", ".join(data.class_names[k] for k in untested[:SHOWN]) + (
-            ", …" if len(untested) > SHOWN else ""
-        )
+        names = _some([data.class_names[k] for k in untested])
         troubles.append(f"{len(untested)} classes have no test sample: {names}")
     if data.is_images:
         flat = data.x_train[:2000].flatten(1)

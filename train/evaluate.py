@@ -47,7 +47,7 @@ def evaluate(
     x: Tensor,
     y: Tensor,
     num_classes: int,
-    readings: Callable[[nn.Module, Tensor], dict[str, Tensor]] | None = None,
+    readings: Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]] | None = None,
     batch_size: int = 500,
 ) -> tuple[Evaluation, dict[str, Evaluation]]:
     """Classify all of `x` in evaluation mode; the model is left in training mode.
@@ -57,7 +57,7 @@ def evaluate(
         x: images or features.
         y: their classes, [n].
         num_classes: K.
-        readings: (head, features) -> logits of other ways to use the head, by name.
+        readings: (head, features, the head's logits) -> logits of other ways to use the head, by name.
         batch_size: samples at a time.
 
     Returns:
@@ -74,7 +74,7 @@ def evaluate(
             logits, slots = model.head(features, return_slots=True)
             usage.update_slots(slots, labels)
         predicted[""].append(logits.argmax(1))
-        for name, scores in (readings(model.head, features) if readings else {}).items():
+        for name, scores in (readings(model.head, features, logits) if readings else {}).items():
             predicted.setdefault(name, []).append(scores.argmax(1))
     model.train()
     total = torch.bincount(y, minlength=num_classes).cpu()

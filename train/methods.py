@@ -48,8 +48,8 @@ class Method(Protocol):
     def losses(self, head: Any, features: Tensor, labels: Tensor, num_balanced: int) -> dict[str, Tensor]:
         """The loss to minimise, as 'loss', and its parts; the balanced stream's samples come first."""
 
-    def readings(self, head: Any, features: Tensor) -> Scores:
-        """Logits that the trained head could also be used with, beside its own."""
+    def readings(self, head: Any, features: Tensor, logits: Tensor) -> Scores:
+        """Logits that the trained head could also be used with, beside its own `logits`."""
 
     def describe(self, head: Any) -> dict[str, Any]:
         """What is worth writing down of the head, in plain types."""
@@ -87,10 +87,8 @@ class SoftmaxClassifier:
         logits = head(features)
         return {"loss": F.cross_entropy(logits if bias is None else logits + bias, labels)}
 
-    def readings(self, head: nn.Module, features: Tensor) -> Scores:
-        return (
-            {} if self.prior else {"adjusted afterwards": head(features) - self.log_prior.to(features.device)}
-        )
+    def readings(self, head: nn.Module, features: Tensor, logits: Tensor) -> Scores:
+        return {} if self.prior else {"adjusted afterwards": logits - self.log_prior.to(logits.device)}
 
     def describe(self, head: nn.Module) -> dict[str, Any]:
         return describe_constellation(head) if isinstance(head, ConstellationClassifier) else {}
@@ -124,10 +122,9 @@ class OneHead:
         balanced = gistops.constellation_cross_entropy(f_c, *constellation, y_c)
         random = head.loss(f_r, y_r)
         assert isinstance(balanced, Tensor)
-        loss = random + self.config.balanced_loss_weight * balanced
-        return {"loss": loss, "loss_balanced": balanced, "loss_random": random}
+        return two_losses(balanced, random, self.config)
 
-    def readings(self, head: ConstellationClassifier, features: Tensor) -> Scores:
+    def readings(self, head: ConstellationClassifier, features: Tensor, logits: Tensor) -> Scores:
         return {}
 
     def describe(self, head: ConstellationClassifier) -> dict[str, Any]:
@@ -165,16 +162,21 @@ class Gist:
     ) -> dict[str, Tensor]:
         (f_c, f_r), (y_c, y_r) = features.tensor_split([num_balanced]), labels.tensor_split([num_balanced])
         balanced, random = head.losses(f_c, y_c, f_r, y_r)
-        loss = random + self.config.balanced_loss_weight * balanced
-        return {"loss": loss, "loss_balanced": balanced, "loss_random": random}
+        return two_losses(balanced, random, self.config)
 
-    def readings(self, head: GistClassifier, features: Tensor) -> Scores:
+    def readings(self, head: GistClassifier, features: Tensor, logits: Tensor) -> Scores:
         adjusted = head.random_logits(features) - self.log_prior.to(features.device)
-        both = head(features).log_softmax(1) + adjusted.log_softmax(1)
+        both = logits.log_softmax(1) + adjusted.log_softmax(1)
         return {"random head, adjusted": adjusted, "both heads": both}
 
     def describe(self, head: GistClassifier) -> dict[str, Any]:
         return describe_constellation(head) | {"tau_random": float(head.random_tau.detach())}
+
+
+def two_losses(balanced: Tensor, random: Tensor, config: Config) -> dict[str, Tensor]:
+    """L = L_random + λ L_balanced, and its parts."""
+    loss = random + config.balanced_loss_weight * balanced
+    return {"loss": loss, "loss_balanced": balanced, "loss_random": random}
 
 
 def two_stages(config: Config) -> list[Stage]:

@@ -12,6 +12,7 @@ from .._checks import check_constellation, check_subcenters, check_transform
 from ..backends import reference
 from . import mlp as networks
 from . import rotation
+from .fused import allow_tf32, fused, no_displacements
 
 Transform = Literal["translation", "rotation", "mlp"]
 
@@ -110,9 +111,8 @@ def constellation_logits(
     elif axis is not None:
         prefix = "triton_" if chosen == "triton" else ""
         forward = getattr(torch.ops.gistops, f"{prefix}tabled_forward").default
-        allow_tf32 = chosen != "cpu" and backends.allow_tf32()
         both = rotation.tables(input, centers, displacements, axis)
-        logits, slots = forward(input, centers, tau, *both, allow_tf32)[:2]
+        logits, slots = forward(input, centers, tau, *both, allow_tf32(chosen))[:2]
     else:
         logits, slots = fused(chosen, input, centers, displacements, tau)
     return (logits, slots) if return_slots else logits
@@ -168,26 +168,3 @@ def frozen_logits(
     operator = torch.ops.gistops.constellation_frozen_forward.default
     logits, slots = operator(input, centers.detach(), displacements.detach(), tau.detach(), norms)
     return logits, slots
-
-
-def fused(
-    backend: str, input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor
-) -> tuple[Tensor, Tensor]:
-    """logits and slots from a backend's operator; centers [K, d], or [K, M, d] with no displacements."""
-    name = family(backend)
-    if centers.dim() == 3 and backend != "cpu":
-        name = f"{backend}_free"
-    forward = getattr(torch.ops.gistops, f"{name}_forward").default
-    allow_tf32 = backend != "cpu" and backends.allow_tf32()
-    logits, slots = forward(input, centers, displacements, tau, allow_tf32)[:2]
-    return logits, slots
-
-
-def family(backend: str) -> str:
-    """The family of operators that a fused backend uses."""
-    return "triton" if backend == "triton" else "constellation"
-
-
-def no_displacements(input: Tensor) -> Tensor:
-    """What stands for δ where there is none: [0, d]."""
-    return input.new_empty(0, input.shape[-1])

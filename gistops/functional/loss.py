@@ -22,7 +22,8 @@ from ..backends import reference
 from ..operators.loss import ParkedLse, parks
 from . import mlp as networks
 from . import rotation
-from .logits import Transform, family, no_displacements
+from .fused import allow_tf32, family, no_displacements
+from .logits import Transform
 
 MarginKind = Literal["logit", "cosine", "angle"]
 
@@ -249,7 +250,7 @@ def _lse(
             backend, input, centers, displacements, tau, mlp, class_bias, target, weight, ignore_index
         )
     operator = getattr(torch.ops.gistops, f"{family(backend)}_lse_forward").default
-    made = operator(*arguments, ignore_index, backend != "cpu" and backends.allow_tf32())
+    made = operator(*arguments, ignore_index, allow_tf32(backend))
     return made
 
 

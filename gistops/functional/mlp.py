@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .. import backends
 from ..operators.registry import compute_dtype
 from ..operators.streaming import join_best
+from .fused import allow_tf32, family, fused, no_displacements
 
 #: Elements of a chunk's vectors, at most: 64 MiB in float32.
 CHUNK_ELEMENTS = 1 << 24
@@ -42,13 +42,9 @@ def logits(
     backend: str, input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor, mlp: Mlp
 ) -> tuple[Tensor, Tensor]:
     """logits and slots [B, K] by a fused backend."""
-    name = "constellation" if backend == "cpu" else f"{backend}_free"
-    operator = getattr(torch.ops.gistops, f"{name}_forward").default
-    tf32 = _tf32(backend)
 
     def some(input: Tensor, tau: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        best, slots, _, _ = operator(input, v, _none(input), tau, tf32)
-        return best, slots
+        return fused(backend, input, v, no_displacements(input), tau)
 
     made = [
         _again(some, input, tau, centers[part], displacements, mlp) for part in _parts(centers, displacements)
@@ -69,9 +65,8 @@ def lse(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `loss.FORWARD_SCHEMA` gives, by a fused backend."""
-    family = "triton" if backend == "triton" else "constellation"
-    operator = getattr(torch.ops.gistops, f"{family}_lse_forward").default
-    tf32 = _tf32(backend)
+    operator = getattr(torch.ops.gistops, f"{family(backend)}_lse_forward").default
+    tf32 = allow_tf32(backend)
     made = []
     for part in _parts(centers, displacements):
         here = (target >= part.start) & (target < part.stop) & (target != ignore_index)
@@ -81,7 +76,7 @@ def lse(
         def some(
             input: Tensor, tau: Tensor, v: Tensor, place: Tensor, bias: Tensor | None, weight: Tensor | None
         ) -> tuple[Tensor, ...]:
-            arguments = (input, v, _none(input), tau, bias, None, None, place, weight, -100, tf32)
+            arguments = (input, v, no_displacements(input), tau, bias, None, None, place, weight, -100, tf32)
             return tuple(operator(*arguments))
 
         made.append(_again(some, input, tau, centers[part], displacements, mlp, place, *of_part))
@@ -103,8 +98,7 @@ def topk(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `topk.SCHEMA` gives, by a fused backend."""
-    family = "triton" if backend == "triton" else "constellation"
-    operator = getattr(torch.ops.gistops, f"{family}_topk").default
+    operator = getattr(torch.ops.gistops, f"{family(backend)}_topk").default
     best: tuple[Tensor, ...] = ()
     sums = []
     for part in _parts(centers, displacements):
@@ -112,7 +106,17 @@ def topk(
         v = vectors(centers[part], displacements, *mlp)
         count = min(k, part.stop - part.start)
         values, classes, slots, some = operator(
-            input, v, _none(input), tau, bias, None, None, count, return_lse, _tf32(backend), None
+            input,
+            v,
+            no_displacements(input),
+            tau,
+            bias,
+            None,
+            None,
+            count,
+            return_lse,
+            allow_tf32(backend),
+            None,
         )
         best = join_best(best, (values, classes + part.start, slots), k)
         sums.append(some)
@@ -145,11 +149,3 @@ def _again(
     if not torch.is_grad_enabled():
         return made(*arguments)
     return checkpoint(made, *arguments, use_reentrant=False, preserve_rng_state=False)
-
-
-def _none(input: Tensor) -> Tensor:
-    return input.new_empty(0, input.shape[1])
-
-
-def _tf32(backend: str) -> bool:
-    return backend != "cpu" and backends.allow_tf32()

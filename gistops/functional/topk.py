@@ -17,7 +17,8 @@ from .._checks import (
 from ..backends import reference
 from . import mlp as networks
 from . import rotation
-from .logits import Transform, family, no_displacements
+from .fused import allow_tf32, family, no_displacements
+from .logits import Transform
 
 
 @torch.no_grad()
@@ -99,13 +100,12 @@ def topk(
         made = networks.topk(chosen, input, centers, displacements, tau, mlp, class_bias, k, return_lse)
     else:
         operator = getattr(torch.ops.gistops, f"{family(chosen)}_topk").default
-        allow_tf32 = chosen != "cpu" and backends.allow_tf32()
         both: tuple[Tensor | None, Tensor | None] = (None, None)
         if axis is not None:
             both = rotation.tables(input, centers, displacements, axis)
             displacements = no_displacements(input)
         made = operator(
-            input, centers, displacements, tau, class_bias, *both, k, return_lse, allow_tf32, norms
+            input, centers, displacements, tau, class_bias, *both, k, return_lse, allow_tf32(chosen), norms
         )
     values, best, slots, lse = made
     return (values, best, slots, lse) if return_lse else (values, best, slots)

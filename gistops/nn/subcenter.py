@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._checks import MAX_SLOTS, check_integer
 from ..functional import subcenter_cross_entropy, subcenter_logits
-from ..functional.logits import no_displacements
+from ..functional.fused import no_displacements
 from .head import MaxCosineHead, inverse_softplus
 
 

@@ -77,7 +77,7 @@ def ties_and_steepness(call: Call, slots: torch.Tensor, seed: int) -> tuple[dict
         if every.shape[2] > 1
         else torch.ones_like(logits)
     )
-    longest = 1 / min(float(x.norm(dim=1).min()), float(w.norm(dim=1).min()))
+    longest = 1 / min(float(x.detach().norm(dim=1).min()), float(w.detach().norm(dim=1).min()))
     tied = float(tau) * longest * torch.where(gap < 1e-6, upstream.abs(), 0)
     ties = {
         "input": float(tied.sum(1).max()) if tied.numel() else 0.0,
@@ -88,7 +88,7 @@ def ties_and_steepness(call: Call, slots: torch.Tensor, seed: int) -> tuple[dict
         return ties, 1.0
     target = call.target.long().clamp(min=0)
     cosine = (logits.detach() / tau.detach()).gather(1, target[:, None])
-    return ties, float((1 - cosine.square()).clamp(min=1e-8).pow(-1.5).max())
+    return ties, float((1 - cosine.square()).clamp(min=1e-2).pow(-1.5).max())
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=[o.id for o in OPTIONS])

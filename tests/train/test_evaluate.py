@@ -67,7 +67,7 @@ def test_evaluate_against_one_sample_at_a_time(gist: bool, seed: int) -> None:
     model = Model(nn.Identity(), nn.Identity(), nn.BatchNorm1d(8), head, "none")
     x, y = torch.randn(53, 8), torch.randint(0, 6, (53,))
     model(x)  # moves the statistics of the BatchNorm away from where they start
-    worst = lambda head, features: {"worst": -head(features)}  # noqa: E731
+    worst = lambda head, features, logits: {"worst": -logits}  # noqa: E731
     found, others = evaluate(model, x, y, 6, worst, batch_size=10)
     assert model.training
     model.eval()

@@ -85,12 +85,12 @@ def test_priors(strength: float, features: Dataset) -> None:
         training = Training(name, config, features)
         loss = training.method.losses(training.model.head, x, y, 0)["loss"]
         torch.testing.assert_close(loss, F.cross_entropy(training.model.head(x) + prior, y))
-        assert training.method.readings(training.model.head, x) == {}
+        assert training.method.readings(training.model.head, x, training.model.head(x)) == {}
     training = Training("plain", config, features)
-    (adjusted,) = training.method.readings(training.model.head, x).values()
+    (adjusted,) = training.method.readings(training.model.head, x, training.model.head(x)).values()
     torch.testing.assert_close(adjusted, training.model.head(x) - prior)
     training = Training("gist", config, features)
-    adjusted, both = training.method.readings(training.model.head, x).values()
+    adjusted, both = training.method.readings(training.model.head, x, training.model.head(x)).values()
     torch.testing.assert_close(adjusted, training.model.head.random_logits(x) - prior)
     torch.testing.assert_close(both, adjusted.log_softmax(1) + training.model.head(x).log_softmax(1))
 
