@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gistops
 
+from ..processes import in_group
 from .oracle import IDS, SAMPLES, Sample, operators
 
 
@@ -141,20 +145,17 @@ def test_autocast_is_registered_for_both_devices(fused: str) -> None:
         assert torch._C._dispatch_has_kernel_for_dispatch_key("gistops::constellation_forward", key)
 
 
-def test_distributed_tensors_are_refused_in_words(fused: str, seed: int) -> None:
-    distributed = pytest.importorskip("torch.distributed.tensor")
-    import torch.distributed as dist
+def refuse_a_distributed_tensor(rank: int, seed: int) -> None:
+    distributed = importlib.import_module("torch.distributed.tensor")
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    x, w, delta, tau = (t.cpu() for t in HEAD.tensors(seed, requires_grad=False))
+    sharded = distributed.distribute_tensor(w, mesh, [distributed.Shard(0)])
+    with pytest.raises(
+        TypeError, match=r"centers: expected a local torch.Tensor, got a DTensor; call .to_local"
+    ):
+        gistops.constellation_logits(x, sharded, delta, tau)
 
-    if dist.is_initialized():
-        pytest.skip("a process group is already there")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        x, w, delta, tau = (t.cpu() for t in HEAD.tensors(seed, requires_grad=False))
-        sharded = distributed.distribute_tensor(w, mesh, [distributed.Shard(0)])
-        with pytest.raises(
-            TypeError, match=r"centers: expected a local torch.Tensor, got a DTensor; call .to_local"
-        ):
-            gistops.constellation_logits(x, sharded, delta, tau)
-    finally:
-        dist.destroy_process_group()
+
+def test_distributed_tensors_are_refused_in_words(fused: str, seed: int, tmp_path: Path) -> None:
+    pytest.importorskip("torch.distributed.tensor")
+    in_group(refuse_a_distributed_tensor, 1, tmp_path, seed)
