@@ -1,7 +1,7 @@
 """`python -m train`: checks what it was asked for, trains, and says what came of it.
 
 `python -m train ablation` does so for many seeds; `python -m train doctor` only looks at the data; `python -m train report`
-puts runs beside one another in a page.
+puts runs beside one another in a page. `torchrun --nproc-per-node=N -m train` trains on N GPUs, the same as on one.
 """
 
 from __future__ import annotations
@@ -16,38 +16,44 @@ from .commandline import from_command_line
 from .config import ConfigError
 from .display import say
 from .doctor import examine
-from .engine import Diverged
 from .page import compare
+from .processes import joined, rank
 from .run import start
+from .training import Diverged
 
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 2 for an option that cannot be, 1 for a run that failed."""
     args = sys.argv[1:] if args is None else args
-    console = Console()
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: say(console, f"warning: {message}")
         try:
-            if args[:1] == ["ablation"]:
-                return ablate(from_command_line(args[1:], Ablation), console)
-            if args[:1] == ["report"]:
-                return compare(args[1:], console)
-            if args[:1] == ["doctor"]:
-                return examine(from_command_line(args[1:]), console)
-            start(from_command_line(args), console)
-            return 0
-        except ConfigError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except Diverged as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+            with joined():
+                return dispatch(args)
+        except (ConfigError, Diverged) as error:
+            print(f"{f'process {rank()}: ' if rank() else ''}error: {error}", file=sys.stderr)
+            return 2 if isinstance(error, ConfigError) else 1
         except KeyboardInterrupt:
             print(
                 "interrupted; the same command with --resume goes on from the last checkpoint",
                 file=sys.stderr,
             )
             return 130
+
+
+def dispatch(args: list[str]) -> int:
+    """Do what the first word says; the first process alone speaks."""
+    console = Console(quiet=rank() > 0)
+    warnings.showwarning = lambda message, *_: say(console, f"warning: {message}")
+    # fp16: a first step that overflows is left out, as it should be.
+    warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before", UserWarning)
+    if args[:1] == ["ablation"]:
+        return ablate(from_command_line(args[1:], Ablation), console)
+    if args[:1] == ["report"]:
+        return compare(args[1:], console)
+    if args[:1] == ["doctor"]:
+        return examine(from_command_line(args[1:]), console)
+    start(from_command_line(args), console)
+    return 0
 
 
 if __name__ == "__main__":

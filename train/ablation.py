@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from . import processes
 from .config import Config, ConfigError
 from .display import say
 from .groups import GROUPS
@@ -48,7 +49,8 @@ def ablate(ablation: Ablation, console: Console) -> int:
         own = {"runs": str(folder), "name": f"seed-{seed}", "seed": seed, "resume": True}
         results[seed] = start(Config(**shared | own), console)
         text = table(results, ablation)
-        folder.mkdir(parents=True, exist_ok=True)
+        if processes.rank():
+            continue
         write_aside(folder / "table.md", lambda path, text=text: path.write_text(text))  # type: ignore[misc]
     say(console, text)
     say(console, f"written to {folder / 'table.md'}")

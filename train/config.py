@@ -130,11 +130,17 @@ class Config:
     balanced_loss_weight: float = 0.5
     """GistNet: λ in L = L_random + λ L_balanced."""
     batch_size: int = 128
-    """Images that the random stream gives to a step. An epoch is one pass of it."""
+    """Images that the random stream gives to a step, of all processes together. An epoch is one pass of it."""
     classes_per_batch: int = 32
     """Classes in the balanced stream's part of a step."""
     samples_per_class: int = 4
     """Images of each of these classes. A method without a balanced stream gets as many more from the random one."""
+    accumulate: int = 1
+    """Micro-batches that a step is divided into, for less memory: the same gradients, but for batch normalisation's
+    statistics, which are of a micro-batch."""
+    batch_norm: Literal["joint", "split"] = "joint"
+    """Whether both streams go through the backbone together, and so share the statistics of its batch normalisations,
+    or one after the other. With several processes (torchrun) the statistics are of all their samples either way."""
 
     stage1_epochs: int = 60
     """The first stage, without displacements. Softmax classifiers train in one stage as long as both."""
@@ -168,6 +174,11 @@ class Config:
     """cpu, cuda, or auto: a GPU if there is one."""
     threads: int | None = None
     """CPU threads; PyTorch's choice if not given."""
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """What the network is trained in: bf16 and fp16 by torch.autocast, fp16 with a gradient scaler. Weights, losses
+    and accuracies are float32 always."""
+    compile: bool = False
+    """torch.compile the network and the losses."""
 
 
 def source_of(config: Config) -> Source:
@@ -194,7 +205,7 @@ def check(config: Config) -> None:
         if not fits:
             raise ConfigError(option, expected, repr(getattr(config, option)))
 
-    for option in ("batch_size", "classes_per_batch", "samples_per_class", "evaluate_every"):
+    for option in ("batch_size", "classes_per_batch", "samples_per_class", "accumulate", "evaluate_every"):
         expect(option, getattr(config, option) >= 1, "at least 1")
     for option in ("max_steps_per_epoch", "checkpoint_steps", "threads", "num_classes"):
         expect(option, getattr(config, option) is None or getattr(config, option) >= 1, "at least 1")
@@ -203,6 +214,8 @@ def check(config: Config) -> None:
     expect("stage1_epochs", config.stage1_epochs + config.stage2_epochs > 0, "some epoch in some stage")
     expect("num_displacements", 0 <= config.num_displacements <= 255, "0 to 255")
     expect("preset", config.preset in ("recipe", "paper"), "recipe or paper")
+    expect("batch_norm", config.batch_norm in ("joint", "split"), "joint or split")
+    expect("precision", config.precision in ("float32", "bf16", "fp16"), "float32, bf16 or fp16")
     expect("imbalance_ratio", config.imbalance_ratio >= 1, "at least 1")
     expect("image_size", config.image_size >= 1, "at least 1")
     expect("displacement_init", config.displacement_init in ("random", "residuals"), "random or residuals")

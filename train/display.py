@@ -72,7 +72,9 @@ class Display:
         if accuracy is None and not self._progress.disable:
             return
         parts = [f"{where:<28}", f"loss {record['loss']:.3f}", f"lr {record['lr']:.4f}"]
-        parts += [f"{record['images_per_second']:,.0f} images/s", f"{self.left} left"]
+        waited = 1 - record["images_per_second"] / max(record["model_images_per_second"], 1e-9)
+        parts += [f"{record['images_per_second']:,.0f} images/s ({waited:.0%} waiting for input)"]
+        parts += [f"{self.left} left"]
         if accuracy is not None:
             parts.append(f"test accuracy {100 * accuracy['overall']:.1f}")
         self.console.print("  ".join(parts), highlight=False, soft_wrap=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gistops.nn import ConstellationClassifier, SlotUsage
 
+from . import processes
 from .groups import split_classes
 from .model import Model
 
@@ -52,10 +53,12 @@ def evaluate(
 ) -> tuple[Evaluation, dict[str, Evaluation]]:
     """Classify all of `x` in evaluation mode; the model is left in training mode.
 
+    Each process takes a part of the samples; all get the counts of the whole.
+
     Args:
         model: the network.
-        x: images or features.
-        y: their classes, [n].
+        x: images or features, [n, …].
+        y: their classes, [n]; as x, anywhere.
         num_classes: K.
         readings: (head, features, the head's logits) -> logits of other ways to use the head, by name.
         batch_size: samples at a time.
@@ -64,10 +67,13 @@ def evaluate(
         The evaluation of the head's own logits, and one for each of `readings`.
     """
     model.eval()
+    device = next(model.parameters()).device
+    x, y = (tensor.tensor_split(processes.size())[processes.rank()] for tensor in (x, y))
+    y = y.to(device)
     usage = SlotUsage(model.head) if isinstance(model.head, ConstellationClassifier) else None
     predicted: dict[str, list[Tensor]] = {"": []}
     for part, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        features = model.features(part)
+        features = model.features(part.to(device))
         if usage is None:
             logits = model.head(features)
         else:
@@ -77,10 +83,16 @@ def evaluate(
         for name, scores in (readings(model.head, features, logits) if readings else {}).items():
             predicted.setdefault(name, []).append(scores.argmax(1))
     model.train()
-    total = torch.bincount(y, minlength=num_classes).cpu()
-    made = {}
+    shares = None
+    if usage is not None:
+        usage.counts = processes.summed(usage.counts)
+        shares = usage.shares().cpu()
+
+    def counted(labels: Tensor) -> Tensor:
+        return processes.summed(torch.bincount(labels, minlength=num_classes)).cpu()
+
+    total, made = counted(y), {}
     for name, parts in predicted.items():
-        correct = torch.bincount(y[torch.cat(parts) == y], minlength=num_classes).cpu()
-        shares = usage.shares().cpu() if usage is not None and not name else None
-        made[name] = Evaluation(correct, total, shares)
+        correct = counted(y[torch.cat(parts) == y])
+        made[name] = Evaluation(correct, total, None if name else shares)
     return made.pop(""), made

@@ -35,6 +35,8 @@ class Method(Protocol):
     """One way to train a head on a backbone's features."""
 
     stages: list[Stage]
+    #: By what each of its losses counts in the one to minimise.
+    weights: dict[str, float]
 
     def draws(self, num_balanced: int, num_random: int) -> tuple[int, int]:
         """Of a step's images, which every method sees as many of: from the balanced and from the random stream."""
@@ -46,7 +48,7 @@ class Method(Protocol):
         """Change the head from the stage before into that of `stage`."""
 
     def losses(self, head: Any, features: Tensor, labels: Tensor, num_balanced: int) -> dict[str, Tensor]:
-        """The loss to minimise, as 'loss', and its parts; the balanced stream's samples come first."""
+        """Means over each stream's samples, loss_balanced and loss_random; the balanced stream's samples come first."""
 
     def readings(self, head: Any, features: Tensor, logits: Tensor) -> Scores:
         """Logits that the trained head could also be used with, beside its own `logits`."""
@@ -66,6 +68,7 @@ class SoftmaxClassifier:
         self.cosine, self.prior = cosine, prior
         self.log_prior = config.prior_strength * log_prior(counts)
         self.stages = [Stage("", config.stage1_epochs + config.stage2_epochs)]
+        self.weights = {"loss_random": 1.0}
 
     def draws(self, num_balanced: int, num_random: int) -> tuple[int, int]:
         return 0, num_balanced + num_random
@@ -81,14 +84,14 @@ class SoftmaxClassifier:
     def losses(
         self, head: nn.Module, features: Tensor, labels: Tensor, num_balanced: int
     ) -> dict[str, Tensor]:
-        bias = self.log_prior.to(features.device) if self.prior else None
+        bias = self.log_prior if self.prior else None
         if isinstance(head, ConstellationClassifier):
-            return {"loss": head.loss(features, labels, class_bias=bias)}
-        logits = head(features)
-        return {"loss": F.cross_entropy(logits if bias is None else logits + bias, labels)}
+            return {"loss_random": head.loss(features, labels, class_bias=bias)}
+        logits = head(features).float()
+        return {"loss_random": F.cross_entropy(logits if bias is None else logits + bias, labels)}
 
     def readings(self, head: nn.Module, features: Tensor, logits: Tensor) -> Scores:
-        return {} if self.prior else {"adjusted afterwards": logits - self.log_prior.to(logits.device)}
+        return {} if self.prior else {"adjusted afterwards": logits - self.log_prior}
 
     def describe(self, head: nn.Module) -> dict[str, Any]:
         return describe_constellation(head) if isinstance(head, ConstellationClassifier) else {}
@@ -101,6 +104,7 @@ class OneHead:
         self.config, self.counts, self.both = config, counts, both
         self.num_displacements = config.num_displacements if displacements else 0
         self.stages = two_stages(config)
+        self.weights = two_weights(config) if both else {"loss_balanced": 1.0}
 
     def draws(self, num_balanced: int, num_random: int) -> tuple[int, int]:
         return (num_balanced, num_random) if self.both else (num_balanced + num_random, 0)
@@ -116,13 +120,13 @@ class OneHead:
         self, head: ConstellationClassifier, features: Tensor, labels: Tensor, num_balanced: int
     ) -> dict[str, Tensor]:
         if not self.both:
-            return {"loss": head.loss(features, labels)}
+            return {"loss_balanced": head.loss(features, labels)}
         (f_c, f_r), (y_c, y_r) = features.tensor_split([num_balanced]), labels.tensor_split([num_balanced])
         constellation = head.centers, head.displacements.detach(), head.tau
         balanced = gistops.constellation_cross_entropy(f_c, *constellation, y_c)
         random = head.loss(f_r, y_r)
         assert isinstance(balanced, Tensor)
-        return two_losses(balanced, random, self.config)
+        return {"loss_balanced": balanced, "loss_random": random}
 
     def readings(self, head: ConstellationClassifier, features: Tensor, logits: Tensor) -> Scores:
         return {}
@@ -146,6 +150,7 @@ class Gist:
         self.num_displacements = config.num_displacements if displacements else 0
         self.log_prior = config.prior_strength * log_prior(counts)
         self.stages = two_stages(config)
+        self.weights = two_weights(config)
 
     def draws(self, num_balanced: int, num_random: int) -> tuple[int, int]:
         return num_balanced, num_random
@@ -162,10 +167,10 @@ class Gist:
     ) -> dict[str, Tensor]:
         (f_c, f_r), (y_c, y_r) = features.tensor_split([num_balanced]), labels.tensor_split([num_balanced])
         balanced, random = head.losses(f_c, y_c, f_r, y_r)
-        return two_losses(balanced, random, self.config)
+        return {"loss_balanced": balanced, "loss_random": random}
 
     def readings(self, head: GistClassifier, features: Tensor, logits: Tensor) -> Scores:
-        adjusted = head.random_logits(features) - self.log_prior.to(features.device)
+        adjusted = head.random_logits(features) - self.log_prior
         both = logits.log_softmax(1) + adjusted.log_softmax(1)
         return {"random head, adjusted": adjusted, "both heads": both}
 
@@ -173,10 +178,9 @@ class Gist:
         return describe_constellation(head) | {"tau_random": float(head.random_tau.detach())}
 
 
-def two_losses(balanced: Tensor, random: Tensor, config: Config) -> dict[str, Tensor]:
-    """L = L_random + λ L_balanced, and its parts."""
-    loss = random + config.balanced_loss_weight * balanced
-    return {"loss": loss, "loss_balanced": balanced, "loss_random": random}
+def two_weights(config: Config) -> dict[str, float]:
+    """L = L_random + λ L_balanced."""
+    return {"loss_balanced": config.balanced_loss_weight, "loss_random": 1.0}
 
 
 def two_stages(config: Config) -> list[Stage]:

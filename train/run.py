@@ -7,16 +7,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from . import processes
 from .backbones import BackboneError
 from .config import Config, ConfigError, source_of
 from .data.arrays import Dataset
 from .data.errors import DataError
 from .data.load import load as load_data
 from .display import Display, say
-from .engine import epoch_batch_sizes, run
+from .engine import run
 from .page import read_records, write_page
 from .report import plot_accuracy, print_results
 from .runfiles import RunFolder
+from .training import own_parts, sizes_of
 
 
 def start(config: Config, console: Console) -> list[dict[str, Any]]:
@@ -26,9 +28,11 @@ def start(config: Config, console: Console) -> list[dict[str, Any]]:
         ConfigError: an option that cannot be.
         Diverged: the loss is no longer a number.
     """
-    data = load(config)
+    with processes.first_on_machine_first():
+        data = load(config)
+    check_parts(config, data)
     folder = RunFolder(config)
-    saved = folder.open(config, data.fingerprint())
+    saved = processes.from_first(lambda: folder.open(config, data.fingerprint()))
     if config.threads:
         torch.set_num_threads(config.threads)
     announce(console, config, data, saved)
@@ -64,6 +68,21 @@ def load(config: Config) -> Dataset:
     return data
 
 
+def check_parts(config: Config, data: Dataset) -> None:
+    """Whether every process has something of each stream in each of its micro-batches."""
+    parts = own_parts(config)[1]
+    balanced = config.classes_per_batch * config.samples_per_class
+    for option, samples in (
+        ("batch_size", min(config.batch_size, len(data.y_train))),
+        ("classes_per_batch", balanced),
+    ):
+        if samples < parts:
+            expected = (
+                f"a sample for each of {processes.size()} processes times {config.accumulate} micro-batches"
+            )
+            raise ConfigError(option, expected, samples)
+
+
 def describe_data(config: Config, data: Dataset) -> str:
     counts = data.train_counts
     samples = "images" if data.is_images else "features"
@@ -91,7 +110,7 @@ def announce(console: Console, config: Config, data: Dataset, saved: dict[str, A
 def images_in_all(config: Config, data: Dataset) -> int:
     """Image passes of all methods and stages."""
     epochs = config.stage1_epochs + config.stage2_epochs
-    return len(config.methods) * epochs * sum(map(sum, epoch_batch_sizes(config, data)))
+    return len(config.methods) * epochs * sum(map(sum, sizes_of(config, data)))
 
 
 def images_done(saved: dict[str, Any] | None) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import tomli_w
 import torch
 
+from . import processes
 from .commandline import load_recipe
 from .config import Config, ConfigError, config_values
 
@@ -79,8 +80,9 @@ class RunFolder:
         return saved
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
-        """Let `write` make the file `name`, whole or not at all."""
-        write_aside(self.path / name, write)
+        """Let `write` make the file `name`, whole or not at all; in the first process alone."""
+        if processes.rank() == 0:
+            write_aside(self.path / name, write)
 
     def save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.write(
@@ -93,5 +95,6 @@ class RunFolder:
         self.write(self.metrics_file.name, lambda path: path.write_text(text))
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        with open(self.metrics_file, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        if processes.rank() == 0:
+            with open(self.metrics_file, "a") as file:
+                file.write(json.dumps(record) + "\n")

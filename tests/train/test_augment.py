@@ -9,12 +9,12 @@ import torch
 
 from train.__main__ import main
 from train.backbones import BackboneError, make_backbone
-from train.data.augment import Augmentation
+from train.data.augment import NUMBERS, Augmentation
 from train.model import Normalize
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def augmented(images: torch.Tensor, **options: Any) -> torch.Tensor:
+    return Augmentation(**options)(images, torch.rand(len(images), NUMBERS))
 
 
 def ramp(b: int, h: int, w: int) -> torch.Tensor:
@@ -26,7 +26,7 @@ def ramp(b: int, h: int, w: int) -> torch.Tensor:
 
 def test_random_resized_crops_are_boxes_of_the_image(seed: int) -> None:
     images = ramp(400, 60, 80)
-    out = Augmentation(generator(seed), crop_size=24, crop_scale=0.2)(images)
+    out = augmented(images, crop_size=24, crop_scale=0.2)
     assert out.shape == (400, 3, 24, 24)
     column, row = out[:, 0] / 2, out[:, 1] / 2
     inner = slice(4, 20)  # at the image's edge the sampling reflects
@@ -50,7 +50,7 @@ def test_random_resized_crops_are_boxes_of_the_image(seed: int) -> None:
 
 
 def test_resized_crops_flip_half_of_the_images(seed: int) -> None:
-    out = Augmentation(generator(seed), flip=True, crop_size=24, crop_scale=0.5)(ramp(400, 60, 60))
+    out = augmented(ramp(400, 60, 60), flip=True, crop_size=24, crop_scale=0.5)
     flipped = (out[:, 0, 12, 18] < out[:, 0, 12, 6]).float().mean()
     assert 0.35 < flipped < 0.65
     assert (out[:, 1, 18, 12] > out[:, 1, 6, 12]).all()
@@ -58,7 +58,7 @@ def test_resized_crops_flip_half_of_the_images(seed: int) -> None:
 
 def test_crops_without_resizing(seed: int) -> None:
     images = ramp(200, 30, 30)
-    out = Augmentation(generator(seed), crop_size=20)(images)
+    out = augmented(images, crop_size=20)
     assert out.shape == (200, 3, 20, 20)
     assert out.dtype == torch.uint8
     left, top = out[:, 0, 0, 0].long() // 2, out[:, 1, 0, 0].long() // 2
@@ -69,19 +69,19 @@ def test_crops_without_resizing(seed: int) -> None:
 
 def test_jitter_changes_brightness_contrast_and_saturation(seed: int) -> None:
     grey = torch.full((300, 3, 4, 4), 100, dtype=torch.uint8)
-    out = Augmentation(generator(seed), jitter=0.4)(grey)
+    out = augmented(grey, jitter=0.4)
     assert out.std((2, 3)).max() < 1e-3  # contrast and saturation do nothing to it
     level = out[:, 0, 0, 0]
     assert 59 < level.min() < 70
     assert 130 < level.max() < 141
     coloured = torch.randint(60, 160, (300, 3, 8, 8), dtype=torch.uint8)
-    out = Augmentation(generator(seed), jitter=0.4)(coloured)
+    out = augmented(coloured, jitter=0.4)
     spread = out.std((1, 2, 3)) / coloured.float().std((1, 2, 3))
     assert spread.max() > 1.1
     assert spread.min() < 0.8
     assert out.min() >= 0
     assert out.max() <= 255
-    single = Augmentation(generator(seed), jitter=0.4)(grey[:, :1])
+    single = augmented(grey[:, :1], jitter=0.4)
     assert single.shape == (300, 1, 4, 4)
 
 
@@ -89,15 +89,14 @@ def test_jitter_changes_brightness_contrast_and_saturation(seed: int) -> None:
     "options",
     [{"crop_padding": 2, "flip": True}, {"crop_size": 8, "crop_scale": 0.3, "jitter": 0.4, "flip": True}],
 )
-def test_the_generator_alone_decides(options: dict[str, Any], seed: int) -> None:
+def test_the_numbers_alone_decide_image_by_image(options: dict[str, Any], seed: int) -> None:
     images = torch.randint(0, 256, (5, 3, 12, 12), dtype=torch.uint8)
-    first = Augmentation(generator(seed), **options)
-    state = first.generator.get_state()
-    one = first(images)
-    torch.rand(9)
-    first.generator.set_state(state)
-    assert torch.equal(first(images), one)
-    assert not torch.equal(first(images), one)
+    augment, numbers = Augmentation(**options), torch.rand(5, NUMBERS)
+    whole = augment(images, numbers)
+    assert torch.equal(augment(images, numbers), whole)
+    assert not torch.equal(augment(images, numbers.flip(0)), whole)
+    parts = [augment(images[rows], numbers[rows]) for rows in (slice(0, 2), slice(2, 5))]
+    torch.testing.assert_close(torch.cat(parts), whole, atol=1e-3, rtol=0)
 
 
 def test_tests_see_the_middle() -> None:

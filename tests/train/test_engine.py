@@ -13,7 +13,8 @@ from torch import Tensor
 
 from train.config import Config
 from train.data.arrays import Dataset
-from train.engine import Diverged, Training, epoch_batch_sizes, lr_schedule
+from train.optim import lr_schedule
+from train.training import Diverged, Training, sizes_of
 
 IMAGES = Config(
     backbone="resnet8-half", crop_padding=1, flip=True, batch_size=50, classes_per_batch=3, samples_per_class=4,
@@ -27,7 +28,7 @@ def finish(training: Training, steps: int | None = None) -> list[dict[str, Any]]
     records: list[dict[str, Any]] = []
     while training.stage < len(training.method.stages):
         while training.epoch < training.method.stages[training.stage].epochs:
-            while training.step_of_epoch < len(training.batch_sizes):
+            while training.step_of_epoch < training.steps_per_epoch:
                 if steps == 0:
                     return records
                 training.step()
@@ -61,7 +62,6 @@ def test_learns_and_counts_its_images(method: str, images: Dataset) -> None:
 def test_gist_sees_each_random_image_once_an_epoch_and_balanced_classes(images: Dataset) -> None:
     seen: list[Tensor] = []
     training = Training("gist", IMAGES, images)
-    training.augment = lambda x: x  # type: ignore[assignment]
     original = training.method.losses
 
     def losses(head: Any, features: Tensor, labels: Tensor, num_balanced: int) -> dict[str, Tensor]:
@@ -70,14 +70,14 @@ def test_gist_sees_each_random_image_once_an_epoch_and_balanced_classes(images: 
         return original(head, features, labels, num_balanced)
 
     training.method.losses = losses  # type: ignore[method-assign]
-    while training.step_of_epoch < len(training.batch_sizes):
+    while training.step_of_epoch < training.steps_per_epoch:
         training.step()
     assert torch.equal(torch.bincount(torch.cat(seen)), images.train_counts)
 
 
 def test_stage_two_keeps_weights_and_starts_the_rest_afresh(images: Dataset) -> None:
     training = Training("gist", IMAGES, images)
-    while training.step_of_epoch < len(training.batch_sizes):
+    while training.step_of_epoch < training.steps_per_epoch:
         training.step()
     training.end_epoch()
     before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
@@ -135,7 +135,7 @@ def test_same_seed_same_bits_other_seed_others(method: str, images: Dataset) -> 
 def test_goes_on_from_any_step_to_the_same_bits(method: str, images: Dataset, seed: int) -> None:
     whole = Training(method, IMAGES, images)
     expected = finish(whole)
-    total = 3 * len(whole.batch_sizes)
+    total = 3 * whole.steps_per_epoch
     for steps in {0, 5, *random.Random(seed).sample(range(total), 3)}:  # 5: between the stages
         first = Training(method, IMAGES, images)
         records = finish(first, steps)
@@ -145,15 +145,18 @@ def test_goes_on_from_any_step_to_the_same_bits(method: str, images: Dataset, se
         second = Training(method, IMAGES, images)
         second.load_state_dict(torch.load(file, weights_only=True))
         torch.rand(3)  # nothing but the saved state may count …
-        torch.set_rng_state(torch.load(io.BytesIO(file.getvalue()), weights_only=True)["torch_rng"])
+        torch.set_rng_state(torch.load(io.BytesIO(file.getvalue()), weights_only=True)["torch_rng"][0])
         assert records + finish(second) == expected, f"after {steps} steps"
         assert equal(second.state_dict(), whole.state_dict()), f"after {steps} steps"
 
 
 def test_steps_of_an_epoch(images: Dataset) -> None:
-    assert epoch_batch_sizes(IMAGES, images) == [(50, 12)] * 4 + [(32, 12)]
-    assert epoch_batch_sizes(dataclasses.replace(IMAGES, batch_size=116), images) == [(116, 12)] * 2
-    assert epoch_batch_sizes(dataclasses.replace(IMAGES, max_steps_per_epoch=3), images) == [(50, 12)] * 3
+    assert sizes_of(IMAGES, images) == [(12, 50)] * 4 + [(12, 32)]
+    assert sizes_of(dataclasses.replace(IMAGES, batch_size=116), images) == [(12, 116)] * 2
+    assert sizes_of(dataclasses.replace(IMAGES, max_steps_per_epoch=3), images) == [(12, 50)] * 3
+    uneven = dataclasses.replace(IMAGES, batch_size=115)  # leaves two
+    assert sizes_of(uneven, images) == [(12, 115), (12, 115), (12, 2)]
+    assert sizes_of(dataclasses.replace(uneven, accumulate=3), images) == [(12, 115), (12, 117)]
 
 
 def test_schedules() -> None:

@@ -15,8 +15,8 @@ from train.config import Config, MethodName
 from train.data.arrays import Dataset
 from train.data.streams import BalancedStream
 from train.displacements import residual_directions
-from train.engine import Training
 from train.methods import METHODS, TITLES
+from train.training import Training
 
 from .test_engine import FEATURES, IMAGES, finish
 
@@ -41,7 +41,7 @@ def test_each_method_trains_on_as_many_samples_and_learns(name: str, features: D
     training = Training(name, config, features)
     assert training.method.draws(12, 48) == DRAWS.get(name, DRAWS["gist"] if "gist" in name else (0, 60))
     records = finish(training)
-    per_epoch = sum(map(sum, training.batch_sizes))
+    per_epoch = sum(map(sum, training.batches.sizes))
     assert [record["images"] for record in records] == [per_epoch * n for n in range(1, len(records) + 1)]
     assert records[-1]["loss"] < records[0]["loss"]
     found = training.evaluate()
@@ -83,7 +83,7 @@ def test_priors(strength: float, features: Dataset) -> None:
     x, y = torch.randn(20, 12), torch.randint(5, (20,))
     for name in ("balanced-softmax", "cos-balanced-softmax"):
         training = Training(name, config, features)
-        loss = training.method.losses(training.model.head, x, y, 0)["loss"]
+        loss = training.method.losses(training.model.head, x, y, 0)["loss_random"]
         torch.testing.assert_close(loss, F.cross_entropy(training.model.head(x) + prior, y))
         assert training.method.readings(training.model.head, x, training.model.head(x)) == {}
     training = Training("plain", config, features)

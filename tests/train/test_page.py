@@ -17,7 +17,7 @@ from PIL import Image
 from train.__main__ import main
 from train.analysis import BINS, analyse, calibration, confusion, feature_map
 from train.data.arrays import Dataset
-from train.engine import Training
+from train.training import Training
 
 from .test_engine import FEATURES, finish
 

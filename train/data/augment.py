@@ -1,4 +1,4 @@
-"""Augmentation of whole batches of images, every random number from one generator, so that runs repeat and resume."""
+"""Augmentation of whole batches of images by numbers that are drawn with them, so that runs repeat and resume."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from torch import Tensor
 #: Shares of red, green and blue in brightness (ITU-R 601), as torchvision's and PIL's grey has them.
 GREY = (0.299, 0.587, 0.114)
 
+#: Random numbers that an image is augmented by, uniform in [0, 1): across, down, flip, area, ratio, three of jitter.
+NUMBERS = 8
+ACROSS, DOWN, FLIP, AREA, RATIO, JITTER = range(6)
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -22,55 +26,54 @@ class Augmentation:
     brightness, contrast and saturation, in that order.
     """
 
-    generator: torch.Generator
     crop_padding: int = 0
     flip: bool = False
     crop_size: int = 0
     crop_scale: float | None = None
     jitter: float = 0.0
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """The batch, uint8 where pixels are only moved, otherwise float32 from 0 to 255."""
+    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """The batch, uint8 where pixels are only moved, otherwise float32 from 0 to 255; by `numbers` [b, NUMBERS]."""
         if images.dim() != 4:
             return images
         if self.crop_scale is not None:
-            images = self._resized_crops(images, self.crop_scale)
+            images = self._resized_crops(images, numbers, self.crop_scale)
         elif self.crop_padding or self.flip or 0 < self.crop_size < images.shape[-1]:
-            images = self._shifts(images)
-        return self._jittered(images) if self.jitter else images
+            images = self._shifts(images, numbers)
+        return self._jittered(images, numbers) if self.jitter else images
 
-    def _uniform(self, rows: int, low: float, high: float) -> Tensor:
-        return torch.rand(rows, generator=self.generator) * (high - low) + low
+    def _flips(self, numbers: Tensor) -> Tensor:
+        """[b] bool."""
+        return (numbers[:, FLIP] < 0.5) & self.flip
 
-    def _flips(self, rows: int) -> Tensor:
-        flips = torch.rand(rows, 1, generator=self.generator) < 0.5
-        return flips if self.flip else torch.zeros_like(flips)
-
-    def _shifts(self, images: Tensor) -> Tensor:
+    def _shifts(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Crops after zero padding, and flips, in one gather."""
         (b, c, h, w), p = images.shape, self.crop_padding
         out_h, out_w = (min(self.crop_size, h), min(self.crop_size, w)) if self.crop_size else (h, w)
-        top = (torch.rand(b, 1, generator=self.generator) * (h + 2 * p - out_h + 1)).long()
-        left = (torch.rand(b, 1, generator=self.generator) * (w + 2 * p - out_w + 1)).long()
-        rows, columns = top + torch.arange(out_h), left + torch.arange(out_w)  # [b, h], [b, w]
-        columns = torch.where(self._flips(b), columns.flip(1), columns)
+        top = (numbers[:, DOWN] * (h + 2 * p - out_h + 1)).long()
+        left = (numbers[:, ACROSS] * (w + 2 * p - out_w + 1)).long()
+        rows, columns = (
+            top[:, None] + torch.arange(out_h),
+            left[:, None] + torch.arange(out_w),
+        )  # [b, h], [b, w]
+        columns = torch.where(self._flips(numbers)[:, None], columns.flip(1), columns)
         rows, columns = rows.to(images.device), columns.to(images.device)
         sample = torch.arange(b, device=images.device)[:, None, None, None]
         channel = torch.arange(c, device=images.device)[:, None, None]
         padded = F.pad(images, (p, p, p, p))
         return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
-    def _resized_crops(self, images: Tensor, least: float) -> Tensor:
+    def _resized_crops(self, images: Tensor, numbers: Tensor, least: float) -> Tensor:
         """One box an image, resized by bilinear sampling, and flips."""
         b, _, h, w = images.shape
-        area = self._uniform(b, least, 1.0)
-        ratio = self._uniform(b, math.log(3 / 4), math.log(4 / 3)).exp()
+        area = numbers[:, AREA] * (1 - least) + least
+        ratio = ((2 * numbers[:, RATIO] - 1) * math.log(4 / 3)).exp()
         # Parts of the image's width and height; what would not fit is cut to the image.
         width = (area * ratio * h / w).sqrt().clamp(max=1.0)
         height = (area / ratio * w / h).sqrt().clamp(max=1.0)
-        x = (2 * self._uniform(b, 0, 1) - 1) * (1 - width)  # the box's centre, -1 to 1
-        y = (2 * self._uniform(b, 0, 1) - 1) * (1 - height)
-        sign = torch.where(self._flips(b)[:, 0], -1.0, 1.0)
+        x = (2 * numbers[:, ACROSS] - 1) * (1 - width)  # the box's centre, -1 to 1
+        y = (2 * numbers[:, DOWN] - 1) * (1 - height)
+        sign = torch.where(self._flips(numbers), -1.0, 1.0)
         zero = torch.zeros(b)
         boxes = torch.stack(
             [torch.stack([sign * width, zero, x], 1), torch.stack([zero, height, y], 1)], 1
@@ -79,12 +82,10 @@ class Augmentation:
         grid = F.affine_grid(boxes, [b, images.shape[1], size, size], align_corners=False)
         return F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
 
-    def _jittered(self, images: Tensor) -> Tensor:
+    def _jittered(self, images: Tensor, numbers: Tensor) -> Tensor:
         x = images.float()
-        brightness, contrast, saturation = (
-            self._uniform(len(x), 1 - self.jitter, 1 + self.jitter).to(x.device)[:, None, None, None]
-            for _ in range(3)
-        )
+        factors = 1 + self.jitter * (2 * numbers[:, JITTER:NUMBERS] - 1)
+        brightness, contrast, saturation = factors.to(x.device)[:, :, None, None, None].unbind(1)
         x = (x * brightness).clamp(0, 255)
         x = torch.lerp(_grey(x).mean((1, 2, 3), keepdim=True), x, contrast).clamp(0, 255)
         return torch.lerp(_grey(x), x, saturation).clamp(0, 255)

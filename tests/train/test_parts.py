@@ -1,0 +1,273 @@
+"""A step divided: into micro-batches, among processes, into streams; in half precision, compiled, made ahead."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from train.config import Config
+from train.data.arrays import Dataset, load_arrays
+from train.training import Training
+
+from ..processes import in_group
+from .test_engine import FEATURES, IMAGES, equal, finish
+
+#: Batches that cannot be halved; features as they are, as statistics over a micro-batch are its own.
+UNEVEN = dataclasses.replace(IMAGES, batch_size=51)
+PLAIN_FEATURES = dataclasses.replace(FEATURES, batch_size=51, center_features=False)
+
+
+def gradients(training: Training) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in training.model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """But for rounding, which is measured by the largest of all gradients of a parameter; and flips a ReLU at times."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        difference = (found[name] - value).abs().max()
+        assert difference <= 1e-3 * value.abs().max() + 1e-7, f"{name}: {difference} of {value.abs().max()}"
+
+
+@pytest.mark.parametrize("method", ["gist", "plain", "cos-cb", "gist-combined"])
+def test_micro_batches_add_up_to_the_gradients_of_the_step(method: str, features: Dataset) -> None:
+    whole = Training(method, PLAIN_FEATURES, features)
+    parts = Training(method, dataclasses.replace(PLAIN_FEATURES, accumulate=4), features)
+    for _ in range(3):
+        losses = whole.step(), parts.step()
+        assert_same(gradients(parts), gradients(whole))
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-6)
+    for name in ("loss", *whole.sums):
+        torch.testing.assert_close(parts.sums[name], whole.sums[name], rtol=1e-4, atol=1e-6)
+    assert whole.images == parts.images
+
+
+def test_streams_share_statistics_or_not(images: Dataset) -> None:
+    seen: dict[str, list[int]] = {}
+    for choice in ("joint", "split"):
+        training = Training("gist", dataclasses.replace(IMAGES, batch_norm=choice), images)
+        sizes = seen[choice] = []
+        norm: Any = training.model.backbone.bn1
+        norm.register_forward_pre_hook(lambda _, args, sizes=sizes: sizes.append(len(args[0])))
+        training.step()
+    assert seen == {"joint": [62], "split": [12, 50]}
+
+
+def _as_one_process(rank: int, folder: str, method: str, config: Config) -> None:
+    training = Training(method, config, load_arrays(f"{folder}/data.npz"))
+    expected = torch.load(f"{folder}/expected.pt")
+    for step, (weights, wanted) in enumerate(expected["steps"]):
+        training.model.load_state_dict(weights)  # or rounding grows from step to step
+        training.step()
+        try:
+            assert_same(gradients(training), wanted)
+        except AssertionError as error:
+            raise AssertionError(f"process {rank}, step {step}: {error}") from None
+    buffers = dict(training.model.named_buffers())
+    for name, wanted in expected["buffers"].items():
+        torch.testing.assert_close(buffers[name], wanted, rtol=1e-3, atol=1e-5)
+    record = training.evaluate(per_class=True)
+    assert record["accuracy_per_class"] == expected["record"]["accuracy_per_class"]
+    torch.testing.assert_close(record.get("slot_usage"), expected["record"].get("slot_usage"))
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("gist", {}),
+        ("gist", {"batch_norm": "split"}),
+        ("plain", {}),
+        ("cos-cb", {"center_features": False}),
+    ],
+    ids=["joint", "split", "plain", "one stream"],
+)
+def test_processes_get_the_gradients_of_one_with_the_joint_batch(
+    method: str, changes: dict[str, Any], image_file: Path, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(UNEVEN, **changes)
+    alone = Training(method, config, load_arrays(str(image_file)))
+    steps = []
+    for _ in range(3):
+        weights = {name: tensor.clone() for name, tensor in alone.model.state_dict().items()}
+        alone.step()
+        steps.append((weights, gradients(alone)))
+    assert any(isinstance(m, nn.BatchNorm2d) for m in alone.model.modules())
+    buffers = {name: buffer.clone() for name, buffer in alone.model.named_buffers()}
+    expected = {"steps": steps, "buffers": buffers, "record": alone.evaluate(per_class=True)}
+    folder = tmp_path / "group"
+    folder.mkdir()
+    torch.save(expected, folder / "expected.pt")
+    image_file.rename(folder / "data.npz")
+    in_group(_as_one_process, 2, folder, str(folder), method, config)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "micro-batches": {"accumulate": 3},
+    "bf16": {"precision": "bf16"},
+    "fp16": {"precision": "fp16"},
+    "split, bf16": {"batch_norm": "split", "precision": "bf16", "accumulate": 2},
+}
+
+
+def resumed_equals_whole(config: Config, data: Dataset, stop: int) -> Training:
+    """Train, and train again with a halt after `stop` steps: both come to the same bits."""
+    whole = Training("gist", config, data)
+    expected = finish(whole)
+    first = Training("gist", config, data)
+    records = finish(first, stop)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = Training("gist", config, data)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    assert records + finish(second) == expected
+    assert equal(second.state_dict(), whole.state_dict())
+    return whole
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_goes_on_to_the_same_bits(way: str, images: Dataset, seed: int) -> None:
+    config = dataclasses.replace(IMAGES, stage2_epochs=1, **WAYS[way])
+    stop = int(torch.randint(1, 9, ()))
+    whole = resumed_equals_whole(config, images, stop)
+    assert {p.dtype for p in whole.model.parameters()} == {torch.float32}
+
+
+def test_half_precision_is_used_and_learns(images: Dataset) -> None:
+    for precision, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        config = dataclasses.replace(IMAGES, precision=precision, stage1_epochs=4, stage2_epochs=4)
+        training = Training("gist", config, images)
+        seen: list[torch.dtype] = []
+        convolution: Any = training.model.backbone.conv1
+        convolution.register_forward_hook(lambda _, args, out, seen=seen: seen.append(out.dtype))
+        records = finish(training)
+        assert set(seen) == {dtype}
+        assert records[-1]["loss"] < records[0]["loss"]
+        assert training.evaluate()["accuracy"]["overall"] > 0.5
+
+
+def test_the_scaler_leaves_out_a_step_that_overflows(features: Dataset) -> None:
+    training = Training("plain", dataclasses.replace(PLAIN_FEATURES, precision="fp16"), features)
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
+    training.step()
+    assert all(torch.equal(p, before[name]) for name, p in training.model.named_parameters())
+    assert training.scaler.get_scale() < 2.0**127
+
+
+def test_compiled_the_same_gradients_and_resumed(features: Dataset, seed: int) -> None:
+    config = dataclasses.replace(PLAIN_FEATURES, stage1_epochs=1, stage2_epochs=1)
+    eager, compiled = (
+        Training("gist", dataclasses.replace(config, compile=choice), features) for choice in (False, True)
+    )
+    for training in (eager, compiled):
+        torch.manual_seed(seed)
+        training.begin_stage(1)
+    for _ in range(3):
+        eager.step()
+        compiled.step()
+        assert_same(gradients(compiled), gradients(eager))
+    resumed_equals_whole(dataclasses.replace(config, compile=True), features, 4)
+
+
+def test_steps_made_ahead_are_the_same_and_go_on(images: Dataset) -> None:
+    def batches(ahead: bool) -> Any:
+        made = Training("gist", UNEVEN, images).batches
+        return type(made)(
+            made.x, made.y, made.random, made.balanced, made.sizes, made.augment, made.generator, ahead=ahead
+        )
+
+    def taken(source: Any, count: int) -> list[Any]:
+        return [(p.x, p.y, p.num_balanced, p.shares) for _ in range(count) for p in source.next()]
+
+    expected = taken(batches(False), 13)
+    first = batches(True)
+    assert equal(taken(first, 7), expected[:7])
+    state = first.state_dict()
+    second = batches(True)
+    second.load_state_dict(state)
+    assert equal(taken(second, 6), expected[7:])
+
+
+def _resumes(rank: int, file: str, config: Config) -> None:
+    resumed_equals_whole(config, load_arrays(file), 6)
+
+
+@pytest.mark.parametrize("way", [{}, {"precision": "bf16", "accumulate": 2, "batch_norm": "split"}])
+def test_processes_go_on_to_the_same_bits(way: dict[str, Any], image_file: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(IMAGES, stage2_epochs=1, **way)
+    (tmp_path / "group").mkdir()
+    in_group(_resumes, 2, tmp_path / "group", str(image_file), config)
+
+
+def _compiled(rank: int, file: str, config: Config) -> None:
+    training = Training("gist", config, load_arrays(file))
+    eager = Training("gist", dataclasses.replace(config, compile=False), load_arrays(file))
+    for _ in range(2):
+        training.step()
+        eager.step()
+        assert_same(gradients(training), gradients(eager))
+
+
+def test_processes_compiled(feature_file: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(PLAIN_FEATURES, compile=True, accumulate=2)
+    (tmp_path / "group").mkdir()
+    in_group(_compiled, 2, tmp_path / "group", str(feature_file), config)
+
+
+LAUNCHED = "--standalone --local-addr 127.0.0.1 --nproc-per-node 2"
+
+
+def ran(command: list[str]) -> str:
+    """What a command says; with all the processes that it started it ends in time."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        said, _ = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, said[-3000:]
+    return said
+
+
+def test_a_run_by_torchrun(tmp_path: Path) -> None:
+    """As one process does it, but for rounding; and it goes on as one process."""
+    options = ["--recipe", "smoke", "--device", "cpu", "--methods", "gist", "--checkpoint-steps", "3"]
+    options += ["--runs", str(tmp_path)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *LAUNCHED.split()]
+    alone = [sys.executable, "-m", "train", "--name", "alone", *options]
+    together = [*launcher, "-m", "train", "--name", "together", *options]
+    for command in (alone, together):
+        said = ran(command)
+    assert said.count("written to") == 1, said
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("alone", "together")
+    )
+    assert len(one) == len(two)
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-3)
+    assert {p.name for p in (tmp_path / "alone").iterdir()} == {
+        p.name for p in (tmp_path / "together").iterdir()
+    }
+    ran([sys.executable, "-m", "train", "--name", "together", *options, "--resume"])
+
+
+def test_fewer_samples_than_parts_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from train.__main__ import main
+
+    assert main(f"--recipe smoke --runs {tmp_path} --batch-size 4 --accumulate 5".split()) == 2
+    words = "--batch-size: expected a sample for each of 1 processes times 5 micro-batches, got 4"
+    assert words in capsys.readouterr().err

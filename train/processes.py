@@ -1,0 +1,82 @@
+"""The processes of a run: one, or those that `torchrun` starts, which all see the data and take a part of each step."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the processes that torchrun started, if it did: by NCCL, each on a GPU of its own, or by gloo."""
+    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        yield
+        return
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    yield
+    gc.collect()  # what wrapped a model may lie in a cycle, and would abort the process if it outlived the group
+    dist.destroy_process_group()  # not after an error: the others may not come to it, and torchrun ends them
+
+
+def together() -> bool:
+    """Whether there are others."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if together() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if together() else 1
+
+
+@contextmanager
+def first_on_machine_first() -> Iterator[None]:
+    """What one process of a machine does before its others, which then find it done."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if together() and not first:
+        dist.barrier()
+    yield
+    if together() and first:
+        dist.barrier()
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` returns in the first process, in all of them."""
+    if not together():
+        return make()
+    made = [make() if rank() == 0 else None]
+    dist.broadcast_object_list(made)
+    return made[0]  # type: ignore[return-value]
+
+
+def summed(value: Tensor) -> Tensor:
+    """The sum over all processes, of tensors of one shape."""
+    if together():
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def gathered(value: Tensor) -> list[Tensor]:
+    """Every process's tensor, of one shape and on the CPU."""
+    if not together():
+        return [value]
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
+    own = value.to(device)
+    every = [torch.empty_like(own) for _ in range(size())]
+    dist.all_gather(every, own)
+    return [each.cpu() for each in every]

@@ -1,0 +1,263 @@
+"""One model on its way through the stages of its method."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gistops.sampling import ClassBalancedBatchSampler
+
+from . import processes
+from .config import Config
+from .data.arrays import Dataset
+from .data.augment import Augmentation
+from .data.batches import Batches, Part, sizes_of_steps
+from .data.streams import BalancedStream, RandomStream
+from .evaluate import evaluate
+from .methods import METHODS, Method
+from .model import Model, build_model
+from .norms import normalize_over_processes
+from .optim import lr_schedule, parameter_groups
+
+Record = dict[str, Any]
+POSITION = ("stage", "epoch", "step_of_epoch", "images", "lr")
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a number."""
+
+
+class Losses(nn.Module):
+    """From samples to losses: what torch.compile and DistributedDataParallel wrap."""
+
+    def __init__(self, model: Model, method: Method, split: bool) -> None:
+        super().__init__()
+        self.model, self.method, self.split = model, method, split
+
+    def forward(self, x: Tensor, y: Tensor, num_balanced: int) -> dict[str, Tensor]:
+        if self.split and 0 < num_balanced < len(x):
+            streams = x.tensor_split([num_balanced])
+            features = torch.cat([self.model.features(stream) for stream in streams])
+        else:
+            features = self.model.features(x)
+        return self.method.losses(self.model.head, features, y, num_balanced)
+
+
+class Training:
+    """Weights, optimiser, streams and position: all that a checkpoint must hold, and the step."""
+
+    def __init__(self, name: str, config: Config, data: Dataset) -> None:
+        self.name, self.config, self.data = name, config, data
+        self.device = torch.device(config.device)
+        if self.device.type == "cuda" and self.device.index is None:
+            # Said in full, as threads have a current GPU of their own.
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        # Each method starts from the seed, so that its weights do not depend on what was trained before it.
+        torch.manual_seed(config.seed)
+        self.method = METHODS[name](config, data.train_counts.to(self.device))
+        self.model = build_model(data, config, self.method.head).to(self.device)
+        if processes.together():
+            normalize_over_processes(self.model, self.device)
+        if rank := processes.rank():
+            torch.manual_seed(config.seed + (rank << 32))  # dropout of its own; weights are the first one's
+        self.batches = self._make_batches()
+        self.steps_per_epoch = len(self.batches.sizes)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.images = 0
+        self.waited = 0.0  # seconds for the input, in this epoch
+        self.begin_stage(0)
+
+    def _make_batches(self) -> Batches:
+        config, data = self.config, self.data
+        generator = torch.Generator().manual_seed(config.seed)  # of the data's order and augmentation
+        sizes = sizes_of(config, data)
+        return Batches(
+            placed(data.x_train, self.device),
+            data.y_train.to(self.device),
+            RandomStream(len(data.y_train), generator),
+            BalancedStream(
+                ClassBalancedBatchSampler(
+                    data.y_train, config.classes_per_batch, config.samples_per_class, seed=config.seed
+                )
+            ),
+            [self.method.draws(num_balanced, num_random) for num_balanced, num_random in sizes],
+            Augmentation(
+                config.crop_padding,
+                config.flip,
+                config.crop_size or 0,
+                config.crop_scale,
+                config.color_jitter,
+            ),
+            generator,
+            own_parts(config),
+            ahead=self.device.type != "cpu",  # where the CPU has nothing else to do
+        )
+
+    def begin_stage(self, stage: int) -> None:
+        """Keep the weights, change the head as the stage asks; optimiser and schedule start afresh."""
+        self.stage, self.epoch, self.step_of_epoch, self.lr = stage, 0, 0, self.config.lr
+        self.sums: dict[str, Tensor] = {}  # of the epoch's losses
+        if stage == len(self.method.stages):
+            return
+        self.method.begin_stage(stage, self.model.head, self._sample)
+        self.model.train()
+        config = self.config
+        self.losses: nn.Module = Losses(self.model, self.method, config.batch_norm == "split")
+        if processes.together():  # the first one's weights become those of all
+            self.losses = nn.parallel.DistributedDataParallel(self.losses)
+        if config.compile:
+            self.losses = torch.compile(self.losses)  # type: ignore[assignment]
+        self.optimizer = torch.optim.SGD(
+            parameter_groups(self.model, config),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        factor = lr_schedule(self.config, self.method.stages[stage].epochs, self.steps_per_epoch)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+
+    def step(self) -> Tensor:
+        """One step of SGD on one batch of both streams; returns this process's estimate of the loss."""
+        begin = time.perf_counter()
+        parts = self.batches.next()
+        self.waited += time.perf_counter() - begin
+        self.optimizer.zero_grad()
+        total = sum(self._backward(part, i == len(parts) - 1) for i, part in enumerate(parts))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.lr = self.optimizer.param_groups[0]["lr"]
+        self.scheduler.step()
+        self.images += sum(self.batches.sizes[self.step_of_epoch])
+        self.step_of_epoch += 1
+        assert isinstance(total, Tensor)
+        return total * processes.size()
+
+    def _backward(self, part: Part, last: bool) -> Tensor:
+        """Add a part's share of the gradients, with the last one those of all processes; returns its share of the loss."""
+        together = contextlib.nullcontext()
+        if processes.together() and not last:
+            together = self.distributed.no_sync()
+        with together:
+            with torch.autocast(
+                self.device.type, HALF.get(self.config.precision), self.config.precision in HALF
+            ):
+                losses = self.losses(part.x, part.y, part.num_balanced)
+            shares = {name: part.shares[name] * loss for name, loss in losses.items()}
+            loss = torch.stack([self.method.weights[name] * share for name, share in shares.items()]).sum()
+            # DistributedDataParallel takes the mean over processes, of which each has a part of the sum.
+            self.scaler.scale(loss * processes.size()).backward()
+        if len(shares) > 1:
+            self._count(shares)
+        self._count({"loss": loss})
+        return loss.detach()
+
+    @property
+    def distributed(self) -> Any:
+        """What `begin_stage` made of the losses, before it was compiled."""
+        return getattr(self.losses, "_orig_mod", self.losses)
+
+    def _count(self, losses: dict[str, Tensor]) -> None:
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + loss.detach().double()
+
+    @torch.no_grad()
+    def _sample(self) -> tuple[Tensor, Tensor]:
+        """Features of all training samples, without augmentation, and their classes."""
+        self.model.eval()
+        features = torch.cat([self.model.features(x.to(self.device)) for x in self.batches.x.split(500)])
+        self.model.train()
+        return features, self.batches.y
+
+    def end_epoch(self) -> Record:
+        """Go to the next epoch; returns the record of the one that ends, with its mean losses."""
+        names = sorted(self.sums)
+        sums = processes.summed(torch.stack([self.sums[name] for name in names])) / self.step_of_epoch
+        means = dict(zip(names, sums.tolist(), strict=True))
+        if not math.isfinite(means["loss"]):
+            raise Diverged(f"the loss is {means['loss']}; a lower --lr or a longer --warmup-epochs may help")
+        self.epoch, self.step_of_epoch, self.sums, self.waited = self.epoch + 1, 0, {}, 0.0
+        record = {"event": "epoch", "method": self.name, "stage": self.stage + 1, "epoch": self.epoch}
+        return record | {"images": self.images, "lr": self.lr} | means | self.method.describe(self.model.head)
+
+    def evaluate(self, per_class: bool = False) -> Record:
+        """Accuracies on the test set; nothing is chosen by them."""
+        data, rule = self.data, self.config.split_rule
+        found, readings = evaluate(
+            self.model, data.x_test, data.y_test, data.num_classes, self.method.readings
+        )
+        record: Record = {"accuracy": found.accuracy(data.train_counts, rule)}
+        if readings:
+            record["accuracy_of"] = {
+                name: e.accuracy(data.train_counts, rule) for name, e in readings.items()
+            }
+        if found.slot_usage is not None:
+            record["slot_usage"] = found.slot_usage.tolist()
+        if per_class:
+            record["accuracy_per_class"] = found.per_class()
+        return record
+
+    def state_dict(self) -> Record:
+        """All that the steps to come depend on, in plain types and tensors; the same in all processes."""
+        return {
+            "name": self.name,
+            "position": {name: getattr(self, name) for name in POSITION},
+            "sums": {name: processes.summed(total) for name, total in self.sums.items()},
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "batches": self.batches.state_dict(),
+            "torch_rng": processes.gathered(torch.get_rng_state()),
+            "cuda_rng": processes.gathered(torch.cuda.get_rng_state(self.device))
+            if self.device.type == "cuda"
+            else [],
+        }
+
+    def load_state_dict(self, state: Record) -> None:
+        """Go back to where `state_dict` was called, also with another number of processes.
+
+        With as many processes as before, all random numbers are as they would have been.
+        """
+        for stage in range(1, state["position"]["stage"] + 1):
+            self.begin_stage(stage)  # so that parameters and optimiser are those of the saved stage
+        for name in POSITION:
+            setattr(self, name, state["position"][name])
+        first = processes.rank() == 0  # the sums are over all processes
+        self.sums = {name: total.to(self.device) * first for name, total in state["sums"].items()}
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.batches.load_state_dict(state["batches"])
+        rank = processes.rank()
+        if rank < len(state["torch_rng"]):
+            torch.set_rng_state(state["torch_rng"][rank])
+        if rank < len(state["cuda_rng"]):
+            torch.cuda.set_rng_state(state["cuda_rng"][rank], self.device)
+
+
+def placed(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on the device if it takes less than half of what is free there; otherwise where it is."""
+    if device.type != "cuda" or x.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return x
+    return x.to(device)
+
+
+def own_parts(config: Config) -> tuple[range, int]:
+    """Of the parts that a step is divided into, those of this process, and how many there are."""
+    each, rank = config.accumulate, processes.rank()
+    return range(rank * each, (rank + 1) * each), each * processes.size()
+
+
+def sizes_of(config: Config, data: Dataset) -> list[tuple[int, int]]:
+    """For each step of an epoch, the samples of the balanced and of the random stream."""
+    balanced = config.classes_per_batch * config.samples_per_class
+    # Batch normalisation needs two samples at least.
+    least = own_parts(config)[1] * (2 if config.batch_norm == "split" else 1)
+    return sizes_of_steps(len(data.y_train), config.batch_size, balanced, config.max_steps_per_epoch, least)
