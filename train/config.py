@@ -66,7 +66,7 @@ class Config:
     a rate or a decay of their own), the paper's way again. What the command line says still holds."""
 
     data: str = ""
-    """A .npz or .safetensors file with x_train, y_train, x_test and y_test, where x is uint8 images [n, h, w] or
+    """A .npz or .safetensors file with x_train, y_train, x_test and y_test (and x_val and y_val, or not), where x is uint8 images [n, h, w] or
     [n, h, w, c] or floating-point features [n, d]. CIFAR's archive from its authors (cifar-100-python.tar.gz). A list
     of image files, .txt (path label, as ImageNet-LT's), .csv or .json (iNaturalist's). A folder with train/ and test/
     (or val/), where each class has a folder. Or the name of a set that comes with the package, which is
@@ -74,6 +74,9 @@ class Config:
     test_data: str = ""
     """The list or folder of test images; if not given, the one beside --data with test (or val) in its name instead of
     train."""
+    val_data: str = ""
+    """The list or folder of validation images; if neither it nor --test-data is given, the one with val in its name
+    where there is one with test. Epochs are evaluated on it, results on the test images."""
     images: str = ""
     """Where the paths in lists begin; the list's own folder if not given."""
     path_prefixes: tuple[str, ...] = ()
@@ -165,7 +168,8 @@ class Config:
     """What many- and few-shot mean in training images: standard (>100, <20), paper_text (>100, <=20) or paper_code
     (>=100, <=20)."""
     evaluate_every: int = 1
-    """Epochs between two evaluations on the test images; the last epoch of a stage is always evaluated."""
+    """Epochs between two evaluations on the validation images, or the test images where there are none; the last epoch
+    of a stage is always evaluated. A method's result is of the test images."""
     checkpoint_steps: int | None = None
     """Also writes a checkpoint every so many steps, not only after each epoch."""
     seed: int = 0

@@ -76,5 +76,5 @@ class Display:
         parts += [f"{record['images_per_second']:,.0f} images/s ({waited:.0%} waiting for input)"]
         parts += [f"{self.left} left"]
         if accuracy is not None:
-            parts.append(f"test accuracy {100 * accuracy['overall']:.1f}")
+            parts.append(f"{record['split']} accuracy {100 * accuracy['overall']:.1f}")
         self.console.print("  ".join(parts), highlight=False, soft_wrap=True)

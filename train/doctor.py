@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from .display import say
 from .groups import SPLIT_RULES, split_classes
 
 SHOWN = 10  # of each kind of trouble
+SPLITS = {"train": "training", "test": "test", "val": "validation"}
 
 
 def examine(config: Config, console: Console) -> int:
@@ -54,6 +56,10 @@ def describe(data: Dataset, config: Config) -> list[str]:
         f"median {float(counts.double().median()):.0f}",
         f"test: {len(data.y_test):,} samples",
     ]
+    validation = "none: epochs are evaluated on the test samples"
+    if data.y_val is not None:
+        validation = f"{len(data.y_val):,} samples"
+    lines.append(f"validation: {validation}")
     for rule in SPLIT_RULES:
         sizes = (f"{int(mask.sum())} {group}" for group, mask in split_classes(counts, rule).items())
         lines.append(f"groups, {rule}: {', '.join(sizes)}")
@@ -66,11 +72,11 @@ def _missing_files(config: Config) -> list[str]:
     if not path.is_dir() and path.suffix not in (".txt", ".csv", ".json"):
         return []
     try:
-        train, test = listings(source_of(config))
+        lists = listings(source_of(config))
     except DataError:
         return []  # said by load()
     troubles = []
-    for part, listing in (("training", train), ("test", test)):
+    for part, listing in ((SPLITS[name], listing) for name, listing in lists.items()):
         missing = [file for file in listing.files if not file.is_file()]
         if missing:
             some = _some(list(map(str, missing)))
@@ -80,9 +86,12 @@ def _missing_files(config: Config) -> list[str]:
             troubles.append(f"{len(missing)} of {len(listing)} {part} images are not there: {some}{advice}")
         if twice := len(listing) - len(set(listing.files)):
             troubles.append(f"{twice} {part} images are listed more than once")
-    if both := sorted(set(train.files) & set(test.files)):
-        some = _some(list(map(str, both)))
-        troubles.append(f"{len(both)} images are in the training and the test list: {some}")
+    for one, other in itertools.combinations(lists, 2):
+        if both := sorted(set(lists[one].files) & set(lists[other].files)):
+            some = _some(list(map(str, both)))
+            troubles.append(
+                f"{len(both)} images are in the {SPLITS[one]} and the {SPLITS[other]} list: {some}"
+            )
     return troubles
 
 

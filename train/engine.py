@@ -74,7 +74,7 @@ def train(training: Training, folder: RunFolder, display: Display, records: list
         lambda path: save_model(path, training.model, training.data.class_names),
     )
     result = {"event": "result", "method": training.name, "images": training.images}
-    result |= training.method.describe(training.model.head) | training.evaluate(per_class=True)
+    result |= training.method.describe(training.model.head) | training.evaluate(final=True)
     write(result | {"analysis": analyse(training.model, training.data, config.split_rule, config.seed)})
 
 

@@ -51,7 +51,7 @@ def accuracies(epochs: list[Record]) -> bytes:
             if None not in values:
                 axes.plot(passed(found), [100 * value for value in values], marker=".", label=group)
 
-    return picture(draw, xlabel="image passes", ylabel="test accuracy (%)")
+    return picture(draw, xlabel="image passes", ylabel=f"{epochs[-1]['split']} accuracy (%)")
 
 
 def usage(epochs: list[Record]) -> bytes | None:
@@ -64,7 +64,9 @@ def usage(epochs: list[Record]) -> bytes | None:
         names = ["centre", *(f"δ{j}" for j in range(1, len(shares)))]
         axes.stackplot(passed(found), [[100 * s for s in share] for share in shares], labels=names, alpha=0.8)
 
-    return picture(draw, xlabel="image passes", ylabel="test samples won by a slot (%)", ylim=(0, 100))
+    return picture(
+        draw, xlabel="image passes", ylabel=f"{found[-1]['split']} samples won by a slot (%)", ylim=(0, 100)
+    )
 
 
 def constellation(epochs: list[Record]) -> bytes | None:

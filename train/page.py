@@ -51,7 +51,7 @@ figure { display: inline-block; margin: .5rem; vertical-align: top } figcaption 
 CAPTIONS = {
     "losses": "Training loss, mean of an epoch",
     "accuracies": "Test accuracy; nothing is chosen by it",
-    "usage": "Share of the test samples that each vector of their own class won",
+    "usage": "Share of samples that each vector of their own class won",
     "constellation": "Lengths of centres and displacements, temperatures",
     "reliability": "Calibration on the test samples",
     "map": "t-SNE of unit test features; stars: centres, crosses: centre + displacement",

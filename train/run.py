@@ -86,9 +86,10 @@ def check_parts(config: Config, data: Dataset) -> None:
 def describe_data(config: Config, data: Dataset) -> str:
     counts = data.train_counts
     samples = "images" if data.is_images else "features"
+    validation = "" if data.y_val is None else f", {len(data.y_val):,} for validation"
     return (
         f"{config.data}: {len(data.y_train):,} training {samples} {data.sample_shape} in {data.num_classes} classes "
-        f"({int(counts.max()):,} to {int(counts.min()):,} each), {len(data.y_test):,} for testing"
+        f"({int(counts.max()):,} to {int(counts.min()):,} each), {len(data.y_test):,} for testing{validation}"
     )
 
 
@@ -103,6 +104,10 @@ def announce(console: Console, config: Config, data: Dataset, saved: dict[str, A
         lines.append(f"resuming after {where}")
     elif config.resume:
         lines.append("no checkpoint to resume: from the beginning")
+    if data.y_val is None:
+        lines.append(
+            "warning: no validation split, so epochs are evaluated on the test samples; choose no setting by them"
+        )
     for line in lines:
         say(console, line)
 

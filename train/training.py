@@ -185,20 +185,19 @@ class Training:
         record = {"event": "epoch", "method": self.name, "stage": self.stage + 1, "epoch": self.epoch}
         return record | {"images": self.images, "lr": self.lr} | means | self.method.describe(self.model.head)
 
-    def evaluate(self, per_class: bool = False) -> Record:
-        """Accuracies on the test set; nothing is chosen by them."""
+    def evaluate(self, final: bool = False) -> Record:
+        """Accuracies on the validation samples, or the test samples where there are none; at the end on the test samples."""
         data, rule = self.data, self.config.split_rule
-        found, readings = evaluate(
-            self.model, data.x_test, data.y_test, data.num_classes, self.method.readings
-        )
-        record: Record = {"accuracy": found.accuracy(data.train_counts, rule)}
+        split, x, y = ("test", data.x_test, data.y_test) if final else data.watched
+        found, readings = evaluate(self.model, x, y, data.num_classes, self.method.readings)
+        record: Record = {"split": split, "accuracy": found.accuracy(data.train_counts, rule)}
         if readings:
             record["accuracy_of"] = {
                 name: e.accuracy(data.train_counts, rule) for name, e in readings.items()
             }
         if found.slot_usage is not None:
             record["slot_usage"] = found.slot_usage.tolist()
-        if per_class:
+        if final:
             record["accuracy_per_class"] = found.per_class()
         return record
 

@@ -51,6 +51,7 @@ BAD_ARRAYS = [
     ({"y_train": np.arange(11) % 3}, "y_train: expected 12 labels to match x_train, got 11"),
     ({"y_train": np.zeros(12)}, "y_train: expected integer labels"),
     ({"y_train": np.arange(12) % 3 * 2}, "expected a sample of every class up to 4, got none of 1, 3"),
+    ({"y_val": np.arange(3)}, "expected x_val beside y_val, got none"),
     ({"y_test": np.array([0, 1, 7])}, "y_test: expected labels below 3"),
     ({"x_test": np.zeros((3, 4), np.float32)}, "x_test: expected samples of the same shape"),
     ({"x_train": np.full((12, 5), np.nan, np.float32)}, "x_train: expected finite features, got 60"),

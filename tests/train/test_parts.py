@@ -77,7 +77,7 @@ def _as_one_process(rank: int, folder: str, method: str, config: Config) -> None
     buffers = dict(training.model.named_buffers())
     for name, wanted in expected["buffers"].items():
         torch.testing.assert_close(buffers[name], wanted, rtol=1e-3, atol=1e-5)
-    record = training.evaluate(per_class=True)
+    record = training.evaluate(final=True)
     assert record["accuracy_per_class"] == expected["record"]["accuracy_per_class"]
     torch.testing.assert_close(record.get("slot_usage"), expected["record"].get("slot_usage"))
 
@@ -104,7 +104,7 @@ def test_processes_get_the_gradients_of_one_with_the_joint_batch(
         steps.append((weights, gradients(alone)))
     assert any(isinstance(m, nn.BatchNorm2d) for m in alone.model.modules())
     buffers = {name: buffer.clone() for name, buffer in alone.model.named_buffers()}
-    expected = {"steps": steps, "buffers": buffers, "record": alone.evaluate(per_class=True)}
+    expected = {"steps": steps, "buffers": buffers, "record": alone.evaluate(final=True)}
     folder = tmp_path / "group"
     folder.mkdir()
     torch.save(expected, folder / "expected.pt")

@@ -18,6 +18,10 @@ from .errors import DataError
 
 EMBEDDED = {"fashion-mnist-lt": Path(__file__).parent / "fashion_mnist_lt" / "fashion_mnist_lt100.npz"}
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+VALIDATION = ("x_val", "y_val")  # there or not
+
+
+Splits = dict[str, tuple[Tensor, Tensor]]  # train, test and perhaps val -> samples and classes
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Dataset:
     y_test: Tensor
     class_names: list[str]
     train_counts: Tensor  # [K]
+    x_val: Tensor | None = None
+    y_val: Tensor | None = None
 
     @property
     def num_classes(self) -> int:
@@ -42,6 +48,13 @@ class Dataset:
     @property
     def sample_shape(self) -> list[int]:
         return list(self.x_train.shape[1:])
+
+    @property
+    def watched(self) -> tuple[str, Tensor, Tensor]:
+        """What training is watched on: the validation split, or the test split where there is none; its name first."""
+        if self.x_val is None or self.y_val is None:
+            return "test", self.x_test, self.y_test
+        return "validation", self.x_val, self.y_val
 
     def mean_std(self) -> tuple[Tensor, Tensor]:
         """Of the training images' channels, [c], in units of full brightness."""
@@ -58,7 +71,8 @@ class Dataset:
     def fingerprint(self) -> str:
         """Changes when the data does: a run is not resumed on other data."""
         crc = 0
-        for tensor in (self.x_train, self.y_train, self.x_test, self.y_test):
+        validation = [] if self.x_val is None or self.y_val is None else [self.x_val, self.y_val]
+        for tensor in (self.x_train, self.y_train, self.x_test, self.y_test, *validation):
             for part in tensor.split(10_000):
                 crc = zlib.crc32(part.contiguous().numpy().data, crc)
         return f"{len(self.y_train)}+{len(self.y_test)} samples, {self.num_classes} classes, crc32 {crc:08x}"
@@ -86,11 +100,20 @@ def from_arrays(
     if missing:
         raise DataError(f"{path}: expected the arrays {', '.join(ARRAYS)}, got {', '.join(arrays) or 'none'}")
     names = arrays.get("classes")
+    splits = ("train", "test", "val") if any(name in arrays for name in VALIDATION) else ("train", "test")
+    missing = [f"{kind}_{split}" for split in splits for kind in "xy" if f"{kind}_{split}" not in arrays]
+    if missing:
+        raise DataError(f"{path}: expected {missing[0]} beside {VALIDATION[missing[0] == 'x_val']}, got none")
     try:
-        x_train, x_test = (_samples(name, arrays[name]) for name in ("x_train", "x_test"))
-        y_train, y_test = (_labels(name, arrays[name]) for name in ("y_train", "y_test"))
-        _check_fit(x_train, y_train, x_test, y_test)
-        return make_dataset(x_train, y_train, x_test, y_test, names, num_classes)
+        checked = {
+            split: (
+                _samples(f"x_{split}", arrays[f"x_{split}"]),
+                _labels(f"y_{split}", arrays[f"y_{split}"]),
+            )
+            for split in splits
+        }
+        _check_fit(checked)
+        return make_dataset(checked, names, num_classes)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
 
@@ -142,37 +165,35 @@ def _labels(name: str, array: np.ndarray | Tensor) -> Tensor:
     return labels
 
 
-def _check_fit(x_train: Tensor, y_train: Tensor, x_test: Tensor, y_test: Tensor) -> None:
-    for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+def _check_fit(splits: Splits) -> None:
+    shape = list(splits["train"][0].shape[1:])
+    for split, (x, y) in splits.items():
         if len(x) == 0:
-            raise DataError(f"x_{part}: expected some samples, got none")
+            raise DataError(f"x_{split}: expected some samples, got none")
         if len(x) != len(y):
-            raise DataError(f"y_{part}: expected {len(x)} labels to match x_{part}, got {len(y)}")
-    if x_train.shape[1:] != x_test.shape[1:]:
-        got = f"{list(x_test.shape[1:])}, not {list(x_train.shape[1:])}"
-        raise DataError(f"x_test: expected samples of the same shape as x_train's, got {got}")
+            raise DataError(f"y_{split}: expected {len(x)} labels to match x_{split}, got {len(y)}")
+        if list(x.shape[1:]) != shape:
+            got = f"{list(x.shape[1:])}, not {shape}"
+            raise DataError(f"x_{split}: expected samples of the same shape as x_train's, got {got}")
 
 
 def make_dataset(
-    x_train: Tensor,
-    y_train: Tensor,
-    x_test: Tensor,
-    y_test: Tensor,
-    names: np.ndarray | Tensor | list[str] | None,
-    num_classes: int | None,
+    splits: Splits, names: np.ndarray | Tensor | list[str] | None, num_classes: int | None
 ) -> Dataset:
-    """Check labels against one another: every class has training samples, the test's classes are among them.
+    """Check labels against one another: every class has training samples, the others' classes are among them.
 
     Raises:
         DataError: they are not as expected.
     """
+    y_train = splits["train"][1]
     found = int(y_train.max()) + 1
     if num_classes is not None and found != num_classes:
         raise DataError(
             f"y_train: expected {num_classes} classes (--num-classes), got labels up to {found - 1}"
         )
-    if int(y_test.max()) >= found:
-        raise DataError(f"y_test: expected labels below {found} as in y_train, got {int(y_test.max())}")
+    for split, (_, y) in splits.items():
+        if int(y.max()) >= found:
+            raise DataError(f"y_{split}: expected labels below {found} as in y_train, got {int(y.max())}")
     counts = torch.bincount(y_train, minlength=found)
     if absent := (counts == 0).nonzero().flatten().tolist():
         some = ", ".join(map(str, absent[:5])) + (", …" if len(absent) > 5 else "")
@@ -180,4 +201,4 @@ def make_dataset(
     if names is not None and len(names) != found:
         raise DataError(f"classes: expected {found} names to match y_train, got {len(names)}")
     class_names = [str(name) for name in (range(found) if names is None else names)]
-    return Dataset(x_train, y_train, x_test, y_test, class_names, counts)
+    return Dataset(*splits["train"], *splits["test"], class_names, counts, *splits.get("val", ()))

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from .arrays import ARRAYS, EMBEDDED, Dataset, from_arrays, load_arrays, make_dataset
+from .arrays import EMBEDDED, Dataset, Splits, from_arrays, load_arrays, make_dataset
 from .cifar import read_cifar
 from .decoded import load_images
 from .errors import DataError
@@ -27,6 +26,7 @@ class Source:
 
     data: str
     test_data: str = ""
+    val_data: str = ""
     num_classes: int | None = None
     imbalance_ratio: float = 1.0
     images: str = ""
@@ -74,38 +74,45 @@ def long_tailed(data: Dataset, ratio: float) -> Dataset:
     )
 
 
-def listings(source: Source) -> tuple[Listing, Listing]:
-    """The lists of training and of test images.
+def listings(source: Source) -> dict[str, Listing]:
+    """The lists of images: train, test, and val where there is one beside a test list or it is named.
 
     Raises:
         DataError: one of them is not there, or not as expected.
     """
-    train, test = source.data, source.test_data
+    train, test, val = source.data, source.test_data, source.val_data
     folder = Path(train)
     if folder.is_dir() and (folder / "train").is_dir():
         train = str(folder / "train")
-        test = test or _first(train, [folder / "test", folder / "val"])
-    elif not test:
-        if "train" not in folder.name:
-            raise DataError(f"--test-data: expected the test images' list, as {train} does not name one")
+        beside = {part: folder / part for part in ("test", "val")}
+    elif "train" in folder.name:
         before, _, after = folder.name.rpartition("train")
-        test = _first(train, [folder.with_name(f"{before}{part}{after}") for part in ("test", "val")])
+        beside = {part: folder.with_name(f"{before}{part}{after}") for part in ("test", "val")}
+    else:
+        beside = {}
+    there = [str(path) for path in beside.values() if path.exists()]
+    if not test:
+        if not beside:
+            raise DataError(f"--test-data: expected the test images' list, as {train} does not name one")
+        if not there:
+            names = " or ".join(map(str, beside.values()))
+            raise DataError(f"--test-data: expected {names} beside {train}, got neither")
+        test = there[0]
+        val = val or (there[1] if len(there) > 1 else "")
     trained = read_listing(train, source.images, source.path_prefixes)
-    return trained, read_listing(test, source.images, source.path_prefixes, trained.names)
-
-
-def _first(train: str, candidates: list[Path]) -> str:
-    for candidate in candidates:
-        if candidate.exists():
-            return str(candidate)
-    raise DataError(f"--test-data: expected {' or '.join(map(str, candidates))} beside {train}, got neither")
+    others = {"test": test, "val": val}
+    return {"train": trained} | {
+        part: read_listing(path, source.images, source.path_prefixes, trained.names)
+        for part, path in others.items()
+        if path
+    }
 
 
 def _from_files(source: Source) -> Dataset:
     cache = Path(source.cache) if source.cache else Path.home() / ".cache" / "gistops" / "images"
-    parts: list[Tensor] = []
-    pair = listings(source)
-    for listing in pair:
+    splits: Splits = {}
+    lists = listings(source)
+    for split, listing in lists.items():
         images, rows, why = load_images(listing, source.image_size, cache)
         labels = torch.tensor(listing.labels)
         if why:
@@ -117,8 +124,7 @@ def _from_files(source: Source) -> Dataset:
             kept = torch.ones(len(labels), dtype=torch.bool)
             kept[rows] = False
             images, labels = images[kept], labels[kept]
-        parts += [images, labels]
-    arrays = dict(zip(ARRAYS, parts, strict=True))
-    if len(arrays["y_test"]) == 0 or len(arrays["y_train"]) == 0:
-        raise DataError(f"{source.data}: expected some images that can be read, got none")
-    return make_dataset(**arrays, names=pair[0].names, num_classes=source.num_classes)
+        if not len(labels):
+            raise DataError(f"{source.data}: expected some {split} images that can be read, got none")
+        splits[split] = images, labels
+    return make_dataset(splits, lists["train"].names, source.num_classes)
