@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ import torch
 from gistops.backends import native
 
 from .forms import SIZES, Size
+from .hardware import hardware
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -100,16 +99,6 @@ def paired(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., tupl
     return measure
 
 
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in fields.items()}
-    model = fields.get("model name") or platform.processor() or platform.machine()
-    family = f" (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else ""
-    return model + family
-
-
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     tables = config.stash[ROWS].tables
     if not tables:
@@ -117,10 +106,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     write = terminalreporter.write_line
     write("")
     capability = torch.ops.gistops.cpu_capability()
-    write(
-        f"{processor()}, {torch.get_num_threads()} threads, kernels {capability}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, {platform.system()}; n = rounds, each paired with F.linear"
-    )
+    write(f"{hardware()}, kernels {capability}; n = rounds, each paired with F.linear")
     for title, table in tables.items():
         columns = list(dict.fromkeys(column for cells in table.values() for column in cells))
         write(f"\n{title}\n")

@@ -18,11 +18,18 @@ from . import losses
 from .forms import PASSES, Size, form, tensors
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
+    """Bytes of a field of this process's status, such as VmRSS."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status: expected a line {field}, found none")
+
+
+def reset_peak() -> int:
+    """Begin to measure VmHWM anew; returns the bytes that are resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
 
 
 def peak(name: str, kind: str, size: Size) -> int:
@@ -34,10 +41,9 @@ def peak(name: str, kind: str, size: Size) -> int:
     for argument in arguments:
         argument.grad = None
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _status("VmRSS")
+    before = reset_peak()
     run()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from gistops import backends
+
 from .backbones import BACKBONES, TIMM
 from .data.arrays import EMBEDDED
 from .data.load import Source
@@ -176,6 +178,8 @@ class Config:
     """Seed of everything random; the same seed gives the same bits on the CPU."""
     device: str = "auto"
     """cpu, cuda, or auto: a GPU if there is one."""
+    backend: Literal["auto", "cpu", "cuda", "triton", "reference"] = "auto"
+    """Which of gistops' backends computes the heads; reference is the definition written out in plain PyTorch."""
     threads: int | None = None
     """CPU threads; PyTorch's choice if not given."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
@@ -183,6 +187,11 @@ class Config:
     and accuracies are float32 always."""
     compile: bool = False
     """torch.compile the network and the losses."""
+
+
+def backend_of(config: Config) -> str | None:
+    """As heads take it."""
+    return None if config.backend == "auto" else config.backend
 
 
 def source_of(config: Config) -> Source:
@@ -257,5 +266,9 @@ def check(config: Config) -> None:
         raise ConfigError(
             "device", "cpu, cuda or auto", f"{config.device!r} ({error})".split("\n")[0]
         ) from None
+    try:
+        backends.choose(torch.device(config.device).type, backend_of(config))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError("backend", "one that can serve here", f"{config.backend!r} ({error})") from None
     needed = f"a file, a folder, or {', '.join(EMBEDDED)}"
     expect("data", bool(config.data), f"{needed} (the recipe {config.recipe} brings no data)")

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gistops
 from gistops.nn import ConstellationClassifier, GistClassifier
 
-from .config import Config
+from .config import Config, backend_of
 from .displacements import residual_directions
 
 Sample = Callable[[], tuple[Tensor, Tensor]]  # training features [n, d] and their classes [n]
@@ -65,7 +66,7 @@ class SoftmaxClassifier:
     """
 
     def __init__(self, config: Config, counts: Tensor, *, cosine: bool = False, prior: bool = False) -> None:
-        self.cosine, self.prior = cosine, prior
+        self.cosine, self.prior, self.backend = cosine, prior, backend_of(config)
         self.log_prior = config.prior_strength * log_prior(counts)
         self.stages = [Stage("", config.stage1_epochs + config.stage2_epochs)]
         self.weights = {"loss_random": 1.0}
@@ -75,7 +76,7 @@ class SoftmaxClassifier:
 
     def head(self, in_features: int, num_classes: int) -> nn.Module:
         if self.cosine:
-            return ConstellationClassifier(in_features, num_classes, 0)
+            return ConstellationClassifier(in_features, num_classes, 0, backend=self.backend)
         return nn.Linear(in_features, num_classes)
 
     def begin_stage(self, stage: int, head: nn.Module, sample: Sample) -> None:
@@ -87,7 +88,8 @@ class SoftmaxClassifier:
         bias = self.log_prior if self.prior else None
         if isinstance(head, ConstellationClassifier):
             return {"loss_random": head.loss(features, labels, class_bias=bias)}
-        logits = head(features).float()
+        logits = head(features)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return {"loss_random": F.cross_entropy(logits if bias is None else logits + bias, labels)}
 
     def readings(self, head: nn.Module, features: Tensor, logits: Tensor) -> Scores:
@@ -102,6 +104,7 @@ class OneHead:
 
     def __init__(self, config: Config, counts: Tensor, *, displacements: bool, both: bool = False) -> None:
         self.config, self.counts, self.both = config, counts, both
+        self.backend = backend_of(config)
         self.num_displacements = config.num_displacements if displacements else 0
         self.stages = two_stages(config)
         self.weights = two_weights(config) if both else {"loss_balanced": 1.0}
@@ -110,7 +113,7 @@ class OneHead:
         return (num_balanced, num_random) if self.both else (num_balanced + num_random, 0)
 
     def head(self, in_features: int, num_classes: int) -> nn.Module:
-        return ConstellationClassifier(in_features, num_classes, 0)
+        return ConstellationClassifier(in_features, num_classes, 0, backend=self.backend)
 
     def begin_stage(self, stage: int, head: ConstellationClassifier, sample: Sample) -> None:
         if stage == 1 and self.num_displacements:
@@ -123,7 +126,7 @@ class OneHead:
             return {"loss_balanced": head.loss(features, labels)}
         (f_c, f_r), (y_c, y_r) = features.tensor_split([num_balanced]), labels.tensor_split([num_balanced])
         constellation = head.centers, head.displacements.detach(), head.tau
-        balanced = gistops.constellation_cross_entropy(f_c, *constellation, y_c)
+        balanced = gistops.constellation_cross_entropy(f_c, *constellation, y_c, backend=self.backend)
         random = head.loss(f_r, y_r)
         assert isinstance(balanced, Tensor)
         return {"loss_balanced": balanced, "loss_random": random}
@@ -147,6 +150,7 @@ class Gist:
         transform: Literal["translation", "rotation", "mlp"] = "translation",
     ) -> None:
         self.config, self.counts, self.transform = config, counts, transform
+        self.backend = backend_of(config)
         self.num_displacements = config.num_displacements if displacements else 0
         self.log_prior = config.prior_strength * log_prior(counts)
         self.stages = two_stages(config)
@@ -156,7 +160,9 @@ class Gist:
         return num_balanced, num_random
 
     def head(self, in_features: int, num_classes: int) -> nn.Module:
-        return GistClassifier(in_features, num_classes, num_displacements=0, transform=self.transform)
+        return GistClassifier(
+            in_features, num_classes, num_displacements=0, transform=self.transform, backend=self.backend
+        )
 
     def begin_stage(self, stage: int, head: GistClassifier, sample: Sample) -> None:
         if stage == 1 and self.num_displacements:

@@ -35,7 +35,7 @@ class _OverProcesses:
             return super().forward(x)  # type: ignore[misc, no-any-return]
         over = [i for i in range(x.dim()) if i != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
-        wide = x.float()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         count = wide.new_tensor([x.numel() // x.shape[1]])
         total: Tensor = _Sum.apply(torch.cat([wide.sum(over), count]))  # type: ignore[no-untyped-call]
         count = total[-1].detach()

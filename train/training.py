@@ -118,6 +118,9 @@ class Training:
             lr=config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
+            # One pass over memory: a seventh of the time, for a head of 8,142 × 2,048 on a CPU. But where a
+            # scaler leaves out the first step, torch's CPU kernel goes on with a momentum that nobody wrote.
+            fused=config.precision != "fp16",
         )
         factor = lr_schedule(self.config, self.method.stages[stage].epochs, self.steps_per_epoch)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)

@@ -28,22 +28,35 @@ UNEVEN = dataclasses.replace(IMAGES, batch_size=51)
 PLAIN_FEATURES = dataclasses.replace(FEATURES, batch_size=51, center_features=False)
 
 
+def in_float64(method: str, config: Config, data: Dataset) -> Training:
+    """In which no rounding tips a ReLU or a maximum."""
+    if not data.is_images:
+        data = dataclasses.replace(data, x_train=data.x_train.double(), x_test=data.x_test.double())
+    training = Training(method, config, data)
+    training.model.double()
+    training.begin_stage(0)
+    return training
+
+
 def gradients(training: Training) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in training.model.named_parameters() if p.grad is not None}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """But for rounding, which is measured by the largest of all gradients of a parameter; and flips a ReLU at times."""
+    """But for rounding, which is measured by the largest of all gradients of a parameter."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         difference = (found[name] - value).abs().max()
-        assert difference <= 1e-3 * value.abs().max() + 1e-7, f"{name}: {difference} of {value.abs().max()}"
+        part = 1e-9 if value.dtype == torch.float64 else 2e-4
+        assert difference <= part * value.abs().max() + part / 1000, (
+            f"{name}: {difference} of {value.abs().max()}"
+        )
 
 
 @pytest.mark.parametrize("method", ["gist", "plain", "cos-cb", "gist-combined"])
 def test_micro_batches_add_up_to_the_gradients_of_the_step(method: str, features: Dataset) -> None:
-    whole = Training(method, PLAIN_FEATURES, features)
-    parts = Training(method, dataclasses.replace(PLAIN_FEATURES, accumulate=4), features)
+    whole = in_float64(method, PLAIN_FEATURES, features)
+    parts = in_float64(method, dataclasses.replace(PLAIN_FEATURES, accumulate=4), features)
     for _ in range(3):
         losses = whole.step(), parts.step()
         assert_same(gradients(parts), gradients(whole))
@@ -65,10 +78,9 @@ def test_streams_share_statistics_or_not(images: Dataset) -> None:
 
 
 def _as_one_process(rank: int, folder: str, method: str, config: Config) -> None:
-    training = Training(method, config, load_arrays(f"{folder}/data.npz"))
+    training = in_float64(method, config, load_arrays(f"{folder}/data.npz"))
     expected = torch.load(f"{folder}/expected.pt")
-    for step, (weights, wanted) in enumerate(expected["steps"]):
-        training.model.load_state_dict(weights)  # or rounding grows from step to step
+    for step, wanted in enumerate(expected["steps"]):
         training.step()
         try:
             assert_same(gradients(training), wanted)
@@ -76,7 +88,7 @@ def _as_one_process(rank: int, folder: str, method: str, config: Config) -> None
             raise AssertionError(f"process {rank}, step {step}: {error}") from None
     buffers = dict(training.model.named_buffers())
     for name, wanted in expected["buffers"].items():
-        torch.testing.assert_close(buffers[name], wanted, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(buffers[name], wanted, rtol=1e-6, atol=1e-9)
     record = training.evaluate(final=True)
     assert record["accuracy_per_class"] == expected["record"]["accuracy_per_class"]
     torch.testing.assert_close(record.get("slot_usage"), expected["record"].get("slot_usage"))
@@ -96,12 +108,11 @@ def test_processes_get_the_gradients_of_one_with_the_joint_batch(
     method: str, changes: dict[str, Any], image_file: Path, tmp_path: Path
 ) -> None:
     config = dataclasses.replace(UNEVEN, **changes)
-    alone = Training(method, config, load_arrays(str(image_file)))
+    alone = in_float64(method, config, load_arrays(str(image_file)))
     steps = []
     for _ in range(3):
-        weights = {name: tensor.clone() for name, tensor in alone.model.state_dict().items()}
         alone.step()
-        steps.append((weights, gradients(alone)))
+        steps.append(gradients(alone))
     assert any(isinstance(m, nn.BatchNorm2d) for m in alone.model.modules())
     buffers = {name: buffer.clone() for name, buffer in alone.model.named_buffers()}
     expected = {"steps": steps, "buffers": buffers, "record": alone.evaluate(final=True)}
