@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .arrays import ARRAYS, EMBEDDED, Dataset, from_arrays, load_arrays, make_dataset
+from .cache import cache_folder
 from .cifar import read_cifar
 from .decoded import load_images
 from .errors import DataError
@@ -102,11 +103,10 @@ def _first(train: str, candidates: list[Path]) -> str:
 
 
 def _from_files(source: Source) -> Dataset:
-    cache = Path(source.cache) if source.cache else Path.home() / ".cache" / "gistops" / "images"
     parts: list[Tensor] = []
     pair = listings(source)
     for listing in pair:
-        images, rows, why = load_images(listing, source.image_size, cache)
+        images, rows, why = load_images(listing, source.image_size, cache_folder(source.cache))
         labels = torch.tensor(listing.labels)
         if why:
             said = f"{len(why)} of {len(listing)} images cannot be read: " + "; ".join(why[:5])
