@@ -53,6 +53,7 @@ def describe(data: Dataset, config: Config) -> list[str]:
         f"training: {len(data.y_train):,} samples, {largest:,} to {smallest:,} a class (ratio {largest / smallest:.0f}), "
         f"median {float(counts.double().median()):.0f}",
         f"test: {len(data.y_test):,} samples",
+        *data.notes,
     ]
     for rule in SPLIT_RULES:
         sizes = (f"{int(mask.sum())} {group}" for group, mask in split_classes(counts, rule).items())

@@ -30,6 +30,7 @@ class Dataset:
     y_test: Tensor
     class_names: list[str]
     train_counts: Tensor  # [K]
+    notes: tuple[str, ...] = ()  # how the set came about, where that is not its file's matter
 
     @property
     def num_classes(self) -> int:

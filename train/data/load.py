@@ -1,4 +1,4 @@
-"""Data from whatever `--data` names: arrays, CIFAR's archives, or lists and folders of image files."""
+"""Data from whatever `--data` names: arrays, CIFAR's archives, lists and folders of image files, or drawn characters."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from .cache import cache_folder
 from .cifar import read_cifar
 from .decoded import load_images
 from .errors import DataError
+from .glyphs import NAME as GLYPHS
+from .glyphs import load_glyphs
 from .listing import Listing, read_listing
 from .longtail import long_tailed_counts, long_tailed_indices
 
+NAMED = (*EMBEDDED, GLYPHS)  # sets that a word asks for
 ARCHIVES = (".tar.gz", ".tgz", ".tar")
 
 
@@ -44,14 +47,16 @@ def load(source: Source) -> Dataset:
         DataError: something is not as expected; the message names it.
     """
     path = Path(source.data)
-    if source.data in EMBEDDED or path.suffix in (".npz", ".safetensors"):
+    if source.data == GLYPHS:
+        data = _drawn(source)
+    elif source.data in EMBEDDED or path.suffix in (".npz", ".safetensors"):
         data = load_arrays(source.data, source.num_classes)
     elif source.data.endswith(ARCHIVES):
         data = from_arrays(path, read_cifar(path), source.num_classes)
     elif path.is_dir() or path.suffix in (".txt", ".csv", ".json"):
         data = _from_files(source)
     else:
-        names = ", ".join(EMBEDDED)
+        names = ", ".join(NAMED)
         raise DataError(
             f"{source.data}: expected arrays in a file named .npz or .safetensors, CIFAR's archive, a list named "
             f".txt, .csv or .json, a folder of class folders, or {names}"
@@ -122,3 +127,10 @@ def _from_files(source: Source) -> Dataset:
     if len(arrays["y_test"]) == 0 or len(arrays["y_train"]) == 0:
         raise DataError(f"{source.data}: expected some images that can be read, got none")
     return make_dataset(**arrays, names=pair[0].names, num_classes=source.num_classes)
+
+
+def _drawn(source: Source) -> Dataset:
+    made = load_glyphs(source.image_size, cache_folder(source.cache))
+    arrays = {name: torch.from_numpy(made.arrays[name]) for name in ARRAYS}
+    data = make_dataset(**arrays, names=made.characters, num_classes=source.num_classes)
+    return dataclasses.replace(data, notes=made.notes)
