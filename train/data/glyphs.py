@@ -37,7 +37,7 @@ class Rule:
 
     A character has largest · sqrt(f / f_max) training images, where f is how often it is written and f_max how often the
     most frequent one is, but no fewer than `smallest`. The square root is the field's usual compromise between
-    sampling by frequency and alike (Mahajan et al., ECCV 2018): by frequency itself two thirds of the classes would have
+    sampling by frequency and alike (Mahajan et al., ECCV 2018): by frequency itself seven classes of eight would have
     `smallest`. Each image has a family in turn, a face of it at random, and a variation of its own. Of validation and
     test there is a plain image for every family.
     """
