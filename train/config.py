@@ -12,8 +12,7 @@ import torch
 from gistops import backends
 
 from .backbones import BACKBONES, TIMM
-from .data.arrays import EMBEDDED
-from .data.load import Source
+from .data.load import NAMED, Source
 from .groups import SPLIT_RULES
 
 DEFAULT_RECIPE = "fashion-mnist-lt"
@@ -71,8 +70,8 @@ class Config:
     """A .npz or .safetensors file with x_train, y_train, x_test and y_test (and x_val and y_val, or not), where x is uint8 images [n, h, w] or
     [n, h, w, c] or floating-point features [n, d]. CIFAR's archive from its authors (cifar-100-python.tar.gz). A list
     of image files, .txt (path label, as ImageNet-LT's), .csv or .json (iNaturalist's). A folder with train/ and test/
-    (or val/), where each class has a folder. Or the name of a set that comes with the package, which is
-    fashion-mnist-lt."""
+    (or val/), where each class has a folder. Or the name of a set: fashion-mnist-lt, which comes with the package, or
+    glyphs, 8,141 Chinese characters drawn with the system's fonts."""
     test_data: str = ""
     """The list or folder of test images; if not given, the one beside --data with test (or val) in its name instead of
     train."""
@@ -84,11 +83,12 @@ class Config:
     path_prefixes: tuple[str, ...] = ()
     """OLD=NEW: paths in lists that begin with OLD begin with NEW instead, such as data_256/=train/."""
     image_size: int = 64
-    """Side of the squares that image files are cut and resized to when they are decoded, once, into --cache."""
+    """Side of the squares that image files are cut and resized to when they are decoded, and characters are drawn on, once,
+    into --cache."""
     unreadable: Literal["stop", "skip"] = "stop"
     """What an image file that cannot be read does: stop, or be left out. It is named either way."""
     cache: str = ""
-    """Where decoded images are kept; ~/.cache/gistops/images if not given."""
+    """Where decoded and drawn images are kept; ~/.cache/gistops/images if not given."""
     imbalance_ratio: float = 1.0
     """Makes a balanced training set long-tailed: the largest class over the smallest, by the rule of CIFAR-LT."""
     num_classes: int | None = None
@@ -270,5 +270,5 @@ def check(config: Config) -> None:
         backends.choose(torch.device(config.device).type, backend_of(config))
     except (ValueError, RuntimeError) as error:
         raise ConfigError("backend", "one that can serve here", f"{config.backend!r} ({error})") from None
-    needed = f"a file, a folder, or {', '.join(EMBEDDED)}"
+    needed = f"a file, a folder, or {', '.join(NAMED)}"
     expect("data", bool(config.data), f"{needed} (the recipe {config.recipe} brings no data)")

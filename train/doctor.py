@@ -55,6 +55,7 @@ def describe(data: Dataset, config: Config) -> list[str]:
         f"training: {len(data.y_train):,} samples, {largest:,} to {smallest:,} a class (ratio {largest / smallest:.0f}), "
         f"median {float(counts.double().median()):.0f}",
         f"test: {len(data.y_test):,} samples",
+        *data.notes,
     ]
     validation = "none: epochs are evaluated on the test samples"
     if data.y_val is not None:

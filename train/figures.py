@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
 
 from .groups import GROUPS
 
@@ -22,11 +24,17 @@ def picture(draw: Draw, width: float = 6.0, height: float = 3.6, **axes: Any) ->
     drawn = figure.add_subplot(**axes)
     draw(drawn)
     if drawn.get_legend_handles_labels()[0]:
-        drawn.legend(fontsize=8)
+        drawn.legend(prop={"family": ["sans-serif", *chinese_fonts()], "size": 8})
     drawn.grid(alpha=0.3)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format="png")
     return buffer.getvalue()
+
+
+@functools.cache
+def chinese_fonts() -> list[str]:
+    """Those that are there of some that draw what matplotlib's own font does not: names of classes may be Chinese."""
+    return [name for name in ("Noto Sans CJK JP", "WenQuanYi Micro Hei") if name in get_font_names()]
 
 
 def passed(records: list[Record]) -> list[int]:

@@ -36,6 +36,7 @@ class Dataset:
     train_counts: Tensor  # [K]
     x_val: Tensor | None = None
     y_val: Tensor | None = None
+    notes: tuple[str, ...] = ()  # how the set came about, where that is not its file's matter
 
     @property
     def num_classes(self) -> int:

@@ -5,17 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-import shutil
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import DataError
+from .cache import mapping, whole_folder
 from .listing import Listing
 from .pictures import decode_into
 
@@ -51,29 +47,16 @@ def load_images(
 
 
 def _make(listing: Listing, size: int, folder: Path, workers: int | None) -> None:
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    array, total = aside / "images.u8", len(listing)
+    total = len(listing)
     needed = total * size * size * 3
-    if (free := shutil.disk_usage(aside).free) < needed:
-        shutil.rmtree(aside)
-        raise DataError(f"{folder.parent}: expected {needed:,} bytes free for decoded images, got {free:,}")
-    with open(array, "wb") as file:
-        file.truncate(needed)
-    if total <= BATCH:
-        unreadable = decode_into(array, total, size, 0, listing.files)
-    else:
-        unreadable = []
+    with whole_folder(folder, needed) as aside, mapping(total <= BATCH, workers) as each:
+        with open(aside / "images.u8", "wb") as file:
+            file.truncate(needed)
         starts = range(0, total, BATCH)
         parts = [listing.files[start : start + BATCH] for start in starts]
-        # Not fork: a process with threads, as torch's are, may hang in it.
-        with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
-            for some in pool.map(functools.partial(decode_into, array, total, size), starts, parts):
-                unreadable += some
-    (aside / "done.json").write_text(json.dumps({"unreadable": unreadable}))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
+        decode = functools.partial(decode_into, aside / "images.u8", total, size)
+        unreadable = [pair for some in each(decode, starts, parts) for pair in some]
+        (aside / "done.json").write_text(json.dumps({"unreadable": unreadable}))
 
 
 def _key(listing: Listing, size: int) -> str:

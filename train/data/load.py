@@ -1,4 +1,4 @@
-"""Data from whatever `--data` names: arrays, CIFAR's archives, or lists and folders of image files."""
+"""Data from whatever `--data` names: arrays, CIFAR's archives, lists and folders of image files, or drawn characters."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from typing import Literal
 import torch
 
 from .arrays import EMBEDDED, Dataset, Splits, from_arrays, load_arrays, make_dataset
+from .cache import cache_folder
 from .cifar import read_cifar
 from .decoded import load_images
 from .errors import DataError
+from .glyphs import NAME as GLYPHS
+from .glyphs import load_glyphs
 from .listing import Listing, read_listing
 from .longtail import long_tailed_counts, long_tailed_indices
 
+NAMED = (*EMBEDDED, GLYPHS)  # sets that a word asks for
 ARCHIVES = (".tar.gz", ".tgz", ".tar")
 
 
@@ -43,14 +47,16 @@ def load(source: Source) -> Dataset:
         DataError: something is not as expected; the message names it.
     """
     path = Path(source.data)
-    if source.data in EMBEDDED or path.suffix in (".npz", ".safetensors"):
+    if source.data == GLYPHS:
+        data = _drawn(source)
+    elif source.data in EMBEDDED or path.suffix in (".npz", ".safetensors"):
         data = load_arrays(source.data, source.num_classes)
     elif source.data.endswith(ARCHIVES):
         data = from_arrays(path, read_cifar(path), source.num_classes)
     elif path.is_dir() or path.suffix in (".txt", ".csv", ".json"):
         data = _from_files(source)
     else:
-        names = ", ".join(EMBEDDED)
+        names = ", ".join(NAMED)
         raise DataError(
             f"{source.data}: expected arrays in a file named .npz or .safetensors, CIFAR's archive, a list named "
             f".txt, .csv or .json, a folder of class folders, or {names}"
@@ -109,11 +115,10 @@ def listings(source: Source) -> dict[str, Listing]:
 
 
 def _from_files(source: Source) -> Dataset:
-    cache = Path(source.cache) if source.cache else Path.home() / ".cache" / "gistops" / "images"
     splits: Splits = {}
     lists = listings(source)
     for split, listing in lists.items():
-        images, rows, why = load_images(listing, source.image_size, cache)
+        images, rows, why = load_images(listing, source.image_size, cache_folder(source.cache))
         labels = torch.tensor(listing.labels)
         if why:
             said = f"{len(why)} of {len(listing)} images cannot be read: " + "; ".join(why[:5])
@@ -128,3 +133,11 @@ def _from_files(source: Source) -> Dataset:
             raise DataError(f"{source.data}: expected some {split} images that can be read, got none")
         splits[split] = images, labels
     return make_dataset(splits, lists["train"].names, source.num_classes)
+
+
+def _drawn(source: Source) -> Dataset:
+    made = load_glyphs(source.image_size, cache_folder(source.cache))
+    tensors = {name: torch.from_numpy(array) for name, array in made.arrays.items()}
+    splits = {split: (tensors[f"x_{split}"], tensors[f"y_{split}"]) for split in ("train", "test", "val")}
+    data = make_dataset(splits, made.characters, source.num_classes)
+    return dataclasses.replace(data, notes=made.notes)

@@ -1,0 +1,345 @@
+"""Characters drawn with fonts. Most tests draw Latin letters with matplotlib's own fonts, which are everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from PIL import Image, ImageDraw
+
+from train.__main__ import main
+from train.data import glyphs, load
+from train.data.cache import whole_folder
+from train.data.characters import character_frequencies, word_list
+from train.data.drawing import FINER, MARGIN, Variation, fit, ink
+from train.data.errors import DataError
+from train.data.faces import FAMILIES, Face, family_of, find_faces, survey, system_fonts
+from train.data.glyphs import HIGH, LOW, Rule, load_glyphs, plan_training, training_counts
+
+FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+LETTERS = {chr(ord("A") + i): 1000 // (i + 1) ** 2 + 1 for i in range(26)}
+RULE = Rule(
+    num_classes=26,
+    largest=20,
+    smallest=3,
+    families={"train": ("DejaVu Sans", "STIXGeneral"), "val": ("cmtt10",), "test": ("DejaVu Serif",)},
+    fewest_families=2,
+)
+SIZE = 16
+
+
+def fonts(*prefixes: str) -> list[Path]:
+    return sorted(file for file in FONTS.glob("*.ttf") if file.name.startswith(prefixes))
+
+
+ALL = fonts("DejaVuSans", "STIXGeneral", "cmtt10", "DejaVuSerif")
+
+
+def draw(
+    cache: Path, files: list[Path] = ALL, rule: Rule = RULE, letters: dict[str, int] | None = None
+) -> glyphs.Glyphs:
+    return load_glyphs(SIZE, cache, letters or LETTERS, files, rule)
+
+
+def same(a: glyphs.Glyphs, b: glyphs.Glyphs, *parts: str) -> bool:
+    return all(
+        np.array_equal(a.arrays[f"{xy}_{part}"], b.arrays[f"{xy}_{part}"]) for part in parts for xy in "xy"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("Noto Sans CJK JP", "Noto Sans CJK"),
+        ("Noto Sans Mono CJK SC", "Noto Sans CJK"),
+        ("Noto Serif CJK HK", "Noto Serif CJK"),
+        ("LXGW WenKai Mono Light", "LXGW WenKai"),
+        ("WenQuanYi Zen Hei Sharp", "WenQuanYi Zen Hei"),
+        ("WenQuanYi Micro Hei Mono", "WenQuanYi Micro Hei"),
+        ("HanaMinB", "HanaMin"),
+        ("Unifont-JP", "Unifont"),
+        ("TW-Kai", "TW-Kai"),
+        ("TW-Sung-Ext-B", "TW-Sung-Ext-B"),
+        ("BabelStone Han", "BabelStone Han"),
+    ],
+)
+def test_faces_of_one_design_are_one_family(name: str, family: str) -> None:
+    assert family_of(name) == family
+
+
+def test_no_family_is_in_two_parts() -> None:
+    families = [family for part in FAMILIES.values() for family in part]
+    assert len(set(families)) == len(families)
+
+
+def test_frequencies_count_characters_in_words(tmp_path: Path) -> None:
+    words = tmp_path / "dict.txt"
+    words.write_text("中国 10 ns\n国国 4 n\n人 14 n\nA股 7 n\n丁 10 n\n〇 99 m\n", encoding="utf-8")
+    # 国 10 + 2·4; 人 14; 丁 and 中 10, by code point; 股 7. No letters, no 〇.
+    found = character_frequencies(words, 5)
+    assert list(found.items()) == [("国", 18), ("人", 14), ("丁", 10), ("中", 10), ("股", 7)]
+    assert list(character_frequencies(words, 2)) == ["国", "人"]
+    with pytest.raises(DataError, match="expected 6 different Chinese characters, got 5"):
+        character_frequencies(words, 6)
+    words.write_text("中国 many ns\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"expected lines of a word and its frequency, got .*many"):
+        character_frequencies(words, 1)
+
+
+def test_without_jieba_it_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    assert main(["doctor", "--recipe", "glyphs", "--cache", str(tmp_path), "--device", "cpu"]) == 2
+    assert "pip install jieba" in capsys.readouterr().err
+
+
+def test_counts_follow_the_square_root_of_the_frequency() -> None:
+    counts = training_counts([100, 25, 9, 1], dataclasses.replace(RULE, largest=40, smallest=5))
+    assert counts.tolist() == [40, 20, 12, 5]  # the last by the rule 4
+
+
+def test_boxes_and_blanks_are_dropped() -> None:
+    [face] = find_faces([FONTS / "DejaVuSans.ttf"], ["DejaVu Sans"])
+    found = survey(face, "aβ中国\u2003Ж", 2 * SIZE)
+    assert found.present == [True, True, False, False, False, True]
+    assert (found.boxes, found.blank) == (2, 1)
+
+
+def test_placeholders_that_a_font_lists_as_characters_are_dropped(tmp_path: Path) -> None:
+    """A font with its own picture for many characters, which is not that of characters it does not list."""
+    ideographs = [chr(0x4E00 + i) for i in range(20)]
+    pictures = {".notdef": (0, 0, 900, 900), "tofu": (0, 0, 500, 900), "bar": (0, 0, 100, 900)}
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder(list(pictures))
+    builder.setupCharacterMap({ord(c): "tofu" for c in ideographs} | {ord("l"): "bar", ord("I"): "bar"})
+    drawn = {}
+    for name, (left, bottom, right, top) in pictures.items():
+        pen = TTGlyphPen(None)
+        pen.moveTo((left, bottom))
+        for corner in ((left, top), (right, top), (right, bottom)):
+            pen.lineTo(corner)
+        pen.closePath()
+        drawn[name] = pen.glyph()
+    builder.setupGlyf(drawn)
+    builder.setupHorizontalMetrics(dict.fromkeys(pictures, (1000, 0)))
+    builder.setupHorizontalHeader(ascent=1000, descent=0)
+    builder.setupNameTable({"familyName": "Tofu", "styleName": "Regular"})
+    builder.setupPost()
+    builder.save(tmp_path / "tofu.ttf")
+    [face] = find_faces([tmp_path / "tofu.ttf"], ["Tofu"])
+    found = survey(face, [*ideographs, "l", "I", "x"], 2 * SIZE)
+    assert found.present == [False] * 20 + [True, True, False]
+
+
+def test_ink_is_in_the_middle_as_large_as_fits() -> None:
+    image = Image.new("L", (30, 10), 255)  # three times as wide as high
+    drawn = fit(image, 20, Variation())
+    rows, columns = np.flatnonzero(drawn.max(1) > 128), np.flatnonzero(drawn.max(0) > 128)
+    assert (columns[0], columns[-1]) == (MARGIN, 19 - MARGIN)
+    assert (rows[0], rows[-1]) == (7, 12)
+    [face] = find_faces([FONTS / "DejaVuSans.ttf"], ["DejaVu Sans"])
+    for character in "A,'jW—":
+        cut = ink(face.open(40), character)
+        assert cut is not None
+        drawn = fit(cut, 20, Variation()).astype(float)
+        for axis in (0, 1):
+            there = np.flatnonzero(drawn.max(axis) > 20)
+            assert abs(there[0] + there[-1] - 19) <= 1, character  # as far from both sides
+
+
+def test_no_variation_cuts_the_ink(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(50):
+        size = tuple(rng.integers(3, 60, 2).tolist())
+        drawn = fit(Image.new("L", size, 255), 20, Variation(*rng.uniform(LOW, HIGH).tolist()))
+        edges = [drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]]
+        assert max(edge.max() for edge in edges) < 64, size
+        assert drawn.max() > 100, size  # a thin bar may be less than a pixel wide
+
+
+def test_weight_makes_strokes_bolder() -> None:
+    image = Image.new("L", (40, 40))
+    ImageDraw.Draw(image).line((5, 20, 35, 20), 255, 3)
+    light, plain, bold = (fit(image, 20, Variation(weight=w)).sum() for w in (-1.0, 0.0, 1.0))
+    assert light < plain < bold
+
+
+def test_few_images_are_of_different_families(seed: int) -> None:
+    drawn_by = [{"a": [0, 1], "b": [2], "c": [3, 4, 5]}, {"b": [2], "c": [3, 4, 5]}] * 50
+    plan = plan_training(np.full(100, 3), drawn_by, seed)
+    family = np.array(["a", "a", "b", "c", "c", "c"])[plan.faces].reshape(100, 3)
+    assert all(set(row) == {"a", "b", "c"} for row in family[::2])
+    assert all(set(row) == {"b", "c"} for row in family[1::2])  # no face that does not draw it
+    assert set(plan.faces) == set(range(6))
+    assert len(np.unique(plan.variations, axis=0)) == 300
+
+
+def test_the_set_is_what_its_rule_says(tmp_path: Path) -> None:
+    made = draw(tmp_path)
+    counts = np.bincount(made.arrays["y_train"])
+    assert counts.tolist() == training_counts(list(LETTERS.values()), RULE).tolist()
+    assert (counts[0], counts[-1]) == (20, 3)
+    assert made.characters == list(LETTERS)
+    for part in ("val", "test"):
+        assert made.arrays[f"y_{part}"].tolist() == list(range(26))
+    for part in ("train", "val", "test"):
+        images = made.arrays[f"x_{part}"]
+        assert images.dtype == np.uint8
+        assert images.shape == (len(made.arrays[f"y_{part}"]), 1, SIZE, SIZE)
+        assert (images.max((1, 2, 3)) > 150).all()
+    # Plain images are of the family's first face: for the test, DejaVu Serif Bold.
+    [face] = find_faces([FONTS / "DejaVuSerif-Bold.ttf"], ["DejaVu Serif"])
+    for k, letter in enumerate(LETTERS):
+        cut = ink(face.open(FINER * SIZE), letter)
+        assert cut is not None
+        assert np.array_equal(made.arrays["x_test"][k, 0], fit(cut, SIZE, Variation()))
+
+
+def test_training_images_do_not_depend_on_held_out_fonts(tmp_path: Path) -> None:
+    """The same bits where other files are all that is held out: none of them can be trained on."""
+    swapped = dataclasses.replace(RULE, families=RULE.families | {"val": ("cmr10",), "test": ("cmss10",)})
+    first = draw(tmp_path)
+    other = draw(tmp_path, fonts("DejaVuSans", "STIXGeneral", "cmr10", "cmss10"), swapped)
+    assert same(first, other, "train")
+    assert not same(first, other, "test")
+    assert not same(first, other, "val")
+
+
+def test_the_same_bits_whoever_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = draw(tmp_path / "a")
+    monkeypatch.setattr(glyphs, "BATCH", 7)  # so that there is enough to do for two processes
+    assert same(
+        first, load_glyphs(SIZE, tmp_path / "b", LETTERS, ALL, RULE, workers=2), "train", "val", "test"
+    )
+    reseeded = draw(tmp_path / "a", rule=dataclasses.replace(RULE, seed=1))
+    assert not same(first, reseeded, "train")
+    assert same(first, reseeded, "val", "test")
+
+
+def test_faces_that_draw_the_same_are_one(tmp_path: Path) -> None:
+    shutil.copy(FONTS / "STIXGeneral.ttf", tmp_path / "again.ttf")
+    first, twice = draw(tmp_path), draw(tmp_path, [*ALL, tmp_path / "again.ttf"])
+    assert same(first, twice, "train", "val", "test")
+    assert any(note.startswith("left out: 0 faces") for note in first.notes), first.notes
+    assert any(note.startswith("left out: 1 faces") for note in twice.notes), twice.notes
+
+
+def test_drawn_once(tmp_path: Path) -> None:
+    files = [Path(shutil.copy(file, tmp_path)) for file in ALL]
+    cache = tmp_path / "cache"
+    first = draw(cache, files)
+    times = {file: file.stat().st_mtime_ns for file in cache.rglob("*")}
+    assert same(first, draw(cache, files), "train", "val", "test")
+    assert {file: file.stat().st_mtime_ns for file in cache.rglob("*")} == times
+    os.utime(files[0], (1, 1))  # another font, for all one knows
+    draw(cache, files)
+    assert len(list(cache.iterdir())) == 2
+    load_glyphs(SIZE + 1, cache, LETTERS, files, RULE)
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_what_is_stopped_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with whole_folder(tmp_path / "set", 10) as aside:
+            (aside / "x").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(DataError, match="bytes free for images"), whole_folder(tmp_path / "set", 1 << 60):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("families", "letters", "words"),
+    [
+        (
+            {"test": ("TW-Kai",)},
+            "AB",
+            "type families TW-Kai for test, got none of TW-Kai.*apt install fonts-cns11643-kai",
+        ),
+        (
+            {"train": ("DejaVu Sans", "Unifont")},
+            "AB",
+            "at least 2 of DejaVu Sans, Unifont for train.*fonts-unifont",
+        ),
+        ({}, "AB中", "expected each character in 2 type families or more for train, got fewer for 1: 中"),
+        (
+            {"train": ("DejaVu Sans", "DejaVu Serif"), "test": ("STIXGeneral",)},
+            "ABԚ",
+            "1 type families or more for val",
+        ),
+    ],
+)
+def test_what_is_missing_is_named(
+    families: dict[str, tuple[str, ...]], letters: str, words: str, tmp_path: Path
+) -> None:
+    rule = dataclasses.replace(RULE, families=RULE.families | families)
+    with pytest.raises(DataError, match=words):
+        draw(tmp_path, rule=rule, letters=dict.fromkeys(letters, 1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_size_too_small(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--image-size: expected at least 8 for glyphs, got 7"):
+        load_glyphs(7, tmp_path)
+
+
+def test_doctor_and_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command line's part, with letters in place of the 8,141 characters, which take minutes."""
+    letters = functools.partial(load_glyphs, frequencies=LETTERS, fonts=ALL, rule=RULE)
+    monkeypatch.setattr(load, "load_glyphs", letters)
+    options = f"--recipe glyphs --num-classes 26 --image-size {SIZE} --cache {tmp_path / 'cache'} --device cpu".split()
+    assert main(["doctor", *options]) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "glyphs: 26 classes, samples [1, 16, 16]",
+        "type families, train: DejaVu Sans (8 faces), STIXGeneral (4 faces)",
+        "type families, test: DejaVu Serif (4 faces)",
+    ):
+        assert words in said, said
+    short = "--stage1-epochs 1 --stage2-epochs 1 --max-steps-per-epoch 1 --classes-per-batch 8 --methods gist"
+    assert main([*options, *short.split(), "--runs", str(tmp_path / "runs"), "--name", "r"]) == 0
+    assert (tmp_path / "runs" / "r" / "model-gist.safetensors").is_file()
+
+
+def _installed() -> list[Face]:
+    faces = find_faces(system_fonts(), sum(FAMILIES.values(), ()))
+    if absent := {family for part in FAMILIES.values() for family in part} - {face.family for face in faces}:
+        pytest.skip(f"fonts that are not installed: {', '.join(sorted(absent))}")
+    return faces
+
+
+def test_chinese_characters_with_the_systems_fonts(tmp_path: Path) -> None:
+    _installed()
+    try:
+        words = word_list()
+    except DataError as error:
+        pytest.skip(str(error))
+    frequencies = character_frequencies(words, Rule().num_classes)
+    few = dict(list(frequencies.items())[:: len(frequencies) // 12])
+    made = load_glyphs(24, tmp_path, few)
+    assert len(made.arrays["y_test"]) == len(few) * len(FAMILIES["test"])
+    assert len(made.arrays["y_val"]) == len(few) * len(FAMILIES["val"])
+    images = made.arrays["x_test"].reshape(len(few), len(FAMILIES["test"]), 24, 24)
+    blurred = [[Image.fromarray(image).resize((8, 8)) for image in row] for row in images]
+    flat = np.array([[np.asarray(image, float).ravel() for image in row] for row in blurred])
+    flat -= flat.mean(2, keepdims=True)
+    flat /= np.linalg.norm(flat, axis=2, keepdims=True)
+    # A character looks more like itself in another font than like others: labels fit. By chance 1 in 13 would.
+    nearest = (flat[:, 0] @ flat[:, 1].T).argmax(1)
+    assert (nearest == np.arange(len(few))).mean() > 0.6

@@ -1,0 +1,54 @@
+"""What is made once, by several processes, and kept whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError
+
+
+def cache_folder(asked: str) -> Path:
+    """Where arrays made of images are kept: `--cache`, or a folder in the user's home."""
+    return Path(asked) if asked else Path.home() / ".cache" / "gistops" / "images"
+
+
+@contextmanager
+def whole_folder(folder: Path, needed: int) -> Iterator[Path]:
+    """A new folder to write to, which takes the name `folder` when the block ends well and is removed otherwise.
+
+    Args:
+        folder: the name; what is there is replaced.
+        needed: bytes that will be written.
+
+    Raises:
+        DataError: the disk has less free.
+    """
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        if (free := shutil.disk_usage(aside).free) < needed:
+            raise DataError(f"{folder.parent}: expected {needed:,} bytes free for images, got {free:,}")
+        yield aside
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def mapping(few: bool, workers: int | None) -> Iterator[Callable[..., Iterator[Any]]]:
+    """`map`, over several processes unless there is too little to do; as many as processors if `workers` is None."""
+    if few:
+        yield map
+    else:
+        # Not fork: a process with threads, as torch's are, may hang in it.
+        with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
+            yield pool.map
