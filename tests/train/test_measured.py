@@ -1,0 +1,38 @@
+"""bench.training: a step taken apart is a step of training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.training import PARTS, Parts, main, step
+from train.data.arrays import Dataset
+from train.training import Training
+
+from .test_engine import IMAGES
+
+
+def test_a_step_taken_apart_is_the_step(images: Dataset) -> None:
+    whole, apart = (Training("gist", IMAGES, images) for _ in range(2))
+    parts = Parts(torch.device("cpu"))
+    for _ in range(2):
+        whole.step()
+        step(apart, parts)
+    for (name, expected), found in zip(whole.model.named_parameters(), apart.model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, msg=lambda said, name=name: f"{name}: {said}")
+    assert {part: len(seconds) for part, seconds in parts.seconds.items()} == dict.fromkeys(PARTS, 2)
+
+
+def test_made_up_features_for_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "counts.json"
+    file.write_text(json.dumps({"counts": [40, 9, 5, 2]}))
+    options = f"--recipe features --data {file} --made-up-features 16 --classes-per-batch 3 --batch-size 8 --steps 2"
+    assert main([*options.split(), "--backends", "auto", "reference", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "head" in said
+    assert "steps/s" in said
+    assert main([*options.split(), "--data", str(tmp_path / "none.json")]) == 2
+    assert "--data: expected a JSON file with class counts" in capsys.readouterr().err
