@@ -18,6 +18,7 @@ BINS = 15  # of confidence
 MAPPED_CLASSES = 10
 MAPPED_SAMPLES = 60  # of each of them, at most
 CONFUSED = 3  # classes that a class is most often taken for
+LISTED = 100  # few-shot classes, of more those that are most often taken for one other
 
 
 @torch.no_grad()
@@ -25,18 +26,36 @@ def analyse(model: Model, data: Dataset, rule: str, seed: int, batch_size: int =
     """Plain values for the report, of the head's own predictions; the model is left in training mode."""
     device = next(model.parameters()).device
     model.eval()
-    confidence, predicted = [], []
+    confidence, predicted, common = [], [], []
+    displaced = isinstance(model.head, ConstellationClassifier) and model.head.num_displacements > 0
     for part in data.x_test.split(batch_size):
-        best = model(part.to(device)).softmax(1).max(1)
+        if displaced:
+            logits, slots = model.head(model.features(part.to(device)), return_slots=True)
+            common.append(common_slot(slots).cpu())
+        else:
+            logits = model(part.to(device))
+        best = logits.softmax(1).max(1)
         confidence.append(best.values.cpu())
         predicted.append(best.indices.cpu())
-    made = {
+    made: dict[str, Any] = {"common_slot": float(torch.cat(common).mean())} if displaced else {}
+    made |= {
         "calibration": calibration(torch.cat(confidence), torch.cat(predicted) == data.y_test),
         "confusion": confusion(torch.cat(predicted), data, rule),
         "map": feature_map(model, data, seed),
     }
     model.train()
     return made
+
+
+def common_slot(slots: Tensor) -> Tensor:
+    """For each sample the share of the classes that its most frequent slot wins, [b]; slots [b, K].
+
+    f·(w_k + δ_j) is a part that depends on the class and a part that depends on the slot: but for the lengths of w_k + δ_j
+    all classes choose the same slot, which raises all logits alike and decides nothing.
+    """
+    counts = torch.stack([(slots == j).sum(1) for j in range(int(slots.max()) + 1)])
+    most: Tensor = counts.max(0).values
+    return most / slots.shape[1]
 
 
 def calibration(confidence: Tensor, correct: Tensor) -> dict[str, Any]:
@@ -59,7 +78,7 @@ def calibration(confidence: Tensor, correct: Tensor) -> dict[str, Any]:
 
 
 def confusion(predicted: Tensor, data: Dataset, rule: str) -> list[dict[str, Any]]:
-    """For each few-shot class what its test samples are taken for, the most frequent first."""
+    """For each few-shot class what its test samples are taken for, the most frequent first; for LISTED of them at most."""
     few = split_classes(data.train_counts, rule)["few"]
     rows = []
     for k in few.nonzero().flatten().tolist():
@@ -72,7 +91,9 @@ def confusion(predicted: Tensor, data: Dataset, rule: str) -> list[dict[str, Any
         others = [[data.class_names[o], int(counts[o]) / len(own)] for o in order if counts[o]]
         row = {"class": data.class_names[k], "training": int(data.train_counts[k])}
         rows.append(row | {"accuracy": right / len(own), "taken for": others})
-    return rows
+    if len(rows) > LISTED:
+        rows.sort(key=lambda row: row["taken for"][0][1] if row["taken for"] else 0.0, reverse=True)
+    return rows[:LISTED]
 
 
 @torch.no_grad()

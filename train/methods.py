@@ -132,7 +132,7 @@ class OneHead:
         return {"loss_balanced": balanced, "loss_random": random}
 
     def readings(self, head: ConstellationClassifier, features: Tensor, logits: Tensor) -> Scores:
-        return {}
+        return centers_alone(head, features)
 
     def describe(self, head: ConstellationClassifier) -> dict[str, Any]:
         return describe_constellation(head)
@@ -178,7 +178,7 @@ class Gist:
     def readings(self, head: GistClassifier, features: Tensor, logits: Tensor) -> Scores:
         adjusted = head.random_logits(features) - self.log_prior
         both = logits.log_softmax(1) + adjusted.log_softmax(1)
-        return {"random head, adjusted": adjusted, "both heads": both}
+        return {"random head, adjusted": adjusted, "both heads": both} | centers_alone(head, features)
 
     def describe(self, head: GistClassifier) -> dict[str, Any]:
         return describe_constellation(head) | {"tau_random": float(head.random_tau.detach())}
@@ -205,6 +205,18 @@ def add_displacements(head: ConstellationClassifier, config: Config, counts: Ten
     directions = residual_directions(*sample(), counts, config.num_displacements, config.seed)
     length = (config.displacement_scale or head.displacement_scale) * head.centers.detach().norm(dim=1).mean()
     head.add_displacements(values=length * directions.to(head.centers))
+
+
+def centers_alone(head: ConstellationClassifier, features: Tensor) -> Scores:
+    """What the trained head says without its displacements, if it has any: the difference is what they decide."""
+    if not head.num_displacements:
+        return {}
+    no_displacements = head.displacements[:0]
+    logits = gistops.constellation_logits(
+        features, head.centers, no_displacements, head.tau, backend=head.backend
+    )
+    assert isinstance(logits, Tensor)
+    return {"centres alone": logits}
 
 
 def describe_constellation(head: ConstellationClassifier) -> dict[str, Any]:

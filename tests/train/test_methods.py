@@ -159,3 +159,16 @@ def test_methods_resume_exactly(name: str, images: Dataset) -> None:
 def test_recipes_name_methods_that_are_there() -> None:
     for recipe in ("features", "cifar100-lt", "fashion-mnist-lt", "smoke"):
         assert set(load_recipe(recipe).methods) <= set(METHODS)
+
+
+@pytest.mark.parametrize("name", ["gist", "cos-cs-cb", "gist-rotation", "gist-mlp"])
+def test_centres_alone(name: str, features: Dataset) -> None:
+    training = Training(name, dataclasses.replace(CONFIG, displacement_scale=1.0), features)
+    head, x = training.model.head, torch.randn(20, 12)
+    assert "centres alone" not in training.method.readings(head, x, head(x))
+    training.begin_stage(1)
+    head = training.model.head
+    alone = training.method.readings(head, x, head(x))["centres alone"]
+    expected = head.tau * F.normalize(x) @ F.normalize(head.centers).T
+    torch.testing.assert_close(alone, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(alone, head(x), atol=0.1)

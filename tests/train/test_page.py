@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from train.__main__ import main
-from train.analysis import BINS, analyse, calibration, confusion, feature_map
+from train.analysis import BINS, analyse, calibration, common_slot, confusion, feature_map
 from train.data.arrays import Dataset
 from train.training import Training
 
@@ -35,6 +35,21 @@ def test_calibration_by_hand() -> None:
     exact = torch.rand(100_000)
     assert calibration(exact, torch.rand(100_000) < exact)["error"] < 0.01
     assert len(calibration(exact, exact > 0)["bins"]) == BINS
+
+
+def test_common_slot_by_hand() -> None:
+    slots = torch.tensor([[0, 0, 0, 0], [1, 1, 0, 2], [2, 1, 0, 2]], dtype=torch.uint8)
+    assert common_slot(slots).tolist() == [1.0, 0.5, 0.5]
+
+
+def test_of_many_few_shot_classes_the_most_confused_are_listed(
+    features: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predicted = features.y_test.clone()
+    predicted[(features.y_test == 4).nonzero().flatten()[:5]] = 0
+    predicted[(features.y_test == 3).nonzero().flatten()[:3]] = 0
+    monkeypatch.setattr("train.analysis.LISTED", 1)
+    assert [row["class"] for row in confusion(predicted, features, "standard")] == ["4"]
 
 
 def test_confusion_by_hand(features: Dataset) -> None:
