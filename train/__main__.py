@@ -1,7 +1,7 @@
 """`python -m train`: checks what it was asked for, trains, and says what came of it.
 
-`python -m train ablation` does so for many seeds; `python -m train doctor` only looks at the data; `python -m train report`
-puts runs beside one another in a page.
+`python -m train ablation` does so for many seeds; `python -m train doctor` only looks at the data; `python -m train features`
+runs a trained network over it; `python -m train report` puts runs beside one another in a page.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .config import ConfigError
 from .display import say
 from .doctor import examine
 from .engine import Diverged
+from .features import Features, extract
 from .page import compare
 from .run import start
 
@@ -34,6 +35,8 @@ def main(args: list[str] | None = None) -> int:
                 return compare(args[1:], console)
             if args[:1] == ["doctor"]:
                 return examine(from_command_line(args[1:]), console)
+            if args[:1] == ["features"]:
+                return extract(from_command_line(args[1:], Features), console)
             start(from_command_line(args), console)
             return 0
         except ConfigError as error:
