@@ -87,7 +87,14 @@ def test_a_page_of_a_run_before_counts_were_recorded(tmp_path: Path) -> None:
         "accuracy": accuracy,
         "accuracy_per_class": [0.5],
     }
-    epoch = {"event": "epoch", "method": "plain", "images": 7, "loss": 1.0, "accuracy": accuracy}
+    epoch = {
+        "event": "epoch",
+        "method": "plain",
+        "images": 7,
+        "loss": 1.0,
+        "split": "test",
+        "accuracy": accuracy,
+    }
     write_page(tmp_path / "page.html", {"old": [epoch, result]}, "old", "")
     assert len(Page((tmp_path / "page.html").read_text()).images) == 2  # loss and accuracies
 
