@@ -1,7 +1,8 @@
 """`python -m train`: checks what it was asked for, trains, and says what came of it.
 
-`python -m train ablation` does so for many seeds; `python -m train doctor` only looks at the data; `python -m train report`
-puts runs beside one another in a page. `torchrun --nproc-per-node=N -m train` trains on N GPUs, the same as on one.
+`python -m train ablation` does so for many seeds; `python -m train doctor` only looks at the data; `python -m train features`
+runs a trained network over it; `python -m train report` puts runs beside one another in a page. `torchrun
+--nproc-per-node=N -m train` trains on N GPUs, the same as on one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .commandline import from_command_line
 from .config import ConfigError
 from .display import say
 from .doctor import examine
+from .features import Features, extract
 from .page import compare
 from .processes import joined, rank
 from .run import start
@@ -48,10 +50,14 @@ def dispatch(args: list[str]) -> int:
     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before", UserWarning)
     if args[:1] == ["ablation"]:
         return ablate(from_command_line(args[1:], Ablation), console)
+    if rank() and args[:1] in (["report"], ["doctor"], ["features"]):
+        return 0  # done once
     if args[:1] == ["report"]:
         return compare(args[1:], console)
     if args[:1] == ["doctor"]:
         return examine(from_command_line(args[1:]), console)
+    if args[:1] == ["features"]:
+        return extract(from_command_line(args[1:], Features), console)
     start(from_command_line(args), console)
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -113,6 +114,15 @@ class Timm(nn.Module):
         except RuntimeError as error:
             raise BackboneError(f"the name of a network of timm's ({error})") from None
         self.out_features: int = self.network.num_features
+
+    def mean_std(self, channels: int) -> tuple[Tensor, Tensor]:
+        """Of the images that its weights were trained on, [channels] each, in units of full brightness.
+
+        Where there are not as many channels, the mean over those there were, as for the weights of the first layer.
+        """
+        known = (torch.tensor(self.network.pretrained_cfg[name]) for name in ("mean", "std"))
+        mean, std = (t if len(t) == channels else t.mean().expand(channels) for t in known)
+        return mean, std
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.network(images)

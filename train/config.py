@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -172,6 +173,8 @@ class Config:
     evaluate_every: int = 1
     """Epochs between two evaluations on the validation images, or the test images where there are none; the last epoch
     of a stage is always evaluated. A method's result is of the test images."""
+    tensorboard: bool = False
+    """Also writes every epoch's numbers to runs/<name>/tensorboard/<method> (`pip install tensorboard`)."""
     checkpoint_steps: int | None = None
     """Also writes a checkpoint every so many steps, not only after each epoch."""
     seed: int = 0
@@ -200,9 +203,9 @@ def source_of(config: Config) -> Source:
 
 
 def config_values(config: Config) -> dict[str, Any]:
-    """What decides a run's outcome, as plain values: not where it came from or lies, nor that it is resumed."""
+    """What decides a run's outcome, as plain values: not where it came from or lies, nor that it is resumed or shown."""
     values = dataclasses.asdict(config)
-    for other in ("recipe", "runs", "resume", "cache"):
+    for other in ("recipe", "runs", "resume", "cache", "tensorboard"):
         del values[other]
     return values
 
@@ -259,6 +262,8 @@ def check(config: Config) -> None:
     )
     expect("color_jitter", 0 <= config.color_jitter <= 1, "a share, 0 to 1")
     expect("split_rule", config.split_rule in SPLIT_RULES, f"one of {', '.join(SPLIT_RULES)}")
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("tensorboard", "the package, which `pip install tensorboard` brings", "none")
     expect("name", Path(config.name).name == config.name, "a folder's name, not a path (see --runs)")
     try:
         torch.empty(0, device=config.device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Callable
+from math import nan
+from statistics import fmean
 from typing import Any
 
 from matplotlib import colormaps
@@ -35,6 +37,38 @@ def picture(draw: Draw, width: float = 6.0, height: float = 3.6, **axes: Any) ->
 def chinese_fonts() -> list[str]:
     """Those that are there of some that draw what matplotlib's own font does not: names of classes may be Chinese."""
     return [name for name in ("Noto Sans CJK JP", "WenQuanYi Micro Hei") if name in get_font_names()]
+
+
+def by_size(result: Record) -> list[tuple[float, float]]:
+    """Means of training samples and of accuracies in %, over tenths of the classes from the largest to the smallest.
+
+    So that 1000 classes can be read. Classes without test samples do not count.
+    """
+    pairs = zip(result["train_counts"], result["accuracy_per_class"], strict=True)
+    tested = sorted(((count, a) for count, a in pairs if a is not None), key=lambda pair: -pair[0])
+    window = max(1, len(tested) // 10)
+    parts = (tested[first : first + window] for first in range(0, len(tested), window))
+    columns = (zip(*part, strict=True) for part in parts)
+    return [(fmean(counts), 100 * fmean(accuracies)) for counts, accuracies in columns]
+
+
+def accuracy_by_size(results: dict[str, Record]) -> bytes | None:
+    """Each class's accuracy against its training samples, a colour a result; `results` are records by their names."""
+    # Records of runs before this figure do not hold the counts.
+    found = {name: result for name, result in results.items() if "train_counts" in result}
+    if not found:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for number, (name, result) in enumerate(found.items()):
+            colour, marker = f"C{number % 10}", "os^vD"[number % 5]
+            label = f"{name}, overall {100 * result['accuracy']['overall']:.1f}"
+            shares = [nan if value is None else 100 * value for value in result["accuracy_per_class"]]
+            axes.scatter(result["train_counts"], shares, s=18, alpha=0.5, color=colour, marker=marker)
+            axes.plot(*zip(*by_size(result), strict=True), color=colour, label=label)
+
+    labels = {"xlabel": "training samples of the class", "ylabel": "test accuracy (%)"}
+    return picture(draw, 7.0, 4.5, xscale="log", ylim=(-3, 103), **labels)
 
 
 def passed(records: list[Record]) -> list[int]:

@@ -34,10 +34,12 @@ figure { display: inline-block; margin: .5rem; vertical-align: top } figcaption 
 <table><tr><th></th><th>overall</th>{% for g in groups %}<th>{{ g }}</th>{% endfor %}<th>image passes</th></tr>
 {% for row in rows %}<tr><td>{{ row.name }}</td>{% for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>
+{% macro show(figures) %}{% for f in figures %}<figure><img src="data:image/png;base64,{{ f.data }}" alt="{{ f.caption }}">
+<figcaption>{{ f.caption }}</figcaption></figure>{% endfor %}{% endmacro %}
+{{ show(overview) }}
 {% for section in sections %}
 <h2>{{ section.name }}</h2>
-{% for f in section.figures %}<figure><img src="data:image/png;base64,{{ f.data }}" alt="{{ f.caption }}">
-<figcaption>{{ f.caption }}</figcaption></figure>{% endfor %}
+{{ show(section.figures) }}
 {% if section.confusion %}<h3>Few-shot classes, and what their test samples are taken for</h3>
 <table><tr><th>class</th><th>training samples</th><th>accuracy</th><th>taken for</th></tr>
 {% for row in section.confusion %}<tr><td>{{ row['class'] }}</td><td>{{ row.training }}</td>
@@ -49,6 +51,7 @@ figure { display: inline-block; margin: .5rem; vertical-align: top } figcaption 
 """)
 
 CAPTIONS = {
+    "by_size": "Accuracy of each class by its training samples; lines: means over tenths of the classes",
     "losses": "Training loss, mean of an epoch",
     "accuracies": "Test accuracy; nothing is chosen by it",
     "usage": "Share of samples that each vector of their own class won",
@@ -66,10 +69,11 @@ def write_page(path: Path, runs: dict[str, list[Record]], title: str, about: str
         runs: name of a run -> its records, as in metrics.jsonl, the analyses of results among them.
         title, about: a heading and a line under it, as plain text.
     """
-    rows, sections = [], []
+    rows, sections, results = [], [], {}
     for run, records in runs.items():
         for result in (record for record in records if record["event"] == "result"):
             name = TITLES[result["method"]] if len(runs) == 1 else f"{run}: {TITLES[result['method']]}"
+            results[name] = result
             own = {name: result["accuracy"]}
             own |= {f"{name}: {key}": accuracy for key, accuracy in result.get("accuracy_of", {}).items()}
             for key, accuracy in own.items():
@@ -77,7 +81,10 @@ def write_page(path: Path, runs: dict[str, list[Record]], title: str, about: str
                 rows.append({"name": key, "cells": [*cells, f"{result['images']:,}"]})
             epochs = [r for r in records if r["event"] == "epoch" and r["method"] == result["method"]]
             sections.append({"name": name, **_section(epochs, result.get("analysis"))})
-    html = PAGE.render(title=title, about=about, groups=GROUPS, rows=rows, sections=sections)
+    overview = _embed({"by_size": figures.accuracy_by_size(results)})
+    html = PAGE.render(
+        title=title, about=about, groups=GROUPS, rows=rows, overview=overview, sections=sections
+    )
     path.write_text(html, encoding="utf-8")
 
 
@@ -91,12 +98,15 @@ def _section(epochs: list[Record], analysis: Record | None) -> Record:
     if analysis:
         drawn["reliability"] = figures.reliability(analysis["calibration"])
         drawn["map"] = figures.feature_map(analysis["map"])
-    made = [
+    return {"figures": _embed(drawn), "confusion": analysis["confusion"] if analysis else []}
+
+
+def _embed(drawn: dict[str, bytes | None]) -> list[Record]:
+    return [
         {"caption": CAPTIONS[name], "data": base64.b64encode(png).decode()}
         for name, png in drawn.items()
         if png
     ]
-    return {"figures": made, "confusion": analysis["confusion"] if analysis else []}
 
 
 def read_records(folder: Path) -> list[Record]:

@@ -1,13 +1,9 @@
-"""What a run ends with: a table of accuracies, a few lines about the constellation, a picture."""
+"""What a run ends with on the terminal: a table of accuracies, a few lines about the constellation."""
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
 from typing import Any
 
-import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -56,31 +52,3 @@ def constellation_line(result: dict[str, Any]) -> str:
         f"{TITLES[result['method']]}: slot usage on test images, centre first: {usage} %;  {tau};  "
         f"‖δ‖ {norms} beside a mean ‖w‖ of {result['mean_center_norm']:.2f}"
     )
-
-
-def plot_accuracy(path: Path, results: list[dict[str, Any]], train_counts: Tensor, title: str) -> None:
-    """Draw each class's accuracy against its number of training images."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(
-        xscale="log",
-        xlabel="training images of the class",
-        ylabel="test accuracy (%)",
-        title=title,
-        ylim=(-3, 103),
-    )
-    order = torch.argsort(train_counts, descending=True, stable=True)
-    window = max(
-        1, len(order) // 10
-    )  # classes a point of the line averages, so that 1000 classes can be read
-    for number, result in enumerate(results):
-        colour, marker = f"C{number % 10}", "os^vD"[number % 5]
-        per_class = [math.nan if value is None else value for value in result["accuracy_per_class"]]
-        accuracy = 100 * torch.tensor(per_class)[order]
-        label = f"{TITLES[result['method']]}, overall {percent(result['accuracy']['overall'])}"
-        axes.scatter(train_counts[order], accuracy, s=18, alpha=0.5, color=colour, marker=marker)
-        windows = zip(train_counts[order].split(window), accuracy.split(window), strict=True)
-        means = [(float(counts.double().mean()), float(values.nanmean())) for counts, values in windows]
-        axes.plot(*zip(*means, strict=True), color=colour, label=label)
-    axes.legend(loc="lower right")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150, format="png")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import processes
+from . import figures, processes
 from .backbones import BackboneError
 from .config import Config, ConfigError, source_of
 from .data.arrays import Dataset
@@ -15,8 +15,9 @@ from .data.errors import DataError
 from .data.load import load as load_data
 from .display import Display, say
 from .engine import run
+from .methods import TITLES
 from .page import read_records, write_page
-from .report import plot_accuracy, print_results
+from .report import print_results
 from .runfiles import RunFolder
 from .training import own_parts, sizes_of
 
@@ -42,7 +43,9 @@ def start(config: Config, console: Console) -> list[dict[str, Any]]:
         except BackboneError as error:
             raise ConfigError("backbone", str(error), repr(config.backbone)) from None
     print_results(console, results, data.train_counts, config.split_rule)
-    folder.write("accuracy.png", lambda path: plot_accuracy(path, results, data.train_counts, config.name))
+    titled = {TITLES[result["method"]]: result for result in results}
+    if drawn := figures.accuracy_by_size(titled):
+        folder.write("accuracy.png", lambda path: path.write_bytes(drawn))
     about = f"{describe_data(config, data)}. Seed {config.seed}, backbone {config.backbone}, torch {torch.__version__}."
     records = {config.name: read_records(folder.path)}
     folder.write("report.html", lambda path: write_page(path, records, config.name, about))

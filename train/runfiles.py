@@ -1,4 +1,7 @@
-"""A run's folder. A process killed at any moment leaves every file in it whole, or as it was before."""
+"""A run's folder. A process killed at any moment leaves every file in it whole, or as it was before.
+
+But for lines at the end of metrics.jsonl and TensorBoard's logs, which a resumed run writes anew.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import tomli_w
 import torch
 
 from . import processes
+from .board import Board
 from .commandline import load_recipe
 from .config import Config, ConfigError, config_values
 
@@ -31,13 +35,15 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
 
 
 class RunFolder:
-    """`runs/<name>/`: config.toml, metrics.jsonl, checkpoint.pt, and what the run ends with."""
+    """`runs/<name>/`: config.toml, metrics.jsonl, checkpoint.pt, and what the run ends with; tensorboard/ if asked for."""
 
     def __init__(self, config: Config) -> None:
         self.path = Path(config.runs) / config.name
         self.config_file = self.path / "config.toml"
         self.checkpoint_file = self.path / "checkpoint.pt"
         self.metrics_file = self.path / "metrics.jsonl"
+        logs = config.tensorboard and processes.rank() == 0
+        self.board = Board(self.path / "tensorboard") if logs else None
 
     def open(self, config: Config, data_fingerprint: str) -> dict[str, Any] | None:
         """Make the folder ready; returns the checkpoint to go on from, or None to begin.
@@ -93,8 +99,12 @@ class RunFolder:
         """Make metrics.jsonl hold these records: what came after the checkpoint comes again."""
         text = "".join(json.dumps(record) + "\n" for record in records)
         self.write(self.metrics_file.name, lambda path: path.write_text(text))
+        if self.board:
+            self.board.restart(records)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         if processes.rank() == 0:
             with open(self.metrics_file, "a") as file:
                 file.write(json.dumps(record) + "\n")
+            if self.board:
+                self.board.append(record)

@@ -201,7 +201,7 @@ class Training:
         if found.slot_usage is not None:
             record["slot_usage"] = found.slot_usage.tolist()
         if final:
-            record["accuracy_per_class"] = found.per_class()
+            record |= {"accuracy_per_class": found.per_class(), "train_counts": data.train_counts.tolist()}
         return record
 
     def state_dict(self) -> Record:

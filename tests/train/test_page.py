@@ -17,8 +17,12 @@ from PIL import Image
 from train.__main__ import main
 from train.analysis import BINS, analyse, calibration, common_slot, confusion, feature_map
 from train.data.arrays import Dataset
+from train.figures import accuracy_by_size, by_size
+from train.methods import TITLES
+from train.page import write_page
 from train.training import Training
 
+from .conftest import COUNTS
 from .test_engine import FEATURES, finish
 
 SHORT = "--stage1-epochs 1 --stage2-epochs 1 --classes-per-batch 3 --batch-size 50 --device cpu"
@@ -89,6 +93,40 @@ def test_analysis_leaves_training_as_it_was(features: Dataset) -> None:
     assert all(torch.equal(value, before[name]) for name, value in training.state_dict()["model"].items())
 
 
+def test_a_page_of_a_run_before_counts_were_recorded(tmp_path: Path) -> None:
+    accuracy = dict.fromkeys(("overall", "many", "medium", "few"), 0.5)
+    result = {
+        "event": "result",
+        "method": "plain",
+        "images": 7,
+        "accuracy": accuracy,
+        "accuracy_per_class": [0.5],
+    }
+    epoch = {
+        "event": "epoch",
+        "method": "plain",
+        "images": 7,
+        "loss": 1.0,
+        "split": "test",
+        "accuracy": accuracy,
+    }
+    write_page(tmp_path / "page.html", {"old": [epoch, result]}, "old", "")
+    assert len(Page((tmp_path / "page.html").read_text()).images) == 2  # loss and accuracies
+
+
+def test_accuracy_by_class_size_by_hand() -> None:
+    few = {"train_counts": [5, 80, 20], "accuracy_per_class": [0.25, 1.0, None]}
+    assert by_size(few) == [(80, 100), (5, 25)]
+    counts = list(range(1, 26))  # windows of two: 25 and 24, …, 3 and 2, and 1 alone
+    many = {"train_counts": counts, "accuracy_per_class": [count / 25 for count in counts]}
+    expected = [
+        (size, 4 * size) for size in (24.5, 22.5, 20.5, 18.5, 16.5, 14.5, 12.5, 10.5, 8.5, 6.5, 4.5, 2.5, 1)
+    ]
+    assert [value for pair in by_size(many) for value in pair] == pytest.approx(
+        [value for pair in expected for value in pair]
+    )
+
+
 class Page(HTMLParser):
     """Counts what a page holds, and fails for what it would have to fetch."""
 
@@ -116,7 +154,8 @@ def test_a_runs_page_and_a_comparison(
     args = f"--recipe features --data {feature_file} --runs {tmp_path} {SHORT}".split()
     assert main([*args, "--name", "<one>", "--methods", "gist", "plain"]) == 0
     page = Page((tmp_path / "<one>" / "report.html").read_text())
-    assert len(page.images) == 6 + 4  # a plain head has neither slots nor a constellation
+    assert len(page.images) == 1 + 6 + 4  # a plain head has neither slots nor a constellation
+    assert page.images[0] == (tmp_path / "<one>" / "accuracy.png").read_bytes()
     assert all(Image.open(io.BytesIO(png)).size[0] > 300 for png in page.images)
     records = [json.loads(line) for line in (tmp_path / "<one>" / "metrics.jsonl").read_text().splitlines()]
     for result in (record for record in records if record["event"] == "result"):
@@ -133,7 +172,13 @@ def test_a_runs_page_and_a_comparison(
     out = tmp_path / "both.html"
     assert main(["report", str(tmp_path / "<one>"), str(tmp_path / "two"), "--out", str(out)]) == 0
     both = Page(out.read_text())
-    assert len(both.images) == 10 + 5  # no slots without displacements
+    assert len(both.images) == 1 + 10 + 5  # no slots without displacements
+    two = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    results = {f"{tmp_path / '<one>'}: {TITLES[r['method']]}": r for r in records if r["event"] == "result"}
+    results |= {f"{tmp_path / 'two'}: {TITLES[r['method']]}": r for r in two if r["event"] == "result"}
+    assert [result["train_counts"] for result in results.values()] == [list(COUNTS)] * 3
+    assert both.images[0] == accuracy_by_size(results)
+    assert both.images[0] != accuracy_by_size(dict(list(results.items())[:2]))
     assert re.search(r"two: COS\+GIST", both.words)
     assert main(["report", str(tmp_path)]) == 2
     assert "--folders: expected the folders of runs" in capsys.readouterr().err

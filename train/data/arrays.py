@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -130,9 +130,19 @@ def _read(path: Path) -> dict[str, np.ndarray | Tensor]:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 return dict(file)
-        return dict(safetensors.torch.load_file(path))
+        return _read_safetensors(path)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
         raise DataError(f"{path}: expected a readable {path.suffix} file, got {error}") from None
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray | Tensor]:
+    """The format has no strings in tensors: names of classes are a JSON list in its metadata."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        arrays: dict[str, np.ndarray | Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        names = (file.metadata() or {}).get("classes")
+    if names is not None:
+        arrays["classes"] = np.array(json.loads(names), ndmin=1)
+    return arrays
 
 
 def _say(array: np.ndarray | Tensor) -> str:
