@@ -35,6 +35,7 @@ def run(
         if saved and saved["training"]["name"] == name:
             training.load_state_dict(saved["training"])
         train(training, folder, display, records)
+        del training  # and with it the data on a GPU, before the next one's is put there
     return [record for record in records if record["event"] == "result"]
 
 
