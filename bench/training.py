@@ -3,11 +3,11 @@
     python -m bench.training --recipe cifar100-lt --data FILE --backends auto reference
     python -m bench.training --recipe features --data counts.json --made-up-features 2048
 
-The first takes any options of `python -m train`. The second makes features up, normal ones, for a set with the class
-counts that a JSON file lists under "counts": a load test of the head alone. Heads take steps in turn, in one process;
-times are medians of the steps. The step is that of train/training.py, but that the features' gradient halts between
-the head and the backbone. What a part adds to memory at its peak is told apart; what is held between steps is of all
-heads together, so give one backend for that.
+The first takes the options of `python -m train`, but for those of precision, parts and compilation. The second makes
+features up, normal ones, for a set with the class counts that a JSON file lists under "counts": a load test of the head
+alone. Heads take steps in turn, in one process; times are medians of the steps. The step is that of train/training.py,
+but that the features' gradient halts between the head and the backbone. What a part adds to memory at its peak is told
+apart; what is held between steps is of all heads together, and what each head's training added when it was made.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from train.commandline import from_command_line
-from train.config import Config, ConfigError
+from train.config import Config, ConfigError, MethodName, check
 from train.data.arrays import Dataset
 from train.display import say
 from train.run import load
@@ -37,6 +37,7 @@ from .hardware import hardware
 from .memory import reset_peak, status
 
 PARTS = ("input", "backbone forward", "head", "backbone backward", "optimizer")
+UNMEASURED = {"precision": "float32", "accumulate": 1, "compile": False, "batch_norm": "joint"}
 BackendName = Literal["auto", "cpu", "cuda", "triton", "reference"]
 
 
@@ -48,7 +49,7 @@ class Measured(Config):
     """The heads' backends, each in turn."""
     steps: int = 20
     """Steps of each that count, after three that do not."""
-    method: str = "gist"
+    method: MethodName = "gist"
     """What is trained, in its last stage."""
     made_up_features: int | None = None
     """Length of features that are made up, for the class counts in the JSON file --data."""
@@ -134,10 +135,15 @@ def data_of(config: Measured) -> Dataset:
 
 def measure(config: Measured) -> dict[str, Parts]:
     """Parts of the steps with each backend."""
+    for option, plain in UNMEASURED.items():
+        if getattr(config, option) != plain:
+            raise ConfigError(option, f"{plain}, as steps are taken apart", repr(getattr(config, option)))
     data = data_of(config)
     trainings: dict[str, tuple[Training, Parts]] = {}
     for backend in config.backends:
-        training = Training(config.method, dataclasses.replace(config, backend=backend), data)
+        own = dataclasses.replace(config, backend=backend)
+        check(own)
+        training = Training(config.method, own, data)
         training.begin_stage(len(training.method.stages) - 1)
         trainings[backend] = training, Parts(training.device)
     for count in range(3 + config.steps):

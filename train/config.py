@@ -82,7 +82,7 @@ class Config:
     images: str = ""
     """Where the paths in lists begin; the list's own folder if not given."""
     path_prefixes: tuple[str, ...] = ()
-    """OLD=NEW: paths in lists that begin with OLD begin with NEW instead, such as data_256/=train/."""
+    """OLD=NEW: paths in lists that begin with OLD begin with NEW instead, such as data_256/a/=train/."""
     image_size: int = 64
     """Side of the squares that image files are cut and resized to when they are decoded, and characters are drawn on, once,
     into --cache."""
@@ -264,7 +264,8 @@ def check(config: Config) -> None:
     expect("split_rule", config.split_rule in SPLIT_RULES, f"one of {', '.join(SPLIT_RULES)}")
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("tensorboard", "the package, which `pip install tensorboard` brings", "none")
-    expect("name", Path(config.name).name == config.name, "a folder's name, not a path (see --runs)")
+    own = Path(config.name).name == config.name and config.name != ".."
+    expect("name", own, "a folder's name, not a path (see --runs)")
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:

@@ -32,11 +32,13 @@ def residual_directions(features: Tensor, labels: Tensor, counts: Tensor, num: i
     if not many.any():  # all classes have as many
         many = torch.ones_like(many)
     kept = many[labels].nonzero().flatten()
-    unit = F.normalize(features[kept].double(), dim=1)
     label = labels[kept]
-    sums = unit.new_zeros(len(counts), unit.shape[1]).index_add_(0, label, unit)
+    sums = features.new_zeros(len(counts), features.shape[1], dtype=torch.float64)
+    for rows in kept.split(MOST):  # in parts, as all samples in float64 may not fit
+        sums.index_add_(0, labels[rows], F.normalize(features[rows].double(), dim=1))
     means = sums / torch.bincount(label, minlength=len(counts)).clamp(min=1)[:, None]
-    residuals = F.normalize(unit - means[label], dim=1)[:: max(1, len(kept) // MOST)]
+    sample = kept[:: max(1, len(kept) // MOST)]
+    residuals = F.normalize(F.normalize(features[sample].double(), dim=1) - means[labels[sample]], dim=1)
     if len(residuals) < num:
         raise ValueError(
             f"--num-displacements: expected at most {len(residuals)}, the samples of the larger classes, "

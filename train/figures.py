@@ -46,8 +46,8 @@ def by_size(result: Record) -> list[tuple[float, float]]:
     """
     pairs = zip(result["train_counts"], result["accuracy_per_class"], strict=True)
     tested = sorted(((count, a) for count, a in pairs if a is not None), key=lambda pair: -pair[0])
-    window = max(1, len(tested) // 10)
-    parts = (tested[first : first + window] for first in range(0, len(tested), window))
+    n, num = len(tested), min(10, len(tested))
+    parts = (tested[n * i // num : n * (i + 1) // num] for i in range(num))
     columns = (zip(*part, strict=True) for part in parts)
     return [(fmean(counts), 100 * fmean(accuracies)) for counts, accuracies in columns]
 

@@ -116,7 +116,7 @@ class OneHead:
         return ConstellationClassifier(in_features, num_classes, 0, backend=self.backend)
 
     def begin_stage(self, stage: int, head: ConstellationClassifier, sample: Sample) -> None:
-        if stage == 1 and self.num_displacements:
+        if stage == 1 and self.num_displacements and self.stages[1].epochs:  # or they would stay noise
             add_displacements(head, self.config, self.counts, sample)
 
     def losses(
@@ -165,7 +165,7 @@ class Gist:
         )
 
     def begin_stage(self, stage: int, head: GistClassifier, sample: Sample) -> None:
-        if stage == 1 and self.num_displacements:
+        if stage == 1 and self.num_displacements and self.stages[1].epochs:  # or they would stay noise
             add_displacements(head, self.config, self.counts, sample)
 
     def losses(

@@ -53,7 +53,7 @@ figure { display: inline-block; margin: .5rem; vertical-align: top } figcaption 
 CAPTIONS = {
     "by_size": "Accuracy of each class by its training samples; lines: means over tenths of the classes",
     "losses": "Training loss, mean of an epoch",
-    "accuracies": "Test accuracy; nothing is chosen by it",
+    "accuracies": "Accuracy on the validation samples, or the test samples where there are none; nothing is chosen by it",
     "usage": "Share of samples that each vector of their own class won",
     "constellation": "Lengths of centres and displacements, temperatures",
     "reliability": "Calibration on the test samples",
@@ -139,6 +139,8 @@ def compare(args: list[str], console: Console) -> int:
         if not any(record["event"] == "result" for record in runs[str(folder)]):
             raise ConfigError("folders", "runs that are finished", str(folder))
     about = "Runs: " + ", ".join(runs) + "."
+    if not options.out.absolute().parent.is_dir():
+        raise ConfigError("out", "a file in a folder that is there", str(options.out))
     write_aside(options.out, lambda path: write_page(path, runs, "Comparison", about))
     say(console, f"written to {options.out}")
     return 0

@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -14,18 +15,23 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+#: For waiting until one process has decoded all images, which may take hours.
+_patient: dist.ProcessGroup | None = None
+
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Join the processes that torchrun started, if it did: by NCCL, each on a GPU of its own, or by gloo."""
+    """Join the processes that torchrun started, if it did: by gloo on the CPU, by NCCL on GPUs, each on its own."""
+    global _patient
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         yield
         return
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    if (own := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
+        torch.cuda.set_device(own)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    _patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     yield
+    _patient = None
     gc.collect()  # what wrapped a model may lie in a cycle, and would abort the process if it outlived the group
     dist.destroy_process_group()  # not after an error: the others may not come to it, and torchrun ends them
 
@@ -48,10 +54,10 @@ def first_on_machine_first() -> Iterator[None]:
     """What one process of a machine does before its others, which then find it done."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if together() and not first:
-        dist.barrier()
+        dist.barrier(_patient)
     yield
     if together() and first:
-        dist.barrier()
+        dist.barrier(_patient)
 
 
 def from_first(make: Callable[[], T]) -> T:
@@ -59,7 +65,7 @@ def from_first(make: Callable[[], T]) -> T:
     if not together():
         return make()
     made = [make() if rank() == 0 else None]
-    dist.broadcast_object_list(made)
+    dist.broadcast_object_list(made, group=_patient)
     return made[0]  # type: ignore[return-value]
 
 
@@ -75,8 +81,6 @@ def gathered(value: Tensor) -> list[Tensor]:
     """Every process's tensor, of one shape and on the CPU."""
     if not together():
         return [value]
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
-    own = value.to(device)
-    every = [torch.empty_like(own) for _ in range(size())]
-    dist.all_gather(every, own)
-    return [each.cpu() for each in every]
+    every = [torch.empty_like(value) for _ in range(size())]
+    dist.all_gather(every, value)
+    return every

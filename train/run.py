@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ def start(config: Config, console: Console) -> list[dict[str, Any]]:
             raise ConfigError("backbone", str(error), repr(config.backbone)) from None
     print_results(console, results, data.train_counts, config.split_rule)
     titled = {TITLES[result["method"]]: result for result in results}
+    if processes.rank():
+        return results
     if drawn := figures.accuracy_by_size(titled):
         folder.write("accuracy.png", lambda path: path.write_bytes(drawn))
     about = f"{describe_data(config, data)}. Seed {config.seed}, backbone {config.backbone}, torch {torch.__version__}."
@@ -72,7 +75,15 @@ def load(config: Config) -> Dataset:
 
 
 def check_parts(config: Config, data: Dataset) -> None:
-    """Whether every process has something of each stream in each of its micro-batches."""
+    """Whether every process has a device, and something of each stream in each of its micro-batches."""
+    if processes.together() and config.device.startswith("cuda"):
+        if config.device != "cuda":
+            raise ConfigError(
+                "device", "cuda, or auto, for each process to take its own", repr(config.device)
+            )
+        if (local := int(os.environ["LOCAL_WORLD_SIZE"])) > torch.cuda.device_count():
+            there = f"{torch.cuda.device_count()} GPUs for {local} processes"
+            raise ConfigError("device", "a GPU for each process of a machine", there)
     parts = own_parts(config)[1]
     balanced = config.classes_per_batch * config.samples_per_class
     for option, samples in (

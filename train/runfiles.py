@@ -19,6 +19,9 @@ from .board import Board
 from .commandline import load_recipe
 from .config import Config, ConfigError, config_values
 
+#: Options that may change when a run goes on: where its data lies, whose content is compared, and how often it is saved.
+PLACES = {"data", "test_data", "val_data", "images", "path_prefixes", "checkpoint_steps"}
+
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary path beside `path`, make its file durable, and move it into place."""
@@ -53,12 +56,12 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError("name", "a folder", f"{self.path}, which is a file")
-        if not config.resume and self.path.exists() and any(self.path.iterdir()):
+        if not config.resume and self.path.exists() and self._begun():
             advice = "give another --name, or --resume to go on with it"
             raise ConfigError("name", "a new run", f"{self.path}, which is there already; {advice}")
-        if self.config_file.exists():
-            self._check_same(config)
         saved = self._load_checkpoint()
+        if saved and self.config_file.exists():
+            self._check_same(config)
         if saved and saved["data"] != data_fingerprint:
             expected = f"the data that the run began with ({saved['data']})"
             raise ConfigError("data", expected, f"{config.data} ({data_fingerprint})")
@@ -72,9 +75,15 @@ class RunFolder:
         self.write(self.config_file.name, lambda path: path.write_text(text))
         return saved
 
+    def _begun(self) -> bool:
+        """Whether there is more than a run leaves that ended before its first epoch."""
+        left = {"config.toml", "metrics.jsonl", "tensorboard"}
+        empty = not self.metrics_file.exists() or self.metrics_file.stat().st_size == 0
+        return not empty or any(entry.name not in left for entry in self.path.iterdir())
+
     def _check_same(self, config: Config) -> None:
         before, now = config_values(load_recipe(str(self.config_file))), config_values(config)
-        for option in now:
+        for option in sorted(now.keys() - PLACES):
             if before[option] != now[option]:
                 expected = f"{before[option]!r} as in {self.config_file}, which is to be resumed"
                 raise ConfigError(option, expected, repr(now[option]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import time
 from typing import Any
@@ -246,7 +247,11 @@ class Training:
 
 def placed(x: Tensor, device: torch.device) -> Tensor:
     """`x` on the device if it takes less than half of what is free there; otherwise where it is."""
-    if device.type != "cuda" or x.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+    if device.type != "cuda":
+        return x
+    gc.collect()
+    torch.cuda.empty_cache()  # what the method before left in torch's hands is free
+    if x.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
         return x
     return x.to(device)
 

@@ -32,6 +32,7 @@ WORDS = [
     ("--backbone none", "--backbone: expected a network, for images"),
     ("--device gpu9", "--device: expected cpu, cuda or auto"),
     ("--name a/b", "--name: expected a folder's name"),
+    ("--name ..", "--name: expected a folder's name"),
     ("--stage1-epochs 0 --stage2-epochs 0", "--stage1-epochs: expected some epoch"),
 ]
 

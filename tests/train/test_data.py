@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from train.data.arrays import EMBEDDED, DataError, Dataset, load_arrays
 from train.data.augment import NUMBERS, Augmentation
 from train.data.fashion_mnist_lt.make import CLASSES
+from train.data.load import Source, load
 from train.data.longtail import long_tailed_counts, long_tailed_indices
 from train.data.streams import RandomStream
 
@@ -214,3 +215,12 @@ def test_augmentation_against_one_image_at_a_time(seed: int) -> None:
     assert len({place[:2] for place in places}) > 10
     assert {place[2] for place in places} == {0, 1}
     assert Augmentation()(images, torch.rand(len(images), NUMBERS)) is images
+
+
+def test_a_tail_longer_than_the_largest_class_allows(image_file: Path) -> None:
+    assert load(Source(str(image_file), imbalance_ratio=60)).train_counts.tolist()[0] == COUNTS[0]
+    expected = (
+        r"--imbalance-ratio: expected at most 120, the largest class's samples, got 200: 1 classes would"
+    )
+    with pytest.raises(DataError, match=expected):
+        load(Source(str(image_file), imbalance_ratio=200))

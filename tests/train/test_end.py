@@ -91,6 +91,31 @@ def test_a_resumed_run_needs_its_own_data(
     assert "--data: expected the data that the run began with" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_where_its_data_has_moved(
+    feature_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = f"--recipe features --runs {tmp_path} --name r --methods plain {SHORT}".split()
+    assert main([*args, "--data", str(feature_file)]) == 0
+    moved = feature_file.rename(tmp_path / "elsewhere.npz")
+    assert main([*args, "--data", str(moved), "--resume", "--checkpoint-steps", "7"]) == 0
+    assert str(moved) in (tmp_path / "r" / "config.toml").read_text()
+    assert main([*args, "--data", str(moved), "--resume", "--seed", "5"]) == 2
+    assert "--seed: expected 0 as in" in capsys.readouterr().err
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_leaves_its_name_free(
+    feature_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = (
+        f"--recipe features --data {feature_file} --runs {tmp_path} --name r --methods plain {SHORT}".split()
+    )
+    assert main([*args, "--lr", "1e38"]) == 1  # the loss is no number within the first epoch
+    assert [file.name for file in (tmp_path / "r").iterdir() if file.suffix == ".pt"] == []
+    assert main(args) == 0
+    assert main(args) == 2
+    assert "--name: expected a new run" in capsys.readouterr().err
+
+
 def test_a_run_that_diverges_says_so(
     feature_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

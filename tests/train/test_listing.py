@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,29 @@ def test_unreadable_images_are_named(tree: Path, cache: str) -> None:
         data = load(dataclasses.replace(source, unreadable="skip"))
     assert data.train_counts.tolist() == [3, 2, 2]
     check_colours(data.x_train, data.y_train)
+    assert sum(file.stat().st_size for file in Path(cache).rglob("*.u8")) == (7 + 3) * 16 * 16 * 3
+    (tree / "train" / "bee" / "1.png").write_bytes(whole)
+    with pytest.warns(RuntimeWarning, match=r"left out: 1 of 9 images cannot be read: .*0\.png"):
+        data = load(dataclasses.replace(source, unreadable="skip"))
+    assert data.train_counts.tolist() == [3, 3, 2]
+    check_colours(data.x_train, data.y_train)
+
+
+def test_a_file_that_the_disk_would_not_give_is_tried_again(tree: Path, cache: str) -> None:
+    """Its size and time are what they were, so what was decoded still counts as the list's."""
+    file = tree / "train" / "ant" / "2.png"
+    whole, times = file.read_bytes(), file.stat()
+    source = Source(str(tree), image_size=16, cache=cache)
+    for content, trouble in ((bytes(len(whole)), True), (whole, False)):
+        file.write_bytes(content)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        if trouble:
+            with pytest.raises(DataError, match=r"1 of 9 images cannot be read: .*2\.png"):
+                load(source)
+        else:
+            data = load(source)
+    assert data.train_counts.tolist() == [4, 3, 2]
+    check_colours(data.x_train, data.y_train)
 
 
 def test_images_are_decoded_once(tree: Path, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +204,40 @@ def test_pictures_of_any_kind(tmp_path: Path) -> None:
     image = pictures.decode(tmp_path / "turned.png", 20)
     assert image[2, 10, 2] > 200
     assert image[17, 10, 0] > 200
+
+
+def test_a_list_with_fewer_categories_keeps_the_training_lists_numbers(tree: Path, cache: str) -> None:
+    path = write_lists(tree, "json")
+    for part in ("train", "val"):
+        content = json.loads((tree / f"Made_Up_{part}.json").read_text())
+        del content["categories"]
+        if part == "val":  # only bees and cats
+            content["annotations"] = [note for note in content["annotations"] if note["category_id"] != 10]
+        (tree / f"Made_Up_{part}.json").write_text(json.dumps(content))
+    data = load(Source(str(path), image_size=16, cache=cache))
+    assert data.y_test.tolist() == [2, 1]
+    check_colours(data.x_test, data.y_test)
+
+
+def test_classes_of_all_lists_are_known_by_the_same(tree: Path, cache: str) -> None:
+    by_number, by_id, by_name = (str(write_lists(tree, kind)) for kind in ("txt", "json", "csv"))
+    for train, test, words in (
+        (by_number, by_name, r"Made_Up_train\.csv: expected classes by number, as .*, got classes by name"),
+        (by_number, by_id, "expected classes by number, as in the training list, got classes by COCO id"),
+        (by_id, by_number, "expected classes by COCO id, as in the training list, got classes by number"),
+        (by_name, by_number, "expected the training set's classes, got 0, 1, 2 too"),
+        (by_name, by_id, "expected classes by name, as in the training list, got classes by COCO id"),
+    ):
+        with pytest.raises(DataError, match=words):
+            load(Source(train, test_data=test, cache=cache))
+
+
+def test_a_name_may_be_a_number(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("path,label\na.png,12\nb.png,fox\n")
+    (tmp_path / "test.csv").write_text("path,label\nc.png,12\n")
+    trained = read_listing(str(tmp_path / "train.csv"))
+    assert trained.names == ["12", "fox"]
+    assert read_listing(str(tmp_path / "test.csv"), trained=trained).labels == [0]
 
 
 WRONG: list[tuple[str, str, str]] = [

@@ -36,3 +36,12 @@ def test_made_up_features_for_counts(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "steps/s" in said
     assert main([*options.split(), "--data", str(tmp_path / "none.json")]) == 2
     assert "--data: expected a JSON file with class counts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--precision=bf16", "--accumulate=2", "--compile", "--batch-norm=split"])
+def test_what_is_not_measured_is_refused(
+    option: str, image_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = f"--recipe smoke --data {image_file} --num-classes 5 --classes-per-batch 3 --device cpu".split()
+    assert main([*args, option]) == 2
+    assert f"{option.split('=')[0]}: expected " in capsys.readouterr().err

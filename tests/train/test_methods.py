@@ -107,6 +107,13 @@ def test_displacements_start_from_residuals(features: Dataset) -> None:
     assert torch.equal(again.model.head.displacements, head.displacements)
 
 
+@pytest.mark.parametrize("name", ["gist", "cos-cs-cb"])
+def test_no_displacements_where_no_epoch_would_train_them(name: str, features: Dataset) -> None:
+    training = Training(name, dataclasses.replace(CONFIG, stage2_epochs=0), features)
+    finish(training)
+    assert training.model.head.num_displacements == 0
+
+
 def test_residual_directions_are_those_in_which_classes_spread(seed: int) -> None:
     """Classes whose samples lie off their mean in two opposite shared directions give these directions."""
     spread = F.normalize(torch.randn(32), dim=0)

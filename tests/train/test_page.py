@@ -117,11 +117,9 @@ def test_a_page_of_a_run_before_counts_were_recorded(tmp_path: Path) -> None:
 def test_accuracy_by_class_size_by_hand() -> None:
     few = {"train_counts": [5, 80, 20], "accuracy_per_class": [0.25, 1.0, None]}
     assert by_size(few) == [(80, 100), (5, 25)]
-    counts = list(range(1, 26))  # windows of two: 25 and 24, …, 3 and 2, and 1 alone
+    counts = list(range(1, 26))  # ten parts, of two or three: 25 and 24, 23 to 21, …, 3 to 1
     many = {"train_counts": counts, "accuracy_per_class": [count / 25 for count in counts]}
-    expected = [
-        (size, 4 * size) for size in (24.5, 22.5, 20.5, 18.5, 16.5, 14.5, 12.5, 10.5, 8.5, 6.5, 4.5, 2.5, 1)
-    ]
+    expected = [(size, 4 * size) for size in (24.5, 22, 19.5, 17, 14.5, 12, 9.5, 7, 4.5, 2)]
     assert [value for pair in by_size(many) for value in pair] == pytest.approx(
         [value for pair in expected for value in pair]
     )

@@ -38,7 +38,7 @@ class Augmentation:
             return images
         if self.crop_scale is not None:
             images = self._resized_crops(images, numbers, self.crop_scale)
-        elif self.crop_padding or self.flip or 0 < self.crop_size < images.shape[-1]:
+        elif self.crop_padding or self.flip or 0 < self.crop_size < max(images.shape[2:]):
             images = self._shifts(images, numbers)
         return self._jittered(images, numbers) if self.jitter else images
 

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from .errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def cache_folder(asked: str) -> Path:
     """Where arrays made of images are kept: `--cache`, or a folder in the user's home."""
     return Path(asked) if asked else Path.home() / ".cache" / "gistops" / "images"
+
+
+def shared(array: np.ndarray) -> Tensor:
+    """The array as a tensor. One that is mapped to be read alone stays so: writing to it ends the process.
+
+    A mapping that could be written to would count as memory, of which there may be less.
+    """
+    import torch  # not for the processes that draw and decode
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 @contextmanager

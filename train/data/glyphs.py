@@ -109,7 +109,7 @@ def load_glyphs(
     folder = cache / f"{NAME}-{_key(size, frequencies, fonts, rule)}-{size}"
     if not (folder / "done.json").is_file():
         _make(size, folder, frequencies, find_faces(fonts, sum(rule.families.values(), ())), rule, workers)
-    arrays = {file.stem: np.load(file, mmap_mode="c") for file in sorted(folder.glob("*.npy"))}
+    arrays = {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
     notes = json.loads((folder / "done.json").read_text(encoding="utf-8"))["notes"]
     return Glyphs(arrays, list(frequencies), tuple(notes))
 

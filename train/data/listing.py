@@ -17,18 +17,24 @@ LABELS = ("label", "class", "category", "target", "category_id")
 
 @dataclass(frozen=True)
 class Listing:
-    """Image files, and for each a class by number, or by name where `names` is given."""
+    """Image files, and each one's class: its place in `names` or in `ids`, where the list has such."""
 
     files: list[Path]
     labels: list[int]
     names: list[str] | None = None
+    ids: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def classes(self) -> str:
+        """What the list knows its classes by."""
+        return "name" if self.names is not None else "COCO id" if self.ids is not None else "number"
+
 
 def read_listing(
-    source: str, root: str = "", prefixes: tuple[str, ...] = (), names: list[str] | None = None
+    source: str, root: str = "", prefixes: tuple[str, ...] = (), trained: Listing | None = None
 ) -> Listing:
     """Read a list: `.txt` (path label), `.csv` with a header, COCO's `.json` (iNaturalist), or a folder of class folders.
 
@@ -36,23 +42,36 @@ def read_listing(
         source: the list's file, or the folder.
         root: where the paths in it begin; the list's own folder if empty.
         prefixes: "OLD=NEW": paths that begin with OLD begin with NEW instead (Places-LT comes in two layouts).
-        names: of the training set's classes: then the same names get the same numbers.
+        trained: the training list, whose classes keep their numbers.
 
     Raises:
-        DataError: it cannot be read; the message names the file and the line.
+        DataError: it cannot be read, or names classes otherwise than the training list; the message names the file and
+            the line.
     """
+    listing = _read(source, root, prefixes, trained)
+    if trained and listing.classes != trained.classes:
+        expected = f"classes by {trained.classes}, as in the training list"
+        raise DataError(f"{source}: expected {expected}, got classes by {listing.classes}")
+    return listing
+
+
+def _read(source: str, root: str, prefixes: tuple[str, ...], trained: Listing | None) -> Listing:
     path = Path(source)
+    names = trained.names if trained else None
     if path.is_dir():
         return _folder(path, names)
-    readers: dict[str, Callable[[Path], tuple[list[str], list[str | int]]]]
-    readers = {".txt": _text, ".csv": _csv, ".json": _coco}
-    if path.suffix not in readers:
+    readers: dict[str, Callable[[Path], tuple[list[str], list[str]]]] = {".txt": _text, ".csv": _csv}
+    if path.suffix not in (*readers, ".json"):
         expected = "a folder of class folders, or a list named .txt, .csv or .json"
         raise DataError(f"{path}: expected {expected}")
     if not path.is_file():
         raise DataError(f"{path}: there is no such file")
     try:
-        relative, labels = readers[path.suffix](path)
+        if path.suffix == ".json":
+            relative, categories, ids = _coco(path)
+            labels: list[str] = []
+        else:
+            (relative, labels), categories = readers[path.suffix](path), None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: expected a readable text file, got {error}") from None
     if not relative:
@@ -60,14 +79,20 @@ def read_listing(
     changes = [_prefix(prefix) for prefix in prefixes]
     base = Path(root) if root else path.parent
     files = [base / _moved(name, changes) for name in relative]
-    if all(isinstance(label, int) for label in labels):
+    if categories is not None:
+        ids = trained.ids if trained and trained.ids else ids
+        numbers = {category: number for number, category in enumerate(ids)}
+        if unknown := sorted(set(categories) - set(ids)):
+            raise DataError(f"{path}: expected the training set's categories, got {unknown[:5]} too")
+        return Listing(files, [numbers[category] for category in categories], ids=ids)
+    if names is None and all(label.isdecimal() for label in labels):
         return Listing(files, [int(label) for label in labels])
-    return _numbered(path, files, [str(label) for label in labels], names)
+    return _numbered(path, files, labels, names)
 
 
-def _text(path: Path) -> tuple[list[str], list[str | int]]:
+def _text(path: Path) -> tuple[list[str], list[str]]:
     names: list[str] = []
-    labels: list[str | int] = []
+    labels: list[str] = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         if not line.strip():
             continue
@@ -75,11 +100,11 @@ def _text(path: Path) -> tuple[list[str], list[str | int]]:
         if len(words) != 2 or not words[1].isdecimal():
             raise DataError(f"{path}, line {number}: expected `relative/path.jpg label`, got {line!r}")
         names.append(words[0].strip())
-        labels.append(int(words[1]))
+        labels.append(words[1])
     return names, labels
 
 
-def _csv(path: Path) -> tuple[list[str], list[str | int]]:
+def _csv(path: Path) -> tuple[list[str], list[str]]:
     with open(path, newline="") as file:
         rows = csv.DictReader(file)
         header = list(rows.fieldnames or [])
@@ -94,11 +119,11 @@ def _csv(path: Path) -> tuple[list[str], list[str | int]]:
                 raise DataError(f"{path}, line {rows.line_num}: expected a path and a label, got {row}")
             names.append(name)
             labels.append(label)
-    numbers = all(label.isdecimal() for label in labels)
-    return names, [int(label) if numbers else label for label in labels]
+    return names, labels
 
 
-def _coco(path: Path) -> tuple[list[str], list[str | int]]:
+def _coco(path: Path) -> tuple[list[str], list[int], list[int]]:
+    """Paths, their categories' ids, and the ids of all categories in order."""
     try:
         content = json.loads(path.read_text())
         files = {image["id"]: image["file_name"] for image in content["images"]}
@@ -109,8 +134,7 @@ def _coco(path: Path) -> tuple[list[str], list[str | int]]:
     if lost := [image for image, _ in pairs if image not in files]:
         raise DataError(f"{path}: expected an image for each annotation, got none with id {lost[0]}")
     known = sorted({category for _, category in pairs} | {c["id"] for c in content.get("categories", [])})
-    numbers = {category: number for number, category in enumerate(known)}
-    return [files[image] for image, _ in pairs], [numbers[category] for _, category in pairs]
+    return [files[image] for image, _ in pairs], [category for _, category in pairs], known
 
 
 def _folder(path: Path, names: list[str] | None) -> Listing:

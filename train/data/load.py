@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from .arrays import EMBEDDED, Dataset, Splits, from_arrays, load_arrays, make_dataset
-from .cache import cache_folder
+from .cache import cache_folder, shared
 from .cifar import read_cifar
 from .decoded import load_images
 from .errors import DataError
@@ -68,9 +68,15 @@ def long_tailed(data: Dataset, ratio: float) -> Dataset:
     """The same set with a long tail: the rule and the seed of CIFAR-LT.
 
     Raises:
-        DataError: a class has fewer images than the rule gives it.
+        DataError: a class has fewer images than the rule gives it, or is given none.
     """
-    counts = long_tailed_counts(int(data.train_counts.max()), data.num_classes, ratio)
+    largest = int(data.train_counts.max())
+    counts = long_tailed_counts(largest, data.num_classes, ratio)
+    if min(counts) == 0:
+        raise DataError(
+            f"--imbalance-ratio: expected at most {largest}, the largest class's samples, got {ratio:g}: "
+            f"{counts.count(0)} classes would have none"
+        )
     try:
         kept = torch.from_numpy(long_tailed_indices(data.y_train.numpy(), counts))
     except ValueError as error:
@@ -108,7 +114,7 @@ def listings(source: Source) -> dict[str, Listing]:
     trained = read_listing(train, source.images, source.path_prefixes)
     others = {"test": test, "val": val}
     return {"train": trained} | {
-        part: read_listing(path, source.images, source.path_prefixes, trained.names)
+        part: read_listing(path, source.images, source.path_prefixes, trained)
         for part, path in others.items()
         if path
     }
@@ -119,16 +125,13 @@ def _from_files(source: Source) -> Dataset:
     lists = listings(source)
     for split, listing in lists.items():
         images, rows, why = load_images(listing, source.image_size, cache_folder(source.cache))
-        labels = torch.tensor(listing.labels)
+        labels = torch.tensor(listing.labels)[rows]
         if why:
             said = f"{len(why)} of {len(listing)} images cannot be read: " + "; ".join(why[:5])
             said += "; …" if len(why) > 5 else ""
             if source.unreadable == "stop":
                 raise DataError(f"{said} (--unreadable skip leaves them out)")
             warnings.warn(f"left out: {said}", RuntimeWarning, stacklevel=2)
-            kept = torch.ones(len(labels), dtype=torch.bool)
-            kept[rows] = False
-            images, labels = images[kept], labels[kept]
         if not len(labels):
             raise DataError(f"{source.data}: expected some {split} images that can be read, got none")
         splits[split] = images, labels
@@ -137,7 +140,7 @@ def _from_files(source: Source) -> Dataset:
 
 def _drawn(source: Source) -> Dataset:
     made = load_glyphs(source.image_size, cache_folder(source.cache))
-    tensors = {name: torch.from_numpy(array) for name, array in made.arrays.items()}
+    tensors = {name: shared(array) for name, array in made.arrays.items()}
     splits = {split: (tensors[f"x_{split}"], tensors[f"y_{split}"]) for split in ("train", "test", "val")}
     data = make_dataset(splits, made.characters, source.num_classes)
     return dataclasses.replace(data, notes=made.notes)

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
 
 def decode(file: Path, size: int) -> np.ndarray:
     """The image, its shorter side resized to `size` and the middle cut out, [size, size, 3] uint8.
@@ -20,6 +22,15 @@ def decode(file: Path, size: int) -> np.ndarray:
         return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR))
 
 
+def why_unreadable(file: Path, size: int) -> str:
+    """What is wrong with the file; empty if nothing is."""
+    try:
+        decode(file, size)
+    except UNREADABLE as error:
+        return f"{file}: {str(error) or type(error).__name__}"
+    return ""
+
+
 def decode_into(array: Path, total: int, size: int, start: int, files: list[Path]) -> list[tuple[int, str]]:
     """Fill rows from `start` on; returns those that could not be read, and why."""
     images = np.memmap(array, np.uint8, "r+", shape=(total, size, size, 3))
@@ -27,7 +38,7 @@ def decode_into(array: Path, total: int, size: int, start: int, files: list[Path
     for row, file in enumerate(files, start):
         try:
             images[row] = decode(file, size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             unreadable.append((row, f"{file}: {str(error) or type(error).__name__}"))
     images.flush()
     return unreadable
