@@ -111,8 +111,11 @@ class Timm(nn.Module):
             raise BackboneError(f"timm, which `pip install timm` brings ({error})") from None
         try:
             self.network = timm.create_model(name, pretrained, in_chans=in_channels, num_classes=0)
-        except RuntimeError as error:
-            raise BackboneError(f"the name of a network of timm's ({error})") from None
+        except (RuntimeError, OSError, ValueError) as error:  # no such network; no way to its weights
+            expected = "the name of a network of timm's" + (
+                ", and its weights to be had" if pretrained else ""
+            )
+            raise BackboneError(f"{expected} ({error})") from None
         self.out_features: int = self.network.num_features
 
     def mean_std(self, channels: int) -> tuple[Tensor, Tensor]:

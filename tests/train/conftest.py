@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from train.data.arrays import Dataset, load_arrays
 
@@ -77,3 +79,35 @@ def images(image_file: Path) -> Dataset:
 @pytest.fixture
 def features(feature_file: Path) -> Dataset:
     return load_arrays(str(feature_file))
+
+
+COLOURS = {"ant": (250, 10, 10), "bee": (10, 250, 10), "cat": (10, 10, 250)}
+PICTURED = {"ant": 4, "bee": 3, "cat": 2}
+
+
+def picture(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """train/<class>/<n>.png and val/<class>/0.jpg."""
+    for name, count in PICTURED.items():
+        for i in range(count):
+            picture(tmp_path / "set" / "train" / name / f"{i}.png", COLOURS[name], (40 + i, 30))
+        picture(tmp_path / "set" / "val" / name / "0.jpg", COLOURS[name])
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> str:
+    return str(tmp_path / "cache")
+
+
+def check_colours(x: torch.Tensor, y: torch.Tensor) -> None:
+    """Each image has its class's colour: labels were not joined by position."""
+    for image, label in zip(x, y, strict=True):
+        expected = torch.tensor(list(COLOURS.values())[label]).float()
+        assert (image.float().mean((1, 2)) - expected).abs().max() < 12

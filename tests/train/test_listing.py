@@ -5,44 +5,17 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import os
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from train.__main__ import main
-from train.data import decoded, pictures
 from train.data.errors import DataError
 from train.data.listing import read_listing
 from train.data.load import Source, load
 
-COLOURS = {"ant": (250, 10, 10), "bee": (10, 250, 10), "cat": (10, 10, 250)}
-COUNTS = {"ant": 4, "bee": 3, "cat": 2}
-
-
-def picture(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
-    return path
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    """train/<class>/<n>.png and val/<class>/0.jpg."""
-    for name, count in COUNTS.items():
-        for i in range(count):
-            picture(tmp_path / "set" / "train" / name / f"{i}.png", COLOURS[name], (40 + i, 30))
-        picture(tmp_path / "set" / "val" / name / "0.jpg", COLOURS[name])
-    return tmp_path / "set"
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> str:
-    return str(tmp_path / "cache")
+from .conftest import COLOURS, check_colours, picture
 
 
 def entries(tree: Path, part: str) -> list[tuple[str, int]]:
@@ -72,13 +45,6 @@ def write_lists(tree: Path, kind: str) -> Path:
                 json.dumps({"images": images, "annotations": notes[::-1], "categories": categories})
             )
     return tree / f"Made_Up_train.{kind}"
-
-
-def check_colours(x: torch.Tensor, y: torch.Tensor) -> None:
-    """Each image has its class's colour: labels were not joined by position."""
-    for image, label in zip(x, y, strict=True):
-        expected = torch.tensor(list(COLOURS.values())[label]).float()
-        assert (image.float().mean((1, 2)) - expected).abs().max() < 12
 
 
 @pytest.mark.parametrize("kind", ["txt", "csv", "json", "folder"])
@@ -114,96 +80,6 @@ def test_prefixes_and_roots(tree: Path, cache: str) -> None:
         load(dataclasses.replace(source, path_prefixes=()))
     with pytest.raises(DataError, match="--path-prefixes: expected OLD=NEW, got 'data_256'"):
         load(dataclasses.replace(source, path_prefixes=("data_256",)))
-
-
-def test_unreadable_images_are_named(tree: Path, cache: str) -> None:
-    (tree / "train" / "ant" / "0.png").write_bytes(b"no image at all")
-    whole = (tree / "train" / "bee" / "1.png").read_bytes()
-    (tree / "train" / "bee" / "1.png").write_bytes(whole[: len(whole) // 2])
-    source = Source(str(tree), image_size=16, cache=cache)
-    with pytest.raises(
-        DataError, match=r"2 of 9 images cannot be read: .*0\.png.*; .*1\.png.* \(--unreadable skip"
-    ):
-        load(source)
-    with pytest.warns(RuntimeWarning, match=r"left out: 2 of 9 images cannot be read"):
-        data = load(dataclasses.replace(source, unreadable="skip"))
-    assert data.train_counts.tolist() == [3, 2, 2]
-    check_colours(data.x_train, data.y_train)
-    assert sum(file.stat().st_size for file in Path(cache).rglob("*.u8")) == (7 + 3) * 16 * 16 * 3
-    (tree / "train" / "bee" / "1.png").write_bytes(whole)
-    with pytest.warns(RuntimeWarning, match=r"left out: 1 of 9 images cannot be read: .*0\.png"):
-        data = load(dataclasses.replace(source, unreadable="skip"))
-    assert data.train_counts.tolist() == [3, 3, 2]
-    check_colours(data.x_train, data.y_train)
-
-
-def test_a_file_that_the_disk_would_not_give_is_tried_again(tree: Path, cache: str) -> None:
-    """Its size and time are what they were, so what was decoded still counts as the list's."""
-    file = tree / "train" / "ant" / "2.png"
-    whole, times = file.read_bytes(), file.stat()
-    source = Source(str(tree), image_size=16, cache=cache)
-    for content, trouble in ((bytes(len(whole)), True), (whole, False)):
-        file.write_bytes(content)
-        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-        if trouble:
-            with pytest.raises(DataError, match=r"1 of 9 images cannot be read: .*2\.png"):
-                load(source)
-        else:
-            data = load(source)
-    assert data.train_counts.tolist() == [4, 3, 2]
-    check_colours(data.x_train, data.y_train)
-
-
-def test_images_are_decoded_once(tree: Path, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Source(str(tree), image_size=16, cache=cache)
-    first = load(source)
-    assert not list(Path(cache).glob(".*")), "something unfinished was left"
-
-    def never(*_: Any) -> None:
-        raise AssertionError("decoded again")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(decoded, "_make", never)
-        again = load(source)
-    assert torch.equal(first.x_train, again.x_train)
-    assert first.fingerprint() == again.fingerprint()
-    picture(tree / "train" / "ant" / "0.png", (0, 0, 0))  # another image of that name
-    changed = load(source)
-    assert not torch.equal(changed.x_train, first.x_train)
-
-
-def test_many_images_by_several_processes(tmp_path: Path, cache: str) -> None:
-    for i in range(150):
-        for part in ("train", "test"):
-            picture(tmp_path / "set" / part / f"class {i % 3}" / f"{i}.png", (i, 0, 255 - i), (9, 9))
-    data = load(Source(str(tmp_path / "set"), image_size=9, cache=cache))
-    assert data.train_counts.tolist() == [50, 50, 50]
-    reds = data.x_train[:, 0, 4, 4]
-    order = sorted(range(150), key=lambda i: (i % 3, f"{i}.png"))
-    assert reds.tolist() == order
-
-
-def test_pictures_of_any_kind(tmp_path: Path) -> None:
-    for mode, colour in (
-        ("L", 90),
-        ("P", 3),
-        ("RGBA", (1, 2, 3, 4)),
-        ("CMYK", (9, 9, 9, 9)),
-        ("I;16", 5),
-        ("1", 1),
-    ):
-        path = tmp_path / f"{mode.replace(';', '')}.tiff"
-        Image.new(mode, (7, 50), colour).save(path)
-        assert pictures.decode(path, 12).shape == (12, 12, 3)
-    turned = Image.fromarray(
-        np.repeat(np.array([[[255, 0, 0]], [[0, 0, 255]]], np.uint8), 20, 1).repeat(10, 0)
-    )
-    exif = turned.getexif()
-    exif[0x0112] = 3  # upside down
-    turned.save(tmp_path / "turned.png", exif=exif)
-    image = pictures.decode(tmp_path / "turned.png", 20)
-    assert image[2, 10, 2] > 200
-    assert image[17, 10, 0] > 200
 
 
 def test_a_list_with_fewer_categories_keeps_the_training_lists_numbers(tree: Path, cache: str) -> None:

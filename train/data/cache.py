@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import platform
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -48,8 +50,11 @@ def whole_folder(folder: Path, needed: int) -> Iterator[Path]:
     Raises:
         DataError: the disk has less free.
     """
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
+    mine = f".{folder.name}.{platform.node()}."
+    for left in folder.parent.glob(f"{glob.escape(mine)}*"):  # by one that was killed
+        if not _alive(int(left.name.removeprefix(mine))):
+            shutil.rmtree(left, ignore_errors=True)
+    aside = folder.with_name(f"{mine}{os.getpid()}")
     aside.mkdir(parents=True)
     try:
         if (free := shutil.disk_usage(aside).free) < needed:
@@ -59,6 +64,19 @@ def whole_folder(folder: Path, needed: int) -> Iterator[Path]:
         os.replace(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    """Whether there is another process of that number on this machine."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
 
 
 @contextmanager

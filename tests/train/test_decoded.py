@@ -1,0 +1,138 @@
+"""Image files decoded once into a cache: what cannot be read, what others left, what is made anew."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from train.data import decoded, pictures
+from train.data.cache import whole_folder
+from train.data.errors import DataError
+from train.data.load import Source, load
+
+from .conftest import check_colours, picture
+
+
+def test_unreadable_images_are_named(tree: Path, cache: str) -> None:
+    (tree / "train" / "ant" / "0.png").write_bytes(b"no image at all")
+    whole = (tree / "train" / "bee" / "1.png").read_bytes()
+    (tree / "train" / "bee" / "1.png").write_bytes(whole[: len(whole) // 2])
+    source = Source(str(tree), image_size=16, cache=cache)
+    with pytest.raises(
+        DataError, match=r"2 of 9 images cannot be read: .*0\.png.*; .*1\.png.* \(--unreadable skip"
+    ):
+        load(source)
+    with pytest.warns(RuntimeWarning, match=r"left out: 2 of 9 images cannot be read"):
+        data = load(dataclasses.replace(source, unreadable="skip"))
+    assert data.train_counts.tolist() == [3, 2, 2]
+    check_colours(data.x_train, data.y_train)
+    assert sum(file.stat().st_size for file in Path(cache).rglob("*.u8")) == (7 + 3) * 16 * 16 * 3
+    (tree / "train" / "bee" / "1.png").write_bytes(whole)
+    with pytest.warns(RuntimeWarning, match=r"left out: 1 of 9 images cannot be read: .*0\.png"):
+        data = load(dataclasses.replace(source, unreadable="skip"))
+    assert data.train_counts.tolist() == [3, 3, 2]
+    check_colours(data.x_train, data.y_train)
+
+
+def test_a_file_that_the_disk_would_not_give_is_tried_again(tree: Path, cache: str) -> None:
+    """Its size and time are what they were, so what was decoded still counts as the list's."""
+    file = tree / "train" / "ant" / "2.png"
+    whole, times = file.read_bytes(), file.stat()
+    source = Source(str(tree), image_size=16, cache=cache)
+    for content, trouble in ((bytes(len(whole)), True), (whole, False)):
+        file.write_bytes(content)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        if trouble:
+            with pytest.raises(DataError, match=r"1 of 9 images cannot be read: .*2\.png"):
+                load(source)
+        else:
+            data = load(source)
+    assert data.train_counts.tolist() == [4, 3, 2]
+    check_colours(data.x_train, data.y_train)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    """But not what another is at work on."""
+    script = (
+        "import os, signal, sys; from pathlib import Path; from train.data.cache import whole_folder\n"
+        "with whole_folder(Path(sys.argv[1]), 1) as aside:\n"
+        "    (aside / 'part').write_text('…'); print(flush=True); {then}"
+    )
+
+    def begin(then: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", script.format(then=then), str(tmp_path / "made")]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout
+        process.stdout.readline()
+        return process
+
+    begin("os.kill(os.getpid(), signal.SIGKILL)").communicate()
+    assert len(list(tmp_path.iterdir())) == 1
+    working = begin("input()")
+    (left,) = tmp_path.iterdir()  # the second one's: it removed the first one's
+    with whole_folder(tmp_path / "made", 1):
+        assert left.is_dir()
+    assert working.communicate("\n")[0] == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["part"]
+
+
+def test_images_are_decoded_once(tree: Path, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source(str(tree), image_size=16, cache=cache)
+    first = load(source)
+    assert not list(Path(cache).glob(".*")), "something unfinished was left"
+
+    def never(*_: Any) -> None:
+        raise AssertionError("decoded again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(decoded, "_make", never)
+        again = load(source)
+    assert torch.equal(first.x_train, again.x_train)
+    assert first.fingerprint() == again.fingerprint()
+    picture(tree / "train" / "ant" / "0.png", (0, 0, 0))  # another image of that name
+    changed = load(source)
+    assert not torch.equal(changed.x_train, first.x_train)
+
+
+def test_many_images_by_several_processes(tmp_path: Path, cache: str) -> None:
+    for i in range(150):
+        for part in ("train", "test"):
+            picture(tmp_path / "set" / part / f"class {i % 3}" / f"{i}.png", (i, 0, 255 - i), (9, 9))
+    data = load(Source(str(tmp_path / "set"), image_size=9, cache=cache))
+    assert data.train_counts.tolist() == [50, 50, 50]
+    reds = data.x_train[:, 0, 4, 4]
+    order = sorted(range(150), key=lambda i: (i % 3, f"{i}.png"))
+    assert reds.tolist() == order
+
+
+def test_pictures_of_any_kind(tmp_path: Path) -> None:
+    for mode, colour in (
+        ("L", 90),
+        ("P", 3),
+        ("RGBA", (1, 2, 3, 4)),
+        ("CMYK", (9, 9, 9, 9)),
+        ("I;16", 5),
+        ("1", 1),
+    ):
+        path = tmp_path / f"{mode.replace(';', '')}.tiff"
+        Image.new(mode, (7, 50), colour).save(path)
+        assert pictures.decode(path, 12).shape == (12, 12, 3)
+    turned = Image.fromarray(
+        np.repeat(np.array([[[255, 0, 0]], [[0, 0, 255]]], np.uint8), 20, 1).repeat(10, 0)
+    )
+    exif = turned.getexif()
+    exif[0x0112] = 3  # upside down
+    turned.save(tmp_path / "turned.png", exif=exif)
+    image = pictures.decode(tmp_path / "turned.png", 20)
+    assert image[2, 10, 2] > 200
+    assert image[17, 10, 0] > 200
