@@ -6,13 +6,14 @@ import functools
 import io
 from collections.abc import Callable
 from math import nan
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import get_font_names
+from matplotlib.font_manager import findSystemFonts, fontManager, get_font_names
 
 from .groups import GROUPS
 
@@ -33,10 +34,18 @@ def picture(draw: Draw, width: float = 6.0, height: float = 3.6, **axes: Any) ->
     return buffer.getvalue()
 
 
+#: Fonts that draw what matplotlib's own does not, as names of classes may be Chinese, and their files.
+CHINESE = {"Noto Sans CJK JP": "NotoSansCJK-Regular.ttc", "WenQuanYi Micro Hei": "wqy-microhei.ttc"}
+
+
 @functools.cache
 def chinese_fonts() -> list[str]:
-    """Those that are there of some that draw what matplotlib's own font does not: names of classes may be Chinese."""
-    return [name for name in ("Noto Sans CJK JP", "WenQuanYi Micro Hei") if name in get_font_names()]
+    """Those of the fonts that are installed."""
+    if CHINESE.keys().isdisjoint(get_font_names()):
+        for file in findSystemFonts():  # matplotlib keeps a list from when it was first used
+            if Path(file).name in CHINESE.values():
+                fontManager.addfont(file)
+    return [name for name in CHINESE if name in get_font_names()]
 
 
 def by_size(result: Record) -> list[tuple[float, float]]:

@@ -7,17 +7,19 @@ import dataclasses
 import io
 import json
 import re
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.font_manager import findSystemFonts, fontManager
 from PIL import Image
 
 from train.__main__ import main
 from train.analysis import BINS, analyse, calibration, common_slot, confusion, feature_map
 from train.data.arrays import Dataset
-from train.figures import accuracy_by_size, by_size
+from train.figures import CHINESE, accuracy_by_size, by_size, chinese_fonts, picture
 from train.methods import TITLES
 from train.page import write_page
 from train.training import Training
@@ -123,6 +125,19 @@ def test_accuracy_by_class_size_by_hand() -> None:
     assert [value for pair in by_size(many) for value in pair] == pytest.approx(
         [value for pair in expected for value in pair]
     )
+
+
+def test_names_of_classes_may_be_chinese(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with fonts that were installed after matplotlib made its list."""
+    there = [file for file in findSystemFonts() if Path(file).name in CHINESE.values()]
+    if not there:
+        pytest.skip(f"none of {', '.join(CHINESE.values())} is installed")
+    monkeypatch.setattr(fontManager, "ttflist", [f for f in fontManager.ttflist if f.fname not in there])
+    chinese_fonts.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of what a font does not have
+        picture(lambda axes: axes.plot([0, 1], label="一 is a class"))
+    chinese_fonts.cache_clear()
 
 
 class Page(HTMLParser):
