@@ -172,7 +172,7 @@ class Config:
     (>=100, <=20)."""
     evaluate_every: int = 1
     """Epochs between two evaluations on the validation images, or the test images where there are none; the last epoch
-    of a stage is always evaluated. A method's result is of the test images."""
+    of a stage is always evaluated. Slot usage is watched after every epoch. A method's result is of the test images."""
     tensorboard: bool = False
     """Also writes every epoch's numbers to runs/<name>/tensorboard/<method> (`pip install tensorboard`)."""
     checkpoint_steps: int | None = None

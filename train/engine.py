@@ -65,8 +65,8 @@ def train(training: Training, folder: RunFolder, display: Display, records: list
                     save()
             speed = speeds(training.images - images_before, time.perf_counter() - begin, training.waited)
             record = training.end_epoch() | speed
-            if training.epoch % config.evaluate_every == 0 or training.epoch == stage.epochs:
-                record |= training.evaluate()
+            due = training.epoch % config.evaluate_every == 0 or training.epoch == stage.epochs
+            record |= training.evaluate() if due else training.slot_usage()
             write(record)
             display.epoch(where, record)
         training.begin_stage(training.stage + 1)

@@ -54,7 +54,7 @@ CAPTIONS = {
     "by_size": "Accuracy of each class by its training samples; lines: means over tenths of the classes",
     "losses": "Training loss, mean of an epoch",
     "accuracies": "Accuracy on the validation samples, or the test samples where there are none; nothing is chosen by it",
-    "usage": "Share of samples that each vector of their own class won",
+    "usage": "Share of samples that each vector of their own class won; of about a thousand, after epochs without evaluation",
     "constellation": "Lengths of centres and displacements, temperatures",
     "reliability": "Calibration on the test samples",
     "map": "t-SNE of unit test features; stars: centres, crosses: centre + displacement",

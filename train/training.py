@@ -205,6 +205,15 @@ class Training:
             record |= {"accuracy_per_class": found.per_class(), "train_counts": data.train_counts.tolist()}
         return record
 
+    def slot_usage(self) -> Record:
+        """Which slots win, on about a thousand of the watched samples: for epochs that are not evaluated."""
+        if not getattr(self.model.head, "num_displacements", 0):
+            return {}
+        _, x, y = self.data.watched
+        every = max(1, len(y) // 1000)
+        found, _ = evaluate(self.model, x[::every], y[::every], self.data.num_classes)
+        return {} if found.slot_usage is None else {"slot_usage": found.slot_usage.tolist()}
+
     def state_dict(self) -> Record:
         """All that the steps to come depend on, in plain types and tensors; the same in all processes."""
         return {

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from train.__main__ import main
 from train.config import Config
 from train.data.arrays import Dataset
 from train.optim import lr_schedule
@@ -183,3 +186,34 @@ def test_displacements_stay_in_use_on_centred_features(features: Dataset) -> Non
     assert len(usage) == 5
     assert sum(usage) == pytest.approx(1, abs=1e-5)
     assert usage[0] < 0.99
+
+
+@pytest.mark.parametrize("method", ["gist", "plain"])
+def test_usage_is_logged_every_epoch(method: str, feature_file: Path, tmp_path: Path) -> None:
+    """From the second stage on, also where epochs are not evaluated."""
+    args = (
+        f"--recipe features --data {feature_file} --runs {tmp_path} --name r --methods {method} --device cpu"
+    )
+    options = "--classes-per-batch 3 --stage1-epochs 2 --stage2-epochs 3 --evaluate-every 3"
+    assert main([*args.split(), *options.split()]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    epochs = [line for line in lines if line["event"] == "epoch"]
+    found = [len(line.get("slot_usage", [])) for line in epochs]
+    if method == "gist":
+        assert found == [0, 1, 5, 5, 5]
+        assert ["accuracy" in line for line in epochs] == [False, True, False, False, True]
+        assert all(sum(line["slot_usage"]) == pytest.approx(1) for line in epochs[1:])
+    else:
+        assert found == [0] * 5
+
+
+def test_usage_on_a_thousand_samples(features: Dataset) -> None:
+    many = dataclasses.replace(
+        features, x_test=features.x_test.repeat(25, 1), y_test=features.y_test.repeat(25)
+    )
+    training = Training("gist", dataclasses.replace(FEATURES, num_displacements=2), many)
+    finish(training)
+    sample = dataclasses.replace(many, x_test=many.x_test[::2], y_test=many.y_test[::2])
+    found = training.slot_usage()
+    training.data = sample
+    assert found["slot_usage"] == training.evaluate()["slot_usage"]
