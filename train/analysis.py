@@ -11,6 +11,7 @@ from torch import Tensor
 from gistops.nn import ConstellationClassifier
 
 from .data.arrays import Dataset
+from .evaluate import samples_at_once
 from .groups import split_classes
 from .model import Model
 
@@ -22,13 +23,13 @@ LISTED = 100  # few-shot classes, of more those that are most often taken for on
 
 
 @torch.no_grad()
-def analyse(model: Model, data: Dataset, rule: str, seed: int, batch_size: int = 500) -> dict[str, Any]:
+def analyse(model: Model, data: Dataset, rule: str, seed: int) -> dict[str, Any]:
     """Plain values for the report, of the head's own predictions; the model is left in training mode."""
     device = next(model.parameters()).device
     model.eval()
     confidence, predicted, common = [], [], []
     displaced = isinstance(model.head, ConstellationClassifier) and model.head.num_displacements > 0
-    for part in data.x_test.split(batch_size):
+    for part in data.x_test.split(samples_at_once(data.num_classes)):
         if displaced:
             logits, slots = model.head(model.features(part.to(device)), return_slots=True)
             common.append(common_slot(slots).cpu())
@@ -79,21 +80,30 @@ def calibration(confidence: Tensor, correct: Tensor) -> dict[str, Any]:
 
 def confusion(predicted: Tensor, data: Dataset, rule: str) -> list[dict[str, Any]]:
     """For each few-shot class what its test samples are taken for, the most frequent first; for LISTED of them at most."""
+    y, num = data.y_test, data.num_classes
     few = split_classes(data.train_counts, rule)["few"]
-    rows = []
-    for k in few.nonzero().flatten().tolist():
-        own = predicted[data.y_test == k]
-        if not len(own):
-            continue
-        counts = torch.bincount(own, minlength=data.num_classes)
-        right, counts[k] = int(counts[k]), 0
-        order = counts.argsort(descending=True, stable=True)[:CONFUSED].tolist()
-        others = [[data.class_names[o], int(counts[o]) / len(own)] for o in order if counts[o]]
-        row = {"class": data.class_names[k], "training": int(data.train_counts[k])}
-        rows.append(row | {"accuracy": right / len(own), "taken for": others})
-    if len(rows) > LISTED:
-        rows.sort(key=lambda row: row["taken for"][0][1] if row["taken for"] else 0.0, reverse=True)
-    return rows[:LISTED]
+    total = torch.bincount(y, minlength=num)
+    wrong = few[y] & (predicted != y)
+    pairs, counts = torch.unique(y[wrong] * num + predicted[wrong], return_counts=True)
+    order = counts.argsort(descending=True, stable=True)
+    taken: dict[int, list[tuple[int, int]]] = {int(k): [] for k in (few & (total > 0)).nonzero()}
+    for pair, count in zip(pairs[order].tolist(), counts[order].tolist(), strict=True):
+        taken[pair // num].append((pair % num, count))
+    if len(taken) > LISTED:
+
+        def share(k: int) -> float:
+            return taken[k][0][1] / int(total[k]) if taken[k] else 0.0
+
+        taken = {k: taken[k] for k in sorted(taken, key=share, reverse=True)[:LISTED]}
+    return [
+        {
+            "class": data.class_names[k],
+            "training": int(data.train_counts[k]),
+            "accuracy": (int(total[k]) - sum(count for _, count in others)) / int(total[k]),
+            "taken for": [[data.class_names[o], count / int(total[k])] for o, count in others[:CONFUSED]],
+        }
+        for k, others in taken.items()
+    ]
 
 
 @torch.no_grad()

@@ -42,6 +42,11 @@ class Evaluation:
         return result
 
 
+def samples_at_once(num_classes: int) -> int:
+    """500, or as many as have logits of 256 MiB if those are fewer."""
+    return max(1, min(500, 2**26 // num_classes))
+
+
 @torch.no_grad()
 def evaluate(
     model: Model,
@@ -49,7 +54,7 @@ def evaluate(
     y: Tensor,
     num_classes: int,
     readings: Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]] | None = None,
-    batch_size: int = 500,
+    batch_size: int | None = None,
 ) -> tuple[Evaluation, dict[str, Evaluation]]:
     """Classify all of `x` in evaluation mode; the model is left in training mode.
 
@@ -61,12 +66,13 @@ def evaluate(
         y: their classes, [n]; as x, anywhere.
         num_classes: K.
         readings: (head, features, the head's logits) -> logits of other ways to use the head, by name.
-        batch_size: samples at a time.
+        batch_size: samples at a time; `samples_at_once` if None.
 
     Returns:
         The evaluation of the head's own logits, and one for each of `readings`.
     """
     model.eval()
+    batch_size = batch_size or samples_at_once(num_classes)
     device = next(model.parameters()).device
     x, y = (tensor.tensor_split(processes.size())[processes.rank()] for tensor in (x, y))
     y = y.to(device)

@@ -8,6 +8,7 @@ import io
 import json
 import re
 import warnings
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -68,6 +69,21 @@ def test_confusion_by_hand(features: Dataset) -> None:
     assert [row["class"] for row in rows] == ["3", "4"]
     assert rows[0] == {"class": "3", "training": 15, "accuracy": 0.25, "taken for": [["1", 0.6], ["0", 0.15]]}
     assert rows[1]["taken for"] == []
+
+
+def test_confusion_of_many_classes_one_at_a_time(seed: int) -> None:
+    counts = torch.randint(1, 40, (60,))
+    y = torch.randint(1, 60, (700,))  # none is of class 0
+    data = Dataset(y, y, y, y, [f"c{k}" for k in range(60)], counts)
+    predicted = torch.where(torch.rand(700) < 0.3, y, (y + torch.randint(1, 6, (700,)) ** 2) % 60)
+    found = {row["class"]: row for row in confusion(predicted, data, "standard")}
+    assert len(found) == int((torch.bincount(y, minlength=60)[counts < 20] > 0).sum())
+    for name, row in found.items():
+        own = predicted[y == int(name[1:])]
+        others = sorted(Counter(own.tolist()).items(), key=lambda pair: (-pair[1], pair[0]))
+        shares = [[f"c{k}", n / len(own)] for k, n in others if f"c{k}" != name]
+        right = dict(others).get(int(name[1:]), 0) / len(own)
+        assert (row["accuracy"], row["taken for"]) == (right, shares[:3])
 
 
 @pytest.mark.parametrize("method", ["gist", "plain", "gist-rotation"])
