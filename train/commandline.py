@@ -106,6 +106,28 @@ def load_recipe(recipe: str) -> Config:
     return Config(**values)
 
 
+def typed_value(option: str, text: str) -> Any:
+    """What `text` means as the value of an option, as in a recipe but that words need no quotes.
+
+    Raises:
+        ConfigError: there is no such option, or it takes one value and this is none of its.
+    """
+    hints = get_type_hints(Config)
+    if option not in hints:
+        raise ConfigError("vary", "the name of an option", repr(option))
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    if hints[option] is float and type(value) is int:
+        value = float(value)
+    try:
+        typeguard.check_type(value, hints[option])
+    except typeguard.TypeCheckError as error:
+        raise ConfigError(option, Config.__annotations__[option], f"{text!r} ({error})") from None
+    return value
+
+
 def _description() -> str:
     paragraphs = [
         "Trains GistNet in two stages on a long-tailed set, and a plain softmax model beside it.",

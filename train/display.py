@@ -66,6 +66,11 @@ class Display:
             status = f"loss {loss:.3f}  {self.rate:,.0f} images/s  {self.left} left"
             self._progress.update(self._task, status=status)
 
+    def skip(self, images: int) -> None:
+        """So many need not be gone through."""
+        self.total -= images
+        self._progress.update(self._task, total=self.total)
+
     def epoch(self, where: str, record: dict[str, Any]) -> None:
         """A line for an epoch's record: on a terminal only where it was evaluated."""
         accuracy = record.get("accuracy")

@@ -1,6 +1,6 @@
 """Trains each method of a run, from its first step or from a checkpoint.
 
-From top to bottom: `run` takes the methods one after another; `train` takes one model through its stages and writes
+From top to bottom: `run` takes the methods one after another, from the end of a first stage that one before had too; `train` takes one model through its stages and writes
 down what happens. The same seed gives the same bits on the CPU, whether the run was interrupted or not. All processes
 go through the same lines; the first one alone writes.
 """
@@ -14,6 +14,7 @@ from .analysis import analyse
 from .config import Config
 from .data.arrays import Dataset
 from .display import Display
+from .firststages import FirstStages
 from .model import save_model
 from .runfiles import RunFolder
 from .training import Training
@@ -22,7 +23,12 @@ Record = dict[str, Any]
 
 
 def run(
-    config: Config, data: Dataset, folder: RunFolder, display: Display, saved: Record | None
+    config: Config,
+    data: Dataset,
+    folder: RunFolder,
+    first_stages: FirstStages,
+    display: Display,
+    saved: Record | None,
 ) -> list[Record]:
     """Train every method that the checkpoint `saved` has not finished; return the results of all methods."""
     records: list[Record] = saved["records"] if saved else []
@@ -34,12 +40,20 @@ def run(
         training = Training(name, config, data)
         if saved and saved["training"]["name"] == name:
             training.load_state_dict(saved["training"])
-        train(training, folder, display, records)
+        elif shared := first_stages.load(training):
+            for record in shared:
+                records.append(record)
+                folder.append_metrics(record)
+            display.skip(training.images)
+        train(training, folder, first_stages, display, records)
         del training  # and with it the data on a GPU, before the next one's is put there
+    first_stages.clear()
     return [record for record in records if record["event"] == "result"]
 
 
-def train(training: Training, folder: RunFolder, display: Display, records: list[Record]) -> None:
+def train(
+    training: Training, folder: RunFolder, first_stages: FirstStages, display: Display, records: list[Record]
+) -> None:
     """Take a model through what is left of its stages; append to `records`, the result last."""
 
     def save() -> None:
@@ -69,6 +83,8 @@ def train(training: Training, folder: RunFolder, display: Display, records: list
             record |= training.evaluate() if due else training.slot_usage()
             write(record)
             display.epoch(where, record)
+        if training.stage == 0:
+            first_stages.save(training, records)
         training.begin_stage(training.stage + 1)
     folder.write(
         f"model-{training.name}.safetensors",

@@ -241,6 +241,16 @@ METHODS: dict[str, Callable[[Config, Tensor], Method]] = {
     "cos-balanced-softmax": functools.partial(SoftmaxClassifier, cosine=True, prior=True),
 }
 
+#: Methods that are another one in all but their second stage, and that other one.
+FIRST_STAGES = {
+    "cos-gist": "cos-gist",
+    "gist": "cos-gist",
+    "gist-rotation": "cos-gist",
+    "gist-mlp": "cos-gist",
+    "cos-cb": "cos-cb",
+    "cos-cs-cb": "cos-cb",
+}
+
 #: What reports call them; in the paper's Table 3 where it has them.
 TITLES = {
     "gist": "GistNet (COS+CS+GIST)",

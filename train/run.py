@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .data.errors import DataError
 from .data.load import load as load_data
 from .display import Display, say
 from .engine import run
+from .firststages import FirstStages
 from .methods import TITLES
 from .page import read_records, write_page
 from .report import print_results
@@ -23,8 +25,13 @@ from .runfiles import RunFolder
 from .training import own_parts, sizes_of
 
 
-def start(config: Config, console: Console) -> list[dict[str, Any]]:
+def start(config: Config, console: Console, shared: Path | None = None) -> list[dict[str, Any]]:
     """Load, train, report; returns the results of all methods.
+
+    Args:
+        config: the options.
+        console: where to speak.
+        shared: a folder for first stages that other runs may have in common with this one.
 
     Raises:
         ConfigError: an option that cannot be.
@@ -35,12 +42,15 @@ def start(config: Config, console: Console) -> list[dict[str, Any]]:
     check_parts(config, data)
     folder = RunFolder(config)
     saved = processes.from_first(lambda: folder.open(config, data.fingerprint()))
+    first_stages = FirstStages(
+        shared or folder.path / "first-stages", config, data.fingerprint(), kept=shared is not None
+    )
     if config.threads:
         torch.set_num_threads(config.threads)
     announce(console, config, data, saved)
     with Display(console, images_in_all(config, data), images_done(saved)) as display:
         try:
-            results = run(config, data, folder, display, saved)
+            results = run(config, data, folder, first_stages, display, saved)
         except BackboneError as error:
             raise ConfigError("backbone", str(error), repr(config.backbone)) from None
     print_results(console, results, data.train_counts, config.split_rule)
