@@ -26,6 +26,9 @@ DEPARTURES = (
     "displacement_scale",
     "displacement_lr",
     "displacement_weight_decay",
+    "displacement_update",
+    "transfer_directions",
+    "transfer_length",
 )
 
 
@@ -131,6 +134,13 @@ class Config:
     """Their learning rate as a multiple of --lr; 0 leaves them where they start."""
     displacement_weight_decay: float | None = None
     """Their weight decay; --weight-decay if not given."""
+    displacement_update: Literal["gradient", "residuals"] = "gradient"
+    """How they move: by gradients, or to the directions of residuals, found anew after every epoch, at --displacement-scale."""
+    transfer_directions: int = 0
+    """GistNet: in the second stage each feature of the balanced stream is displaced by one of so many directions in which
+    the larger classes spread, found anew after every epoch, so that small classes vary as they do; 0: not. Not in the paper."""
+    transfer_length: float = 0.7
+    """How far, with features of unit length."""
     prior_strength: float = 1.0
     """What the log prior is multiplied with where it is added in training, or taken off afterwards."""
     balanced_loss_weight: float = 0.5
@@ -235,6 +245,13 @@ def check(config: Config) -> None:
     expect("imbalance_ratio", config.imbalance_ratio >= 1, "at least 1")
     expect("image_size", config.image_size >= 1, "at least 1")
     expect("displacement_init", config.displacement_init in ("random", "residuals"), "random or residuals")
+    expect(
+        "displacement_update",
+        config.displacement_update in ("gradient", "residuals"),
+        "gradient or residuals",
+    )
+    expect("transfer_directions", config.transfer_directions >= 0, "at least 0")
+    expect("transfer_length", config.transfer_length > 0, "a number above 0")
     scale = config.displacement_scale
     expect("displacement_scale", scale is None or scale > 0, "a number above 0")
     expect("displacement_lr", config.displacement_lr >= 0, "at least 0")

@@ -32,6 +32,9 @@ LATER = PLACES | {
     "displacement_scale",
     "displacement_lr",
     "displacement_weight_decay",
+    "displacement_update",
+    "transfer_directions",
+    "transfer_length",
     "prior_strength",
     "stage2_epochs",
 }

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import gistops
 from gistops.nn import ConstellationClassifier, GistClassifier
 
+from . import displacements as structure
 from .config import Config, backend_of
-from .displacements import residual_directions
+from .displacements import Sample
 
-Sample = Callable[[], tuple[Tensor, Tensor]]  # training features [n, d] and their classes [n]
 Scores = dict[str, Tensor]  # what a reading is called -> logits [b, K]
 
 
@@ -47,6 +47,9 @@ class Method(Protocol):
 
     def begin_stage(self, stage: int, head: Any, sample: Sample) -> None:
         """Change the head from the stage before into that of `stage`."""
+
+    def end_epoch(self, head: Any, sample: Sample) -> None:
+        """Change what is not trained by gradients."""
 
     def losses(self, head: Any, features: Tensor, labels: Tensor, num_balanced: int) -> dict[str, Tensor]:
         """Means over each stream's samples, loss_balanced and loss_random; the balanced stream's samples come first."""
@@ -80,6 +83,9 @@ class SoftmaxClassifier:
         return nn.Linear(in_features, num_classes)
 
     def begin_stage(self, stage: int, head: nn.Module, sample: Sample) -> None:
+        pass
+
+    def end_epoch(self, head: nn.Module, sample: Sample) -> None:
         pass
 
     def losses(
@@ -117,7 +123,11 @@ class OneHead:
 
     def begin_stage(self, stage: int, head: ConstellationClassifier, sample: Sample) -> None:
         if stage == 1 and self.num_displacements and self.stages[1].epochs:  # or they would stay noise
-            add_displacements(head, self.config, self.counts, sample)
+            structure.begin(head, self.config, self.counts, sample)
+
+    def end_epoch(self, head: ConstellationClassifier, sample: Sample) -> None:
+        if head.num_displacements:
+            structure.follow(head, self.config, self.counts, sample)
 
     def losses(
         self, head: ConstellationClassifier, features: Tensor, labels: Tensor, num_balanced: int
@@ -166,7 +176,11 @@ class Gist:
 
     def begin_stage(self, stage: int, head: GistClassifier, sample: Sample) -> None:
         if stage == 1 and self.num_displacements and self.stages[1].epochs:  # or they would stay noise
-            add_displacements(head, self.config, self.counts, sample)
+            structure.begin(head, self.config, self.counts, sample, transfer=True)
+
+    def end_epoch(self, head: GistClassifier, sample: Sample) -> None:
+        if head.num_displacements:
+            structure.follow(head, self.config, self.counts, sample)
 
     def losses(
         self, head: GistClassifier, features: Tensor, labels: Tensor, num_balanced: int
@@ -196,15 +210,6 @@ def two_stages(config: Config) -> list[Stage]:
 def log_prior(counts: Tensor) -> Tensor:
     """log of each class's share of the training samples, [K] float32."""
     return (counts / counts.sum()).log().float()
-
-
-def add_displacements(head: ConstellationClassifier, config: Config, counts: Tensor, sample: Sample) -> None:
-    """The second stage's displacements, as the configuration wants them to start."""
-    if config.displacement_init == "random" or head.transform != "translation":
-        return head.add_displacements(config.num_displacements, scale=config.displacement_scale)
-    directions = residual_directions(*sample(), counts, config.num_displacements, config.seed)
-    length = (config.displacement_scale or head.displacement_scale) * head.centers.detach().norm(dim=1).mean()
-    head.add_displacements(values=length * directions.to(head.centers))
 
 
 def centers_alone(head: ConstellationClassifier, features: Tensor) -> Scores:

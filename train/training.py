@@ -19,6 +19,7 @@ from .data.arrays import Dataset
 from .data.augment import Augmentation
 from .data.batches import Batches, Part, sizes_of_steps
 from .data.streams import BalancedStream, RandomStream
+from .displacements import TRANSFER, displaced
 from .evaluate import evaluate
 from .methods import METHODS, Method
 from .model import Model, build_model
@@ -37,16 +38,19 @@ class Diverged(RuntimeError):
 class Losses(nn.Module):
     """From samples to losses: what torch.compile and DistributedDataParallel wrap."""
 
-    def __init__(self, model: Model, method: Method, split: bool) -> None:
+    def __init__(self, model: Model, method: Method, config: Config) -> None:
         super().__init__()
-        self.model, self.method, self.split = model, method, split
+        self.model, self.method = model, method
+        self.split, self.transfer_length = config.batch_norm == "split", config.transfer_length
 
-    def forward(self, x: Tensor, y: Tensor, num_balanced: int) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, y: Tensor, num_balanced: int, chance: Tensor) -> dict[str, Tensor]:
         if self.split and 0 < num_balanced < len(x):
             streams = x.tensor_split([num_balanced])
             features = torch.cat([self.model.features(stream) for stream in streams])
         else:
             features = self.model.features(x)
+        if (directions := getattr(self.model.head, TRANSFER, None)) is not None:
+            features = displaced(features, directions, self.transfer_length, num_balanced, chance)
         return self.method.losses(self.model.head, features, y, num_balanced)
 
 
@@ -109,7 +113,7 @@ class Training:
         self.method.begin_stage(stage, self.model.head, self._sample)
         self.model.train()
         config = self.config
-        self.losses: nn.Module = Losses(self.model, self.method, config.batch_norm == "split")
+        self.losses: nn.Module = Losses(self.model, self.method, config)
         if processes.together():  # the first one's weights become those of all
             self.losses = nn.parallel.DistributedDataParallel(self.losses)
         if config.compile:
@@ -151,7 +155,7 @@ class Training:
             with torch.autocast(
                 self.device.type, HALF.get(self.config.precision), self.config.precision in HALF
             ):
-                losses = self.losses(part.x, part.y, part.num_balanced)
+                losses = self.losses(part.x, part.y, part.num_balanced, part.chance)
             shares = {name: part.shares[name] * loss for name, loss in losses.items()}
             loss = torch.stack([self.method.weights[name] * share for name, share in shares.items()]).sum()
             # DistributedDataParallel takes the mean over processes, of which each has a part of the sum.
@@ -185,6 +189,7 @@ class Training:
         means = dict(zip(names, sums.tolist(), strict=True))
         if not math.isfinite(means["loss"]):
             raise Diverged(f"the loss is {means['loss']}; a lower --lr or a longer --warmup-epochs may help")
+        self.method.end_epoch(self.model.head, self._sample)
         self.epoch, self.step_of_epoch, self.sums, self.waited = self.epoch + 1, 0, {}, 0.0
         record = {"event": "epoch", "method": self.name, "stage": self.stage + 1, "epoch": self.epoch}
         return record | {"images": self.images, "lr": self.lr} | means | self.method.describe(self.model.head)

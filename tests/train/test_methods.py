@@ -14,7 +14,6 @@ from train.commandline import load_recipe
 from train.config import Config, MethodName
 from train.data.arrays import Dataset
 from train.data.streams import BalancedStream
-from train.displacements import residual_directions
 from train.methods import METHODS, TITLES
 from train.training import Training
 
@@ -95,43 +94,11 @@ def test_priors(strength: float, features: Dataset) -> None:
     torch.testing.assert_close(both, adjusted.log_softmax(1) + training.model.head(x).log_softmax(1))
 
 
-def test_displacements_start_from_residuals(features: Dataset) -> None:
-    config = dataclasses.replace(CONFIG, displacement_init="residuals", displacement_scale=0.7)
-    training = Training("gist", config, features)
-    training.begin_stage(1)
-    head = training.model.head
-    norm = head.centers.norm(dim=1).mean()
-    torch.testing.assert_close(head.displacements.norm(dim=1), (0.7 * norm).expand(3))
-    again = Training("gist", config, features)
-    again.begin_stage(1)
-    assert torch.equal(again.model.head.displacements, head.displacements)
-
-
 @pytest.mark.parametrize("name", ["gist", "cos-cs-cb"])
 def test_no_displacements_where_no_epoch_would_train_them(name: str, features: Dataset) -> None:
     training = Training(name, dataclasses.replace(CONFIG, stage2_epochs=0), features)
     finish(training)
     assert training.model.head.num_displacements == 0
-
-
-def test_residual_directions_are_those_in_which_classes_spread(seed: int) -> None:
-    """Classes whose samples lie off their mean in two opposite shared directions give these directions."""
-    spread = F.normalize(torch.randn(32), dim=0)
-    means = F.normalize(torch.randn(6, 32), dim=1)
-    means = F.normalize(means - (means @ spread)[:, None] * spread, dim=1)
-    counts = torch.tensor([200, 200, 200, 200, 5, 5])
-    y = torch.repeat_interleave(torch.arange(6), counts)
-    sign = torch.randint(2, (len(y), 1)) * 2.0 - 1
-    x = 3 * (means[y] + 0.5 * sign * spread + 0.01 * torch.randn(len(y), 32))
-    directions = residual_directions(x, y, counts, 2, seed=0)
-    torch.testing.assert_close(directions.norm(dim=1), torch.ones(2))
-    cosines = directions @ spread
-    assert cosines.abs().min() > 0.95
-    assert cosines[0] * cosines[1] < 0
-    few = residual_directions(x[-10:], torch.zeros(10, dtype=torch.int64), torch.tensor([10]), 2, 0)
-    assert few.shape == (2, 32)
-    with pytest.raises(ValueError, match=r"--num-displacements: expected at most 10, .* got 11"):
-        residual_directions(x[-10:], torch.zeros(10, dtype=torch.int64), torch.tensor([10]), 11, 0)
 
 
 def test_a_balanced_stream_in_any_runs_is_the_samplers(features: Dataset) -> None:

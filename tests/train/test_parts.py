@@ -66,6 +66,18 @@ def test_micro_batches_add_up_to_the_gradients_of_the_step(method: str, features
     assert whole.images == parts.images
 
 
+def test_micro_batches_of_displaced_features_too(features: Dataset) -> None:
+    config = dataclasses.replace(PLAIN_FEATURES, transfer_directions=5)
+    trained = []
+    for accumulate in (1, 4):
+        training = in_float64("gist", dataclasses.replace(config, accumulate=accumulate), features)
+        training.begin_stage(1)
+        training.model.double()
+        training.step()
+        trained.append(gradients(training))
+    assert_same(*trained)
+
+
 def test_streams_share_statistics_or_not(images: Dataset) -> None:
     seen: dict[str, list[int]] = {}
     for choice in ("joint", "split"):

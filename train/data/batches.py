@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .augment import NUMBERS, Augmentation
+from .augment import ACROSS, NUMBERS, Augmentation
 from .streams import BalancedStream, RandomStream
 
 Draw = dict[
@@ -26,6 +26,8 @@ class Part:
     num_balanced: int
     #: Of each stream's samples in the step, how many are in this part: by what a mean over them counts in the step's.
     shares: dict[str, float]
+    #: A number from 0 to below 1 for each sample, [b], for what is left to chance beyond the input.
+    chance: Tensor
 
 
 class Batches:
@@ -105,9 +107,10 @@ class Batches:
             "loss_random": own_random / max(1, num_random),
         }
         x = _taken(self.x, indices, self.y.device)
-        return Part(
-            self.augment(x, draw["numbers"][rows]), self.y[indices.to(self.y.device)], own_balanced, shares
-        )
+        numbers, device = draw["numbers"][rows], self.y.device
+        # Of a number of 24 bits the lower twelve: augmentation looks at the upper ones.
+        chance = (numbers[:, ACROSS] * 4096).frac().to(device)
+        return Part(self.augment(x, numbers), self.y[indices.to(device)], own_balanced, shares, chance)
 
     def _bounds(self, part: int, count: int) -> tuple[int, int]:
         return count * part // self.num_parts, count * (part + 1) // self.num_parts
