@@ -101,6 +101,8 @@ def test_the_papers_settings_stay_available() -> None:
     paper = from_command_line(["--recipe", "features", "--data", "x.npz", "--preset", "paper"])
     assert recipe.center_features
     assert not paper.center_features
+    assert (recipe.displacement_update, recipe.transfer_directions) == ("residuals", 32)
+    assert (paper.displacement_update, paper.transfer_directions) == ("gradient", 0)
     assert (paper.lr, paper.stage1_epochs, paper.preset) == (recipe.lr, recipe.stage1_epochs, "paper")
     mixed = from_command_line(
         ["--recipe", "features", "--data", "x.npz", "--preset", "paper", "--center-features"]
