@@ -268,8 +268,18 @@ def ran(command: list[str]) -> str:
 
 def test_a_run_by_torchrun(tmp_path: Path) -> None:
     """As one process does it, but for rounding; and it goes on as one process."""
-    options = ["--recipe", "smoke", "--device", "cpu", "--methods", "gist", "--checkpoint-steps", "3"]
-    options += ["--runs", str(tmp_path)]
+    options = [
+        "--recipe",
+        "smoke",
+        "--device",
+        "cpu",
+        "--methods",
+        "cos-gist",
+        "gist",
+        "--checkpoint-steps",
+        "3",
+    ]
+    options += ["--displacement-update", "residuals", "--transfer-directions", "6", "--runs", str(tmp_path)]
     launcher = [sys.executable, "-m", "torch.distributed.run", *LAUNCHED.split()]
     alone = [sys.executable, "-m", "train", "--name", "alone", *options]
     together = [*launcher, "-m", "train", "--name", "together", *options]
@@ -282,6 +292,9 @@ def test_a_run_by_torchrun(tmp_path: Path) -> None:
     )
     assert len(one) == len(two)
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-3)
+    for records in (one, two):  # GistNet goes on from COS+GIST's first stage
+        kept = [r for r in records if r["event"] == "epoch" and r["stage"] == 1]
+        assert [(r["method"], r["loss"]) for r in kept[1:]] == [("gist", kept[0]["loss"])]
     assert {p.name for p in (tmp_path / "alone").iterdir()} == {
         p.name for p in (tmp_path / "together").iterdir()
     }
