@@ -19,9 +19,8 @@ from .groups import SPLIT_RULES
 DEFAULT_RECIPE = "fashion-mnist-lt"
 
 
-#: What --preset paper puts back to its default, which is the paper's.
-DEPARTURES = (
-    "center_features",
+#: What becomes of the displacements, in the second stage alone.
+STRUCTURE = (
     "displacement_init",
     "displacement_scale",
     "displacement_lr",
@@ -30,6 +29,9 @@ DEPARTURES = (
     "transfer_directions",
     "transfer_length",
 )
+
+#: What --preset paper puts back to its default, which is the paper's.
+DEPARTURES = ("center_features", *STRUCTURE)
 
 
 class ConfigError(ValueError):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from . import processes
-from .config import Config, config_values
+from .config import STRUCTURE, Config, config_values
 from .methods import FIRST_STAGES
 from .runfiles import PLACES, write_aside
 from .training import Training
@@ -23,18 +23,13 @@ from .training import Training
 Record = dict[str, Any]
 
 #: Options that nothing before the second stage depends on.
-LATER = PLACES | {
+LATER = {
+    *PLACES,
+    *STRUCTURE,
+    "num_displacements",
     "name",
     "preset",
     "methods",
-    "num_displacements",
-    "displacement_init",
-    "displacement_scale",
-    "displacement_lr",
-    "displacement_weight_decay",
-    "displacement_update",
-    "transfer_directions",
-    "transfer_length",
     "prior_strength",
     "stage2_epochs",
 }
