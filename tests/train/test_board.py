@@ -16,6 +16,7 @@ from train.board import scalars
 from train.commandline import from_command_line
 from train.display import Display
 from train.engine import run
+from train.firststages import FirstStages
 from train.run import load
 from train.runfiles import RunFolder
 
@@ -103,7 +104,7 @@ def test_a_resumed_run_shows_each_epoch_once(feature_file: Path, tmp_path: Path)
     folder = Stopped(config)
     folder.open(config, data.fingerprint())
     with Display(console, 1, 0) as display, pytest.raises(InterruptedError):
-        run(config, data, folder, display, None)
+        run(config, data, folder, FirstStages(tmp_path, config, ""), display, None)
     assert len(check(tmp_path / "r", "gist")["loss"]) == 3
 
     assert main([*args, "--resume", "--tensorboard"]) == 0
