@@ -133,8 +133,8 @@ def residual_directions(
     residuals = F.normalize(F.normalize(features[sample].double(), dim=1) - means[labels[sample]], dim=1)
     if len(residuals) < num:
         raise ValueError(
-            f"--num-displacements: expected at most {len(residuals)}, the samples of the larger classes, "
-            f"to start them from residuals; got {num}"
+            f"--num-displacements, --transfer-directions: expected at most {len(residuals)}, the samples of the larger classes, "
+            f"whose residuals they are found in; got {num}"
         )
     starts = 4 if start is None else 1
     init = "k-means++" if start is None else start.double().cpu().numpy()

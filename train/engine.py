@@ -1,7 +1,7 @@
 """Trains each method of a run, from its first step or from a checkpoint.
 
-From top to bottom: `run` takes the methods one after another, from the end of a first stage that one before had too; `train` takes one model through its stages and writes
-down what happens. The same seed gives the same bits on the CPU, whether the run was interrupted or not. All processes
+From top to bottom: `run` takes the methods one after another, from the end of a first stage that one before had too; `train`
+takes one model through its stages and writes down what happens. The same seed gives the same bits on the CPU, whether the run was interrupted or not. All processes
 go through the same lines; the first one alone writes.
 """
 

@@ -62,7 +62,7 @@ def test_residual_directions_are_those_in_which_classes_spread(seed: int) -> Non
     assert cosines[0] * cosines[1] < 0
     few = residual_directions(x[-10:], torch.zeros(10, dtype=torch.int64), torch.tensor([10]), 2, 0)
     assert few.shape == (2, 32)
-    with pytest.raises(ValueError, match=r"--num-displacements: expected at most 10, .* got 11"):
+    with pytest.raises(ValueError, match=r"--transfer-directions: expected at most 10, .* got 11"):
         residual_directions(x[-10:], torch.zeros(10, dtype=torch.int64), torch.tensor([10]), 11, 0)
 
 
