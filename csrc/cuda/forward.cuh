@@ -36,7 +36,6 @@ struct ForwardEpilogue {
   S scale[Shape::kFeatures];  // tau / |f_i|
   S squares[Shape::kWarpsF][Shape::kClasses];
   S dots[Shape::kWarpsF][Shape::kClasses][kFusedDisplacements];
-  int cancelled[Shape::kClasses];  // some vector of the class cancels
   uint8_t slots[Shape::kFeatures][Shape::kClasses];
 };
 
@@ -95,18 +94,18 @@ class Forward {
       const int64_t row = first_feature_ + i;
       e.scale[i] = row < p_.B() ? *p_.tau * prepared_.input_rnorms[row] : S(0);
     }
-    for (int i = static_cast<int>(threadIdx.x); i < Shape::kClasses; i += Shape::kThreads) e.cancelled[i] = 0;
     __syncthreads();
     const int M = static_cast<int>(p_.M());
+    bool cancelled = false;
     for (int first = 0; first < M; first += Shape::kSlots) {
       const int n = min(Shape::kSlots, M - first);
-      make_rnorms(e, first, n);
+      cancelled |= make_rnorms(e, first, n);
       take_products(e, first, n);
       __syncthreads();
       first == 0 ? pool<true>(e, first, n) : pool<false>(e, first, n);
       __syncthreads();
     }
-    score_cancelled(e);
+    if (cancelled) score_cancelled(e);
     store(e);
   }
 
@@ -201,8 +200,9 @@ class Forward {
     }
   }
 
-  // e.r: the reciprocal norms of slots first .. first + n, negative where the pair cancels.
-  __device__ __forceinline__ void make_rnorms(Epilogue& e, int first, int n) {
+  // e.r: the reciprocal norms of slots first .. first + n, negative where the pair cancels; whether any of the block's
+  // pairs does.
+  __device__ __forceinline__ bool make_rnorms(Epilogue& e, int first, int n) {
     bool any = false;
     for (int i = static_cast<int>(threadIdx.x); i < n * Shape::kClasses; i += Shape::kThreads) {
       const int j = i / Shape::kClasses, k = i % Shape::kClasses;
@@ -210,7 +210,7 @@ class Forward {
       if constexpr (kGiven) {
         const S r = row < p_.K() ? out_.center_rnorms[(first + j) * p_.K() + row] : S(0);
         e.r[j][k] = r;
-        if (r < S(0)) e.cancelled[k] = 1;  // by several threads, the same value
+        any |= r < S(0);
       } else {
         S square = 0, dot = 0;
 #pragma unroll
@@ -221,12 +221,12 @@ class Forward {
         const S delta_square = prepared_.delta_squares[j], sum = square + delta_square + 2 * dot;
         const bool lost = j > 0 && cancels(sum, square, delta_square);
         e.r[j][k] = lost ? S(-1) : clamped_rnorm(sum);
-        if (lost) e.cancelled[k] = 1;
         any |= lost;
       }
     }
+    any = __syncthreads_or(any);
     if constexpr (!kGiven) {
-      if (__syncthreads_or(any)) {
+      if (any) {
         for (int i = warp_; i < n * Shape::kClasses; i += Shape::kThreads / kWarp) {
           const int j = i / Shape::kClasses, k = i % Shape::kClasses;
           if (e.r[j][k] >= S(0) || e.r[j][k] != e.r[j][k]) continue;
@@ -245,6 +245,7 @@ class Forward {
         }
       }
     }
+    return any;
   }
 
   __device__ __forceinline__ void take_products(Epilogue& e, int first, int n) {
@@ -297,23 +298,32 @@ class Forward {
     }
   }
 
+  __device__ __forceinline__ S rnorm(const Epilogue& e, int j, int k) {
+    return kGiven ? out_.center_rnorms[j * p_.K() + first_class_ + k] : e.r[j][k];
+  }
+
   // Classes with a vector that cancels are scored again from the vectors themselves: a warp for each pair.
   __device__ __forceinline__ void score_cancelled(Epilogue& e) {
     const T* delta = p_.displacements.data;
-    for (int i = warp_; i < Shape::kClasses * Shape::kFeatures; i += Shape::kThreads / kWarp) {
-      const int k = i / Shape::kFeatures, b = i % Shape::kFeatures;
-      if (!e.cancelled[k] || first_feature_ + b >= p_.B()) continue;
-      const T* f = p_.input.data + (first_feature_ + b) * p_.input.ld;
+    const int M = static_cast<int>(p_.M());
+    const int classes = static_cast<int>(min(p_.K() - first_class_, int64_t{Shape::kClasses}));
+    const int features = static_cast<int>(min(p_.B() - first_feature_, int64_t{Shape::kFeatures}));
+    for (int k = 0; k < classes; ++k) {
+      bool cancelled = false;
+      for (int j = 1; j < M; ++j) cancelled |= rnorm(e, j, k) < S(0);
+      if (!cancelled) continue;
       const T* w = p_.centers.data + (first_class_ + k) * p_.centers.ld;
-      S best = 0;
-      int slot = 0;
-      for (int j = 0; j < p_.M(); ++j) {
-        const S r = kGiven ? out_.center_rnorms[j * p_.K() + first_class_ + k] : e.r[j][k];
-        const S score =
-            direct_product(f, w, j ? delta + (j - 1) * p_.displacements.ld : nullptr, p_.d(), lane_) * magnitude(r);
-        if (j == 0 || score > best || score != score) best = score, slot = j;
+      for (int b = warp_; b < features; b += Shape::kThreads / kWarp) {
+        const T* f = p_.input.data + (first_feature_ + b) * p_.input.ld;
+        S best = 0;
+        int slot = 0;
+        for (int j = 0; j < M; ++j) {
+          const S score = direct_product(f, w, j ? delta + (j - 1) * p_.displacements.ld : nullptr, p_.d(), lane_) *
+                          magnitude(rnorm(e, j, k));
+          if (j == 0 || score > best || score != score) best = score, slot = j;
+        }
+        if (lane_ == 0) e.logits[b][k] = best, e.slots[b][k] = static_cast<uint8_t>(slot);
       }
-      if (lane_ == 0) e.logits[b][k] = best, e.slots[b][k] = static_cast<uint8_t>(slot);
     }
   }
 

@@ -60,10 +60,11 @@ class Sequence {
     if (p_.B() == 0 || p_.K() == 0) return clear(gradients);
     const Saved<T> saved{static_cast<const S*>(grad), static_cast<const S*>(results.logits), results.slots,
                          static_cast<const S*>(results.center_rnorms), static_cast<const S*>(results.input_rnorms)};
-    const Routed<T> routed = route(saved, static_cast<S*>(gradients.tau));
+    const RouteShape shape(p_.B(), p_.K(), p_.M());
+    const Routed<T> routed = route(shape, saved, static_cast<S*>(gradients.tau));
     if (gradients.input) {
       S* product = static_cast<S*>(workspace_.product(routed.h, routed.ld, arguments_));
-      launch("input", input_kernel<T>, blocks(p_.B()), kFinishThreads, 0, stream_, p_, saved, routed, product,
+      launch("input", input_kernel<T>, blocks(p_.B()), kFinishThreads, 0, stream_, shape, p_, saved, routed, product,
              static_cast<T*>(gradients.input));
     }
     S* displacements = p_.m() ? static_cast<S*>(gradients.displacements) : nullptr;
@@ -76,7 +77,7 @@ class Sequence {
            CenterGradients<T>{static_cast<T*>(gradients.centers), partials});
     if (displacements)
       launch("displacements", displacements_kernel<T>, blocks(p_.m() * ceil_div(p_.d(), kWarp)), kFinishThreads, 0,
-             stream_, p_, saved, routed, static_cast<const S*>(partials), tiles, displacements);
+             stream_, shape, p_, saved, routed, static_cast<const S*>(partials), tiles, displacements);
   }
 
  private:
@@ -117,8 +118,7 @@ class Sequence {
            stream_, p_, prepared, out);
   }
 
-  Routed<T> route(const Saved<T>& saved, S* tau) {
-    const RouteShape shape(p_.B(), p_.K(), p_.M());
+  Routed<T> route(const RouteShape& shape, const Saved<T>& saved, S* tau) {
     constexpr int64_t kVector = 16 / sizeof(T);
     const int64_t ld = ceil_div(p_.K(), kVector) * kVector, rows = p_.B() * p_.M(), classes = p_.K() * p_.M();
     T* h = scratch<T>(p_.B() * ld);
@@ -127,8 +127,15 @@ class Sequence {
                             scratch<S>(shape.groups() * rows),
                             scratch<S>(shape.parts() * classes),
                             scratch<S>(shape.blocks()),
-                            scratch<int>(shape.blocks())};
-    const Routed<T> sums{h, ld, scratch<S>(rows), scratch<S>(classes), tau ? tau : scratch<S>(1), scratch<int>(1)};
+                            scratch<int>(shape.blocks()),
+                            nullptr};
+    const Routed<T> sums{h,
+                         ld,
+                         scratch<S>(rows),
+                         scratch<S>(classes),
+                         tau ? tau : scratch<S>(1),
+                         partial.flags,
+                         scratch<int>(1)};
     launch("route", route_kernel<T>, blocks(shape.groups(), shape.parts()), RouteShape::kThreads, 0, stream_, shape,
            p_.tau, saved, partial);
     launch("gather", gather_kernel<T>, blocks(ceil_div(rows + classes + 1, RouteShape::kThreads)), RouteShape::kThreads,

@@ -28,6 +28,7 @@ struct RouteShape {
   }
   __host__ __device__ int64_t rows_a_part() const { return ceil_div(B, parts()); }
   __host__ __device__ int64_t blocks() const { return groups() * parts(); }
+  __host__ __device__ int64_t classes_a_group() const { return tiles_a_group() * kClasses; }
 };
 
 template <class T>
@@ -37,7 +38,8 @@ struct Routed {
   Sum<T>* s;       // [groups, B, M], then [B, M]
   Sum<T>* t;       // [parts, K, M], then [K, M]
   Sum<T>* tau;     // [blocks], then [1]
-  int* cancelled;  // [blocks], then [1]: whether any pair cancels
+  int* flags;      // [parts, groups]: whether any of a block's pairs cancels
+  int* cancelled;  // [1], after the partials: whether any does
 };
 
 template <class T>
@@ -164,7 +166,7 @@ __global__ void __launch_bounds__(RouteShape::kThreads)
     for (int w = 0; w < kWarps; ++w) sum += partial_tau[w];
     const int64_t block = part * gridDim.x + group;
     out.tau[block] = sum / tau;
-    out.cancelled[block] = any;
+    out.flags[block] = any;
   }
 }
 
@@ -185,7 +187,7 @@ __global__ void __launch_bounds__(RouteShape::kThreads)
   } else if (i - rows == classes) {
     Sum<T> sum = 0;
     int any = 0;
-    for (int64_t b = 0; b < shape.blocks(); ++b) sum += partial.tau[b], any |= partial.cancelled[b];
+    for (int64_t b = 0; b < shape.blocks(); ++b) sum += partial.tau[b], any |= partial.flags[b];
     *out.tau = sum, *out.cancelled = any;
   }
 }
