@@ -64,8 +64,8 @@ __device__ __forceinline__ Sum<T> direct_product(const T* f, const T* w, const T
   return warp_sum(sum);
 }
 
-// kGiven: out.center_rnorms has been made already (m > kFusedDisplacements).
-template <class Shape, bool kGiven>
+// kGiven: out.center_rnorms has been made already (m > kFusedDisplacements). kVectors: of all operands, as in tile.cuh.
+template <class Shape, bool kGiven, bool kVectors>
 class Forward {
   using Engine = typename Shape::Engine;
   using T = typename Shape::T;
@@ -110,17 +110,6 @@ class Forward {
   }
 
  private:
-  __device__ __forceinline__ void load(int64_t chunk) {
-    unsigned char* base = shared_ + chunk % Shape::kStages * Shape::kStageBytes;
-    const int64_t x = chunk * Shape::kDepth;
-    T* w = reinterpret_cast<T*>(base);
-    T* f = reinterpret_cast<T*>(base + Shape::W::kBytes);
-    T* delta = reinterpret_cast<T*>(base + Shape::W::kBytes + Shape::F::kBytes);
-    Shape::W::template load<Shape::kThreads>(w, p_.centers, first_class_, x);
-    Shape::F::template load<Shape::kThreads>(f, p_.input, first_feature_, x);
-    if constexpr (!kGiven) Shape::D::template load<Shape::kThreads>(delta, p_.displacements, 0, x);
-  }
-
   __device__ __forceinline__ void multiply() {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
@@ -132,19 +121,33 @@ class Forward {
 #pragma unroll
         for (int c = 0; c < 4; ++c) sums_[i][j][c] = 0;
     }
-    const int64_t chunks = ceil_div(p_.d(), Shape::kDepth);
-#pragma unroll 1
-    for (int i = 0; i < Shape::kStages - 1; ++i) {
-      if (i < chunks) load(i);
+    using Ring = Ring<Shape::kStages, Shape::kStageBytes>;
+    typename Shape::W::template Walk<Shape::kThreads, kVectors> centers(p_.centers, first_class_, 0);
+    typename Shape::F::template Walk<Shape::kThreads, kVectors> features(p_.input, first_feature_, 0);
+    typename Shape::D::template Walk<Shape::kThreads, kVectors> displacements(p_.displacements, 0, 0);
+    Ring loaded(shared_), multiplied(shared_);
+    const int chunks = static_cast<int>(ceil_div(p_.d(), Shape::kDepth));
+    const auto load = [&](bool any) {
+      if (any) {
+        unsigned char* stage = loaded.next();
+        centers.load(reinterpret_cast<T*>(stage));
+        features.load(reinterpret_cast<T*>(stage + Shape::W::kBytes));
+        centers.along(), features.along();
+        if constexpr (!kGiven) {
+          displacements.load(reinterpret_cast<T*>(stage + Shape::W::kBytes + Shape::F::kBytes));
+          displacements.along();
+        }
+      }
       copy_async_commit();
-    }
+    };
 #pragma unroll 1
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int i = 0; i < Shape::kStages - 1; ++i) load(i < chunks);
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk) {
       copy_async_wait<Shape::kStages - 2>();
       __syncthreads();  // this chunk is there for all, and all are done with the one whose place the next load takes
-      if (chunk + Shape::kStages - 1 < chunks) load(chunk + Shape::kStages - 1);
-      copy_async_commit();
-      multiply(shared_ + chunk % Shape::kStages * Shape::kStageBytes);
+      load(chunk + Shape::kStages - 1 < chunks);
+      multiply(multiplied.next());
     }
     copy_async_wait<0>();
     __syncthreads();
@@ -348,11 +351,11 @@ class Forward {
   typename Engine::Accumulator sums_[kRowTiles][kColTiles][4], dots_[kRowTiles][4], squares_[kRowTiles][2];
 };
 
-template <class Shape, bool kGiven>
+template <class Shape, bool kGiven, bool kVectors>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     forward_kernel(Problem<typename Shape::T> p, Prepared<typename Shape::T> prepared, Outputs<typename Shape::T> out) {
   GISTOPS_DYNAMIC_SHARED(unsigned char, shared);
-  Forward<Shape, kGiven>(p, prepared, out, shared).run();
+  Forward<Shape, kGiven, kVectors>(p, prepared, out, shared).run();
 }
 
 }  // namespace gistops::cuda
