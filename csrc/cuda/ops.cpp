@@ -144,11 +144,11 @@ class TorchWorkspace final : public Workspace {
 std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_forward(const Tensor& input, const Tensor& centers,
                                                                  const Tensor& displacements, const Tensor& tau,
                                                                  bool allow_tf32) {
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const Call call(input, centers, displacements, tau);
   const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
   const Tensor logits = like(input, {B, K}, call.sums), slots = like(input, {B, K}, ScalarType::Byte);
   const Tensor center_rnorms = like(input, {M, K}, call.sums), input_rnorms = like(input, {B}, call.sums);
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
   operations(call.operands, allow_tf32)
       .forward(call.arguments(),
@@ -162,7 +162,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
     const Tensor& grad, const Tensor& input, const Tensor& centers, const Tensor& displacements, const Tensor& tau,
     const Tensor& logits, const Tensor& slots, const Tensor& center_rnorms, const Tensor& input_rnorms, bool need_input,
     bool need_centers, bool need_displacements, bool need_tau, bool allow_tf32) {
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const Call call(input, centers, displacements, tau);
   const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
   const auto saved = [&](const Tensor& x, std::vector<int64_t> sizes, ScalarType dtype, const char* name) {
@@ -183,6 +182,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
   const Tensor dw = gradient(need_centers, call.centers, call.operands);
   const Tensor dd = gradient(need_displacements, call.displacements, call.sums);
   const Tensor dt = gradient(need_tau, call.tau, call.sums);
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
   operations(call.operands, allow_tf32)
       .backward(call.arguments(), G.const_data_ptr(),
