@@ -106,17 +106,28 @@ class TorchWorkspace final : public Workspace {
   }
 
   void* product(const void* h, int64_t ld, const Arguments& a) override {
-    const std::array<int64_t, 2> sizes{a.B, a.K}, strides{ld, 1};
-    const Tensor left =
-        torch::stable::from_blob(const_cast<void*>(h), sizes, strides, call_.input.device(), call_.operands);
-    if (call_.operands == call_.sums) return keep(call("aten::mm", "", left));
-    return keep(call("aten::mm", "dtype", left));  // half-precision operands, sums in float32
+    // Views of the memory alone: they require no gradient, whatever the operands do.
+    const Tensor left = view(h, {a.B, a.K}, {ld, 1}), right = view(a.centers, {a.K, a.d}, {a.d, 1});
+    // Neither overload is one that autocast knows: it would give mm's result the type of the region around the call.
+    const Tensor made = call_.operands == call_.sums
+                            ? call("aten::mm", "out", left, right, like(call_.input, {a.B, a.d}, call_.sums))
+                            : call("aten::mm", "dtype", left, right, call_.sums);
+    STD_TORCH_CHECK(made.scalar_type() == call_.sums && made.dim() == 2 && made.size(0) == a.B && made.size(1) == a.d &&
+                        made.is_contiguous(),
+                    "gistops: the product with the centers has another dtype or shape than was asked for");
+    return keep(made);
   }
 
  private:
-  Tensor call(const char* name, const char* overload, const Tensor& left) const {
-    std::array<StableIValue, 3> stack{torch::stable::detail::from(left), torch::stable::detail::from(call_.centers),
-                                      torch::stable::detail::from(call_.sums)};  // the last for "dtype" alone
+  Tensor view(const void* data, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides) const {
+    return torch::stable::from_blob(const_cast<void*>(data), sizes, strides, call_.input.device(), call_.operands);
+  }
+
+  template <class Third>
+  static Tensor call(const char* name, const char* overload, const Tensor& left, const Tensor& right,
+                     const Third& third) {
+    std::array<StableIValue, 3> stack{torch::stable::detail::from(left), torch::stable::detail::from(right),
+                                      torch::stable::detail::from(third)};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
@@ -133,11 +144,11 @@ class TorchWorkspace final : public Workspace {
 std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_forward(const Tensor& input, const Tensor& centers,
                                                                  const Tensor& displacements, const Tensor& tau,
                                                                  bool allow_tf32) {
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const Call call(input, centers, displacements, tau);
   const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
   const Tensor logits = like(input, {B, K}, call.sums), slots = like(input, {B, K}, ScalarType::Byte);
   const Tensor center_rnorms = like(input, {M, K}, call.sums), input_rnorms = like(input, {B}, call.sums);
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
   operations(call.operands, allow_tf32)
       .forward(call.arguments(),
@@ -151,7 +162,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
     const Tensor& grad, const Tensor& input, const Tensor& centers, const Tensor& displacements, const Tensor& tau,
     const Tensor& logits, const Tensor& slots, const Tensor& center_rnorms, const Tensor& input_rnorms, bool need_input,
     bool need_centers, bool need_displacements, bool need_tau, bool allow_tf32) {
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const Call call(input, centers, displacements, tau);
   const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
   const auto saved = [&](const Tensor& x, std::vector<int64_t> sizes, ScalarType dtype, const char* name) {
@@ -172,6 +182,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
   const Tensor dw = gradient(need_centers, call.centers, call.operands);
   const Tensor dd = gradient(need_displacements, call.displacements, call.sums);
   const Tensor dt = gradient(need_tau, call.tau, call.sums);
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
   operations(call.operands, allow_tf32)
       .backward(call.arguments(), G.const_data_ptr(),
