@@ -61,6 +61,7 @@ struct Operations {
 // The same around PyTorch's own products.
 struct ProductOperations {
   void (*forward)(const Arguments&, const Results&, Workspace&);
+  void (*backward)(const Arguments&, const void* grad, const Results& saved, const Gradients&, Workspace&);
 };
 
 extern const ProductOperations bf16_products, f16_products, f32_products, f64_products;

@@ -123,7 +123,7 @@ py::tuple forward(bool fused, const std::string& type, const py::array& input, c
   return py::make_tuple(logits, slots, center_rnorms, input_rnorms);
 }
 
-py::tuple backward(const std::string& type, const py::array& grad, const py::array& input, const py::array& centers,
+py::tuple backward(bool fused, const std::string& type, const py::array& grad, const py::array& input, const py::array& centers,
                    const py::array& displacements, const py::array& tau, py::array logits, py::array slots,
                    py::array center_rnorms, py::array input_rnorms, bool need_input, bool need_centers,
                    bool need_displacements, bool need_tau) {
@@ -135,12 +135,13 @@ py::tuple backward(const std::string& type, const py::array& grad, const py::arr
   py::array dw = gradient(need_centers, input.dtype(), {a.K, a.d});
   py::array dd = gradient(need_displacements, sums(type), {a.m, a.d}), dt = gradient(need_tau, sums(type), {1});
   HostWorkspace workspace(type);
-  operations(type).backward(a, grad.data(),
-                            {logits.mutable_data(), static_cast<uint8_t*>(slots.mutable_data()),
-                             center_rnorms.mutable_data(), input_rnorms.mutable_data()},
-                            {need_input ? df.mutable_data() : nullptr, need_centers ? dw.mutable_data() : nullptr,
-                             need_displacements ? dd.mutable_data() : nullptr, need_tau ? dt.mutable_data() : nullptr},
-                            workspace);
+  (fused ? operations(type).backward : products(type).backward)(
+      a, grad.data(),
+      {logits.mutable_data(), static_cast<uint8_t*>(slots.mutable_data()), center_rnorms.mutable_data(),
+       input_rnorms.mutable_data()},
+      {need_input ? df.mutable_data() : nullptr, need_centers ? dw.mutable_data() : nullptr,
+       need_displacements ? dd.mutable_data() : nullptr, need_tau ? dt.mutable_data() : nullptr},
+      workspace);
   return py::make_tuple(df, dw, dd, dt);
 }
 
