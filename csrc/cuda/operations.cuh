@@ -1,35 +1,14 @@
 // The two operators as sequences of kernels, for one type of operands. All on the caller's stream; nothing waits for
 // the device, and sizes alone decide what runs, so that a CUDA graph can hold it.
 #pragma once
-#include <stdexcept>
-#include <string>
-
 #include "centers.cuh"
 #include "finish.cuh"
 #include "forward.cuh"
+#include "launch.cuh"
 #include "operations.h"
 #include "prepare.cuh"
 
 namespace gistops::cuda {
-
-inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("gistops: ") + what + ": " + cudaGetErrorString(error));
-}
-
-template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, int shared, void* stream,
-            Arguments... arguments) {
-  constexpr int kWithoutAsking = 48 << 10;
-  if (shared > kWithoutAsking)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), name);
-  GISTOPS_LAUNCH(kernel, grid, dim3(threads), shared, static_cast<cudaStream_t>(stream), arguments...);
-  check(cudaGetLastError(), name);
-}
-
-inline dim3 blocks(int64_t n, int64_t parts = 1) {
-  return dim3(static_cast<unsigned>(n), static_cast<unsigned>(parts));
-}
 
 template <class Engine>
 class Sequence {

@@ -10,7 +10,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <initializer_list>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -55,6 +57,32 @@ const Operations& operations(ScalarType operands, bool allow_tf32) {
   }
 }
 
+const ProductOperations& products(ScalarType operands) {
+  switch (operands) {
+    case ScalarType::BFloat16: return bf16_products;
+    case ScalarType::Half: return f16_products;
+    case ScalarType::Double: return f64_products;
+    default: return f32_products;
+  }
+}
+
+// Whether the kernels that make the products themselves serve, instead of those around PyTorch's: to compare the two.
+bool fused() {
+  static const bool chosen = [] {
+    const char* name = std::getenv("GISTOPS_CUDA_PRODUCTS");
+    return name && std::string_view(name) == "fused";
+  }();
+  return chosen;
+}
+
+// Neither conversion costs a call where there is nothing to convert.
+Tensor as(const Tensor& x, ScalarType dtype) {
+  const Tensor same = x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
+  return same.is_contiguous() ? same : torch::stable::contiguous(same);
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 void* current_stream(int32_t device) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "gistops: this torch has no CUDA");
   void* stream = nullptr;
@@ -79,8 +107,8 @@ struct Call {
       STD_TORCH_CHECK(x->is_cuda() && x->get_device_index() == f.get_device_index(),
                       "gistops: expected all tensors on one CUDA device");
     for (Tensor* x : {&input, &centers, &displacements})
-      *x = torch::stable::contiguous(torch::stable::to(*x, operands));
-    tau = torch::stable::to(tau, sums);
+      *x = as(*x, operands);
+    tau = as(tau, sums);
   }
 
   Arguments arguments() const {
@@ -105,6 +133,27 @@ class TorchWorkspace final : public Workspace {
     return keep(like(call_.input, {std::max<int64_t>(bytes, 1)}, ScalarType::Byte));
   }
 
+  void scratch(Piece* pieces, int count) override {
+    constexpr int64_t kAlignment = 256;
+    const auto whole = [](int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; };
+    int64_t all = 0;
+    for (int i = 0; i < count; ++i) all += whole(pieces[i].bytes);
+    char* at = static_cast<char*>(scratch(all));
+    for (int i = 0; i < count; at += whole(pieces[i].bytes), ++i) pieces[i].data = at;
+  }
+
+  // No overload here is one that autocast knows: it would give the result the type of the region around the call.
+  void multiply(const Matrix& left, const Matrix& right, void* out, int64_t ld) override {
+    const Tensor a = view(left.data, {left.rows, left.cols}, {left.row, left.col});
+    const Tensor b = view(right.data, {right.rows, right.cols}, {right.row, right.col});
+    const std::array<int64_t, 2> sizes{left.rows, right.cols}, strides{ld, 1};
+    const Tensor sums = torch::stable::from_blob(out, sizes, strides, call_.input.device(), call_.sums);
+    const Tensor made = call_.operands == call_.sums ? call("aten::mm", "out", a, b, sums)
+                                                     : call("aten::mm", "dtype_out", a, b, call_.sums, sums);
+    STD_TORCH_CHECK(made.mutable_data_ptr() == out && made.scalar_type() == call_.sums,
+                    "gistops: a product was not written where it was asked for");
+  }
+
   void* product(const void* h, int64_t ld, const Arguments& a) override {
     // Views of the memory alone: they require no gradient, whatever the operands do.
     const Tensor left = view(h, {a.B, a.K}, {ld, 1}), right = view(a.centers, {a.K, a.d}, {a.d, 1});
@@ -123,11 +172,9 @@ class TorchWorkspace final : public Workspace {
     return torch::stable::from_blob(const_cast<void*>(data), sizes, strides, call_.input.device(), call_.operands);
   }
 
-  template <class Third>
-  static Tensor call(const char* name, const char* overload, const Tensor& left, const Tensor& right,
-                     const Third& third) {
-    std::array<StableIValue, 3> stack{torch::stable::detail::from(left), torch::stable::detail::from(right),
-                                      torch::stable::detail::from(third)};
+  template <class... Arguments>
+  static Tensor call(const char* name, const char* overload, const Arguments&... arguments) {
+    std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
@@ -150,11 +197,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_forward(const Tensor& i
   const Tensor center_rnorms = like(input, {M, K}, call.sums), input_rnorms = like(input, {B}, call.sums);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
-  operations(call.operands, allow_tf32)
-      .forward(call.arguments(),
-               {logits.mutable_data_ptr(), static_cast<uint8_t*>(slots.mutable_data_ptr()),
-                center_rnorms.mutable_data_ptr(), input_rnorms.mutable_data_ptr()},
-               workspace);
+  const auto forward = fused() ? operations(call.operands, allow_tf32).forward : products(call.operands).forward;
+  forward(call.arguments(),
+          {logits.mutable_data_ptr(), static_cast<uint8_t*>(slots.mutable_data_ptr()), center_rnorms.mutable_data_ptr(),
+           input_rnorms.mutable_data_ptr()},
+          workspace);
   return {logits, slots, center_rnorms, input_rnorms};
 }
 
@@ -168,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
     bool fits = x.is_cuda() && x.dim() == static_cast<int64_t>(sizes.size()) && x.scalar_type() == dtype;
     for (size_t i = 0; fits && i < sizes.size(); ++i) fits = x.size(static_cast<int64_t>(i)) == sizes[i];
     STD_TORCH_CHECK(fits, "gistops: ", name, ": expected the forward's shape and dtype");
-    return torch::stable::contiguous(x);
+    return as(x, dtype);
   };
   const Tensor G = saved(grad, {B, K}, call.sums, "grad"), z = saved(logits, {B, K}, call.sums, "logits");
   const Tensor j = saved(slots, {B, K}, ScalarType::Byte, "slots");
@@ -184,15 +231,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
   const Tensor dt = gradient(need_tau, call.tau, call.sums);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
-  operations(call.operands, allow_tf32)
-      .backward(call.arguments(), G.const_data_ptr(),
-                {z.mutable_data_ptr(), static_cast<uint8_t*>(j.mutable_data_ptr()), R.mutable_data_ptr(),
-                 n.mutable_data_ptr()},
-                {need_input ? df.mutable_data_ptr() : nullptr, need_centers ? dw.mutable_data_ptr() : nullptr,
-                 need_displacements ? dd.mutable_data_ptr() : nullptr, need_tau ? dt.mutable_data_ptr() : nullptr},
-                workspace);
-  return {torch::stable::to(df, input.scalar_type()), torch::stable::to(dw, centers.scalar_type()),
-          torch::stable::to(dd, displacements.scalar_type()), torch::stable::to(dt, tau.scalar_type())};
+  const auto backward = fused() ? operations(call.operands, allow_tf32).backward : products(call.operands).backward;
+  backward(call.arguments(), G.const_data_ptr(),
+           {z.mutable_data_ptr(), static_cast<uint8_t*>(j.mutable_data_ptr()), R.mutable_data_ptr(),
+            n.mutable_data_ptr()},
+           {need_input ? df.mutable_data_ptr() : nullptr, need_centers ? dw.mutable_data_ptr() : nullptr,
+            need_displacements ? dd.mutable_data_ptr() : nullptr, need_tau ? dt.mutable_data_ptr() : nullptr},
+           workspace);
+  return {as(df, input.scalar_type()), as(dw, centers.scalar_type()), as(dd, displacements.scalar_type()),
+          as(dt, tau.scalar_type())};
 }
 
 }  // namespace

@@ -1,0 +1,16 @@
+// The operators around PyTorch's products, as the binding calls them.
+#pragma once
+#include "logits_products.cuh"
+
+namespace gistops::cuda {
+
+template <class T>
+constexpr ProductOperations product_operations() {
+  return {[](const Arguments& a, const Results& results, Workspace& workspace) {
+            LogitsProducts<T>(a, workspace).forward(results);
+          },
+          [](const Arguments& a, const void* grad, const Results& saved, const Gradients& gradients,
+             Workspace& workspace) { LogitsProducts<T>(a, workspace).backward(grad, saved, gradients); }};
+}
+
+}  // namespace gistops::cuda
