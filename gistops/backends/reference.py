@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .._checks import on_device
+
 #: Upper bound on the elements of one chunk's [k, M, d] vectors and [B, k, M] scores (64 MiB in float32).
 CHUNK_ELEMENTS = 1 << 24
 
@@ -158,7 +160,9 @@ def cross_entropy(
         scale = tau.to(scores.dtype).reshape(())
         cosine_limit = 1 - torch.finfo(scores.dtype).eps  # acos has no finite derivative at 1
         angle = (scores / scale).clamp(-cosine_limit, cosine_limit).acos()
-        margin = torch.as_tensor(margin, dtype=scores.dtype, device=scores.device)
+        if not isinstance(margin, Tensor):
+            margin = on_device(margin, scores.dtype, scores.device)
+        margin = margin.to(scores)
         lowered = {
             "logit": lambda: scores - margin,
             "cosine": lambda: scores - scale * margin,

@@ -17,6 +17,7 @@ from .._checks import (
     check_some_classes,
     check_subcenters,
     check_transform,
+    on_device,
 )
 from ..backends import reference
 from ..operators.loss import ParkedLse, parks
@@ -193,7 +194,9 @@ def _cross_entropy(
         )
         lowered = logit
         if margin is not None:
-            margin = torch.as_tensor(margin, dtype=logit.dtype, device=logit.device)
+            if not isinstance(margin, Tensor):
+                margin = on_device(margin, logit.dtype, logit.device)
+            margin = margin.to(logit)
             own = margin[row] if margin.dim() > 0 else margin
             lowered = _lowered(logit, tau.to(logit.dtype).reshape(()), own, margin_kind)
         bias = None if class_bias is None else class_bias.to(logit.dtype)

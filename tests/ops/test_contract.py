@@ -43,10 +43,9 @@ def test_same_inputs_give_the_same_bits(fused: str, seed: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, bits(), strict=True))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_any_number_of_threads(threads: int, fused: str, seed: int) -> None:
-    if fused != "cpu":
-        pytest.skip("about the CPU backend")
     tensors = Sample(301, 517, 40, 4).tensors(seed)
     grad = torch.randn(301, 517)
     logits, slots = run(tensors, "reference")

@@ -13,6 +13,7 @@ from gistops.operators.streaming import Streaming
 
 from .oracle import generator
 
+pytestmark = pytest.mark.cpu  # compares with the CPU's kernels, on the CPU
 KINDS = ("shared", "free", "tabled")
 f64 = torch.float64
 
@@ -24,8 +25,6 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture
 def family(fused: str) -> str:
-    if fused != "cpu":
-        pytest.skip("compares with the CPU's kernels, on the CPU")
     return "constellation"
 
 
