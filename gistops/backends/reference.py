@@ -6,6 +6,7 @@ form, so that a mistake in one cannot hide in the other.
 
 from __future__ import annotations
 
+
 from contextlib import nullcontext
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .._checks import on_device
+from ..operators.registry import knows_autocast
 
 #: Upper bound on the elements of one chunk's [k, M, d] vectors and [B, k, M] scores (64 MiB in float32).
 CHUNK_ELEMENTS = 1 << 24
@@ -39,7 +41,7 @@ def constellation_logits(
     if torch.float64 in (input.dtype, centers.dtype, displacements.dtype):
         dtype = torch.float64
     device = input.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with torch.autocast(device, enabled=False) if knows_autocast(device) else nullcontext():
         unit = F.normalize(input.to(dtype), dim=1, eps=1e-12)
         structure = F.pad(displacements.to(dtype), (0, 0, 1, 0))  # [M, d], row 0 the bare centre
         scale = tau.to(dtype).reshape(())
@@ -75,7 +77,7 @@ def subcenter_logits(input: Tensor, centers: Tensor, tau: Tensor) -> tuple[Tenso
     """`τ · max_j cos(f_i, w_kj)` of free centres [K, M, d], and the lowest j; otherwise as `constellation_logits`."""
     dtype = torch.float64 if torch.float64 in (input.dtype, centers.dtype) else torch.float32
     device = input.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with torch.autocast(device, enabled=False) if knows_autocast(device) else nullcontext():
         unit = F.normalize(input.to(dtype), dim=1, eps=1e-12)
         vectors = F.normalize(centers.to(dtype), dim=2, eps=1e-12)
         scores = (unit @ vectors.flatten(0, 1).T).unflatten(1, centers.shape[:2])
@@ -109,7 +111,7 @@ def mlp_logits(
     wide = torch.float64 in (input.dtype, centers.dtype, displacements.dtype, mlp[0].dtype, mlp[1].dtype)
     dtype = torch.float64 if wide else torch.float32
     device = input.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with torch.autocast(device, enabled=False) if knows_autocast(device) else nullcontext():
         w, first, second = centers.to(dtype), mlp[0].to(dtype), mlp[1].to(dtype)
         unit = F.normalize(w, dim=1, eps=1e-12)
         vectors = [w]
