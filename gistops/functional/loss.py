@@ -19,7 +19,9 @@ from .._checks import (
     check_transform,
 )
 from ..backends import reference
+from ..operators.cross_entropy import keeps
 from ..operators.loss import ParkedLse, parks
+from ..operators.registry import compute_dtype
 from . import mlp as networks
 from . import rotation
 from .fused import allow_tf32, family, no_displacements
@@ -182,6 +184,21 @@ def _cross_entropy(
             axis,
             mlp,
         )
+    elif chosen == "triton" and centers.dim() == 2 and axis is None and mlp is None:
+        loss, lse = _fused(
+            input,
+            centers,
+            displacements,
+            tau,
+            class_bias,
+            target,
+            weight,
+            margin,
+            margin_kind,
+            reduction,
+            ignore_index,
+            label_smoothing,
+        )
     else:
         ignored = target == ignore_index
         row = torch.where(ignored, 0, target)
@@ -217,6 +234,54 @@ def _cross_entropy(
             counted = (~ignored).to(logit.dtype) if scale is None else torch.where(ignored, 0, scale)
             loss = loss.sum() / counted.sum()
     return (loss, lse) if return_lse else loss
+
+
+def _fused(
+    input: Tensor,
+    centers: Tensor,
+    displacements: Tensor,
+    tau: Tensor,
+    class_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    margin: Tensor | float | None,
+    margin_kind: str,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """Loss and lse by the operator that makes the whole loss."""
+    dtype = compute_dtype(input, centers, displacements)
+    if margin is not None and not isinstance(margin, Tensor):
+        margin = torch.full((), margin, dtype=dtype, device=input.device)  # a copy would make the host wait
+    keep = keeps(
+        input,
+        centers,
+        displacements,
+        tau,
+        class_bias,
+        margin,
+        classes=centers.shape[0],
+        itemsize=dtype.itemsize,
+    )
+    made = torch.ops.gistops.triton_cross_entropy_forward.default(
+        input,
+        centers,
+        displacements,
+        tau,
+        class_bias,
+        target,
+        weight,
+        margin,
+        margin_kind,
+        reduction,
+        ignore_index,
+        float(label_smoothing),
+        keep,
+        allow_tf32("triton"),
+    )
+    loss, lse = made[:2]
+    return loss, lse
 
 
 def _lse(

@@ -148,6 +148,12 @@ ROUTE_PROGRAMS = 1056
 ROUTE_GROUPS = 256
 
 
+#: Tiles of gather_kernel: parts and elements of a sum, and elements of the one sum to a single number.
+GATHER = (16, 64, 1024)
+#: Tiles of the loss: rows and class tiles of rows_kernel, elements of total_kernel.
+ROWS = (32, 32, 1024)
+
+
 def target(device: torch.device) -> Target:
     """The table that fits a device."""
     if INTERPRETED:

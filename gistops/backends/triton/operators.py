@@ -47,7 +47,8 @@ def forward(
             grid = (triton.cdiv(K, config.classes) * max(1, triton.cdiv(B, config.features)),)
             forward_kernel[grid](
                 p.input, p.centers, p.displacements, p.tau, input_rnorms, shifts, squares,
-                logits, slots, center_rnorms, B, K, d, M,
+                logits, slots, center_rnorms, None, None, None, None, None, None, B, K, d, M, 0, 0,
+                LSE=False, PARK=True, HAS_BIAS=False, HAS_WEIGHT=False, SUMS=False,
                 SLOTS=1 if M == 1 else FUSED_SLOTS if M <= FUSED_SLOTS else 0,
                 **p.constants("ACC", "PRECISION", "NORM_PRECISION", "WIDEN"), **config.arguments(),
             )  # fmt: skip
