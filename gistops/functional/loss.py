@@ -19,7 +19,7 @@ from .._checks import (
     check_transform,
 )
 from ..backends import reference
-from ..operators.cross_entropy import keeps
+from ..operators.cross_entropy import cross_entropy
 from ..operators.loss import ParkedLse, parks
 from ..operators.registry import compute_dtype
 from . import mlp as networks
@@ -186,12 +186,13 @@ def _cross_entropy(
         )
     elif chosen == "triton" and centers.dim() == 2 and axis is None and mlp is None:
         loss, lse = _fused(
+            chosen,
             input,
             centers,
             displacements,
             tau,
-            class_bias,
             target,
+            class_bias,
             weight,
             margin,
             margin_kind,
@@ -237,12 +238,13 @@ def _cross_entropy(
 
 
 def _fused(
+    backend: str,
     input: Tensor,
     centers: Tensor,
     displacements: Tensor,
     tau: Tensor,
-    class_bias: Tensor | None,
     target: Tensor,
+    class_bias: Tensor | None,
     weight: Tensor | None,
     margin: Tensor | float | None,
     margin_kind: str,
@@ -251,36 +253,27 @@ def _fused(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
     """Loss and lse by the operator that makes the whole loss."""
-    dtype = compute_dtype(input, centers, displacements)
     if margin is not None and not isinstance(margin, Tensor):
+        dtype = compute_dtype(input, centers, displacements)
         margin = torch.full((), margin, dtype=dtype, device=input.device)  # a copy would make the host wait
-    keep = keeps(
+    loss, lse, inside = cross_entropy(
+        family(backend),
         input,
         centers,
         displacements,
         tau,
-        class_bias,
-        margin,
-        classes=centers.shape[0],
-        itemsize=dtype.itemsize,
-    )
-    made = torch.ops.gistops.triton_cross_entropy_forward.default(
-        input,
-        centers,
-        displacements,
-        tau,
-        class_bias,
         target,
+        class_bias,
         weight,
         margin,
         margin_kind,
         reduction,
-        ignore_index,
+        int(ignore_index),
         float(label_smoothing),
-        keep,
-        allow_tf32("triton"),
+        allow_tf32(backend),
     )
-    loss, lse = made[:2]
+    classes = centers.shape[0]
+    torch._assert_async(inside, f"target: expected 0 to {classes - 1} or ignore_index {ignore_index}")
     return loss, lse
 
 
