@@ -172,7 +172,7 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
             yield _large(centers_kernel, dtype, target, config, products | switches)
     sizes = SMALL[kind]
     small: list[tuple[Any, dict[str, Any]]] = [
-        (prepare_kernel, _tiles("BD", sizes.prepare) | products | {"SLOTS": 16, "PRECISION": precise}),
+        (prepare_kernel, _tiles("BD", sizes.prepare) | {"SLOTS": 16, "ACC": acc, "NORM_PRECISION": precise, "WIDEN": False}),
         (
             norms_kernel,
             _tiles("KD", sizes.norms) | {"SLOTS": 16, "ACC": acc, "NORM_PRECISION": precise, "WIDEN": False},

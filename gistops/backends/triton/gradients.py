@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import configs
 from .centers import centers_kernel
-from .configs import Config
+from .configs import Config, power_of_two
+from .configs import tiles as tiles_of
 from .finish import finish_displacements_kernel, finish_input_kernel
-from .problem import Problem
+from .problem import Problem, product
 from .route import route_kernel
 
 
@@ -26,8 +25,7 @@ class Needs(NamedTuple):
     tau: bool
 
 
-@dataclass(frozen=True)
-class Saved:
+class Saved(NamedTuple):
     """The gradient of the logits, and what the forward returned; contiguous."""
 
     grad: Tensor  # [B, K]
@@ -37,8 +35,7 @@ class Saved:
     input_rnorms: Tensor  # [B]
 
 
-@dataclass(frozen=True)
-class Routed:
+class Routed(NamedTuple):
     """What route_kernel leaves, its parts summed. Empty where not needed."""
 
     weights: Tensor  # H' [B, stride]
@@ -68,11 +65,11 @@ def route(p: Problem, saved: Saved, needs: Needs) -> Routed:
     need_shares = needs.input or needs.displacements
     need_moments = needs.centers or needs.displacements
     rows, classes = p.small.route if M <= 32 else p.small.route_many
-    splits, class_tiles = triton.cdiv(B, rows), triton.cdiv(K, classes)
-    wanted = min(class_tiles, configs.ROUTE_GROUPS, triton.cdiv(configs.ROUTE_PROGRAMS, splits))
-    tiles = triton.cdiv(class_tiles, wanted)
-    groups = triton.cdiv(class_tiles, tiles)
-    stride = triton.cdiv(K, 16) * 16
+    splits, class_tiles = tiles_of(B, rows), tiles_of(K, classes)
+    wanted = min(class_tiles, configs.ROUTE_GROUPS, tiles_of(configs.ROUTE_PROGRAMS, splits))
+    tiles = tiles_of(class_tiles, wanted)
+    groups = tiles_of(class_tiles, tiles)
+    stride = tiles_of(K, 16) * 16
     new = p.input.new_empty
     weights = new((B, stride) if need_weights else (0, 0), dtype=p.products)
     shares = new((groups, M, B) if need_shares else (0, M, B), dtype=p.sums)
@@ -82,7 +79,7 @@ def route(p: Problem, saved: Saved, needs: Needs) -> Routed:
     route_kernel[(splits * groups,)](
         saved.grad, saved.logits, saved.slots, saved.center_rnorms, saved.input_rnorms, p.tau,
         weights, shares, moments, totals, flags, B, K, stride, M, tiles,
-        TILE_B=rows, TILE_K=classes, SLOTS=triton.next_power_of_2(M),
+        TILE_B=rows, TILE_K=classes, SLOTS=power_of_two(M),
         NEED_WEIGHTS=need_weights, NEED_SHARES=need_shares, NEED_MOMENTS=need_moments, NEED_TOTALS=needs.tau,
         LARGEST=65504.0 if p.dtype == torch.float16 else 0.0,
         num_warps=p.small.route_warps if M <= 32 else 4,
@@ -98,19 +95,14 @@ def input_gradient(p: Problem, saved: Saved, routed: Routed) -> Tensor:
     """∂f, from the product H'W by torch's own library: no epilogue of ours would save it a pass over memory."""
     B, K, d, M = p.sizes
     weights = routed.weights[:, :K]
-    if p.dtype == p.sums:
-        products = torch.mm(weights, p.centers)
-    elif configs.INTERPRETED:  # the CPU's product has no wider output
-        products = torch.mm(weights.to(p.sums), p.centers.to(p.sums))
-    else:
-        products = torch.mm(weights, p.centers, out_dtype=p.sums)
+    products = product(weights, p.centers, p.sums)
     out = p.input.new_empty(B, d, dtype=p.products)
     classes, depth = p.small.finish_input
     finish_input_kernel[(B,)](
         products, routed.shares, p.input, p.centers, p.displacements, saved.grad, saved.slots,
         saved.center_rnorms, saved.input_rnorms, p.tau, routed.flags, out,
         B, K, d, M, routed.flags.shape[1], routed.group_classes, routed.split_rows,
-        TILE_K=classes, TILE_D=min(depth, triton.next_power_of_2(d)), **p.constants("ACC"),
+        TILE_K=classes, TILE_D=min(depth, power_of_two(d)), **p.constants("ACC"),
     )  # fmt: skip
     return out
 
@@ -125,9 +117,9 @@ def centers_gradient(p: Problem, saved: Saved, routed: Routed, needs: Needs) -> 
         return out, parts
 
     def launch(config: Config) -> Tensor:
-        class_tiles = triton.cdiv(K, config.classes)
+        class_tiles = tiles_of(K, config.classes)
         parts = p.input.new_empty((class_tiles if need_parts else 0, M - 1, d), dtype=p.sums)
-        centers_kernel[(class_tiles * triton.cdiv(d, config.depth),)](
+        centers_kernel[(class_tiles * tiles_of(d, config.depth),)](
             routed.weights, p.input, p.centers, p.displacements, saved.grad, saved.slots, saved.center_rnorms,
             routed.moments, saved.input_rnorms, p.tau, out, parts, B, K, d, routed.weights.shape[1], M,
             NEED_CENTERS=needs.centers, NEED_DISPLACEMENTS=need_parts,
@@ -144,7 +136,7 @@ def displacements_gradient(p: Problem, routed: Routed, parts: Tensor) -> Tensor:
     out = p.input.new_empty(M - 1, d, dtype=p.products)
     if M > 1:
         rows, depth = p.small.finish_displacements
-        finish_displacements_kernel[(triton.cdiv(d, depth), M - 1)](
+        finish_displacements_kernel[(tiles_of(d, depth), M - 1)](
             routed.shares, p.input, parts, out, B, d, M - 1, parts.shape[0],
             TILE_R=rows, TILE_D=depth, **p.constants("ACC"),
         )  # fmt: skip
