@@ -2,8 +2,7 @@
 
     logits[i, k] = τ / |f_i| · max_j (P[i, k] + Q[i, j]) R[k, j]        P = f W', Q = f Δ', R = 1 / |w_k + δ_j|
 
-The features' norm is a factor of the row, so that no normalised copy of them is made. For a loss (LSE) the tile's part
-of each row's log-sum-exp is made here too, and logits are kept for the backward, or (not PARK) not at all.
+The features' norm is a factor of the row, so that no normalised copy of them is made.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import triton
 import triton.language as tl
 
 from .numbers import signed_rnorms
-from .partials import row_targets, store_class_sums, store_partials, tile_partials
 
 
 @triton.jit
@@ -27,18 +25,10 @@ def forward_kernel(
     logits,  # [B, K]
     slots,  # [B, K]
     center_rnorms,  # [M, K]: written if SLOTS > 0, otherwise read
-    target,  # [B]; this and what follows only with LSE
-    class_bias,  # [K], or unused
-    class_weight,  # [K], or unused
-    target_logits,  # [B]: of the rows whose target is here
-    partials,  # [3, tiles, B]
-    class_sums,  # [2, tiles]
     B,
     K,
     d,
     M,
-    tiles,
-    ignore_index,
     TILE_K: tl.constexpr,
     TILE_B: tl.constexpr,
     TILE_D: tl.constexpr,
@@ -47,18 +37,12 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     NORM_PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
-    LSE: tl.constexpr,
-    PARK: tl.constexpr,  # store logits and slots
-    HAS_BIAS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    SUMS: tl.constexpr,  # of weight z, for label smoothing
 ):
     """A program: TILE_K classes, TILE_B features. The feature tiles of a class tile follow each other, for L2."""
     feature_tiles = tl.cdiv(B, TILE_B)
     feature_tiles = tl.where(feature_tiles > 0, feature_tiles, 1)  # without features, the norms are still due
     feature_tile = tl.program_id(0) % feature_tiles
-    class_tile = tl.program_id(0) // feature_tiles
-    classes = class_tile * TILE_K + tl.arange(0, TILE_K)
+    classes = tl.program_id(0) // feature_tiles * TILE_K + tl.arange(0, TILE_K)
     rows = feature_tile * TILE_B + tl.arange(0, TILE_B)
     depth = tl.arange(0, TILE_D)
     candidates = tl.arange(0, SLOTS if SLOTS > 0 else 1)
@@ -69,9 +53,7 @@ def forward_kernel(
     f_tile = input + rows.to(tl.int64)[:, None] * d + depth[None, :]
     products = tl.zeros((TILE_K, TILE_B), ACC)
     if SLOTS > 0:
-        # What a thread loads at once it adds up itself; across threads sums go once, after the loop.
-        RUN: tl.constexpr = 128 // centers.dtype.element_ty.primitive_bitwidth
-        square_parts = tl.zeros((TILE_K, TILE_D // RUN), ACC)
+        squares = tl.zeros((TILE_K,), ACC)
     if SLOTS > 1:
         delta_tile = displacements + (candidates[:, None] - 1) * d + depth[None, :]
         delta_valid = (candidates > 0) & (candidates < M)
@@ -90,20 +72,19 @@ def forward_kernel(
                 delta = delta.to(ACC)
             crossed = tl.dot(w, tl.trans(delta), crossed, input_precision=NORM_PRECISION, out_dtype=ACC)
         if SLOTS > 0:
-            wide = tl.reshape(w.to(ACC), (TILE_K, TILE_D // RUN, RUN))
-            square_parts += tl.sum(wide * wide, 2)
+            wide = w.to(ACC)
+            squares += tl.sum(wide * wide, 1)
 
     if SLOTS > 0:
-        squares = tl.sum(square_parts, 1)
         if SLOTS > 1:
             lengths = tl.load(displacement_squares + candidates, mask=candidates < M, other=0.0)
             rnorms = signed_rnorms(squares, crossed, lengths)
         else:
             nothing = tl.zeros((1,), ACC)
             rnorms = signed_rnorms(squares, tl.zeros((TILE_K, 1), ACC), nothing)
-        norms = center_rnorms + candidates.to(tl.int64)[None, :] * K + classes[:, None]
+        target = center_rnorms + candidates.to(tl.int64)[None, :] * K + classes[:, None]
         if feature_tile == 0:
-            tl.store(norms, rnorms, mask=(candidates < M)[None, :] & class_valid[:, None])
+            tl.store(target, rnorms, mask=(candidates < M)[None, :] & class_valid[:, None])
 
     # Scores of pairs that cancel are wrong here, and made anew by apart_kernel.
     if SLOTS == 1:
@@ -127,26 +108,10 @@ def forward_kernel(
             slot = tl.where(better, j, slot)
 
     scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
-    z = best * scale[None, :]
     offsets = rows.to(tl.int64)[None, :] * K + classes[:, None]
     valid = row_valid[None, :] & class_valid[:, None]
-    if PARK:
-        tl.store(logits + offsets, z, mask=valid)
-        tl.store(slots + offsets, slot.to(tl.uint8), mask=valid)
-    if LSE:
-        places = row_targets(target, rows, row_valid, 0, ignore_index)
-        own = valid & (classes[:, None] == places[None, :])
-        tl.store(target_logits + rows[None, :] + tl.zeros_like(slot), z, mask=own)
-        largest, total, weighted = tile_partials(
-            z, classes, class_valid, places, class_bias, class_weight, HAS_BIAS, HAS_WEIGHT, SUMS
-        )
-        store_partials(partials, largest, total, weighted, class_tile, tiles, rows, row_valid, B, SUMS)
-        if SUMS:
-            if feature_tile == 0:
-                store_class_sums(
-                    class_sums, classes, class_valid, class_bias, class_weight, class_tile, tiles,
-                    HAS_BIAS, HAS_WEIGHT,
-                )  # fmt: skip
+    tl.store(logits + offsets, best * scale[None, :], mask=valid)
+    tl.store(slots + offsets, slot.to(tl.uint8), mask=valid)
 
 
 @triton.jit

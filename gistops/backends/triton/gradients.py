@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from . import configs
 from .centers import centers_kernel
-from .configs import Config
+from .configs import Config, power_of_two
+from .configs import tiles as tiles_of
 from .finish import finish_displacements_kernel, finish_input_kernel
-from .problem import Problem
+from .problem import Problem, product
 from .routing import Needs, Routed, Saved, route
 
 
@@ -27,20 +27,14 @@ def compute(p: Problem, saved: Saved, needs: Needs) -> tuple[Tensor, Tensor, Ten
 def input_gradient(p: Problem, saved: Saved, routed: Routed, dtype: torch.dtype | None = None) -> Tensor:
     """∂f, from the product H'W by torch's own library: no epilogue of ours would save it a pass over memory."""
     B, K, d, M = p.sizes
-    weights = routed.weights[:, :K]
-    if p.dtype == p.sums:
-        products = torch.mm(weights, p.centers)
-    elif configs.INTERPRETED:  # the CPU's product has no wider output
-        products = torch.mm(weights.to(p.sums), p.centers.to(p.sums))
-    else:
-        products = torch.mm(weights, p.centers, out_dtype=p.sums)
+    products = product(routed.weights[:, :B].t(), p.centers, p.sums)
     out = p.input.new_empty(B, d, dtype=dtype or p.products)
     classes, depth = p.small.finish_input
     finish_input_kernel[(B,)](
         products, routed.shares, p.input, p.centers, p.displacements, saved.grad, saved.slots,
         saved.center_rnorms, saved.input_rnorms, p.tau, routed.flags, out,
-        B, K, d, M, routed.flags.shape[1], routed.group_classes, routed.split_rows,
-        TILE_K=classes, TILE_D=min(depth, triton.next_power_of_2(d)), **p.constants("ACC"),
+        B, K, d, M, routed.flags.shape[1], routed.group_classes, routed.split_rows, *saved.strides,
+        TILE_K=classes, TILE_D=min(depth, power_of_two(d)), **p.constants("ACC"),
     )  # fmt: skip
     return out
 
@@ -55,11 +49,11 @@ def centers_gradient(p: Problem, saved: Saved, routed: Routed, needs: Needs) -> 
         return out, parts
 
     def launch(config: Config) -> Tensor:
-        class_tiles = triton.cdiv(K, config.classes)
+        class_tiles = tiles_of(K, config.classes)
         parts = p.input.new_empty((class_tiles if need_parts else 0, M - 1, d), dtype=p.sums)
-        centers_kernel[(class_tiles * triton.cdiv(d, config.depth),)](
+        centers_kernel[(class_tiles * tiles_of(d, config.depth),)](
             routed.weights, p.input, p.centers, p.displacements, saved.grad, saved.slots, saved.center_rnorms,
-            routed.moments, saved.input_rnorms, p.tau, out, parts, B, K, d, routed.weights.shape[1], M,
+            routed.moments, saved.input_rnorms, p.tau, out, parts, B, K, d, routed.weights.shape[1], M, *saved.strides,
             NEED_CENTERS=needs.centers, NEED_DISPLACEMENTS=need_parts,
             **p.constants("ACC", "PRECISION", "WIDEN"), **config.arguments(),
         )  # fmt: skip
@@ -76,7 +70,7 @@ def displacements_gradient(
     out = p.input.new_empty(M - 1, d, dtype=dtype or p.products)
     if M > 1:
         rows, depth = p.small.finish_displacements
-        finish_displacements_kernel[(triton.cdiv(d, depth), M - 1)](
+        finish_displacements_kernel[(tiles_of(d, depth), M - 1)](
             routed.shares, p.input, parts, out, B, d, M - 1, parts.shape[0],
             TILE_R=rows, TILE_D=depth, **p.constants("ACC"),
         )  # fmt: skip

@@ -54,20 +54,20 @@ def tile_partials(
 
 @triton.jit
 def store_partials(
-    partials,  # [3, tiles, B]; two planes suffice without SUMS
+    partials,  # [3, groups, B]; two planes suffice without SUMS
     largest,
     total,
     weighted,
-    tile,
-    tiles,
+    group,
+    groups,
     rows,
     row_valid,
     B,
     SUMS: tl.constexpr,
 ):
     """Keep what `tile_partials` made."""
-    plane = tl.cast(tiles, tl.int64) * B
-    place = partials + tl.cast(tile, tl.int64) * B + rows
+    plane = tl.cast(groups, tl.int64) * B
+    place = partials + tl.cast(group, tl.int64) * B + rows
     tl.store(place, largest, mask=row_valid)
     tl.store(place + plane, total, mask=row_valid)
     if SUMS:
@@ -75,22 +75,39 @@ def store_partials(
 
 
 @triton.jit
+def joined(largest, total, more_largest, more_total):
+    """Maximum and sum of exponentials of two parts."""
+    joint = tl.maximum(largest, more_largest)
+    shift = without_infinity(joint)
+    return joint, total * tl.exp(largest - shift) + more_total * tl.exp(more_largest - shift)
+
+
+@triton.jit
 def store_class_sums(
-    class_sums,  # [2, tiles]: Σ weight, and Σ weight bias
-    classes,
-    class_valid,
+    class_sums,  # [2, groups]: Σ weight, and Σ weight bias
+    start,  # class of the group
+    run,  # class tiles of the group
+    K,
     class_bias,
     class_weight,
-    tile,
-    tiles,
+    group,
+    groups,
+    TILE_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
 ):
-    """Keep what a tile of classes adds to the sums that label smoothing needs."""
-    weight = tl.where(class_valid, 1.0, 0.0).to(class_sums.dtype.element_ty)
-    if HAS_WEIGHT:
-        weight = tl.load(class_weight + classes, mask=class_valid, other=0.0).to(weight.dtype)
-    tl.store(class_sums + tile, tl.sum(weight, 0))
+    """Keep what a group of classes adds to the sums that label smoothing needs."""
+    ACC: tl.constexpr = class_sums.dtype.element_ty
+    weights = tl.zeros((TILE_K,), ACC)
+    biases = tl.zeros((TILE_K,), ACC)
+    for tile in range(run):
+        classes = start + tile * TILE_K + tl.arange(0, TILE_K)
+        weight = tl.where(classes < K, 1.0, 0.0).to(ACC)
+        if HAS_WEIGHT:
+            weight = tl.load(class_weight + classes, mask=classes < K, other=0.0).to(ACC)
+        weights += weight
+        if HAS_BIAS:
+            biases += weight * tl.load(class_bias + classes, mask=classes < K, other=0.0).to(ACC)
+    tl.store(class_sums + group, tl.sum(weights, 0))
     if HAS_BIAS:
-        bias = tl.load(class_bias + classes, mask=class_valid, other=0.0).to(weight.dtype)
-        tl.store(class_sums + tiles + tile, tl.sum(weight * bias, 0))
+        tl.store(class_sums + groups + group, tl.sum(biases, 0))

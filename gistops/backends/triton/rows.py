@@ -67,8 +67,8 @@ def log1p_of_exp(x):
 
 @triton.jit
 def rows_kernel(
-    partials,  # [3, tiles, B]
-    class_sums,  # [2, tiles]
+    partials,  # [3, groups, B]
+    class_sums,  # [2, groups]
     target_logits,  # [B]
     target,  # [B]
     class_bias,  # [K], or unused
@@ -176,7 +176,7 @@ def total_kernel(
     parts,  # [3, programs]
     loss,  # one element: written if there is a reduction
     scalars,  # [2]: here the first, what a mean divides by
-    good,  # one element: whether all targets are in range
+    inside,  # one element: whether all targets are in range
     programs,
     TILE: tl.constexpr,
     REDUCED: tl.constexpr,
@@ -190,13 +190,13 @@ def total_kernel(
     strays = tl.zeros((TILE,), ACC)
     for start in range(0, programs, TILE):
         place = start + lanes
-        inside = place < programs
-        losses += tl.load(parts + place, mask=inside, other=0.0)
-        counts += tl.load(parts + programs + place, mask=inside, other=0.0)
-        strays += tl.load(parts + 2 * programs + place, mask=inside, other=0.0)
+        valid = place < programs
+        losses += tl.load(parts + place, mask=valid, other=0.0)
+        counts += tl.load(parts + programs + place, mask=valid, other=0.0)
+        strays += tl.load(parts + 2 * programs + place, mask=valid, other=0.0)
     count = tl.sum(counts, 0)
     tl.store(scalars, count)
-    tl.store(good, tl.sum(strays, 0) == 0)
+    tl.store(inside, tl.sum(strays, 0) == 0)
     if REDUCED:
         value = tl.sum(losses, 0)
         if MEAN:
