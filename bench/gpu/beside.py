@@ -40,10 +40,12 @@ def counts(output: str) -> dict[str, int]:
 def tests(device: str, backends: Sequence[str]) -> dict[str, list[str]]:
     """Name -> pytest's arguments: a process group for each backend, so that a dead one does not hide the other."""
     device_ = ["--device", device]
-    selected = {b: ["tests/ops", *device_, "-k", f"{b} or not ({' or '.join(backends)})"] for b in backends}
+    # What belongs to no backend runs with the first.
+    others = [["-k", f"not {' and not '.join(backends[1:])}"], *(["-k", b] for b in backends[1:])]
+    selected = dict(zip(backends, others if backends[1:] else [[]], strict=False))
     heads = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_nn*.py"))
     return {
-        **{f"operators, {backend}": arguments for backend, arguments in selected.items()},
+        **{f"operators, {b}": ["tests/ops", *device_, *only] for b, only in selected.items()},
         "heads": [*heads, *device_],
         "large": ["tests/ops", *device_, "-m", "large"],
     }
@@ -111,14 +113,16 @@ def sanitized(done: Done, seconds: float) -> Report:
     return run
 
 
-def train(data: Path | None, seeds: Sequence[int], device: str, seconds: float, log: Path) -> Report:
+def train(
+    data: Path | None, seeds: Sequence[int], device: str, more: Sequence[str], seconds: float, log: Path
+) -> Report:
     """Trainings side by side in folders that a second call goes on with: bench/gpu_train.py."""
     if importlib.util.find_spec("bench.gpu_train") is None:
         return {"not run": "bench/gpu_train.py is not there"}
     asked = python("-m", "bench.gpu_train", "--folder", str(RUNS), "--seconds", f"{max(seconds - 5, 1):.0f}")
     asked += ["--data", str(data)] if data else []
     asked += ["--device", device] if device != "cuda" else []
-    asked += ["--seeds", *map(str, seeds)]
+    asked += ["--seeds", *map(str, seeds), *more]
     done = command(asked, seconds, log)
     report: Report = {"seconds": done.seconds, "models": models(done.output), "tail": done.tail(15)}
     if done.code != 0:

@@ -14,6 +14,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -92,6 +93,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="such as bf16:256x8142x2048,loss: precision, size and kind joined by colons",
     )
     add("--train", type=Path, metavar="FILE", help="an .npz to train on; without it, the project's own data")
+    add("--train-arguments", type=shlex.split, default=[], help="more options of bench.gpu_train, in quotes")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trainings (0 1 2)")
     add(
         "--library",
@@ -194,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         not options.day,
         options.train,
         options.seeds,
+        options.train_arguments,
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # then what was found is still written
     try:

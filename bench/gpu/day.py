@@ -34,6 +34,7 @@ class Options:
     grid: bool = False
     train: Path | None = None
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    train_arguments: list[str] = field(default_factory=list)
 
 
 class Day:
@@ -189,7 +190,8 @@ class Day:
             f"=== {', '.join(asked)} (at most {seconds:.0f} s; {self.budget.left():.0f} s are left)",
             flush=True,
         )
-        deadlines = {kind: ends[part] for part in asked for kind in {case.kind for case in cases[part]}}
+        # Constants are few and come first: whatever starting the process takes is not taken from them.
+        deadlines = {c.kind: ends[p] for p in asked if p != "constants" for c in cases[p]}
         everything = [case for part in asked for case in cases[part]]
         bench = Bench(everything, max(ends.values()), lambda: None, self.device, deadlines)
         self._measure(bench, {case.kind: part for part in asked for case in cases[part]})
@@ -281,7 +283,8 @@ class Day:
         log = self.output.scratch / "train.log"
         self.output.runs = beside.RUNS
         options = self.options
-        return beside.train(options.train, options.seeds, self.device, self.budget.left(), log)
+        more = options.train_arguments
+        return beside.train(options.train, options.seeds, self.device, more, self.budget.left(), log)
 
     def _tests(self) -> list[Job]:
         asked = beside.tests(self.device, self.backends())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,21 +14,14 @@ import gistops
 from .. import forms
 from ..forms import Tensors
 from . import settings
-from .variants import TABLE, Variant
+from .variants import NARROW, TABLE, Variant
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # input, weight, labels -> mean loss
 Call = Callable[[], Any]
 
 
-class Runner(NamedTuple):
-    """A variant on tensors."""
-
-    run: Call  # leaves gradients in the arguments, if it is no forward
-    made: Call  # the same, and returns the logits (forward) or the loss
-
-
-def runner(name: str, kind: str, arguments: Tensors, precision: str) -> Runner:
-    """What to call.
+def call(name: str, kind: str, arguments: Tensors, precision: str) -> Call:
+    """A call of a variant: of its logits, or of a step that leaves gradients in the arguments and returns the loss.
 
     Args:
         name: of a variant.
@@ -37,22 +30,22 @@ def runner(name: str, kind: str, arguments: Tensors, precision: str) -> Runner:
         precision: one of plan.WIDTHS.
     """
     variant = TABLE[name]
-    call = _call(variant, kind, arguments)
+    plain = _call(variant, kind, arguments)
     if not variant.settings:
-        return Runner(call, call)
+        return plain
 
     def forced() -> Any:
         with settings.applied(variant.settings, precision):
-            return call()
+            return plain()
 
-    return Runner(forced, forced)
+    return forced
 
 
 def _call(variant: Variant, kind: str, arguments: Tensors) -> Call:
-    if kind == "loss" and not variant.name.startswith("linear"):
-        return _loss_step(
-            our_loss(variant.backend, variant.cosine) if variant.ours else _peer(variant.name), arguments
-        )
+    if kind == "loss" and variant.ours:
+        return _loss_step(our_loss(variant.backend, variant.cosine), arguments)
+    if kind == "loss" and variant.family == "peer":
+        return _loss_step(_peer(variant.name), arguments)
     head = _head(variant)
     if kind == "forward":
 
@@ -61,8 +54,11 @@ def _call(variant: Variant, kind: str, arguments: Tensors) -> Call:
                 return head(*arguments)
 
         return forward
+    # Logits in half precision are widened, as autocast does, but in the row that shows what that costs.
+    widen = variant.name != NARROW
     return _loss_step(
-        lambda x, w, delta, tau, y: F.cross_entropy(head(x, w, delta, tau).float(), y), arguments
+        lambda *given: F.cross_entropy(head(*given[:4]).float() if widen else head(*given[:4]), given[4]),
+        arguments,
     )
 
 
@@ -75,7 +71,7 @@ def _head(variant: Variant) -> Callable[..., Tensor]:
             return gistops.constellation_logits(x, w, delta, tau, backend=variant.backend)
 
         return head
-    function = forms.PLAIN[variant.name.removesuffix(" compiled")]
+    function = forms.PLAIN["linear" if variant.name == NARROW else variant.name.removesuffix(" compiled")]
     return torch.compile(function, fullgraph=True, dynamic=False) if variant.compiled else function
 
 

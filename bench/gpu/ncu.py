@@ -56,14 +56,14 @@ def main() -> None:
     """One warm step, and one that is watched."""
     import torch
 
-    from .forms import runner
+    from .forms import call
 
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.ncu", description=main.__doc__)
     parser.add_argument("variant")
     parser.add_argument("kind")
     parser.add_argument("size", type=Size.parse)
     options = parser.parse_args()
-    run = runner(options.variant, options.kind, tensors(options.size, torch.bfloat16, "cuda"), "bf16").run
+    run = call(options.variant, options.kind, tensors(options.size, torch.bfloat16, "cuda"), "bf16")
     run()
     torch.cuda.synchronize()
     torch.cuda.cudart().cudaProfilerStart()

@@ -26,7 +26,7 @@ def kernels(name: str, precision: str, arguments: Tensors, device: str) -> dict[
     for kind in TABLE[name].kinds:
         if not runs(TABLE[name], precision, kind):
             continue
-        run = forms.runner(name, kind, arguments, precision).run
+        run = forms.call(name, kind, arguments, precision)
         for _ in range(2):
             run()
         with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:

@@ -14,7 +14,7 @@ HOW = (
     "Medians of rounds in which every form of a size is timed once, with a cold L2, between CUDA events, and with the "
     "queue kept full, so that launches are not in the times; the events' own time is, and is not taken off. A cell: "
     "ratio to `F.linear` (and `F.cross_entropy`) in the same rounds (ms; n rounds; share of the form's roofline; peak "
-    "memory beyond the arguments). *: the GPU waited for the CPU in over a tenth of the rounds. !: the results are less "
+    "memory beyond the arguments; the CPU's time to launch it). *: the GPU waited for the CPU in over a tenth of the rounds. !: the results are less "
     "exact than they should be. m = 4 displacements. forward: logits without gradients. step: logits, F.cross_entropy "
     "and backward to all arguments. loss: the form's own loss without logits, and backward; the libraries' are those "
     "of a plain linear layer, or of cosines."
@@ -119,6 +119,8 @@ def cell(found: Found) -> str:
         facts.append(f"{found['roofline']:.0%}")
     if found.get("memory"):
         facts.append(f"{found['memory'] / 2**20:.4g} MiB")
+    if "host_ms" in found:
+        facts.append(f"host {1e3 * found['host_ms']:.0f} µs")
     marks = ("*" if found.get("behind", 0) > 0.1 else "") + ("!" if "inexact" in found else "")
     return f"{ratio}({'; '.join(facts)}){marks}"
 

@@ -93,6 +93,7 @@ def _as_it_is(configs: Any, value: Any, precision: str) -> Any:
 
 SETTINGS: dict[str, Setting] = {
     "chunk": _attribute("operators.chunks", "CHUNK_ELEMENTS"),
+    "held bytes": _attribute("operators.cross_entropy", "HELD_BYTES"),
     "forward tile": _forced("forward", _tile),
     "centers tile": _forced("centers", _centers_tile),
     "product": _forced("product", _as_it_is),

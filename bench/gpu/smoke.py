@@ -90,7 +90,7 @@ def smoke(name: str, precision: str, arguments: Tensors, oracle: Oracle, device:
     for kind in TABLE[name].kinds:
         if not runs(TABLE[name], precision, kind):
             continue
-        call = forms.runner(name, kind, arguments, precision).made
+        call = forms.call(name, kind, arguments, precision)
         first = _results(call, arguments, device)
         result = found[kind] = checks.verdict(oracle.errors(kind, first[0], arguments), precision)
         second = _results(call, arguments, device)

@@ -176,7 +176,13 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def loop_ms(timer: Timer, run: Run, ms: float) -> float:
-    """Milliseconds a call where calls follow one another as the CPU can launch them: what small problems take."""
+    """Milliseconds a call where calls follow one another as the CPU can launch them: what small problems take.
+
+    Args:
+        timer: of the device.
+        run: the call.
+        ms: what it takes at least, on the GPU or to be launched.
+    """
     calls = int(min(max(3.0, 50.0 / max(ms, 1e-3)), 50.0))
     timer.synchronize()
     begin = time.perf_counter()

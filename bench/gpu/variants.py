@@ -25,6 +25,9 @@ PRECISIONS = ("bf16", "float32", "tf32")
 SIMPLICITY = {"cublas": 0, "triton": 1, "cuda": 2, "cpu": 3}
 
 
+NARROW = "linear, loss in bf16"
+
+
 @dataclass(frozen=True)
 class Variant:
     """One form."""
@@ -61,7 +64,9 @@ def _tiles(what: str, kind: str, *tiles: tuple[int, int, int, int, int]) -> list
 
 
 VARIANTS = (
-    Variant("linear", "torch", cosine=True),  # the limit: F.linear, and F.cross_entropy after it
+    # The limit: F.linear, and after it F.cross_entropy of float32 logits, as autocast has it; and without that widening.
+    Variant("linear", "torch", cosine=True),
+    Variant(NARROW, "torch", ("step", "loss"), cosine=True, precisions=("bf16",)),
     Variant("cuda", "cuda", backend="cuda"),
     Variant("triton", "triton", backend="triton"),
     Variant("cpu", "cpu", backend="cpu"),  # for trials of the bench itself
@@ -86,14 +91,14 @@ VARIANTS = (
         (128, 128, 64, 8, 3),
     ),
     *(
-        Variant(f"{name} loss chunk 2^{log}", name, ("loss",), name, {"chunk": 1 << log})
+        Variant(f"{name} loss {mode}", name, ("loss",), name, {"held bytes": most})
         for name in ("cuda", "triton")
-        for log in (22, 24, 25, 26)
+        for mode, most in (("parked", 1 << 40), ("recomputed", 0))
     ),
     *(
-        Variant(f"{name} loss {mode}", name, ("loss",), name, {"loss": mode})
+        Variant(f"{name} loss chunk 2^{log}", name, ("loss",), name, {"chunk": 1 << log})
         for name in ("cuda", "triton")
-        for mode in ("held", "parked", "recomputed")
+        for log in (22, 25)
     ),
     *(
         Variant(f"{name} no slots", name, ("forward",), name, {"slots": False}, precisions=("bf16",))

@@ -139,7 +139,7 @@ class Worker:
         begin = time.perf_counter()
         for kind in TABLE[name].kinds:
             if has(TABLE[name], case.precision, kind):
-                forms.runner(name, kind, self.arguments(case), case.precision).run()
+                forms.call(name, kind, self.arguments(case), case.precision)()
         return {"seconds": time.perf_counter() - begin}
 
     def _profile(self, name: str, case: Case) -> dict[str, Any]:
