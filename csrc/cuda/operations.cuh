@@ -81,20 +81,24 @@ class Sequence {
   // a time, which is slow with any tile.
   template <bool kGiven>
   void choose(const Prepared<T>& prepared, const Outputs<T>& out) {
-    constexpr bool kDouble = sizeof(T) == 8;
+    constexpr bool kDouble = sizeof(T) == 8, kFloat = __is_same(Engine, Fma<float>);
     using Middle = ForwardShape<Engine, kDouble ? 64 : 128, 3>;
     if (!vectors()) return pass<Middle, kGiven, false>(prepared, out);
-    if constexpr (!kDouble) {
+    if constexpr (kGiven && kFloat) {
+      pass<ForwardShape<Engine, 64, 4>, kGiven, true>(prepared, out);  // wider tiles do not fit into the registers
+    } else if constexpr (kDouble) {
+      pass<Middle, kGiven, true>(prepared, out);
+    } else {
       if (p_.B() <= 64) return pass<ForwardShape<Engine, 64, 4>, kGiven, true>(prepared, out);
-      if constexpr (!kGiven && !__is_same(Engine, Fma<float>)) {
+      if constexpr (!kGiven && !kFloat) {
         using Wide = ForwardShape<Engine, 256, 3>;
         int device = 0, shared = 0;
         check(cudaGetDevice(&device), "forward");
         check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "forward");
         if (p_.B() > 128 && shared >= forward_shared_bytes<Wide>()) return pass<Wide, kGiven, true>(prepared, out);
       }
+      pass<Middle, kGiven, true>(prepared, out);
     }
-    pass<Middle, kGiven, true>(prepared, out);
   }
 
   template <class Shape, bool kGiven, bool kVectors>
