@@ -133,9 +133,8 @@ class GradientProducts : protected Products<T> {
 
   // So many classes' gradients stay in the cache of a large GPU from one kernel to the next.
   int64_t cached_gradients() const {
-    constexpr int64_t kSums = 1 << 22;
-    if (p_.K() * p_.d() <= 2 * kSums) return p_.K();
-    return std::max<int64_t>(kSums / p_.d() / CorrectShape::kMostClasses, 1) * CorrectShape::kMostClasses;
+    if (p_.K() * p_.d() <= 2 * limits.cached) return p_.K();
+    return std::max<int64_t>(limits.cached / p_.d() / CorrectShape::kMostClasses, 1) * CorrectShape::kMostClasses;
   }
 
   CorrectShape correct_{1, 1};

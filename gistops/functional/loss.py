@@ -185,7 +185,7 @@ def _cross_entropy(
             axis,
             mlp,
         )
-    elif chosen == "triton" and centers.dim() == 2 and axis is None and mlp is None:
+    elif chosen in ("cuda", "triton") and centers.dim() == 2 and axis is None and mlp is None:
         loss, lse = _fused(
             chosen,
             input,
