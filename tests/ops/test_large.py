@@ -48,8 +48,8 @@ class Size:
 PAIRS, ELEMENTS = Size(21_500, 100_003, 64, 2, 56), Size(32, 1_100_003, 2048, 1, 32)
 SIZES = [
     pytest.param(Size(65, 1003, 64, 2, 0), id="small"),
-    pytest.param(PAIRS, id="B·K", marks=(pytest.mark.cuda, pytest.mark.large)),
-    pytest.param(ELEMENTS, id="K·d", marks=(pytest.mark.cuda, pytest.mark.large)),
+    pytest.param(PAIRS, id="pairs", marks=(pytest.mark.cuda, pytest.mark.large)),
+    pytest.param(ELEMENTS, id="elements", marks=(pytest.mark.cuda, pytest.mark.large)),
 ]
 
 
@@ -165,7 +165,7 @@ def test_loss(size: Size, memory: None, fused: str, seed: int) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.large
-@pytest.mark.parametrize("size", [PAIRS], ids=["B·K"])
+@pytest.mark.parametrize("size", [PAIRS], ids=["pairs"])
 def test_topk(size: Size, memory: None, fused: str, seed: int) -> None:
     tensors, rows = size.tensors(seed), size.rows()
     values, classes, _ = gistops.constellation_topk(*tensors, 5, backend=fused)
