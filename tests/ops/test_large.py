@@ -123,7 +123,13 @@ def test_logits(size: Size, memory: None, fused: str, seed: int) -> None:
     ours = torch.autograd.grad(logits, tensors, grad)
     of_x = gradient_of_rows(tensors, rows, grad[rows], slots)
     close("input", ours[0][rows], of_x, bf16, size.K)
-    close("centers", ours[1][classes], gradient_of_classes(tensors, classes, grad[:, classes], slots), bf16, size.B)
+    close(
+        "centers",
+        ours[1][classes],
+        gradient_of_classes(tensors, classes, grad[:, classes], slots),
+        bf16,
+        size.B,
+    )
     assert all(g.isfinite().all() for g in ours)
     with torch.no_grad():  # Σ grad·logits / τ, over all pairs
         parts = [
@@ -145,7 +151,9 @@ def test_loss(size: Size, memory: None, fused: str, seed: int) -> None:
     )
     with torch.no_grad():
         logits = of_rows(tensors, rows)
-        close("loss", loss[rows], F.cross_entropy(logits, target[rows], reduction="none"), torch.float32, size.K)
+        close(
+            "loss", loss[rows], F.cross_entropy(logits, target[rows], reduction="none"), torch.float32, size.K
+        )
         close("lse", lse[rows], logits.logsumexp(1), torch.float32, size.K)
     grad = torch.rand(size.B, generator=generator(seed + 1)) + 0.5
     ours = torch.autograd.grad(loss, tensors, grad)
