@@ -218,7 +218,8 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     rare = [*(f"HAS_{what}" for what in ("LSE", "BIAS", "WEIGHT", "MARGIN")), "NEED_BIAS", "NEED_MARGIN"]
     for slots in (1, 8, 256):
         for mode in (usual | dict.fromkeys(rare, False), usual | dict.fromkeys(rare, True) | {"SMOOTHING": 0.1}):
-            constants = _tiles("KB", sizes.softmax) | {"SLOTS": slots, "LARGEST": largest} | needs_all | mode
+            tiles = sizes.softmax if slots < 64 else sizes.softmax_many
+            constants = _tiles("KB", tiles) | {"SLOTS": slots, "LARGEST": largest} | needs_all | mode
             yield Case(route_softmax_kernel, dtype, target, constants)
     for kernel, constants in small:
         yield Case(kernel, dtype, target, constants)
