@@ -24,9 +24,11 @@ def weight_apart(
     tau,
     K,
     M,
+    row_stride,
+    class_stride,
 ):
     """What route_kernel left out of H': the weights of the pairs of one feature that cancel, and their slots."""
-    offsets = tl.cast(row, tl.int64) * K + classes
+    offsets = tl.cast(row, tl.int64) * row_stride + classes.to(tl.int64) * class_stride
     slot = tl.minimum(tl.load(slots + offsets, mask=class_valid, other=0).to(tl.int32), M - 1)
     rnorm = tl.load(center_rnorms + slot.to(tl.int64) * K + classes, mask=class_valid, other=0.0)
     scale = tl.load(tau).to(rnorm.dtype) * tl.load(input_rnorms + row)

@@ -73,6 +73,8 @@ def one_class(
     d,
     stride,
     M,
+    row_stride,
+    class_stride,
     TILE_D: tl.constexpr,
     NEED_CENTERS: tl.constexpr,
     NEED_DISPLACEMENTS: tl.constexpr,
@@ -85,16 +87,17 @@ def one_class(
     for i in tl.range(0, B, num_stages=1):
         at = tl.cast(i, tl.int64)
         f = tl.load(input + at * d + depth, mask=inside, other=0.0).to(ACC)
-        slot = tl.minimum(tl.load(slots + at * K + k).to(tl.int32), M - 1)
+        pair = at * row_stride + k * class_stride
+        slot = tl.minimum(tl.load(slots + pair).to(tl.int32), M - 1)
         rnorm = tl.load(center_rnorms + slot.to(tl.int64) * K + k)
         if rnorm < 0:  # left out of H'
-            h = -(tl.load(tau).to(ACC) * tl.load(input_rnorms + i) * tl.load(grad + at * K + k) * rnorm)
+            h = -(tl.load(tau).to(ACC) * tl.load(input_rnorms + i) * tl.load(grad + pair) * rnorm)
             result += h * f
             if NEED_DISPLACEMENTS:
                 target = row + (slot - 1) * d
                 tl.store(target, tl.load(target, mask=inside, other=0.0) + h * f, mask=inside)
         elif NEED_CENTERS:
-            result += tl.load(weights + at * stride + k).to(ACC) * f
+            result += tl.load(weights + k * stride + at).to(ACC) * f
     w = tl.load(centers + k * d + depth, mask=inside, other=0.0).to(ACC)
     for j in tl.range(0, M, num_stages=1):
         rnorm = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + k)
@@ -112,12 +115,12 @@ def one_class(
 
 @triton.jit
 def centers_kernel(
-    weights,  # H' [B, stride]
+    weights,  # H' [K, stride], class by class
     input,  # [B, d]
     centers,  # [K, d]
     displacements,  # [m, d]
-    grad,  # [B, K]
-    slots,  # [B, K]
+    grad,  # [B, K] by row_stride and class_stride
+    slots,  # likewise
     center_rnorms,  # [M, K]
     moments,  # U [M, K]
     input_rnorms,  # [B]
@@ -129,6 +132,8 @@ def centers_kernel(
     d,
     stride,
     M,
+    row_stride,  # of grad and slots
+    class_stride,
     TILE_K: tl.constexpr,
     TILE_D: tl.constexpr,
     TILE_B: tl.constexpr,
@@ -151,19 +156,19 @@ def centers_kernel(
 
     if NEED_CENTERS:
         features = tl.arange(0, TILE_B)
-        h_tile = weights + features.to(tl.int64)[:, None] * stride + classes[None, :]
+        h_tile = weights + classes.to(tl.int64)[:, None] * stride + features[None, :]
         f_tile = input + features.to(tl.int64)[:, None] * d + depth[None, :]
         for start in range(0, B, TILE_B):
             row_valid = features < B - start
             skip = tl.cast(start, tl.int64)
-            h = tl.load(
-                h_tile + skip * stride, mask=row_valid[:, None] & (classes < stride)[None, :], other=0.0
-            )
+            # H' has columns of zeros up to its stride: a mask by that, a multiple of 16, keeps the loads wide.
+            known = class_valid[:, None] & (features < stride - start)[None, :]
+            h = tl.load(h_tile + start, mask=known, other=0.0)
             f = tl.load(f_tile + skip * d, mask=row_valid[:, None] & inside[None, :], other=0.0)
             if WIDEN:
                 h = h.to(ACC)
                 f = f.to(ACC)
-            result = tl.dot(tl.trans(h), f, result, input_precision=PRECISION, out_dtype=ACC)
+            result = tl.dot(h, f, result, input_precision=PRECISION, out_dtype=ACC)
 
     valid = class_valid[:, None] & inside[None, :]
     elements = classes.to(tl.int64)[:, None] * d + depth[None, :]
@@ -207,5 +212,5 @@ def centers_kernel(
                 one_class(
                     k, class_tile, depth, inside, weights, input, centers, displacements, grad, slots,
                     center_rnorms, moments, input_rnorms, tau, center_gradient, parts, B, K, d, stride, M,
-                    TILE_D, NEED_CENTERS, NEED_DISPLACEMENTS, ACC,
+                    row_stride, class_stride, TILE_D, NEED_CENTERS, NEED_DISPLACEMENTS, ACC,
                 )  # fmt: skip

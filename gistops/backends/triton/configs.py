@@ -130,14 +130,18 @@ class Small:
     route: tuple[int, int]  # features, classes
     route_warps: int
     route_many: tuple[int, int]  # the same where M > 32: there the sums S' take registers; 4 warps
+    pool: tuple[int, int]  # classes, features; 4 warps
+    softmax: tuple[int, int]  # likewise
     finish_input: tuple[int, int]  # classes of a look for pairs that cancel; dimensions at most
     finish_displacements: tuple[int, int]  # terms added at a time, dimensions
 
 
-_HALF = Small((32, 64), (64, 32), (32, 32, 16), (64, 32), 4, (16, 64), (64, 512), (32, 64))
+_HALF = Small(
+    (32, 64), (64, 32), (32, 32, 16), (64, 32), 4, (16, 64), (32, 128), (32, 128), (64, 512), (32, 64)
+)
 _SINGLE = replace(_HALF, route=(64, 64), route_warps=8)
 _DOUBLE = replace(
-    _HALF, prepare=(16, 32), norms=(32, 16), route=(32, 32), route_many=(16, 32), finish_input=(64, 256)
+    _HALF, prepare=(16, 32), norms=(32, 16), pool=(16, 64), softmax=(16, 64), route=(32, 32), route_many=(16, 32), finish_input=(64, 256)
 )
 SMALL: dict[Kind, Small] = {"half": _HALF, "tf32": _SINGLE, "ieee": _SINGLE, "f64": _DOUBLE}
 
@@ -145,6 +149,22 @@ SMALL: dict[Kind, Small] = {"half": _HALF, "tf32": _SINGLE, "ieee": _SINGLE, "f6
 ROUTE_PROGRAMS = 1056
 #: Groups of classes at most, which bounds the partial sums S' [groups, M, B].
 ROUTE_GROUPS = 256
+
+
+#: Tiles of gather_kernel: parts and elements of a sum, and elements of the one sum to a single number.
+GATHER = (16, 64, 1024)
+#: Tiles of the loss: rows and groups of classes of rows_kernel, elements of total_kernel.
+ROWS = (32, 32, 1024)
+#: Programs of the loss's large kernels at least, where there is work for them; more make more parts of sums.
+LOSS_PROGRAMS = 528
+
+
+def grouped(classes: int, features: int, tile: tuple[int, int]) -> tuple[int, int]:
+    """How many class tiles a program takes, and how many such groups there are."""
+    class_tiles = tiles(classes, tile[0])
+    wanted = min(class_tiles, tiles(LOSS_PROGRAMS, tiles(features, tile[1])))
+    run = tiles(class_tiles, wanted)
+    return run, tiles(class_tiles, run)
 
 
 def tiles(size: int, tile: int) -> int:
