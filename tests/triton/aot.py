@@ -171,6 +171,10 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     precise = "tf32x3" if kind == "tf32" and target.startswith("sm") else "ieee"
     precision = "tf32" if kind == "tf32" else "ieee"
     products = {"ACC": acc, "PRECISION": precision, "WIDEN": False}
+    corrections = {
+        "HALVES": dtype == "bf16",
+        "CORRECTION_PRECISION": "tf32x3" if kind in ("half", "tf32") and target.startswith("sm") else "ieee",
+    }
     table = TABLES[target], kind
     for config in configs.FORWARD[table]:
         for slots in (FUSED_SLOTS, 1, 0) if config == configs.FORWARD[table][-1] else (FUSED_SLOTS, 1):
@@ -179,7 +183,7 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     for config in configs.CENTERS[table]:
         for needs in ((True, True), (True, False), (False, True)):
             switches = {"NEED_CENTERS": needs[0], "NEED_DISPLACEMENTS": needs[1]}
-            yield _large(centers_kernel, dtype, target, config, products | switches)
+            yield _large(centers_kernel, dtype, target, config, products | corrections | switches)
     sizes = SMALL[kind]
     small: list[tuple[Any, dict[str, Any]]] = [
         (prepare_kernel, _tiles("BD", sizes.prepare) | {"SLOTS": 16, "ACC": acc, "NORM_PRECISION": precise, "WIDEN": False}),
