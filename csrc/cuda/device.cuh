@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <limits>
 
 #ifdef __CUDACC__
 #define GISTOPS_LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
@@ -36,6 +37,9 @@ struct SumOf<double> {
 };
 template <class T>
 using Sum = typename SumOf<T>::type;
+
+template <class S>
+inline constexpr S kInfinity = std::numeric_limits<S>::infinity();
 
 __device__ __forceinline__ float wide(float x) { return x; }
 __device__ __forceinline__ double wide(double x) { return x; }
