@@ -24,6 +24,8 @@ from train.data.arrays import Dataset
 from train.run import load
 from train.training import Training
 
+from .gpu_train import of_data
+
 SECONDS = 38.0
 WARM, STEPS = 10, 30  # steps that do not count, of which a graph takes four; and that do
 LOOKED = (0, 4, 9, 19, 29, 39)  # steps whose losses are shown
@@ -38,7 +40,7 @@ WAYS: dict[str, tuple[dict[str, Any], bool]] = {
 }
 
 
-def probe(args: argparse.Namespace, data_file: Path, say: Any) -> int:
+def probe(args: argparse.Namespace, data_file: Path | None, say: Any) -> int:
     """Measure every way, as far as the time goes; does not return where it is up."""
     began, at = time.monotonic(), ["the beginning"]
 
@@ -50,7 +52,7 @@ def probe(args: argparse.Namespace, data_file: Path, say: Any) -> int:
     timer = threading.Timer(min(SECONDS, args.seconds), over)
     timer.daemon = True
     timer.start()
-    words = ["--recipe", args.recipe, "--data", str(data_file), "--imbalance-ratio", "1", *args.options]
+    words = [*of_data(args, data_file), *args.options]
     words += ["--precision", args.precision, "--device", args.device, "--threads", str(args.threads)]
     # No clustering: what a step costs does not depend on where displacements point.
     words += ["--displacement-update", "gradient", "--transfer-directions", "0"]
@@ -66,7 +68,9 @@ def probe(args: argparse.Namespace, data_file: Path, say: Any) -> int:
             line = measured(method, config_of_way, data)
         except Exception as error:  # the other ways are still to be measured
             line = {"error": f"{type(error).__name__}: {error}"[:500]}
-        say({"event": "probe", "way": way, "method": method, **line, "at": round(time.monotonic() - began, 1)})
+        say(
+            {"event": "probe", "way": way, "method": method, **line, "at": round(time.monotonic() - began, 1)}
+        )
         if way == "eager" and torch.device(config.device).type == "cuda":
             say({"event": "kernels", **kernels(method, config_of_way, data)})
     timer.cancel()

@@ -64,7 +64,9 @@ def test_held_steps_are_the_eager_ones(way: dict[str, Any], method: str, feature
     assert equal(held.state_dict(), eager.state_dict())
     stages = len(eager.method.stages)
     assert recorder.captures == stages
-    assert recorder.replays == 4 * (eager.steps_per_epoch - 1) - stages * WARM_UP, "an epoch's last step is another's"
+    assert recorder.replays == 4 * (eager.steps_per_epoch - 1) - stages * WARM_UP, (
+        "an epoch's last step is another's"
+    )
 
 
 def test_rates_follow_the_schedule(features: Dataset) -> None:
@@ -106,7 +108,9 @@ def test_a_step_reads_nothing_on_the_host(features: Dataset, monkeypatch: pytest
     looked = [name for name in ("item", "tolist", "__bool__", "__float__", "__int__", "numpy", "cpu")]
     for name in looked:
         monkeypatch.setattr(Tensor, name, refuse)
-    monkeypatch.setattr("gistops.functional.loss.check_loss", lambda target, *_: target)  # looks on the CPU alone
+    monkeypatch.setattr(
+        "gistops.functional.loss.check_loss", lambda target, *_: target
+    )  # looks on the CPU alone
     training.optimize(parts)
 
 
