@@ -287,7 +287,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         "--data", type=Path, help="long-tailed: .npz, .packed, …; the recipe's own if not given"
     )
     parser.add_argument("--folder", type=Path, required=True, help="where runs, logs and unpacked data lie")
-    parser.add_argument("--seconds", type=float, default=300, help="when to be over")
+    parser.add_argument("--seconds", type=float, help="when to be over: 300, or 38 of a probe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", default="gist,cos-gist,cos-balanced-softmax,plain", help="with commas")
     parser.add_argument("--epochs", type=int, default=200, help="of both stages together")
@@ -303,9 +303,10 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         "--mps", action="store_true", help="processes share the GPU by NVIDIA's MPS, where it is there"
     )
     parser.add_argument("--unpacker", type=Path, help="the script that unpacks; beside the data if not given")
-    parser.add_argument("--probe", action="store_true", help="only measure steps, in at most 40 seconds")
+    parser.add_argument("--probe", action="store_true", help="only measure steps")
     parser.add_argument("options", nargs="*", help="after --: more options of python -m train")
     args = parser.parse_args(words)
+    args.seconds = args.seconds or (38 if args.probe else 300)
     args.methods = args.methods.split(",")
     if unknown := [method for method in args.methods if method not in METHODS]:
         parser.error(f"--methods: expected some of {', '.join(METHODS)}, got {', '.join(unknown)}")

@@ -9,6 +9,7 @@ as compiling may take longer than there is time: then the last line says which w
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import threading
@@ -26,7 +27,6 @@ from train.training import Training
 
 from .gpu_train import of_data
 
-SECONDS = 38.0
 WARM, STEPS = 10, 30  # steps that do not count, of which a graph takes four; and that do
 LOOKED = (0, 4, 9, 19, 29, 39)  # steps whose losses are shown
 
@@ -45,11 +45,11 @@ def probe(args: argparse.Namespace, data_file: Path | None, say: Any) -> int:
     began, at = time.monotonic(), ["the beginning"]
 
     def over() -> None:
-        say({"event": "probe", "way": at[0], "error": f"not done within {SECONDS:.0f} s"})
+        say({"event": "probe", "way": at[0], "error": f"not done within {args.seconds:.0f} s"})
         sys.stdout.flush()
         os._exit(0)  # whatever compiles need not be waited for
 
-    timer = threading.Timer(min(SECONDS, args.seconds), over)
+    timer = threading.Timer(args.seconds, over)
     timer.daemon = True
     timer.start()
     words = [*of_data(args, data_file), *args.options]
@@ -63,7 +63,7 @@ def probe(args: argparse.Namespace, data_file: Path | None, say: Any) -> int:
     for way, (options, benchmark) in WAYS.items():
         at[0] = way
         torch.backends.cudnn.benchmark = benchmark
-        config_of_way = _with(config, options)
+        config_of_way = dataclasses.replace(config, **options)
         try:
             line = measured(method, config_of_way, data)
         except Exception as error:  # the other ways are still to be measured
@@ -75,12 +75,6 @@ def probe(args: argparse.Namespace, data_file: Path | None, say: Any) -> int:
             say({"event": "kernels", **kernels(method, config_of_way, data)})
     timer.cancel()
     return 0
-
-
-def _with(config: Any, options: dict[str, Any]) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(config, **options)
 
 
 def _begun(method: str, config: Any, data: Dataset) -> Training:

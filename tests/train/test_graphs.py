@@ -135,3 +135,33 @@ def test_made_ahead_goes_on_with_graphs(features: Dataset) -> None:
     (drawn,) = made.next_drawn()
     assert torch.equal(made.made(drawn).x, fourth.x)
     assert torch.equal(made.made(drawn).chance, fourth.chance)
+
+
+def test_the_network_is_compiled_once_for_the_usual_size(
+    images: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for an epoch's last step, nor again in another stage."""
+    compiled: list[Any] = []
+    sizes: list[int] = []
+
+    def compile(function: Any, **_: Any) -> Any:
+        compiled.append(function)
+
+        def run(x: Tensor) -> Tensor:
+            sizes.append(len(x))
+            return function(x)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    config = dataclasses.replace(
+        CONFIG, backbone="resnet8-half", compile=True, stage1_epochs=1, stage2_epochs=1
+    )
+    for way in ({}, {"batch_norm": "split"}, {"accumulate": 2}):
+        compiled.clear()
+        sizes.clear()
+        training = Training("cos-gist", dataclasses.replace(config, **way), images)
+        finish(training)
+        assert compiled == [training.model.features]
+        usual = {"joint": [62] * 8, "split": [12, 50] * 8 + [12, 12]}[training.config.batch_norm]
+        assert sorted(sizes) == sorted([31] * 16 if training.config.accumulate == 2 else usual)
