@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bench.gpu_timing import Sample
+from bench.gpu.timing import Sample
 
 
 class Clock:

@@ -1,15 +1,24 @@
-"""The command `python -m bench.gpu` without a GPU: arguments, its budget, the parts that it runs, its status."""
+"""The command `python -m bench.gpu` without a GPU: arguments, its budget, the sequence itself on tiny sizes, kills."""
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bench import gpu, gpu_parts
+from bench.gpu import command, commands, day
+from bench.gpu.budget import PARTS, Budget
+from bench.gpu.driver import ROOT
+from bench.gpu.output import read_csv
 
 from .clock import Clock
 
@@ -18,53 +27,22 @@ from .clock import Clock
 
 def test_parts_share_the_time_and_pass_on_what_they_leave() -> None:
     clock = Clock()
-    budget = gpu.Budget(8, ["build", "test", "sanitize", "bench"], clock)
-    assert budget.seconds("build") < 0.35 * 480
-    clock.now = 60.0
-    test = budget.seconds("test")
-    clock.now += test
-    clock.now += budget.seconds("sanitize")
-    assert budget.seconds("bench") == pytest.approx(480 - clock.now)
-    assert budget.seconds("bench") > 160
-    assert gpu.Budget(1, ["bench"], Clock()).seconds("bench") == 60
+    budget = Budget(8, list(PARTS), clock)
+    assert 40 < budget.seconds("build") < 70
+    clock.now = 5.0
+    clock.now += budget.seconds("smoke")
+    assert budget.seconds("measure") > 120
+    clock.now += budget.seconds("measure")
+    assert budget.seconds("test") == budget.seconds("sanitize") == budget.seconds("train")  # side by side
+    assert 230 < budget.seconds("train") < 480 - clock.now
+    assert Budget(1, ["measure"], Clock()).seconds("measure") == pytest.approx(60, abs=5)
 
 
-def test_pytests_last_line_is_counted() -> None:
-    assert gpu_parts._counts("x\n=== 3 failed, 10 passed, 2 errors in 2.31s ===\n") == {
-        "failed": 3,
-        "passed": 10,
-        "error": 2,
-    }
-    assert gpu_parts._counts("Traceback") == {}
-
-
-@pytest.mark.parametrize(
-    ("code", "output", "problem"),
-    [
-        (0, "========= ERROR SUMMARY: 0 errors", None),
-        (9, "========= Invalid read\n========= ERROR SUMMARY: 2 errors", "ERROR SUMMARY: 2 errors"),
-        (1, "Device not supported", "ended with 1 and no summary"),
-        (None, "", "stopped after 7 s"),
-    ],
-)
-def test_the_sanitizers_summary_is_read(code: int | None, output: str, problem: str | None) -> None:
-    run = gpu_parts._sanitized(gpu_parts.Done(code, output, 1.0), 7.0)
-    assert run.get("problem") == problem
-
-
-def test_without_the_sanitizer_the_part_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_parts, "find_sanitizer", lambda: None)
-    assert "compute-sanitizer was found neither" in gpu_parts.sanitize(9.0, ["cuda"])["not run"]
-
-
-def test_a_command_ends_in_its_time() -> None:
-    begin = time.monotonic()
-    done = gpu_parts.command(
-        [sys.executable, "-c", "import time; print('a', flush=True); time.sleep(60)"], 1.5
-    )
-    assert done.code is None
-    assert done.output.startswith("a")
-    assert time.monotonic() - begin < 30
+def test_shares_of_parts_in_one_process_add_up() -> None:
+    budget = Budget(4, ["constants", "measure", "profile"], Clock())
+    shares = [budget.share(part, "constants") for part in ("constants", "measure", "profile")]
+    assert sum(shares) == pytest.approx(budget.left())
+    assert shares[1] > 5 * shares[2]
 
 
 # The command
@@ -74,7 +52,7 @@ def test_without_a_gpu_it_says_so_in_a_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main([]) == 2
+    assert command.main([]) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.count("\n") == 1
@@ -84,33 +62,120 @@ def test_without_a_gpu_it_says_so_in_a_sentence(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--only", "build,dance"], "expected some of build, test, sanitize, bench, got 'dance'"),
+        (["--only", "build,dance"], "expected some of build, smoke, constants, measure"),
         (["--minutes", "-1"], "expected a positive number of minutes, got '-1'"),
         (["--minutes", "nan"], "expected a positive number of minutes, got 'nan'"),
+        (["--variants", "cuda,tritn*"], "no variant is named 'tritn*'"),
+        (["--cases", "bf16:forwards"], "expected bf16, float32, tf32, forward, step, loss, or a size"),
         (["--device", "tpu"], "invalid choice"),
     ],
 )
 def test_wrong_arguments_are_named(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        gpu.main(argv)
+        command.main(argv)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_the_output_is_named_after_gpu_and_day() -> None:
-    path = gpu.default_output("NVIDIA H100 80GB HBM3")
+def test_the_output_is_out_or_named_after_gpu_and_day(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("OUT", raising=False)
+    path = command.default_output("NVIDIA H100 80GB HBM3")
     assert path.parent.parts[-2:] == ("bench", "results")
     assert path.name.startswith("nvidia-h100-80gb-hbm3-2")
-    assert path.suffix == ".json"
-    assert gpu.parts("bench,build") == ["build", "bench"]
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert command.default_output("NVIDIA H100 80GB HBM3") == tmp_path
+    assert command.parts("measure,build") == ["build", "measure"]
+    assert "train" in command.arguments(["--day"]).only
+    assert "train" not in command.arguments([]).only
 
 
 def test_problems_end_in_a_status_of_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu_parts, "run_tests", lambda seconds: {"problem": "3 failed"})
-    argv = ["--device", "cpu", "--only", "test", "--output", str(tmp_path / "x.json")]
-    assert gpu.main(argv) == 1
-    assert "PROBLEM, test: 3 failed" in capsys.readouterr().err
-    monkeypatch.setattr(gpu_parts, "run_tests", lambda seconds: {})
-    assert gpu.main(argv) == 0
+    monkeypatch.setattr(day.Day, "build", lambda self, seconds: {"problem": "no compiler"})
+    argv = ["--device", "cpu", "--only", "build", "--output", str(tmp_path)]
+    assert command.main(argv) == 1
+    assert "PROBLEM, build: no compiler" in capsys.readouterr().err
+    monkeypatch.setattr(day.Day, "build", lambda self, seconds: {})
+    assert command.main(argv) == 0
+
+
+# The sequence
+
+
+TINY = ["--day", "--device", "cpu", "--variants", "cpu,direct,cuda", "--cases", "bf16:256x8142x2048"]
+
+
+def ours(folder: Path, *more: str, minutes: float = 3.0) -> list[str]:
+    return commands.python(
+        "-m", "bench.gpu", *TINY, "--output", str(folder), "--minutes", str(minutes), *more
+    )
+
+
+def read(folder: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    assert (folder / "table.md").read_text(encoding="utf-8").startswith("# gistops on ")
+    assert {path.name for path in folder.iterdir()} <= {
+        *(
+            "result.json",
+            "table.md",
+            "kernels.csv",
+            "ncu.csv",
+            "build.log",
+            "tests.log",
+            "sanitize.log",
+            "runs.tgz",
+        )
+    }
+    return document
+
+
+def test_the_whole_sequence_runs_on_a_cpu(tmp_path: Path) -> None:
+    only = "build,smoke,constants,measure,profile,ncu,sanitize"
+    done = subprocess.run(
+        ours(tmp_path, "--only", only), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    document = read(tmp_path)
+    assert set(document["parts"]) == set(only.split(","))
+    assert document["out"] == {}
+    assert "cuda" in document["absent"]
+    assert document["constants"]["copy"]["value"] > 0
+    assert [result["case"]["kind"] for result in document["cases"]] == ["forward", "step", "loss"]
+    assert all(result["forms"]["cpu"]["roofline"] > 0 for result in document["cases"])
+    assert document["rule"]["bf16 forward"]["winner"] == "cpu"
+    assert document["rule"]["tf32 forward"] == {"none": "nothing was measured"}
+    rows = read_csv((tmp_path / "kernels.csv").read_text(encoding="utf-8"))
+    assert {row["kind"] for row in rows} == {"forward", "step", "loss"}
+    assert "available" in (tmp_path / "build.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_kill_at_any_moment_leaves_what_was_found(tmp_path: Path, how: signal.Signals) -> None:
+    asked = ours(tmp_path, "--only", "constants,measure,test")
+    process = subprocess.Popen(asked, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    try:
+        while not (tmp_path / "result.json").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(random.uniform(0, 8))
+    finally:
+        process.send_signal(how)
+        status = process.wait(30)
+    document = read(tmp_path)
+    assert document["options"]["only"] == ["constants", "measure", "test"]
+    if how == signal.SIGTERM:
+        assert status == 143
+        assert document["seconds"] > 0
+
+
+def test_what_a_command_started_ends_with_it(tmp_path: Path) -> None:
+    code = "import subprocess, sys, time; print('a', flush=True); subprocess.Popen(['sleep', '60']); time.sleep(60)"
+    begin = time.monotonic()
+    done = commands.command([sys.executable, "-c", code], 2.0, tmp_path / "log")
+    assert done.code is None
+    assert done.output.startswith("a")
+    assert time.monotonic() - begin < 30
+    assert os.path.exists(tmp_path / "log")

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from bench import gpu_worker
 from bench.forms import Size
-from bench.gpu_plan import COMPILED, LOSSES, MAIN, Case, Work, floor_ms, is_ours, plan, work
+from bench.gpu import plan, settings, variants, worker
+from bench.gpu.plan import MAIN, SIZES, Case, Filter
+from bench.gpu.variants import KINDS, TABLE
+from bench.gpu.work import Work, floor_ms, work
 
 from .clock import Clock
 
@@ -34,12 +36,12 @@ def test_work_of_a_step_has_three_phases_and_three_products() -> None:
         assert len(phases) == 3
         product = 2 * 256 * 8142 * 2048
         assert 3 * product <= sum(phase.flops for phase in phases) < 3.1 * product
-    assert work("Liger", MAIN, "step", 2) is None
+    assert work("Liger", MAIN, "loss", 2) is None
 
 
 def test_a_loss_of_ours_has_three_products_and_no_logits() -> None:
-    for form in ("cuda loss", "triton loss, m=0"):
-        phases = work(form, Size(256, 8142, 2048), "step", 2)
+    for form in ("cuda", "triton, m=0"):
+        phases = work(form, Size(256, 8142, 2048), "loss", 2)
         assert phases is not None
         product = 2 * 256 * 8142 * 2048
         assert 3 * product <= sum(phase.flops for phase in phases) < 3.1 * product
@@ -61,64 +63,100 @@ def test_the_roofline_is_the_larger_term_of_each_phase() -> None:
 
 # The cases
 
-
-def test_the_plan_holds_every_size_once_before_the_visit_for_compiled_forms() -> None:
-    cases = [case for case in plan() if not case.graph and case.precision != "tf32"]
-    wanted = {
-        (precision, Size(B, K, d), kind)
-        for precision in ("bf16", "float32")
-        for K in (1000, 8142, 100_000, 1_000_000)
-        for d in (512, 2048)
-        for B in (128, 256, 1024)
-        for kind in ("forward", "step")
-    }
-    with_direct = [(c.precision, c.size, c.kind) for c in cases if "direct" in c.forms]
-    assert len(with_direct) == len(set(with_direct))
-    assert set(with_direct) == wanted
-    assert {(c.precision, c.size, c.kind) for c in cases if set(COMPILED) <= set(c.forms)} == wanted
-    assert all(case.forms[0] == "linear" for case in cases)
+EVERY = list(TABLE)
+CASES = plan.measured(EVERY)
 
 
-def test_the_most_important_case_is_first_and_the_list_fits_its_time() -> None:
-    first, second, *_ = cases = plan()
-    assert (first.precision, first.size, first.kind) == ("bf16", MAIN, "forward")
-    assert (second.precision, second.size, second.kind) == ("bf16", MAIN, "step")
-    last = max(n for n, case in enumerate(cases) if "direct" in case.forms)
-    libraries = [form for form in LOSSES if not is_ours(form)]  # rarely installed
-    seconds = [case.without(libraries).estimate(4.0) for case in cases]
-    assert sum(seconds[:4]) < 60
-    halves = max(n for n, case in enumerate(cases[: last + 1]) if case.precision == "bf16")
-    assert sum(seconds[: halves + 1]) < 200
-    assert sum(seconds[: last + 1]) < 400
+def test_every_size_precision_and_kind_is_measured_the_most_important_first() -> None:
+    plain = [(c.precision, c.size, c.kind) for c in CASES if not c.graph and not c.compiles]
+    assert len(plain) == len(set(plain)) == 3 * 4 * 3
+    assert set(plain) == {(p, s, k) for p in variants.PRECISIONS for s in SIZES for k in KINDS}
+    assert plain[:3] == [("bf16", MAIN, kind) for kind in KINDS]
+    assert all(case.forms[0] == "linear" for case in CASES)
+    assert max(n for n, c in enumerate(CASES) if not c.compiles) < min(
+        n for n, c in enumerate(CASES) if c.compiles
+    )
+    assert {c.size for c in CASES if c.compiles} == set(SIZES[:2])
+    grid = plan.measured(EVERY, grid=True)
+    assert grid[: len(CASES)] == CASES
+    assert Size(1024, 1_000_000, 2048) in {case.size for case in grid}
+
+
+def test_the_list_fits_its_time() -> None:
+    libraries = [n for n in EVERY if TABLE[n].family == "peer"]  # rarely installed
+    seconds = [case.without(libraries).estimate() for case in plan.measured(EVERY, 0.8)]
+    assert sum(seconds[:9]) < 25
+    assert sum(s for s, c in zip(seconds, CASES, strict=True) if not c.compiles) < 125
 
 
 def test_a_case_survives_json() -> None:
-    for case in plan():
+    for case in CASES:
         assert Case.from_json(json.loads(json.dumps(case.to_json()))) == case
 
 
-def test_a_case_that_does_not_fit_loses_the_compiled_forms_and_then_itself() -> None:
-    case = plan()[0]
-    whole, lean = case.estimate(10.0), case.without(COMPILED).estimate(10.0)
-    assert gpu_worker.fitted(case, whole, 10.0) == (case, "")
-    chosen, why = gpu_worker.fitted(case, whole - 0.1, 10.0)
-    assert chosen == case.without(COMPILED)
-    assert "torch.compile" in why
-    chosen, why = gpu_worker.fitted(case, lean - 0.1, 10.0)
-    assert chosen is None
-    assert "of the budget were left" in why
+def test_cases_are_picked_by_precision_size_and_kind() -> None:
+    asked = Filter("bf16:256x8142x2048:loss,tf32")
+    found = [c for c in CASES if asked(c)]
+    assert {c.precision for c in found} == {"bf16", "tf32"}
+    assert {(c.size, c.kind) for c in found if c.precision == "bf16"} == {(MAIN, "loss")}
+    own = Filter("float32:64x500x128").own(EVERY, 0.1)
+    assert [(c.precision, c.size, c.kind) for c in own] == [("float32", Size(64, 500, 128), k) for k in KINDS]
+    assert Filter("bf16").own(EVERY, 0.1) == []
+
+
+def test_variants_are_picked_by_patterns() -> None:
+    assert variants.chosen(["triton F*"])[0] == "linear"
+    assert all(name.startswith("triton F") for name in variants.chosen(["triton F*"])[1:])
+    assert len(TABLE) == len(variants.VARIANTS)
+    with pytest.raises(ValueError, match="no variant is named 'nothing'"):
+        variants.chosen(["nothing"])
+
+
+def test_a_variant_whose_setting_is_not_there_is_absent_with_the_reason() -> None:
+    assert settings.why_not({"slow": 1}) == "nothing can force 'slow' yet"
+    gone = settings._attribute("operators.chunks", "NO_SUCH_THING")
+    assert gone.why_not(1) == "gistops.operators.chunks has no NO_SUCH_THING"
+    assert "serves no tensors" in str(variants.why_not("cpu", "cuda"))
+
+
+def test_settings_hold_in_the_with_and_no_longer() -> None:
+    from gistops.operators import chunks
+
+    before = chunks.CHUNK_ELEMENTS
+    with settings.applied({"chunk": 77}, "bf16"):
+        assert chunks.CHUNK_ELEMENTS == 77
+    assert before == chunks.CHUNK_ELEMENTS
+
+
+def test_smoke_runs_hold_every_kind_of_size() -> None:
+    cases = plan.smoked(EVERY, CASES)
+    sizes = {case.size for case in cases}
+    assert {1} < {s.B for s in sizes}
+    assert {0, 4, 12} == {s.m for s in sizes}
+    assert any(s.d % 8 for s in sizes)
+    assert {case.precision for case in cases} == set(variants.PRECISIONS)
+    assert all(TABLE[n].ours for case in cases for n in case.forms)
 
 
 def test_cases_beyond_the_deadline_are_skipped_with_the_reason() -> None:
     events: list[dict[str, Any]] = []
-    worker = gpu_worker.Worker("cpu", events.append, {}, 0.0)
+    fake = worker.Worker("cpu", events.append, {})
     clock = Clock()
 
     def run(case: Case) -> dict[str, Any]:
         clock.now += 30
         return {"case": case.to_json(), "forms": {}}
 
-    worker.run = run  # type: ignore[method-assign]
-    gpu_worker.work_through(worker, list(enumerate(plan()[:4])), deadline=61.0, clock=clock)
-    assert [e["event"] for e in events] == ["begin", "case", "begin", "case", "skipped", "skipped"]
-    assert all("s of the budget were left" in e["reason"] for e in events[-2:])
+    fake.run = run  # type: ignore[method-assign]
+    worker.work_through(fake, list(enumerate(CASES[:4])), deadline=lambda case: 60.0, clock=clock)
+    assert [e["event"] for e in events] == [
+        "begin",
+        "case",
+        "begin",
+        "case",
+        "begin",
+        "skipped",
+        "begin",
+        "skipped",
+    ]
+    assert all("s of the budget were left" in e["reason"] for e in events if e["event"] == "skipped")

@@ -1,45 +1,48 @@
-"""The page that `python -m bench.gpu` writes: targets, tables, reasons."""
+"""What `python -m bench.gpu` writes: targets, the rule's choices, tables, reasons, files."""
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_report
-from bench.gpu_plan import MAIN, Case, plan
+from bench.gpu import output, profiled, report, rule, targets
+from bench.gpu.plan import MAIN, SIZES, Case, measured
+from bench.gpu.variants import TABLE
 
 
 def found(ms: float, ratio: float, **more: Any) -> dict[str, Any]:
     quarters = {"q1": ms, "median": ms, "q3": ms}
-    return {
-        "ms": quarters,
-        "n": 9,
-        "ratio": {"q1": ratio, "median": ratio, "q3": ratio, "n": 9},
-        "behind": 0.0,
-        **more,
-    }
+    ratios = {"q1": ratio, "median": ratio, "q3": ratio, "n": 9}
+    return {"ms": quarters, "n": 9, "ratio": ratios, "behind": 0.0, **more}
+
+
+def result(case: Case, **forms: Any) -> dict[str, Any]:
+    return {"case": case.to_json(), "forms": forms, "seconds": 1.0}
 
 
 def document(**forms: Any) -> dict[str, Any]:
-    case = Case("bf16", MAIN, "forward", tuple(forms), 1.0)
     return {
         "header": {"gpu": "NVIDIA Something", "driver": None, "torch": "2.11.0"},
         "parts": {
             "build": {},
             "test": {"problem": "3 failed", "runs": {"operators": {"counts": {"failed": 3}}}},
         },
-        "cases": [{"case": case.to_json(), "forms": forms, "seconds": 1.0}],
-        "skipped": [{"case": plan()[9].to_json(), "reason": "the time was up"}],
+        "cases": [result(Case("bf16", MAIN, "forward", tuple(forms)), **forms)],
+        "skipped": [{"case": measured(list(TABLE))[9].to_json(), "reason": "the time was up"}],
     }
 
 
-def verdict(written: dict[str, Any], text: str, backend: str = "cuda") -> gpu_report.Verdict:
-    (one,) = [v for v in gpu_report.verdicts(written) if v.backend == backend and text in v.target]
+def verdict(written: dict[str, Any], text: str, variant: str = "cuda") -> targets.Verdict:
+    (one,) = [v for v in targets.verdicts(written) if v.variant == variant and text in v.target]
     return one
 
 
 LINEAR = found(1.0, 1.0, memory=100)
+
+# Targets
 
 
 def test_targets_are_met_missed_or_not_measured() -> None:
@@ -58,22 +61,91 @@ def test_targets_are_met_missed_or_not_measured() -> None:
     assert verdict(written, "forward ≤ 1.15", "triton")[2:4] == ("not measured", "triton: it crashed")
 
 
+def test_a_compiled_form_is_compared_from_a_case_of_its_own() -> None:
+    written = document(linear=LINEAR, cuda=found(1.2, 1.2))
+    compiled = {"linear": LINEAR, "split compiled": found(2.4, 2.4)}
+    written["cases"].append(result(Case("bf16", MAIN, "forward", tuple(compiled)), **compiled))
+    assert verdict(written, "forward ≥ 1.3")[2:4] == ("met", "2.00 ×")
+
+
 def test_a_wrong_result_meets_no_target() -> None:
     written = document(linear=LINEAR, cuda=found(0.1, 0.1, inexact="logits: 9.0e-01"))
     assert verdict(written, "forward ≤ 1.15").verdict == "not measured"
     assert "wrong" in verdict(written, "forward ≤ 1.15").detail
 
 
+# The rule
+
+
+def sizes(kind: str = "forward", **of: list[float]) -> dict[str, Any]:
+    """Ratios of each variant at the four sizes."""
+    cases = []
+    for n, size in enumerate(SIZES):
+        forms = {name.replace("_", " "): found(r[n], r[n]) for name, r in of.items()}
+        cases.append(result(Case("bf16", size, kind, tuple(forms)), **forms))
+    return {"header": {"gpu": "x"}, "parts": {}, "cases": cases}
+
+
+ONES = [1.0] * 4
+
+
+def test_the_least_geometric_mean_wins() -> None:
+    pick = rule.choose(sizes(linear=ONES, cuda=[1.0, 4.0, 2.0, 2.0], triton=[1.9] * 4), "bf16", "forward")
+    assert pick["winner"] == "triton"
+    assert abs(pick["means"]["cuda"] - 2.0) < 1e-9
+    assert list(pick["but"]) == [str(MAIN)]
+    assert pick["but"][str(MAIN)]["variant"] == "cuda"
+
+
+def test_within_three_percent_the_simpler_one_wins() -> None:
+    written = sizes(linear=ONES, cuda=[2.0] * 4, triton=[2.05] * 4, triton_cublas=[2.2] * 4)
+    assert rule.choose(written, "bf16", "forward")["winner"] == "triton"
+    written = sizes(linear=ONES, cuda=[2.0] * 4, triton=[2.07] * 4)
+    assert rule.choose(written, "bf16", "forward")["winner"] == "cuda"
+
+
+def test_what_is_wrong_complained_of_or_incomplete_does_not_win() -> None:
+    written = sizes(linear=ONES, cuda=[1.0] * 4, triton=[2.0] * 4)
+    written["out"] = {"bf16 forward": {"cuda": "a second run gave other bits"}}
+    assert rule.choose(written, "bf16", "forward")["winner"] == "triton"
+    written = sizes(linear=ONES, cuda=[1.0] * 4, triton=[2.0] * 4)
+    written["parts"]["sanitize"] = {"runs": {"cuda memcheck": {"problem": "ERROR SUMMARY: 2 errors"}}}
+    assert rule.choose(written, "bf16", "forward")["winner"] == "triton"
+    written = sizes(linear=ONES, cuda=[1.0] * 4, triton=[2.0] * 4)
+    del written["cases"][3]["forms"]["cuda"]
+    assert rule.choose(written, "bf16", "forward")["winner"] == "triton"
+    written["cases"][0]["forms"]["triton"] = {"failed": "illegal address"}
+    assert rule.choose(written, "bf16", "forward") == {"none": "none was measured at every size"}
+
+
+def test_a_forward_by_hand_is_held_against_aligned_classes() -> None:
+    written = sizes(linear=ONES, cuda=[0.023] * 4)
+    written["constants"] = {"linear forward K=8192": {"ms": 0.019}}
+    assert rule.by_hand(written)["worth filing"] is True
+    written["constants"] = {"linear forward K=8192": {"ms": 0.020}}
+    assert rule.by_hand(written)["worth filing"] is False
+
+
+# The page
+
+
 def test_the_page_has_header_tables_and_reasons() -> None:
     written = document(
-        linear=LINEAR, cuda=found(1.2, 1.2, roofline=0.71, memory=3 << 20), CCE={"skipped": "a|b"}
+        linear=LINEAR,
+        cuda=found(1.2, 1.2, roofline=0.71, memory=3 << 20, host_ms=0.1),
+        CCE={"skipped": "a|b"},
     )
-    page = gpu_report.render(written)
+    written["constants"] = {"copy": {"ms": 1.0, "value": 3e12}, "launch gap": {"ms": 1e-3, "value": 1e-3}}
+    written["rule"] = rule.apply(written)
+    page = report.render(written)
     assert "- torch: 2.11.0" in page
     assert "driver" not in page  # it was not readable
     assert "test: **3 failed**" in page
+    assert "- copy: 3000 GB/s" in page
+    assert "- launch gap: 1.0 µs" in page
+    assert "bf16 forward: **cuda** (1.20 × F.linear over 1 of 4 sizes)" in page
     assert "| | 256×8142×2048 |" in page
-    assert "| gistops, cuda | 1.20 (1.2 ms; 9; 71%; 3 MiB) |" in page
+    assert "| gistops, cuda | 1.20 (1.2 ms; 9; 71%; 3 MiB; host 100 µs) |" in page
     assert "| CCE |" not in page.split("## Not measured")[0]
     assert r"CCE: a\|b" in page
     assert "the time was up (" in page
@@ -83,11 +155,53 @@ def test_the_page_has_header_tables_and_reasons() -> None:
     assert all(len({w for w in lines if w}) == 1 for lines in widths)
 
 
-def test_results_are_moved_into_place(tmp_path: Path) -> None:
-    path = tmp_path / "results" / "gpu.json"
-    for ratio in (1.2, 1.3):
-        gpu_report.write(path, document(linear=LINEAR, cuda=found(1.2, ratio)))
-    read = json.loads(path.read_text(encoding="utf-8"))
-    assert read["cases"][0]["forms"]["cuda"]["ratio"]["median"] == 1.3
-    assert read["verdicts"]
-    assert sorted(p.name for p in path.parent.iterdir()) == ["gpu.json", "gpu.md"]
+def test_kernels_are_listed_for_each_call() -> None:
+    rows = [{"kernel": "gemm, big", "launches": 2.0, "us": 30.0}]
+    profile = result(Case("bf16", MAIN, "profile", ("cuda",)), cuda={"kernels": {"step": rows}})
+    (row,) = output.read_csv(profiled.table([profile]))
+    assert row["kernel"] == "gemm, big"
+    assert (row["us_each"], row["us_a_call"], row["launches_a_call"]) == ("15.00", "30.00", "2")
+    assert "| step | cuda | 2 | 30 | gemm, big 30.0 |" in report.render(document() | {"profiles": [profile]})
+
+
+# The files
+
+
+def test_files_are_moved_into_place_and_nothing_else_is_left(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    written = document(linear=LINEAR)
+    with output.Output(folder, written, report.render) as made:
+        log = made.logs["tests.log"].part("pytest a")
+        log.write_text("1 passed\n", encoding="utf-8")
+        made.texts["kernels.csv"] = "a,b\n"
+        written["cases"][0]["forms"]["linear"] = found(1.0, 1.3)
+        made.write()
+        read = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        assert read["cases"][0]["forms"]["linear"]["ratio"]["median"] == 1.3
+        assert "===== pytest a\n1 passed" in (folder / "tests.log").read_text(encoding="utf-8")
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ["kernels.csv", "result.json", "table.md", "tests.log"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_cannot_be_written_is_noted(tmp_path: Path) -> None:
+    def broken(document: dict[str, Any]) -> str:
+        raise RuntimeError("no page")
+
+    written = document(linear=LINEAR)
+    with output.Output(tmp_path / "out", written, broken):
+        pass
+    read = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
+    assert read["not written"] == {"table.md": "RuntimeError: no page"}
+
+
+def test_logs_and_runs_stay_small(tmp_path: Path) -> None:
+    cut = output.cut("a" * 500 + "b" * 500, 400)
+    assert len(cut) < 400
+    assert cut.startswith("aaa")
+    assert cut.endswith("bbb")
+    (tmp_path / "seed0").mkdir()
+    (tmp_path / "seed0" / "log.jsonl").write_text("{}\n", encoding="utf-8")
+    (tmp_path / "seed0" / "model.pt").write_bytes(b"x" * (output.SMALL + 1))
+    with tarfile.open(fileobj=io.BytesIO(output.packed(tmp_path))) as tar:
+        assert [name.split("/", 1)[1] for name in tar.getnames()] == ["seed0/log.jsonl"]

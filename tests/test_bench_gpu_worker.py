@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu_forms, gpu_timing, gpu_worker
+from bench import forms as plain
 from bench.forms import Size, tensors
-from bench.gpu_plan import Case
-from bench.gpu_run import Bench, events_of
-from bench.gpu_timing import HostTimer, Sample, interleave, quartiles
+from bench.gpu import checks, constants, forms, pool, smoke, variants, worker
+from bench.gpu.driver import Bench, events_of
+from bench.gpu.plan import Case
+from bench.gpu.timing import HostTimer, Sample, interleave, quartiles
 
 from .clock import Clock
 
@@ -75,33 +76,101 @@ def test_quartiles() -> None:
 
 def test_a_case_is_measured_on_the_cpu_with_ratios_of_pairs() -> None:
     events: list[dict[str, Any]] = []
-    ceilings = gpu_timing.ceilings(HostTimer(), "cpu", side=64, copied=1 << 16)
-    worker = gpu_worker.Worker("cpu", events.append, ceilings, 0.0)
-    for kind in ("forward", "step"):
-        case = Case("float32", Size(5, 33, 17), kind, ("linear", "reference", "direct", "cuda"), 0.02)
-        able, reasons = worker.able(case)
+    known = {name: constants.Constants(HostTimer(), "cpu").measure(name) for name in ("copy", "mm float32")}
+    mine = worker.Worker("cpu", events.append, known)
+    for kind in variants.KINDS:
+        case = Case("float32", Size(5, 33, 17), kind, ("linear", "cpu", "cuda"), 0.02)
+        able, reasons = mine.able(case)
         assert list(reasons) == ["cuda"]  # it serves no tensors on a CPU
-        forms = worker.run(able)["forms"]
-        assert forms["linear"]["ratio"]["median"] == 1.0
-        assert forms["linear"]["n"] >= 5
-        assert forms["direct"]["roofline"] > 0
-        assert max(forms["direct"]["error"].values()) < 1e-4
-        assert "inexact" not in forms["direct"]
-    assert {"event": "form", "form": "direct"} in events
+        found = mine.run(able)["forms"]
+        assert found["linear"]["ratio"]["median"] == 1.0
+        assert found["linear"]["n"] >= 5
+        assert found["cpu"]["roofline"] > 0
+        assert max(found["cpu"]["error"].values()) < 1e-4
+        assert "inexact" not in found["cpu"]
+    assert {"event": "form", "form": "cpu", "compiling": False} in events
+
+
+def test_every_constant_is_measured_or_says_why_not() -> None:
+    mine = constants.Constants(HostTimer(), "cpu")
+    found = {name: mine.measure(name) for name in constants.CONSTANTS}
+    assert all("value" in one or one["skipped"] == "needs a GPU" for one in found.values())
+    assert set(constants.ceilings(found)) == {"bandwidth", "events_ms", "bf16", "tf32", "float32"}
+    assert len(list(constants.summary(found))) == len(found)
+
+
+def test_a_variant_s_kernels_are_profiled() -> None:
+    mine = worker.Worker("cpu", lambda event: None, {})
+    found = mine.run(Case("bf16", Size(4, 9, 8), "profile", ("cpu",)))["forms"]["cpu"]["kernels"]
+    assert set(found) == set(variants.KINDS)
+    assert all(row["us"] > 0 for row in found["step"])
+
+
+# What is right
 
 
 def test_wrong_results_are_told_from_right_ones() -> None:
     arguments = tensors(Size(6, 40, 24))
-    right = gpu_forms.make("direct")
-    assert gpu_forms.logits_error(right, arguments) < 1e-5
-    assert gpu_forms.logits_error(lambda *a: right(*a) * 1.01, arguments) > 1e-3
-    assert not gpu_forms.logits_error(lambda *a: right(*a) * torch.nan, arguments) <= 1e30
-    gradients = gpu_forms.reference_gradients(arguments)
+    right = forms.call("direct", "forward", arguments, "float32")()
+    assert checks.logits_error(right, arguments) < 1e-5
+    assert "logits" in checks.judged("direct", "forward", "float32", right * 1.01, arguments, None)["inexact"]
+    assert (
+        "logits"
+        in checks.judged("direct", "forward", "float32", right * torch.nan, arguments, None)["inexact"]
+    )
+    gradients = checks.reference_gradients(arguments)
     assert gradients is not None
-    assert gpu_forms.gradients_error(arguments, gradients) == float("inf")  # none has been made
-    run, _ = gpu_forms.runner("direct", "step", arguments)
-    run()
-    assert gpu_forms.gradients_error(arguments, gradients) < 1e-4
+    assert checks.gradients_error(arguments, gradients) == float("inf")  # none has been made
+    forms.call("direct", "step", arguments, "float32")()
+    assert checks.gradients_error(arguments, gradients) < 1e-4
+
+
+@pytest.mark.parametrize("size", [Size(30, 20, 17), Size(1, 20, 8), Size(9, 7, 8, 0), Size(30, 20, 16, 12)])
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_smoke_runs_pass_what_is_right(precision: str, size: Size) -> None:
+    arguments = smoke.inputs(size, worker.DTYPES[precision], "cpu")
+    oracle = smoke.Oracle(arguments, cosine=False)
+    found = smoke.smoke("cpu", precision, arguments, oracle, "cpu")
+    assert set(found) == set(variants.KINDS)
+    assert not any(smoke.wrong(kind) for kind in found.values()), found
+
+
+def test_smoke_runs_find_what_is_not_written_and_what_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = smoke.inputs(Size(5, 7, 8), torch.float32, "cpu")
+    oracle = smoke.Oracle(arguments, cosine=False)
+
+    def unwritten(*arguments: Any, **options: Any) -> torch.Tensor:
+        out = torch.empty(5, 7)  # of which the last class is never written
+        out[:, :6] = plain.direct(*arguments)[:, :6]
+        return out
+
+    monkeypatch.setattr("gistops.constellation_logits", unwritten)
+    found = smoke.smoke("cpu", "float32", arguments, oracle, "cpu")
+    assert "logits: nan" in smoke.wrong(found["forward"])
+    assert not smoke.wrong(found["loss"])
+    turns = iter(range(100))
+
+    def unstable(*arguments: Any, **options: Any) -> torch.Tensor:
+        return plain.direct(*arguments) * (1 + 1e-6 * next(turns))
+
+    monkeypatch.setattr("gistops.constellation_logits", unstable)
+    found = smoke.smoke("cpu", "float32", arguments, oracle, "cpu")
+    assert smoke.wrong(found["forward"]) == "a second run gave other bits"
+
+
+def test_what_smoke_runs_find_is_out_by_precision_and_kind() -> None:
+    case = Case("bf16", Size(5, 7, 8), "smoke", ("cuda", "triton", "cpu")).to_json()
+    found = {
+        "cuda": {"forward": {}, "step": {"inexact": "gradients: nan"}, "loss": {}},
+        "triton": {"failed": "illegal address"},
+        "cpu": {"skipped": "it is not there"},
+    }
+    results = [{"case": case, "forms": found}]
+    out = pool.outcome(results)
+    assert out["bf16 step"] == {"cuda": "5×7×8: gradients: nan", "triton": "5×7×8: illegal address"}
+    assert out["bf16 forward"] == {"triton": "5×7×8: illegal address"}
+    assert pool.absent(results) == {"cpu": "it is not there"}
+    assert pool.shares(list("abcde"), 2) == [["a", "c", "e"], ["b", "d"]]
 
 
 # The worker's crashes
@@ -121,7 +190,7 @@ def fake_worker(body: str) -> tuple[str, ...]:
             forms = {form: {} for form in values["forms"]}
             emit(event="case", number=number, seconds=0.1, result={"case": values, "forms": forms})
         for number, values in asked["cases"]: case(number, values)
-        emit(event="done", compile_seconds=1)
+        emit(event="done")
     """
     return (sys.executable, "-c", textwrap.dedent(head).replace("BODY", body))
 
@@ -164,22 +233,38 @@ def test_a_worker_that_does_not_start_is_no_endless_loop() -> None:
     assert "before its first case" in bench.problems[0]
 
 
+def test_a_hang_costs_the_form_and_not_the_run() -> None:
+    begin = time.monotonic()
+    hangs = fake_worker("if form == 'cuda': import time; time.sleep(60)")
+    bench = Bench(CASES[:2], time.time() + 60, lambda: None, worker=hangs, silence=1.0)
+    bench.run()
+    assert time.monotonic() - begin < 40
+    assert bench.results[0]["forms"]["cuda"]["failed"] == "it hung for 1 s"
+    assert len(bench.results) == 2
+
+
 def test_the_worker_itself_measures_on_a_cpu() -> None:
-    cases = [Case("float32", Size(4, 9, 8), "forward", ("linear", "cuda", "direct"), 0.01)]
-    bench = Bench(cases, time.time() + 120, lambda: None, "cpu")
+    cases = [
+        Case("bf16", Size(4, 9, 8), "constants", ("empty",)),
+        Case("float32", Size(4, 9, 8), "forward", ("linear", "cuda", "direct"), 0.01),
+        Case("float32", Size(4, 9, 8), "profile", ("cpu",)),
+    ]
+    bench = Bench(cases, time.time() + 120, lambda: None, "cpu", {"profile": 0.0})
     bench.run()
     assert bench.problems == []
-    assert bench.ceilings["bandwidth"] > 0
-    forms = bench.results[0]["forms"]
-    assert forms["direct"]["n"] >= 5
-    assert "skipped" in forms["cuda"]
+    assert bench.results[0]["forms"]["empty"]["value"] > 0
+    found = bench.results[1]["forms"]
+    assert found["direct"]["n"] >= 5
+    assert "skipped" in found["cuda"]
+    assert [skipped["case"]["kind"] for skipped in bench.skipped] == ["profile"]  # its own deadline was over
 
 
 def test_silence_ends_the_wait() -> None:
     code = "import time; print('{}', flush=True); time.sleep(30)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    events = events_of(process.stdout, time.time() + 60, silence=0.5)
+    limits = iter([20.0, 0.5])
+    events = events_of(process.stdout, time.time() + 60, silence=lambda: next(limits))
     try:
         assert next(events) == {}
         with pytest.raises(TimeoutError, match="hung"):

@@ -1,4 +1,4 @@
-"""Times on a GPU: CUDA events, a cold L2, a queue that never runs dry, forms in turn; and the two ceilings."""
+"""Times on a GPU: CUDA events, a cold L2, a queue that never runs dry, forms in turn."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Timer(Protocol):
     def synchronize(self) -> None:
         """Wait for the device; raises what a kernel has done wrong."""
 
-    def spin_for(self, run: Run) -> float:
-        """Milliseconds for which the device should be kept busy while `run` is queued."""
+    def host_ms(self, run: Run) -> float:
+        """Milliseconds that the CPU takes to queue a call."""
 
     def measure(self, run: Run, spin: float) -> Sample:
         """Time one call, with a cold cache."""
@@ -63,8 +63,7 @@ class CudaTimer:
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
-    def spin_for(self, run: Run) -> float:
-        """Twice the CPU's time to queue the call, and 50 µs; at most 20 ms, for a call that waits for the GPU."""
+    def host_ms(self, run: Run) -> float:
         times = []
         for _ in range(3):
             self.synchronize()
@@ -72,7 +71,7 @@ class CudaTimer:
             run()
             times.append(time.perf_counter() - begin)
         self.synchronize()
-        return min(2e3 * min(times) + 0.05, LONGEST_SPIN)
+        return 1e3 * min(times)
 
     def measure(self, run: Run, spin: float) -> Sample:
         """Time one call between two events.
@@ -106,7 +105,7 @@ class HostTimer:
     def synchronize(self) -> None:
         """Nothing to wait for."""
 
-    def spin_for(self, run: Run) -> float:
+    def host_ms(self, run: Run) -> float:
         return 0.0
 
     def measure(self, run: Run, spin: float) -> Sample:
@@ -177,7 +176,13 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def loop_ms(timer: Timer, run: Run, ms: float) -> float:
-    """Milliseconds a call where calls follow one another as the CPU can launch them: what small problems take."""
+    """Milliseconds a call where calls follow one another as the CPU can launch them: what small problems take.
+
+    Args:
+        timer: of the device.
+        run: the call.
+        ms: what it takes at least, on the GPU or to be launched.
+    """
     calls = int(min(max(3.0, 50.0 / max(ms, 1e-3)), 50.0))
     timer.synchronize()
     begin = time.perf_counter()
@@ -201,41 +206,9 @@ def captured(run: Run) -> Run:
     return graph.replay
 
 
-def ceilings(timer: Timer, device: str, side: int = 8192, copied: int = 1 << 30) -> dict[str, float]:
-    """The two ceilings, measured: bytes a second of a large copy, operations a second of large products.
-
-    Also `events_ms`, what an empty call measures, which is in every time and not taken off.
-
-    Args:
-        timer: of the device.
-        device: where.
-        side: of the square matrices; random, for a product of zeros can run faster.
-        copied: bytes of the copy's source; read and written bytes both count.
-    """
-    source = torch.randint(0, 256, (copied,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-
-    def median(run: Run, count: int) -> float:
-        for _ in range(3):
-            run()
-        spin = timer.spin_for(run)
-        return statistics.median(timer.measure(run, spin).ms for _ in range(count)) / 1e3
-
-    copies = median(lambda source=source, target=target: target.copy_(source), 20)  # type: ignore[misc]
-    found = {"bandwidth": 2 * copied / copies}
-    found["events_ms"] = 1e3 * median(lambda: None, 20)  # two events with nothing between them
-    del source, target
-    before = torch.backends.cuda.matmul.fp32_precision
-    for precision, dtype in (("bf16", torch.bfloat16), ("tf32", torch.float32), ("float32", torch.float32)):
-        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else before
-        try:
-            seconds = median(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), 10)  # type: ignore[misc]
-        finally:
-            torch.backends.cuda.matmul.fp32_precision = before
-        found[precision] = 2 * side**3 / seconds
-    return found
+def spin_for(host_ms: float) -> float:
+    """Milliseconds for which the device is kept busy while a call is queued; bounded, for a call that waits for it."""
+    return min(2 * host_ms + 0.05, LONGEST_SPIN)
 
 
 class NoCollection:

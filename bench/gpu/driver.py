@@ -1,4 +1,4 @@
-"""Drives bench/gpu_worker.py: starts it anew where a form has taken its process down, and goes on without that form."""
+"""Drives bench/gpu/worker.py: starts it anew where a form has taken its process down, and goes on without that form."""
 
 from __future__ import annotations
 
@@ -16,22 +16,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from .gpu_plan import Case
+from .plan import Case
 
-ROOT = Path(__file__).resolve().parent.parent
-SILENCE = 90.0  # seconds without an event after which the worker hangs: the longest torch.compile takes less
+ROOT = Path(__file__).resolve().parents[2]
+SILENCE = 25.0  # seconds without an event after which a kernel hangs
+COMPILING = 90.0  # the same where it may be compiled, or the process is only starting
 GRACE = 8.0  # seconds beyond the deadline, for a case that was begun in time
 STARTS = 8  # of the worker at most
 CRASHES = 2  # of a form, after which it is left out of all other cases
 
 
 def events_of(
-    lines: IO[str], until: float, silence: float, clock: Callable[[], float] = time.time
+    lines: IO[str], until: float, silence: Callable[[], float], clock: Callable[[], float] = time.time
 ) -> Iterator[dict[str, Any]]:
     """The events as they come.
 
+    Args:
+        lines: of the worker.
+        until: when the time is up.
+        silence: seconds that may pass before the next event.
+        clock: seconds.
+
     Raises:
-        TimeoutError: none came for `silence` seconds, or it is past `until`.
+        TimeoutError: none came for that long, or it is past `until`.
     """
     waiting: queue.Queue[str | None] = queue.Queue()
 
@@ -45,11 +52,12 @@ def events_of(
         left = until - clock()
         if left <= 0:
             raise TimeoutError("the time was up")
+        patience = silence()
         try:
-            line = waiting.get(timeout=min(silence, left))
+            line = waiting.get(timeout=min(patience, left))
         except queue.Empty:
-            late = left <= silence
-            raise TimeoutError("the time was up" if late else f"it hung for {silence:.0f} s") from None
+            late = left <= patience
+            raise TimeoutError("the time was up" if late else f"it hung for {patience:.0f} s") from None
         if line is None:
             return
         yield json.loads(line)
@@ -64,7 +72,9 @@ class Bench:
         deadline: float,
         changed: Callable[[], None],
         device: str = "cuda",
-        worker: tuple[str, ...] = (sys.executable, "-m", "bench.gpu_worker"),
+        deadlines: dict[str, float] | None = None,
+        worker: tuple[str, ...] = (sys.executable, "-m", "bench.gpu.worker"),
+        silence: float = SILENCE,
     ) -> None:
         """Prepare.
 
@@ -73,20 +83,23 @@ class Bench:
             deadline: of the last case's begin, in seconds of `time.time`.
             changed: called after each result.
             device: "cuda", or "cpu" to try the bench itself.
+            deadlines: kind -> an earlier one for the cases of that kind.
             worker: the command.
+            silence: seconds after which a kernel hangs.
         """
         self.left: dict[int, Case] = dict(enumerate(cases))
         self.deadline = deadline
         self.changed = changed
         self.device = device
         self.worker = worker
-        self.ceilings: dict[str, float] = {}
+        self.silence = silence
+        self._patience = COMPILING
+        self.deadlines = deadlines or {}
         self.results: list[dict[str, Any]] = []
         self.skipped: list[dict[str, Any]] = []
         self.problems: list[str] = []
         self._crashed: dict[int, dict[str, str]] = {}  # case -> form -> how
         self._crashes: dict[str, int] = {}
-        self._compile_seconds = 8.0
 
     def run(self) -> None:
         """Measure until nothing is left, or the time is up."""
@@ -108,8 +121,10 @@ class Bench:
         return {
             "device": self.device,
             "deadline": self.deadline,
-            "compile_seconds": self._compile_seconds,
-            "ceilings": self.ceilings,
+            "deadlines": self.deadlines,
+            "constants": {
+                n: f for r in self.results if r["case"]["kind"] == "constants" for n, f in r["forms"].items()
+            },
             "cases": cases,
         }
 
@@ -134,11 +149,13 @@ class Bench:
                 with contextlib.suppress(BrokenPipeError):  # it has ended already; why, its stderr says
                     process.stdin.write(json.dumps(self._document()))
                     process.stdin.close()
-                for event in events_of(process.stdout, self.deadline + GRACE, SILENCE):
+                self._patience = COMPILING
+                for event in events_of(process.stdout, self.deadline + GRACE, lambda: self._patience):
                     if event["event"] == "begin":
-                        number, form = event["number"], None
+                        number, form, self._patience = event["number"], None, COMPILING
                     elif event["event"] == "form":
                         form = event["form"]
+                        self._patience = COMPILING if event.get("compiling") else self.silence
                     elif event["event"] == "lost":
                         reason = event["reason"]
                     elif self._take(event):
@@ -159,9 +176,7 @@ class Bench:
 
     def _take(self, event: dict[str, Any]) -> bool:
         """Keep what an event brings; whether it was the last."""
-        if event["event"] == "ceilings":
-            self.ceilings = event["ceilings"]
-        elif event["event"] == "case":
+        if event["event"] == "case":
             case, number = self.left.pop(event["number"]), event["number"]
             found = event["result"]["forms"]
             for form in case.forms:

@@ -1,0 +1,175 @@
+"""What may share the GPU, and so comes last, side by side: tests of each backend, sanitizers, training."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from gistops._toolchain import find_nvcc
+
+from .commands import Done, command, python
+from .driver import ROOT
+from .output import Logs
+
+Report = dict[str, Any]
+Job = tuple[str, str, Callable[[], Report]]  # part, name, what to do
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+#: Reach every shape of tile, a d that is no whole number of vectors, and more displacements than the fused kernels hold.
+WATCHED = ("300x200x136", "100x200x33", "130x200x136x12")
+PYTEST = ("-q", "--maxfail=30", "--continue-on-collection-errors", "-p", "no:cacheprovider", "--tb=short")
+#: Where trainings lie, for a second call to go on with; git ignores it.
+RUNS = ROOT / "runs" / "gpu-day"
+
+
+def counts(output: str) -> dict[str, int]:
+    """What pytest's last line counts: `3 failed, 10 passed in 2.1s`."""
+    for line in reversed(output.splitlines()):
+        found = re.findall(r"(\d+) (passed|failed|errors?|skipped|xfailed|xpassed|deselected)", line)
+        if found and " in " in line:
+            return {word.rstrip("s") if word.startswith("error") else word: int(n) for n, word in found}
+    return {}
+
+
+def tests(device: str, backends: Sequence[str]) -> dict[str, list[str]]:
+    """Name -> pytest's arguments: a process group for each backend, so that a dead one does not hide the other."""
+    device_ = ["--device", device]
+    # What belongs to no backend runs with the first.
+    others = [["-k", f"not {' and not '.join(backends[1:])}"], *(["-k", b] for b in backends[1:])]
+    selected = dict(zip(backends, others if backends[1:] else [[]], strict=False))
+    heads = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_nn*.py"))
+    return {
+        **{f"operators, {b}": ["tests/ops", *device_, *only] for b, only in selected.items()},
+        "heads": [*heads, *device_],
+        "large": ["tests/ops", *device_, "-m", "large"],
+    }
+
+
+def run_tests(name: str, arguments: Sequence[str], workers: int, seconds: float, logs: Logs) -> Report:
+    """One pytest."""
+    parallel = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") else []
+    asked = python("-m", "pytest", *PYTEST, *parallel, *arguments)
+    done = command(asked, seconds, logs.part(f"{name}: {' '.join(asked[1:])}"))
+    report: Report = {
+        "command": " ".join(["python", *asked[1:]]),
+        "seconds": done.seconds,
+        "counts": counts(done.output),
+        "failures": re.findall(r"^(?:FAILED|ERROR) .*$", done.output, re.M)[:30],
+        "tail": done.tail(15),
+    }
+    if done.code is None:
+        report["problem"] = f"stopped after {seconds:.0f} s"
+    elif done.code == 5:  # no test was selected
+        report["not run"] = "there are none"
+    elif done.code != 0:
+        bad = {word: n for word, n in report["counts"].items() if word in ("failed", "error")}
+        report["problem"] = (
+            ", ".join(f"{n} {word}" for word, n in bad.items()) or f"pytest ended with {done.code}"
+        )
+    return report
+
+
+def find_sanitizer() -> Path | None:
+    """compute-sanitizer: on PATH, or in CUDA's folder."""
+    if path := shutil.which("compute-sanitizer"):
+        return Path(path)
+    nvcc = find_nvcc()
+    homes = [nvcc.resolve().parent.parent] if nvcc else []
+    for home in (*homes, Path("/usr/local/cuda")):
+        for path_ in (home / "bin" / "compute-sanitizer", home / "compute-sanitizer" / "compute-sanitizer"):
+            if path_.is_file():
+                return path_
+    return None
+
+
+def sanitize(program: Path, backend: str, tool: str, seconds: float, logs: Logs) -> Report:
+    """One tool over small forwards and backwards of one backend."""
+    asked = [str(program), "--tool", tool, "--target-processes", "application-only", "--error-exitcode", "9"]
+    asked += python("-m", "bench.gpu.sanitized", backend, *WATCHED)
+    # Without torch's cache of memory each tensor is an allocation of its own, whose bounds are watched.
+    done = command(asked, seconds, logs.part(f"{backend} {tool}"), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    return sanitized(done, seconds)
+
+
+def sanitized(done: Done, seconds: float) -> Report:
+    """What a sanitizer has said."""
+    said = [line.strip("= ") for line in done.output.splitlines() if line.startswith("=========")]
+    summary = [line for line in said if "SUMMARY" in line]
+    run: Report = {"seconds": done.seconds, "summary": summary[-1] if summary else None}
+    run["reached"] = re.findall(r"^.*: done$", done.output, re.M)[-1:]
+    if done.code == 0 and summary:
+        return run
+    run["tail"] = "\n".join(said[:40]) or done.tail()
+    if done.code is None:
+        run["problem"] = f"stopped after {seconds:.0f} s"
+    else:
+        run["problem"] = run["summary"] or f"ended with {done.code} and no summary"
+    return run
+
+
+def train(
+    data: Path | None, seeds: Sequence[int], device: str, more: Sequence[str], seconds: float, log: Path
+) -> Report:
+    """Trainings side by side in folders that a second call goes on with: bench/gpu_train.py."""
+    if importlib.util.find_spec("bench.gpu_train") is None:
+        return {"not run": "bench/gpu_train.py is not there"}
+    asked = python("-m", "bench.gpu_train", "--folder", str(RUNS), "--seconds", f"{max(seconds - 5, 1):.0f}")
+    asked += ["--data", str(data)] if data else []
+    asked += ["--device", device] if device != "cuda" else []
+    asked += ["--seeds", *map(str, seeds), *more]
+    done = command(asked, seconds, log)
+    report: Report = {"seconds": done.seconds, "models": models(done.output), "tail": done.tail(15)}
+    if done.code != 0:
+        report["problem"] = (
+            f"stopped after {seconds:.0f} s" if done.code is None else f"ended with {done.code}"
+        )
+    return report
+
+
+def models(output: str) -> list[Any]:
+    """The lines that are JSON: one for each model that was finished."""
+    found = []
+    for line in output.splitlines():
+        if line.startswith("{"):
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+    return found
+
+
+def side_by_side(
+    jobs: Sequence[Job], document: dict[str, Any], changed: Callable[[], None], most: int | None = None
+) -> None:
+    """Run jobs at the same time, and note each where it belongs as it ends: document["parts"][part]["runs"][name]."""
+
+    def run(job: Job) -> None:
+        part, name, do = job
+        try:
+            found = do()
+        except Exception as error:  # the others still tell something
+            found = {"problem": f"{type(error).__name__}: {error}"}
+        runs = document["parts"].setdefault(part, {}).setdefault("runs", {})
+        runs[name] = found
+        problems = [f"{n}: {r['problem']}" for n, r in runs.items() if "problem" in r]
+        if problems:
+            document["parts"][part]["problem"] = "; ".join(problems)
+        print(
+            f"{part}, {name}: {found.get('problem') or found.get('counts') or found.get('summary') or 'done'}",
+            flush=True,
+        )
+        changed()
+
+    with ThreadPoolExecutor(most or max(1, len(jobs))) as pool:
+        list(pool.map(run, jobs))
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,162 @@
+"""What the machine can do, measured: the numbers that paper figures assume, and F.linear at aligned and odd K."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..forms import tensors
+from . import timing
+from .plan import MAIN, Case, Size, tiny
+from .timing import Run, Timer
+
+#: Name -> unit; in the order in which they are measured.
+CONSTANTS = {
+    "empty": "ms between two events with nothing between them: in every time, never taken off",
+    "copy": "bytes/s read and written",
+    "mm bf16": "flop/s",
+    "mm tf32": "flop/s",
+    "mm float32": "flop/s",
+    "launch gap": "ms from one of two dependent kernels to the next, in a full queue",
+    "launch gap, graph": "ms, the same replayed from a CUDA graph",
+    "L2 read": "bytes/s that all multiprocessors together read of 16 MiB again and again",
+    **{
+        f"linear {kind} K={K}": "ms, bf16, F.linear" + (" and F.cross_entropy" if kind == "step" else "")
+        for kind in ("forward", "step")
+        for K in (8142, 8144, 8192)
+    },
+    "mm float32 out": "ms, bf16 product of 256×2048×8142 with float32 output",
+    "mm float32 out, ld 8144": "ms, the same into rows of 8144",
+}
+Measured = dict[str, Any]
+
+
+class Constants:
+    """Measures them one by one on one device."""
+
+    def __init__(self, timer: Timer, device: str) -> None:
+        """Prepare.
+
+        Args:
+            timer: of the device.
+            device: "cuda", or "cpu" for a trial with tiny tensors.
+        """
+        self.timer, self.device = timer, device
+        self.size = MAIN if device == "cuda" else tiny(Case("bf16", MAIN, "constants", ())).size
+
+    def measure(self, name: str) -> Measured:
+        """`value` in the unit that `CONSTANTS` names, and `ms` where it was timed; or `skipped`."""
+        if name in ("launch gap, graph", "L2 read") and self.device != "cuda":
+            return {"skipped": "needs a GPU"}
+        if name == "empty":
+            return self._plain(lambda: None, 20)
+        if name == "copy":
+            return self._copy()
+        if name.startswith("launch gap"):
+            return self._gap(name.endswith("graph"))
+        if name == "L2 read":
+            return self._l2()
+        if name.startswith("linear"):
+            _, kind, K = name.split()
+            return self._linear(kind, int(K.removeprefix("K=")))
+        if name.startswith("mm float32 out"):
+            return self._wide(name.endswith("8144"))
+        return self._product(name.removeprefix("mm "))
+
+    def _ms(self, run: Run, count: int = 20) -> float:
+        for _ in range(3):
+            run()
+        spin = timing.spin_for(self.timer.host_ms(run))
+        return statistics.median(self.timer.measure(run, spin).ms for _ in range(count))
+
+    def _plain(self, run: Run, count: int = 20) -> Measured:
+        ms = self._ms(run, count)
+        return {"ms": ms, "value": ms}
+
+    def _copy(self) -> Measured:
+        count = 1 << 30 if self.device == "cuda" else 1 << 20
+        source = torch.randint(0, 256, (count,), dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        ms = self._ms(lambda: target.copy_(source))
+        return {"ms": ms, "value": 2e3 * count / ms}
+
+    def _product(self, precision: str) -> Measured:
+        """Random matrices, for a product of zeros can run faster."""
+        side = 8192 if self.device == "cuda" else 64
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        a, b = (torch.randn(side, side, device=self.device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        try:
+            ms = self._ms(lambda: torch.mm(a, b, out=out), 10)
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+        return {"ms": ms, "value": 2e3 * side**3 / ms}
+
+    def _gap(self, graph: bool) -> Measured:
+        """Two hundred kernels of one element, each on what the one before has made."""
+        count, x = 200, torch.zeros(1, device=self.device)
+
+        def run() -> None:
+            for _ in range(count):
+                x.add_(1)
+
+        ms = self._ms(timing.captured(run) if graph else run, 5) / count
+        return {"ms": ms, "value": ms}
+
+    def _l2(self) -> Measured:
+        try:
+            from .reader import read_again  # Triton
+        except ImportError as error:
+            return {"skipped": f"Triton does not load: {error}"}
+        run, count = read_again(16 << 20)
+        ms = self._ms(run, 10)
+        return {"ms": ms, "value": 1e3 * count / ms}
+
+    def _linear(self, kind: str, K: int) -> Measured:
+        size = Size(self.size.B, K if self.device == "cuda" else self.size.K, self.size.d)
+        x, w, _, _ = tensors(size, torch.bfloat16, self.device)
+        labels = torch.arange(size.B, device=self.device) % size.K
+
+        def step() -> None:
+            x.grad = w.grad = None
+            F.cross_entropy(F.linear(x, w).float(), labels).backward()
+
+        def forward() -> None:
+            with torch.no_grad():
+                F.linear(x, w)
+
+        return self._plain(step if kind == "step" else forward, 30)
+
+    def _wide(self, padded: bool) -> Measured:
+        """A product in half precision whose sums stay in float32, into rows as long as given."""
+        if self.device != "cuda":
+            return {"skipped": "needs a GPU"}
+        x, w, _, _ = (a.detach() for a in tensors(self.size, torch.bfloat16, self.device))
+        stride = -(-self.size.K // 16) * 16 if padded else self.size.K
+        out = torch.empty(self.size.B, stride, device=self.device)[:, : self.size.K]
+        return self._plain(lambda: torch.ops.aten.mm.dtype_out(x, w.T, torch.float32, out=out), 30)
+
+
+def ceilings(found: dict[str, Measured]) -> dict[str, float]:
+    """What rooflines need of the constants, in their names there."""
+    names = {"bandwidth": "copy", "events_ms": "empty"} | {p: f"mm {p}" for p in ("bf16", "tf32", "float32")}
+    return {name: found[c]["value"] for name, c in names.items() if "value" in found.get(c, {})}
+
+
+def summary(found: dict[str, Measured]) -> Iterator[str]:
+    """A line for each constant."""
+    units: dict[str, Callable[[float], str]] = {
+        "bytes": lambda v: f"{v / 1e9:.0f} GB/s",
+        "flop/": lambda v: f"{v / 1e12:.1f} TFLOP/s",
+    }
+    for name, one in found.items():
+        show = units.get(CONSTANTS[name][:5], lambda v: f"{1e3 * v:.1f} µs")
+        yield f"- {name}: " + (
+            show(one["value"]) if "value" in one else one.get("skipped") or one.get("failed", "?")
+        )

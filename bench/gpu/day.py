@@ -1,0 +1,323 @@
+"""The day: every part in its order, each within its time, each leaving what it found in the document at once."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import beside, constants, ncu, plan, pool, profiled, report, rule
+from .beside import Job, Report
+from .budget import BESIDE, Budget
+from .commands import command, python
+from .driver import GRACE, Bench
+from .output import Output
+from .plan import MAIN, Case
+from .variants import TABLE
+
+ENOUGH = 10.0  # seconds that ncu needs at least
+
+
+@dataclass
+class Options:
+    """What was asked for."""
+
+    only: list[str]
+    minutes: float
+    device: str = "cuda"
+    forms: list[str] = field(default_factory=lambda: list(TABLE))
+    cases: plan.Filter | None = None
+    grid: bool = False
+    train: Path | None = None
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    train_arguments: list[str] = field(default_factory=list)
+
+
+class Day:
+    """Runs the parts."""
+
+    def __init__(self, options: Options, budget: Budget, output: Output) -> None:
+        """Prepare.
+
+        Args:
+            options: what was asked for.
+            budget: of time, already running.
+            output: the files; its document is filled here.
+        """
+        self.options, self.budget, self.output = options, budget, output
+        self.document = output.document
+        self.device = options.device
+        self.cases = self._cases()
+        self.compiling: list[pool.Pool] = []
+
+    def _cases(self) -> list[Case]:
+        measure = self.budget.seconds("measure") if "measure" in self.budget.parts else 60.0
+        seconds = min(max(measure / 150, 0.15), 1.0)
+        cases = plan.measured(self.options.forms, seconds, self.options.grid)
+        if asked := self.options.cases:
+            cases = [*asked.own(self.options.forms, seconds), *filter(asked, cases)]
+        return self._sized(cases)
+
+    def _sized(self, cases: Sequence[Case]) -> list[Case]:
+        return [plan.tiny(c) for c in cases if not c.graph] if self.device == "cpu" else list(cases)
+
+    def run(self) -> None:
+        """All parts that were asked for."""
+        early = self._compile_early()
+        self._part("build", self.build)
+        self._part("smoke", lambda seconds: self.smoke(seconds, early))
+        self._alone()
+        self._part("ncu", self.ncu)
+        self._beside()
+
+    def _part(self, name: str, run: Callable[[float], Report]) -> None:
+        if name not in self.options.only:
+            return
+        seconds = self.budget.seconds(name)
+        print(f"=== {name} (at most {seconds:.0f} s; {self.budget.left():.0f} s are left)", flush=True)
+        begin = self.budget.clock()
+        try:
+            found = run(seconds)
+        except Exception as error:  # the other parts still tell something
+            found = {"problem": f"{type(error).__name__}: {error}"}
+        self.document["parts"][name] = {"seconds": self.budget.clock() - begin} | found
+        if "problem" in found:
+            print(f"PROBLEM: {found['problem']}", flush=True)
+        self.changed()
+
+    def changed(self) -> None:
+        """Something was found."""
+        self.document["rule"] = rule.apply(self.document)
+        self.output.changed()
+
+    # Build and smoke
+
+    def build(self, seconds: float) -> Report:
+        """Compile the operators as the first use does, in a process of its own, and say what is there and why."""
+        done = command(
+            python("-m", "gistops.info"), seconds, self.output.logs["build.log"].part("gistops.info")
+        )
+        rows = re.findall(r"^(cpu|cuda|triton|reference)\s+(yes|no)\s+(.*)$", done.output, re.M)
+        there: dict[str, Any] = {name: {"available": yes == "yes", "reason": why} for name, yes, why in rows}
+        found: Report = {"backends": there}
+        if done.code != 0:
+            how = f"did not end within {seconds:.0f} s" if done.code is None else f"ended with {done.code}"
+            found["problem"] = f"`python -m gistops.info` {how}: {done.tail(3)}"
+            os.environ["GISTOPS_JIT"] = "0"  # no later process tries again
+        elif self.device == "cuda" and (
+            missing := [n for n in ("cuda", "triton") if not there[n]["available"]]
+        ):
+            found["problem"] = f"not available: {', '.join(missing)}"
+        return found
+
+    def backends(self) -> list[str]:
+        """Those worth to test: those that the build has found, or all where it was not run."""
+        names = ["cuda", "triton"] if self.device == "cuda" else ["cpu"]
+        built = self.document["parts"].get("build", {}).get("backends", {})
+        return [n for n in names if built.get(n, {"available": True})["available"]]
+
+    def _pool(self, families: Callable[[str], bool], processes: int, seconds: float) -> pool.Pool:
+        forms = [n for n in self.options.forms if TABLE[n].ours and families(TABLE[n].backend)]
+        smoked, warmed = plan.smoked(forms, self.cases), plan.warmed(forms, self.cases)
+        precisions = dict.fromkeys(case.precision for case in smoked)
+        ordered = [case for p in precisions for case in (*smoked, *warmed) if case.precision == p]
+        asked = pool.Pool(
+            self._sized(ordered), forms, processes, time.time() + seconds, self.device, self.smoked
+        )
+        self.compiling.append(asked)
+        return asked
+
+    def _compile_early(self) -> list[Any]:
+        """Triton's variants need no nvcc: their kernels are compiled while that runs."""
+        if "smoke" not in self.options.only or self.device == "cpu":
+            return []
+        seconds = sum(self.budget.seconds(p) for p in ("build", "smoke") if p in self.budget.parts)
+        return self._pool(lambda b: b == "triton", max(2, beside.cores() * 3 // 4), seconds).start()
+
+    def smoke(self, seconds: float, early: list[Any]) -> Report:
+        """Every variant of ours at small odd sizes; and what Triton compiles for the sizes that are measured."""
+        late = self._pool(lambda b: b != "triton" or not early, max(1, beside.cores() // 4), seconds).start()
+        for thread in (*early, *late):
+            thread.join()
+        self.smoked()
+        results = [r for p in self.compiling for r in p.results]
+        ran = [r for r in results if r["case"]["kind"] == "smoke"]
+        found: Report = {"cases": len(ran), "warmed": len(results) - len(ran)}
+        self.document["smoke"] = [
+            r | {"forms": {n: f for n, f in r["forms"].items() if "skipped" not in f}} for r in ran
+        ]
+        if self.document.get("out"):
+            wrong = dict.fromkeys(name for names in self.document["out"].values() for name in names)
+            found["problem"] = f"wrong: {', '.join(wrong)}"
+        return found
+
+    def smoked(self) -> None:
+        """Note what smoke runs have found so far."""
+        results = [r for p in self.compiling for r in p.results]
+        self.document["out"] = pool.outcome(results)
+        self.document.setdefault("absent", {}).update(pool.absent(results))
+        self._crashes([problem for p in self.compiling for problem in p.problems])
+        self.output.changed()
+
+    def _crashes(self, problems: Sequence[str]) -> None:
+        known = self.document.setdefault("problems", [])
+        known += [problem for problem in problems if problem not in known]
+
+    # What needs the GPU alone
+
+    def _alone(self) -> None:
+        """Constants, measurements, profiles: one after another in one process, as long as that lives."""
+        out = self.document.get("out", {})
+        wrong = {name for names in out.values() for name in names}
+        timed = [case.without(list(out.get(f"{case.precision} {case.kind}", {}))) for case in self.cases]
+        cases = {
+            "constants": self._sized([Case("bf16", MAIN, "constants", (n,)) for n in constants.CONSTANTS]),
+            "measure": [case for case in timed if len(case.forms) > 1],
+            "profile": self._sized(plan.profiled([n for n in self.options.forms if n not in wrong])),
+        }
+        asked = [part for part in cases if part in self.options.only]
+        if not asked:
+            return
+        ends, seconds = {}, 0.0
+        for part in asked:
+            seconds += self.budget.share(part, asked[0])
+            ends[part] = time.time() + max(seconds - GRACE / 2, seconds / 2)
+        print(
+            f"=== {', '.join(asked)} (at most {seconds:.0f} s; {self.budget.left():.0f} s are left)",
+            flush=True,
+        )
+        # Constants are few and come first: whatever starting the process takes is not taken from them.
+        deadlines = {c.kind: ends[p] for p in asked if p != "constants" for c in cases[p]}
+        everything = [case for part in asked for case in cases[part]]
+        bench = Bench(everything, max(ends.values()), lambda: None, self.device, deadlines)
+        self._measure(bench, {case.kind: part for part in asked for case in cases[part]})
+
+    def _measure(self, bench: Bench, part_of: dict[str, str]) -> None:
+        """Run the cases; each result is printed, and put where it belongs."""
+        said = 0
+
+        def changed() -> None:
+            nonlocal said
+            for result in bench.results[said:]:
+                print(report.line(result), flush=True)
+                if result["case"]["kind"] != "constants":
+                    self.document.setdefault("absent", {}).update(pool.absent([result]))
+            said = len(bench.results)
+            found: dict[str, list[dict[str, Any]]] = {part: [] for part in part_of.values()}
+            for result in bench.results:
+                found[part_of[result["case"]["kind"]]].append(result)
+            for part, results in found.items():
+                late = sum(part_of[skipped["case"]["kind"]] == part for skipped in bench.skipped)
+                self.document["parts"][part] = {"done": len(results), "skipped": late}
+                if late and not results:
+                    self.document["parts"][part]["problem"] = f"none was run: {bench.skipped[-1]['reason']}"
+            self._keep(found)
+            self.document["skipped"] = list(bench.skipped)
+            self._crashes(bench.problems)
+            self.changed()
+
+        bench.changed = changed
+        bench.run()
+        if bench.problems:
+            self.document["parts"][next(iter(part_of.values()))]["problem"] = "; ".join(bench.problems[:3])
+
+    def _keep(self, found: dict[str, list[dict[str, Any]]]) -> None:
+        if "constants" in found:
+            made = {name: form for result in found["constants"] for name, form in result["forms"].items()}
+            self.document["constants"] = made
+        if "measure" in found:
+            self.document["cases"] = found["measure"]
+        if "profile" in found:
+            self.document["profiles"] = found["profile"]
+            self.output.texts["kernels.csv"] = profiled.table(found["profile"])
+
+    def ncu(self, seconds: float) -> Report:
+        """Nsight Compute over the rule's choices and the backends as they are, as far as the time goes."""
+        program = ncu.find()
+        if self.device == "cpu" or program is None or seconds < ENOUGH:
+            why = (
+                "needs a GPU"
+                if self.device == "cpu"
+                else "no time was left"
+                if program
+                else "ncu was not found"
+            )
+            return {"not run": why}
+        picks = [
+            (self.document.get("rule", {}).get(f"bf16 {kind}", {}).get("winner"), kind)
+            for kind in ("loss", "forward")
+        ]
+        wanted = [*picks, ("cuda", "step"), ("triton", "step")]
+        begin, runs = time.time(), {}
+        for variant, kind in dict.fromkeys((v, k) for v, k in wanted if v in self.options.forms):
+            left = seconds - (time.time() - begin)
+            if left < ENOUGH:
+                break
+            text, runs[f"{variant} {kind}"] = ncu.profile(
+                program, variant, kind, MAIN, left, self.output.scratch / f"ncu-{len(runs)}.log"
+            )
+            self.output.texts["ncu.csv"] = self.output.texts.get("ncu.csv", "") + text
+        return {"runs": runs}
+
+    # What may share the GPU
+
+    def _beside(self) -> None:
+        asked = [part for part in BESIDE if part in self.options.only]
+        if not asked:
+            return
+        print(f"=== {', '.join(asked)}, side by side (at most {self.budget.left():.0f} s)", flush=True)
+        jobs: list[Job] = []
+        if "train" in asked:
+            jobs.append(("train", "models", self._train))
+        if "test" in asked:
+            jobs += self._tests()
+        if "sanitize" in asked:
+            jobs += self._sanitizers()
+        beside.side_by_side(jobs, self.document, self.changed)
+
+    def _train(self) -> Report:
+        log = self.output.scratch / "train.log"
+        self.output.runs = beside.RUNS
+        options = self.options
+        more = options.train_arguments
+        return beside.train(options.train, options.seeds, self.device, more, self.budget.left(), log)
+
+    def _tests(self) -> list[Job]:
+        asked = beside.tests(self.device, self.backends())
+        workers = max(1, beside.cores() // 3)
+        logs = self.output.logs["tests.log"]
+
+        def job(name: str, arguments: list[str]) -> Job:
+            many = workers if name.startswith("operators") else max(1, workers // 2)
+            return (
+                "test",
+                name,
+                lambda: beside.run_tests(name, arguments, many, self.budget.left() - 3, logs),
+            )
+
+        return [job(name, arguments) for name, arguments in asked.items()]
+
+    def _sanitizers(self) -> list[Job]:
+        program = beside.find_sanitizer()
+        if program is None or self.device == "cpu":
+            why = (
+                "needs a GPU"
+                if self.device == "cpu"
+                else "compute-sanitizer was found neither on PATH nor beside nvcc"
+            )
+            self.document["parts"]["sanitize"] = {"not run": why}
+            return []
+        logs = self.output.logs["sanitize.log"]
+
+        def job(backend: str, tool: str) -> Job:
+            return (
+                "sanitize",
+                f"{backend} {tool}",
+                lambda: beside.sanitize(program, backend, tool, self.budget.left() - 3, logs),
+            )
+
+        return [job(backend, tool) for backend in self.backends() for tool in beside.TOOLS]

@@ -1,0 +1,126 @@
+"""How each variant runs: one call of its forward, step or loss step on given tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gistops
+
+from .. import forms
+from ..forms import Tensors
+from . import settings
+from .variants import NARROW, TABLE, Variant
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # input, weight, labels -> mean loss
+Call = Callable[[], Any]
+
+
+def call(name: str, kind: str, arguments: Tensors, precision: str) -> Call:
+    """A call of a variant: of its logits, or of a step that leaves gradients in the arguments and returns the loss.
+
+    Args:
+        name: of a variant.
+        kind: one of variants.KINDS.
+        arguments: input, centers, displacements, tau.
+        precision: one of plan.WIDTHS.
+    """
+    variant = TABLE[name]
+    plain = _call(variant, kind, arguments)
+    if not variant.settings:
+        return plain
+
+    def forced() -> Any:
+        with settings.applied(variant.settings, precision):
+            return plain()
+
+    return forced
+
+
+def _call(variant: Variant, kind: str, arguments: Tensors) -> Call:
+    if kind == "loss" and variant.ours:
+        return _loss_step(our_loss(variant.backend, variant.cosine), arguments)
+    if kind == "loss" and variant.family == "peer":
+        return _loss_step(_peer(variant.name), arguments)
+    head = _head(variant)
+    if kind == "forward":
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return head(*arguments)
+
+        return forward
+    # Logits in half precision are widened, as autocast does, but in the row that shows what that costs.
+    widen = variant.name != NARROW
+    return _loss_step(
+        lambda *given: F.cross_entropy(head(*given[:4]).float() if widen else head(*given[:4]), given[4]),
+        arguments,
+    )
+
+
+def _head(variant: Variant) -> Callable[..., Tensor]:
+    """The logits. A compiled form is compiled for the sizes it meets; the caller clears what was kept before."""
+    if variant.ours:
+
+        def head(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor) -> Tensor:
+            delta = delta.detach()[:0] if variant.cosine else delta
+            return gistops.constellation_logits(x, w, delta, tau, backend=variant.backend)
+
+        return head
+    function = forms.PLAIN["linear" if variant.name == NARROW else variant.name.removesuffix(" compiled")]
+    return torch.compile(function, fullgraph=True, dynamic=False) if variant.compiled else function
+
+
+def our_loss(backend: str, cosine: bool = False) -> Callable[..., Tensor]:
+    """The mean loss of the constellation, without its logits."""
+
+    def loss(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor, labels: Tensor) -> Tensor:
+        delta = delta.detach()[:0] if cosine else delta
+        value = gistops.constellation_cross_entropy(x, w, delta, tau, labels, backend=backend)
+        assert isinstance(value, Tensor)
+        return value
+
+    return loss
+
+
+def _loss_step(loss: Callable[..., Tensor], arguments: Tensors) -> Call:
+    labels = forms.labels_of(arguments)
+
+    def run() -> Tensor:
+        for argument in arguments:
+            argument.grad = None
+        value = loss(*arguments, labels)
+        value.backward()
+        return value.detach()
+
+    return run
+
+
+def _library(name: str) -> Loss:
+    if name == "torch linear_cross_entropy":
+        # Without options it is F.linear and F.cross_entropy, one after the other.
+        return lambda x, w, labels: F.linear_cross_entropy(
+            x, w, labels, options=torch.nn.LinearCrossEntropyOptions()
+        )
+    if name == "CCE":
+        from cut_cross_entropy import linear_cross_entropy  # type: ignore[import-not-found]
+
+        return lambda x, w, labels: linear_cross_entropy(x, w, labels)
+    from liger_kernel.transformers import (  # type: ignore[import-not-found]
+        LigerFusedLinearCrossEntropyLoss,
+    )
+
+    liger = LigerFusedLinearCrossEntropyLoss()
+    return lambda x, w, labels: liger(w, x, labels)
+
+
+def _peer(name: str) -> Callable[..., Tensor]:
+    """A library's loss of a linear layer, or of cosines."""
+    loss = _library(name.removesuffix(", cosine"))
+    if not name.endswith(", cosine"):
+        return lambda x, w, delta, tau, labels: loss(x, w, labels)
+    return lambda x, w, delta, tau, labels: loss((tau * F.normalize(x)).to(x.dtype), F.normalize(w), labels)

@@ -1,0 +1,76 @@
+"""Nsight Compute over one step of a variant, where it is found: what each of our kernels waits for."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..forms import Size, tensors
+from .commands import command, python
+
+SECTIONS = ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy")
+KERNELS = 8  # of a step at most, each replayed some dozens of times
+
+
+def find() -> Path | None:
+    """The program: on PATH, or in CUDA's or Nsight's folder."""
+    if path := shutil.which("ncu"):
+        return Path(path)
+    places = (
+        "/usr/local/cuda/bin/ncu",
+        *sorted(map(str, Path("/opt/nvidia").glob("nsight-compute/*/ncu")), reverse=True),
+    )
+    return next((Path(place) for place in places if Path(place).is_file()), None)
+
+
+def profile(
+    program: Path, variant: str, kind: str, size: Size, seconds: float, log: Path
+) -> tuple[str, dict[str, Any]]:
+    """ncu's table, and what became of the run."""
+    asked = [
+        str(program),
+        "--clock-control",
+        "none",
+        "--csv",
+        "--page",
+        "details",
+        "--launch-count",
+        str(KERNELS),
+    ]
+    asked += ["--profile-from-start", "off", "--kernel-name", "regex:kernel|gistops"]
+    for section in SECTIONS:
+        asked += ["--section", section]
+    text = f"{size.B}x{size.K}x{size.d}x{size.m}"
+    done = command(asked + python("-m", "bench.gpu.ncu", variant, kind, text), seconds, log)
+    lines = done.output.splitlines()
+    start = next((n for n, line in enumerate(lines) if line.startswith('"ID"')), None)
+    report: dict[str, Any] = {"variant": variant, "kind": kind, "size": text, "seconds": done.seconds}
+    if start is None:
+        return "", report | {"not run": f"no table; it said: {done.tail(4)}"}
+    return "\n".join(line for line in lines[start:] if line.startswith('"')) + "\n", report
+
+
+def main() -> None:
+    """One warm step, and one that is watched."""
+    import torch
+
+    from .forms import call
+
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.ncu", description=main.__doc__)
+    parser.add_argument("variant")
+    parser.add_argument("kind")
+    parser.add_argument("size", type=Size.parse)
+    options = parser.parse_args()
+    run = call(options.variant, options.kind, tensors(options.size, torch.bfloat16, "cuda"), "bf16")
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaProfilerStart()
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaProfilerStop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""torch.profiler over a few steps of a variant: which kernels it launches, how often, and how long they take."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from ..forms import Tensors
+from . import forms
+from .plan import runs
+from .variants import TABLE
+
+CALLS = 5
+COLUMNS = ("precision", "size", "kind", "variant", "us_each", "us_a_call", "launches_a_call", "kernel")
+
+
+def kernels(name: str, precision: str, arguments: Tensors, device: str) -> dict[str, Any]:
+    """kind -> kernels, the longest first: name, launches and µs for each call of the variant."""
+    found: dict[str, Any] = {}
+    on_gpu = device == "cuda"
+    for kind in TABLE[name].kinds:
+        if not runs(TABLE[name], precision, kind):
+            continue
+        run = forms.call(name, kind, arguments, precision)
+        for _ in range(2):
+            run()
+        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
+            for _ in range(CALLS):
+                run()
+            if on_gpu:
+                torch.cuda.synchronize()
+        rows = []
+        for event in profiled.key_averages():
+            us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            if us > 0 and not (on_gpu and event.device_type == torch.autograd.DeviceType.CPU):
+                rows.append({"kernel": event.key, "launches": event.count / CALLS, "us": us / CALLS})
+        found[kind] = sorted(rows, key=lambda row: -row["us"])
+    return found
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """kernels.csv."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    writer.writerows(_rows(results))
+    return text.getvalue()
+
+
+def _rows(results: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
+    for result in results:
+        size = "x".join(str(n) for n in result["case"]["size"].values())
+        for variant, found in result["forms"].items():
+            for kind, rows in found.get("kernels", {}).items():
+                for row in rows:
+                    each = row["us"] / max(row["launches"], 1e-9)
+                    numbers = (f"{each:.2f}", f"{row['us']:.2f}", f"{row['launches']:g}")
+                    yield (result["case"]["precision"], size, kind, variant, *numbers, row["kernel"])

@@ -1,0 +1,199 @@
+"""table.md: the document of a day as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from . import constants, rule, targets
+from .plan import MAIN, Case
+from .targets import Document, Found, cases, merged
+from .variants import KINDS, TABLE
+
+NAMES = {"linear": "`F.linear`", "cuda": "gistops, cuda", "triton": "gistops, triton"}
+HOW = (
+    "Medians of rounds in which every form of a size is timed once, with a cold L2, between CUDA events, and with the "
+    "queue kept full, so that launches are not in the times; the events' own time is, and is not taken off. A cell: "
+    "ratio to `F.linear` (and `F.cross_entropy`) in the same rounds (ms; n rounds; share of the form's roofline; peak "
+    "memory beyond the arguments; the CPU's time to launch it). *: the GPU waited for the CPU in over a tenth of the rounds. !: the results are less "
+    "exact than they should be. m = 4 displacements. forward: logits without gradients. step: logits, F.cross_entropy "
+    "and backward to all arguments. loss: the form's own loss without logits, and backward; the libraries' are those "
+    "of a plain linear layer, or of cosines."
+)
+
+
+def render(document: Document) -> str:
+    """The page."""
+    lines = [
+        summary(document),
+        HOW,
+        "",
+        *_tables(document),
+        *_graphs(document),
+        *_kernels(document),
+        *_left_out(document),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def summary(document: Document) -> str:
+    """The head of the page: the machine, what became of each part, constants, the rule's choices, the targets."""
+    lines = [f"# gistops on {document['header']['gpu']}", ""]
+    lines += [f"- {name}: {value}" for name, value in document["header"].items() if value]
+    lines += ["", *_parts(document)]
+    if found := document.get("constants"):
+        lines += ["## Constants", "", *constants.summary(found), ""]
+    if chosen := document.get("rule"):
+        lines += ["## What the rule chooses", "", *rule.lines(chosen), ""]
+    lines += [f"## Targets, bf16, {MAIN}", "", "| variant | target | verdict | measured | other sizes |"]
+    lines.append("|---|---|---|---|---|")
+    for verdict in targets.verdicts(document):
+        lines.append(f"| {' | '.join(_cell(text) for text in verdict)} |")
+    return "\n".join([*lines, ""])
+
+
+def line(result: dict[str, Found]) -> str:
+    """One case in a line, as the run goes on."""
+    case = Case.from_json(result["case"])
+    if "skipped" in result:
+        return f"{case.name}: {result['skipped']}"
+    said = []
+    for form, found in result["forms"].items():
+        if "ratio" in found:
+            said.append(f"{form} {found['ratio']['median']:.2f}" + ("!" if "inexact" in found else ""))
+        elif "value" in found:
+            said.append(f"{form} {found['value']:.4g}")
+    failed = [form for form, found in result["forms"].items() if "failed" in found]
+    text = ", ".join(said) + (f"; failed: {', '.join(failed)}" if failed else "")
+    return f"{case.name}: {text} ({result['seconds']:.1f} s)"
+
+
+def _parts(document: Document) -> Iterator[str]:
+    for name, part in document.get("parts", {}).items():
+        said = (
+            f"**{_cell(part['problem'])}**"
+            if "problem" in part
+            else "not run"
+            if "not run" in part
+            else "passed"
+        )
+        lines = [f"{name}: {said}" + (f" ({_cell(part['not run'])})" if "not run" in part else "")]
+        for run, found in part.get("runs", {}).items():
+            counts = ", ".join(f"{n} {word}" for word, n in found.get("counts", {}).items())
+            what = counts or found.get("summary") or found.get("problem") or found.get("not run", "done")
+            lines.append(f"  - {run}: {_cell(what)}")
+            lines += [f"    - `{_cell(failure)}`" for failure in found.get("failures", [])[:10]]
+            lines += [f"    - `{_cell(str(model))}`" for model in found.get("models", [])]
+        yield "- " + "\n".join(lines)
+    yield from (f"- **{_cell(problem)}**" for problem in document.get("problems", []))
+    yield ""
+
+
+def _tables(document: Document) -> Iterator[str]:
+    """One table for each precision and kind: a row a variant, a column a size."""
+    found = merged(document)
+    for precision, kind in dict.fromkeys((p, k) for p, _, k in found):
+        columns = [size for p, size, k in found if (p, k) == (precision, kind)]
+        table = {
+            size: {n: cell(form) for n, form in found[precision, size, kind].items()} for size in columns
+        }
+        rows = [name for name in TABLE if any(table[c].get(name, "–") != "–" for c in columns)]
+        for start in range(0, len(columns), 6):  # a page is only so wide
+            part = columns[start : start + 6]
+            yield from (f"## {kind.capitalize()}, {precision}, B×K×d", "")
+            yield f"| | {' | '.join(part)} |"
+            yield "|---|" + "---|" * len(part)
+            for name in rows:
+                yield f"| {NAMES.get(name, name)} | {' | '.join(table[c].get(name, '–') for c in part)} |"
+            yield ""
+
+
+def cell(found: Found) -> str:
+    """One form at one size: `1.08 (0.021 ms; 100; 74 %; 9.8 MiB)`."""
+    if "failed" in found:
+        return "failed"
+    if "ms" not in found:
+        return "out of memory" if "out of memory" in found.get("skipped", "").lower() else "–"
+    ratio = f"{found['ratio']['median']:.2f} " if "ratio" in found else ""
+    facts = [f"{found['ms']['median']:.3g} ms", str(found["n"])]
+    if "roofline" in found:
+        facts.append(f"{found['roofline']:.0%}")
+    if found.get("memory"):
+        facts.append(f"{found['memory'] / 2**20:.4g} MiB")
+    if "host_ms" in found:
+        facts.append(f"host {1e3 * found['host_ms']:.0f} µs")
+    marks = ("*" if found.get("behind", 0) > 0.1 else "") + ("!" if "inexact" in found else "")
+    return f"{ratio}({'; '.join(facts)}){marks}"
+
+
+def _graphs(document: Document) -> Iterator[str]:
+    """What launches cost: the CPU's time to queue a call, calls in a loop, and replays of a CUDA graph."""
+    found = merged(document)
+    rows = [
+        (case, form, f)
+        for case, forms in cases(document)
+        if case.graph
+        for form, f in forms.items()
+        if "loop_ms" in f
+    ]
+    if not rows:
+        return
+    yield from ("## Launches: milliseconds a call, bf16", "")
+    yield "| B×K×d | kind | form | queued by the CPU in | calls in a loop | replays in a loop | replay, cold L2 |"
+    yield "|---|---|---|---|---|---|---|"
+    for case, form, replay in rows:
+        eager = found.get((case.precision, str(case.size), case.kind), {}).get(form, {})
+        numbers = (eager.get("host_ms"), eager.get("loop_ms"), replay["loop_ms"], replay["ms"]["median"])
+        cells = " | ".join("–" if n is None else f"{n:.3g}" for n in numbers)
+        yield f"| {case.size} | {case.kind} | {NAMES.get(form, form)} | {cells} |"
+    yield ""
+
+
+def _kernels(document: Document) -> Iterator[str]:
+    """Launches and GPU time of each profiled variant, and its longest kernels; all of them are in kernels.csv."""
+    rows = []
+    for result in document.get("profiles", []):
+        case = Case.from_json(result["case"])
+        for form, found in result["forms"].items():
+            for kind in KINDS:
+                if kernels := found.get("kernels", {}).get(kind):
+                    total, count = (sum(k[key] for k in kernels) for key in ("us", "launches"))
+                    first = ", ".join(f"{_cell(k['kernel'])[:48]} {k['us']:.1f}" for k in kernels[:4])
+                    rows.append(f"| {case.size} | {kind} | {form} | {count:.0f} | {total:.0f} | {first} |")
+    if rows:
+        yield from ("## Kernels (torch.profiler), µs a call", "")
+        yield from (
+            "| B×K×d | kind | form | launches | all | longest |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+        )
+
+
+def _left_out(document: Document) -> Iterator[str]:
+    """What was not measured, and why: one line a reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in document.get("absent", {}).items():
+        reasons.setdefault(f"absent: {reason}", []).append(name)
+    for what, wrong in document.get("out", {}).items():
+        for form, reason in wrong.items():
+            reasons.setdefault(f"{form}, out after its smoke run: {reason}", []).append(what)
+    for result in (*document.get("cases", []), *document.get("profiles", [])):
+        name = Case.from_json(result["case"]).name
+        if "skipped" in result:
+            reasons.setdefault(result["skipped"], []).append(name)
+        for form, found in result["forms"].items():
+            if why := found.get("failed") or found.get("skipped"):
+                reasons.setdefault(f"{form}: {why}", []).append(name)
+            elif "inexact" in found:
+                reasons.setdefault(f"{form}, inexact: {found['inexact']}", []).append(name)
+    for skipped in document.get("skipped", []):
+        reasons.setdefault(skipped["reason"], []).append(Case.from_json(skipped["case"]).name)
+    if reasons:
+        yield from ("## Not measured, or measured and wrong", "")
+        for reason, names in reasons.items():
+            some = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+            yield f"- {_cell(reason)} ({some})"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,55 @@
+"""Small forwards and backwards of each operator, for compute-sanitizer to watch.
+
+`python -m bench.gpu.sanitized cuda 300x200x136`. What it computes is not judged here.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+
+import gistops
+
+from ..forms import Size, labels_of, tensors
+from .measure import precision
+
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32, "float16": torch.float16}
+
+
+def main() -> None:
+    """Run it and say so."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.sanitized", description=__doc__)
+    parser.add_argument("backend", choices=gistops.backends.NAMES)
+    parser.add_argument("sizes", type=Size.parse, nargs="+")
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    for size in options.sizes:
+        for name, dtype in DTYPES.items():
+            with precision(name):
+                run(size, dtype, options.backend, options.device, everything=name in ("bf16", "float32"))
+            if options.device == "cuda":
+                torch.cuda.synchronize()
+            print(f"{options.backend} {size} {name}: done", flush=True)
+
+
+def run(size: Size, dtype: torch.dtype, backend: str, device: str, everything: bool) -> None:
+    """Logits and losses; with `everything` the other functions too."""
+    arguments = tensors(size, dtype, device)
+    labels = labels_of(arguments)
+    x, w, _, tau = arguments
+    F.cross_entropy(gistops.constellation_logits(*arguments, backend=backend).float(), labels).backward()
+    gistops.constellation_cross_entropy(*arguments, labels, backend=backend).backward()  # type: ignore[union-attr]
+    if not everything:
+        return
+    gistops.constellation_topk(*arguments, 10, backend=backend)
+    turn = {"transform": "rotation", "axis": x.detach()[0], "backend": backend}
+    gistops.constellation_cross_entropy(*arguments, labels, **turn).backward()
+    gistops.constellation_topk(*arguments, 10, **turn)
+    free = torch.stack([w, w.roll(1, 0)], dim=1)
+    gistops.subcenter_cross_entropy(x, free, tau, labels, backend=backend).backward()
+
+
+if __name__ == "__main__":
+    main()

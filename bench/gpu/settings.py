@@ -1,0 +1,124 @@
+"""What a variant can force, by name: how to force it for the calls in a `with`, and why it cannot be forced here.
+
+A setting of code that is not there yet makes its variants absent, with the reason; it is never an error. Every
+setting holds for the whole process, for the backward runs in autograd's own thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+
+class Setting(NamedTuple):
+    """One thing to force."""
+
+    why_not: Callable[[Any], str | None]
+    apply: Callable[[Any, str], contextlib.AbstractContextManager[Any]]  # value, precision
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"gistops.{name}")
+
+
+def _attribute(module: str, name: str) -> Setting:
+    """A number or a switch of a module."""
+
+    def why_not(value: Any) -> str | None:
+        try:
+            there = hasattr(_module(module), name)
+        except ImportError as error:
+            return str(error)
+        return None if there else f"gistops.{module} has no {name}"
+
+    @contextlib.contextmanager
+    def apply(value: Any, precision: str) -> Iterator[None]:
+        holder = _module(module)
+        before = getattr(holder, name)
+        setattr(holder, name, value)
+        try:
+            yield
+        finally:
+            setattr(holder, name, before)
+
+    return Setting(why_not, apply)
+
+
+def _forced(name: str, make: Callable[[Any, Any, str], Any]) -> Setting:
+    """An argument of `gistops.backends.triton.configs.forced`."""
+
+    def why_not(value: Any) -> str | None:
+        try:
+            configs = _module("backends.triton.configs")
+        except ImportError as error:
+            return f"Triton does not load: {error}"
+        if not hasattr(configs, "forced"):
+            return "gistops.backends.triton.configs has no forced()"
+        try:
+            with configs.forced(**{name: make(configs, value, "bf16")}):
+                return None
+        except Exception as error:
+            return f"configs.forced({name}=…): {error}"
+
+    def apply(value: Any, precision: str) -> contextlib.AbstractContextManager[Any]:
+        configs = _module("backends.triton.configs")
+        manager: contextlib.AbstractContextManager[Any] = configs.forced(
+            **{name: make(configs, value, precision)}
+        )
+        return manager
+
+    return Setting(why_not, apply)
+
+
+def _tile(configs: Any, value: tuple[int, ...], precision: str) -> Any:
+    classes, features, depth, warps, stages = value
+    # A row of 32 in float32 is as many bytes as one of 64 in half precision.
+    return configs.Config(
+        classes, features, depth if precision == "bf16" else max(depth // 2, 16), warps, stages
+    )
+
+
+def _centers_tile(configs: Any, value: tuple[int, ...], precision: str) -> Any:
+    classes, features, depth, warps, stages = value
+    return configs.Config(
+        classes, features if precision == "bf16" else max(features // 2, 16), depth, warps, stages
+    )
+
+
+def _as_it_is(configs: Any, value: Any, precision: str) -> Any:
+    return value
+
+
+SETTINGS: dict[str, Setting] = {
+    "chunk": _attribute("operators.chunks", "CHUNK_ELEMENTS"),
+    "held bytes": _attribute("operators.cross_entropy", "HELD_BYTES"),
+    "forward tile": _forced("forward", _tile),
+    "centers tile": _forced("centers", _centers_tile),
+    "product": _forced("product", _as_it_is),
+}
+
+
+def why_not(settings: Mapping[str, Any]) -> str | None:
+    """Why these settings cannot be forced here, or None."""
+    for name, value in settings.items():
+        if name not in SETTINGS:
+            return f"nothing can force {name!r} yet"
+        if reason := SETTINGS[name].why_not(value):
+            return reason
+    return None
+
+
+@contextlib.contextmanager
+def applied(settings: Mapping[str, Any], precision: str) -> Iterator[None]:
+    """Force them.
+
+    Args:
+        settings: name -> value.
+        precision: one of plan.WIDTHS; tiles are given for bf16.
+    """
+    with contextlib.ExitStack() as stack:
+        for name, value in settings.items():
+            stack.enter_context(SETTINGS[name].apply(value, precision))
+        yield

@@ -1,0 +1,116 @@
+"""Small runs against the reference in float64, on memory full of NaN, twice: what is wrong is not measured."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gistops
+
+from ..forms import Size, Tensors, labels_of, tensors
+from . import checks, forms
+from .plan import runs
+from .variants import TABLE
+
+SEED = 20211011
+#: Blocks that are filled and freed: torch serves what is made next from them, up to these many bytes each.
+POISON = ((1 << 9, 64), (1 << 14, 32), (1 << 18, 32), (1 << 21, 8), (1 << 24, 4))
+
+
+@contextlib.contextmanager
+def poisoned(device: str) -> Iterator[None]:
+    """All memory that is handed out in the `with` holds ones in every bit at first, which is NaN in every float type.
+
+    On a GPU by filling blocks that torch's allocator then hands out again, so that nothing is launched that is not
+    launched in earnest; on the CPU, which keeps no blocks, by torch's own switch.
+    """
+    if device == "cuda":
+        made = [
+            torch.full((n,), 255, dtype=torch.uint8, device=device)
+            for n, count in POISON
+            for _ in range(count)
+        ]
+        del made
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fill_uninitialized_memory is its default
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+class Oracle:
+    """Logits, loss and gradients of arguments by the reference backend in float64."""
+
+    def __init__(self, arguments: Tensors, cosine: bool) -> None:
+        """Compute them; with `cosine`, without displacements."""
+        doubles = [argument.detach().double().requires_grad_() for argument in arguments]
+        x, w, delta, tau = doubles
+        delta = delta.detach()[:0] if cosine else delta
+        logits = gistops.constellation_logits(x, w, delta, tau, backend="reference")
+        value = F.cross_entropy(logits, labels_of(arguments))
+        self.kept = [n for n, a in enumerate(doubles) if a.numel() and not (cosine and n == 2)]
+        self.gradients = torch.autograd.grad(value, [doubles[n] for n in self.kept])
+        self.logits, self.loss = logits.detach(), value.detach()
+
+    def errors(self, kind: str, made: Tensor, arguments: Tensors) -> dict[str, float]:
+        """What a call is off by."""
+        if kind == "forward":
+            return {"logits": checks.relative(made, self.logits)}
+        kept = [arguments[n] for n in self.kept]
+        return {
+            "loss": checks.relative(made, self.loss),
+            "gradients": checks.gradients_error(kept, self.gradients),
+        }
+
+
+def inputs(size: Size, dtype: torch.dtype, device: str) -> Tensors:
+    """Of a smoke run."""
+    return tensors(size, dtype, device, SEED)
+
+
+def smoke(name: str, precision: str, arguments: Tensors, oracle: Oracle, device: str) -> dict[str, Any]:
+    """kind -> what was found: `error`, `inexact`, and `unstable` where the second run gave other bits.
+
+    Args:
+        name: of a variant of ours.
+        precision: its.
+        arguments: its inputs.
+        oracle: what is right.
+        device: where.
+    """
+    found: dict[str, Any] = {}
+    for kind in TABLE[name].kinds:
+        if not runs(TABLE[name], precision, kind):
+            continue
+        call = forms.call(name, kind, arguments, precision)
+        first = _results(call, arguments, device)
+        result = found[kind] = checks.verdict(oracle.errors(kind, first[0], arguments), precision)
+        second = _results(call, arguments, device)
+        same = all(
+            (a is None) == (b is None) and (a is None or b is None or torch.equal(a, b))
+            for a, b in zip(first, second, strict=True)
+        )
+        if not same and not any(bool(x.isnan().any()) for x in first if x is not None):
+            result["unstable"] = "a second run gave other bits"
+    return found
+
+
+def _results(call: Any, arguments: Tensors, device: str) -> list[Tensor | None]:
+    for argument in arguments:
+        argument.grad = None
+    with poisoned(device):
+        made = call()
+    return [made.clone(), *(None if a.grad is None else a.grad.clone() for a in arguments)]
+
+
+def wrong(found: dict[str, Any]) -> str:
+    """What a kind's result says against it, in words, or nothing."""
+    return str(found.get("failed") or found.get("inexact") or found.get("unstable") or "")

@@ -1,0 +1,136 @@
+"""Which of the stated targets are met, by each backend as it is by default and by what the rule chose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from .plan import MAIN, Case
+from .variants import TABLE
+
+Document = dict[str, Any]
+Found = dict[str, Any]  # one form of one case: what was measured, or `skipped` or `failed` and the reason
+
+
+class Target(NamedTuple):
+    """A bound on a number that is read off one case."""
+
+    text: str
+    kind: str
+    of: str  # "ratio", "roofline", "memory", or the form that ours is to be faster than
+    bound: float
+    least: bool  # the bound is a least value, not a most
+
+
+TARGETS = (
+    Target("forward ≤ 1.15 × F.linear", "forward", "ratio", 1.15, False),
+    Target("forward ≥ 70 % of roofline", "forward", "roofline", 0.70, True),
+    Target("step ≤ 1.10 × F.linear", "step", "ratio", 1.10, False),
+    Target("loss step ≤ 1.00 × F.linear with F.cross_entropy", "loss", "ratio", 1.00, False),
+    Target("forward ≥ 1.3 × faster than compiled split", "forward", "split compiled", 1.3, True),
+    Target("step ≥ 1.3 × faster than compiled split", "step", "split compiled", 1.3, True),
+    Target("forward ≥ 15 × faster than direct", "forward", "direct", 15, True),
+    Target("step ≥ 15 × faster than direct", "step", "direct", 15, True),
+    Target("forward memory ≤ 1.4 × F.linear's", "forward", "memory", 1.4, False),
+    Target("step memory ≤ 1.4 × F.linear's", "step", "memory", 1.4, False),
+    Target("loss step memory ≤ 1.0 × F.linear's", "loss", "memory", 1.0, False),
+)
+
+
+class Verdict(NamedTuple):
+    """What became of a target, for one variant."""
+
+    variant: str
+    target: str
+    verdict: str  # "met", "missed", "not measured"
+    detail: str  # the number at the main size, or why there is none
+    elsewhere: str  # at how many of the other sizes, bf16 and float32, it is met
+
+
+def _value(target: Target, backend: str, forms: dict[str, Found]) -> float | str:
+    """The number to hold against the bound, or why there is none."""
+
+    def missing(name: str) -> str | None:
+        found = forms.get(name)
+        if found is None:
+            return f"{name} was not measured"
+        if why := found.get("failed") or found.get("skipped"):
+            return f"{name}: {why}"
+        return None if "ms" in found else f"{name} was not timed"
+
+    if why := missing(backend):
+        return why
+    ours = forms[backend]
+    if "inexact" in ours:
+        return f"its results are wrong, relative error of {ours['inexact']}"
+    if target.of == "roofline":
+        return float(ours["roofline"]) if "roofline" in ours else "the ceilings were not measured"
+    other = target.of if target.of in TABLE else "linear"
+    if why := missing(other):
+        return why
+    if target.of == "ratio":
+        return float(ours["ratio"]["median"]) if "ratio" in ours else "it shared no round with F.linear"
+    if target.of == "memory":
+        if not ours.get("memory") or not forms["linear"].get("memory"):
+            return "memory was not read"
+        return float(ours["memory"] / forms["linear"]["memory"])
+    if "ratio" not in ours or "ratio" not in forms[other]:
+        return "it shared no round with F.linear"
+    return float(forms[other]["ratio"]["median"] / ours["ratio"]["median"])  # they may be of two cases
+
+
+def judged_variants(document: Document) -> list[str]:
+    """The backends, and the rule's choices beside them."""
+    picks = document.get("rule", {})
+    winners = [picks.get(f"bf16 {kind}", {}).get("winner") for kind in ("forward", "step")]
+    return list(dict.fromkeys(["cuda", "triton", *(name for name in winners if name)]))
+
+
+def verdicts(document: Document) -> list[Verdict]:
+    """Each target: at the main size in bf16, and a count over the other sizes."""
+    judged = []
+    for backend in judged_variants(document):
+        for target in TARGETS:
+            main: float | str = "the case was not measured"
+            met = measured = 0
+            for (precision, size, kind), forms in merged(document).items():
+                if kind != target.kind or precision == "tf32":
+                    continue
+                value = _value(target, backend, forms)
+                if (precision, size) == ("bf16", str(MAIN)):
+                    main = value
+                elif not isinstance(value, str):
+                    measured += 1
+                    met += _met(target, value)
+            if isinstance(main, str):
+                verdict, detail = "not measured", main
+            else:
+                verdict = "met" if _met(target, main) else "missed"
+                detail = f"{main:.0%}" if target.of == "roofline" else f"{main:.2f} ×"
+            elsewhere = f"{met} of {measured}" if measured else "–"
+            judged.append(Verdict(backend, target.text, verdict, detail, elsewhere))
+    return judged
+
+
+def _met(target: Target, value: float) -> bool:
+    return value >= target.bound if target.least else value <= target.bound
+
+
+def cases(document: Document) -> Iterator[tuple[Case, dict[str, Found]]]:
+    """The cases, and what was found of each form."""
+    for result in document.get("cases", []):
+        yield Case.from_json(result["case"]), result["forms"]
+
+
+def merged(document: Document) -> dict[tuple[str, str, str], dict[str, Found]]:
+    """(precision, size, kind) -> form -> what was found: one visit of a size adds to another."""
+    found: dict[tuple[str, str, str], dict[str, Found]] = {}
+    for case, forms in cases(document):
+        if not case.graph:
+            row = found.setdefault((case.precision, str(case.size), case.kind), {})
+            for name, form in forms.items():
+                if "ms" in form or name not in row:
+                    row.setdefault(name, form)
+                    if "ms" not in row[name]:
+                        row[name] = form
+    return found

@@ -1,0 +1,153 @@
+"""Every form that `bench.gpu` can run, by name: one table. Later work adds rows here, and nothing else.
+
+A row whose code, library or setting is not there is absent, with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from gistops import backends
+
+from . import settings
+
+#: What of a form is timed: its logits without gradients; logits, F.cross_entropy and backward; its own loss and backward.
+KINDS = ("forward", "step", "loss")
+PRECISIONS = ("bf16", "float32", "tf32")
+#: The rule prefers the simpler one where times are as good as the same.
+SIMPLICITY = {"cublas": 0, "triton": 1, "cuda": 2, "cpu": 3}
+
+
+NARROW = "linear, loss in bf16"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One form."""
+
+    name: str
+    family: str  # one of SIMPLICITY: ours; "torch" for plain PyTorch, "peer" for other libraries
+    kinds: tuple[str, ...] = KINDS
+    backend: str = ""  # of ours
+    settings: dict[str, Any] = field(default_factory=dict)  # see settings.py
+    cosine: bool = False  # computes no displacements: m = 0, or a linear layer
+    compiled: bool = False  # by torch.compile, which takes seconds for each size
+    precisions: tuple[str, ...] = PRECISIONS
+    sizes: int | None = None  # it runs at the first few sizes only
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is gistops."""
+        return bool(self.backend)
+
+
+def _tiles(what: str, kind: str, *tiles: tuple[int, int, int, int, int]) -> list[Variant]:
+    """Forced tiles: classes, features, depth in bf16, warps, stages."""
+    return [
+        Variant(
+            f"triton {what} {'x'.join(map(str, tile[:3]))} w{tile[3]} s{tile[4]}",
+            "triton",
+            (kind,),
+            "triton",
+            {f"{'forward' if kind == 'forward' else 'centers'} tile": tile},
+            precisions=("bf16", "tf32"),
+        )
+        for tile in tiles
+    ]
+
+
+VARIANTS = (
+    # The limit: F.linear, and after it F.cross_entropy of float32 logits, as autocast has it; and without that widening.
+    Variant("linear", "torch", cosine=True),
+    Variant(NARROW, "torch", ("step", "loss"), cosine=True, precisions=("bf16",)),
+    Variant("cuda", "cuda", backend="cuda"),
+    Variant("triton", "triton", backend="triton"),
+    Variant("cpu", "cpu", backend="cpu"),  # for trials of the bench itself
+    Variant("triton cublas", "cublas", ("forward", "step", "loss"), "triton", {"product": "cublas"}),
+    *_tiles(
+        "F",
+        "forward",
+        (128, 128, 64, 8, 3),
+        (64, 128, 64, 4, 4),
+        (128, 256, 64, 8, 3),
+        (64, 256, 64, 8, 4),
+        (256, 128, 64, 8, 3),
+        (128, 64, 64, 8, 4),
+    ),
+    *_tiles(
+        "dW",
+        "step",
+        (64, 64, 128, 8, 3),
+        (128, 64, 64, 8, 3),
+        (64, 64, 64, 4, 3),
+        (128, 64, 128, 8, 3),
+        (128, 128, 64, 8, 3),
+    ),
+    *(
+        Variant(f"{name} loss {mode}", name, ("loss",), name, {"held bytes": most})
+        for name in ("cuda", "triton")
+        for mode, most in (("parked", 1 << 40), ("recomputed", 0))
+    ),
+    *(
+        Variant(f"{name} loss chunk 2^{log}", name, ("loss",), name, {"chunk": 1 << log})
+        for name in ("cuda", "triton")
+        for log in (22, 25)
+    ),
+    *(
+        Variant(f"{name} no slots", name, ("forward",), name, {"slots": False}, precisions=("bf16",))
+        for name in ("cuda", "triton")
+    ),
+    # At m = 0 ours is a cosine classifier; the libraries' losses are those of linear layers and of cosines.
+    Variant("cuda, m=0", "cuda", backend="cuda", cosine=True),
+    Variant("triton, m=0", "triton", backend="triton", cosine=True),
+    *(
+        Variant(f"{name}{head}", "peer", ("loss",), cosine=True)
+        for name in ("torch linear_cross_entropy", "CCE", "Liger")
+        for head in ("", ", cosine")
+    ),
+    Variant("direct", "torch", ("forward", "step")),
+    Variant("split compiled", "torch", ("forward", "step"), compiled=True, sizes=2),
+    Variant("direct compiled", "torch", ("forward", "step"), compiled=True, sizes=2),
+)
+TABLE = {variant.name: variant for variant in VARIANTS}
+#: What the rule chooses among: ours, with displacements.
+CANDIDATES = tuple(v for v in VARIANTS if v.ours and not v.cosine)
+
+
+def chosen(patterns: Sequence[str] | None) -> list[str]:
+    """The names that a list of patterns means, in the table's order; `linear` is always among them.
+
+    Args:
+        patterns: as a shell's, such as `triton*`; None for all.
+
+    Raises:
+        ValueError: one fits none.
+    """
+    if patterns is None:
+        return list(TABLE)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in TABLE):
+            raise ValueError(f"no variant is named {pattern!r}; there are {', '.join(TABLE)}")
+    return [n for n in TABLE if n == "linear" or any(fnmatchcase(n, pattern) for pattern in patterns)]
+
+
+def why_not(name: str, device: str) -> str | None:
+    """Why a variant cannot run on a device here, or None."""
+    variant = TABLE[name]
+    if variant.ours:
+        if (variant.backend == "cpu") != (device == "cpu") and variant.backend != "triton":
+            return f"backend {variant.backend!r} serves no tensors on {device!r}"
+        return backends.why_not(variant.backend, device) or settings.why_not(variant.settings)
+    if name.startswith("torch linear_cross_entropy") and not hasattr(F, "linear_cross_entropy"):
+        return f"torch {torch.__version__} has none; 2.13 brought it"
+    for start, module in (("CCE", "cut_cross_entropy"), ("Liger", "liger_kernel")):
+        if name.startswith(start) and importlib.util.find_spec(module) is None:
+            return f"{module} is not installed"
+    return None

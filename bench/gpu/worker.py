@@ -1,0 +1,203 @@
+"""Runs cases in a process of its own: a kernel that goes wrong takes the CUDA context with it, and nothing else.
+
+Reads one JSON document from stdin, {"device", "deadline", "deadlines", "constants", "cases"}, and writes events to stdout, one JSON
+document a line: what it is about to do, so that the reader knows whom to blame, and each result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..forms import Tensors, tensors
+from . import constants, forms, profiled, variants
+from . import smoke as smokes
+from .measure import Measure, give_up, precision
+from .plan import Case
+from .plan import runs as has
+from .timing import CudaTimer, HostTimer, Timer
+from .variants import KINDS, TABLE
+
+Emit = Callable[[dict[str, Any]], None]
+DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
+
+
+class Lost(Exception):
+    """The device answers no more in this process."""
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}"
+
+
+class Worker:
+    """What is kept from case to case."""
+
+    def __init__(self, device: str, emit: Emit, known: dict[str, Any]) -> None:
+        self.device = device
+        self.emit = emit
+        self.constants = known
+        self._timer: Timer | None = None
+        self._arguments: tuple[object, Tensors] | None = None
+        self._reasons: dict[str, str | None] = {}
+
+    @property
+    def timer(self) -> Timer:
+        """Made when it is needed: it takes memory."""
+        if self._timer is None:
+            self._timer = CudaTimer() if self.device == "cuda" else HostTimer()
+        return self._timer
+
+    def arguments(self, case: Case) -> Tensors:
+        """The case's tensors, kept for the next case if that has the same ones."""
+        key = (case.precision, case.size)
+        if self._arguments is None or self._arguments[0] != key:
+            self._arguments = None  # first let go
+            made = tensors(case.size, DTYPES[case.precision], self.device, smokes.SEED)
+            self._arguments = key, made
+        return self._arguments[1]
+
+    def able(self, case: Case) -> tuple[Case, dict[str, str]]:
+        """The case with the forms that can run here, and why not the others."""
+        reasons = {}
+        for form in case.forms if case.kind != "constants" else ():
+            if form not in self._reasons:
+                self._reasons[form] = variants.why_not(form, self.device)
+            if reason := self._reasons[form]:
+                reasons[form] = reason
+        return case.without(list(reasons)), reasons
+
+    def blame(self, error: Exception) -> str:
+        """The error in a line.
+
+        Raises:
+            Lost: the device has failed, and all that follows here would too.
+        """
+        if self.device == "cuda":
+            try:
+                torch.cuda.synchronize()
+            except Exception as lost:
+                raise Lost(_short(error)) from lost
+            torch.cuda.empty_cache()
+        return _short(error)
+
+    def says(self, form: str | None, compiling: bool = False) -> None:
+        """Who runs from here on, and whether it may compile, which takes longer than a kernel ever may."""
+        self.emit({"event": "form", "form": form, "compiling": compiling})
+
+    def run(self, case: Case) -> dict[str, Any]:
+        """One case: form -> what was found, or `failed` or `skipped` and the reason."""
+        with precision(case.precision):
+            if case.kind in KINDS:
+                timed = Measure(
+                    case,
+                    self.arguments(case),
+                    self.timer,
+                    constants.ceilings(self.constants),
+                    lambda form: self.says(form, form is not None and TABLE[form].compiled),
+                    self.blame,
+                )
+                found = timed.run()
+            else:
+                found = self._each(case)
+        return {"case": case.to_json(), "forms": found}
+
+    def _each(self, case: Case) -> dict[str, Any]:
+        """What is done with one form after another."""
+        results: dict[str, dict[str, Any]] = {}
+        do = {
+            "smoke": self._smoke,
+            "warm": self._warm,
+            "profile": self._profile,
+            "constants": self._constant,
+        }[case.kind]
+        for name in case.forms:
+            self.says(name, case.kind in ("smoke", "warm"))
+            results[name] = {}
+            try:
+                results[name] |= do(name, case)
+                if self.device == "cuda":
+                    torch.cuda.synchronize()
+            except Exception as error:
+                give_up(results[name], self.blame(error))
+        return results
+
+    def _smoke(self, name: str, case: Case) -> dict[str, Any]:
+        arguments = self.arguments(case)
+        oracle = smokes.Oracle(arguments, TABLE[name].cosine)
+        return smokes.smoke(name, case.precision, arguments, oracle, self.device)
+
+    def _warm(self, name: str, case: Case) -> dict[str, Any]:
+        begin = time.perf_counter()
+        for kind in TABLE[name].kinds:
+            if has(TABLE[name], case.precision, kind):
+                forms.call(name, kind, self.arguments(case), case.precision)()
+        return {"seconds": time.perf_counter() - begin}
+
+    def _profile(self, name: str, case: Case) -> dict[str, Any]:
+        return {"kernels": profiled.kernels(name, case.precision, self.arguments(case), self.device)}
+
+    def _constant(self, name: str, case: Case) -> dict[str, Any]:
+        found = self.constants[name] = constants.Constants(self.timer, self.device).measure(name)
+        return dict(found)
+
+
+def work_through(
+    worker: Worker,
+    cases: list[tuple[int, Case]],
+    deadline: Callable[[Case], float],
+    clock: Callable[[], float] = time.time,
+) -> None:
+    """Run the cases in order, as far as the time goes."""
+    for number, case in cases:
+        worker.emit({"event": "begin", "number": number})
+        chosen, reasons = worker.able(case)
+        left = deadline(chosen) - clock()
+        if (needed := chosen.estimate()) > left:
+            why = f"it takes about {needed:.0f} s, and {max(left, 0):.0f} s of the budget were left"
+            worker.emit({"event": "skipped", "number": number, "case": case.to_json(), "reason": why})
+            continue
+        begin = clock()
+        try:
+            result = worker.run(chosen)
+        except Lost:
+            raise
+        except Exception as error:  # as where the arguments themselves do not fit the memory
+            result = {"case": case.to_json(), "forms": {}, "skipped": worker.blame(error)}
+        for form, reason in reasons.items():
+            result["forms"][form] = {"skipped": reason}
+        worker.emit({"event": "case", "number": number, "seconds": clock() - begin, "result": result})
+
+
+def main() -> int:
+    """Read the document, measure, and say so."""
+    # What others print must not come between the events.
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
+        os.dup2(2, 1)
+
+        def emit(event: dict[str, Any]) -> None:
+            print(json.dumps(event), file=out, flush=True)
+
+        asked = json.load(sys.stdin)
+        warnings.simplefilter("ignore")
+        worker = Worker(asked["device"], emit, asked["constants"])
+        cases = [(number, Case.from_json(case)) for number, case in asked["cases"]]
+        try:
+            work_through(worker, cases, lambda case: asked["deadlines"].get(case.kind, asked["deadline"]))
+        except Lost as lost:
+            emit({"event": "lost", "reason": str(lost)})
+            return 1
+        emit({"event": "done"})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""What `python -m bench.gpu` runs side by side: tests, sanitizers, trainings, and what it reads out of their words."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.gpu import beside, ncu
+from bench.gpu.commands import Done
+from bench.gpu.output import Logs
+
+
+def test_pytests_last_line_is_counted() -> None:
+    said = "x\n=== 3 failed, 10 passed, 2 errors in 2.31s ===\n"
+    assert beside.counts(said) == {"failed": 3, "passed": 10, "error": 2}
+    assert beside.counts("Traceback") == {}
+
+
+def test_each_backend_has_a_pytest_of_its_own() -> None:
+    asked = beside.tests("cuda", ["cuda", "triton"])
+    assert asked["operators, cuda"][-2:] == ["-k", "not triton"]
+    assert asked["operators, triton"][-2:] == ["-k", "triton"]
+    assert "tests/test_nn.py" in asked["heads"]
+    assert asked["large"][-2:] == ["-m", "large"]
+    assert "-k" not in beside.tests("cpu", ["cpu"])["operators, cpu"]
+
+
+def test_a_pytest_is_run_and_read(tmp_path: Path) -> None:
+    test = tmp_path / "test_some.py"
+    test.write_text("def test_a(): pass\ndef test_b(): assert False\n", encoding="utf-8")
+    logs = Logs(tmp_path)
+    found = beside.run_tests("some", [str(test)], 1, 60.0, logs)
+    assert found["counts"] == {"passed": 1, "failed": 1}
+    assert found["problem"] == "1 failed"
+    assert "test_b" in found["failures"][0]
+    assert "1 failed, 1 passed" in logs.text()
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "problem"),
+    [
+        (0, "========= ERROR SUMMARY: 0 errors", None),
+        (9, "========= Invalid read\n========= ERROR SUMMARY: 2 errors", "ERROR SUMMARY: 2 errors"),
+        (1, "Device not supported", "ended with 1 and no summary"),
+        (None, "", "stopped after 7 s"),
+    ],
+)
+def test_the_sanitizers_summary_is_read(code: int | None, output: str, problem: str | None) -> None:
+    run = beside.sanitized(Done(code, output, 1.0), 7.0)
+    assert run.get("problem") == problem
+
+
+def test_models_are_the_lines_of_json() -> None:
+    assert beside.models('epoch 1\n{"seed": 0, "accuracy": 0.4}\n{broken\n') == [{"seed": 0, "accuracy": 0.4}]
+
+
+def test_jobs_run_at_the_same_time_and_one_failure_hides_no_other() -> None:
+    barrier = threading.Barrier(2, timeout=20)
+
+    def meet() -> dict[str, Any]:
+        barrier.wait()
+        return {"counts": {"passed": 1}}
+
+    def fail() -> dict[str, Any]:
+        barrier.wait()
+        raise RuntimeError("no")
+
+    document: dict[str, Any] = {"parts": {}}
+    jobs: list[beside.Job] = [("test", "a", meet), ("test", "b", fail)]
+    beside.side_by_side(jobs, document, lambda: None)
+    assert document["parts"]["test"]["runs"]["a"] == {"counts": {"passed": 1}}
+    assert document["parts"]["test"]["problem"] == "b: RuntimeError: no"
+
+
+def test_ncus_table_is_cut_out_of_what_is_printed(tmp_path: Path) -> None:
+    program = tmp_path / "ncu"
+    lines = ["==PROF== Connected", '"ID","Kernel Name"', '"0","route_kernel"', "==PROF== Disconnected"]
+    body = "\n".join(f"echo '{line}'" for line in lines)
+    program.write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
+    program.chmod(0o755)
+    size = ncu.Size(2, 3, 4)
+    text, run = ncu.profile(program, "cuda", "step", size, 20.0, tmp_path / "log")
+    assert text == '"ID","Kernel Name"\n"0","route_kernel"\n'
+    assert "not run" not in run
