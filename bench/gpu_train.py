@@ -20,10 +20,8 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,8 @@ from train.config import DEFAULT_RECIPE
 from train.methods import FIRST_STAGES, METHODS
 from train.runfiles import write_aside
 from train.stopping import CODE as STOPPED
+
+from .gpu_train_env import compiled_env, pack, together_on_gpu, warm
 
 Record = dict[str, Any]
 Say = Callable[[Record], None]
@@ -182,9 +182,22 @@ class Pool:
     ) -> None:
         self.args, self.data, self.env = args, data, env
         self.waiting = [job for job in jobs if len(results(args.folder, job)) < len(job.methods)]
-        self.most = args.at_once or len(jobs)
         self.running: dict[Job, subprocess.Popen[bytes]] = {}
         self.codes: dict[Job, int] = {}
+        #: How many records the first process found, while what it compiles is waited for.
+        self.compiling: int | None = len(records(args.folder, self.waiting[0])) if self._cold() else None
+
+    def _cold(self) -> bool:
+        return bool(self.args.compile and self.waiting and not warm())
+
+    def _most(self) -> int:
+        """Only one process compiles; the others find it done. An epoch's record says that it is."""
+        if self.compiling is not None:
+            first = next(iter(self.running), None)
+            if not self.codes and (first is None or len(records(self.args.folder, first)) == self.compiling):
+                return 1
+            self.compiling = None
+        return self.args.at_once or len(self.running) + len(self.waiting)
 
     def turn(self) -> None:
         """Take note of what ended, and start what may start."""
@@ -192,7 +205,7 @@ class Pool:
             if (code := process.poll()) is not None:
                 self.codes[job] = code
                 del self.running[job]
-        while self.waiting and len(self.running) < self.most:
+        while self.waiting and len(self.running) < self._most():
             job = self.waiting.pop(0)
             with open(self.args.folder / f"{job.name}.log", "ab") as log:
                 self.running[job] = subprocess.Popen(
@@ -217,33 +230,6 @@ class Pool:
         self.turn()
 
 
-@contextmanager
-def together_on_gpu(wanted: bool) -> Iterator[dict[str, str]]:
-    """With NVIDIA's MPS, if it is wanted and there: kernels of several processes then run at one time, not in turns.
-
-    It is a server of this user's, with folders of its own; it ends here, and leaves the GPU's settings as they are.
-    """
-    if not wanted:
-        yield {}
-        return
-    with tempfile.TemporaryDirectory() as place:
-        env = {"CUDA_MPS_PIPE_DIRECTORY": place, "CUDA_MPS_LOG_DIRECTORY": place}
-        control = "nvidia-cuda-mps-control"
-        try:
-            subprocess.run([control, "-d"], env={**os.environ, **env}, check=True, timeout=10)
-        except (OSError, subprocess.SubprocessError) as error:
-            print(f"warning: no MPS, so processes take turns on the GPU ({error})", file=sys.stderr)
-            yield {}
-            return
-        try:
-            yield env
-        finally:
-            try:
-                subprocess.run([control], input=b"quit\n", env={**os.environ, **env}, timeout=10, check=False)
-            except subprocess.SubprocessError as error:
-                print(f"warning: MPS did not end ({error})", file=sys.stderr)
-
-
 def run(args: argparse.Namespace, say: Say) -> int:
     """Train until all is done or the time is up; returns 0, or 1 where a process failed."""
     deadline = time.monotonic() + args.seconds
@@ -259,7 +245,7 @@ def run(args: argparse.Namespace, say: Say) -> int:
                     say(line)
 
     with together_on_gpu(args.mps) as more:
-        env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), **more}
+        env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), **more, **compiled_env(args.compile_cache)}
         pool = Pool(jobs, data, args, env)
         try:
             while True:
@@ -270,6 +256,7 @@ def run(args: argparse.Namespace, say: Say) -> int:
                 time.sleep(POLL)
         finally:
             pool.stop(deadline - 1)
+            pack(args.compile_cache)
     show()
     for job in jobs:
         if len(results(args.folder, job)) < len(job.methods):
@@ -299,10 +286,15 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--graph", action=argparse.BooleanOptionalAction, default=True, help="CUDA graphs of steps"
     )
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the network")
+    parser.add_argument(
+        "--compile-cache", type=Path, help=".tgz of what was compiled: read, and written anew"
+    )
     parser.add_argument(
         "--mps", action="store_true", help="processes share the GPU by NVIDIA's MPS, where it is there"
     )
     parser.add_argument("--unpacker", type=Path, help="the script that unpacks; beside the data if not given")
+    parser.add_argument("--ways", help="of the probe, with commas; all if not given")
     parser.add_argument("--probe", action="store_true", help="only measure steps")
     parser.add_argument("options", nargs="*", help="after --: more options of python -m train")
     args = parser.parse_args(words)
