@@ -14,8 +14,7 @@ from typing import Any
 
 from gistops._toolchain import find_nvcc
 
-from .commands import Done, command, python
-from .driver import ROOT
+from .commands import ROOT, Done, command, python
 from .output import Logs
 
 Report = dict[str, Any]

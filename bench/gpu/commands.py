@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .driver import ROOT
-
+ROOT = Path(__file__).resolve().parents[2]
 _running: set[int] = set()
 _lock = threading.Lock()
 
