@@ -92,13 +92,18 @@ def check_tensors(input: Tensor, centers: Tensor, displacements: Tensor, tau: Te
 
 def _tau(tau: object, input: Tensor) -> Tensor:
     if isinstance(tau, (int, float)) and not isinstance(tau, bool):
-        tau = torch.tensor(float(tau), dtype=torch.float32, device=input.device)
+        tau = on_device(tau, torch.float32, input.device)
     tau = _floating("tau", tau)
     if tau.numel() != 1:
         raise ValueError(f"tau: expected a tensor of one element, got shape {_shape(tau)}")
     if tau.device != input.device:
         raise ValueError(f"tau: expected device {input.device} to match input, got {tau.device}")
     return tau
+
+
+def on_device(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number as a tensor, filled where it lies: a copy from the host would wait, and fit into no CUDA graph."""
+    return torch.full((), float(number), dtype=dtype, device=device)
 
 
 def check_class_vector(name: str, value: object, classes: int, input: Tensor) -> Tensor:

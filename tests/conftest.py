@@ -6,9 +6,13 @@ import zlib
 import pytest
 import torch
 
+from gistops import backends
 from gistops.backends import native
 
 RUN_SEED = secrets.randbits(31)
+
+#: What is tested on each device: a test run without it would prove little, so it must be there.
+FUSED = {"cpu": ["cpu"], "cuda": ["cuda", "triton"]}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,21 +21,47 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption(
         "--device",
-        choices=("cpu", "cuda"),
+        choices=tuple(FUSED),
         default="cpu",
-        help="where the operators are tested; cuda: with both GPU backends, `pytest tests/ops --device cuda`",
+        help="where operators and modules are tested; cuda: `pytest tests/ops tests/test_nn*.py --device cuda`",
+    )
+    parser.addoption(
+        "--backend",
+        choices=FUSED["cuda"],
+        help="with --device cuda: this backend alone, which then also is what modules choose. One run for each, so that "
+        "one that does not work cannot hide the other",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--device") != "cpu":
-        torch.set_default_device(config.getoption("--device"))
+    device, backend = config.getoption("--device"), config.getoption("--backend")
+    if device == "cpu":
+        if backend:
+            raise pytest.UsageError("--backend needs --device cuda")
+        return
+    if not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device {device}: torch {torch.__version__} finds no GPU")
+    torch.set_default_device(device)
+    if backend:
+        backends._PREFERRED |= {device: (backend,), "meta": (backend,)}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `cpu`, and those marked `cuda`, run where they belong."""
+    other = "cpu" if config.getoption("--device") == "cuda" else "cuda"
+    away = [item for item in items if item.get_closest_marker(other)]
+    if away:
+        config.hook.pytest_deselected(items=away)
+        items[:] = [item for item in items if not item.get_closest_marker(other)]
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
+    lines = [f"gistops: random inputs of this run: --seed={config.getoption('--seed')}"]
+    if config.getoption("--backend") == "triton":
+        return lines  # which needs no compiled operators
     status = native.load()
     return [
-        f"gistops: random inputs of this run: --seed={config.getoption('--seed')}",
+        *lines,
         f"gistops: compiled operators {'loaded' if status.loaded else 'NOT loaded'}, {status.reason}",
     ]
 
@@ -42,3 +72,9 @@ def seed(request: pytest.FixtureRequest) -> int:
     value = zlib.crc32(f"{request.config.getoption('--seed')} {request.node.nodeid}".encode())
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """The device under test: "cpu" or "cuda"."""
+    return str(request.config.getoption("--device"))

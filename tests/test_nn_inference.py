@@ -64,7 +64,7 @@ def test_prediction(make: Make, seed: int) -> None:
 
 
 @every_head
-def test_a_frozen_head_gives_the_same_bits(make: Make, seed: int) -> None:
+def test_a_frozen_head_gives_the_same_bits(make: Make, device: str, seed: int) -> None:
     head, (x, _) = make(), batch()
     with torch.no_grad():
         if head.centers.dim() == 2 and getattr(head, "num_displacements", 0):
@@ -75,7 +75,7 @@ def test_a_frozen_head_gives_the_same_bits(make: Make, seed: int) -> None:
     assert head.freeze() is head
     assert not head.training
     assert not any(p.requires_grad for p in head.parameters())
-    assert (head._norms is None) == (head.backend == "reference")
+    assert (head._norms is None) == (device != "cpu" or head.backend == "reference")
     frozen, frozen_slots = head(x, return_slots=True)
     assert torch.equal(frozen, logits)
     assert torch.equal(frozen_slots, slots)
@@ -85,7 +85,7 @@ def test_a_frozen_head_gives_the_same_bits(make: Make, seed: int) -> None:
     assert "_norms" not in head.state_dict()
 
 
-def test_a_frozen_head_notices_changes(seed: int) -> None:
+def test_a_frozen_head_notices_changes(device: str, seed: int) -> None:
     head, (x, _) = ConstellationClassifier(D, K, 3).freeze(), batch()
     other = ConstellationClassifier(D, K, 3)
     head.load_state_dict(other.state_dict())
@@ -95,8 +95,9 @@ def test_a_frozen_head_notices_changes(seed: int) -> None:
         other.displacements *= 2
     assert torch.equal(head(x), other(x))
     assert torch.equal(head.double()(x), other.double()(x))
-    assert head._norms is not None
-    assert head._norms.dtype == torch.float64
+    if device == "cpu":  # GPUs keep none
+        assert head._norms is not None
+        assert head._norms.dtype == torch.float64
 
 
 def test_gradients_through_a_frozen_head(seed: int) -> None:

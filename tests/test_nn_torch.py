@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gistops.backends import native
+from gistops import backends
 from gistops.nn import ConstellationClassifier, GistClassifier
 
 from .nn_samples import KINDS, B, D, K, M
@@ -27,10 +27,9 @@ def make(kind: type[Any], m: int = M, **arguments: Any) -> Any:
 
 
 @pytest.fixture
-def compiled_backend() -> None:
+def fused_backend() -> None:
     """The reference backend, which would serve instead, cannot do these."""
-    status = native.load()
-    assert status.loaded, f"the compiled backend is not available: {status.reason}"
+    assert backends.choose(torch.get_default_device().type, None) != "reference"
 
 
 def streams() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -59,7 +58,7 @@ def test_export_gives_the_inference_head_alone(m: int, dtype: torch.dtype, seed:
 
 
 @pytest.mark.parametrize("m", [0, M])
-@pytest.mark.usefixtures("compiled_backend")
+@pytest.mark.usefixtures("fused_backend")
 def test_torch_export_with_any_batch(m: int, seed: int) -> None:
     head = make(GistClassifier, m).export()
     program = torch.export.export(
@@ -140,7 +139,7 @@ def test_state_dict_of_the_second_stage(kind: type[Any], seed: int) -> None:
     late.add_displacements(3)
     late.load_state_dict(state)
     assert torch.equal(late(x), head(x))
-    materialised = kind(D, K, 3, device="meta").to_empty(device="cpu")
+    materialised = kind(D, K, 3, device="meta").to_empty(device=torch.get_default_device())
     materialised.load_state_dict(state, assign=True)
     assert torch.equal(materialised(x), head(x))
 
@@ -162,19 +161,23 @@ def test_module_in_half_precision(dtype: torch.dtype, seed: int) -> None:
     assert all(p.grad is not None and p.grad.dtype == dtype and p.grad.any() for p in head.parameters())
 
 
-def test_autocast(seed: int) -> None:
-    """Features as a backbone gives them under autocast, with a head in float32."""
+def test_autocast(device: str, seed: int) -> None:
+    """Features as a backbone gives them under autocast, with a head in float32; a GPU multiplies in bfloat16."""
     head = make(GistClassifier)
     backbone = nn.Linear(D, D)
     xb, yb, xr, yr = streams()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         features = backbone(xb)
         assert features.dtype == torch.bfloat16
         logits = head(features)
         losses = head.losses(features, yb, backbone(xr), yr)
     assert logits.dtype == losses[0].dtype == losses[1].dtype == torch.float32
-    exact = copy.deepcopy(head).double()(features.double())
-    torch.testing.assert_close(logits.double(), exact, atol=1e-4, rtol=1e-5)
+    exact = copy.deepcopy(head).double()
+    if device == "cuda":
+        with torch.no_grad():
+            for parameter in (exact.centers, exact.displacements):
+                parameter.copy_(parameter.bfloat16())
+    torch.testing.assert_close(logits.double(), exact(features.double()), atol=1e-4, rtol=1e-5)
     sum(losses).backward()
     for parameter in (*head.parameters(), *backbone.parameters()):
         assert parameter.grad is not None
@@ -182,7 +185,7 @@ def test_autocast(seed: int) -> None:
         assert parameter.grad.any()
 
 
-@pytest.mark.usefixtures("compiled_backend")
+@pytest.mark.usefixtures("fused_backend")
 def test_meta_device() -> None:
     head = GistClassifier(D, K, device="meta")
     assert {p.device.type for p in head.parameters()} == {"meta"}
@@ -253,6 +256,7 @@ def each_half(rank: int, m: int, seed: int) -> None:
             )
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("m", [0, M])
 def test_distributed_data_parallel(m: int, seed: int, tmp_path: Path) -> None:
     """The gradients of two processes are those of one with both halves."""

@@ -21,19 +21,24 @@ from .features import Features, extract
 from .page import compare
 from .processes import joined, rank
 from .run import start
+from .stopping import CODE, Stopped, listening
 from .training import Diverged
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 2 for an option that cannot be, 1 for a run that failed."""
+    """Run the command line; returns the exit code: 2 for an option that cannot be, 1 for a run that failed, 75
+    for one that SIGTERM stopped."""
     args = sys.argv[1:] if args is None else args
     with warnings.catch_warnings():
         try:
-            with joined():
+            with joined(), listening():
                 return dispatch(args)
         except (ConfigError, Diverged) as error:
             print(f"{f'process {rank()}: ' if rank() else ''}error: {error}", file=sys.stderr)
             return 2 if isinstance(error, ConfigError) else 1
+        except Stopped as stopped:
+            print(f"{stopped}; the same command with --resume goes on from there", file=sys.stderr)
+            return CODE
         except KeyboardInterrupt:
             print(
                 "interrupted; the same command with --resume goes on from the last checkpoint",

@@ -189,6 +189,8 @@ class Config:
     """Also writes every epoch's numbers to runs/<name>/tensorboard/<method> (`pip install tensorboard`)."""
     checkpoint_steps: int | None = None
     """Also writes a checkpoint every so many steps, not only after each epoch."""
+    checkpoint_seconds: float = 0.0
+    """Writes no checkpoint after an epoch within so many seconds of the one before: for epochs that take less than it does."""
     seed: int = 0
     """Seed of everything random; the same seed gives the same bits on the CPU."""
     device: str = "auto"
@@ -202,6 +204,9 @@ class Config:
     and accuracies are float32 always."""
     compile: bool = False
     """torch.compile the network and the losses."""
+    cuda_graph: bool = False
+    """On a GPU, hold a whole step in a CUDA graph: for small networks, whose many kernels take longer to launch than to
+    run. The samples must fit on the GPU; not with fp16 or several processes."""
 
 
 def backend_of(config: Config) -> str | None:
@@ -239,6 +244,7 @@ def check(config: Config) -> None:
         expect(option, getattr(config, option) is None or getattr(config, option) >= 1, "at least 1")
     for option in ("stage1_epochs", "stage2_epochs", "crop_padding", "warmup_epochs", "weight_decay", "seed"):
         expect(option, getattr(config, option) >= 0, "at least 0")
+    expect("checkpoint_seconds", config.checkpoint_seconds >= 0, "at least 0")
     expect("stage1_epochs", config.stage1_epochs + config.stage2_epochs > 0, "some epoch in some stage")
     expect("num_displacements", 0 <= config.num_displacements <= 255, "0 to 255")
     expect("preset", config.preset in ("recipe", "paper"), "recipe or paper")

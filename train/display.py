@@ -42,6 +42,11 @@ class Display:
         self._progress.stop()
 
     @property
+    def shows_steps(self) -> bool:
+        """Whether anyone sees a step's loss."""
+        return not self._progress.disable
+
+    @property
     def rate(self) -> float:
         """Images a second of late, evaluations included: what the time left depends on."""
         (begin, before), now = self._recent[0], time.perf_counter()

@@ -7,9 +7,11 @@ go through the same lines; the first one alone writes.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
+from . import processes
 from .analysis import analyse
 from .config import Config
 from .data.arrays import Dataset
@@ -17,6 +19,7 @@ from .display import Display
 from .firststages import FirstStages
 from .model import save_model
 from .runfiles import RunFolder
+from .stopping import Stopped, asked
 from .training import Training
 
 Record = dict[str, Any]
@@ -56,13 +59,26 @@ def train(
 ) -> None:
     """Take a model through what is left of its stages; append to `records`, the result last."""
 
-    def save() -> None:
-        folder.save_checkpoint({"training": training.state_dict(), "records": records})
+    saved_at = -math.inf
 
-    def write(record: Record) -> None:
+    def save(within: float = 0.0) -> None:
+        """Write a checkpoint, if the last one is so many seconds old."""
+        nonlocal saved_at
+        # With several processes all have to know, and each has a clock of its own.
+        old = processes.from_first(lambda: time.monotonic() - saved_at >= within) if within else True
+        if old:
+            folder.save_checkpoint({"training": training.state_dict(), "records": records})
+            saved_at = time.monotonic()
+
+    def write(record: Record, within: float = 0.0) -> None:
         records.append(record)
         folder.append_metrics(record)
-        save()
+        save(within)
+
+    def stop_if_asked() -> None:
+        if asked():
+            save()
+            raise Stopped(f"stopped in {training.name}, after {training.images:,} images")
 
     config, stages = training.config, training.method.stages
     while training.stage < len(stages):
@@ -73,19 +89,23 @@ def train(
             while training.step_of_epoch < training.steps_per_epoch:
                 images, loss = training.images, training.step()
                 # Reading a loss from a GPU waits for it, so it is not done at every step there.
-                readable = training.device.type == "cpu" or training.step_of_epoch % 20 == 0
-                display.step(where, training.images - images, loss.item() if readable else None)
+                shown = training.device.type == "cpu" or training.step_of_epoch % 20 == 0
+                loss_shown = loss.item() if shown and display.shows_steps else None
+                display.step(where, training.images - images, loss_shown)
                 if config.checkpoint_steps and training.step_of_epoch % config.checkpoint_steps == 0:
                     save()
+                stop_if_asked()
+            training.wait()
             speed = speeds(training.images - images_before, time.perf_counter() - begin, training.waited)
             record = training.end_epoch() | speed
             due = training.epoch % config.evaluate_every == 0 or training.epoch == stage.epochs
             record |= training.evaluate() if due else training.slot_usage()
-            write(record)
+            write(record, config.checkpoint_seconds)
             display.epoch(where, record)
         if training.stage == 0:
             first_stages.save(training, records)
         training.begin_stage(training.stage + 1)
+    stop_if_asked()
     folder.write(
         f"model-{training.name}.safetensors",
         lambda path: save_model(path, training.model, training.data.class_names),

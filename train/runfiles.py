@@ -19,8 +19,12 @@ from .board import Board
 from .commandline import load_recipe
 from .config import Config, ConfigError, config_values
 
-#: Options that may change when a run goes on: where its data lies, whose content is compared, and how often it is saved.
-PLACES = {"data", "test_data", "val_data", "images", "path_prefixes", "checkpoint_steps"}
+#: Options that may change when a run goes on: where its data lies, whose content is compared, how often it is saved, and
+#: how the same steps are launched.
+PLACES = {
+    *("data", "test_data", "val_data", "images", "path_prefixes"),
+    *("checkpoint_steps", "checkpoint_seconds", "cuda_graph"),
+}
 
 
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import math
 import time
+import warnings
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from .data.batches import Batches, Part, sizes_of_steps
 from .data.streams import BalancedStream, RandomStream
 from .displacements import TRANSFER, displaced
 from .evaluate import evaluate
+from .graphs import GraphedSteps
 from .methods import METHODS, Method
 from .model import Model, build_model
 from .norms import normalize_over_processes
@@ -67,6 +70,7 @@ class Training:
         torch.manual_seed(config.seed)
         self.method = METHODS[name](config, data.train_counts.to(self.device))
         self.model = build_model(data, config, self.method.head).to(self.device)
+        self.data = watched_on(data, self.device)
         if processes.together():
             normalize_over_processes(self.model, self.device)
         if rank := processes.rank():
@@ -108,6 +112,7 @@ class Training:
         """Keep the weights, change the head as the stage asks; optimiser and schedule start afresh."""
         self.stage, self.epoch, self.step_of_epoch, self.lr = stage, 0, 0, self.config.lr
         self.sums: dict[str, Tensor] = {}  # of the epoch's losses
+        self.graphed: GraphedSteps | None = None  # what a stage's held in memory
         if stage == len(self.method.stages):
             return
         self.method.begin_stage(stage, self.model.head, self._sample)
@@ -127,24 +132,55 @@ class Training:
             # scaler leaves out the first step, torch's CPU kernel goes on with a momentum that nobody wrote.
             fused=config.precision != "fp16",
         )
+        self.graphed = GraphedSteps(self) if self._can_be_graphed() else None
         factor = lr_schedule(self.config, self.method.stages[stage].epochs, self.steps_per_epoch)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
 
     def step(self) -> Tensor:
         """One step of SGD on one batch of both streams; returns this process's estimate of the loss."""
-        begin = time.perf_counter()
-        parts = self.batches.next()
-        self.waited += time.perf_counter() - begin
+        begin, size = time.perf_counter(), self.batches.sizes[self.step_of_epoch]
+        if self.graphed:
+            drawn = self.batches.next_drawn()
+            self.waited += time.perf_counter() - begin
+            loss = self.graphed.step(drawn, size)
+        else:
+            parts = self.batches.next()
+            self.waited += time.perf_counter() - begin
+            loss = self.optimize(parts)
+        self.lr = self.optimizer.param_groups[0]["lr"]
+        self.scheduler.step()
+        self.images += sum(size)
+        self.step_of_epoch += 1
+        return loss
+
+    def optimize(self, parts: list[Part]) -> Tensor:
+        """Gradients of all parts, and the optimizer's step: on a GPU no more than launches, which a CUDA graph can hold."""
         self.optimizer.zero_grad()
         total = sum(self._backward(part, i == len(parts) - 1) for i, part in enumerate(parts))
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.lr = self.optimizer.param_groups[0]["lr"]
-        self.scheduler.step()
-        self.images += sum(self.batches.sizes[self.step_of_epoch])
-        self.step_of_epoch += 1
         assert isinstance(total, Tensor)
-        return total * processes.size()
+        return total * processes.size() if processes.together() else total
+
+    def _can_be_graphed(self) -> bool:
+        """Whether steps are to be held in CUDA graphs; says why not where they were asked for and cannot be."""
+        if not self.config.cuda_graph:
+            return False
+        reasons = {
+            f"there are none on {self.device.type}": self.device.type != "cuda",
+            "not with several processes": processes.together(),
+            "the scaler of fp16 looks at every step": self.config.precision == "fp16",
+            "the samples do not fit on the GPU": self.batches.x.device != self.device,
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                warnings.warn(
+                    f"--cuda-graph: {reason}, so steps are launched kernel by kernel",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                return False
+        return True
 
     def _backward(self, part: Part, last: bool) -> Tensor:
         """Add a part's share of the gradients, with the last one those of all processes; returns its share of the loss."""
@@ -171,8 +207,11 @@ class Training:
         return getattr(self.losses, "_orig_mod", self.losses)
 
     def _count(self, losses: dict[str, Tensor]) -> None:
+        """Add to the epoch's sums, in place, where a CUDA graph finds them."""
         for name, loss in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + loss.detach().double()
+            if name not in self.sums:
+                self.sums[name] = torch.zeros((), dtype=torch.float64, device=self.device)
+            self.sums[name] += loss.detach()
 
     @torch.no_grad()
     def _sample(self) -> tuple[Tensor, Tensor]:
@@ -182,6 +221,11 @@ class Training:
         self.model.train()
         return features, self.batches.y
 
+    def wait(self) -> None:
+        """Until what was launched is done, so that a clock that is read then tells the truth."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def end_epoch(self) -> Record:
         """Go to the next epoch; returns the record of the one that ends, with its mean losses."""
         names = sorted(self.sums)
@@ -190,7 +234,9 @@ class Training:
         if not math.isfinite(means["loss"]):
             raise Diverged(f"the loss is {means['loss']}; a lower --lr or a longer --warmup-epochs may help")
         self.method.end_epoch(self.model.head, self._sample)
-        self.epoch, self.step_of_epoch, self.sums, self.waited = self.epoch + 1, 0, {}, 0.0
+        for total in self.sums.values():
+            total.zero_()
+        self.epoch, self.step_of_epoch, self.waited = self.epoch + 1, 0, 0.0
         record = {"event": "epoch", "method": self.name, "stage": self.stage + 1, "epoch": self.epoch}
         return record | {"images": self.images, "lr": self.lr} | means | self.method.describe(self.model.head)
 
@@ -224,7 +270,7 @@ class Training:
         return {
             "name": self.name,
             "position": {name: getattr(self, name) for name in POSITION},
-            "sums": {name: processes.summed(total) for name, total in self.sums.items()},
+            "sums": {name: processes.summed(total.clone()) for name, total in self.sums.items()},
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -243,6 +289,8 @@ class Training:
         """
         for stage in range(1, state["position"]["stage"] + 1):
             self.begin_stage(stage)  # so that parameters and optimiser are those of the saved stage
+        if self.graphed:
+            self.graphed = GraphedSteps(self)  # the sums, which a graph holds, are others
         for name in POSITION:
             setattr(self, name, state["position"][name])
         first = processes.rank() == 0  # the sums are over all processes
@@ -259,15 +307,21 @@ class Training:
             torch.cuda.set_rng_state(state["cuda_rng"][rank], self.device)
 
 
-def placed(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on the device if it takes less than half of what is free there; otherwise where it is."""
+def placed(x: Tensor, device: torch.device, most: float = 0.5) -> Tensor:
+    """`x` on the device if it takes no more than so much of what is free there; otherwise where it is."""
     if device.type != "cuda":
         return x
     gc.collect()
     torch.cuda.empty_cache()  # what the method before left in torch's hands is free
-    if x.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+    if x.nbytes > most * torch.cuda.mem_get_info(device)[0]:
         return x
     return x.to(device)
+
+
+def watched_on(data: Dataset, device: torch.device) -> Dataset:
+    """The data, with samples that are evaluated again and again on the device if they are small beside it."""
+    x_val = None if data.x_val is None else placed(data.x_val, device, 1 / 16)
+    return dataclasses.replace(data, x_test=placed(data.x_test, device, 1 / 16), x_val=x_val)
 
 
 def own_parts(config: Config) -> tuple[range, int]:

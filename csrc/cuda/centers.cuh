@@ -44,7 +44,7 @@ struct CenterGradients {
   Sum<T>* displacements;  // [tiles, m, d], or null
 };
 
-template <class Shape>
+template <class Shape, bool kVectors>
 class Centers {
   using Engine = typename Shape::Engine;
   using T = typename Shape::T;
@@ -88,14 +88,6 @@ class Centers {
   }
 
  private:
-  __device__ __forceinline__ void load(int64_t chunk) {
-    unsigned char* base = shared_ + chunk % Shape::kStages * Shape::kStageBytes;
-    const Global<T> h{routed_.h, p_.B(), routed_.ld, routed_.ld, true};
-    Shape::H::template load<Shape::kThreads>(reinterpret_cast<T*>(base), h, chunk * Shape::kDepth, first_class_);
-    Shape::F::template load<Shape::kThreads>(reinterpret_cast<T*>(base + Shape::H::kBytes), p_.input,
-                                             chunk * Shape::kDepth, first_dim_);
-  }
-
   __device__ __forceinline__ void multiply() {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
@@ -103,19 +95,29 @@ class Centers {
       for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
         for (int c = 0; c < 4; ++c) sums_[i][j][c] = 0;
+    using Ring = Ring<Shape::kStages, Shape::kStageBytes>;
+    const Global<T> h{routed_.h, p_.B(), routed_.ld, routed_.ld};
+    typename Shape::H::template Walk<Shape::kThreads, true> weights(h, 0, first_class_);
+    typename Shape::F::template Walk<Shape::kThreads, kVectors> features(p_.input, 0, first_dim_);
+    Ring loaded(shared_), multiplied(shared_);
     const int64_t chunks = ceil_div(p_.B(), Shape::kDepth);
-#pragma unroll 1
-    for (int i = 0; i < Shape::kStages - 1; ++i) {
-      if (i < chunks) load(i);
+    const auto load = [&](bool any) {
+      if (any) {
+        unsigned char* stage = loaded.next();
+        weights.load(reinterpret_cast<T*>(stage));
+        features.load(reinterpret_cast<T*>(stage + Shape::H::kBytes));
+        weights.down(), features.down();
+      }
       copy_async_commit();
-    }
+    };
+#pragma unroll 1
+    for (int i = 0; i < Shape::kStages - 1; ++i) load(i < chunks);
 #pragma unroll 1
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       copy_async_wait<Shape::kStages - 2>();
       __syncthreads();  // as in the forward
-      if (chunk + Shape::kStages - 1 < chunks) load(chunk + Shape::kStages - 1);
-      copy_async_commit();
-      multiply(shared_ + chunk % Shape::kStages * Shape::kStageBytes);
+      load(chunk + Shape::kStages - 1 < chunks);
+      multiply(multiplied.next());
     }
     copy_async_wait<0>();
     __syncthreads();
@@ -245,12 +247,12 @@ class Centers {
   typename Engine::Accumulator sums_[kRowTiles][kColTiles][4];
 };
 
-template <class Shape>
+template <class Shape, bool kVectors>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     centers_kernel(Problem<typename Shape::T> p, Saved<typename Shape::T> saved, Routed<typename Shape::T> routed,
                    CenterGradients<typename Shape::T> out) {
   GISTOPS_DYNAMIC_SHARED(unsigned char, shared);
-  Centers<Shape>(p, saved, routed, out, shared).run();
+  Centers<Shape, kVectors>(p, saved, routed, out, shared).run();
 }
 
 }  // namespace gistops::cuda

@@ -6,11 +6,21 @@ namespace gistops::cuda {
 
 constexpr int kFinishThreads = 256;
 
+// Calls `take(k)` for every step-th class, from first, of each of route's groups of classes that is flagged.
+template <class Flagged, class Take>
+__device__ __forceinline__ void for_flagged(const RouteShape& shape, Flagged flagged, int first, int step, Take take) {
+  for (int64_t group = 0; group < shape.groups(); ++group) {
+    if (!flagged(group)) continue;
+    const int64_t begin = group * shape.classes_a_group(), end = min(begin + shape.classes_a_group(), shape.K);
+    for (int64_t k = begin + first; k < end; k += step) take(k);
+  }
+}
+
 // df_i = g - (g . f^) f^ with g = sum_k H[i, k] w_k + sum_j S[i, j] delta_j; 1 / |f| is in H and S. A block a feature.
 //   product [B, d]: H w, overwritten with g
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads)
-    input_kernel(Problem<T> p, Saved<T> saved, Routed<T> routed, Sum<T>* product, T* out) {
+    input_kernel(RouteShape shape, Problem<T> p, Saved<T> saved, Routed<T> routed, Sum<T>* product, T* out) {
   using S = Sum<T>;
   constexpr int kWarps = kFinishThreads / kWarp;
   __shared__ S partial[kWarps];
@@ -24,15 +34,15 @@ __global__ void __launch_bounds__(kFinishThreads)
     for (int64_t j = 1; j < p.M(); ++j)
       g = fma(routed.s[i * p.M() + j], wide(p.displacements.data[(j - 1) * p.displacements.ld + x]), g);
     if (cancelled) {  // these pairs are not in H and S
-      for (int64_t k = 0; k < K; ++k) {
+      const int* flags = routed.flags + i / shape.rows_a_part() * shape.groups();
+      for_flagged(shape, [&](int64_t group) { return flags[group] != 0; }, 0, 1, [&](int64_t k) {
         const int64_t j = saved.slots[i * K + k];
         const S r = saved.center_rnorms[j * K + k];
-        if (r < S(0)) {
-          const S v =
-              wide(p.centers.data[k * p.centers.ld + x]) + wide(p.displacements.data[(j - 1) * p.displacements.ld + x]);
-          g = fma(routed_weight(*p.tau, saved.grad[i * K + k], r, saved.input_rnorms[i]), v, g);
-        }
-      }
+        if (r >= S(0) || r != r) return;
+        const S v =
+            wide(p.centers.data[k * p.centers.ld + x]) + wide(p.displacements.data[(j - 1) * p.displacements.ld + x]);
+        g = fma(routed_weight(*p.tau, saved.grad[i * K + k], r, saved.input_rnorms[i]), v, g);
+      });
     }
     product[i * d + x] = g;
     dot = fma(g, wide(f[x]), dot);
@@ -53,7 +63,7 @@ __global__ void __launch_bounds__(kFinishThreads)
 // eight threads of a dimension share out features and partials.
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads)
-    displacements_kernel(Problem<T> p, Saved<T> saved, Routed<T> routed, const Sum<T>* partials, int64_t tiles,
+    displacements_kernel(RouteShape shape, Problem<T> p, Saved<T> saved, Routed<T> routed, const Sum<T>* partials, int64_t tiles,
                          Sum<T>* out) {
   using S = Sum<T>;
   constexpr int kRuns = kFinishThreads / kWarp;
@@ -66,14 +76,21 @@ __global__ void __launch_bounds__(kFinishThreads)
     for (int64_t i = run; i < B; i += kRuns)
       sum = fma(routed.s[i * p.M() + j], wide(p.input.data[i * p.input.ld + x]), sum);
     for (int64_t tile = run; tile < tiles; tile += kRuns) sum -= partials[(tile * p.m() + j - 1) * p.d() + x];
-    for (int64_t k = *routed.cancelled ? run : K; k < K; k += kRuns) {  // these pairs are not in S
-      const S r = saved.center_rnorms[j * K + k];
-      if (r >= S(0) || r != r) continue;
-      for (int64_t i = 0; i < B; ++i) {
-        if (saved.slots[i * K + k] != j) continue;
-        const S h = routed_weight(*p.tau, saved.grad[i * K + k], r, saved.input_rnorms[i]);
-        sum = fma(h, wide(p.input.data[i * p.input.ld + x]), sum);
-      }
+    if (*routed.cancelled) {  // these pairs are not in S
+      const auto flagged = [&](int64_t group) {
+        int any = 0;
+        for (int64_t part = 0; part < shape.parts(); ++part) any |= routed.flags[part * shape.groups() + group];
+        return any != 0;
+      };
+      for_flagged(shape, flagged, run, kRuns, [&](int64_t k) {
+        const S r = saved.center_rnorms[j * K + k];
+        if (r >= S(0) || r != r) return;
+        for (int64_t i = 0; i < B; ++i) {
+          if (saved.slots[i * K + k] != j) continue;
+          const S h = routed_weight(*p.tau, saved.grad[i * K + k], r, saved.input_rnorms[i]);
+          sum = fma(h, wide(p.input.data[i * p.input.ld + x]), sum);
+        }
+      });
     }
   }
   partial[run][lane] = sum;

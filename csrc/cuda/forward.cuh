@@ -36,7 +36,6 @@ struct ForwardEpilogue {
   S scale[Shape::kFeatures];  // tau / |f_i|
   S squares[Shape::kWarpsF][Shape::kClasses];
   S dots[Shape::kWarpsF][Shape::kClasses][kFusedDisplacements];
-  int cancelled[Shape::kClasses];  // some vector of the class cancels
   uint8_t slots[Shape::kFeatures][Shape::kClasses];
 };
 
@@ -65,8 +64,8 @@ __device__ __forceinline__ Sum<T> direct_product(const T* f, const T* w, const T
   return warp_sum(sum);
 }
 
-// kGiven: out.center_rnorms has been made already (m > kFusedDisplacements).
-template <class Shape, bool kGiven>
+// kGiven: out.center_rnorms has been made already (m > kFusedDisplacements). kVectors: of all operands, as in tile.cuh.
+template <class Shape, bool kGiven, bool kVectors>
 class Forward {
   using Engine = typename Shape::Engine;
   using T = typename Shape::T;
@@ -95,33 +94,22 @@ class Forward {
       const int64_t row = first_feature_ + i;
       e.scale[i] = row < p_.B() ? *p_.tau * prepared_.input_rnorms[row] : S(0);
     }
-    for (int i = static_cast<int>(threadIdx.x); i < Shape::kClasses; i += Shape::kThreads) e.cancelled[i] = 0;
     __syncthreads();
     const int M = static_cast<int>(p_.M());
+    bool cancelled = false;
     for (int first = 0; first < M; first += Shape::kSlots) {
       const int n = min(Shape::kSlots, M - first);
-      make_rnorms(e, first, n);
+      cancelled |= make_rnorms(e, first, n);
       take_products(e, first, n);
       __syncthreads();
       first == 0 ? pool<true>(e, first, n) : pool<false>(e, first, n);
       __syncthreads();
     }
-    score_cancelled(e);
+    if (cancelled) score_cancelled(e);
     store(e);
   }
 
  private:
-  __device__ __forceinline__ void load(int64_t chunk) {
-    unsigned char* base = shared_ + chunk % Shape::kStages * Shape::kStageBytes;
-    const int64_t x = chunk * Shape::kDepth;
-    T* w = reinterpret_cast<T*>(base);
-    T* f = reinterpret_cast<T*>(base + Shape::W::kBytes);
-    T* delta = reinterpret_cast<T*>(base + Shape::W::kBytes + Shape::F::kBytes);
-    Shape::W::template load<Shape::kThreads>(w, p_.centers, first_class_, x);
-    Shape::F::template load<Shape::kThreads>(f, p_.input, first_feature_, x);
-    if constexpr (!kGiven) Shape::D::template load<Shape::kThreads>(delta, p_.displacements, 0, x);
-  }
-
   __device__ __forceinline__ void multiply() {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
@@ -133,19 +121,33 @@ class Forward {
 #pragma unroll
         for (int c = 0; c < 4; ++c) sums_[i][j][c] = 0;
     }
-    const int64_t chunks = ceil_div(p_.d(), Shape::kDepth);
-#pragma unroll 1
-    for (int i = 0; i < Shape::kStages - 1; ++i) {
-      if (i < chunks) load(i);
+    using Ring = Ring<Shape::kStages, Shape::kStageBytes>;
+    typename Shape::W::template Walk<Shape::kThreads, kVectors> centers(p_.centers, first_class_, 0);
+    typename Shape::F::template Walk<Shape::kThreads, kVectors> features(p_.input, first_feature_, 0);
+    typename Shape::D::template Walk<Shape::kThreads, kVectors> displacements(p_.displacements, 0, 0);
+    Ring loaded(shared_), multiplied(shared_);
+    const int chunks = static_cast<int>(ceil_div(p_.d(), Shape::kDepth));
+    const auto load = [&](bool any) {
+      if (any) {
+        unsigned char* stage = loaded.next();
+        centers.load(reinterpret_cast<T*>(stage));
+        features.load(reinterpret_cast<T*>(stage + Shape::W::kBytes));
+        centers.along(), features.along();
+        if constexpr (!kGiven) {
+          displacements.load(reinterpret_cast<T*>(stage + Shape::W::kBytes + Shape::F::kBytes));
+          displacements.along();
+        }
+      }
       copy_async_commit();
-    }
+    };
 #pragma unroll 1
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int i = 0; i < Shape::kStages - 1; ++i) load(i < chunks);
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk) {
       copy_async_wait<Shape::kStages - 2>();
       __syncthreads();  // this chunk is there for all, and all are done with the one whose place the next load takes
-      if (chunk + Shape::kStages - 1 < chunks) load(chunk + Shape::kStages - 1);
-      copy_async_commit();
-      multiply(shared_ + chunk % Shape::kStages * Shape::kStageBytes);
+      load(chunk + Shape::kStages - 1 < chunks);
+      multiply(multiplied.next());
     }
     copy_async_wait<0>();
     __syncthreads();
@@ -201,8 +203,9 @@ class Forward {
     }
   }
 
-  // e.r: the reciprocal norms of slots first .. first + n, negative where the pair cancels.
-  __device__ __forceinline__ void make_rnorms(Epilogue& e, int first, int n) {
+  // e.r: the reciprocal norms of slots first .. first + n, negative where the pair cancels; whether any of the block's
+  // pairs does.
+  __device__ __forceinline__ bool make_rnorms(Epilogue& e, int first, int n) {
     bool any = false;
     for (int i = static_cast<int>(threadIdx.x); i < n * Shape::kClasses; i += Shape::kThreads) {
       const int j = i / Shape::kClasses, k = i % Shape::kClasses;
@@ -210,7 +213,7 @@ class Forward {
       if constexpr (kGiven) {
         const S r = row < p_.K() ? out_.center_rnorms[(first + j) * p_.K() + row] : S(0);
         e.r[j][k] = r;
-        if (r < S(0)) e.cancelled[k] = 1;  // by several threads, the same value
+        any |= r < S(0);
       } else {
         S square = 0, dot = 0;
 #pragma unroll
@@ -221,12 +224,12 @@ class Forward {
         const S delta_square = prepared_.delta_squares[j], sum = square + delta_square + 2 * dot;
         const bool lost = j > 0 && cancels(sum, square, delta_square);
         e.r[j][k] = lost ? S(-1) : clamped_rnorm(sum);
-        if (lost) e.cancelled[k] = 1;
         any |= lost;
       }
     }
+    any = __syncthreads_or(any);
     if constexpr (!kGiven) {
-      if (__syncthreads_or(any)) {
+      if (any) {
         for (int i = warp_; i < n * Shape::kClasses; i += Shape::kThreads / kWarp) {
           const int j = i / Shape::kClasses, k = i % Shape::kClasses;
           if (e.r[j][k] >= S(0) || e.r[j][k] != e.r[j][k]) continue;
@@ -245,6 +248,7 @@ class Forward {
         }
       }
     }
+    return any;
   }
 
   __device__ __forceinline__ void take_products(Epilogue& e, int first, int n) {
@@ -297,23 +301,32 @@ class Forward {
     }
   }
 
+  __device__ __forceinline__ S rnorm(const Epilogue& e, int j, int k) {
+    return kGiven ? out_.center_rnorms[j * p_.K() + first_class_ + k] : e.r[j][k];
+  }
+
   // Classes with a vector that cancels are scored again from the vectors themselves: a warp for each pair.
   __device__ __forceinline__ void score_cancelled(Epilogue& e) {
     const T* delta = p_.displacements.data;
-    for (int i = warp_; i < Shape::kClasses * Shape::kFeatures; i += Shape::kThreads / kWarp) {
-      const int k = i / Shape::kFeatures, b = i % Shape::kFeatures;
-      if (!e.cancelled[k] || first_feature_ + b >= p_.B()) continue;
-      const T* f = p_.input.data + (first_feature_ + b) * p_.input.ld;
+    const int M = static_cast<int>(p_.M());
+    const int classes = static_cast<int>(min(p_.K() - first_class_, int64_t{Shape::kClasses}));
+    const int features = static_cast<int>(min(p_.B() - first_feature_, int64_t{Shape::kFeatures}));
+    for (int k = 0; k < classes; ++k) {
+      bool cancelled = false;
+      for (int j = 1; j < M; ++j) cancelled |= rnorm(e, j, k) < S(0);
+      if (!cancelled) continue;
       const T* w = p_.centers.data + (first_class_ + k) * p_.centers.ld;
-      S best = 0;
-      int slot = 0;
-      for (int j = 0; j < p_.M(); ++j) {
-        const S r = kGiven ? out_.center_rnorms[j * p_.K() + first_class_ + k] : e.r[j][k];
-        const S score =
-            direct_product(f, w, j ? delta + (j - 1) * p_.displacements.ld : nullptr, p_.d(), lane_) * magnitude(r);
-        if (j == 0 || score > best || score != score) best = score, slot = j;
+      for (int b = warp_; b < features; b += Shape::kThreads / kWarp) {
+        const T* f = p_.input.data + (first_feature_ + b) * p_.input.ld;
+        S best = 0;
+        int slot = 0;
+        for (int j = 0; j < M; ++j) {
+          const S score = direct_product(f, w, j ? delta + (j - 1) * p_.displacements.ld : nullptr, p_.d(), lane_) *
+                          magnitude(rnorm(e, j, k));
+          if (j == 0 || score > best || score != score) best = score, slot = j;
+        }
+        if (lane_ == 0) e.logits[b][k] = best, e.slots[b][k] = static_cast<uint8_t>(slot);
       }
-      if (lane_ == 0) e.logits[b][k] = best, e.slots[b][k] = static_cast<uint8_t>(slot);
     }
   }
 
@@ -338,11 +351,11 @@ class Forward {
   typename Engine::Accumulator sums_[kRowTiles][kColTiles][4], dots_[kRowTiles][4], squares_[kRowTiles][2];
 };
 
-template <class Shape, bool kGiven>
+template <class Shape, bool kGiven, bool kVectors>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     forward_kernel(Problem<typename Shape::T> p, Prepared<typename Shape::T> prepared, Outputs<typename Shape::T> out) {
   GISTOPS_DYNAMIC_SHARED(unsigned char, shared);
-  Forward<Shape, kGiven>(p, prepared, out, shared).run();
+  Forward<Shape, kGiven, kVectors>(p, prepared, out, shared).run();
 }
 
 }  // namespace gistops::cuda

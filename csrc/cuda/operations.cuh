@@ -1,35 +1,14 @@
 // The two operators as sequences of kernels, for one type of operands. All on the caller's stream; nothing waits for
 // the device, and sizes alone decide what runs, so that a CUDA graph can hold it.
 #pragma once
-#include <stdexcept>
-#include <string>
-
 #include "centers.cuh"
 #include "finish.cuh"
 #include "forward.cuh"
+#include "launch.cuh"
 #include "operations.h"
 #include "prepare.cuh"
 
 namespace gistops::cuda {
-
-inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("gistops: ") + what + ": " + cudaGetErrorString(error));
-}
-
-template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, int shared, void* stream,
-            Arguments... arguments) {
-  constexpr int kWithoutAsking = 48 << 10;
-  if (shared > kWithoutAsking)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), name);
-  GISTOPS_LAUNCH(kernel, grid, dim3(threads), shared, static_cast<cudaStream_t>(stream), arguments...);
-  check(cudaGetLastError(), name);
-}
-
-inline dim3 blocks(int64_t n, int64_t parts = 1) {
-  return dim3(static_cast<unsigned>(n), static_cast<unsigned>(parts));
-}
 
 template <class Engine>
 class Sequence {
@@ -60,10 +39,11 @@ class Sequence {
     if (p_.B() == 0 || p_.K() == 0) return clear(gradients);
     const Saved<T> saved{static_cast<const S*>(grad), static_cast<const S*>(results.logits), results.slots,
                          static_cast<const S*>(results.center_rnorms), static_cast<const S*>(results.input_rnorms)};
-    const Routed<T> routed = route(saved, static_cast<S*>(gradients.tau));
+    const RouteShape shape(p_.B(), p_.K(), p_.M());
+    const Routed<T> routed = route(shape, saved, static_cast<S*>(gradients.tau));
     if (gradients.input) {
       S* product = static_cast<S*>(workspace_.product(routed.h, routed.ld, arguments_));
-      launch("input", input_kernel<T>, blocks(p_.B()), kFinishThreads, 0, stream_, p_, saved, routed, product,
+      launch("input", input_kernel<T>, blocks(p_.B()), kFinishThreads, 0, stream_, shape, p_, saved, routed, product,
              static_cast<T*>(gradients.input));
     }
     S* displacements = p_.m() ? static_cast<S*>(gradients.displacements) : nullptr;
@@ -71,19 +51,24 @@ class Sequence {
     using Shape = CentersShape<Engine, 3>;
     const int64_t tiles = ceil_div(p_.K(), Shape::kClasses);
     S* partials = displacements ? scratch<S>(tiles * p_.m() * p_.d()) : nullptr;
-    launch("centers", centers_kernel<Shape>, blocks(tiles * ceil_div(p_.d(), Shape::kDims)), Shape::kThreads,
-           Shape::kShared, stream_, p_, saved, routed,
+    launch("centers", vectors() ? centers_kernel<Shape, true> : centers_kernel<Shape, false>,
+           blocks(tiles * ceil_div(p_.d(), Shape::kDims)), Shape::kThreads, Shape::kShared, stream_, p_, saved, routed,
            CenterGradients<T>{static_cast<T*>(gradients.centers), partials});
     if (displacements)
       launch("displacements", displacements_kernel<T>, blocks(p_.m() * ceil_div(p_.d(), kWarp)), kFinishThreads, 0,
-             stream_, p_, saved, routed, static_cast<const S*>(partials), tiles, displacements);
+             stream_, shape, p_, saved, routed, static_cast<const S*>(partials), tiles, displacements);
   }
 
  private:
   static Global<T> matrix(const void* data, int64_t rows, int64_t cols) {
-    const bool vectors =
-        reinterpret_cast<uintptr_t>(data) % 16 == 0 && cols * static_cast<int64_t>(sizeof(T)) % 16 == 0;
-    return {static_cast<const T*>(data), rows, cols, cols, vectors};
+    return {static_cast<const T*>(data), rows, cols, cols};
+  }
+
+  // Whether all operands can be read in vectors of 16 bytes.
+  bool vectors() const {
+    const auto begins = [](const T* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
+    return begins(p_.input.data) && begins(p_.centers.data) && begins(p_.displacements.data) &&
+           p_.d() * static_cast<int64_t>(sizeof(T)) % 16 == 0;
   }
 
   template <class U>
@@ -92,33 +77,34 @@ class Sequence {
   }
 
   // Wide tiles read the centres once for all of a batch of 256, narrow ones keep small batches from idling. Chosen from
-  // traffic and occupancy on paper; not yet measured on hardware.
+  // traffic and occupancy on paper; not yet measured on hardware. Rows that are no whole vectors are read an element at
+  // a time, which is slow with any tile.
   template <bool kGiven>
   void choose(const Prepared<T>& prepared, const Outputs<T>& out) {
-    if constexpr (sizeof(T) == 8) {
-      pass<ForwardShape<Engine, 64, 3>, kGiven>(prepared, out);
-    } else {
-      if (p_.B() <= 64) return pass<ForwardShape<Engine, 64, 4>, kGiven>(prepared, out);
+    constexpr bool kDouble = sizeof(T) == 8;
+    using Middle = ForwardShape<Engine, kDouble ? 64 : 128, 3>;
+    if (!vectors()) return pass<Middle, kGiven, false>(prepared, out);
+    if constexpr (!kDouble) {
+      if (p_.B() <= 64) return pass<ForwardShape<Engine, 64, 4>, kGiven, true>(prepared, out);
       if constexpr (!kGiven && !__is_same(Engine, Fma<float>)) {
         using Wide = ForwardShape<Engine, 256, 3>;
         int device = 0, shared = 0;
         check(cudaGetDevice(&device), "forward");
         check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "forward");
-        if (p_.B() > 128 && shared >= forward_shared_bytes<Wide>()) return pass<Wide, kGiven>(prepared, out);
+        if (p_.B() > 128 && shared >= forward_shared_bytes<Wide>()) return pass<Wide, kGiven, true>(prepared, out);
       }
-      pass<ForwardShape<Engine, 128, 3>, kGiven>(prepared, out);
     }
+    pass<Middle, kGiven, true>(prepared, out);
   }
 
-  template <class Shape, bool kGiven>
+  template <class Shape, bool kGiven, bool kVectors>
   void pass(const Prepared<T>& prepared, const Outputs<T>& out) {
     const int64_t tiles = ceil_div(p_.K(), Shape::kClasses) * ceil_div(p_.B(), Shape::kFeatures);
-    launch("forward", forward_kernel<Shape, kGiven>, blocks(tiles), Shape::kThreads, forward_shared_bytes<Shape>(),
-           stream_, p_, prepared, out);
+    launch("forward", forward_kernel<Shape, kGiven, kVectors>, blocks(tiles), Shape::kThreads,
+           forward_shared_bytes<Shape>(), stream_, p_, prepared, out);
   }
 
-  Routed<T> route(const Saved<T>& saved, S* tau) {
-    const RouteShape shape(p_.B(), p_.K(), p_.M());
+  Routed<T> route(const RouteShape& shape, const Saved<T>& saved, S* tau) {
     constexpr int64_t kVector = 16 / sizeof(T);
     const int64_t ld = ceil_div(p_.K(), kVector) * kVector, rows = p_.B() * p_.M(), classes = p_.K() * p_.M();
     T* h = scratch<T>(p_.B() * ld);
@@ -127,12 +113,20 @@ class Sequence {
                             scratch<S>(shape.groups() * rows),
                             scratch<S>(shape.parts() * classes),
                             scratch<S>(shape.blocks()),
-                            scratch<int>(shape.blocks())};
-    const Routed<T> sums{h, ld, scratch<S>(rows), scratch<S>(classes), tau ? tau : scratch<S>(1), scratch<int>(1)};
+                            scratch<int>(shape.blocks()),
+                            nullptr};
+    const Routed<T> sums{h,
+                         ld,
+                         scratch<S>(rows),
+                         scratch<S>(classes),
+                         tau ? tau : scratch<S>(1),
+                         partial.flags,
+                         scratch<int>(1)};
     launch("route", route_kernel<T>, blocks(shape.groups(), shape.parts()), RouteShape::kThreads, 0, stream_, shape,
            p_.tau, saved, partial);
-    launch("gather", gather_kernel<T>, blocks(ceil_div(rows + classes + 1, RouteShape::kThreads)), RouteShape::kThreads,
-           0, stream_, shape, partial, sums);
+    const GatherShape gathered(shape);
+    launch("gather", gather_kernel<T>, blocks(gathered.blocks()), RouteShape::kThreads, 0, stream_, shape, gathered,
+           partial, sums);
     return sums;
   }
 

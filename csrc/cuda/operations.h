@@ -25,11 +25,29 @@ struct Gradients {
   void *displacements, *tau;  // sums
 };
 
+// Element (i, j) lies at data + i row + j col elements of the operands' type; one of the two strides is 1.
+struct Matrix {
+  const void* data;
+  int64_t rows, cols, row, col;
+};
+
+struct Piece {
+  int64_t bytes;
+  void* data;
+};
+
+// Scores and weights lie class-major, in rows of B rounded up to whole vectors of every type.
+constexpr int64_t padded_rows(int64_t B) { return (B + 15) / 16 * 16; }
+
 // Lends device memory until the call ends, and multiplies large matrices.
 class Workspace {
  public:
   virtual ~Workspace() = default;
   virtual void* scratch(int64_t bytes) = 0;
+  // Fills in `data` of each piece, at a multiple of 256 bytes.
+  virtual void scratch(Piece* pieces, int count) = 0;
+  // left right -> out, sums in rows of length ld.
+  virtual void multiply(const Matrix& left, const Matrix& right, void* out, int64_t ld) = 0;
   // h [B, K] with rows of length ld, times the centres -> [B, d] sums, in scratch memory.
   virtual void* product(const void* h, int64_t ld, const Arguments& arguments) = 0;
 };
@@ -40,6 +58,12 @@ struct Operations {
   void (*backward)(const Arguments&, const void* grad, const Results& saved, const Gradients&, Workspace&);
 };
 
+// The same around PyTorch's own products.
+struct ProductOperations {
+  void (*forward)(const Arguments&, const Results&, Workspace&);
+};
+
+extern const ProductOperations bf16_products, f16_products, f32_products, f64_products;
 extern const Operations bf16_operations, f16_operations, f32_operations, tf32_operations, f64_operations;
 
 }  // namespace gistops::cuda

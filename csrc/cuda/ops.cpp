@@ -10,7 +10,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <initializer_list>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -55,6 +57,32 @@ const Operations& operations(ScalarType operands, bool allow_tf32) {
   }
 }
 
+const ProductOperations& products(ScalarType operands) {
+  switch (operands) {
+    case ScalarType::BFloat16: return bf16_products;
+    case ScalarType::Half: return f16_products;
+    case ScalarType::Double: return f64_products;
+    default: return f32_products;
+  }
+}
+
+// Whether the kernels that make the products themselves serve, instead of those around PyTorch's: to compare the two.
+bool fused() {
+  static const bool chosen = [] {
+    const char* name = std::getenv("GISTOPS_CUDA_PRODUCTS");
+    return name && std::string_view(name) == "fused";
+  }();
+  return chosen;
+}
+
+// Neither conversion costs a call where there is nothing to convert.
+Tensor as(const Tensor& x, ScalarType dtype) {
+  const Tensor same = x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
+  return same.is_contiguous() ? same : torch::stable::contiguous(same);
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 void* current_stream(int32_t device) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "gistops: this torch has no CUDA");
   void* stream = nullptr;
@@ -79,8 +107,8 @@ struct Call {
       STD_TORCH_CHECK(x->is_cuda() && x->get_device_index() == f.get_device_index(),
                       "gistops: expected all tensors on one CUDA device");
     for (Tensor* x : {&input, &centers, &displacements})
-      *x = torch::stable::contiguous(torch::stable::to(*x, operands));
-    tau = torch::stable::to(tau, sums);
+      *x = as(*x, operands);
+    tau = as(tau, sums);
   }
 
   Arguments arguments() const {
@@ -105,18 +133,48 @@ class TorchWorkspace final : public Workspace {
     return keep(like(call_.input, {std::max<int64_t>(bytes, 1)}, ScalarType::Byte));
   }
 
+  void scratch(Piece* pieces, int count) override {
+    constexpr int64_t kAlignment = 256;
+    const auto whole = [](int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; };
+    int64_t all = 0;
+    for (int i = 0; i < count; ++i) all += whole(pieces[i].bytes);
+    char* at = static_cast<char*>(scratch(all));
+    for (int i = 0; i < count; at += whole(pieces[i].bytes), ++i) pieces[i].data = at;
+  }
+
+  // No overload here is one that autocast knows: it would give the result the type of the region around the call.
+  void multiply(const Matrix& left, const Matrix& right, void* out, int64_t ld) override {
+    const Tensor a = view(left.data, {left.rows, left.cols}, {left.row, left.col});
+    const Tensor b = view(right.data, {right.rows, right.cols}, {right.row, right.col});
+    const std::array<int64_t, 2> sizes{left.rows, right.cols}, strides{ld, 1};
+    const Tensor sums = torch::stable::from_blob(out, sizes, strides, call_.input.device(), call_.sums);
+    const Tensor made = call_.operands == call_.sums ? call("aten::mm", "out", a, b, sums)
+                                                     : call("aten::mm", "dtype_out", a, b, call_.sums, sums);
+    STD_TORCH_CHECK(made.mutable_data_ptr() == out && made.scalar_type() == call_.sums,
+                    "gistops: a product was not written where it was asked for");
+  }
+
   void* product(const void* h, int64_t ld, const Arguments& a) override {
-    const std::array<int64_t, 2> sizes{a.B, a.K}, strides{ld, 1};
-    const Tensor left =
-        torch::stable::from_blob(const_cast<void*>(h), sizes, strides, call_.input.device(), call_.operands);
-    if (call_.operands == call_.sums) return keep(call("aten::mm", "", left));
-    return keep(call("aten::mm", "dtype", left));  // half-precision operands, sums in float32
+    // Views of the memory alone: they require no gradient, whatever the operands do.
+    const Tensor left = view(h, {a.B, a.K}, {ld, 1}), right = view(a.centers, {a.K, a.d}, {a.d, 1});
+    // Neither overload is one that autocast knows: it would give mm's result the type of the region around the call.
+    const Tensor made = call_.operands == call_.sums
+                            ? call("aten::mm", "out", left, right, like(call_.input, {a.B, a.d}, call_.sums))
+                            : call("aten::mm", "dtype", left, right, call_.sums);
+    STD_TORCH_CHECK(made.scalar_type() == call_.sums && made.dim() == 2 && made.size(0) == a.B && made.size(1) == a.d &&
+                        made.is_contiguous(),
+                    "gistops: the product with the centers has another dtype or shape than was asked for");
+    return keep(made);
   }
 
  private:
-  Tensor call(const char* name, const char* overload, const Tensor& left) const {
-    std::array<StableIValue, 3> stack{torch::stable::detail::from(left), torch::stable::detail::from(call_.centers),
-                                      torch::stable::detail::from(call_.sums)};  // the last for "dtype" alone
+  Tensor view(const void* data, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides) const {
+    return torch::stable::from_blob(const_cast<void*>(data), sizes, strides, call_.input.device(), call_.operands);
+  }
+
+  template <class... Arguments>
+  static Tensor call(const char* name, const char* overload, const Arguments&... arguments) {
+    std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
@@ -133,17 +191,17 @@ class TorchWorkspace final : public Workspace {
 std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_forward(const Tensor& input, const Tensor& centers,
                                                                  const Tensor& displacements, const Tensor& tau,
                                                                  bool allow_tf32) {
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const Call call(input, centers, displacements, tau);
   const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
   const Tensor logits = like(input, {B, K}, call.sums), slots = like(input, {B, K}, ScalarType::Byte);
   const Tensor center_rnorms = like(input, {M, K}, call.sums), input_rnorms = like(input, {B}, call.sums);
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
-  operations(call.operands, allow_tf32)
-      .forward(call.arguments(),
-               {logits.mutable_data_ptr(), static_cast<uint8_t*>(slots.mutable_data_ptr()),
-                center_rnorms.mutable_data_ptr(), input_rnorms.mutable_data_ptr()},
-               workspace);
+  const auto forward = fused() ? operations(call.operands, allow_tf32).forward : products(call.operands).forward;
+  forward(call.arguments(),
+          {logits.mutable_data_ptr(), static_cast<uint8_t*>(slots.mutable_data_ptr()), center_rnorms.mutable_data_ptr(),
+           input_rnorms.mutable_data_ptr()},
+          workspace);
   return {logits, slots, center_rnorms, input_rnorms};
 }
 
@@ -151,7 +209,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
     const Tensor& grad, const Tensor& input, const Tensor& centers, const Tensor& displacements, const Tensor& tau,
     const Tensor& logits, const Tensor& slots, const Tensor& center_rnorms, const Tensor& input_rnorms, bool need_input,
     bool need_centers, bool need_displacements, bool need_tau, bool allow_tf32) {
-  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const Call call(input, centers, displacements, tau);
   const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
   const auto saved = [&](const Tensor& x, std::vector<int64_t> sizes, ScalarType dtype, const char* name) {
@@ -172,6 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
   const Tensor dw = gradient(need_centers, call.centers, call.operands);
   const Tensor dd = gradient(need_displacements, call.displacements, call.sums);
   const Tensor dt = gradient(need_tau, call.tau, call.sums);
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
   operations(call.operands, allow_tf32)
       .backward(call.arguments(), G.const_data_ptr(),

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(Problem<T> p, 
     }
   } else if (row - p.B() < p.M()) {
     const int64_t j = row - p.B();
-    const Global<T> none{nullptr, 0, p.d(), 0, false};
+    const Global<T> none{nullptr, 0, p.d(), 0};
     const T* delta = p.displacements.data + (j - 1) * p.displacements.ld;
     const Sum<T> square = j ? row_products(delta, none, lane, [](int64_t, Sum<T>) {}) : Sum<T>(0);
     if (lane == 0) out.delta_squares[j] = square;

@@ -1,7 +1,7 @@
 // The backward's first pass over [B, K]: each gradient goes to the vector that won.
 //
 //   H[i, k] = tau G |R[j*, k]| / |f_i|, in the operands' dtype, for the two products;  0 where the pair cancels
-//   S[i, j] = sum of H[i, k] over k with j* = j, of H as it was rounded, so that S delta and H w round alike
+//   S[i, j] = sum of H[i, k] over k with j* = j, of H before it is rounded
 //   T[k, j] = R^2 sum of G z over i with j* = j  (tau G c = G z, z the logits);  0 where the norm is clamped
 //   tau's gradient: sum of G z / tau
 //
@@ -28,6 +28,7 @@ struct RouteShape {
   }
   __host__ __device__ int64_t rows_a_part() const { return ceil_div(B, parts()); }
   __host__ __device__ int64_t blocks() const { return groups() * parts(); }
+  __host__ __device__ int64_t classes_a_group() const { return tiles_a_group() * kClasses; }
 };
 
 template <class T>
@@ -37,7 +38,8 @@ struct Routed {
   Sum<T>* s;       // [groups, B, M], then [B, M]
   Sum<T>* t;       // [parts, K, M], then [K, M]
   Sum<T>* tau;     // [blocks], then [1]
-  int* cancelled;  // [blocks], then [1]: whether any pair cancels
+  int* flags;      // [parts, groups]: whether any of a block's pairs cancels
+  int* cancelled;  // [1], after the partials: whether any does
 };
 
 template <class T>
@@ -55,20 +57,20 @@ __device__ __forceinline__ S routed_weight(S tau, S grad, S center_rnorm, S inpu
   return tau * grad * magnitude(center_rnorm) * input_rnorm;
 }
 
-// The weight as H holds it. Of a zero vector, whose norm is clamped, it is up to 1e12 times the others: float16 holds
-// it as its largest value, because infinity times a zero beside it would be NaN. Elsewhere infinity stays, which tells
-// a gradient scaler to step back.
+// The weight that H and S hold: 0 where the pair cancels. Of a zero vector, whose norm is clamped, it is up to 1e12
+// times the others: float16 holds it as its largest value, because infinity times a zero beside it would be NaN.
+// Elsewhere infinity stays, which tells a gradient scaler to step back.
 template <class T>
-__device__ __forceinline__ T stored_weight(Sum<T> tau, Sum<T> grad, Sum<T> center_rnorm, Sum<T> input_rnorm) {
+__device__ __forceinline__ Sum<T> held_weight(Sum<T> tau, Sum<T> grad, Sum<T> center_rnorm, Sum<T> input_rnorm) {
   using S = Sum<T>;
-  if (center_rnorm < S(0)) return narrow<T>(S(0));
+  if (center_rnorm < S(0)) return 0;
   S h = routed_weight(tau, grad, center_rnorm, input_rnorm);
   if constexpr (__is_same(T, f16)) {
     constexpr S kLargest = 65504;
     const bool clamped = center_rnorm >= max_rnorm<S>() || input_rnorm >= max_rnorm<S>();
     if (clamped && magnitude(h) > kLargest) h = h < S(0) ? -kLargest : kLargest;
   }
-  return narrow<T>(h);
+  return h;
 }
 
 // Eight values a lane -> the sum over the warp of value `lane / 4`, by halving exchanges: 9 shuffles for 40.
@@ -123,15 +125,15 @@ __global__ void __launch_bounds__(RouteShape::kThreads)
           const S grad = inside ? saved.grad[at] : S(0), z = inside ? saved.logits[at] : S(0);
           const int slot = inside ? saved.slots[at] : 0;
           const S r = inside ? saved.center_rnorms[slot * K + k[c]] : S(0), moved = grad * z;
-          const T h = stored_weight<T>(tau, grad, r, saved.input_rnorms[i]);
+          const S h = held_weight<T>(tau, grad, r, saved.input_rnorms[i]);
           if (first == 0) {
-            out.h[i * out.ld + k[c]] = h;
+            out.h[i * out.ld + k[c]] = narrow<T>(h);
             tau_sum += moved;
             cancelled |= r < S(0);
           }
 #pragma unroll
           for (int j = 0; j < kSlots; ++j) {
-            if (slot == first + j) s[j] += wide(h), t[c][j] += moved;
+            if (slot == first + j) s[j] += h, t[c][j] += moved;
           }
         }
         const S sum = warp_sum_of_eight(s, lane);
@@ -164,30 +166,67 @@ __global__ void __launch_bounds__(RouteShape::kThreads)
     for (int w = 0; w < kWarps; ++w) sum += partial_tau[w];
     const int64_t block = part * gridDim.x + group;
     out.tau[block] = sum / tau;
-    out.cancelled[block] = any;
+    out.flags[block] = any;
   }
 }
 
-// The partials' sums: s [B, M] and t [K, M] by a thread each, the two scalars by the first thread of all.
+// to[n] = the sum over `terms` of from[term, n], for `sums` of them. The block takes kThreads / kRuns sums; kRuns threads
+// share out the terms of each.
+template <int kRuns, class S>
+__device__ __forceinline__ void gather(const S* from, int64_t sums, int64_t terms, S* to, int64_t block) {
+  constexpr int kSums = RouteShape::kThreads / kRuns;
+  const int run = static_cast<int>(threadIdx.x) / kSums, at = static_cast<int>(threadIdx.x) % kSums;
+  const int64_t n = block * kSums + at;
+  S sum = 0;
+  if (n < sums) {
+#pragma unroll 8
+    for (int64_t term = run; term < terms; term += kRuns) sum += from[term * sums + n];
+  }
+  if constexpr (kRuns > 1) {
+    __shared__ S partial[kRuns][kSums];
+    partial[run][at] = sum;
+    __syncthreads();
+    if (run > 0) return;
+#pragma unroll
+    for (int r = 1; r < kRuns; ++r) sum += partial[r][at];
+  }
+  if (n < sums) to[n] = sum;
+}
+
+// How gather_kernel's blocks are shared out: those of S, those of T, and one for the two scalars.
+struct GatherShape {
+  static constexpr int kRuns = RouteShape::kWarps;
+  int64_t s_sums, s_blocks, t_sums, t_blocks;
+  bool few;  // so few partials of T that a thread sums them
+  explicit GatherShape(const RouteShape& shape)
+      : s_sums(shape.B * shape.M), s_blocks(ceil_div(s_sums, kWarp)), t_sums(shape.K * shape.M),
+        few(shape.parts() <= kRuns) {
+    t_blocks = ceil_div(t_sums, few ? RouteShape::kThreads : kWarp);
+  }
+  int64_t blocks() const { return s_blocks + t_blocks + 1; }
+};
+
+// The partials' sums.
 template <class T>
 __global__ void __launch_bounds__(RouteShape::kThreads)
-    gather_kernel(RouteShape shape, Routed<T> partial, Routed<T> out) {
-  const int64_t rows = shape.B * shape.M, classes = shape.K * shape.M;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * RouteShape::kThreads + threadIdx.x;
-  if (i < rows) {
-    Sum<T> sum = 0;
-    for (int64_t g = 0; g < shape.groups(); ++g) sum += partial.s[g * rows + i];
-    out.s[i] = sum;
-  } else if (i - rows < classes) {
-    Sum<T> sum = 0;
-    for (int64_t part = 0; part < shape.parts(); ++part) sum += partial.t[part * classes + i - rows];
-    out.t[i - rows] = sum;
-  } else if (i - rows == classes) {
-    Sum<T> sum = 0;
-    int any = 0;
-    for (int64_t b = 0; b < shape.blocks(); ++b) sum += partial.tau[b], any |= partial.cancelled[b];
-    *out.tau = sum, *out.cancelled = any;
+    gather_kernel(RouteShape shape, GatherShape g, Routed<T> partial, Routed<T> out) {
+  const int64_t block = blockIdx.x, after_s = block - g.s_blocks;
+  if (after_s < 0) return gather<GatherShape::kRuns>(partial.s, g.s_sums, shape.groups(), out.s, block);
+  if (after_s < g.t_blocks) {
+    if (g.few) return gather<1>(partial.t, g.t_sums, shape.parts(), out.t, after_s);
+    return gather<GatherShape::kRuns>(partial.t, g.t_sums, shape.parts(), out.t, after_s);
   }
+  __shared__ Sum<T> sums[RouteShape::kWarps];
+  Sum<T> sum = 0;
+  int any = 0;
+  for (int64_t b = threadIdx.x; b < shape.blocks(); b += RouteShape::kThreads)
+    sum += partial.tau[b], any |= partial.flags[b];
+  sum = warp_sum(sum);
+  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = sum;
+  any = __syncthreads_or(any);
+  if (threadIdx.x > 0) return;
+  for (int w = 1; w < RouteShape::kWarps; ++w) sum += sums[w];
+  *out.tau = sum, *out.cancelled = any;
 }
 
 }  // namespace gistops::cuda

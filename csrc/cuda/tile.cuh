@@ -9,12 +9,11 @@
 
 namespace gistops::cuda {
 
-// A row-major matrix in global memory. vectors: rows begin at multiples of 16 bytes and are as long, in whole vectors.
+// A row-major matrix in global memory.
 template <class T>
 struct Global {
   const T* data;
   int64_t rows, cols, ld;
-  bool vectors;
 };
 
 // [kRows, kCols] elements of T, kPad more in each row.
@@ -25,28 +24,62 @@ struct Tile {
   static constexpr int kBytes = kRows * kLd * static_cast<int>(sizeof(T));
   static_assert(kCols % kVector == 0 && kLd * sizeof(T) % 16 == 0);
 
-  // Rows first_row.. and columns first_col.. of x; zeros beyond its ends. By all threads of the block; asynchronous.
-  template <int kThreads>
-  static __device__ __forceinline__ void load(T* tile, const Global<T>& x, int64_t first_row, int64_t first_col) {
-    constexpr int kPerRow = kCols / kVector, kRowsAtOnce = kThreads / kPerRow;
+  // A walk over x by tiles, along its rows or down its columns, with zeros beyond its ends; a thread's part: one vector
+  // of every kRowsAtOnce-th row. By all threads of the block. kVectors: x's rows begin at multiples of 16 bytes and are
+  // whole vectors long, and the copies are asynchronous.
+  template <int kThreads, bool kVectors>
+  class Walk {
+    static constexpr int kPerRow = kCols / kVector, kRowsAtOnce = kThreads / kPerRow;
     static_assert(kThreads % kPerRow == 0);
-    const int row = static_cast<int>(threadIdx.x) / kPerRow, col = static_cast<int>(threadIdx.x) % kPerRow * kVector;
-    const int rows = static_cast<int>(min(x.rows - first_row, int64_t{kRows}));  // of them, those inside
-    const int cols = static_cast<int>(min(x.cols - first_col - col, int64_t{kVector}));
-    const T* from = x.data + (first_row + row) * x.ld + first_col + col;
-    T* to = tile + row * kLd + col;
-    const int64_t step = kRowsAtOnce * x.ld;
+
+   public:
+    __device__ Walk(const Global<T>& x, int64_t first_row, int64_t first_col) {
+      const int row = static_cast<int>(threadIdx.x) / kPerRow, col = static_cast<int>(threadIdx.x) % kPerRow * kVector;
+      to_ = row * kLd + col;
+      from_ = x.data + (first_row + row) * x.ld + first_col + col;
+      ld_ = x.ld;
+      rows_ = x.rows - first_row - row, cols_ = x.cols - first_col - col;
+    }
+
+    __device__ __forceinline__ void load(T* tile) const {
+      const int rows = cols_ > 0 ? static_cast<int>(min(rows_, int64_t{kRows})) : 0;  // of this thread's, those inside
+      const T* from = from_;
 #pragma unroll
-    for (int r = 0; r < kRows; r += kRowsAtOnce, from += step, to += kRowsAtOnce * kLd) {
-      if (kRows % kRowsAtOnce != 0 && row + r >= kRows) break;
-      const bool inside = row + r < rows && cols > 0;
-      if (x.vectors) {
-        copy_async_16(to, inside ? from : x.data, inside);
-      } else {
-        for (int e = 0; e < kVector; ++e) to[e] = inside && e < cols ? from[e] : narrow<T>(0);
+      for (int r = 0; r < kRows; r += kRowsAtOnce, from += kRowsAtOnce * ld_) {
+        if (kRows % kRowsAtOnce != 0 && to_ / kLd + r >= kRows) break;
+        T* to = tile + to_ + r * kLd;
+        if constexpr (kVectors) {
+          copy_async_16(to, from, r < rows);
+        } else {
+          for (int e = 0; e < kVector; ++e) to[e] = r < rows && e < cols_ ? from[e] : narrow<T>(0);
+        }
       }
     }
+
+    __device__ __forceinline__ void along() { from_ += kCols, cols_ -= kCols; }
+    __device__ __forceinline__ void down() { from_ += kRows * ld_, rows_ -= kRows; }
+
+   private:
+    const T* from_;
+    int64_t ld_, rows_, cols_;  // rows_, cols_: from this thread's first element to x's ends
+    int to_;
+  };
+};
+
+// The stages of a ring in shared memory, in turn.
+template <int kStages, int kBytes>
+class Ring {
+ public:
+  __device__ explicit Ring(unsigned char* memory) : memory_(memory) {}
+  __device__ __forceinline__ unsigned char* next() {
+    unsigned char* stage = memory_ + at_;
+    at_ = at_ == (kStages - 1) * kBytes ? 0 : at_ + kBytes;
+    return stage;
   }
+
+ private:
+  unsigned char* memory_;
+  int at_ = 0;
 };
 
 // How a pair of operands is multiplied. kStep: elements of the summed dimension that one fragment takes. A and B are

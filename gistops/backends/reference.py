@@ -6,12 +6,16 @@ form, so that a mistake in one cannot hide in the other.
 
 from __future__ import annotations
 
+
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from .._checks import on_device
+from ..operators.registry import knows_autocast
 
 #: Upper bound on the elements of one chunk's [k, M, d] vectors and [B, k, M] scores (64 MiB in float32).
 CHUNK_ELEMENTS = 1 << 24
@@ -37,7 +41,7 @@ def constellation_logits(
     if torch.float64 in (input.dtype, centers.dtype, displacements.dtype):
         dtype = torch.float64
     device = input.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with torch.autocast(device, enabled=False) if knows_autocast(device) else nullcontext():
         unit = F.normalize(input.to(dtype), dim=1, eps=1e-12)
         structure = F.pad(displacements.to(dtype), (0, 0, 1, 0))  # [M, d], row 0 the bare centre
         scale = tau.to(dtype).reshape(())
@@ -73,7 +77,7 @@ def subcenter_logits(input: Tensor, centers: Tensor, tau: Tensor) -> tuple[Tenso
     """`τ · max_j cos(f_i, w_kj)` of free centres [K, M, d], and the lowest j; otherwise as `constellation_logits`."""
     dtype = torch.float64 if torch.float64 in (input.dtype, centers.dtype) else torch.float32
     device = input.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with torch.autocast(device, enabled=False) if knows_autocast(device) else nullcontext():
         unit = F.normalize(input.to(dtype), dim=1, eps=1e-12)
         vectors = F.normalize(centers.to(dtype), dim=2, eps=1e-12)
         scores = (unit @ vectors.flatten(0, 1).T).unflatten(1, centers.shape[:2])
@@ -107,7 +111,7 @@ def mlp_logits(
     wide = torch.float64 in (input.dtype, centers.dtype, displacements.dtype, mlp[0].dtype, mlp[1].dtype)
     dtype = torch.float64 if wide else torch.float32
     device = input.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with torch.autocast(device, enabled=False) if knows_autocast(device) else nullcontext():
         w, first, second = centers.to(dtype), mlp[0].to(dtype), mlp[1].to(dtype)
         unit = F.normalize(w, dim=1, eps=1e-12)
         vectors = [w]
@@ -158,7 +162,9 @@ def cross_entropy(
         scale = tau.to(scores.dtype).reshape(())
         cosine_limit = 1 - torch.finfo(scores.dtype).eps  # acos has no finite derivative at 1
         angle = (scores / scale).clamp(-cosine_limit, cosine_limit).acos()
-        margin = torch.as_tensor(margin, dtype=scores.dtype, device=scores.device)
+        if not isinstance(margin, Tensor):
+            margin = on_device(margin, scores.dtype, scores.device)
+        margin = margin.to(scores)
         lowered = {
             "logit": lambda: scores - margin,
             "cosine": lambda: scores - scale * margin,

@@ -17,9 +17,12 @@ from .._checks import (
     check_some_classes,
     check_subcenters,
     check_transform,
+    on_device,
 )
 from ..backends import reference
+from ..operators.cross_entropy import cross_entropy
 from ..operators.loss import ParkedLse, parks
+from ..operators.registry import compute_dtype
 from . import mlp as networks
 from . import rotation
 from .fused import allow_tf32, family, no_displacements
@@ -182,6 +185,22 @@ def _cross_entropy(
             axis,
             mlp,
         )
+    elif chosen == "triton" and centers.dim() == 2 and axis is None and mlp is None:
+        loss, lse = _fused(
+            chosen,
+            input,
+            centers,
+            displacements,
+            tau,
+            target,
+            class_bias,
+            weight,
+            margin,
+            margin_kind,
+            reduction,
+            ignore_index,
+            label_smoothing,
+        )
     else:
         ignored = target == ignore_index
         row = torch.where(ignored, 0, target)
@@ -193,7 +212,9 @@ def _cross_entropy(
         )
         lowered = logit
         if margin is not None:
-            margin = torch.as_tensor(margin, dtype=logit.dtype, device=logit.device)
+            if not isinstance(margin, Tensor):
+                margin = on_device(margin, logit.dtype, logit.device)
+            margin = margin.to(logit)
             own = margin[row] if margin.dim() > 0 else margin
             lowered = _lowered(logit, tau.to(logit.dtype).reshape(()), own, margin_kind)
         bias = None if class_bias is None else class_bias.to(logit.dtype)
@@ -217,6 +238,46 @@ def _cross_entropy(
             counted = (~ignored).to(logit.dtype) if scale is None else torch.where(ignored, 0, scale)
             loss = loss.sum() / counted.sum()
     return (loss, lse) if return_lse else loss
+
+
+def _fused(
+    backend: str,
+    input: Tensor,
+    centers: Tensor,
+    displacements: Tensor,
+    tau: Tensor,
+    target: Tensor,
+    class_bias: Tensor | None,
+    weight: Tensor | None,
+    margin: Tensor | float | None,
+    margin_kind: str,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """Loss and lse by the operator that makes the whole loss."""
+    if margin is not None and not isinstance(margin, Tensor):
+        dtype = compute_dtype(input, centers, displacements)
+        margin = torch.full((), margin, dtype=dtype, device=input.device)  # a copy would make the host wait
+    loss, lse, inside = cross_entropy(
+        family(backend),
+        input,
+        centers,
+        displacements,
+        tau,
+        target,
+        class_bias,
+        weight,
+        margin,
+        margin_kind,
+        reduction,
+        int(ignore_index),
+        float(label_smoothing),
+        allow_tf32(backend),
+    )
+    classes = centers.shape[0]
+    torch._assert_async(inside, f"target: expected 0 to {classes - 1} or ignore_index {ignore_index}")
+    return loss, lse
 
 
 def _lse(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..operators.registry import compute_dtype
+from ..operators.registry import compute_dtype, knows_autocast
 from ..operators.streaming import join_best
 from .fused import allow_tf32, family, fused, no_displacements
 
@@ -30,7 +30,7 @@ def vectors(centers: Tensor, displacements: Tensor, first: Tensor, second: Tenso
     """v [k, m + 1, d] of centers [k, d]; the hidden layer's part of ŵ is made once for all slots."""
     dtype = compute_dtype(centers, displacements, first, second)
     device = centers.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with torch.autocast(device, enabled=False) if knows_autocast(device) else nullcontext():
         w, a = centers.to(dtype), first.to(dtype)
         of_center, of_displacement = a.split(centers.shape[1], dim=1)
         own = F.linear(F.normalize(w, dim=1, eps=1e-12), of_center)

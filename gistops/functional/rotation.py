@@ -12,13 +12,14 @@ so that no vector but w is ever multiplied with all features.
 
 from __future__ import annotations
 
+
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..operators.registry import compute_dtype
+from ..operators.registry import compute_dtype, knows_autocast
 
 
 def plane(displacements: Tensor, axis: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -35,7 +36,7 @@ def tables(input: Tensor, centers: Tensor, displacements: Tensor, axis: Tensor) 
     """feature_table [B, M] and class_tables [2, M, K] of `tabled_forward`; differentiable in all arguments."""
     dtype = compute_dtype(input, centers, displacements)
     device = input.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with torch.autocast(device, enabled=False) if knows_autocast(device) else nullcontext():
         u, v, c, s = plane(displacements.to(dtype), axis.to(dtype))
         directions = torch.cat([u[None], v])  # [M, d]
         x = input.to(dtype) @ directions.T

@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from . import frozen, logits, loss, registry, streaming, tabled, topk
+from . import cross_entropy, frozen, logits, loss, registry, streaming, tabled, topk
 
-__all__ = ["complete_compiled", "define", "logits", "loss", "registry", "streaming", "tabled", "topk"]
+__all__ = ["complete_compiled", "cross_entropy", "define", "logits", "loss", "registry", "streaming", "tabled", "topk"]
 
 
 def complete_compiled(cuda: bool) -> None:

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from .registry import compute_dtype
 
-#: Scores in a chunk, at most: 16 MiB in float32.
-CHUNK_ELEMENTS = 1 << 22
+#: Scores in a chunk, at most: 128 MiB in float32, so that 256 features and 100,000 classes are one chunk. What is made of
+#: them takes half a GiB at most. Elsewhere than on a GPU, where caches are small and launches cost nothing, 16 MiB.
+CHUNK_ELEMENTS = 1 << 25
+CPU_CHUNK_ELEMENTS = 1 << 22
 Made = tuple[Tensor, Tensor, Tensor, Tensor]  # logits, slots, center_rnorms, input_rnorms
 
 
@@ -58,7 +60,8 @@ class Shared:
     def parts(self) -> Iterator[slice]:
         """The chunks."""
         vectors = self.centers.shape[1] if self.centers.dim() == 3 else 1
-        size = max(64, CHUNK_ELEMENTS // (max(self.input.shape[0], 1) * vectors))
+        elements = CHUNK_ELEMENTS if self.input.device.type == "cuda" else CPU_CHUNK_ELEMENTS
+        size = max(64, elements // (max(self.input.shape[0], 1) * vectors))
         classes = self.centers.shape[0]
         return (slice(start, min(start + size, classes)) for start in range(0, classes, size))
 
@@ -184,15 +187,16 @@ class Sums:
     """Gradients that come in chunks: of centres and class tables put together, of all else summed."""
 
     def __init__(self, arguments: Shared, needs: Needs) -> None:
-        self.arguments, self.needs = arguments, needs
+        self.arguments = arguments
         made = {name: getattr(arguments, name, None) for name in Gradients._fields}
-        self.sums = {
-            name: torch.zeros_like(x, dtype=x.dtype if name == "centers" else arguments.dtype)
-            for name, x in made.items()
-            if x is not None and getattr(needs, name, True)
-        }
+        self.wanted = {name: x for name, x in made.items() if x is not None and getattr(needs, name, True)}
+        self.sums: dict[str, Tensor] = {}
 
     def add(self, part: slice, gradients: Gradients) -> None:
+        if part.stop - part.start == self.arguments.centers.shape[0]:  # the only chunk
+            self.sums = {name: getattr(gradients, name) for name in self.wanted}
+            return
+        self._begin()
         for name, total in self.sums.items():
             gradient = getattr(gradients, name)
             if name == "centers":
@@ -202,8 +206,17 @@ class Sums:
             else:
                 total += gradient
 
+    def _begin(self) -> None:
+        if not self.sums:
+            dtype = self.arguments.dtype
+            self.sums = {
+                name: torch.zeros_like(x, dtype=x.dtype if name == "centers" else dtype)
+                for name, x in self.wanted.items()
+            }
+
     def gradients(self) -> tuple[Tensor, ...]:
         """All six, in their arguments' dtypes; an empty tensor for each that is not there."""
+        self._begin()  # there may have been no chunk
         a = self.arguments
         return tuple(
             self.sums[name].to(getattr(a, name).dtype)

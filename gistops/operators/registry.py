@@ -53,6 +53,14 @@ def _autocast(name: str, device: str, operands: int) -> Callable[..., Any]:
     return kernel
 
 
+def knows_autocast(device: str) -> bool:
+    """Whether there is autocast for a type of device; torch.compile takes the answer as a constant."""
+    return bool(torch.amp.is_autocast_available(device))
+
+
+knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch 2.11 cannot trace it
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of logits, norms and all sums: float64 if any argument is float64, otherwise float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -1,7 +1,8 @@
 """Kernels for the streaming operators over a family's kernels for logits, in chunks of classes: what GPUs use.
 
-Nothing waits for the device. A chunk's scores and what is made of them take some 15 bytes each, so that most stay in the
-cache of a large GPU. The backward makes the scores again.
+Nothing waits for the device. A chunk's scores and what is made of them take some 15 bytes each. Most calls are one chunk,
+which spares launches, passes and copies: scores are overwritten where nothing else needs them, and gradients are those of
+the chunk. The backward makes the scores again.
 """
 
 from __future__ import annotations
@@ -106,17 +107,21 @@ class Streaming:
         over = scorer(
             self.family, input, centers, displacements, tau, feature_table, class_tables, allow_tf32
         )
-        target_logits = input.new_zeros(input.shape[0], dtype=over.dtype)
-        sums = torch.zeros_like(target_logits) if weight is not None else input.new_empty(0, dtype=over.dtype)
-        parts = [torch.full_like(target_logits, _NONE)]
+        target_logits = input.new_zeros(input.shape[0], 1, dtype=over.dtype)
+        sums = target_logits[:, 0] if weight is not None else input.new_empty(0, dtype=over.dtype)
+        none, counted = target_logits.new_full((), _NONE), target != ignore_index
+        parts = []
         for part in over.parts():
             z = over.forward(part)[0]
-            place, here = _targets(target, ignore_index, part)
-            target_logits = torch.where(here, z.gather(1, place)[:, 0], target_logits)
+            place, here = _targets(target, counted, part)
+            own = z.gather(1, place)
+            target_logits = torch.where(here, own, target_logits)
             if weight is not None:
                 sums = sums + (z * weight[part].to(z.dtype)).sum(1)
-            parts.append(_others(z, class_bias, part, place, here).logsumexp(1))
-        return torch.stack(parts).logsumexp(0), target_logits, sums
+            if class_bias is not None:
+                own = z.add_(class_bias[part].to(z.dtype)).gather(1, place)
+            parts.append(z.scatter_(1, place, torch.where(here, none, own)).logsumexp(1))
+        return _logsumexp(parts, none.expand(input.shape[0])), target_logits[:, 0], sums
 
     def lse_backward(
         self,
@@ -150,16 +155,22 @@ class Streaming:
         need_bias = need_bias and class_bias is not None
         bias_gradient = lse.new_empty(centers.shape[0] if need_bias else 0)
         shift = torch.where(lse == _NONE, torch.inf, lse)[:, None]  # no other class: probability 0
+        zero, counted = lse.new_zeros(()), target != ignore_index
         for part in over.parts():
             made = over.forward(part)
-            place, here = _targets(target, ignore_index, part)
-            grad = (_others(made[0], class_bias, part, place, here) - shift).exp() * grad_lse[:, None]
+            place, here = _targets(target, counted, part)
+            z = made[0] if class_bias is None else made[0] + class_bias[part].to(lse.dtype)
+            grad = (z - shift).exp_().mul_(grad_lse[:, None])
+            of_target = grad_target[:, None]
             if need_bias:
+                _put(grad, place, here, zero)
                 bias_gradient[part] = grad.sum(0)
             if weight is not None:
-                grad = grad + grad_sums[:, None] * weight[part].to(grad.dtype)
-            of_target = grad.gather(1, place) + torch.where(here, grad_target, 0)[:, None]
-            sums.add(part, over.backward(part, grad.scatter(1, place, of_target), made, needs))
+                shares = weight[part].to(lse.dtype)
+                grad.addcmul_(grad_sums[:, None], shares)
+                of_target = torch.addcmul(of_target, grad_sums[:, None], shares[place])
+            _put(grad, place, here, of_target)
+            sums.add(part, over.backward(part, grad, made, needs))
         gradients = sums.gradients()
         of_bias = bias_gradient if class_bias is None else bias_gradient.to(class_bias.dtype)
         return *gradients[:4], of_bias, *gradients[4:]
@@ -194,7 +205,8 @@ class Streaming:
             values, order = _largest(z, k)
             some = (values, classes.gather(1, order), slots.gather(1, order))
             best = join_best(best, some, k)
-        lse = torch.stack(parts).logsumexp(0) if need_lse else input.new_empty(0, dtype=over.dtype)
+        none = input.new_empty(0, dtype=over.dtype)
+        lse = _logsumexp(parts, none) if need_lse else none
         values, best_classes, best_slots = best
         return values, best_classes, best_slots, lse
 
@@ -204,6 +216,9 @@ def _logits(over: Shared) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     made = [over.forward(part) for part in over.parts()]
     if not made:  # no class
         made = [over.forward(slice(0, 0))]
+    if len(made) == 1:
+        logits, slots, center_rnorms, input_rnorms = made[0]
+        return logits, slots.contiguous(), center_rnorms.contiguous(), input_rnorms
     logits, slots, center_rnorms, input_rnorms = zip(*made, strict=True)
     return torch.cat(logits, 1), torch.cat(slots, 1), torch.cat(center_rnorms, 1), input_rnorms[0]
 
@@ -224,18 +239,23 @@ def _gradients(
     return sums.gradients()
 
 
-def _targets(target: Tensor, ignore_index: int, part: slice) -> tuple[Tensor, Tensor]:
-    """Where in the chunk a row's target is, [B, 1], and whether it is there, [B]."""
-    place = target - part.start
-    here = (place >= 0) & (target < part.stop) & (target != ignore_index)
-    return torch.where(here, place, 0)[:, None], here
+def _targets(target: Tensor, counted: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    """Where in the chunk a row's target is, and whether it is there and counts, [B, 1] each."""
+    local = target - part.start if part.start else target
+    place = local.clamp(0, part.stop - part.start - 1)
+    return place[:, None], ((place == local) & counted)[:, None]
 
 
-def _others(z: Tensor, class_bias: Tensor | None, part: slice, place: Tensor, here: Tensor) -> Tensor:
-    """Scores with their bias, -inf for the target."""
-    if class_bias is not None:
-        z = z + class_bias[part].to(z.dtype)
-    return z.scatter(1, place, torch.where(here[:, None], _NONE, z.gather(1, place)))
+def _put(scores: Tensor, place: Tensor, here: Tensor, value: Tensor) -> None:
+    """Overwrite the scores of the targets that are here."""
+    scores.scatter_(1, place, torch.where(here, value, scores.gather(1, place)))
+
+
+def _logsumexp(parts: list[Tensor], none: Tensor) -> Tensor:
+    """Of the chunks' own; `none` where there is no chunk."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.stack(parts).logsumexp(0) if parts else none.contiguous()
 
 
 def join_best(best: tuple[Tensor, ...], more: tuple[Tensor, ...], k: int) -> tuple[Tensor, ...]:

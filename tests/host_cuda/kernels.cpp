@@ -25,6 +25,14 @@ const gc::Operations& operations(const std::string& type) {
   throw py::value_error("type: expected bf16, f16, f32, tf32 or f64, got " + type);
 }
 
+const gc::ProductOperations& products(const std::string& type) {
+  if (type == "bf16") return gc::bf16_products;
+  if (type == "f16") return gc::f16_products;
+  if (type == "f32" || type == "tf32") return gc::f32_products;
+  if (type == "f64") return gc::f64_products;
+  throw py::value_error("type: expected bf16, f16, f32, tf32 or f64, got " + type);
+}
+
 py::dtype sums(const std::string& type) { return py::dtype(type == "f64" ? "float64" : "float32"); }
 
 // Allocations of the exact size, so that AddressSanitizer sees what runs over, and filled with a NaN.
@@ -38,6 +46,17 @@ class HostWorkspace final : public gc::Workspace {
     return memory_.back().get();
   }
 
+  void scratch(gc::Piece* pieces, int count) override {
+    for (int i = 0; i < count; ++i) pieces[i].data = scratch(pieces[i].bytes);
+  }
+
+  void multiply(const gc::Matrix& left, const gc::Matrix& right, void* out, int64_t ld) override {
+    if (type_ == "bf16") return multiply<gc::bf16>(left, right, out, ld);
+    if (type_ == "f16") return multiply<gc::f16>(left, right, out, ld);
+    if (type_ == "f64") return multiply<double>(left, right, out, ld);
+    multiply<float>(left, right, out, ld);
+  }
+
   void* product(const void* h, int64_t ld, const gc::Arguments& a) override {
     if (type_ == "bf16") return multiply<gc::bf16>(h, ld, a);
     if (type_ == "f16") return multiply<gc::f16>(h, ld, a);
@@ -46,6 +65,19 @@ class HostWorkspace final : public gc::Workspace {
   }
 
  private:
+  template <class T>
+  void multiply(const gc::Matrix& left, const gc::Matrix& right, void* out, int64_t ld) {
+    using S = gc::Sum<T>;
+    for (int64_t i = 0; i < left.rows; ++i)
+      for (int64_t j = 0; j < right.cols; ++j) {
+        S sum = 0;
+        for (int64_t k = 0; k < left.cols; ++k)
+          sum += gc::wide(static_cast<const T*>(left.data)[i * left.row + k * left.col]) *
+                 gc::wide(static_cast<const T*>(right.data)[k * right.row + j * right.col]);
+        static_cast<S*>(out)[i * ld + j] = sum;
+      }
+  }
+
   template <class T>
   void* multiply(const void* h, int64_t ld, const gc::Arguments& a) {
     using S = gc::Sum<T>;
@@ -77,16 +109,17 @@ py::array empty(const py::dtype& dtype, std::vector<py::ssize_t> shape) {
   return x;
 }
 
-py::tuple forward(const std::string& type, const py::array& input, const py::array& centers,
+py::tuple forward(bool fused, const std::string& type, const py::array& input, const py::array& centers,
                   const py::array& displacements, const py::array& tau) {
   const gc::Arguments a = arguments(input, centers, displacements, tau);
   py::array logits = empty(sums(type), {a.B, a.K}), slots = empty(py::dtype("uint8"), {a.B, a.K});
   py::array center_rnorms = empty(sums(type), {a.m + 1, a.K}), input_rnorms = empty(sums(type), {a.B});
   HostWorkspace workspace(type);
-  operations(type).forward(a,
-                           {logits.mutable_data(), static_cast<uint8_t*>(slots.mutable_data()),
-                            center_rnorms.mutable_data(), input_rnorms.mutable_data()},
-                           workspace);
+  (fused ? operations(type).forward : products(type).forward)(
+      a,
+      {logits.mutable_data(), static_cast<uint8_t*>(slots.mutable_data()), center_rnorms.mutable_data(),
+       input_rnorms.mutable_data()},
+      workspace);
   return py::make_tuple(logits, slots, center_rnorms, input_rnorms);
 }
 

@@ -32,9 +32,12 @@ class HostKernels:
         module: the compiled kernels (tests/host_cuda/kernels.cpp).
         tensors: input, centers, displacements, tau.
         allow_tf32: multiply float32 as tf32.
+        fused: by the kernels that make the products themselves, not around those of a library.
     """
 
-    def __init__(self, module: Any, tensors: list[Tensor], allow_tf32: bool = False) -> None:
+    def __init__(
+        self, module: Any, tensors: list[Tensor], allow_tf32: bool = False, fused: bool = True
+    ) -> None:
         self.module = module
         self.tensors = tensors
         self.type = operand_type(tensors, allow_tf32)
@@ -43,7 +46,7 @@ class HostKernels:
         self.operands = half.get(self.type, self.sums)
         dtypes = (*[self.operands] * 3, self.sums)
         self.arrays = [_array(t.detach().to(dtype)) for t, dtype in zip(tensors, dtypes, strict=True)]
-        self.saved = module.forward(self.type, *self.arrays)
+        self.saved = module.forward(fused, self.type, *self.arrays)
         self.logits, self.slots, self.center_rnorms, self.input_rnorms = map(torch.from_numpy, self.saved)
 
     def gradients(

@@ -4,13 +4,15 @@ import pytest
 
 from gistops import backends
 
-#: What is tested on each device: a test run without it would prove little, so it must be there.
-FUSED = {"cpu": ["cpu"], "cuda": ["cuda", "triton"]}
+from ..conftest import FUSED
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    fused = FUSED[metafunc.config.getoption("--device")]
-    for name, values in (("fused", fused), ("backend", [*fused, "reference"])):
+    one = metafunc.config.getoption("--backend")
+    fused = [one] if one else FUSED[metafunc.config.getoption("--device")]
+    # Where each GPU backend has a run of its own, the reference is tested in one of them.
+    plain = [] if one == "triton" else ["reference"]
+    for name, values in (("fused", fused), ("backend", [*fused, *plain])):
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, values, indirect=True)
 

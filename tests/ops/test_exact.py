@@ -93,13 +93,12 @@ def test_centers_that_a_displacement_all_but_cancels(closeness: float, backend: 
         assert error(value, true) <= bound
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     "choice", ["CAPABILITY=baseline", "CAPABILITY=v3", "PRODUCTS=blas", "PRODUCTS=onednn"]
 )
 def test_other_processors(choice: str, request: pytest.FixtureRequest) -> None:
     """The same tests with the kernels and products that other processors would choose."""
-    if request.config.getoption("--device") != "cpu":
-        pytest.skip("about the CPU backend")
     if any(name.startswith("GISTOPS_CPU_") for name in os.environ):
         pytest.skip("already running under a forced choice")
     name, value = choice.split("=")

@@ -164,10 +164,9 @@ def test_no_classes(backend: str) -> None:
         gistops.constellation_cross_entropy(*tensors, torch.zeros(2, dtype=torch.int64), backend=backend)
 
 
+@pytest.mark.cpu  # a device-side assertion ends the process's use of the GPU
 @pytest.mark.parametrize(("value", "index"), [(12, -100), (-1, -100), (-100, -1)])
 def test_a_target_out_of_range(value: int, index: int, backend: str, seed: int) -> None:
-    if torch.get_default_device().type != "cpu":
-        pytest.skip("a device-side assertion ends the process's use of the GPU")
     tensors = Sample(6, 12, 20, 2).tensors(seed)
     for requires_grad in (True, False):
         target = torch.zeros(6, dtype=torch.int64)
@@ -247,10 +246,9 @@ def test_same_inputs_give_the_same_bits(B: int, fused: str, seed: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, bits(), strict=True))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("threads", [1, 3, 7])
 def test_any_number_of_threads(threads: int, fused: str, seed: int) -> None:
-    if fused != "cpu":
-        pytest.skip("about the CPU backend")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

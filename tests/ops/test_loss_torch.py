@@ -154,10 +154,9 @@ def test_gradient_checkpointing(fused: str, seed: int) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.cpu  # GPUs multiply in the autocast dtype
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_on_the_cpu(dtype: torch.dtype, backend: str, seed: int) -> None:
-    if torch.get_default_device().type != "cpu":
-        pytest.skip("about the CPU; GPUs multiply in the autocast dtype")
     call = Call.of(Sample(37, 67, 20, 3), ALL, seed)
     leaves = call.leaves()
     leaves[0] = leaves[0].detach().to(dtype).requires_grad_()
@@ -197,11 +196,10 @@ CALLS = {
 }
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("call", CALLS)
 def test_memory_does_not_grow_with_the_pairs(call: str, fused: str) -> None:
     """Beyond the gradients (and a rotation's tables), a step adds less than a tenth of one [B, K] tensor."""
-    if fused != "cpu":
-        pytest.skip("counts the process's memory")
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc")
     B, K, d = 1024, 60_000, 64

@@ -13,19 +13,18 @@ from gistops.operators.streaming import Streaming
 
 from .oracle import generator
 
+pytestmark = pytest.mark.cpu  # compares with the CPU's kernels, on the CPU
 KINDS = ("shared", "free", "tabled")
 f64 = torch.float64
 
 
 @pytest.fixture(params=[1, 64 * 5, 1 << 22], ids=["chunks of 64", "uneven chunks", "one chunk"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 37 * request.param)
+    monkeypatch.setattr(chunks, "CPU_CHUNK_ELEMENTS", 37 * request.param)
 
 
 @pytest.fixture
 def family(fused: str) -> str:
-    if fused != "cpu":
-        pytest.skip("compares with the CPU's kernels, on the CPU")
     return "constellation"
 
 
@@ -144,8 +143,8 @@ def test_tabled_logits(dtype: torch.dtype, chunk: None, family: str, seed: int) 
 
 
 def test_chunks_bound_the_scores(monkeypatch: pytest.MonkeyPatch, family: str, seed: int) -> None:
-    """No tensor of a chunk is larger than CHUNK_ELEMENTS scores says."""
-    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 37 * 100)
+    """No tensor of a chunk has more scores than CPU_CHUNK_ELEMENTS says."""
+    monkeypatch.setattr(chunks, "CPU_CHUNK_ELEMENTS", 37 * 100)
     x, w, delta, tau = arguments("shared", torch.float32, seed)[:4]
     parts = list(chunks.scorer(family, x, w, delta, tau, None, None, False).parts())
     assert [(p.start, p.stop) for p in parts] == [(s, min(s + 100, 431)) for s in range(0, 431, 100)]

@@ -89,10 +89,9 @@ def test_free_centres(backend: str, seed: int) -> None:
     torch.testing.assert_close(lse, logits.logsumexp(1), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.cpu
 def test_same_bits_as_the_logits(fused: str, seed: int) -> None:
     """On the CPU a score does not depend on who asks; nor on the norms having been made before."""
-    if fused != "cpu":
-        pytest.skip("about the CPU backend")
     tensors = Sample(300, 1100, 40, 4).tensors(seed, requires_grad=False)
     logits, slots = gistops.constellation_logits(*tensors, return_slots=True)
     values, classes, best = gistops.constellation_topk(*tensors, 50)

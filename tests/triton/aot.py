@@ -21,12 +21,17 @@ from triton.compiler import ASTSource
 
 from gistops.backends.triton import configs
 from gistops.backends.triton.apart import apart_kernel
+from gistops.backends.triton.apart_lse import apart_lse_kernel
 from gistops.backends.triton.centers import centers_kernel
 from gistops.backends.triton.configs import FUSED_SLOTS, SMALL, Config
 from gistops.backends.triton.finish import finish_displacements_kernel, finish_input_kernel
 from gistops.backends.triton.forward import forward_kernel, norms_kernel
+from gistops.backends.triton.gather import gather_kernel
+from gistops.backends.triton.pool import pool_lse_kernel
 from gistops.backends.triton.prepare import prepare_kernel
 from gistops.backends.triton.route import route_kernel
+from gistops.backends.triton.rows import rows_kernel, total_kernel
+from gistops.backends.triton.softmax import route_softmax_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -56,7 +61,10 @@ INTEGERS = (
     "group_classes",
     "split_rows",
     "class_tiles",
-)
+    "grad_stride", "lse_stride", "first", "first_group", "run", "every_class", "ignore_index", "splits", "programs",
+    "row_stride", "class_stride",
+    "share_length", "moment_length", "bias_length", "margin_length", "total_length",
+)  # fmt: skip
 OPERANDS = (
     "input", "centers", "displacements", "weights",
     "center_gradient", "input_gradient", "displacement_gradient",
@@ -82,6 +90,9 @@ class Case:
     def tiles(self) -> str:
         sizes = [f"{k.removeprefix('TILE_')} {v}" for k, v in self.constants.items() if k.startswith("TILE_")]
         slots = [f"slots {self.constants['SLOTS']}"] if "SLOTS" in self.constants else []
+        slots += [
+            k.lower() for k in ("PARK", "SUMS") if self.constants.get(k)
+        ]
         needs = [
             k.removeprefix("NEED_").lower() for k, v in self.constants.items() if k.startswith("NEED_") and v
         ]
@@ -119,7 +130,7 @@ def compile_case(case: Case, ones: bool = False) -> Report:
         if parameter.is_constexpr:
             signature[name] = "constexpr"
             continue
-        types = {"slots": "*u8", "flags": "*i32", "tau": "*fp32"} | dict.fromkeys(INTEGERS, "i32")
+        types = {"slots": "*u8", "flags": "*i32", "tau": "*fp32", "target": "*i64", "inside": "*i1"} | dict.fromkeys(INTEGERS, "i32")
         signature[name] = types.get(name, f"*{operand if name in OPERANDS else total}")
         aligned = name in ("d", "stride")
         if ones and name in INTEGERS and not aligned:
@@ -163,24 +174,37 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     table = TABLES[target], kind
     for config in configs.FORWARD[table]:
         for slots in (FUSED_SLOTS, 1, 0) if config == configs.FORWARD[table][-1] else (FUSED_SLOTS, 1):
-            yield _large(
-                forward_kernel, dtype, target, config, products | {"SLOTS": slots, "NORM_PRECISION": precise}
-            )
+            constants = products | {"SLOTS": slots, "NORM_PRECISION": precise}
+            yield _large(forward_kernel, dtype, target, config, constants)
     for config in configs.CENTERS[table]:
         for needs in ((True, True), (True, False), (False, True)):
             switches = {"NEED_CENTERS": needs[0], "NEED_DISPLACEMENTS": needs[1]}
             yield _large(centers_kernel, dtype, target, config, products | switches)
     sizes = SMALL[kind]
     small: list[tuple[Any, dict[str, Any]]] = [
-        (prepare_kernel, _tiles("BD", sizes.prepare) | products | {"SLOTS": 16, "PRECISION": precise}),
+        (prepare_kernel, _tiles("BD", sizes.prepare) | {"SLOTS": 16, "ACC": acc, "NORM_PRECISION": precise, "WIDEN": False}),
         (
             norms_kernel,
             _tiles("KD", sizes.norms) | {"SLOTS": 16, "ACC": acc, "NORM_PRECISION": precise, "WIDEN": False},
         ),
         (apart_kernel, _tiles("KBD", sizes.apart) | {"ACC": acc}),
+        (gather_kernel, dict(zip(("TILE_P", "TILE_N", "TILE_T"), configs.GATHER, strict=True))),
+        (total_kernel, {"TILE": configs.ROWS[2], "REDUCED": True, "MEAN": True}),
         (finish_input_kernel, _tiles("KD", sizes.finish_input) | {"ACC": acc}),
         (finish_displacements_kernel, _tiles("RD", sizes.finish_displacements) | {"ACC": acc}),
     ]
+    every_option = {"HAS_BIAS": True, "HAS_WEIGHT": True, "SUMS": True, "PARK": True}
+    no_option = dict.fromkeys(every_option, False)
+    for options in (every_option, no_option | {"PARK": True}, no_option):
+        yield Case(pool_lse_kernel, dtype, target, _tiles("KB", sizes.pool) | {"ACC": acc} | options)
+    apart_tiles = (min(sizes.apart[0], sizes.pool[0]), *sizes.apart[1:])
+    yield Case(apart_lse_kernel, dtype, target, _tiles("KBD", apart_tiles) | {"ACC": acc} | every_option)
+    for margin in (0, 3):
+        constants = {
+            "TILE_R": configs.ROWS[0], "TILE_T": configs.ROWS[1], "MARGIN": margin, "MARGIN_EACH": margin > 0,
+            "SMOOTHING": 0.1 if margin else 0.0, "REDUCED": True, "HAS_BIAS": True, "HAS_WEIGHT": margin > 0,
+        }  # fmt: skip
+        yield Case(rows_kernel, dtype, target, constants)
     needs_all = {f"NEED_{what}": True for what in ("WEIGHTS", "SHARES", "MOMENTS", "TOTALS")}
     largest = 65504.0 if dtype == "f16" else 0.0
     for tiles, slots, warps in (
@@ -190,6 +214,12 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     ):
         constants = _tiles("BK", tiles) | {"SLOTS": slots, "LARGEST": largest} | needs_all
         yield Case(route_kernel, dtype, target, constants, warps)
+    usual = {"MEAN": True, "HAS_LOSS": True, "SMOOTHING": 0.0}
+    rare = [*(f"HAS_{what}" for what in ("LSE", "BIAS", "WEIGHT", "MARGIN")), "NEED_BIAS", "NEED_MARGIN"]
+    for slots in (1, 8, 256):
+        for mode in (usual | dict.fromkeys(rare, False), usual | dict.fromkeys(rare, True) | {"SMOOTHING": 0.1}):
+            constants = _tiles("KB", sizes.softmax) | {"SLOTS": slots, "LARGEST": largest} | needs_all | mode
+            yield Case(route_softmax_kernel, dtype, target, constants)
     for kernel, constants in small:
         yield Case(kernel, dtype, target, constants)
 

@@ -73,9 +73,11 @@ def test_launches_bind_their_arguments() -> None:
     command = [sys.executable, "-m", "tests.triton.launch"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    launched = [line.split()[0] for line in done.stdout.splitlines()]
+    lines = done.stdout.splitlines()
+    launched = [line.split()[0] for line in lines]
     assert len(launched) == 7 + 5 + 8, launched
     assert set(launched) == {case.name for case in EVERY}
+    assert "apart_kernel 32" in lines, "256 x 1000: a program for each 32 classes, whatever the features"
 
 
 def test_the_table_has_a_line_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +98,8 @@ def test_kinds_of_products() -> None:
     ("B", "K", "expected"),
     [
         (4096, 100_000, (128, 128)),  # enough of everything: the largest
-        (256, 8142, (64, 128)),  # 128 programs of the largest would leave 4 of 132 multiprocessors idle
+        (256, 8142, (128, 128)),  # 128 programs for 132 multiprocessors: nine tenths are enough
+        (256, 7000, (64, 128)),  # 110 programs of the largest would leave a sixth idle
         (64, 100_000, (128, 64)),  # no tile wider than the features
         (32, 1000, (64, 64)),  # too small to fill the device: as many programs as there can be
     ],

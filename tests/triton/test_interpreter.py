@@ -1,4 +1,4 @@
-"""Runs test_exact.py and test_streaming.py under Triton's interpreter, in a process of its own.
+"""Runs test_exact.py and others under Triton's interpreter, in a process of its own.
 
 TRITON_INTERPRET must be set before the kernels are defined, and changes what `backend="triton"` means and what
 torch.compile finds: no other test may see it.
@@ -33,7 +33,8 @@ def test_kernels_under_the_interpreter(request: pytest.FixtureRequest, tmp_path:
     report = tmp_path / "report.xml"
     seed = f"--seed={request.config.getoption('--seed')}"
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
-    command += [str(HERE / "test_exact.py"), str(HERE / "test_streaming.py"), f"--junitxml={report}", seed]
+    command += [str(HERE / f"test_{name}.py") for name in ("exact", "streaming", "autocast")]
+    command += [f"--junitxml={report}", seed]
     environment = dict(os.environ) | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
         command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, check=False

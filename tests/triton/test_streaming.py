@@ -28,7 +28,7 @@ half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 64 classes, the least."""
-    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(chunks, "CPU_CHUNK_ELEMENTS", 1)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=[o.id for o in OPTIONS])

@@ -33,7 +33,11 @@ class Augmentation:
     jitter: float = 0.0
 
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """The batch, uint8 where pixels are only moved, otherwise float32 from 0 to 255; by `numbers` [b, NUMBERS]."""
+        """The batch, uint8 where pixels are only moved, otherwise float32 from 0 to 255; by `numbers` [b, NUMBERS].
+
+        Everything is made on the images' device, where the numbers are too: a GPU waits for no copy, and a CUDA graph
+        can hold it.
+        """
         if images.dim() != 4:
             return images
         if self.crop_scale is not None:
@@ -52,12 +56,9 @@ class Augmentation:
         out_h, out_w = (min(self.crop_size, h), min(self.crop_size, w)) if self.crop_size else (h, w)
         top = (numbers[:, DOWN] * (h + 2 * p - out_h + 1)).long()
         left = (numbers[:, ACROSS] * (w + 2 * p - out_w + 1)).long()
-        rows, columns = (
-            top[:, None] + torch.arange(out_h),
-            left[:, None] + torch.arange(out_w),
-        )  # [b, h], [b, w]
+        rows = top[:, None] + torch.arange(out_h, device=images.device)  # [b, h]
+        columns = left[:, None] + torch.arange(out_w, device=images.device)  # [b, w]
         columns = torch.where(self._flips(numbers)[:, None], columns.flip(1), columns)
-        rows, columns = rows.to(images.device), columns.to(images.device)
         sample = torch.arange(b, device=images.device)[:, None, None, None]
         channel = torch.arange(c, device=images.device)[:, None, None]
         padded = F.pad(images, (p, p, p, p))
@@ -74,10 +75,8 @@ class Augmentation:
         x = (2 * numbers[:, ACROSS] - 1) * (1 - width)  # the box's centre, -1 to 1
         y = (2 * numbers[:, DOWN] - 1) * (1 - height)
         sign = torch.where(self._flips(numbers), -1.0, 1.0)
-        zero = torch.zeros(b)
-        boxes = torch.stack(
-            [torch.stack([sign * width, zero, x], 1), torch.stack([zero, height, y], 1)], 1
-        ).to(images.device)
+        zero = torch.zeros_like(x)
+        boxes = torch.stack([torch.stack([sign * width, zero, x], 1), torch.stack([zero, height, y], 1)], 1)
         size = self.crop_size or min(h, w)
         grid = F.affine_grid(boxes, [b, images.shape[1], size, size], align_corners=False)
         return F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
@@ -85,7 +84,7 @@ class Augmentation:
     def _jittered(self, images: Tensor, numbers: Tensor) -> Tensor:
         x = images.float()
         factors = 1 + self.jitter * (2 * numbers[:, JITTER:NUMBERS] - 1)
-        brightness, contrast, saturation = factors.to(x.device)[:, :, None, None, None].unbind(1)
+        brightness, contrast, saturation = factors[:, :, None, None, None].unbind(1)
         x = (x * brightness).clamp(0, 255)
         x = torch.lerp(_grey(x).mean((1, 2, 3), keepdim=True), x, contrast).clamp(0, 255)
         return torch.lerp(_grey(x), x, saturation).clamp(0, 255)
@@ -95,5 +94,5 @@ def _grey(images: Tensor) -> Tensor:
     """[b, 1, h, w]."""
     if images.shape[1] != 3:
         return images.mean(1, keepdim=True)
-    shares = torch.tensor(GREY, device=images.device)
-    return (images * shares[:, None, None]).sum(1, keepdim=True)
+    red, green, blue = (share * channel for share, channel in zip(GREY, images.split(1, 1), strict=True))
+    return red + green + blue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,19 @@ from .streams import BalancedStream, RandomStream
 Draw = dict[
     str, Tensor
 ]  # of a step: indices [n], numbers [n, NUMBERS]; and num_balanced [], which come first
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a part is made of, drawn on the CPU; once on the device, the part is made without the CPU."""
+
+    indices: Tensor  # of samples, [b], the balanced stream's first
+    numbers: Tensor  # [b, NUMBERS]
+    num_balanced: int
+    shares: dict[str, float]  # as a part's
+
+    def to(self, device: torch.device) -> Drawn:
+        return replace(self, indices=sent(self.indices, device), numbers=sent(self.numbers, device))
 
 
 @dataclass(frozen=True)
@@ -64,16 +77,39 @@ class Batches:
         self.augment, self.generator = augment, generator
         self.own, self.num_parts = parts
         self._executor = ThreadPoolExecutor(1) if ahead else None
-        self._pending: tuple[Draw, Future[list[Part]]] | None = None
+        self._pending: tuple[Draw, Future[list[Part]] | None] | None = None
         self._drawn = 0
 
     def next(self) -> list[Part]:
         """This process's parts of the next step."""
         if self._executor is None:
-            return self._make(self._draw())
-        parts = (self._pending or self._begin(self._draw()))[1].result()
-        self._pending = self._begin(self._draw())
-        return parts
+            return [self.made(drawn) for drawn in self.next_drawn()]
+        parts = (self._pending and self._pending[1]) or self._begin(self._next_draw())
+        made = parts.result()
+        draw = self._draw()
+        self._pending = draw, self._begin(draw)
+        return made
+
+    def next_drawn(self) -> list[Drawn]:
+        """What this process's parts of the next step are made of, on the CPU: for who makes them, with `made`."""
+        return self._divided(self._next_draw())
+
+    def made(self, drawn: Drawn) -> Part:
+        """The part. If `drawn` and the samples are on the device, nothing waits for the CPU, nor the CPU for it."""
+        device = self.y.device
+        on_device = drawn.to(device)
+        indices, numbers = on_device.indices, on_device.numbers
+        x = self.x[indices] if self.x.device == device else sent(self.x[drawn.indices], device)
+        # Of a number of 24 bits the lower twelve: augmentation looks at the upper ones.
+        chance = (numbers[:, ACROSS] * 4096).frac()
+        return Part(self.augment(x, numbers), self.y[indices], drawn.num_balanced, drawn.shares, chance)
+
+    def _next_draw(self) -> Draw:
+        """The one that was made ahead, or is from a checkpoint, if there is one."""
+        if self._pending is None:
+            return self._draw()
+        draw, self._pending = self._pending[0], None
+        return draw
 
     def _draw(self) -> Draw:
         num_balanced, num_random = self.sizes[self._drawn % len(self.sizes)]
@@ -82,16 +118,16 @@ class Batches:
         numbers = torch.rand(len(indices), NUMBERS, generator=self.generator)
         return {"indices": indices, "numbers": numbers, "num_balanced": torch.tensor(num_balanced)}
 
-    def _begin(self, draw: Draw) -> tuple[Draw, Future[list[Part]]]:
+    def _begin(self, draw: Draw) -> Future[list[Part]]:
         assert self._executor is not None
-        return draw, self._executor.submit(self._make, draw)
+        return self._executor.submit(lambda: [self.made(drawn) for drawn in self._divided(draw)])
 
-    def _make(self, draw: Draw) -> list[Part]:
+    def _divided(self, draw: Draw) -> list[Drawn]:
         num_balanced = int(draw["num_balanced"])
         num_random = len(draw["indices"]) - num_balanced
         return [self._part(draw, part, num_balanced, num_random) for part in self.own]
 
-    def _part(self, draw: Draw, part: int, num_balanced: int, num_random: int) -> Part:
+    def _part(self, draw: Draw, part: int, num_balanced: int, num_random: int) -> Drawn:
         first_balanced, last_balanced = self._bounds(part, num_balanced)
         first_random, last_random = self._bounds(part, num_random)
         rows = torch.cat(
@@ -100,17 +136,12 @@ class Batches:
                 torch.arange(num_balanced + first_random, num_balanced + last_random),
             ]
         )
-        indices = draw["indices"][rows]
         own_balanced, own_random = last_balanced - first_balanced, last_random - first_random
         shares = {
             "loss_balanced": own_balanced / max(1, num_balanced),
             "loss_random": own_random / max(1, num_random),
         }
-        x = _taken(self.x, indices, self.y.device)
-        numbers, device = draw["numbers"][rows], self.y.device
-        # Of a number of 24 bits the lower twelve: augmentation looks at the upper ones.
-        chance = (numbers[:, ACROSS] * 4096).frac().to(device)
-        return Part(self.augment(x, numbers), self.y[indices.to(device)], own_balanced, shares, chance)
+        return Drawn(draw["indices"][rows], draw["numbers"][rows], own_balanced, shares)
 
     def _bounds(self, part: int, count: int) -> tuple[int, int]:
         return count * part // self.num_parts, count * (part + 1) // self.num_parts
@@ -132,16 +163,14 @@ class Batches:
         self.generator.set_state(state["generator"])
         self._pending = None
         if pending := state["pending"]:
-            if self._executor is None:
-                raise ValueError("state: expected one of a run on the same kind of device")
-            self._pending = self._begin(pending)
+            self._pending = pending, self._begin(pending) if self._executor else None
 
 
-def _taken(x: Tensor, indices: Tensor, device: torch.device) -> Tensor:
-    """Rows of `x`, on `device`; from the CPU by way of memory that a GPU can copy from on its own."""
-    if x.device == device:
-        return x[indices.to(device)]
-    return x[indices].pin_memory().to(device, non_blocking=True)
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; to a GPU by way of memory that it copies from on its own, while the CPU goes on."""
+    if tensor.device == device or device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def sizes_of_steps(

@@ -23,12 +23,13 @@ def why_not(device_type: str) -> str | None:
 
 @functools.cache
 def _define() -> str | None:
-    """Import the kernels and define `gistops::triton_forward` and `_backward`, once; why not, if that fails."""
+    """Import the kernels and define the family `triton`, once; why not, if that fails."""
     try:
-        from . import operators
+        from . import loss, operators
     except ImportError as error:
         return f"Triton does not load: {error}"
     from ... import operators as dispatcher
 
     dispatcher.define("triton", operators.forward, operators.backward, ("CUDA", "CPU"))
+    dispatcher.cross_entropy.define("triton", loss.forward, loss.backward, ("CUDA", "CPU"))
     return None

@@ -25,9 +25,11 @@ def weight_apart(
     tau,
     K,
     M,
+    row_stride,
+    class_stride,
 ):
     """What route_kernel left out of H': the weights of the pairs of one feature that cancel, and their slots."""
-    offsets = tl.cast(row, tl.int64) * K + classes
+    offsets = tl.cast(row, tl.int64) * row_stride + classes.to(tl.int64) * class_stride
     slot = tl.minimum(tl.load(slots + offsets, mask=class_valid, other=0).to(tl.int32), M - 1)
     rnorm = tl.load(center_rnorms + slot.to(tl.int64) * K + classes, mask=class_valid, other=0.0)
     scale = tl.load(tau).to(rnorm.dtype) * tl.load(input_rnorms + row)
@@ -37,12 +39,12 @@ def weight_apart(
 
 @triton.jit
 def centers_kernel(
-    weights,  # H' [B, stride]
+    weights,  # H' [K, stride], class by class
     input,  # [B, d]
     centers,  # [K, d]
     displacements,  # [m, d]
-    grad,  # [B, K]
-    slots,  # [B, K]
+    grad,  # [B, K] by row_stride and class_stride
+    slots,  # likewise
     center_rnorms,  # [M, K]
     moments,  # U [M, K]
     input_rnorms,  # [B]
@@ -54,6 +56,8 @@ def centers_kernel(
     d,
     stride,
     M,
+    row_stride,  # of grad and slots
+    class_stride,
     TILE_K: tl.constexpr,
     TILE_D: tl.constexpr,
     TILE_B: tl.constexpr,
@@ -82,7 +86,8 @@ def centers_kernel(
         if NEED_CENTERS:
             for i in range(B):
                 h, _ = weight_apart(
-                    i, classes, class_valid, grad, slots, center_rnorms, input_rnorms, tau, K, M
+                    i, classes, class_valid, grad, slots, center_rnorms, input_rnorms, tau, K, M,
+                    row_stride, class_stride,
                 )
                 f = tl.load(input + tl.cast(i, tl.int64) * d + depth, mask=inside, other=0.0).to(ACC)
                 result += h[:, None] * f[None, :]
@@ -91,7 +96,8 @@ def centers_kernel(
                 part = tl.zeros((TILE_D,), ACC)
                 for i in range(B):
                     h, slot = weight_apart(
-                        i, classes, class_valid, grad, slots, center_rnorms, input_rnorms, tau, K, M
+                        i, classes, class_valid, grad, slots, center_rnorms, input_rnorms, tau, K, M,
+                    row_stride, class_stride,
                     )
                     share = tl.sum(tl.where(slot == j, h, tl.zeros_like(h)), 0)
                     f = tl.load(input + tl.cast(i, tl.int64) * d + depth, mask=inside, other=0.0).to(ACC)
@@ -102,19 +108,17 @@ def centers_kernel(
 
     if NEED_CENTERS:
         features = tl.arange(0, TILE_B)
-        h_tile = weights + features.to(tl.int64)[:, None] * stride + classes[None, :]
+        h_tile = weights + classes.to(tl.int64)[:, None] * stride + features[None, :]
         f_tile = input + features.to(tl.int64)[:, None] * d + depth[None, :]
         for start in range(0, B, TILE_B):
             row_valid = features < B - start
             skip = tl.cast(start, tl.int64)
-            h = tl.load(
-                h_tile + skip * stride, mask=row_valid[:, None] & (classes < stride)[None, :], other=0.0
-            )
+            h = tl.load(h_tile + start, mask=class_valid[:, None] & row_valid[None, :], other=0.0)
             f = tl.load(f_tile + skip * d, mask=row_valid[:, None] & inside[None, :], other=0.0)
             if WIDEN:
                 h = h.to(ACC)
                 f = f.to(ACC)
-            result = tl.dot(tl.trans(h), f, result, input_precision=PRECISION, out_dtype=ACC)
+            result = tl.dot(h, f, result, input_precision=PRECISION, out_dtype=ACC)
 
     valid = class_valid[:, None] & inside[None, :]
     elements = classes.to(tl.int64)[:, None] * d + depth[None, :]

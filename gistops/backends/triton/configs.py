@@ -12,6 +12,7 @@ synchronises with the GPU. Inside a CUDA graph capture, where that is not allowe
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -131,14 +132,18 @@ class Small:
     route: tuple[int, int]  # features, classes
     route_warps: int
     route_many: tuple[int, int]  # the same where M > 32: there the sums S' take registers; 4 warps
+    pool: tuple[int, int]  # classes, features; 4 warps
+    softmax: tuple[int, int]  # likewise
     finish_input: tuple[int, int]  # classes of a look for pairs that cancel; dimensions at most
     finish_displacements: tuple[int, int]  # terms added at a time, dimensions
 
 
-_HALF = Small((32, 64), (64, 32), (32, 32, 16), (64, 32), 4, (16, 64), (64, 512), (32, 64))
+_HALF = Small(
+    (32, 64), (64, 32), (32, 32, 16), (64, 32), 4, (16, 64), (32, 128), (32, 128), (64, 512), (32, 64)
+)
 _SINGLE = replace(_HALF, route=(64, 64), route_warps=8)
 _DOUBLE = replace(
-    _HALF, prepare=(16, 32), norms=(32, 16), route=(32, 32), route_many=(16, 32), finish_input=(64, 256)
+    _HALF, prepare=(16, 32), norms=(32, 16), pool=(16, 64), softmax=(16, 64), route=(32, 32), route_many=(16, 32), finish_input=(64, 256)
 )
 SMALL: dict[Kind, Small] = {"half": _HALF, "tf32": _SINGLE, "ieee": _SINGLE, "f64": _DOUBLE}
 
@@ -148,6 +153,33 @@ ROUTE_PROGRAMS = 1056
 ROUTE_GROUPS = 256
 
 
+#: Tiles of gather_kernel: parts and elements of a sum, and elements of the one sum to a single number.
+GATHER = (16, 64, 1024)
+#: Tiles of the loss: rows and groups of classes of rows_kernel, elements of total_kernel.
+ROWS = (32, 32, 1024)
+#: Programs of the loss's large kernels at least, where there is work for them; more make more parts of sums.
+LOSS_PROGRAMS = 528
+
+
+def grouped(classes: int, features: int, tile: tuple[int, int]) -> tuple[int, int]:
+    """How many class tiles a program takes, and how many such groups there are."""
+    class_tiles = tiles(classes, tile[0])
+    wanted = min(class_tiles, tiles(LOSS_PROGRAMS, tiles(features, tile[1])))
+    run = tiles(class_tiles, wanted)
+    return run, tiles(class_tiles, run)
+
+
+def tiles(size: int, tile: int) -> int:
+    """How many tiles cover a size. `triton.cdiv` would serve, and take fifty times as long."""
+    return -(-size // tile)
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is not below a size of at least 1; as quick as `tiles`."""
+    return 1 << (size - 1).bit_length()
+
+
+@functools.cache
 def target(device: torch.device) -> Target:
     """The table that fits a device."""
     if INTERPRETED:
@@ -156,6 +188,12 @@ def target(device: torch.device) -> Target:
         return "amd"
     # 9.0 and 10.x have 227 KB of shared memory a block, 12.x has 99 KB as 8.6 has.
     return "hopper" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "ampere"
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors a device has."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def kind(dtype: torch.dtype, allow_tf32: bool) -> Kind:
@@ -186,23 +224,27 @@ def choose(
         return entries[-1]  # what the loop over slots loads takes the registers of a larger tile
     columns = B if kernel == "forward" else d
     if os.environ.get("GISTOPS_TRITON_TUNE") == "1" and len(entries) > 1:
-        shape = tuple(triton.next_power_of_2(max(n, 16)) for n in (B, K, d, M))
+        shape = tuple(power_of_two(max(n, 16)) for n in (B, K, d, M))
         if best := tune((kernel, device, product, shape), entries, launch):
             return best
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return first_that_fills(kernel, entries, K, columns, processors)
+    return first_that_fills(kernel, entries, K, columns, processors(device))
 
 
 def first_that_fills(
     kernel: Literal["forward", "centers"], entries: Sequence[Config], K: int, columns: int, processors: int
 ) -> Config:
-    """The first, that is the largest, tile that wastes less than half of its columns and occupies the device."""
+    """The first, that is the largest, tile that wastes less than half of its columns and occupies the device.
+
+    Nine tenths of the multiprocessors are enough: a larger tile reads its operands less often, which gains more than
+    the last tenth would.
+    """
     fitting = []
+    width_at_most = max(64, power_of_two(max(columns, 1)))
     for entry in entries:
         width = entry.features if kernel == "forward" else entry.depth
-        if width <= max(64, triton.next_power_of_2(columns)):
+        if width <= width_at_most:
             fitting.append(entry)
-            if triton.cdiv(K, entry.classes) * triton.cdiv(columns, width) >= processors:
+            if 10 * tiles(K, entry.classes) * tiles(columns, width) >= 9 * processors:
                 return entry
     return fitting[-1] if fitting else entries[-1]
 

@@ -16,8 +16,8 @@ def finish_input_kernel(
     input,  # [B, d]
     centers,  # [K, d]
     displacements,  # [m, d]
-    grad,  # [B, K]
-    slots,  # [B, K]
+    grad,  # [B, K] by row_stride and class_stride
+    slots,  # likewise
     center_rnorms,  # [M, K]
     input_rnorms,  # [B]
     tau,  # one element
@@ -30,6 +30,8 @@ def finish_input_kernel(
     groups,
     group_classes,  # classes a group
     split_rows,  # features a split
+    row_stride,
+    class_stride,
     TILE_K: tl.constexpr,
     TILE_D: tl.constexpr,
     ACC: tl.constexpr,
@@ -52,7 +54,8 @@ def finish_input_kernel(
                     lanes = tl.arange(0, TILE_K)
                     classes = first + lanes
                     h, slot = weight_apart(
-                        i, classes, classes < last, grad, slots, center_rnorms, input_rnorms, tau, K, M
+                        i, classes, classes < last, grad, slots, center_rnorms, input_rnorms, tau, K, M,
+                        row_stride, class_stride,
                     )
                     if tl.max((h != 0).to(tl.int32), 0) > 0:  # true for NaN
                         for lane in range(TILE_K):

@@ -6,12 +6,11 @@ Nothing here waits for the GPU: tau is read on the device, and whether any pair 
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from . import configs, gradients
 from .apart import apart_kernel
-from .configs import FUSED_SLOTS, Config
+from .configs import FUSED_SLOTS, Config, tiles
 from .forward import forward_kernel, norms_kernel
 from .prepare import prepare_kernel
 from .problem import Problem, on_device
@@ -29,22 +28,21 @@ def forward(
     shifts, squares = new(M, B, dtype=p.sums), new(M, dtype=p.sums)
     with on_device(p.input.device):
         rows, depth = p.small.prepare
-        prepare_kernel[(max(1, triton.cdiv(B, rows)), triton.cdiv(M, 16))](
+        prepare_kernel[(max(1, tiles(B, rows)), tiles(M, 16))](
             p.input, p.displacements, input_rnorms, shifts, squares, B, d, M,
-            TILE_B=rows, TILE_D=depth, SLOTS=16, PRECISION=p.constants("NORM_PRECISION")["NORM_PRECISION"],
-            **p.constants("ACC", "WIDEN"),
+            TILE_B=rows, TILE_D=depth, SLOTS=16, **p.constants("ACC", "NORM_PRECISION", "WIDEN"),
         )  # fmt: skip
         if K == 0:
             return logits, slots, center_rnorms, input_rnorms
         if M > FUSED_SLOTS:
             classes, depth = p.small.norms
-            norms_kernel[(triton.cdiv(K, classes), triton.cdiv(M, 16))](
+            norms_kernel[(tiles(K, classes), tiles(M, 16))](
                 p.centers, p.displacements, squares, center_rnorms, K, d, M,
                 TILE_K=classes, TILE_D=depth, SLOTS=16, **p.constants("ACC", "NORM_PRECISION", "WIDEN"),
             )  # fmt: skip
 
         def launch(config: Config) -> None:
-            grid = (triton.cdiv(K, config.classes) * max(1, triton.cdiv(B, config.features)),)
+            grid = (tiles(K, config.classes) * max(1, tiles(B, config.features)),)
             forward_kernel[grid](
                 p.input, p.centers, p.displacements, p.tau, input_rnorms, shifts, squares,
                 logits, slots, center_rnorms, B, K, d, M,
@@ -55,7 +53,7 @@ def forward(
         launch(configs.choose("forward", p.input.device, p.kind, B, K, d, M, launch))
         if M > 1:
             classes, rows, depth = p.small.apart
-            apart_kernel[(triton.cdiv(K, classes) * max(1, triton.cdiv(B, rows)),)](
+            apart_kernel[(tiles(K, classes),)](
                 p.input, p.centers, p.displacements, p.tau, input_rnorms, logits, slots, center_rnorms, B, K, d, M,
                 TILE_K=classes, TILE_B=rows, TILE_D=depth, **p.constants("ACC"),
             )  # fmt: skip
@@ -106,6 +104,8 @@ def backward(
 
 def _like(argument: Tensor, gradient: Tensor) -> Tensor:
     """The gradient in its argument's shape and dtype, without the columns that only filled up d."""
-    if argument.dim() == 2 and argument.shape != gradient.shape and gradient.dim() == 2:
-        gradient = gradient[:, : argument.shape[1]]
-    return gradient.to(argument.dtype).reshape(argument.shape).contiguous()
+    if argument.shape != gradient.shape:
+        if argument.dim() == 2 and gradient.dim() == 2:
+            gradient = gradient[:, : argument.shape[1]]
+        gradient = gradient.reshape(argument.shape)
+    return gradient.to(argument.dtype).contiguous()

@@ -22,7 +22,7 @@ def prepare_kernel(
     TILE_D: tl.constexpr,
     SLOTS: tl.constexpr,
     ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
+    NORM_PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """A program: TILE_B features, SLOTS slots. Slot 0, the bare centre, is a displacement of zeros."""
@@ -45,7 +45,7 @@ def prepare_kernel(
         if WIDEN:
             f = f.to(ACC)
             delta = delta.to(ACC)
-        products = tl.dot(f, tl.trans(delta), products, input_precision=PRECISION, out_dtype=ACC)
+        products = tl.dot(f, tl.trans(delta), products, input_precision=NORM_PRECISION, out_dtype=ACC)
         wide = f.to(ACC)
         squares += tl.sum(wide * wide, 1)
         wide_delta = delta.to(ACC)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +14,7 @@ from torch import Tensor
 from . import configs
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """The arguments in one dtype, contiguous, and what follows from them.
 
     d is a multiple of 16, if need be by a copy with zeros behind each vector, which change no product and no norm.
@@ -28,64 +26,86 @@ class Problem:
     displacements: Tensor
     tau: Tensor
     kind: configs.Kind
+    sizes: tuple[int, int, int, int]  # B, K, d (a multiple of 16), M
+    dtype: torch.dtype
+    sums: torch.dtype  # of logits, norms and sums
+    products: torch.dtype  # of H' and of what is stored: as `dtype`, but under the interpreter
+    small: configs.Small
 
     @classmethod
     def of(
         cls, input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor, allow_tf32: bool
     ) -> Problem:
-        if input.dim() != 2 or any(
-            x.dim() != 2 or x.shape[1] != input.shape[1] for x in (centers, displacements)
-        ):
-            shapes = [list(x.shape) for x in (input, centers, displacements)]
+        shapes = input.shape, centers.shape, displacements.shape
+        if any(len(s) != 2 or s[1] != shapes[0][-1] for s in shapes):
             raise RuntimeError(
-                f"expected input [B, d], centers [K, d] and displacements [m, d], got {shapes}"
+                "expected input [B, d], centers [K, d] and displacements [m, d],"
+                f" got {[list(s) for s in shapes]}"
             )
         if tau.numel() != 1:
             raise RuntimeError(f"expected tau of one element, got shape {list(tau.shape)}")
-        dtype = reduce(torch.promote_types, (x.dtype for x in (input, centers, displacements)))
-        missing = -input.shape[1] % 16
-        input, centers, displacements = (
-            F.pad(x.to(dtype), (0, missing)) if missing else x.to(dtype).contiguous()
-            for x in (input, centers, displacements)
-        )
-        return cls(input, centers, displacements, tau.contiguous(), configs.kind(dtype, allow_tf32))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.input.dtype
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """B, K, d (a multiple of 16), M."""
-        return *self.input.shape[:1], *self.centers.shape, self.displacements.shape[0] + 1
-
-    @property
-    def sums(self) -> torch.dtype:
-        """The dtype of logits, norms and sums."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
-    @property
-    def products(self) -> torch.dtype:
-        """The dtype of H' and of what is stored: the arguments' own. The interpreter would truncate to bfloat16."""
-        return self.sums if configs.INTERPRETED and self.dtype == torch.bfloat16 else self.dtype
-
-    @property
-    def small(self) -> configs.Small:
-        return configs.SMALL[self.kind]
+        dtype = torch.promote_types(torch.promote_types(input.dtype, centers.dtype), displacements.dtype)
+        (B, d), (K, _), (m, _) = shapes
+        missing = -d % 16
+        input, centers, displacements = (_ready(x, dtype, missing) for x in (input, centers, displacements))
+        sums = torch.float64 if dtype == torch.float64 else torch.float32
+        kind = configs.kind(dtype, allow_tf32)
+        return cls(
+            input, centers, displacements, tau.contiguous(), kind, (B, K, d + missing, m + 1), dtype, sums,
+            sums if configs.INTERPRETED and dtype == torch.bfloat16 else dtype,  # the interpreter would truncate
+            configs.SMALL[kind],
+        )  # fmt: skip
 
     def constants(self, *names: str) -> dict[str, Any]:
         """Constants that several kernels share, those named."""
-        on_tensor_cores = self.kind == "tf32" and configs.target(self.input.device) in ("hopper", "ampere")
-        every = {
-            "ACC": tl.float64 if self.sums == torch.float64 else tl.float32,
-            "PRECISION": "tf32" if self.kind == "tf32" else "ieee",
-            # Norms are as precise as float32 whatever the setting: three products of parts where there is tf32.
-            "NORM_PRECISION": "tf32x3" if on_tensor_cores else "ieee",
-            "WIDEN": configs.INTERPRETED,
-        }
-        return {name: every[name] for name in names}
+        return _constants(self.kind, configs.target(self.input.device), names)
+
+
+def _ready(x: Tensor, dtype: torch.dtype, missing: int) -> Tensor:
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    return F.pad(x, (0, missing)) if missing else x.contiguous()
+
+
+@functools.cache
+def _constants(kind: configs.Kind, target: configs.Target, names: tuple[str, ...]) -> dict[str, Any]:
+    on_tensor_cores = kind == "tf32" and target in ("hopper", "ampere")
+    every = {
+        "ACC": tl.float64 if kind == "f64" else tl.float32,
+        "PRECISION": "tf32" if kind == "tf32" else "ieee",
+        # Norms are as precise as float32 whatever the setting: three products of parts where there is tf32.
+        "NORM_PRECISION": "tf32x3" if on_tensor_cores else "ieee",
+        "WIDEN": configs.INTERPRETED,
+    }
+    return {name: every[name] for name in names}
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b by torch's own library, in a dtype at least as wide as theirs.
+
+    `torch.mm` into a tensor has no rule under autocast. Without one it would turn float32 into half precision, which
+    the kernel that goes on with the product would read past its end.
+    """
+    if configs.INTERPRETED:  # the CPU's product has no wider output
+        a, b = a.to(dtype), b.to(dtype)
+    out = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+    return product_into(out, a, b)
+
+
+def product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The same into `out`, whose rows may be further apart than they are long."""
+    pointer = out.data_ptr()
+    made = torch.mm(a, b, out=out) if a.dtype == out.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
+    if made.dtype != out.dtype or made.data_ptr() != pointer:
+        raise RuntimeError(f"torch.mm was to write {out.dtype} into a tensor, and gave another of {made.dtype}")
+    return out
+
+
+_NOTHING = nullcontext()
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)

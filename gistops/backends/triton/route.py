@@ -21,14 +21,14 @@ def route_kernel(
     center_rnorms,  # [M, K]
     input_rnorms,  # [B]
     tau,  # one element
-    weights,  # H' [B, stride], or unused
+    weights,  # H' [K, stride], class by class, or unused
     shares,  # [groups, M, B]: parts of S', or unused
     moments,  # [splits, M, K]: parts of U, or unused
     totals,  # [splits, groups]: parts of Σ U, or unused
     flags,  # [splits, groups]: whether pairs that cancel have won there
     B,
     K,
-    stride,  # of H', a multiple of 16 for the sake of wide loads
+    stride,  # of H', B rounded up to a multiple of 16 for the sake of wide loads
     M,
     tiles,  # class tiles a group
     TILE_B: tl.constexpr,
@@ -72,12 +72,10 @@ def route_kernel(
             bounded = tl.minimum(tl.maximum(h, -LARGEST), LARGEST)
             extreme = (is_clamped(rnorm) | is_clamped(input_rnorm)[:, None]) & (h == h)
             h = tl.where(extreme, bounded, h)
-        rounded = h
         if NEED_WEIGHTS:
-            stored = h.to(weights.dtype.element_ty)
-            inside = row_valid[:, None] & (classes < stride)[None, :]
-            tl.store(weights + rows.to(tl.int64)[:, None] * stride + classes[None, :], stored, mask=inside)
-            rounded = stored.to(h.dtype)  # S' sums what the products will see, so that roundings cancel alike
+            inside = (rows < stride)[:, None] & (classes < K)[None, :]
+            place = weights + classes.to(tl.int64)[None, :] * stride + rows[:, None]
+            tl.store(place, h.to(weights.dtype.element_ty), mask=inside)
         if NEED_MOMENTS or NEED_TOTALS:
             u = g * tl.load(logits + offsets, mask=valid, other=0.0)
         if NEED_TOTALS:
@@ -86,7 +84,7 @@ def route_kernel(
             for j in range(M):
                 won = slot == j
                 if NEED_SHARES:
-                    part = tl.sum(tl.where(won, rounded, tl.zeros_like(rounded)), 1)
+                    part = tl.sum(tl.where(won, h, tl.zeros_like(h)), 1)
                     share += tl.where(candidates[None, :] == j, part[:, None], tl.zeros_like(share))
                 if NEED_MOMENTS:
                     moment = tl.sum(tl.where(won, u, tl.zeros_like(u)), 0)

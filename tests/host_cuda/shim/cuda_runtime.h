@@ -31,6 +31,15 @@ struct dim3 {
 struct float2 {
   float x, y;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(4) uchar4 {
+  unsigned char x, y, z, w;
+};
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
@@ -94,6 +103,22 @@ inline void __syncwarp(unsigned = ~0u) { host_cuda::warp_barrier(); }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return host_cuda::exchange(value, host_cuda::lane() ^ static_cast<unsigned>(mask));
+}
+
+template <class T>
+T __shfl_sync(unsigned, T value, int from) {
+  return host_cuda::exchange(value, static_cast<unsigned>(from));
+}
+inline int __any_sync(unsigned, int predicate) {
+  int any = 0;
+  std::memcpy(host_cuda::own_slot(), &predicate, sizeof predicate);
+  host_cuda::warp_barrier();
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    std::memcpy(&predicate, host_cuda::slot_of(lane), sizeof predicate);
+    any |= predicate;
+  }
+  host_cuda::warp_barrier();
+  return any != 0;
 }
 
 inline float __uint_as_float(unsigned bits) {

@@ -1,0 +1,105 @@
+// The operators around PyTorch's matrix products, for one type of operands: scores and the weights of the backward lie
+// class-major, [K, B rounded up to whole vectors], so that every product is aligned whatever the number of classes.
+// All on the caller's stream; nothing waits for the device, and sizes alone decide what runs.
+#pragma once
+#include "launch.cuh"
+#include "norms.cuh"
+#include "operations.h"
+#include "pool.cuh"
+
+namespace gistops::cuda {
+
+template <class T>
+class Products {
+  using S = Sum<T>;
+
+ public:
+  Products(const Arguments& a, Workspace& workspace)
+      : workspace_(workspace), stream_(a.stream), ld_(padded_rows(a.B)),
+        p_{matrix(a.input, a.B, a.d), matrix(a.centers, a.K, a.d),
+           matrix(a.m ? a.displacements : a.input, a.m, a.d),  // not null, as an empty tensor's pointer is
+           static_cast<const S*>(a.tau)} {}
+
+  void forward(const Results& results) {
+    if (p_.B() == 0 || p_.K() == 0) return;
+    const int64_t step = cached_classes();
+    S *shared, *products;
+    Scratch(workspace_).add(shared, p_.M() * ld_).add(products, step * ld_).take();
+    Scoring<T> scoring{p_,       products, ld_, shared, static_cast<const S*>(results.center_rnorms), p_.K(),
+                       static_cast<const S*>(results.input_rnorms), results.slots, 1, p_.K()};
+    for (int64_t first = 0; first < p_.K(); first += step) {
+      scoring.p = classes(first, step);
+      scoring.center_rnorms = static_cast<const S*>(results.center_rnorms) + first;
+      scoring.slots = results.slots + first;
+      norms(scoring.p, first == 0,
+            {static_cast<S*>(results.input_rnorms), shared, ld_, static_cast<S*>(results.center_rnorms) + first, p_.K(),
+             nullptr});
+      multiply_scores(scoring.p, products);
+      launch("pool", pool_kernel<T>, tiles(scoring.p.K()), ScoresShape::kThreads, 0, stream_, scoring,
+             static_cast<S*>(results.logits) + first, p_.K());
+    }
+  }
+
+ private:
+  static Global<T> matrix(const void* data, int64_t rows, int64_t cols) {
+    const bool vectors =
+        reinterpret_cast<uintptr_t>(data) % 16 == 0 && cols * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+    return {static_cast<const T*>(data), rows, cols, cols, vectors};
+  }
+
+  // Whether all rows of d elements are whole vectors.
+  bool aligned() const {
+    return p_.input.vectors && p_.centers.vectors && (p_.m() == 0 || p_.displacements.vectors);
+  }
+
+  // With `count` classes at most.
+  Problem<T> classes(int64_t first, int64_t count) const {
+    Problem<T> p = p_;
+    p.centers.data += first * p_.d();
+    p.centers.rows = std::min(count, p_.K() - first);
+    return p;
+  }
+
+  // So many classes' scores and centres stay in the cache of a large GPU from one kernel to the next.
+  int64_t cached_classes() const {
+    constexpr int64_t kScores = 1 << 22;
+    if (p_.K() * ld_ <= 2 * kScores) return p_.K();
+    return std::max<int64_t>(kScores / ld_ / ScoresShape::kClasses, 1) * ScoresShape::kClasses;
+  }
+
+  dim3 tiles(int64_t classes) const {
+    return blocks(ceil_div(classes, ScoresShape::kClasses), ceil_div(p_.B(), ScoresShape::kFeatures));
+  }
+
+  // with_input: also what is made of the features.
+  void norms(const Problem<T>& p, bool with_input, const Norms<S>& out) {
+    p.m() <= 4 ? norms_of<4>(p, with_input, out) : norms_of<8>(p, with_input, out);
+  }
+
+  template <int kGroup>
+  void norms_of(const Problem<T>& p, bool with_input, const Norms<S>& out) {
+    using Shape = NormsShape<kGroup>;
+    const int64_t input_blocks = with_input ? ceil_div(p.B(), Shape::kRowsABlock) : 0;
+    const int64_t count = input_blocks + (out.center_rnorms ? ceil_div(p.K(), Shape::kRowsABlock) : 0);
+    launch("norms", aligned() ? norms_kernel<T, kGroup, true> : norms_kernel<T, kGroup, false>, blocks(count),
+           Shape::kThreads, 0, stream_, p, input_blocks, out);
+  }
+
+  void multiply_scores(const Problem<T>& p, S* products) {
+    workspace_.multiply({p.centers.data, p.K(), p.d(), p.d(), 1}, {p.input.data, p.d(), p.B(), 1, p.d()}, products, ld_);
+  }
+
+  Workspace& workspace_;
+  void* stream_;
+  int64_t ld_;
+  Problem<T> p_;
+};
+
+template <class T>
+constexpr ProductOperations product_operations() {
+  return {[](const Arguments& a, const Results& results, Workspace& workspace) {
+    Products<T>(a, workspace).forward(results);
+  }};
+}
+
+}  // namespace gistops::cuda

@@ -1,0 +1,6 @@
+// The operators around PyTorch's products, of bfloat16 operands.
+#include "products.cuh"
+
+namespace gistops::cuda {
+const ProductOperations bf16_products = product_operations<bf16>();
+}

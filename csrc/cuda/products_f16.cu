@@ -1,0 +1,6 @@
+// The operators around PyTorch's products, of float16 operands.
+#include "products.cuh"
+
+namespace gistops::cuda {
+const ProductOperations f16_products = product_operations<f16>();
+}

@@ -1,0 +1,6 @@
+// The operators around PyTorch's products, of float32 operands.
+#include "products.cuh"
+
+namespace gistops::cuda {
+const ProductOperations f32_products = product_operations<float>();
+}

@@ -1,0 +1,6 @@
+// The operators around PyTorch's products, of float64 operands.
+#include "products.cuh"
+
+namespace gistops::cuda {
+const ProductOperations f64_products = product_operations<double>();
+}

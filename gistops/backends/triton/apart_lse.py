@@ -1,0 +1,116 @@
+"""Pairs that cancel, in a loss: their group's part of the log-sum-exp made anew, from w_k + δ_j written out.
+
+As apart.py, for class-major scores. A program takes a whole group of pool.py, since all its scores are in the same sums.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .numbers import clamped_rnorm
+from .partials import joined, row_targets, store_partials, tile_partials
+
+
+@triton.jit
+def apart_lse_kernel(
+    input,  # [B, d]
+    centers,  # [K, d]
+    displacements,  # [m, d]
+    tau,  # one element
+    input_rnorms,  # [B]
+    scores,  # [K, stride]
+    slots,  # [K, stride]
+    center_rnorms,  # [M, K]
+    target,  # [B]
+    class_bias,  # [K], or unused
+    class_weight,  # [K], or unused
+    target_logits,  # [B]
+    partials,  # [3, groups, B]
+    B,
+    K,
+    d,
+    stride,
+    M,
+    run,
+    first,
+    first_group,
+    groups,
+    ignore_index,
+    TILE_K: tl.constexpr,
+    TILE_B: tl.constexpr,
+    TILE_D: tl.constexpr,
+    ACC: tl.constexpr,
+    PARK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    """A program: a group of classes, all features. Does anything only if the group holds such a pair.
+
+    Norms of these pairs are replaced on the way. What is read of them later is the sign alone, which stays.
+    """
+    group = tl.program_id(0)
+    start = group * run
+    depth = tl.arange(0, TILE_D)
+    marks = tl.zeros((TILE_K,), tl.int32)
+    for tile in range(start, start + run):
+        classes = tile * TILE_K + tl.arange(0, TILE_K)
+        for j in range(1, M):
+            rnorm = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=classes < K, other=0.0)
+            marks = marks | (rnorm < 0).to(tl.int32)
+    if tl.max(marks, 0) > 0:
+        for start_row in range(0, B, TILE_B):
+            rows = start_row + tl.arange(0, TILE_B)
+            row_valid = rows < B
+            f_tile = input + rows.to(tl.int64)[:, None] * d + depth[None, :]
+            scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
+            places = row_targets(target, rows, row_valid, first, ignore_index)
+            largest = tl.full((TILE_B,), float("-inf"), ACC)
+            total = tl.zeros((TILE_B,), ACC)
+            weighted = tl.zeros((TILE_B,), ACC)
+            for tile in range(start, start + run):
+                classes = tile * TILE_K + tl.arange(0, TILE_K)
+                class_valid = classes < K
+                w_tile = centers + classes.to(tl.int64)[:, None] * d + depth[None, :]
+                best = tl.full((TILE_K, TILE_B), float("-inf"), ACC)
+                slot = tl.zeros((TILE_K, TILE_B), tl.int32)
+                for j in range(M):
+                    products = tl.zeros((TILE_K, TILE_B), ACC)
+                    squares = tl.zeros((TILE_K,), ACC)
+                    for begin in range(0, d, TILE_D):
+                        inside = depth < d - begin
+                        w = tl.load(w_tile + begin, mask=class_valid[:, None] & inside[None, :], other=0.0)
+                        f = tl.load(f_tile + begin, mask=row_valid[:, None] & inside[None, :], other=0.0)
+                        delta = tl.load(
+                            displacements + (j - 1) * d + begin + depth, mask=inside & (j > 0), other=0.0
+                        )
+                        vector = w.to(ACC) + delta.to(ACC)[None, :]
+                        squares += tl.sum(vector * vector, 1)
+                        products = tl.dot(
+                            vector, tl.trans(f.to(ACC)), products, input_precision="ieee", out_dtype=ACC
+                        )
+                    known = center_rnorms + tl.cast(j, tl.int64) * K + classes
+                    rnorm = tl.load(known, mask=class_valid, other=0.0)
+                    direct = clamped_rnorm(squares)
+                    tl.store(known, -direct, mask=class_valid & (rnorm < 0))
+                    score = products * tl.where(rnorm < 0, direct, rnorm)[:, None]
+                    better = (score > best) | (score != score)
+                    best = tl.where(better, score, best)
+                    slot = tl.where(better, j, slot)
+                z = best * scale[None, :]
+                valid = row_valid[None, :] & class_valid[:, None]
+                if PARK:
+                    offsets = classes.to(tl.int64)[:, None] * stride + rows[None, :]
+                    tl.store(scores + offsets, z, mask=valid)
+                    tl.store(slots + offsets, slot.to(tl.uint8), mask=valid)
+                own = valid & (classes[:, None] == places[None, :])
+                tl.store(target_logits + rows[None, :] + tl.zeros_like(slot), z, mask=own)
+                more = tile_partials(
+                    z, classes, class_valid, places, class_bias, class_weight, HAS_BIAS, HAS_WEIGHT, SUMS
+                )
+                largest, total = joined(largest, total, more[0], more[1])
+                weighted += more[2]
+            store_partials(
+                partials, largest, total, weighted, first_group + group, groups, rows, row_valid, B, SUMS
+            )

@@ -1,0 +1,363 @@
+"""`gistops::triton_cross_entropy_forward` and `_backward`: tensors in, kernels launched, tensors out.
+
+A loss takes six launches beside the product W f', its gradients six beside the product HW. Scores and slots are held
+for the backward (`keep`), class by class; otherwise both directions work in chunks of classes, and the backward makes
+the scores again. Nothing waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...operators.cross_entropy import padded
+from . import configs, gradients, operators
+from .apart_lse import apart_lse_kernel
+from .configs import grouped, power_of_two
+from .configs import tiles as tiles_of
+from .forward import norms_kernel
+from .gradients import Needs, Saved
+from .pool import pool_lse_kernel
+from .prepare import prepare_kernel
+from .problem import Problem, on_device, product_into
+from .routing import Parts, Routed, gather
+from .rows import rows_kernel, total_kernel
+from .softmax import route_softmax_kernel
+
+#: Scores in a chunk at most, where they are not held.
+CHUNK_ELEMENTS = 1 << 25
+
+
+class Loss(NamedTuple):
+    """What a loss takes beside the logits' arguments; tensors contiguous."""
+
+    target: Tensor
+    bias: Tensor | None
+    weight: Tensor | None
+    margin: Tensor | None
+    margin_kind: int
+    reduction: int
+    ignore_index: int
+    smoothing: float
+
+
+class Chunk(NamedTuple):
+    """Some classes: all, or as many as CHUNK_ELEMENTS allows."""
+
+    first: int
+    p: Problem
+    tile: tuple[int, int]  # classes, features
+    run: int  # class tiles a group
+    groups: int
+    first_group: int
+
+
+def chunks(p: Problem, size: int, tile: tuple[int, int]) -> Iterator[Chunk]:
+    """The chunks of at most `size` classes."""
+    B, K, d, M = p.sizes
+    tile = tile[0], min(tile[1], max(16, power_of_two(B)))
+    count = 0
+    for first in range(0, K, size):
+        centers = p.centers[first : first + size]
+        part = p._replace(centers=centers, sizes=(B, centers.shape[0], d, M))
+        run, groups = grouped(centers.shape[0], B, tile)
+        yield Chunk(first, part, tile, run, groups, count)
+        count += groups
+
+
+def chunk_size(p: Problem, held: bool) -> int:
+    """Classes of a chunk."""
+    return p.sizes[1] if held else max(64, CHUNK_ELEMENTS // padded(p.sizes[0]) // 64 * 64)
+
+
+def forward(
+    input: Tensor,
+    centers: Tensor,
+    displacements: Tensor,
+    tau: Tensor,
+    target: Tensor,
+    class_bias: Tensor | None,
+    weight: Tensor | None,
+    margin: Tensor | None,
+    margin_kind: int,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    keep: bool,
+    allow_tf32: bool = False,
+) -> tuple[Tensor, ...]:
+    """`cross_entropy.FORWARD_SCHEMA`."""
+    p = Problem.of(input, centers, displacements, tau, allow_tf32)
+    B, K, _, M = p.sizes
+    of = Loss(
+        target.contiguous(), *(x if x is None else x.contiguous() for x in (class_bias, weight, margin)),
+        margin_kind, reduction, ignore_index, label_smoothing,
+    )  # fmt: skip
+    new = p.input.new_empty
+    lse, inside = new(B, dtype=p.sums), new(1, dtype=torch.bool)
+    loss = new((B,) if reduction == 0 else (), dtype=p.sums)
+    center_rnorms, input_rnorms = new(M, K, dtype=p.sums), new(B, dtype=p.sums)
+    rows, scalars = new(2 if margin is None else 5, B, dtype=p.sums), new(2, dtype=p.sums)
+    every = list(chunks(p, chunk_size(p, keep), p.small.pool))
+    shape = (max(c.p.sizes[1] for c in every), padded(B))
+    scores, slots = new(shape, dtype=p.sums), new(shape if keep else (0, 0), dtype=torch.uint8)
+    if B == 0:
+        loss.fill_(torch.nan if reduction == 1 else 0.0)
+        inside.fill_(True)
+        center_rnorms.zero_()
+        scalars.zero_()
+        return loss, lse, inside, scores, slots, center_rnorms, input_rnorms, rows, scalars
+    groups = every[-1].first_group + every[-1].groups
+    target_logits = new(B, dtype=p.sums)
+    partials = new(2 + (label_smoothing > 0), groups, B, dtype=p.sums)
+    class_sums = new(2, groups, dtype=p.sums)
+    with on_device(p.input.device):
+        shifts, squares = _prepare(p, input_rnorms)
+        for c in every:
+            rnorms = center_rnorms if c.groups == groups else new(M, c.p.sizes[1], dtype=p.sums)
+            _norms(c.p, squares, rnorms)
+            kept = (scores, slots) if keep else (scores[: c.p.sizes[1]], None)
+            _score(c, of, *kept, rnorms, input_rnorms, shifts, target_logits, partials, class_sums, groups)
+            if rnorms is not center_rnorms:
+                center_rnorms[:, c.first : c.first + c.p.sizes[1]] = rnorms
+        _finish(p, of, partials, class_sums, target_logits, loss, lse, inside, rows, scalars)
+    if not keep:
+        scores = scores.new_empty(0, 0)
+    return loss, lse, inside, scores, slots, center_rnorms, input_rnorms, rows, scalars
+
+
+def _prepare(p: Problem, input_rnorms: Tensor) -> tuple[Tensor, Tensor]:
+    """f·δ [M, B] and |δ|² [M]; the features' norms."""
+    B, _, d, M = p.sizes
+    shifts, squares = p.input.new_empty(M, B, dtype=p.sums), p.input.new_empty(M, dtype=p.sums)
+    rows, depth = p.small.prepare
+    prepare_kernel[(tiles_of(B, rows), tiles_of(M, 16))](
+        p.input, p.displacements, input_rnorms, shifts, squares, B, d, M,
+        TILE_B=rows, TILE_D=depth, SLOTS=16, **p.constants("ACC", "NORM_PRECISION", "WIDEN"),
+    )  # fmt: skip
+    return shifts, squares
+
+
+def _norms(p: Problem, squares: Tensor, center_rnorms: Tensor) -> None:
+    _, K, d, M = p.sizes
+    classes, depth = p.small.norms
+    norms_kernel[(tiles_of(K, classes), tiles_of(M, 16))](
+        p.centers, p.displacements, squares, center_rnorms, K, d, M,
+        TILE_K=classes, TILE_D=depth, SLOTS=16, **p.constants("ACC", "NORM_PRECISION", "WIDEN"),
+    )  # fmt: skip
+
+
+def _score(
+    c: Chunk,
+    of: Loss,
+    scores: Tensor,
+    slots: Tensor | None,
+    rnorms: Tensor,
+    input_rnorms: Tensor,
+    shifts: Tensor,
+    target_logits: Tensor,
+    partials: Tensor,
+    class_sums: Tensor,
+    groups: int,
+) -> None:
+    """A chunk's part of the log-sum-exp; its scores and slots too, unless slots is None."""
+    p = c.p
+    B, K, d, M = p.sizes
+    part = slice(c.first, c.first + K)
+    _product(p, scores[:, :B])
+    sums = of.smoothing > 0
+    options: dict[str, Any] = {
+        "PARK": slots is not None, "HAS_BIAS": of.bias is not None,
+        "HAS_WEIGHT": of.weight is not None and sums, "SUMS": sums, **p.constants("ACC"),
+    }  # fmt: skip
+    bias, weight = (None if x is None else x[part] for x in (of.bias, of.weight))
+    pool_lse_kernel[(c.groups * tiles_of(B, c.tile[1]),)](
+        scores, slots, rnorms, shifts, input_rnorms, p.tau, of.target, bias, weight, target_logits, partials,
+        class_sums, B, K, scores.shape[1], M, c.run, c.first, c.first_group, groups, of.ignore_index,
+        TILE_K=c.tile[0], TILE_B=c.tile[1], **options,
+    )  # fmt: skip
+    if M > 1:
+        classes, rows, depth = p.small.apart
+        classes = min(classes, c.tile[0])
+        apart_lse_kernel[(c.groups,)](
+            p.input, p.centers, p.displacements, p.tau, input_rnorms, scores, slots, rnorms, of.target, bias, weight,
+            target_logits, partials, B, K, d, scores.shape[1], M, c.run * (c.tile[0] // classes), c.first,
+            c.first_group, groups, of.ignore_index, TILE_K=classes, TILE_B=rows, TILE_D=depth, **options,
+        )  # fmt: skip
+
+
+def _product(p: Problem, out: Tensor) -> None:
+    """W f', class by class."""
+    centers, input = p.centers, p.input
+    if configs.INTERPRETED:  # the CPU's product has no wider output
+        centers, input = centers.to(out.dtype), input.to(out.dtype)
+    product_into(out, centers, input.t())
+
+
+def _finish(
+    p: Problem,
+    of: Loss,
+    partials: Tensor,
+    class_sums: Tensor,
+    target_logits: Tensor,
+    loss: Tensor,
+    lse: Tensor,
+    inside: Tensor,
+    rows: Tensor,
+    scalars: Tensor,
+) -> None:
+    """The loss, from the groups' parts."""
+    B, K, _, _ = p.sizes
+    height, run, long = configs.ROWS
+    programs = tiles_of(B, height)
+    parts = p.input.new_empty(3, programs, dtype=p.sums)
+    rows_kernel[(programs,)](
+        partials, class_sums, target_logits, of.target, of.bias, of.weight, of.margin, p.tau,
+        loss, lse, rows, parts, scalars, B, K, partials.shape[1], of.ignore_index, TILE_R=height, TILE_T=run,
+        MARGIN=0 if of.margin is None else of.margin_kind + 1,
+        MARGIN_EACH=of.margin is not None and of.margin.numel() > 1,
+        SMOOTHING=of.smoothing, REDUCED=of.reduction > 0,
+        HAS_BIAS=of.bias is not None, HAS_WEIGHT=of.weight is not None,
+    )  # fmt: skip
+    total_kernel[(1,)](
+        parts, loss, scalars, inside, programs, TILE=long, REDUCED=of.reduction > 0, MEAN=of.reduction == 1
+    )
+
+
+def backward(
+    grad_loss: Tensor | None,
+    grad_lse: Tensor | None,
+    input: Tensor,
+    centers: Tensor,
+    displacements: Tensor,
+    tau: Tensor,
+    target: Tensor,
+    class_bias: Tensor | None,
+    weight: Tensor | None,
+    margin: Tensor | None,
+    lse: Tensor,
+    scores: Tensor,
+    slots: Tensor,
+    center_rnorms: Tensor,
+    input_rnorms: Tensor,
+    rows: Tensor,
+    scalars: Tensor,
+    margin_kind: int,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    need_input: bool,
+    need_centers: bool,
+    need_displacements: bool,
+    need_tau: bool,
+    need_bias: bool,
+    need_margin: bool,
+    allow_tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`cross_entropy.BACKWARD_SCHEMA`."""
+    p = Problem.of(input, centers, displacements, tau, allow_tf32)
+    arguments = (input, centers, displacements, tau, class_bias, margin)
+    needs = Needs(
+        need_input, need_centers, need_displacements, need_tau,
+        need_bias and class_bias is not None, need_margin and margin is not None,
+    )  # fmt: skip
+    none = lse.new_empty(0)
+    if p.sizes[0] == 0 or not any(needs):
+        empty = [torch.zeros_like(x) if x is not None and n else none for x, n in zip(arguments, needs, strict=True)]
+        return empty[0], empty[1], empty[2], empty[3], empty[4], empty[5]
+    of = Loss(
+        target.contiguous(), *(x if x is None else x.contiguous() for x in (class_bias, weight, margin)),
+        margin_kind, reduction, ignore_index, label_smoothing,
+    )  # fmt: skip
+    routing: dict[str, Any] = {
+        "grad_loss": grad_loss, "grad_stride": grad_loss.stride(0) if grad_loss is not None and grad_loss.dim() else 0,
+        "grad_lse": grad_lse, "lse_stride": 0 if grad_lse is None else grad_lse.stride(0),
+        "saved": rows, "scalars": scalars, "target": of.target, "class_bias": of.bias, "class_weight": of.weight,
+        "every_class": p.sizes[1], "ignore_index": ignore_index, "SMOOTHING": label_smoothing,
+        "MEAN": reduction == 1, "HAS_LOSS": grad_loss is not None, "HAS_LSE": grad_lse is not None,
+        "HAS_BIAS": class_bias is not None, "HAS_WEIGHT": weight is not None, "HAS_MARGIN": margin is not None,
+    }  # fmt: skip
+    with on_device(p.input.device):
+        if scores.numel():
+            (c,) = chunks(p, p.sizes[1], p.small.softmax)
+            saved = Saved(scores, scores, slots, center_rnorms, input_rnorms, True)
+            made = _gradients(c, saved, needs, routing, p.products)
+        else:
+            made = _in_chunks(p, of, needs, routing, center_rnorms, input_rnorms)
+    *made, of_margin = made
+    if needs.margin and margin is not None and margin.numel() == 1:
+        of_margin = of_margin.sum()
+    gradients_of = [
+        operators._like(x, g) if needed and x is not None else none
+        for g, x, needed in zip((*made, of_margin), arguments, needs, strict=True)
+    ]
+    return (
+        gradients_of[0], gradients_of[1], gradients_of[2], gradients_of[3], gradients_of[4], gradients_of[5]
+    )  # fmt: skip
+
+
+def _gradients(
+    c: Chunk, saved: Saved, needs: Needs, routing: dict[str, Any], dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """All gradients of a chunk, of input and displacements in the dtype given."""
+    if c.p.sizes[3] > 1:
+        saved = saved._replace(grad=torch.empty_like(saved.logits))  # touched only where pairs cancel
+    routed = _route(c, saved, needs, routing)
+    none = saved.logits.new_empty(0)
+    of_input = gradients.input_gradient(c.p, saved, routed, dtype) if needs.input else none
+    of_centers, parts = gradients.centers_gradient(c.p, saved, routed, needs)
+    of_displacements = none
+    if needs.displacements:
+        of_displacements = gradients.displacements_gradient(c.p, routed, parts, dtype)
+    return of_input, of_centers, of_displacements, routed.of_tau, routed.of_bias, routed.of_margin
+
+
+def _route(c: Chunk, saved: Saved, needs: Needs, routing: dict[str, Any]) -> Routed:
+    """H' and its sums, from scores."""
+    B, K, _, M = c.p.sizes
+    splits = tiles_of(B, c.tile[1])
+    parts = Parts.of(c.p, needs, splits, c.groups)
+    route_softmax_kernel[(splits * c.groups,)](
+        saved.grad, saved.logits, saved.slots, saved.center_rnorms, saved.input_rnorms, c.p.tau, *parts,
+        B=B, K=K, stride=saved.logits.shape[1], M=M, run=c.run, first=c.first,
+        TILE_K=c.tile[0], TILE_B=c.tile[1], SLOTS=power_of_two(M),
+        LARGEST=65504.0 if c.p.dtype == torch.float16 else 0.0, **parts.switches(), **routing,
+    )  # fmt: skip
+    return gather(c.p, parts, c.run * c.tile[0], c.tile[1])
+
+
+def _in_chunks(
+    p: Problem, of: Loss, needs: Needs, routing: dict[str, Any], center_rnorms: Tensor, input_rnorms: Tensor
+) -> tuple[Tensor, ...]:
+    """As `_gradients`, from scores made again; what is summed over chunks is summed in `p.sums`."""
+    B, K, _, M = p.sizes
+    new = p.input.new_empty
+    shifts, _ = _prepare(p, new(B, dtype=p.sums))
+    size = min(chunk_size(p, False), K)
+    memory, slots = new(size, padded(B), dtype=p.sums), new(size, padded(B), dtype=torch.uint8)
+    target_logits = new(B, dtype=p.sums)
+    sums: list[Tensor] = []
+    for score, route in zip(chunks(p, size, p.small.pool), chunks(p, size, p.small.softmax), strict=True):
+        classes = score.p.sizes[1]
+        part = slice(score.first, score.first + classes)
+        rnorms = center_rnorms[:, part].contiguous()
+        partials, class_sums = new(3, score.groups, B, dtype=p.sums), new(2, score.groups, dtype=p.sums)
+        parked = memory[:classes], slots[:classes]
+        alone = score._replace(first_group=0)
+        _score(alone, of, *parked, rnorms, input_rnorms, shifts, target_logits, partials, class_sums, score.groups)
+        saved = Saved(parked[0], *parked, rnorms, input_rnorms, True)
+        some = _gradients(route, saved, needs, routing, p.sums)
+        if not sums:
+            sums = [
+                x.new_empty(K, *x.shape[1:]) if i in (1, 4, 5) and x.numel() else torch.zeros_like(x)
+                for i, x in enumerate(some)
+            ]
+        for i, (total, more) in enumerate(zip(sums, some, strict=True)):
+            if i in (1, 4, 5) and more.numel():
+                total[part] = more
+            elif more.numel():
+                total += more
+    return tuple(sums)

@@ -1,0 +1,93 @@
+"""From products to scores, and to their tile's part of the log-sum-exp of each row, class by class.
+
+    z[k, i] = τ / |f_i| · max_j (P[k, i] + Q[i, j]) R[k, j]        P = W f', Q = f Δ', R = 1 / |w_k + δ_j|
+
+P comes from torch's own library. Rows of classes start on whole vectors whatever K, and the sums over the classes of
+one feature stay within a thread but for the last step.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .partials import joined, row_targets, store_class_sums, store_partials, tile_partials
+
+
+@triton.jit
+def pool_lse_kernel(
+    scores,  # P [K, stride]; with PARK replaced by z
+    slots,  # [K, stride]: written with PARK
+    center_rnorms,  # [M, K]
+    shifts,  # [M, B]
+    input_rnorms,  # [B]
+    tau,  # one element
+    target,  # [B]
+    class_bias,  # [K], or unused
+    class_weight,  # [K], or unused
+    target_logits,  # [B]: of the rows whose target is here
+    partials,  # [3, groups, B]
+    class_sums,  # [2, groups]
+    B,
+    K,
+    stride,  # B rounded up to a multiple of 16
+    M,
+    run,  # class tiles a group
+    first,  # class of the chunk
+    first_group,
+    groups,  # of all chunks
+    ignore_index,
+    TILE_K: tl.constexpr,
+    TILE_B: tl.constexpr,
+    ACC: tl.constexpr,
+    PARK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    SUMS: tl.constexpr,  # of weight z, for label smoothing
+):
+    """A program: a group of class tiles, TILE_B features. Scores of pairs that cancel are wrong, and made anew later."""
+    feature_tiles = tl.cdiv(B, TILE_B)
+    feature_tile = tl.program_id(0) % feature_tiles
+    group = tl.program_id(0) // feature_tiles
+    rows = feature_tile * TILE_B + tl.arange(0, TILE_B)
+    row_valid = rows < B
+    scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
+    places = row_targets(target, rows, row_valid, first, ignore_index)
+    largest = tl.full((TILE_B,), float("-inf"), ACC)
+    total = tl.zeros((TILE_B,), ACC)
+    weighted = tl.zeros((TILE_B,), ACC)
+    for tile in range(group * run, group * run + run):
+        classes = tile * TILE_K + tl.arange(0, TILE_K)
+        class_valid = classes < K
+        offsets = classes.to(tl.int64)[:, None] * stride + rows[None, :]
+        valid = class_valid[:, None] & row_valid[None, :]
+        products = tl.load(scores + offsets, mask=valid, other=0.0)
+        best = products * tl.load(center_rnorms + classes, mask=class_valid, other=0.0)[:, None]
+        slot = tl.zeros((TILE_K, TILE_B), tl.int32)
+        for j in range(1, M):
+            rnorm = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0)
+            shift = tl.load(shifts + tl.cast(j, tl.int64) * B + rows, mask=row_valid, other=0.0)
+            score = (products + shift[None, :]) * rnorm[:, None]
+            # The lowest of equals wins, and NaN gets through, as in torch.max.
+            better = (score > best) | (score != score)
+            best = tl.where(better, score, best)
+            slot = tl.where(better, j, slot)
+        z = best * scale[None, :]
+        if PARK:
+            inside = class_valid[:, None] & (rows < stride)[None, :]
+            tl.store(scores + offsets, z, mask=inside)
+            tl.store(slots + offsets, slot.to(tl.uint8), mask=inside)
+        own = valid & (classes[:, None] == places[None, :])
+        tl.store(target_logits + rows[None, :] + tl.zeros_like(slot), z, mask=own)
+        more = tile_partials(
+            z, classes, class_valid, places, class_bias, class_weight, HAS_BIAS, HAS_WEIGHT, SUMS
+        )
+        largest, total = joined(largest, total, more[0], more[1])
+        weighted += more[2]
+    store_partials(partials, largest, total, weighted, first_group + group, groups, rows, row_valid, B, SUMS)
+    if SUMS:
+        if feature_tile == 0:
+            store_class_sums(
+                class_sums, group * run * TILE_K, run, K, class_bias, class_weight, first_group + group, groups,
+                TILE_K, HAS_BIAS, HAS_WEIGHT,
+            )  # fmt: skip

@@ -1,0 +1,85 @@
+"""A backward that runs inside an autocast region: many training loops call it there, and it must change nothing.
+
+Products that an operator makes through the dispatcher are cast there like everyone's, unless it sees to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import gistops
+
+from .oracle import Sample, generator
+
+half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64
+SIZES = (37, 67, 40, 3)
+
+CALLS: dict[str, Callable[[list[Tensor], str], Tensor]] = {
+    "logits": lambda t, backend: gistops.constellation_logits(*t[:4], backend=backend),
+    "loss": lambda t, backend: gistops.constellation_cross_entropy(
+        *t[:4], torch.arange(37), reduction="none", label_smoothing=0.1, class_bias=t[5], backend=backend
+    ),
+    "free": lambda t, backend: gistops.subcenter_cross_entropy(
+        t[0], t[4], t[3], torch.arange(37), reduction="none", backend=backend
+    ),
+    "rotation": lambda t, backend: gistops.constellation_logits(
+        *t[:4], transform="rotation", axis=t[4][0, 0], backend=backend
+    ),
+}
+
+
+@pytest.mark.parametrize("region", [bf16, half])
+@pytest.mark.parametrize("dtype", [torch.float32, bf16, half, f64])
+@pytest.mark.parametrize("name", CALLS)
+def test_backward_inside_autocast(
+    name: str, dtype: torch.dtype, region: torch.dtype, fused: str, device: str, seed: int
+) -> None:
+    x, w, delta, tau = Sample(*SIZES, dtype, dtype, dtype).tensors(seed)
+    source = generator(seed + 1)
+    free = (torch.randn(67, 2, 40, generator=source) / 6).to(dtype).requires_grad_()
+    bias = torch.randn(67, generator=source, requires_grad=True)
+    leaves = [x, w, delta, tau, free, bias]
+    made = CALLS[name](leaves, fused)
+    grad = torch.randn(made.shape, generator=source).to(made.dtype)
+    expected = torch.autograd.grad(made, leaves, grad, allow_unused=True)
+    made = CALLS[name](leaves, fused)
+    with torch.autocast(device, region):
+        inside = torch.autograd.grad(made, leaves, grad, allow_unused=True)
+    for a, b in zip(inside, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is None or b is None:
+            continue
+        assert a.dtype == b.dtype
+        if name == "rotation":  # its tables are products of torch's own, whose backward is cast
+            torch.testing.assert_close(a, b, atol=0.03 * float(b.abs().max()), rtol=0)
+        else:
+            assert torch.equal(a, b)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("region", [bf16, half])
+@pytest.mark.parametrize("name", CALLS)
+def test_all_of_a_step_inside_autocast(name: str, region: torch.dtype, fused: str, seed: int) -> None:
+    """A GPU multiplies in the region's dtype: what comes out is that of tensors rounded before, and float32."""
+    x, w, delta, tau = Sample(*SIZES).tensors(seed)
+    source = generator(seed + 1)
+    free = (torch.randn(67, 2, 40, generator=source) / 6).requires_grad_()
+    bias = torch.randn(67, generator=source, requires_grad=True)
+    leaves = [x, w, delta, tau, free, bias]
+    with torch.autocast("cuda", region):
+        made = CALLS[name](leaves, fused)
+        assert made.dtype == torch.float32
+        ours = torch.autograd.grad(made.square().sum(), leaves, allow_unused=True)
+    rounded = [t if t is tau or t is bias else t.detach().to(region).requires_grad_() for t in leaves]
+    expected = CALLS[name](rounded, fused)
+    torch.testing.assert_close(made, expected, atol=2e-4, rtol=1e-4)  # a rotation's tables are not rounded
+    theirs = torch.autograd.grad(expected.square().sum(), rounded, allow_unused=True)
+    for leaf, a, b in zip(leaves, ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert a.dtype == leaf.dtype
+            torch.testing.assert_close(a, b.float(), atol=0.03 * float(b.abs().max()), rtol=0)

@@ -1,0 +1,132 @@
+"""Nothing goes from the host to the device, or back, while operators run: a GPU would have to be waited for.
+
+On meta tensors, whose values cannot be read, and with functions that copy from the host refused; on a GPU, torch itself
+says where it waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import gistops
+
+from .oracle import Sample
+
+K, d, m = 67, 20, 3
+Tensors = tuple[Tensor, ...]  # x, w, δ, u, A, B, free centres, one number a class, target
+
+
+def tensors_of(seed: int, requires_grad: bool = True) -> Tensors:
+    x, w, delta, _ = Sample(37, K, d, m).tensors(seed, requires_grad=False)
+    more = (torch.randn(d), torch.randn(5, 2 * d), torch.randn(d, 5), torch.randn(K, 3, d), torch.rand(K))
+    floats = [t.requires_grad_(requires_grad) for t in (x, w, delta, *more)]
+    return *floats, torch.arange(37)
+
+
+def bare(call: Callable[..., Any], **more: Any) -> Callable[[Tensors, str], Any]:
+    return lambda t, backend: call(t[0], t[1], t[2], 16.0, backend=backend, **more)
+
+
+def loss(**more: Any) -> Callable[[Tensors, str], Any]:
+    def call(t: Tensors, backend: str) -> Any:
+        options = {"class_bias": t[7], "weight": t[7].detach(), "label_smoothing": 0.1} | more
+        if options.get("margin") is Tensor:
+            options["margin"] = t[7]
+        arguments = (*t[:3], 16.0, t[8])
+        return gistops.constellation_cross_entropy(*arguments, return_lse=True, backend=backend, **options)
+
+    return call
+
+
+def turned(name: str) -> Callable[[Tensors, str], Any]:
+    def call(t: Tensors, backend: str) -> Any:
+        how = {"axis": t[3]} if name == "rotation" else {"mlp": (t[4], t[5])}
+        more: Any = {"transform": name, "backend": backend, **how}
+        logits = gistops.constellation_logits(*t[:3], 16.0, **more)
+        with torch.no_grad():
+            gistops.constellation_topk(*t[:3], 16.0, 5, **more)
+        return logits, gistops.constellation_cross_entropy(*t[:3], 16.0, t[8], margin=0.1, **more)
+
+    return call
+
+
+#: Everything that takes a number where a tensor would do, and all else.
+CALLS: dict[str, Callable[[Tensors, str], Any]] = {
+    "logits": bare(gistops.constellation_logits),
+    "free logits": lambda t, backend: gistops.subcenter_logits(t[0], t[6], 16, backend=backend),
+    "loss": loss(),
+    "margin logit": loss(margin=0.3),
+    "margin cosine": loss(margin=1, margin_kind="cosine"),
+    "margin angle": loss(margin=0.3, margin_kind="angle", reduction="sum"),
+    "margin a class": loss(margin=Tensor, reduction="none"),
+    "free loss": lambda t, backend: gistops.subcenter_cross_entropy(
+        t[0], t[6], 16.0, t[8], margin=0.5, margin_kind="angle", backend=backend
+    ),
+    "topk": lambda t, backend: gistops.constellation_topk(
+        *t[:3], 16.0, 5, class_bias=t[7], return_lse=True, backend=backend
+    ),
+    "free topk": lambda t, backend: gistops.subcenter_topk(t[0], t[6], 16.0, 5, backend=backend),
+    "rotation": turned("rotation"),
+    "mlp": turned("mlp"),
+}
+
+
+def backward(made: Any) -> None:
+    losses = [t.sum() for t in tree_leaves(made) if t.requires_grad]
+    if losses:
+        torch.stack(losses).sum().backward()
+
+
+class FromTheHost(TorchFunctionMode):
+    """Refuses what makes a tensor on a device of values on the host."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy), func
+        return func(*args, **(kwargs or {}))
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses operators that take or give a tensor on the CPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        devices = {t.device.type for t in tree_leaves((args, kwargs, made)) if isinstance(t, Tensor)}
+        assert devices <= {"meta"}, f"{func}: {devices}"
+        return made
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_value_comes_from_the_host_or_is_read_by_it(name: str, backend: str, seed: int) -> None:
+    tensors = tuple(t.detach().to("meta").requires_grad_(t.requires_grad) for t in tensors_of(seed))
+    with FromTheHost(), OneDevice():
+        backward(CALLS[name](tensors, backend))
+    assert "topk" in name or tensors[0].grad is not None
+
+
+@contextmanager
+def refusing_to_wait() -> Iterator[None]:
+    """torch raises where it makes the host wait for the GPU."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", CALLS)
+def test_the_host_never_waits_for_the_gpu(name: str, fused: str, seed: int) -> None:
+    tensors = tensors_of(seed)
+    backward(CALLS[name](tensors, fused))  # what is compiled or loaded first may wait
+    with refusing_to_wait():
+        backward(CALLS[name](tensors, fused))

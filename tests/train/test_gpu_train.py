@@ -1,0 +1,122 @@
+"""Seeds and methods side by side, in a limited time: `python -m bench.gpu_train`, tried on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench import gpu_train
+from bench.gpu_train import Job, jobs_of
+
+from .conftest import REPOSITORY
+
+SMALL = "--recipe smoke --device cpu --threads 1 --precision float32 --no-graph"
+OPTIONS = "--num-classes 5 --classes-per-batch 4"
+
+
+def called(folder: Path, data: Path, words: str, options: str = OPTIONS) -> tuple[int, list[dict[str, Any]]]:
+    """The exit code and lines of a call, in a process of its own."""
+    command = [sys.executable, "-m", "bench.gpu_train", "--data", str(data), "--folder", str(folder)]
+    done = subprocess.run(
+        [*command, *SMALL.split(), *words.split(), "--", *options.split()],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert not done.stderr, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert lines == [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return done.returncode, lines
+
+
+def test_methods_that_share_a_first_stage_are_one_job() -> None:
+    methods = ("plain", "gist", "cos-balanced-softmax", "cos-gist")
+    families = [("plain",), ("gist", "cos-gist"), ("cos-balanced-softmax",)]
+    assert jobs_of(methods, [4, 7]) == [Job(seed, family) for family in families for seed in (4, 7)]
+
+
+def test_stopped_and_gone_on_with(image_file: Path, tmp_path: Path) -> None:
+    words = ["--data", str(image_file), "--folder", str(tmp_path), "--epochs", "400", "--at-once", "0"]
+    args = gpu_train.parse([*words, *SMALL.split(), "--", *OPTIONS.split()])
+    jobs = [Job(seed, ("gist", "cos-gist")) for seed in (0, 1)]
+    epochs = [0, 0]
+    for _ in range(2):
+        pool = gpu_train.Pool(jobs, image_file, args, dict(os.environ))
+        before = epochs
+        while not all(now > then for now, then in zip(epochs, before, strict=True)):
+            pool.turn()
+            assert len(pool.running) == 2, [gpu_train.said(tmp_path, job) for job in jobs]
+            time.sleep(0.1)
+            epochs = [gpu_train.unfinished(tmp_path, job, None)["epochs"] for job in jobs]
+        pool.stop(time.monotonic() + 100)
+        assert list(pool.codes.values()) == [75, 75]
+        for job in jobs:
+            assert "stopped in gist, after " in gpu_train.said(tmp_path, job)
+            assert (tmp_path / job.name / "checkpoint.pt").exists()
+    assert all("resuming after gist" in gpu_train.said(tmp_path, job) for job in jobs)
+
+
+def test_no_time_at_all(image_file: Path, tmp_path: Path) -> None:
+    words = "--seeds 0 1 2 --methods plain --epochs 400 --at-once 2 --seconds 4"
+    code, lines = called(tmp_path / "runs", image_file, words)
+    assert code == 0
+    assert [(line["event"], line["seed"], line["epochs"]) for line in lines] == [
+        ("unfinished", seed, 0) for seed in range(3)
+    ]
+
+
+def test_finished_models_are_said_again(image_file: Path, tmp_path: Path) -> None:
+    words = "--seeds 3 --methods gist,plain --epochs 2 --at-once 0 --seconds 250"
+    code, lines = called(tmp_path / "runs", image_file, words)
+    assert code == 0
+    assert {(line["event"], line["method"], line["epochs"]) for line in lines} == {
+        ("result", "gist", 2),
+        ("result", "plain", 2),
+    }
+    assert all(line["accuracy"].keys() == {"overall", "many", "medium", "few"} for line in lines)
+    assert all(line["images_per_second"] > 0 for line in lines)
+    again = called(tmp_path / "runs", image_file, words)
+    assert again == (0, lines)
+
+
+def test_a_process_that_fails_is_said(image_file: Path, tmp_path: Path) -> None:
+    words = "--seeds 0 --methods plain --epochs 2 --seconds 100"
+    code, (line,) = called(tmp_path / "runs", image_file, words, "--num-classes 6")
+    assert code == 1
+    assert (line["event"], line["code"]) == ("failed", 2)
+    assert "expected 6 classes" in line["said"]
+
+
+def test_packed_data_is_unpacked_once(tmp_path: Path) -> None:
+    tool, packed = tmp_path / "cifar_packed.py", tmp_path / "some.packed"
+    tool.write_text(
+        "import sys, numpy\nassert sys.argv[1] == 'unpack'\n"
+        "numpy.savez(sys.argv[3], x=numpy.frombuffer(open(sys.argv[2], 'rb').read(), numpy.uint8))\n"
+    )
+    packed.write_bytes(b"abc")
+    made = gpu_train.unpacked(packed, tmp_path, None)
+    assert np.load(made)["x"].tobytes() == b"abc"
+    tool.unlink()
+    assert gpu_train.unpacked(packed, tmp_path, None) == made
+    made.unlink()
+    with pytest.raises(SystemExit, match="--unpacker: expected the script"):
+        gpu_train.unpacked(packed, tmp_path, None)
+    assert gpu_train.unpacked(Path("other.npz"), tmp_path, None) == Path("other.npz")
+
+
+def test_every_way_of_a_step_is_measured(image_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "probe"
+    command = [sys.executable, "-m", "bench.gpu_train", "--probe", "--data", str(image_file)]
+    command += ["--folder", str(folder), "--methods", "gist", *SMALL.split(), "--", *OPTIONS.split()]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = {line["way"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert lines["eager"]["ms_per_step"] > 0
+    assert lines["graph"]["losses"] == lines["eager"]["losses"]
+    assert "there are none on cpu" in lines["graph"]["warned"][0]

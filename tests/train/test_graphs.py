@@ -1,0 +1,133 @@
+"""Steps as a CUDA graph takes them: all but the graph itself, which a GPU is needed for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from train.config import Config
+from train.data.arrays import Dataset
+from train.graphs import WARM_UP, GraphedSteps, rates_in
+from train.training import Training
+
+from .test_engine import equal
+
+CONFIG = Config(
+    backbone="none", batch_size=50, classes_per_batch=3, samples_per_class=4, stage1_epochs=2, stage2_epochs=2,
+    lr=0.0625, lr_drops=(), device="cpu", center_features=True, displacement_update="residuals",
+    transfer_directions=5,
+)  # fmt: skip
+Step = Callable[[], Tensor]
+
+
+def finish(training: Training, capture: Callable[[Step], Step] | None = None) -> list[dict[str, Any]]:
+    """Train to the end, with steps held by `capture` in place of CUDA graphs; returns the epochs' records."""
+    records = []
+    while training.stage < len(training.method.stages):
+        if capture:
+            training.graphed = GraphedSteps(training, capture)
+        while training.epoch < training.method.stages[training.stage].epochs:
+            while training.step_of_epoch < training.steps_per_epoch:
+                training.step()
+            records.append(training.end_epoch())
+        training.begin_stage(training.stage + 1)
+    return records
+
+
+class Recorder:
+    """Repeats a step by calling it again, on whatever the tensors that it reads then hold."""
+
+    def __init__(self) -> None:
+        self.captures = self.replays = 0
+
+    def __call__(self, step: Step) -> Step:
+        self.captures += 1
+
+        def replay() -> Tensor:
+            self.replays += 1
+            return step()
+
+        return replay
+
+
+@pytest.mark.parametrize("method", ["gist", "cos-balanced-softmax"])
+@pytest.mark.parametrize("way", [{}, {"accumulate": 2}, {"precision": "bf16"}])
+def test_held_steps_are_the_eager_ones(way: dict[str, Any], method: str, features: Dataset) -> None:
+    config = dataclasses.replace(CONFIG, **way)
+    eager, held, recorder = Training(method, config, features), Training(method, config, features), Recorder()
+    assert finish(held, recorder) == finish(eager)
+    assert equal(held.state_dict(), eager.state_dict())
+    stages = len(eager.method.stages)
+    assert recorder.captures == stages
+    assert recorder.replays == 4 * (eager.steps_per_epoch - 1) - stages * WARM_UP, "an epoch's last step is another's"
+
+
+def test_rates_follow_the_schedule(features: Dataset) -> None:
+    config = dataclasses.replace(CONFIG, schedule="cosine", warmup_epochs=1)
+    eager, held = Training("gist", config, features), Training("gist", config, features)
+    records = finish(held, Recorder()), finish(eager)
+    for mine, theirs in zip(*records, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert mine["lr"] == theirs["lr"]
+    for mine, theirs in zip(held.model.parameters(), eager.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    groups = held.optimizer.param_groups
+    with rates_in(held.optimizer, [torch.zeros(()) for _ in groups]):
+        assert all(isinstance(group["lr"], Tensor) for group in groups)
+    assert not any(isinstance(group["lr"], Tensor) for group in groups)
+
+
+def test_a_capture_that_fails_is_said_and_the_steps_are_taken(features: Dataset) -> None:
+    def capture(step: Step) -> Step:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    eager, held = Training("plain", CONFIG, features), Training("plain", CONFIG, features)
+    with pytest.warns(RuntimeWarning, match=r"--cuda-graph: .* kernel by kernel, .* not permitted when"):
+        records = finish(held, capture)
+    assert records == finish(eager)
+    assert equal(held.state_dict(), eager.state_dict())
+
+
+def test_a_step_reads_nothing_on_the_host(features: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a graph holds must not look at a value: on a GPU that waits, and ends a capture."""
+    training = Training("gist", CONFIG, features)
+    training.begin_stage(1)
+    parts = training.batches.next()
+    training.optimize(parts)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a value was read")
+
+    looked = [name for name in ("item", "tolist", "__bool__", "__float__", "__int__", "numpy", "cpu")]
+    for name in looked:
+        monkeypatch.setattr(Tensor, name, refuse)
+    monkeypatch.setattr("gistops.functional.loss.check_loss", lambda target, *_: target)  # looks on the CPU alone
+    training.optimize(parts)
+
+
+def test_asked_for_in_vain(features: Dataset) -> None:
+    with pytest.warns(RuntimeWarning, match="--cuda-graph: there are none on cpu, so"):
+        training = Training("plain", dataclasses.replace(CONFIG, cuda_graph=True), features)
+    assert training.graphed is None
+    training.step()
+
+
+def test_made_ahead_goes_on_with_graphs(features: Dataset) -> None:
+    """A checkpoint of steps that were made ahead is one for steps that are not."""
+    training = Training("gist", CONFIG, features)
+    made = training.batches
+    ahead = type(made)(
+        made.x, made.y, made.random, made.balanced, made.sizes, made.augment, made.generator, ahead=True
+    )
+    for _ in range(3):
+        ahead.next()
+    state, (fourth,) = ahead.state_dict(), ahead.next()
+    made.load_state_dict(state)
+    (drawn,) = made.next_drawn()
+    assert torch.equal(made.made(drawn).x, fourth.x)
+    assert torch.equal(made.made(drawn).chance, fourth.chance)
