@@ -46,57 +46,58 @@ def _attribute(module: str, name: str) -> Setting:
     return Setting(why_not, apply)
 
 
-def _forced(name: str, make: Callable[[Any, Any, str], Any]) -> Setting:
-    """An argument of `gistops.backends.triton.configs.forced`."""
+def _tile(kernel: str) -> Setting:
+    """A tile of one of Triton's large kernels: classes, features, depth, warps, stages, as for half precision."""
 
     def why_not(value: Any) -> str | None:
         try:
             configs = _module("backends.triton.configs")
         except ImportError as error:
             return f"Triton does not load: {error}"
-        if not hasattr(configs, "forced"):
-            return "gistops.backends.triton.configs has no forced()"
-        try:
-            with configs.forced(**{name: make(configs, value, "bf16")}):
-                return None
-        except Exception as error:
-            return f"configs.forced({name}=…): {error}"
-
-    def apply(value: Any, precision: str) -> contextlib.AbstractContextManager[Any]:
-        configs = _module("backends.triton.configs")
-        manager: contextlib.AbstractContextManager[Any] = configs.forced(
-            **{name: make(configs, value, precision)}
+        if configs.INTERPRETED:
+            return "the interpreter has tiles of its own"
+        return (
+            None
+            if (kernel, "half") in _entries(configs)
+            else f"Triton's kernels have no tiles for {kernel!r}"
         )
-        return manager
+
+    @contextlib.contextmanager
+    def apply(value: tuple[int, ...], precision: str) -> Iterator[None]:
+        configs = _module("backends.triton.configs")
+        before = configs.choose
+        classes, features, depth, warps, stages = value
+        if precision != "bf16":  # as many bytes in rows of float32: of what the loop goes over
+            features, depth = (features, depth // 2) if kernel == "forward" else (features // 2, depth)
+        tile = configs.Config(classes, features, depth, warps, stages)
+
+        def choose(which: str, *arguments: Any) -> Any:
+            return tile if which == kernel else before(which, *arguments)
+
+        configs.choose = choose
+        try:
+            yield
+        finally:
+            configs.choose = before
 
     return Setting(why_not, apply)
 
 
-def _tile(configs: Any, value: tuple[int, ...], precision: str) -> Any:
-    classes, features, depth, warps, stages = value
-    # A row of 32 in float32 is as many bytes as one of 64 in half precision.
-    return configs.Config(
-        classes, features, depth if precision == "bf16" else max(depth // 2, 16), warps, stages
-    )
-
-
-def _centers_tile(configs: Any, value: tuple[int, ...], precision: str) -> Any:
-    classes, features, depth, warps, stages = value
-    return configs.Config(
-        classes, features if precision == "bf16" else max(features // 2, 16), depth, warps, stages
-    )
-
-
-def _as_it_is(configs: Any, value: Any, precision: str) -> Any:
-    return value
+def _entries(configs: Any) -> set[tuple[str, str]]:
+    """(kernel, kind of product) that Triton's tables know."""
+    return {
+        (kernel, kind)
+        for kernel, table in (("forward", "FORWARD"), ("centers", "CENTERS"))
+        for _, kind in getattr(configs, table, {})
+    }
 
 
 SETTINGS: dict[str, Setting] = {
     "chunk": _attribute("operators.chunks", "CHUNK_ELEMENTS"),
+    "triton chunk": _attribute("backends.triton.loss", "CHUNK_ELEMENTS"),
     "held bytes": _attribute("operators.cross_entropy", "HELD_BYTES"),
-    "forward tile": _forced("forward", _tile),
-    "centers tile": _forced("centers", _centers_tile),
-    "product": _forced("product", _as_it_is),
+    "forward tile": _tile("forward"),
+    "centers tile": _tile("centers"),
 }
 
 
