@@ -181,7 +181,7 @@ class Day:
         cases = {
             "constants": self._sized([Case("bf16", MAIN, "constants", (n,)) for n in constants.CONSTANTS]),
             "measure": [case for case in timed if len(case.forms) > 1],
-            "profile": self._sized(plan.profiled([n for n in self.options.forms if n not in wrong])),
+            "profile": plan.profiled([n for n in self.options.forms if n not in wrong], self.cases),
         }
         asked = [part for part in cases if part in self.options.only]
         if not asked:
