@@ -126,7 +126,9 @@ def train(
     report: Report = {"seconds": done.seconds, "models": models(done.output), "tail": done.tail(15)}
     if done.code != 0:
         report["problem"] = (
-            f"stopped after {seconds:.0f} s" if done.code is None else f"ended with {done.code}"
+            f"stopped after {seconds:.0f} s"
+            if done.code is None
+            else f"ended with {done.code}: {done.tail(1)}"
         )
     return report
 

@@ -46,58 +46,54 @@ def _attribute(module: str, name: str) -> Setting:
     return Setting(why_not, apply)
 
 
-def _tile(kernel: str) -> Setting:
-    """A tile of one of Triton's large kernels: classes, features, depth, warps, stages, as for half precision."""
+def _forced(
+    name: str, make: Callable[[Any, Any, str], Any] = lambda configs, value, precision: value
+) -> Setting:
+    """A choice of Triton's: an argument of `gistops.backends.triton.configs.forced`."""
 
     def why_not(value: Any) -> str | None:
         try:
             configs = _module("backends.triton.configs")
         except ImportError as error:
             return f"Triton does not load: {error}"
-        if configs.INTERPRETED:
-            return "the interpreter has tiles of its own"
-        return (
-            None
-            if (kernel, "half") in _entries(configs)
-            else f"Triton's kernels have no tiles for {kernel!r}"
-        )
-
-    @contextlib.contextmanager
-    def apply(value: tuple[int, ...], precision: str) -> Iterator[None]:
-        configs = _module("backends.triton.configs")
-        before = configs.choose
-        classes, features, depth, warps, stages = value
-        if precision != "bf16":  # as many bytes in rows of float32: of what the loop goes over
-            features, depth = (features, depth // 2) if kernel == "forward" else (features // 2, depth)
-        tile = configs.Config(classes, features, depth, warps, stages)
-
-        def choose(which: str, *arguments: Any) -> Any:
-            return tile if which == kernel else before(which, *arguments)
-
-        configs.choose = choose
+        if not hasattr(configs, "forced"):
+            return "gistops.backends.triton.configs has no forced()"
         try:
-            yield
-        finally:
-            configs.choose = before
+            with configs.forced(**{name: make(configs, value, "bf16")}):
+                return None
+        except Exception as error:
+            return f"configs.forced({name}=…): {error}"
+
+    def apply(value: Any, precision: str) -> contextlib.AbstractContextManager[Any]:
+        configs = _module("backends.triton.configs")
+        manager: contextlib.AbstractContextManager[Any] = configs.forced(
+            **{name: make(configs, value, precision)}
+        )
+        return manager
 
     return Setting(why_not, apply)
 
 
-def _entries(configs: Any) -> set[tuple[str, str]]:
-    """(kernel, kind of product) that Triton's tables know."""
-    return {
-        (kernel, kind)
-        for kernel, table in (("forward", "FORWARD"), ("centers", "CENTERS"))
-        for _, kind in getattr(configs, table, {})
-    }
+def _tile(loop: str) -> Callable[[Any, Any, str], Any]:
+    """A tile as for half precision: in float32 as many bytes in rows of what the loop goes over, its `loop` dimension."""
+
+    def make(configs: Any, value: tuple[int, int, int, int, int], precision: str) -> Any:
+        tile = dict(zip(("classes", "features", "depth", "warps", "stages"), value, strict=True))
+        if precision != "bf16":
+            tile[loop] //= 2
+        return configs.Config(**tile)
+
+    return make
 
 
 SETTINGS: dict[str, Setting] = {
     "chunk": _attribute("operators.chunks", "CHUNK_ELEMENTS"),
     "triton chunk": _attribute("backends.triton.loss", "CHUNK_ELEMENTS"),
     "held bytes": _attribute("operators.cross_entropy", "HELD_BYTES"),
-    "forward tile": _tile("forward"),
-    "centers tile": _tile("centers"),
+    "forward tile": _forced("forward", _tile("depth")),
+    "centers tile": _forced("centers", _tile("features")),
+    "product": _forced("product"),
+    "centers product": _forced("centers_product"),
 }
 
 

@@ -70,22 +70,29 @@ VARIANTS = (
     Variant("cuda", "cuda", backend="cuda"),
     Variant("triton", "triton", backend="triton"),
     Variant("cpu", "cpu", backend="cpu"),  # for trials of the bench itself
+    # Who multiplies: torch's library between kernels of ours, or one kernel of ours.
+    Variant("triton F cublas", "cublas", ("forward",), "triton", {"product": "cublas"}),
+    Variant("triton F fused", "triton", ("forward",), "triton", {"product": "fused"}),
+    Variant("triton dW cublas", "cublas", ("step", "loss"), "triton", {"centers product": "cublas"}),
+    Variant("triton dW fused", "triton", ("step", "loss"), "triton", {"centers product": "fused"}),
     *_tiles(
         "F",
         "forward",
         (64, 128, 64, 4, 4),
+        (64, 128, 64, 4, 3),
         (128, 128, 64, 8, 3),
-        (64, 256, 64, 8, 4),
-        (64, 64, 64, 4, 4),
+        (128, 64, 64, 4, 4),
     ),
     *_tiles(
         "dW",
         "step",
-        (64, 128, 128, 4, 2),
         (64, 64, 128, 8, 3),
+        (64, 64, 128, 4, 3),
+        (64, 64, 64, 8, 3),
         (64, 64, 64, 4, 3),
-        (128, 64, 64, 8, 3),
+        (64, 128, 128, 4, 2),
         (128, 64, 128, 8, 3),
+        (128, 128, 128, 8, 2),
     ),
     *(
         Variant(f"{name} loss {mode}", name, ("loss",), name, {"held bytes": most})
