@@ -26,6 +26,12 @@ using f16 = __half;
 
 constexpr int kWarp = 32;
 
+// N elements, read or written at once.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Pack {
+  T e[N];
+};
+
 // The type of sums, norms and logits: float, and double for double.
 template <class T>
 struct SumOf {
