@@ -28,7 +28,9 @@ from gistops.backends.triton.finish import finish_displacements_kernel, finish_i
 from gistops.backends.triton.forward import forward_kernel, norms_kernel
 from gistops.backends.triton.gather import gather_kernel
 from gistops.backends.triton.pool import pool_lse_kernel
+from gistops.backends.triton.norms import every_norm_kernel
 from gistops.backends.triton.prepare import prepare_kernel
+from gistops.backends.triton.product import pool_logits_kernel
 from gistops.backends.triton.route import route_kernel
 from gistops.backends.triton.rows import rows_kernel, total_kernel
 from gistops.backends.triton.softmax import route_softmax_kernel
@@ -182,7 +184,8 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
             yield _large(forward_kernel, dtype, target, config, constants)
     for config in configs.CENTERS[table]:
         for needs in ((True, True), (True, False), (False, True)):
-            switches = {"NEED_CENTERS": needs[0], "NEED_DISPLACEMENTS": needs[1]}
+            made = configs.CENTERS_PRODUCTS[kind] == "cublas" and needs[0]
+            switches = {"NEED_CENTERS": needs[0], "NEED_DISPLACEMENTS": needs[1], "MADE": made}
             yield _large(centers_kernel, dtype, target, config, products | corrections | switches)
     sizes = SMALL[kind]
     small: list[tuple[Any, dict[str, Any]]] = [
@@ -194,9 +197,15 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
         (apart_kernel, _tiles("KBD", sizes.apart) | {"ACC": acc}),
         (gather_kernel, dict(zip(("TILE_P", "TILE_N", "TILE_T"), configs.GATHER, strict=True))),
         (total_kernel, {"TILE": configs.ROWS[2], "REDUCED": True, "MEAN": True}),
-        (finish_input_kernel, _tiles("KD", sizes.finish_input) | {"ACC": acc}),
+        (pool_logits_kernel, _tiles("KB", sizes.pool_logits) | {"ACC": acc}),
         (finish_displacements_kernel, _tiles("RD", sizes.finish_displacements) | {"ACC": acc}),
     ]
+    for slots in (16, 1):
+        constants = {"SLOTS": slots, "ACC": acc, "NORM_PRECISION": precise, "WIDEN": False}
+        yield Case(every_norm_kernel, dtype, target, _tiles("RD", sizes.every_norm) | constants)
+    for whole in (True, False):
+        constants = _tiles("KD", sizes.finish_input) | {"TILE_G": 256, "WHOLE": whole, "ACC": acc}
+        yield Case(finish_input_kernel, dtype, target, constants, 8 if sizes.finish_input[1] > 1024 else 4)
     every_option = {"HAS_BIAS": True, "HAS_WEIGHT": True, "SUMS": True, "PARK": True}
     no_option = dict.fromkeys(every_option, False)
     for options in (every_option, no_option | {"PARK": True}, no_option):

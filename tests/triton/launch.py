@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from gistops.backends.triton import configs, operators
+from gistops.backends.triton import configs, loss, operators
 
 
 class Driver:
@@ -60,6 +60,15 @@ def main() -> None:
         saved = operators.forward(*tensors)
         made = operators.backward(torch.randn(B, K), *tensors, *saved, True, True, True, True)
         assert all(g.shape == t.shape and g.dtype == t.dtype for g, t in zip(made, tensors, strict=True))
+        with configs.forced(product="fused", centers_product="cublas"):
+            saved = operators.forward(*tensors)
+            operators.backward(torch.randn(B, K), *tensors, *saved, False, True, False, False)
+        target = torch.zeros(B, dtype=torch.int64)
+        rest = target, None, None, None
+        made = loss.forward(*tensors, *rest, 0, 1, -100, 0.0, True)
+        of_loss, lse, _, *kept = made
+        needs = (True, True, True, True, False, False)
+        loss.backward(torch.ones_like(of_loss), None, *tensors, *rest, lse, *kept, 0, 1, -100, 0.0, *needs)
 
 
 if __name__ == "__main__":
