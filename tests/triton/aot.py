@@ -23,13 +23,12 @@ from gistops.backends.triton import configs
 from gistops.backends.triton.apart import apart_kernel
 from gistops.backends.triton.apart_lse import apart_lse_kernel
 from gistops.backends.triton.centers import centers_kernel
-from gistops.backends.triton.configs import FUSED_SLOTS, SMALL, Config
+from gistops.backends.triton.configs import SMALL, Config
 from gistops.backends.triton.finish import finish_displacements_kernel, finish_input_kernel
-from gistops.backends.triton.forward import forward_kernel, norms_kernel
+from gistops.backends.triton.forward import forward_kernel
 from gistops.backends.triton.gather import gather_kernel
 from gistops.backends.triton.pool import pool_lse_kernel
 from gistops.backends.triton.norms import every_norm_kernel
-from gistops.backends.triton.prepare import prepare_kernel
 from gistops.backends.triton.product import pool_logits_kernel
 from gistops.backends.triton.route import route_kernel
 from gistops.backends.triton.rows import rows_kernel, total_kernel
@@ -179,9 +178,7 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     }
     table = TABLES[target], kind
     for config in configs.FORWARD[table]:
-        for slots in (FUSED_SLOTS, 1, 0) if config == configs.FORWARD[table][-1] else (FUSED_SLOTS, 1):
-            constants = products | {"SLOTS": slots, "NORM_PRECISION": precise}
-            yield _large(forward_kernel, dtype, target, config, constants)
+        yield _large(forward_kernel, dtype, target, config, products)
     for config in configs.CENTERS[table]:
         for needs in ((True, True), (True, False), (False, True)):
             made = configs.CENTERS_PRODUCTS[kind] == "cublas" and needs[0]
@@ -189,11 +186,6 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
             yield _large(centers_kernel, dtype, target, config, products | corrections | switches)
     sizes = SMALL[kind]
     small: list[tuple[Any, dict[str, Any]]] = [
-        (prepare_kernel, _tiles("BD", sizes.prepare) | {"SLOTS": 16, "ACC": acc, "NORM_PRECISION": precise, "WIDEN": False}),
-        (
-            norms_kernel,
-            _tiles("KD", sizes.norms) | {"SLOTS": 16, "ACC": acc, "NORM_PRECISION": precise, "WIDEN": False},
-        ),
         (apart_kernel, _tiles("KBD", sizes.apart) | {"ACC": acc}),
         (gather_kernel, dict(zip(("TILE_P", "TILE_N", "TILE_T"), configs.GATHER, strict=True))),
         (total_kernel, {"TILE": configs.ROWS[2], "REDUCED": True, "MEAN": True}),
@@ -231,7 +223,8 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     rare = [*(f"HAS_{what}" for what in ("LSE", "BIAS", "WEIGHT", "MARGIN")), "NEED_BIAS", "NEED_MARGIN"]
     for slots in (1, 8, 256):
         for mode in (usual | dict.fromkeys(rare, False), usual | dict.fromkeys(rare, True) | {"SMOOTHING": 0.1}):
-            constants = _tiles("KB", sizes.softmax) | {"SLOTS": slots, "LARGEST": largest} | needs_all | mode
+            tiles = sizes.softmax if slots < 64 else sizes.softmax_many
+            constants = _tiles("KB", tiles) | {"SLOTS": slots, "LARGEST": largest} | needs_all | mode
             yield Case(route_softmax_kernel, dtype, target, constants)
     for kernel, constants in small:
         yield Case(kernel, dtype, target, constants)

@@ -51,7 +51,7 @@ class Config:
 
 # The forward: acc [classes, features], the loop over `depth`. Largest first; `first_that_fills` takes them in order.
 # Accumulator, maximum and slot take 3 · classes · features / threads registers in the epilogue: with 64 elements a
-# thread (128 x 128 and 8 warps) 192 of 255, which is the limit. The last entry serves more than 16 slots too.
+# thread (128 x 128 and 8 warps) 192 of 255, which is the limit.
 FORWARD: dict[tuple[Target, Kind], tuple[Config, ...]] = {
     ("hopper", "half"): (
         Config(128, 128, 64, 8, 3),  # two warp groups share the features: most reuse
@@ -130,9 +130,6 @@ VARIANTS: dict[str, tuple[Config, ...]] = {
     ),
 }
 
-#: Slots whose norms the forward makes itself, in one narrow product beside P. More come from `norms_kernel`.
-FUSED_SLOTS = 16
-
 #: Under the interpreter a program costs the same whatever its tile. Tests set smaller ones here.
 INTERPRETER = {"forward": Config(128, 128, 128, 4, 1), "centers": Config(128, 128, 128, 4, 1)}
 
@@ -141,8 +138,6 @@ INTERPRETER = {"forward": Config(128, 128, 128, 4, 1), "centers": Config(128, 12
 class Small:
     """Tile sizes of the kernels that read much and compute little. All run with 4 warps, but for route_kernel."""
 
-    prepare: tuple[int, int]  # features, dimensions; times 16 displacements
-    norms: tuple[int, int]  # classes, dimensions; times 16 displacements
     every_norm: tuple[int, int]  # features or classes, dimensions; times 16 displacements
     pool_logits: tuple[int, int]  # classes, features
     apart: tuple[int, int, int]  # classes, features, dimensions
@@ -151,27 +146,27 @@ class Small:
     route_many: tuple[int, int]  # the same where M > 32: there the sums S' take registers; 4 warps
     pool: tuple[int, int]  # classes, features; 4 warps
     softmax: tuple[int, int]  # likewise
+    softmax_many: tuple[int, int]  # the same where M > 32
     finish_input: tuple[int, int]  # classes of a look for pairs that cancel; dimensions at most; 8 warps above 1024
     finish_displacements: tuple[int, int]  # terms added at a time, dimensions
 
 
 _HALF = Small(
-    prepare=(32, 64),
-    norms=(64, 32),
     every_norm=(32, 128),
     pool_logits=(128, 32),
     apart=(32, 32, 16),
     route=(64, 32),
     route_warps=4,
     route_many=(16, 64),
-    pool=(32, 128),
-    softmax=(32, 128),
+    pool=(16, 64),
+    softmax=(16, 64),
+    softmax_many=(16, 16),
     finish_input=(64, 4096),
     finish_displacements=(64, 32),
 )
 _SINGLE = replace(_HALF, route=(64, 64), route_warps=8, every_norm=(32, 64))
 _DOUBLE = replace(
-    _HALF, prepare=(16, 32), norms=(32, 16), pool=(16, 64), softmax=(16, 64), route=(32, 32), route_many=(16, 32),
+    _HALF, pool=(16, 32), softmax=(16, 32), route=(32, 32), route_many=(16, 32),
     every_norm=(16, 32), pool_logits=(64, 32), finish_input=(64, 512)
 )
 SMALL: dict[Kind, Small] = {"half": _HALF, "tf32": _SINGLE, "ieee": _SINGLE, "f64": _DOUBLE}
@@ -276,7 +271,6 @@ def choose(
     B: int,
     K: int,
     d: int,
-    M: int,
     launch: Callable[[Config], object],
 ) -> Config:
     """The entry for these sizes: by rule, or, with GISTOPS_TRITON_TUNE=1, by timing `launch`."""
@@ -286,11 +280,9 @@ def choose(
     if name == "interpreter":
         return INTERPRETER[kernel]
     entries = (FORWARD if kernel == "forward" else CENTERS)[name, product]
-    if kernel == "forward" and M > FUSED_SLOTS:
-        return entries[-1]  # what the loop over slots loads takes the registers of a larger tile
     columns = B if kernel == "forward" else d
     if os.environ.get("GISTOPS_TRITON_TUNE") == "1" and len(entries) > 1:
-        shape = tuple(power_of_two(max(n, 16)) for n in (B, K, d, M))
+        shape = tuple(power_of_two(max(n, 16)) for n in (B, K, d))
         if best := tune((kernel, device, product, shape), entries, launch):
             return best
     return first_that_fills(kernel, entries, K, columns, processors(device))

@@ -65,7 +65,7 @@ def centers_gradient(p: Problem, saved: Saved, routed: Routed, needs: Needs) -> 
         )  # fmt: skip
         return parts
 
-    return out, launch(configs.choose("centers", p.input.device, p.kind, B, K, d, M, launch))
+    return out, launch(configs.choose("centers", p.input.device, p.kind, B, K, d, launch))
 
 
 def displacements_gradient(
