@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import gpu_train
+from bench import gpu_train, gpu_train_env
 from bench.gpu_train import Job, jobs_of
 
 from .conftest import REPOSITORY
@@ -112,7 +113,18 @@ def test_packed_data_is_unpacked_once(tmp_path: Path) -> None:
 
 def test_every_way_of_a_step_is_measured(image_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "probe"
-    command = [sys.executable, "-m", "bench.gpu_train", "--probe", "--data", str(image_file)]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.gpu_train",
+        "--probe",
+        "--data",
+        str(image_file),
+        "--seconds",
+        "110",
+        "--ways",
+        "eager,graph",
+    ]
     command += ["--folder", str(folder), "--methods", "gist", *SMALL.split(), "--", *OPTIONS.split()]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -120,3 +132,35 @@ def test_every_way_of_a_step_is_measured(image_file: Path, tmp_path: Path) -> No
     assert lines["eager"]["ms_per_step"] > 0
     assert lines["graph"]["losses"] == lines["eager"]["losses"]
     assert "there are none on cpu" in lines["graph"]["warned"][0]
+
+
+def test_one_process_compiles_and_the_others_find_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled is waited for once; an archive of it spares that on another machine."""
+    monkeypatch.setattr(gpu_train_env, "COMPILED", tmp_path / "compiled")
+    archive = tmp_path / "compiled.tgz"
+    assert gpu_train_env.compiled_env(archive)["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
+    program = "import time\ntime.sleep(60)"
+    monkeypatch.setattr(gpu_train, "command", lambda *_: [sys.executable, "-c", program])
+    args = gpu_train.parse(["--folder", str(tmp_path), "--compile", "--at-once", "2"])
+    jobs = [Job(seed, ("plain",)) for seed in range(3)]
+
+    def running(pool: gpu_train.Pool) -> int:
+        pool.turn()
+        return len(pool.running)
+
+    cold = gpu_train.Pool(jobs, None, args, dict(os.environ))
+    assert [running(cold), running(cold)] == [1, 1]
+    (tmp_path / jobs[0].name).mkdir()
+    (tmp_path / jobs[0].name / "metrics.jsonl").write_text('{"event": "epoch", "method": "plain"}\n')
+    assert running(cold) == 2
+    cold.stop(time.monotonic() + 20)
+    made = tmp_path / "compiled" / "fxgraph" / "ab" / "graph"
+    made.parent.mkdir(parents=True)
+    made.write_bytes(b"code")
+    gpu_train_env.pack(archive)
+    shutil.rmtree(tmp_path / "compiled")
+    gpu_train_env.compiled_env(archive)
+    assert made.read_bytes() == b"code"
+    warm = gpu_train.Pool(jobs, None, args, dict(os.environ))
+    assert running(warm) == 2
+    warm.stop(time.monotonic() + 20)
