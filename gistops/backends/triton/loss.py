@@ -238,9 +238,11 @@ def backward(
         need_input, need_centers, need_displacements, need_tau,
         need_bias and class_bias is not None, need_margin and margin is not None,
     )  # fmt: skip
-    none = lse.new_empty(0)
     if p.sizes[0] == 0 or not any(needs):
-        empty = [torch.zeros_like(x) if x is not None and n else none for x, n in zip(arguments, needs, strict=True)]
+        empty = [
+            torch.zeros_like(x) if x is not None and n else lse.new_empty(0)
+            for x, n in zip(arguments, needs, strict=True)
+        ]
         return empty[0], empty[1], empty[2], empty[3], empty[4], empty[5]
     of = Loss(
         target.contiguous(), *(x if x is None else x.contiguous() for x in (class_bias, weight, margin)),
@@ -265,7 +267,7 @@ def backward(
     if needs.margin and margin is not None and margin.numel() == 1:
         of_margin = of_margin.sum()
     gradients_of = [
-        operators._like(x, g) if needed and x is not None else none
+        operators._like(x, g) if needed and x is not None else lse.new_empty(0)
         for g, x, needed in zip((*made, of_margin), arguments, needs, strict=True)
     ]
     return (
