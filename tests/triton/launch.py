@@ -63,12 +63,13 @@ def main() -> None:
         with configs.forced(product="fused", centers_product="cublas"):
             saved = operators.forward(*tensors)
             operators.backward(torch.randn(B, K), *tensors, *saved, False, True, False, False)
-        target = torch.zeros(B, dtype=torch.int64)
-        rest = target, None, None, None
-        made = loss.forward(*tensors, *rest, 0, 1, -100, 0.0, True)
-        of_loss, lse, _, *kept = made
-        needs = (True, True, True, True, False, False)
-        loss.backward(torch.ones_like(of_loss), None, *tensors, *rest, lse, *kept, 0, 1, -100, 0.0, *needs)
+        arguments = (*tensors, torch.zeros(B, dtype=torch.int64), torch.zeros(K), torch.ones(K), torch.ones(K))
+        options = (2, 1, -100, 0.1)
+        for keep in (True, False):
+            value, lse, _, *kept = loss.forward(*arguments, *options, keep)
+            made = loss.backward(value, lse, *arguments, lse, *kept, *options, *[True] * 6)
+            expected = (*tensors, arguments[5], arguments[7])
+            assert all(g.shape == t.shape and g.dtype == t.dtype for g, t in zip(made, expected, strict=True))
 
 
 if __name__ == "__main__":
