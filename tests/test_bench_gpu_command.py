@@ -17,7 +17,7 @@ import torch
 
 from bench.gpu import command, commands, day
 from bench.gpu.budget import PARTS, Budget
-from bench.gpu.driver import ROOT
+from bench.gpu.commands import ROOT
 from bench.gpu.output import read_csv
 
 from .clock import Clock

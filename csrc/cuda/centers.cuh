@@ -1,41 +1,51 @@
 // The gradient of the centres, and the centres' part of the displacements' gradient, in one pass over the centres:
 //
-//   dw[k] = sum_i H[i, k] f_i - sum_j T[k, j] (w_k + delta_j)
-//   dd[j] = ... - sum_k T[k, j] (w_k + delta_j)           partials [tiles of classes, m, d]
+//   dw[k] = sum_i H[i, k] f_i - s_k w_k - sum_j T[k, j] delta_j          s_k = sum_j T[k, j]
+//   dd[j] = ... - sum_k T[k, j] w_k - (sum_k T[k, j]) delta_j            partials [tiles of classes, m, d]
 //
-// w + delta is summed before it is weighted, so that nothing cancels. A block takes 128 classes and 64 dimensions.
+// Pairs that cancel are in neither H, T nor s here: they are added from w + delta, summed before it is weighted.
 #pragma once
+#include <type_traits>
+
 #include "route.cuh"
 
 namespace gistops::cuda {
 
-template <class Engine_, int kStages_>
+// kClassMajor: H lies as [K, ld], else as [B, ld].
+template <class Engine_, int kDims_, bool kClassMajor_ = false>
 struct CentersShape {
   using Engine = Engine_;
   using T = typename Engine::Element;
   using S = Sum<T>;
-  static constexpr int kClasses = sizeof(T) == 8 ? 64 : 128, kDims = 64, kStages = kStages_;
+  static constexpr bool kClassMajor = kClassMajor_;
+  static constexpr int kClasses = sizeof(T) == 8 ? 64 : 128, kDims = kDims_, kStages = 3;
   static constexpr int kDepth = sizeof(T) == 2 ? 32 : 16;  // features, a stage
-  static constexpr int kWarpsC = 4, kWarpsD = 2, kThreads = kWarpsC * kWarpsD * kWarp;
+  static constexpr int kWarpsC = 4, kWarpsD = 2, kWarps = kWarpsC * kWarpsD, kThreads = kWarps * kWarp;
   static constexpr int kRowTiles = kClasses / kWarpsC / 16, kColTiles = kDims / kWarpsD / 8;
-  static constexpr int kSlots = 8;                        // of T, at a time
   static constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;  // on a multiprocessor
+  static constexpr int kSlots = 4;                        // displacements at a time
 
-  static constexpr int kPad = sizeof(T) == 4 ? 8 : 16 / sizeof(T);
-  using H = Tile<T, kDepth, kClasses, kPad>;
+  static constexpr int kVector = 16 / sizeof(T), kPad = sizeof(T) == 4 ? 8 : kVector;
+  using H = std::conditional_t<kClassMajor, Tile<T, kClasses, kDepth, kVector>, Tile<T, kDepth, kClasses, kPad>>;
   using F = Tile<T, kDepth, kDims, kPad>;
   static constexpr int kStageBytes = H::kBytes + F::kBytes;
 
-  // After the products: thread (x, y) takes columns 2x, 2x + 1 and a run of classes.
-  static constexpr int kRuns = kThreads / (kDims / 2), kRunClasses = kClasses / kRuns;
-  struct Epilogue {
-    S sums[kClasses][kDims + 4];
-    S t[kClasses][kSlots];
-    S partials[kRuns][kSlots][kDims];
-    int cancelled[kClasses];
+  // After the products a thread takes one vector of columns of every kRuns-th class.
+  static constexpr int kColumns = kDims / kVector, kRuns = kThreads / kColumns;
+  struct Sums {
+    S sums[kClasses][kDims + 8];
+    S partials[kWarps][kSlots][kDims];
   };
-  static constexpr int kShared = kStages * kStageBytes > static_cast<int>(sizeof(Epilogue)) ? kStages * kStageBytes
-                                                                                            : sizeof(Epilogue);
+  struct Shared {
+    S s[kClasses];
+    alignas(16) S t[kClasses][kSlots];  // of the displacements at hand
+    int cancelled[kClasses];            // whether a vector of the class cancels
+    union {
+      alignas(16) unsigned char ring[kStages * kStageBytes];
+      Sums after;
+    };
+  };
+  static constexpr int kShared = sizeof(Shared);
 };
 
 template <class T>
@@ -49,45 +59,74 @@ class Centers {
   using Engine = typename Shape::Engine;
   using T = typename Shape::T;
   using S = Sum<T>;
-  using Epilogue = typename Shape::Epilogue;
-  static constexpr int kRowTiles = Shape::kRowTiles, kColTiles = Shape::kColTiles;
+  using Shared = typename Shape::Shared;
+  static constexpr int kRowTiles = Shape::kRowTiles, kColTiles = Shape::kColTiles, kSlots = Shape::kSlots;
+  static constexpr int kVector = Shape::kVector;
 
  public:
   __device__ Centers(const Problem<T>& p, const Saved<T>& saved, const Routed<T>& routed, const CenterGradients<T>& out,
-                     unsigned char* shared)
-      : p_(p), saved_(saved), routed_(routed), out_(out), shared_(shared) {
+                     Shared& shared)
+      : p_(p), saved_(saved), routed_(routed), out_(out), e_(shared) {
     const int64_t across = ceil_div(p.d(), Shape::kDims);
     tile_ = blockIdx.x / across;
     first_class_ = tile_ * Shape::kClasses;
     first_dim_ = blockIdx.x % across * Shape::kDims;
-    lane_ = static_cast<int>(threadIdx.x) % kWarp;
-    const int warp = static_cast<int>(threadIdx.x) / kWarp;
-    row_ = warp / Shape::kWarpsD * kRowTiles * 16;
-    col_ = warp % Shape::kWarpsD * kColTiles * 8;
+    thread_ = static_cast<int>(threadIdx.x);
+    lane_ = thread_ % kWarp, warp_ = thread_ / kWarp;
+    row_ = warp_ / Shape::kWarpsD * kRowTiles * 16;
+    col_ = warp_ % Shape::kWarpsD * kColTiles * 8;
   }
 
   __device__ __forceinline__ void run() {
-    Epilogue& e = *reinterpret_cast<Epilogue*>(shared_);
+    const bool cancelled = *routed_.cancelled;
+    load_sums_of_t(cancelled);
     if (out_.centers) {
       multiply();
-      put_sums(e);
-      if (*routed_.cancelled) add_cancelled(e);
+      put_sums();
+      if (cancelled) add_cancelled();
     }
-    const int M = static_cast<int>(p_.M());
-    for (int first = 0; first < M; first += Shape::kSlots) {
+    const int m = static_cast<int>(p_.m());
+    int first = 0;
+    do {
+      load_t(first, cancelled);
       __syncthreads();
-      for (int i = static_cast<int>(threadIdx.x); i < Shape::kClasses * Shape::kSlots; i += Shape::kThreads) {
-        const int64_t k = first_class_ + i / Shape::kSlots, j = first + i % Shape::kSlots;
-        e.t[i / Shape::kSlots][i % Shape::kSlots] = k < p_.K() && j < M ? routed_.t[k * M + j] : S(0);
-      }
-      __syncthreads();
-      subtract(e, first);
-      if (out_.displacements) store_displacements(e, first);
-    }
-    if (out_.centers) store_centers(e);
+      subtract(first, first + kSlots >= m);
+      if (out_.displacements) store_displacements(first, cancelled);
+      first += kSlots;
+    } while (first < m);
   }
 
  private:
+  __device__ __forceinline__ S rnorm(int64_t k, int64_t j) const { return saved_.center_rnorms[j * p_.K() + k]; }
+  __device__ __forceinline__ S moved(int64_t k, int64_t j, int64_t x) const {  // an element of w_k + delta_j
+    const S w = wide(p_.centers.data[k * p_.centers.ld + x]);
+    return j ? w + wide(p_.displacements.data[(j - 1) * p_.displacements.ld + x]) : w;
+  }
+
+  __device__ __forceinline__ void load_sums_of_t(bool cancelled) {
+    for (int i = thread_; i < Shape::kClasses; i += Shape::kThreads) {
+      const int64_t k = first_class_ + i;
+      S sum = 0;
+      int any = 0;
+      for (int64_t j = 0; j < p_.M() && k < p_.K(); ++j) {
+        const bool apart = cancelled && rnorm(k, j) < S(0);
+        any |= apart;
+        if (!apart) sum += routed_.t[k * p_.M() + j];
+      }
+      e_.s[i] = sum, e_.cancelled[i] = any;
+    }
+  }
+
+  // Of displacements first .. first + kSlots; zeros beyond their end.
+  __device__ __forceinline__ void load_t(int first, bool cancelled) {
+    if (first > 0) __syncthreads();  // all are done with those before
+    for (int i = thread_; i < Shape::kClasses * kSlots; i += Shape::kThreads) {
+      const int64_t k = first_class_ + i / kSlots, j = first + i % kSlots + 1;
+      const bool there = k < p_.K() && j < p_.M() && !(cancelled && rnorm(k, j) < S(0));
+      e_.t[i / kSlots][i % kSlots] = there ? routed_.t[k * p_.M() + j] : S(0);
+    }
+  }
+
   __device__ __forceinline__ void multiply() {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
@@ -95,18 +134,21 @@ class Centers {
       for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
         for (int c = 0; c < 4; ++c) sums_[i][j][c] = 0;
-    using Ring = Ring<Shape::kStages, Shape::kStageBytes>;
-    const Global<T> h{routed_.h, p_.B(), routed_.ld, routed_.ld};
-    typename Shape::H::template Walk<Shape::kThreads, true> weights(h, 0, first_class_);
+    using Stages = Ring<Shape::kStages, Shape::kStageBytes>;
+    constexpr bool kClassMajor = Shape::kClassMajor;
+    const Global<T> h{routed_.h, kClassMajor ? p_.K() : p_.B(), routed_.ld, routed_.ld, true};
+    typename Shape::H::template Walk<Shape::kThreads, true> weights(h, kClassMajor ? first_class_ : 0,
+                                                                    kClassMajor ? 0 : first_class_);
     typename Shape::F::template Walk<Shape::kThreads, kVectors> features(p_.input, 0, first_dim_);
-    Ring loaded(shared_), multiplied(shared_);
+    Stages loaded(e_.ring), multiplied(e_.ring);
     const int64_t chunks = ceil_div(p_.B(), Shape::kDepth);
     const auto load = [&](bool any) {
       if (any) {
         unsigned char* stage = loaded.next();
         weights.load(reinterpret_cast<T*>(stage));
         features.load(reinterpret_cast<T*>(stage + Shape::H::kBytes));
-        weights.down(), features.down();
+        kClassMajor ? weights.along() : weights.down();
+        features.down();
       }
       copy_async_commit();
     };
@@ -124,15 +166,21 @@ class Centers {
   }
 
   __device__ __forceinline__ void multiply(const unsigned char* base) {
-    const T* h = reinterpret_cast<const T*>(base) + row_;
+    constexpr int kLd = Shape::H::kLd;
+    const T* h = reinterpret_cast<const T*>(base);
     const T* f = reinterpret_cast<const T*>(base + Shape::H::kBytes) + col_;
 #pragma unroll
     for (int s = 0; s < Shape::kDepth; s += Engine::kStep) {
       typename Engine::A a[kRowTiles];
       typename Engine::B b[kColTiles];
 #pragma unroll
-      for (int i = 0; i < kRowTiles; ++i)
-        a[i] = Engine::template load_a<Along::column>(h + s * Shape::H::kLd + i * 16, Shape::H::kLd, lane_);
+      for (int i = 0; i < kRowTiles; ++i) {
+        if constexpr (Shape::kClassMajor) {
+          a[i] = Engine::template load_a<Along::row>(h + (row_ + i * 16) * kLd + s, kLd, lane_);
+        } else {
+          a[i] = Engine::template load_a<Along::column>(h + s * kLd + row_ + i * 16, kLd, lane_);
+        }
+      }
 #pragma unroll
       for (int j = 0; j < kColTiles; j += 2)
         Engine::template load_b2<Along::column>(b[j], b[j + 1], f + s * Shape::F::kLd + j * 8, Shape::F::kLd, lane_);
@@ -143,97 +191,154 @@ class Centers {
     }
   }
 
-  __device__ __forceinline__ void put_sums(Epilogue& e) {
+  __device__ __forceinline__ void put_sums() {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
       for (int j = 0; j < kColTiles; ++j)
 #pragma unroll
-        for (int c = 0; c < 4; ++c)
-          e.sums[row_ + i * 16 + lane_ / 4 + c / 2 * 8][col_ + j * 8 + lane_ % 4 * 2 + c % 2] = sums_[i][j][c];
+        for (int half = 0; half < 2; ++half) {
+          S* to = &e_.after.sums[row_ + i * 16 + lane_ / 4 + half * 8][col_ + j * 8 + lane_ % 4 * 2];
+          *reinterpret_cast<Pack<S, 2>*>(to) = {sums_[i][j][half * 2], sums_[i][j][half * 2 + 1]};
+        }
     __syncthreads();
   }
 
-  // Pairs that cancel are not in H: their features are added here.
-  __device__ __forceinline__ void add_cancelled(Epilogue& e) {
-    for (int i = static_cast<int>(threadIdx.x); i < Shape::kClasses; i += Shape::kThreads) {
-      const int64_t k = first_class_ + i;
-      int any = 0;
-      for (int64_t j = 1; j < p_.M() && k < p_.K(); ++j) any |= saved_.center_rnorms[j * p_.K() + k] < S(0);
-      e.cancelled[i] = any;
-    }
-    __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < Shape::kClasses * Shape::kDims; i += Shape::kThreads) {
+  // What H, T and s leave out of classes with a vector that cancels.
+  __device__ __forceinline__ void add_cancelled() {
+    for (int i = thread_; i < Shape::kClasses * Shape::kDims; i += Shape::kThreads) {
       const int row = i / Shape::kDims, col = i % Shape::kDims;
       const int64_t k = first_class_ + row, x = first_dim_ + col;
-      if (!e.cancelled[row] || x >= p_.d()) continue;
-      S sum = e.sums[row][col];
+      if (!e_.cancelled[row] || x >= p_.d()) continue;
+      S sum = e_.after.sums[row][col];
       for (int64_t b = 0; b < p_.B(); ++b) {
         const int64_t at = b * p_.K() + k;
-        const S r = saved_.center_rnorms[saved_.slots[at] * p_.K() + k];
+        const S r = rnorm(k, saved_.slots[at]);
         if (r < S(0)) {
           const S h = routed_weight(*p_.tau, saved_.grad[at], r, saved_.input_rnorms[b]);
           sum = fma(h, wide(p_.input.data[b * p_.input.ld + x]), sum);
         }
       }
-      e.sums[row][col] = sum;
+      for (int64_t j = 1; j < p_.M(); ++j)
+        if (rnorm(k, j) < S(0)) sum = fma(-routed_.t[k * p_.M() + j], moved(k, j, x), sum);
+      e_.after.sums[row][col] = sum;
     }
   }
 
-  __device__ __forceinline__ S value(const Global<T>& x, int64_t row, int64_t col) {
-    return row < x.rows && col < x.cols ? wide(x.data[row * x.ld + col]) : S(0);
+  using Vector = Pack<T, kVector>;
+
+  // A vector of a row, of which the first `inside` elements are there; zeros beyond.
+  __device__ __forceinline__ Vector read(const Global<T>& x, int64_t row, int64_t col, int inside) const {
+    const T* from = x.data + row * x.ld + col;
+    Vector out;
+    if constexpr (kVectors) {
+      if (inside > 0) return *reinterpret_cast<const Vector*>(from);
+    }
+#pragma unroll
+    for (int c = 0; c < kVector; ++c) out.e[c] = !kVectors && c < inside ? from[c] : narrow<T>(0);
+    return out;
   }
 
-  // Slots first .. first + kSlots of the sums over j, from e.sums and into the displacements' partials.
-  __device__ __forceinline__ void subtract(Epilogue& e, int first) {
-    const int pair = static_cast<int>(threadIdx.x) % (Shape::kDims / 2) * 2;
-    const int run = static_cast<int>(threadIdx.x) / (Shape::kDims / 2);
-    S delta[Shape::kSlots][2], partial[Shape::kSlots][2] = {};
+  __device__ __forceinline__ void write(int64_t row, int64_t col, int inside, const S (&values)[kVector]) const {
+    T* to = out_.centers + row * p_.d() + col;
+    if constexpr (kVectors) {
+      Vector pack;
 #pragma unroll
-    for (int j = 0; j < Shape::kSlots; ++j)
+      for (int c = 0; c < kVector; ++c) pack.e[c] = narrow<T>(values[c]);
+      if (inside > 0) *reinterpret_cast<Vector*>(to) = pack;
+    } else {
 #pragma unroll
-      for (int c = 0; c < 2; ++c)
-        delta[j][c] = first + j > 0 ? value(p_.displacements, first + j - 1, first_dim_ + pair + c) : S(0);
-#pragma unroll 2
-    for (int i = 0; i < Shape::kRunClasses; ++i) {
-      const int row = run * Shape::kRunClasses + i;
+      for (int c = 0; c < kVector; ++c)
+        if (c < inside) to[c] = narrow<T>(values[c]);
+    }
+  }
+
+  // Subtracts the corrections with the displacements at hand, and sums these displacements' partials.
+  // last: there are no more of them, and the sums are the gradient.
+  __device__ __forceinline__ void subtract(int first, bool last) {
+    const int column = thread_ % Shape::kColumns * kVector, run = thread_ / Shape::kColumns;
+    const int64_t x = first_dim_ + column;
+    const int columns = static_cast<int>(min(p_.d() - x, int64_t{kVector}));  // of the vector, those inside
+    S delta[kSlots][kVector], partial[kSlots][kVector] = {}, all[kSlots] = {};
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const S w = value(p_.centers, first_class_ + row, first_dim_ + pair + c);
-        S sum = 0;
+    for (int j = 0; j < kSlots; ++j) {
+      const Vector values = read(p_.displacements, first + j, x, first + j < p_.m() ? columns : 0);
 #pragma unroll
-        for (int j = 0; j < Shape::kSlots; ++j) {
-          const S moved = e.t[row][j] * (w + delta[j][c]);
-          sum += moved, partial[j][c] += moved;
+      for (int c = 0; c < kVector; ++c) delta[j][c] = wide(values.e[c]);
+    }
+    constexpr int kAtOnce = kVectors ? 4 : 1;  // rows whose centres are read before any is used
+    static_assert(Shape::kClasses % (Shape::kRuns * kAtOnce) == 0);
+#pragma unroll 1
+    for (int rows = run; rows < Shape::kClasses; rows += Shape::kRuns * kAtOnce) {
+      Vector centers[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int64_t k = first_class_ + rows + i * Shape::kRuns;
+        centers[i] = read(p_.centers, k, x, k < p_.K() ? columns : 0);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int row = rows + i * Shape::kRuns;
+        S t[kSlots], w[kVector];
+#pragma unroll
+        for (int j = 0; j < kSlots; ++j) t[j] = e_.t[row][j];
+#pragma unroll
+        for (int c = 0; c < kVector; ++c) w[c] = wide(centers[i].e[c]);
+        if (out_.displacements) {
+#pragma unroll
+          for (int j = 0; j < kSlots; ++j) {
+            all[j] += t[j];
+#pragma unroll
+            for (int c = 0; c < kVector; ++c) partial[j][c] = fma(t[j], w[c], partial[j][c]);
+          }
         }
-        if (out_.centers) e.sums[row][pair + c] -= sum;
+        if (!out_.centers) continue;
+        S* sums = &e_.after.sums[row][column];
+        const S s = first == 0 ? e_.s[row] : S(0);
+        S sum[kVector];
+#pragma unroll
+        for (int c = 0; c < kVector; ++c) {
+          sum[c] = fma(-s, w[c], sums[c]);
+#pragma unroll
+          for (int j = 0; j < kSlots; ++j) sum[c] = fma(-t[j], delta[j][c], sum[c]);
+        }
+        if (last) {
+          const int64_t k = first_class_ + row;
+          write(k, x, k < p_.K() ? columns : 0, sum);
+        } else {
+#pragma unroll
+          for (int c = 0; c < kVector; ++c) sums[c] = sum[c];
+        }
       }
     }
     if (!out_.displacements) return;
 #pragma unroll
-    for (int j = 0; j < Shape::kSlots; ++j)
+    for (int j = 0; j < kSlots; ++j)
 #pragma unroll
-      for (int c = 0; c < 2; ++c) e.partials[run][j][pair + c] = partial[j][c];
+      for (int c = 0; c < kVector; ++c) {
+        S sum = fma(all[j], delta[j][c], partial[j][c]);
+      // Over the warp's lanes that have these columns.
+#pragma unroll
+        for (int lanes = Shape::kColumns; lanes < kWarp; lanes *= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+        if (lane_ < Shape::kColumns) e_.after.partials[warp_][j][column + c] = sum;
+      }
   }
 
-  __device__ __forceinline__ void store_displacements(Epilogue& e, int first) {
+  __device__ __forceinline__ void store_displacements(int first, bool cancelled) {
     __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < Shape::kSlots * Shape::kDims; i += Shape::kThreads) {
+    for (int i = thread_; i < kSlots * Shape::kDims; i += Shape::kThreads) {
       const int64_t j = first + i / Shape::kDims, x = first_dim_ + i % Shape::kDims;
-      if (j == 0 || j >= p_.M() || x >= p_.d()) continue;
+      if (j >= p_.m() || x >= p_.d()) continue;
       S sum = 0;
 #pragma unroll
-      for (int run = 0; run < Shape::kRuns; ++run) sum += e.partials[run][i / Shape::kDims][i % Shape::kDims];
-      out_.displacements[(tile_ * p_.m() + j - 1) * p_.d() + x] = sum;
-    }
-  }
-
-  __device__ __forceinline__ void store_centers(Epilogue& e) {
-    __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < Shape::kClasses * Shape::kDims; i += Shape::kThreads) {
-      const int64_t k = first_class_ + i / Shape::kDims, x = first_dim_ + i % Shape::kDims;
-      if (k < p_.K() && x < p_.d())
-        out_.centers[k * p_.d() + x] = narrow<T>(e.sums[i / Shape::kDims][i % Shape::kDims]);
+      for (int warp = 0; warp < Shape::kWarps; ++warp)
+        sum += e_.after.partials[warp][i / Shape::kDims][i % Shape::kDims];
+      for (int row = cancelled ? 0 : Shape::kClasses; row < Shape::kClasses; ++row) {
+        const int64_t k = first_class_ + row;
+        if (e_.cancelled[row] && rnorm(k, j + 1) < S(0))
+          sum = fma(routed_.t[k * p_.M() + j + 1], moved(k, j + 1, x), sum);
+      }
+      out_.displacements[(tile_ * p_.m() + j) * p_.d() + x] = sum;
     }
   }
 
@@ -241,9 +346,9 @@ class Centers {
   const Saved<T>& saved_;
   const Routed<T>& routed_;
   const CenterGradients<T>& out_;
-  unsigned char* shared_;
+  Shared& e_;
   int64_t tile_, first_class_, first_dim_;
-  int lane_, row_, col_;  // row_, col_: the warp's first within the tile
+  int thread_, lane_, warp_, row_, col_;  // row_, col_: the warp's first within the tile
   typename Engine::Accumulator sums_[kRowTiles][kColTiles][4];
 };
 
@@ -251,8 +356,8 @@ template <class Shape, bool kVectors>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     centers_kernel(Problem<typename Shape::T> p, Saved<typename Shape::T> saved, Routed<typename Shape::T> routed,
                    CenterGradients<typename Shape::T> out) {
-  GISTOPS_DYNAMIC_SHARED(unsigned char, shared);
-  Centers<Shape, kVectors>(p, saved, routed, out, shared).run();
+  GISTOPS_DYNAMIC_SHARED(typename Shape::Shared, shared);
+  Centers<Shape, kVectors>(p, saved, routed, out, *shared).run();
 }
 
 }  // namespace gistops::cuda

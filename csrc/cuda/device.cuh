@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <limits>
 
 #ifdef __CUDACC__
 #define GISTOPS_LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
@@ -25,6 +26,12 @@ using f16 = __half;
 
 constexpr int kWarp = 32;
 
+// N elements, read or written at once.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Pack {
+  T e[N];
+};
+
 // The type of sums, norms and logits: float, and double for double.
 template <class T>
 struct SumOf {
@@ -36,6 +43,9 @@ struct SumOf<double> {
 };
 template <class T>
 using Sum = typename SumOf<T>::type;
+
+template <class S>
+inline constexpr S kInfinity = std::numeric_limits<S>::infinity();
 
 __device__ __forceinline__ float wide(float x) { return x; }
 __device__ __forceinline__ double wide(double x) { return x; }

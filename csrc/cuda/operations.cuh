@@ -26,12 +26,11 @@ class Sequence {
     if (p_.B() == 0 || p_.K() == 0) return;
     const Outputs<T> out{static_cast<S*>(results.logits), results.slots, static_cast<S*>(results.center_rnorms)};
     const Prepared<T> prepared{static_cast<S*>(results.input_rnorms), scratch<S>(p_.B() * p_.M()), scratch<S>(p_.M())};
-    constexpr int kRows = kPrepareThreads / kWarp;
-    launch("prepare", prepare_kernel<T>, blocks(ceil_div(p_.B() + p_.M(), kRows)), kPrepareThreads, 0, stream_, p_,
-           prepared);
+    launch("prepare", vectors() ? prepare_kernel<T, true> : prepare_kernel<T, false>, blocks(p_.B() + p_.M()),
+           kPrepareThreads, 0, stream_, p_, prepared);
     if (p_.m() <= kFusedDisplacements) return choose<false>(prepared, out);
-    launch("center_norms", center_norms_kernel<T>, blocks(ceil_div(p_.K(), kRows)), kPrepareThreads, 0, stream_, p_,
-           prepared, out.center_rnorms);
+    launch("center_norms", vectors() ? center_norms_kernel<T, true> : center_norms_kernel<T, false>, blocks(p_.K()),
+           kPrepareThreads, 0, stream_, p_, prepared, out.center_rnorms);
     choose<true>(prepared, out);
   }
 
@@ -43,33 +42,29 @@ class Sequence {
     const Routed<T> routed = route(shape, saved, static_cast<S*>(gradients.tau));
     if (gradients.input) {
       S* product = static_cast<S*>(workspace_.product(routed.h, routed.ld, arguments_));
-      launch("input", input_kernel<T>, blocks(p_.B()), kFinishThreads, 0, stream_, shape, p_, saved, routed, product,
-             static_cast<T*>(gradients.input));
+      launch("input", vectors() ? input_kernel<T, true> : input_kernel<T, false>, blocks(p_.B()), kInputThreads, 0,
+             stream_, shape, p_, saved, routed, product, static_cast<T*>(gradients.input));
     }
     S* displacements = p_.m() ? static_cast<S*>(gradients.displacements) : nullptr;
     if (!gradients.centers && !displacements) return;
-    using Shape = CentersShape<Engine, 3>;
-    const int64_t tiles = ceil_div(p_.K(), Shape::kClasses);
+    constexpr int kClasses = CentersShape<Engine, 64>::kClasses;
+    const int64_t tiles = ceil_div(p_.K(), kClasses);
     S* partials = displacements ? scratch<S>(tiles * p_.m() * p_.d()) : nullptr;
-    launch("centers", vectors() ? centers_kernel<Shape, true> : centers_kernel<Shape, false>,
-           blocks(tiles * ceil_div(p_.d(), Shape::kDims)), Shape::kThreads, Shape::kShared, stream_, p_, saved, routed,
-           CenterGradients<T>{static_cast<T*>(gradients.centers), partials});
+    const CenterGradients<T> out{static_cast<T*>(gradients.centers), partials};
+    choose_centers(saved, routed, out);
     if (displacements)
-      launch("displacements", displacements_kernel<T>, blocks(p_.m() * ceil_div(p_.d(), kWarp)), kFinishThreads, 0,
-             stream_, shape, p_, saved, routed, static_cast<const S*>(partials), tiles, displacements);
+      launch("displacements", displacements_kernel<T>, blocks(p_.m() * ceil_div(p_.d(), kWarp)), kDisplacementThreads,
+             0, stream_, shape, p_, saved, routed, static_cast<const S*>(partials), tiles, displacements);
   }
 
  private:
   static Global<T> matrix(const void* data, int64_t rows, int64_t cols) {
-    return {static_cast<const T*>(data), rows, cols, cols};
+    const bool vectors =
+        reinterpret_cast<uintptr_t>(data) % 16 == 0 && cols * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+    return {static_cast<const T*>(data), rows, cols, cols, vectors};
   }
 
-  // Whether all operands can be read in vectors of 16 bytes.
-  bool vectors() const {
-    const auto begins = [](const T* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
-    return begins(p_.input.data) && begins(p_.centers.data) && begins(p_.displacements.data) &&
-           p_.d() * static_cast<int64_t>(sizeof(T)) % 16 == 0;
-  }
+  bool vectors() const { return p_.input.vectors && p_.centers.vectors && p_.displacements.vectors; }
 
   template <class U>
   U* scratch(int64_t n) {
@@ -104,6 +99,25 @@ class Sequence {
            forward_shared_bytes<Shape>(), stream_, p_, prepared, out);
   }
 
+  // Wide tiles read less, narrow ones keep a small problem from idling.
+  void choose_centers(const Saved<T>& saved, const Routed<T>& routed, const CenterGradients<T>& out) {
+    if (!vectors()) return pass_centers<CentersShape<Engine, 64>, false>(saved, routed, out);
+    if constexpr (sizeof(T) == 2) {
+      using Wide = CentersShape<Engine, 128>;
+      constexpr int64_t kEnough = 256;  // blocks
+      if (ceil_div(p_.K(), Wide::kClasses) * ceil_div(p_.d(), Wide::kDims) >= kEnough)
+        return pass_centers<Wide, true>(saved, routed, out);
+    }
+    pass_centers<CentersShape<Engine, 64>, true>(saved, routed, out);
+  }
+
+  template <class Shape, bool kVectors>
+  void pass_centers(const Saved<T>& saved, const Routed<T>& routed, const CenterGradients<T>& out) {
+    launch("centers", centers_kernel<Shape, kVectors>,
+           blocks(ceil_div(p_.K(), Shape::kClasses) * ceil_div(p_.d(), Shape::kDims)), Shape::kThreads, Shape::kShared,
+           stream_, p_, saved, routed, out);
+  }
+
   Routed<T> route(const RouteShape& shape, const Saved<T>& saved, S* tau) {
     constexpr int64_t kVector = 16 / sizeof(T);
     const int64_t ld = ceil_div(p_.K(), kVector) * kVector, rows = p_.B() * p_.M(), classes = p_.K() * p_.M();
@@ -115,13 +129,8 @@ class Sequence {
                             scratch<S>(shape.blocks()),
                             scratch<int>(shape.blocks()),
                             nullptr};
-    const Routed<T> sums{h,
-                         ld,
-                         scratch<S>(rows),
-                         scratch<S>(classes),
-                         tau ? tau : scratch<S>(1),
-                         partial.flags,
-                         scratch<int>(1)};
+    const Routed<T> sums{
+        h, ld, scratch<S>(rows), scratch<S>(classes), tau ? tau : scratch<S>(1), partial.flags, scratch<int>(1)};
     launch("route", route_kernel<T>, blocks(shape.groups(), shape.parts()), RouteShape::kThreads, 0, stream_, shape,
            p_.tau, saved, partial);
     const GatherShape gathered(shape);

@@ -58,9 +58,38 @@ struct Operations {
   void (*backward)(const Arguments&, const void* grad, const Results& saved, const Gradients&, Workspace&);
 };
 
+// What a cross-entropy takes beside the scores' arguments. Null where there is none.
+struct LossArguments {
+  const int64_t* target;                     // [B]
+  const void *class_bias, *weight, *margin;  // [K], [K], [K] or [1], sums
+  bool each_margin;                          // a margin for each class
+  int margin_kind, reduction;                // 0 logit, 1 cosine, 2 angle; 0 none, 1 mean, 2 sum
+  int64_t ignore_index;
+  double label_smoothing;
+};
+
+struct LossResults {
+  void *loss, *lse;  // [B] or [1], [B]
+  bool* inside;      // [1]: whether all targets are in range
+  void* scores;      // [K, padded_rows(B)] sums, or null: not kept
+  uint8_t* slots;    // likewise
+  void* center_rnorms;  // [M, K]
+  void* input_rnorms;   // [B]
+  void *rows, *scalars;  // [2, B], or [5, B] with a margin; [2]
+};
+
+struct LossGrads {
+  const void *loss, *lse;  // as the results, or null
+};
+
 // The same around PyTorch's own products.
 struct ProductOperations {
   void (*forward)(const Arguments&, const Results&, Workspace&);
+  void (*backward)(const Arguments&, const void* grad, const Results& saved, const Gradients&, Workspace&);
+  void (*loss_forward)(const Arguments&, const LossArguments&, const LossResults&, Workspace&);
+  // class_bias [K], margin [K] or [1]: their gradients, or null
+  void (*loss_backward)(const Arguments&, const LossArguments&, const LossGrads&, const LossResults& saved,
+                        const Gradients&, void* class_bias, void* margin, Workspace&);
 };
 
 extern const ProductOperations bf16_products, f16_products, f32_products, f64_products;

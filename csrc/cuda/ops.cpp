@@ -215,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
     bool fits = x.is_cuda() && x.dim() == static_cast<int64_t>(sizes.size()) && x.scalar_type() == dtype;
     for (size_t i = 0; fits && i < sizes.size(); ++i) fits = x.size(static_cast<int64_t>(i)) == sizes[i];
     STD_TORCH_CHECK(fits, "gistops: ", name, ": expected the forward's shape and dtype");
-    return torch::stable::contiguous(x);
+    return as(x, dtype);
   };
   const Tensor G = saved(grad, {B, K}, call.sums, "grad"), z = saved(logits, {B, K}, call.sums, "logits");
   const Tensor j = saved(slots, {B, K}, ScalarType::Byte, "slots");
@@ -231,15 +231,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
   const Tensor dt = gradient(need_tau, call.tau, call.sums);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
-  operations(call.operands, allow_tf32)
-      .backward(call.arguments(), G.const_data_ptr(),
-                {z.mutable_data_ptr(), static_cast<uint8_t*>(j.mutable_data_ptr()), R.mutable_data_ptr(),
-                 n.mutable_data_ptr()},
-                {need_input ? df.mutable_data_ptr() : nullptr, need_centers ? dw.mutable_data_ptr() : nullptr,
-                 need_displacements ? dd.mutable_data_ptr() : nullptr, need_tau ? dt.mutable_data_ptr() : nullptr},
-                workspace);
-  return {torch::stable::to(df, input.scalar_type()), torch::stable::to(dw, centers.scalar_type()),
-          torch::stable::to(dd, displacements.scalar_type()), torch::stable::to(dt, tau.scalar_type())};
+  const auto backward = fused() ? operations(call.operands, allow_tf32).backward : products(call.operands).backward;
+  backward(call.arguments(), G.const_data_ptr(),
+           {z.mutable_data_ptr(), static_cast<uint8_t*>(j.mutable_data_ptr()), R.mutable_data_ptr(),
+            n.mutable_data_ptr()},
+           {need_input ? df.mutable_data_ptr() : nullptr, need_centers ? dw.mutable_data_ptr() : nullptr,
+            need_displacements ? dd.mutable_data_ptr() : nullptr, need_tau ? dt.mutable_data_ptr() : nullptr},
+           workspace);
+  return {as(df, input.scalar_type()), as(dw, centers.scalar_type()), as(dd, displacements.scalar_type()),
+          as(dt, tau.scalar_type())};
 }
 
 }  // namespace

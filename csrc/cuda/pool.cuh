@@ -16,8 +16,8 @@ __global__ void __launch_bounds__(ScoresShape::kThreads)
   __shared__ S turned[kRows][Shape::kClasses + 1];
   __shared__ uint8_t turned_slots[kRows][Shape::kClasses + 4];
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int64_t first_class = static_cast<int64_t>(blockIdx.x) * Shape::kClasses;
-  const int64_t first_feature = static_cast<int64_t>(blockIdx.y) * Shape::kFeatures;
+  const int first_class = static_cast<int>(blockIdx.x) * Shape::kClasses;
+  const int first_feature = static_cast<int>(blockIdx.y) * Shape::kFeatures;
   S z[Shape::kOwn][4];
   int slot[Shape::kOwn][4];
   make_scores(in, tile, first_class, first_feature, z, slot);

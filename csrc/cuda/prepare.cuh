@@ -1,5 +1,5 @@
 // Before the forward: what is made of the features and the displacements alone; and of the centres where there are more
-// displacements than its products hold. A warp takes a row.
+// displacements than its products hold. A block takes a row.
 #pragma once
 #include "arguments.h"
 
@@ -7,83 +7,103 @@ namespace gistops::cuda {
 
 constexpr int kPrepareThreads = 128;
 
-// |x|^2, and x . delta_j for eight displacements at a time, given to `take(j, dot)` in every lane.
-template <class T, class Take>
-__device__ __forceinline__ Sum<T> row_products(const T* x, const Global<T>& delta, int lane, Take take) {
-  constexpr int kGroup = 8;
-  Sum<T> square = 0;
-  for (int64_t e = lane; e < delta.cols; e += kWarp) square = fma(wide(x[e]), wide(x[e]), square);
-  for (int64_t first = 0; first < delta.rows; first += kGroup) {
-    Sum<T> dots[kGroup] = {};
-    for (int64_t e = lane; e < delta.cols; e += kWarp) {
-      const Sum<T> value = wide(x[e]);
+// The sums over the block of each thread's x, in every thread; in an order of their own.
+template <int N, class S>
+__device__ __forceinline__ void block_sums(S (&x)[N]) {
+  constexpr int kWarps = kPrepareThreads / kWarp;
+  __shared__ S partial[kWarps][N];
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
 #pragma unroll
-      for (int j = 0; j < kGroup; ++j)
-        if (first + j < delta.rows) dots[j] = fma(value, wide(delta.data[(first + j) * delta.ld + e]), dots[j]);
-    }
-#pragma unroll
-    for (int j = 0; j < kGroup; ++j) {
-      const Sum<T> dot = warp_sum(dots[j]);
-      if (first + j < delta.rows) take(first + j, dot);
-    }
+  for (int n = 0; n < N; ++n) {
+    const S sum = warp_sum(x[n]);
+    if (lane == 0) partial[warp][n] = sum;
   }
-  return warp_sum(square);
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    x[n] = partial[0][n];
+    for (int w = 1; w < kWarps; ++w) x[n] += partial[w][n];
+  }
+  __syncthreads();  // all have read
 }
 
-// Warps 0 .. B: a feature each; then one for each displacement.
-template <class T>
-__global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(Problem<T> p, Prepared<T> out) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t row = (static_cast<int64_t>(blockIdx.x) * kPrepareThreads + threadIdx.x) / kWarp;
-  if (row < p.B()) {
-    Sum<T>* products = out.products + row * p.M();
-    const Sum<T> square =
-        row_products(p.input.data + row * p.input.ld, p.displacements, lane, [&](int64_t j, Sum<T> dot) {
-          if (lane == 0) products[j + 1] = dot;
-        });
-    if (lane == 0) {
-      products[0] = 0;
-      out.input_rnorms[row] = clamped_rnorm(square);
+// |x|^2, and x . delta_j for eight displacements at a time, given to `take(j, dot)` in the first thread. kVectors: as
+// in tile.cuh.
+template <bool kVectors, class T, class Take>
+__device__ __forceinline__ Sum<T> row_products(const T* x, const Global<T>& delta, Take take) {
+  constexpr int kGroup = 8, kPack = kVectors ? 16 / sizeof(T) : 1;
+  using P = Pack<T, kPack>;
+  Sum<T> square = 0;
+  int64_t first = 0;
+  do {
+    Sum<T> sums[kGroup + 1] = {};  // the last: the square
+#pragma unroll 2
+    for (int64_t e = static_cast<int64_t>(threadIdx.x) * kPack; e < delta.cols; e += kPrepareThreads * kPack) {
+      const P values = *reinterpret_cast<const P*>(x + e);
+#pragma unroll
+      for (int c = 0; c < kPack; ++c) sums[kGroup] = fma(wide(values.e[c]), wide(values.e[c]), sums[kGroup]);
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        if (first + j >= delta.rows) break;
+        const P moved = *reinterpret_cast<const P*>(delta.data + (first + j) * delta.ld + e);
+#pragma unroll
+        for (int c = 0; c < kPack; ++c) sums[j] = fma(wide(values.e[c]), wide(moved.e[c]), sums[j]);
+      }
     }
-  } else if (row - p.B() < p.M()) {
-    const int64_t j = row - p.B();
-    const Global<T> none{nullptr, 0, p.d(), 0};
-    const T* delta = p.displacements.data + (j - 1) * p.displacements.ld;
-    const Sum<T> square = j ? row_products(delta, none, lane, [](int64_t, Sum<T>) {}) : Sum<T>(0);
-    if (lane == 0) out.delta_squares[j] = square;
+    block_sums(sums);
+    square = sums[kGroup];
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j)
+      if (threadIdx.x == 0 && first + j < delta.rows) take(first + j, sums[j]);
+    first += kGroup;
+  } while (first < delta.rows);
+  return square;
+}
+
+// Blocks 0 .. B: a feature each; then one for each slot.
+template <class T, bool kVectors>
+__global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(Problem<T> p, Prepared<T> out) {
+  const int64_t row = blockIdx.x, B = p.B();
+  if (row < B) {
+    const Sum<T> square =
+        row_products<kVectors>(p.input.data + row * p.input.ld, p.displacements,
+                               [&](int64_t j, Sum<T> dot) { out.products[row * p.M() + j + 1] = dot; });
+    if (threadIdx.x == 0) out.products[row * p.M()] = 0, out.input_rnorms[row] = clamped_rnorm(square);
+  } else {
+    const int64_t j = row - B;
+    const Global<T> none{nullptr, 0, j ? p.d() : 0, 0, true};
+    const Sum<T> square = row_products<kVectors>(p.displacements.data + (j ? j - 1 : 0) * p.displacements.ld, none,
+                                                 [](int64_t, Sum<T>) {});
+    if (threadIdx.x == 0) out.delta_squares[j] = square;
   }
 }
 
 // center_rnorms [M, K], negative where the pair cancels; out.center_rnorms is used for the products before that.
-template <class T>
+template <class T, bool kVectors>
 __global__ void __launch_bounds__(kPrepareThreads)
     center_norms_kernel(Problem<T> p, Prepared<T> prepared, Sum<T>* center_rnorms) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t k = (static_cast<int64_t>(blockIdx.x) * kPrepareThreads + threadIdx.x) / kWarp;
-  if (k >= p.K()) return;
+  const int64_t k = blockIdx.x;
   const T* w = p.centers.data + k * p.centers.ld;
   Sum<T>* r = center_rnorms + k;
-  const Sum<T> square = row_products(w, p.displacements, lane, [&](int64_t j, Sum<T> dot) {
-    if (lane == 0) r[(j + 1) * p.K()] = dot;
-  });
-  if (lane == 0) r[0] = clamped_rnorm(square);
-  __syncwarp();
+  const Sum<T> square =
+      row_products<kVectors>(w, p.displacements, [&](int64_t j, Sum<T> dot) { r[(j + 1) * p.K()] = dot; });
+  if (threadIdx.x == 0) r[0] = clamped_rnorm(square);
+  __syncthreads();
   for (int64_t j = 1; j < p.M(); ++j) {
     const Sum<T> delta_square = prepared.delta_squares[j], sum = square + delta_square + 2 * r[j * p.K()];
-    Sum<T> rnorm;
+    Sum<T> rnorm = clamped_rnorm(sum);
     if (cancels(sum, square, delta_square)) {
       const T* delta = p.displacements.data + (j - 1) * p.displacements.ld;
-      Sum<T> direct = 0;
-      for (int64_t e = lane; e < p.d(); e += kWarp) {
+      Sum<T> direct[1] = {};
+      for (int64_t e = threadIdx.x; e < p.d(); e += kPrepareThreads) {
         const Sum<T> v = wide(w[e]) + wide(delta[e]);
-        direct = fma(v, v, direct);
+        direct[0] = fma(v, v, direct[0]);
       }
-      rnorm = -clamped_rnorm(warp_sum(direct));
-    } else {
-      rnorm = clamped_rnorm(sum);
+      block_sums(direct);
+      rnorm = -clamped_rnorm(direct[0]);
     }
-    __syncwarp();  // all have read the product
-    if (lane == 0) r[j * p.K()] = rnorm;
+    __syncthreads();  // all have read the product
+    if (threadIdx.x == 0) r[j * p.K()] = rnorm;
   }
 }
 

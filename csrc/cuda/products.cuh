@@ -1,55 +1,36 @@
-// The operators around PyTorch's matrix products, for one type of operands: scores and the weights of the backward lie
+// Kernels around PyTorch's matrix products, for one type of operands: scores and the weights of the backward lie
 // class-major, [K, B rounded up to whole vectors], so that every product is aligned whatever the number of classes.
 // All on the caller's stream; nothing waits for the device, and sizes alone decide what runs.
 #pragma once
 #include "launch.cuh"
 #include "norms.cuh"
 #include "operations.h"
-#include "pool.cuh"
+#include "scores.cuh"
 
 namespace gistops::cuda {
 
+// What the sequences have in common.
 template <class T>
 class Products {
-  using S = Sum<T>;
-
  public:
   Products(const Arguments& a, Workspace& workspace)
       : workspace_(workspace), stream_(a.stream), ld_(padded_rows(a.B)),
         p_{matrix(a.input, a.B, a.d), matrix(a.centers, a.K, a.d),
            matrix(a.m ? a.displacements : a.input, a.m, a.d),  // not null, as an empty tensor's pointer is
-           static_cast<const S*>(a.tau)} {}
+           static_cast<const Sum<T>*>(a.tau)} {}
 
-  void forward(const Results& results) {
-    if (p_.B() == 0 || p_.K() == 0) return;
-    const int64_t step = cached_classes();
-    S *shared, *products;
-    Scratch(workspace_).add(shared, p_.M() * ld_).add(products, step * ld_).take();
-    Scoring<T> scoring{p_,       products, ld_, shared, static_cast<const S*>(results.center_rnorms), p_.K(),
-                       static_cast<const S*>(results.input_rnorms), results.slots, 1, p_.K()};
-    for (int64_t first = 0; first < p_.K(); first += step) {
-      scoring.p = classes(first, step);
-      scoring.center_rnorms = static_cast<const S*>(results.center_rnorms) + first;
-      scoring.slots = results.slots + first;
-      norms(scoring.p, first == 0,
-            {static_cast<S*>(results.input_rnorms), shared, ld_, static_cast<S*>(results.center_rnorms) + first, p_.K(),
-             nullptr});
-      multiply_scores(scoring.p, products);
-      launch("pool", pool_kernel<T>, tiles(scoring.p.K()), ScoresShape::kThreads, 0, stream_, scoring,
-             static_cast<S*>(results.logits) + first, p_.K());
-    }
-  }
+ protected:
+  using S = Sum<T>;
 
- private:
   static Global<T> matrix(const void* data, int64_t rows, int64_t cols) {
-    const bool vectors =
-        reinterpret_cast<uintptr_t>(data) % 16 == 0 && cols * static_cast<int64_t>(sizeof(T)) % 16 == 0;
-    return {static_cast<const T*>(data), rows, cols, cols, vectors};
+    return {static_cast<const T*>(data), rows, cols, cols};
   }
 
   // Whether all rows of d elements are whole vectors.
   bool aligned() const {
-    return p_.input.vectors && p_.centers.vectors && (p_.m() == 0 || p_.displacements.vectors);
+    const auto begins = [](const T* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
+    return p_.d() % kVector<T> == 0 && begins(p_.input.data) && begins(p_.centers.data) &&
+           (p_.m() == 0 || begins(p_.displacements.data));
   }
 
   // With `count` classes at most.
@@ -91,15 +72,8 @@ class Products {
 
   Workspace& workspace_;
   void* stream_;
-  int64_t ld_;
+  int64_t ld_;  // of what lies class-major
   Problem<T> p_;
 };
-
-template <class T>
-constexpr ProductOperations product_operations() {
-  return {[](const Arguments& a, const Results& results, Workspace& workspace) {
-    Products<T>(a, workspace).forward(results);
-  }};
-}
 
 }  // namespace gistops::cuda

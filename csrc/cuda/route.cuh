@@ -170,8 +170,8 @@ __global__ void __launch_bounds__(RouteShape::kThreads)
   }
 }
 
-// to[n] = the sum over `terms` of from[term, n], for `sums` of them. The block takes kThreads / kRuns sums; kRuns threads
-// share out the terms of each.
+// to[n] = the sum over `terms` of from[term, n], for `sums` of them. The block takes kThreads / kRuns sums; kRuns
+// threads share out the terms of each.
 template <int kRuns, class S>
 __device__ __forceinline__ void gather(const S* from, int64_t sums, int64_t terms, S* to, int64_t block) {
   constexpr int kSums = RouteShape::kThreads / kRuns;

@@ -77,36 +77,52 @@ __device__ __forceinline__ void score_apart(const Scoring<T>& in, const int* apa
 
 // Scores and slots of a thread: of classes first_class + warp + 8 c, features first_feature + 4 lane + e. By a block.
 template <class T>
-__device__ __forceinline__ void make_scores(const Scoring<T>& in, ScoresTile<Sum<T>>& tile, int64_t first_class,
-                                            int64_t first_feature, Sum<T> (&z)[ScoresShape::kOwn][4],
+__device__ __forceinline__ void make_scores(const Scoring<T>& in, ScoresTile<Sum<T>>& tile, int first_class,
+                                            int first_feature, Sum<T> (&z)[ScoresShape::kOwn][4],
                                             int (&slot)[ScoresShape::kOwn][4]) {
   using S = Sum<T>;
   using Shape = ScoresShape;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
-  const int64_t B = in.p.B(), K = in.p.K(), M = in.p.M(), own = first_feature + lane * 4;
+  const int B = static_cast<int>(in.p.B()), K = static_cast<int>(in.p.K()), M = static_cast<int>(in.p.M());
+  const int own = first_feature + lane * 4;
   S sums[Shape::kOwn][4];
+  const auto load = [&] {
 #pragma unroll
-  for (int c = 0; c < Shape::kOwn; ++c) {
-    const int64_t k = first_class + warp + c * Shape::kWarps;
-    if (k < K && own < in.ld) {
-      load_sums<true>(in.products + k * in.ld + own, 0, 4, sums[c]);
-    } else {
+    for (int c = 0; c < Shape::kOwn; ++c) {
+      const int k = first_class + warp + c * Shape::kWarps;
+      if (k < K && own < in.ld) {
+        load_sums<true>(in.products + int64_t{k} * in.ld + own, 0, 4, sums[c]);
+      } else {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sums[c][e] = 0;
+        for (int e = 0; e < 4; ++e) sums[c][e] = 0;
+      }
     }
-  }
+  };
+  load();
+  // Classes with a vector that cancels come first, so that the rest need not remember anything meanwhile.
   bool lost = false;
-  for (int64_t group = 0; group < M; group += Shape::kSlots) {
-    const int n = static_cast<int>(min(M - group, int64_t{Shape::kSlots}));
-    __syncthreads();  // all are done with what the tile held
+  if (first_class + lane < K)
+    for (int j = warp + 1; j < M; j += Shape::kWarps) lost |= in.center_rnorms[j * in.ldr + first_class + lane] < S(0);
+  const bool any = __syncthreads_or(lost);
+  if (any) {
+    if (thread < Shape::kClasses) tile.apart[thread] = 0;
+    __syncthreads();
+    if (lost) atomicOr(&tile.apart[lane], 1);
+    __syncthreads();
+    score_apart(in, tile.apart, first_class, first_feature);
+    __syncthreads();
+    load();
+  }
+  for (int group = 0; group < M; group += Shape::kSlots) {
+    const int n = min(M - group, Shape::kSlots);
+    if (group > 0) __syncthreads();  // all are done with what the tile held
     for (int i = thread; i < n * Shape::kClasses; i += Shape::kThreads) {
-      const int64_t k = first_class + i % Shape::kClasses;
-      const S r = k < K ? in.center_rnorms[(group + i / Shape::kClasses) * in.ldr + k] : S(0);
-      lost |= r < S(0);
-      tile.rnorms[i / Shape::kClasses][i % Shape::kClasses] = magnitude(r);
+      const int k = first_class + i % Shape::kClasses;
+      tile.rnorms[i / Shape::kClasses][i % Shape::kClasses] =
+          k < K ? magnitude(in.center_rnorms[(group + i / Shape::kClasses) * in.ldr + k]) : S(0);
     }
     for (int i = thread; i < n * Shape::kFeatures; i += Shape::kThreads) {
-      const int64_t row = first_feature + i % Shape::kFeatures;
+      const int row = first_feature + i % Shape::kFeatures;
       tile.products[i / Shape::kFeatures][i % Shape::kFeatures] =
           row < B ? in.shared[(group + i / Shape::kFeatures) * in.ld + row] : S(0);
     }
@@ -119,11 +135,11 @@ __device__ __forceinline__ void make_scores(const Scoring<T>& in, ScoresTile<Sum
         for (int e = 0; e < 4; ++e) z[c][e] = sums[c][e] * r, slot[c][e] = 0;  // Q is 0 there
       }
     }
-#pragma unroll 2
+#pragma unroll 1
     for (int j = group == 0; j < n; ++j) {
       S q[4];
       load_sums<true>(tile.products[j], lane * 4, Shape::kFeatures, q);
-      const int number = static_cast<int>(group) + j;
+      const int number = group + j;
 #pragma unroll
       for (int c = 0; c < Shape::kOwn; ++c) {
         const S r = tile.rnorms[j][warp + c * Shape::kWarps];
@@ -137,32 +153,22 @@ __device__ __forceinline__ void make_scores(const Scoring<T>& in, ScoresTile<Sum
     }
   }
   const S tau = *in.p.tau;
-  S scale[4];
 #pragma unroll
-  for (int e = 0; e < 4; ++e) scale[e] = own + e < B ? tau * in.input_rnorms[own + e] : S(0);
+  for (int e = 0; e < 4; ++e) {
+    const S scale = own + e < B ? tau * in.input_rnorms[own + e] : S(0);
 #pragma unroll
-  for (int c = 0; c < Shape::kOwn; ++c)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) z[c][e] *= scale[e];
-  if (!__syncthreads_or(lost)) return;
-  if (thread < Shape::kClasses) {
-    const int64_t k = first_class + thread;
-    int any = 0;
-    for (int64_t j = 1; j < M && k < K; ++j) any |= in.center_rnorms[j * in.ldr + k] < S(0);
-    tile.apart[thread] = any;
+    for (int c = 0; c < Shape::kOwn; ++c) z[c][e] *= scale;
   }
-  __syncthreads();
-  score_apart(in, tile.apart, first_class, first_feature);
-  __syncthreads();
+  if (!any) return;
 #pragma unroll
   for (int c = 0; c < Shape::kOwn; ++c) {
     if (!tile.apart[warp + c * Shape::kWarps]) continue;
-    const int64_t k = first_class + warp + c * Shape::kWarps;
+    const uint8_t* slots = in.slots + (first_class + warp + c * Shape::kWarps) * in.slot_class + own * in.slot_row;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       if (own + e >= B) continue;
-      z[c][e] = in.products[k * in.ld + own + e];
-      slot[c][e] = in.slots[k * in.slot_class + (own + e) * in.slot_row];
+      z[c][e] = sums[c][e];
+      slot[c][e] = slots[e * in.slot_row];
     }
   }
 }

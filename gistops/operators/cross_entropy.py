@@ -87,7 +87,8 @@ def cross_entropy(
         MARGIN_KINDS[margin_kind], REDUCTIONS[reduction], ignore_index, label_smoothing, keep, allow_tf32
     )  # fmt: skip
     made: tuple[Tensor, ...]
-    if torch.compiler.is_compiling() or not all(x is None or type(x) in _PLAIN for x in tensors):
+    plain = not input.is_meta and all(x is None or type(x) in _PLAIN for x in tensors)
+    if torch.compiler.is_compiling() or not plain:
         operator = getattr(torch.ops.gistops, f"{family}_cross_entropy_forward").default
         made = operator(*tensors, *options)
         return made[0], made[1], made[2]

@@ -107,6 +107,48 @@ def test_centers_that_a_displacement_all_but_cancels(
         assert error(value, true) <= bound
 
 
+def test_cancelling_pairs_are_found_in_every_group_of_classes(module: Any, seed: int) -> None:
+    tensors = Sample(3, 16500, 8, 2).tensors(seed)
+    apart = [0, 70, 9000, 16499]
+    with torch.no_grad():
+        tensors[1][apart] = -tensors[2][1] + 1e-3 * tensors[1][apart]
+    kernels = HostKernels(module, tensors)
+    assert (kernels.center_rnorms < 0).sum() >= len(apart)
+    slots = kernels.slots
+    assert (slots[:, apart] == 2).any(), "the cancelled slots win nowhere: the test tests nothing"
+    grad = torch.zeros(3, 16500)
+    grad[:, apart] = torch.randn(3, len(apart), generator=torch.Generator().manual_seed(seed + 1))
+    truth = gradients(lambda *t: routed(*t, slots), leaves(tensors, torch.float64), grad)
+    for value, true in zip(kernels.gradients(grad)[:3], truth[:3], strict=True):
+        assert value is not None
+        assert error(value, true) <= allowed(0.0, true, torch.float32, 3 * len(apart))
+
+
+def test_wide_tiles_of_the_gradient_of_centers(module: Any, seed: int) -> None:
+    tensors = Sample(5, 16500, 136, 3, bf16, bf16, bf16).tensors(seed)
+    grad = torch.randn(5, 16500, generator=torch.Generator().manual_seed(seed + 1))
+    kernels = HostKernels(module, tensors)
+    value = kernels.gradients(grad, (False, True, False, False))[1]
+    true = gradients(lambda *t: routed(*t, kernels.slots), leaves(tensors, torch.float64), grad)[1]
+    assert value is not None
+    assert error(value, true) <= allowed(0.0, true, bf16, 5)
+
+
+@pytest.mark.parametrize("dtype", [bf16, half])
+def test_gradient_of_displacements_is_not_rounded_with_the_weights(
+    dtype: torch.dtype, module: Any, seed: int
+) -> None:
+    tensors = Sample(70, 133, 72, 4, dtype, dtype, dtype).tensors(seed)
+    grad = torch.randn(70, 133, generator=torch.Generator().manual_seed(seed + 1))
+    kernels = HostKernels(module, tensors)
+    true = gradients(lambda *t: routed(*t, kernels.slots), leaves(tensors, torch.float64), grad)[2]
+    value = torch.from_numpy(
+        module.backward(kernels.type, grad.numpy(), *kernels.arrays, *kernels.saved, False, False, True, False)[2]
+    )
+    assert value.dtype == torch.float32
+    assert error(value, true) <= allowed(0.0, true, torch.float32, 70 * 133)
+
+
 @pytest.mark.parametrize("m", [3, 12])
 def test_ties_go_to_the_lowest_slot(m: int, module: Any, seed: int) -> None:
     tensors = Sample(37, 70, 45, m).tensors(seed, requires_grad=False)

@@ -123,7 +123,7 @@ py::tuple forward(bool fused, const std::string& type, const py::array& input, c
   return py::make_tuple(logits, slots, center_rnorms, input_rnorms);
 }
 
-py::tuple backward(const std::string& type, const py::array& grad, const py::array& input, const py::array& centers,
+py::tuple backward(bool fused, const std::string& type, const py::array& grad, const py::array& input, const py::array& centers,
                    const py::array& displacements, const py::array& tau, py::array logits, py::array slots,
                    py::array center_rnorms, py::array input_rnorms, bool need_input, bool need_centers,
                    bool need_displacements, bool need_tau) {
@@ -135,13 +135,87 @@ py::tuple backward(const std::string& type, const py::array& grad, const py::arr
   py::array dw = gradient(need_centers, input.dtype(), {a.K, a.d});
   py::array dd = gradient(need_displacements, sums(type), {a.m, a.d}), dt = gradient(need_tau, sums(type), {1});
   HostWorkspace workspace(type);
-  operations(type).backward(a, grad.data(),
-                            {logits.mutable_data(), static_cast<uint8_t*>(slots.mutable_data()),
-                             center_rnorms.mutable_data(), input_rnorms.mutable_data()},
-                            {need_input ? df.mutable_data() : nullptr, need_centers ? dw.mutable_data() : nullptr,
-                             need_displacements ? dd.mutable_data() : nullptr, need_tau ? dt.mutable_data() : nullptr},
-                            workspace);
+  (fused ? operations(type).backward : products(type).backward)(
+      a, grad.data(),
+      {logits.mutable_data(), static_cast<uint8_t*>(slots.mutable_data()), center_rnorms.mutable_data(),
+       input_rnorms.mutable_data()},
+      {need_input ? df.mutable_data() : nullptr, need_centers ? dw.mutable_data() : nullptr,
+       need_displacements ? dd.mutable_data() : nullptr, need_tau ? dt.mutable_data() : nullptr},
+      workspace);
   return py::make_tuple(df, dw, dd, dt);
+}
+
+// Optional arrays come as None.
+const void* values(const py::object& x) { return x.is_none() ? nullptr : py::array(x).data(); }
+void* data(const py::object& x) { return x.is_none() ? nullptr : py::array(x).mutable_data(); }
+
+struct Loss {
+  py::array target;
+  py::object class_bias, weight, margin;
+  int margin_kind, reduction;
+  int64_t ignore_index;
+  double label_smoothing;
+
+  gc::LossArguments arguments() const {
+    return {static_cast<const int64_t*>(target.data()),
+            values(class_bias),
+            values(weight),
+            values(margin),
+            !margin.is_none() && py::array(margin).size() != 1,
+            margin_kind,
+            reduction,
+            ignore_index,
+            label_smoothing};
+  }
+};
+
+gc::LossResults results(const py::dict& x) {
+  return {data(x["loss"]),
+          data(x["lse"]),
+          static_cast<bool*>(data(x["inside"])),
+          data(x["scores"]),
+          static_cast<uint8_t*>(data(x["slots"])),
+          data(x["center_rnorms"]),
+          data(x["input_rnorms"]),
+          data(x["rows"]),
+          data(x["scalars"])};
+}
+
+py::dict loss_forward(const std::string& type, const py::array& input, const py::array& centers,
+                      const py::array& displacements, const py::array& tau, const Loss& loss, bool keep) {
+  const gc::Arguments a = arguments(input, centers, displacements, tau);
+  const py::dtype sum = sums(type);
+  const int64_t ld = gc::padded_rows(a.B);
+  py::dict out;
+  out["loss"] = empty(sum, {loss.reduction == 0 ? a.B : 1});
+  out["lse"] = empty(sum, {a.B});
+  out["inside"] = empty(py::dtype("bool"), {1});
+  out["scores"] = keep ? py::object(empty(sum, {a.K, ld})) : py::none();
+  out["slots"] = keep ? py::object(empty(py::dtype("uint8"), {a.K, ld})) : py::none();
+  out["center_rnorms"] = empty(sum, {a.m + 1, a.K});
+  out["input_rnorms"] = empty(sum, {a.B});
+  out["rows"] = empty(sum, {loss.margin.is_none() ? 2 : 5, a.B});
+  out["scalars"] = empty(sum, {2});
+  HostWorkspace workspace(type);
+  products(type).loss_forward(a, loss.arguments(), results(out), workspace);
+  return out;
+}
+
+py::tuple loss_backward(const std::string& type, const py::object& grad_loss, const py::object& grad_lse,
+                        const py::array& input, const py::array& centers, const py::array& displacements,
+                        const py::array& tau, const Loss& loss, const py::dict& saved) {
+  const gc::Arguments a = arguments(input, centers, displacements, tau);
+  const auto like = [&](const py::object& x) {
+    return x.is_none() ? py::object(py::none()) : py::object(empty(sums(type), {py::array(x).size()}));
+  };
+  py::array df = empty(input.dtype(), {a.B, a.d}), dw = empty(input.dtype(), {a.K, a.d});
+  py::array dd = empty(sums(type), {a.m, a.d}), dt = empty(sums(type), {1});
+  py::object db = like(loss.class_bias), dm = like(loss.margin);
+  HostWorkspace workspace(type);
+  products(type).loss_backward(a, loss.arguments(), {values(grad_loss), values(grad_lse)}, results(saved),
+                               {df.mutable_data(), dw.mutable_data(), dd.mutable_data(), dt.mutable_data()}, data(db),
+                               data(dm), workspace);
+  return py::make_tuple(df, dw, dd, dt, db, dm);
 }
 
 }  // namespace
@@ -149,6 +223,10 @@ py::tuple backward(const std::string& type, const py::array& grad, const py::arr
 PYBIND11_MODULE(GISTOPS_MODULE, m) {
   m.def("forward", &forward);
   m.def("backward", &backward);
+  py::class_<Loss>(m, "Loss").def(
+      py::init<py::array, py::object, py::object, py::object, int, int, int64_t, double>());
+  m.def("loss_forward", &loss_forward);
+  m.def("loss_backward", &loss_backward);
   m.def("set_thread_order", [](const std::string& order, unsigned seed) {
     using host_cuda::Order;
     host_cuda::set_order(order == "reverse"    ? Order::reverse

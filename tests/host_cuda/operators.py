@@ -40,6 +40,7 @@ class HostKernels:
     ) -> None:
         self.module = module
         self.tensors = tensors
+        self.fused = fused
         self.type = operand_type(tensors, allow_tf32)
         half = {name: dtype for dtype, name in _HALF.items()}
         self.sums = torch.float64 if self.type == "f64" else torch.float32
@@ -54,7 +55,7 @@ class HostKernels:
     ) -> list[Tensor | None]:
         """The arguments' gradients, each in its argument's shape and dtype; None where not needed."""
         grad = grad.to(self.sums).contiguous()
-        values = self.module.backward(self.type, grad.numpy(), *self.arrays, *self.saved, *needs)
+        values = self.module.backward(self.fused, self.type, grad.numpy(), *self.arrays, *self.saved, *needs)
         gradients: list[Tensor | None] = []
         for value, tensor, needed in zip(values, self.tensors, needs, strict=True):
             if not needed:

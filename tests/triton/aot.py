@@ -171,6 +171,10 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     precise = "tf32x3" if kind == "tf32" and target.startswith("sm") else "ieee"
     precision = "tf32" if kind == "tf32" else "ieee"
     products = {"ACC": acc, "PRECISION": precision, "WIDEN": False}
+    corrections = {
+        "HALVES": dtype == "bf16",
+        "CORRECTION_PRECISION": "tf32x3" if kind in ("half", "tf32") and target.startswith("sm") else "ieee",
+    }
     table = TABLES[target], kind
     for config in configs.FORWARD[table]:
         for slots in (FUSED_SLOTS, 1, 0) if config == configs.FORWARD[table][-1] else (FUSED_SLOTS, 1):
@@ -179,7 +183,7 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     for config in configs.CENTERS[table]:
         for needs in ((True, True), (True, False), (False, True)):
             switches = {"NEED_CENTERS": needs[0], "NEED_DISPLACEMENTS": needs[1]}
-            yield _large(centers_kernel, dtype, target, config, products | switches)
+            yield _large(centers_kernel, dtype, target, config, products | corrections | switches)
     sizes = SMALL[kind]
     small: list[tuple[Any, dict[str, Any]]] = [
         (prepare_kernel, _tiles("BD", sizes.prepare) | {"SLOTS": 16, "ACC": acc, "NORM_PRECISION": precise, "WIDEN": False}),
@@ -218,7 +222,8 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     rare = [*(f"HAS_{what}" for what in ("LSE", "BIAS", "WEIGHT", "MARGIN")), "NEED_BIAS", "NEED_MARGIN"]
     for slots in (1, 8, 256):
         for mode in (usual | dict.fromkeys(rare, False), usual | dict.fromkeys(rare, True) | {"SMOOTHING": 0.1}):
-            constants = _tiles("KB", sizes.softmax) | {"SLOTS": slots, "LARGEST": largest} | needs_all | mode
+            tiles = sizes.softmax if slots < 64 else sizes.softmax_many
+            constants = _tiles("KB", tiles) | {"SLOTS": slots, "LARGEST": largest} | needs_all | mode
             yield Case(route_softmax_kernel, dtype, target, constants)
     for kernel, constants in small:
         yield Case(kernel, dtype, target, constants)

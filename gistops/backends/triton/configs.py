@@ -85,13 +85,11 @@ FORWARD: dict[tuple[Target, Kind], tuple[Config, ...]] = {
 CENTERS: dict[tuple[Target, Kind], tuple[Config, ...]] = {
     ("hopper", "half"): (
         Config(64, 64, 128, 8, 3),  # long rows of w
-        Config(128, 64, 64, 8, 3),  # d at most 64
-        Config(64, 64, 64, 4, 3),  # few classes
+        Config(64, 64, 64, 4, 3),  # few classes, or d at most 64
     ),
     ("hopper", "tf32"): (
         Config(64, 32, 128, 8, 3),
-        Config(128, 32, 64, 8, 3),  # d at most 64
-        Config(64, 32, 64, 4, 3),  # few classes
+        Config(64, 32, 64, 8, 3),  # few classes, or d at most 64
     ),
     ("ampere", "half"): (
         Config(64, 32, 128, 8, 3),
@@ -134,16 +132,18 @@ class Small:
     route_many: tuple[int, int]  # the same where M > 32: there the sums S' take registers; 4 warps
     pool: tuple[int, int]  # classes, features; 4 warps
     softmax: tuple[int, int]  # likewise
+    softmax_many: tuple[int, int]  # the same where M > 32
     finish_input: tuple[int, int]  # classes of a look for pairs that cancel; dimensions at most
     finish_displacements: tuple[int, int]  # terms added at a time, dimensions
 
 
 _HALF = Small(
-    (32, 64), (64, 32), (32, 32, 16), (64, 32), 4, (16, 64), (32, 128), (32, 128), (64, 512), (32, 64)
+    (32, 64), (64, 32), (32, 32, 16), (64, 32), 4, (16, 64), (16, 64), (16, 64), (16, 16), (64, 512), (32, 64)
 )
 _SINGLE = replace(_HALF, route=(64, 64), route_warps=8)
 _DOUBLE = replace(
-    _HALF, prepare=(16, 32), norms=(32, 16), pool=(16, 64), softmax=(16, 64), route=(32, 32), route_many=(16, 32), finish_input=(64, 256)
+    _HALF, prepare=(16, 32), norms=(32, 16), pool=(16, 32), softmax=(16, 32), route=(32, 32),
+    route_many=(16, 32), finish_input=(64, 256),
 )
 SMALL: dict[Kind, Small] = {"half": _HALF, "tf32": _SINGLE, "ieee": _SINGLE, "f64": _DOUBLE}
 

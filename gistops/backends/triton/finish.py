@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .centers import weight_apart
+from .apart import weight_apart
 from .numbers import is_clamped
 
 

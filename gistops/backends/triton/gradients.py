@@ -55,7 +55,7 @@ def centers_gradient(p: Problem, saved: Saved, routed: Routed, needs: Needs) -> 
             routed.weights, p.input, p.centers, p.displacements, saved.grad, saved.slots, saved.center_rnorms,
             routed.moments, saved.input_rnorms, p.tau, out, parts, B, K, d, routed.weights.shape[1], M, *saved.strides,
             NEED_CENTERS=needs.centers, NEED_DISPLACEMENTS=need_parts,
-            **p.constants("ACC", "PRECISION", "WIDEN"), **config.arguments(),
+            **p.constants("HALVES", "ACC", "PRECISION", "CORRECTION_PRECISION", "WIDEN"), **config.arguments(),
         )  # fmt: skip
         return parts
 

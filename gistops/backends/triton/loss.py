@@ -58,19 +58,24 @@ class Chunk(NamedTuple):
 def chunks(p: Problem, size: int, tile: tuple[int, int]) -> Iterator[Chunk]:
     """The chunks of at most `size` classes."""
     B, K, d, M = p.sizes
-    tile = tile[0], min(tile[1], max(16, power_of_two(B)))
+    tile = tile[0], min(tile[1], power_of_two(max(B, 16)))
     count = 0
     for first in range(0, K, size):
         centers = p.centers[first : first + size]
         part = p._replace(centers=centers, sizes=(B, centers.shape[0], d, M))
-        run, groups = grouped(centers.shape[0], B, tile)
+        run, groups = grouped(centers.shape[0], max(B, 1), tile)
         yield Chunk(first, part, tile, run, groups, count)
         count += groups
 
 
 def chunk_size(p: Problem, held: bool) -> int:
     """Classes of a chunk."""
-    return p.sizes[1] if held else max(64, CHUNK_ELEMENTS // padded(p.sizes[0]) // 64 * 64)
+    return p.sizes[1] if held else max(64, CHUNK_ELEMENTS // max(padded(p.sizes[0]), 1) // 64 * 64)
+
+
+def softmax_tile(p: Problem) -> tuple[int, int]:
+    """Classes and features of a tile of route_softmax_kernel."""
+    return p.small.softmax if p.sizes[3] <= 32 else p.small.softmax_many
 
 
 def forward(
@@ -282,7 +287,7 @@ def backward(
     }  # fmt: skip
     with on_device(p.input.device):
         if scores.numel():
-            (c,) = chunks(p, p.sizes[1], p.small.softmax)
+            (c,) = chunks(p, p.sizes[1], softmax_tile(p))
             saved = Saved(scores, scores, slots, center_rnorms, input_rnorms, True)
             made = _gradients(c, saved, needs, routing, p.products)
         else:
@@ -340,7 +345,7 @@ def _in_chunks(
     memory, slots = new(size, padded(B), dtype=p.sums), new(size, padded(B), dtype=torch.uint8)
     target_logits = new(B, dtype=p.sums)
     sums: list[Tensor] = []
-    for score, route in zip(chunks(p, size, p.small.pool), chunks(p, size, p.small.softmax), strict=True):
+    for score, route in zip(chunks(p, size, p.small.pool), chunks(p, size, softmax_tile(p)), strict=True):
         classes = score.p.sizes[1]
         part = slice(score.first, score.first + classes)
         rnorms = center_rnorms[:, part].contiguous()

@@ -97,7 +97,7 @@ def backward(
         with on_device(p.input.device):
             made = gradients.compute(p, gradients.Saved(*(x.contiguous() for x in saved)), needs)
     input, centers, displacements, tau = (
-        _like(x, g) if needed else x.new_empty(0) for g, x, needed in zip(made, arguments, needs, strict=True)
+        _like(x, g) if needed else x.new_empty(0) for g, x, needed in zip(made, arguments, needs[:4], strict=True)
     )
     return input, centers, displacements, tau
 

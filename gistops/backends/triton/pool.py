@@ -59,9 +59,10 @@ def pool_lse_kernel(
     for tile in range(group * run, group * run + run):
         classes = tile * TILE_K + tl.arange(0, TILE_K)
         class_valid = classes < K
-        offsets = classes.to(tl.int64)[:, None] * stride + rows[None, :]
+        start = tl.cast(tile, tl.int64) * TILE_K * stride
+        offsets = tl.arange(0, TILE_K)[:, None] * stride + rows[None, :]
         valid = class_valid[:, None] & row_valid[None, :]
-        products = tl.load(scores + offsets, mask=valid, other=0.0)
+        products = tl.load(scores + start + offsets, mask=valid, other=0.0)
         best = products * tl.load(center_rnorms + classes, mask=class_valid, other=0.0)[:, None]
         slot = tl.zeros((TILE_K, TILE_B), tl.int32)
         for j in range(1, M):
@@ -75,8 +76,10 @@ def pool_lse_kernel(
         z = best * scale[None, :]
         if PARK:
             inside = class_valid[:, None] & (rows < stride)[None, :]
-            tl.store(scores + offsets, z, mask=inside)
-            tl.store(slots + offsets, slot.to(tl.uint8), mask=inside)
+            tl.store(scores + start + offsets, z, mask=inside)
+            # Four at a time, as scores are read: wider stores would send all slots through shared memory.
+            narrow = tl.max_contiguous(offsets, (1, 4))
+            tl.store(slots + start + narrow, slot.to(tl.uint8), mask=inside)
         own = valid & (classes[:, None] == places[None, :])
         tl.store(target_logits + rows[None, :] + tl.zeros_like(slot), z, mask=own)
         more = tile_partials(

@@ -58,7 +58,7 @@ class Problem(NamedTuple):
 
     def constants(self, *names: str) -> dict[str, Any]:
         """Constants that several kernels share, those named."""
-        return _constants(self.kind, configs.target(self.input.device), names)
+        return _constants(self.kind, self.dtype, configs.target(self.input.device), names)
 
 
 def _ready(x: Tensor, dtype: torch.dtype, missing: int) -> Tensor:
@@ -68,13 +68,18 @@ def _ready(x: Tensor, dtype: torch.dtype, missing: int) -> Tensor:
 
 
 @functools.cache
-def _constants(kind: configs.Kind, target: configs.Target, names: tuple[str, ...]) -> dict[str, Any]:
-    on_tensor_cores = kind == "tf32" and target in ("hopper", "ampere")
+def _constants(
+    kind: configs.Kind, dtype: torch.dtype, target: configs.Target, names: tuple[str, ...]
+) -> dict[str, Any]:
+    nvidia = target in ("hopper", "ampere")
     every = {
         "ACC": tl.float64 if kind == "f64" else tl.float32,
         "PRECISION": "tf32" if kind == "tf32" else "ieee",
         # Norms are as precise as float32 whatever the setting: three products of parts where there is tf32.
-        "NORM_PRECISION": "tf32x3" if on_tensor_cores else "ieee",
+        "NORM_PRECISION": "tf32x3" if nvidia and kind == "tf32" else "ieee",
+        # So are the corrections of ∂w. Halves of bfloat16 are exact enough; float16 has too few exponents for them.
+        "HALVES": dtype == torch.bfloat16 and not configs.INTERPRETED,
+        "CORRECTION_PRECISION": "tf32x3" if nvidia and kind in ("half", "tf32") else "ieee",
         "WIDEN": configs.INTERPRETED,
     }
     return {name: every[name] for name in names}

@@ -121,6 +121,21 @@ inline int __any_sync(unsigned, int predicate) {
   return any != 0;
 }
 
+inline double cospi(double x) { return std::cos(x * 3.14159265358979323846); }
+inline double sinpi(double x) { return std::sin(x * 3.14159265358979323846); }
+
+inline void __threadfence() {}
+inline int atomicOr(int* to, int value) {
+  const int before = *to;
+  *to |= value;
+  return before;
+}
+inline int atomicAdd(int* to, int value) {  // blocks run one after another
+  const int before = *to;
+  *to += value;
+  return before;
+}
+
 inline float __uint_as_float(unsigned bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);

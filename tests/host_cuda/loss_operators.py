@@ -1,0 +1,68 @@
+"""The CUDA loss of the host-compiled kernels, on CPU tensors, with the judge's conventions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .operators import _HALF, _array, operand_type
+
+MARGIN_KINDS = ("logit", "cosine", "angle")
+REDUCTIONS = ("none", "mean", "sum")
+
+
+class HostLoss:
+    """Forward and backward on the host, and what the binding does around them.
+
+    Args:
+        module: the compiled kernels (tests/host_cuda/kernels.cpp).
+        tensors: input, centers, displacements, tau.
+        target: classes, int64.
+        keep: scores are kept from the forward to the backward.
+        options: those of `constellation_cross_entropy`.
+    """
+
+    def __init__(
+        self, module: Any, tensors: list[Tensor], target: Tensor, keep: bool = True, **options: Any
+    ) -> None:
+        self.module = module
+        self.tensors = tensors
+        self.type = operand_type(tensors, False)
+        half = {name: dtype for dtype, name in _HALF.items()}
+        self.sums = torch.float64 if self.type == "f64" else torch.float32
+        self.operands = half.get(self.type, self.sums)
+        dtypes = (*[self.operands] * 3, self.sums)
+        self.arrays = [_array(t.detach().to(dtype)) for t, dtype in zip(tensors, dtypes, strict=True)]
+        vectors = [options.get(name) for name in ("class_bias", "weight", "margin")]
+        self.vectors = [None if v is None else torch.as_tensor(v).detach().to(self.sums) for v in vectors]
+        self.loss_arguments = module.Loss(
+            target.numpy(),
+            *(None if v is None else v.numpy() for v in self.vectors),
+            MARGIN_KINDS.index(options.get("margin_kind", "logit")),
+            REDUCTIONS.index(options.get("reduction", "mean")),
+            options.get("ignore_index", -100),
+            options.get("label_smoothing", 0.0),
+        )
+        self.saved = module.loss_forward(self.type, *self.arrays, self.loss_arguments, keep)
+        reduced = options.get("reduction", "mean") != "none"
+        self.loss = torch.from_numpy(self.saved["loss"]).reshape(() if reduced else (-1,))
+        self.lse = torch.from_numpy(self.saved["lse"])
+        self.inside = bool(self.saved["inside"][0])
+
+    def gradients(self, grad_loss: Tensor | None, grad_lse: Tensor | None) -> list[Tensor | None]:
+        """Of the tensors, class_bias and margin; None where there is none."""
+        grads = [None if g is None else g.to(self.sums).contiguous().numpy() for g in (grad_loss, grad_lse)]
+        values = self.module.loss_backward(self.type, *grads, *self.arrays, self.loss_arguments, self.saved)
+        shapes = [*(t.shape for t in self.tensors), *(v if v is None else v.shape for v in self.vectors[::2])]
+        gradients: list[Tensor | None] = []
+        for value, shape in zip(values, shapes, strict=True):
+            if value is None or shape is None:
+                gradients.append(None)
+                continue
+            made = torch.from_numpy(value)
+            if made.dtype == torch.uint16:
+                made = made.view(self.operands)
+            gradients.append(made.reshape(shape))
+        return gradients
