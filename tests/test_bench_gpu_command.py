@@ -19,6 +19,7 @@ import torch
 from bench.gpu import command, commands, day
 from bench.gpu.budget import PARTS, Budget
 from bench.gpu.commands import ROOT
+from gistops.backends import native
 
 from .clock import Clock
 
@@ -133,6 +134,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def test_the_whole_sequence_runs_on_a_cpu(tmp_path: Path) -> None:
+    assert native.load().loaded  # compiled before, if need be: that takes longer than the day has
     only = "build,smoke,constants,measure,profile,ncu,sanitize"
     done = subprocess.run(
         ours(tmp_path, "--only", only), cwd=ROOT, capture_output=True, text=True, check=False
