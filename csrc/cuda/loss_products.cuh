@@ -73,9 +73,8 @@ class LossProducts : private GradientProducts<T> {
                 void* margin) {
     if (p_.B() == 0) return clear(gradients, bias, margin);
     using Shape = PullClassesShape;
-    constexpr int64_t kScores = 1 << 25;  // made again at a time, where they were not kept
     const int64_t step =
-        saved.scores ? p_.K() : std::min(p_.K(), ceil_div(kScores / ld_ + 1, Shape::kClasses) * Shape::kClasses);
+        saved.scores ? p_.K() : std::min(p_.K(), ceil_div(limits.remade / ld_ + 1, Shape::kClasses) * Shape::kClasses);
     const typename Base::Further further{static_cast<S*>(bias), static_cast<S*>(margin), !loss_.each_margin};
     this->take(PullShape(step, p_.B(), Shape::kClasses, Shape::kFeatures), step, gradients, further, step < p_.K());
     const S *rnorms = static_cast<const S*>(saved.center_rnorms), *input_rnorms =

@@ -43,9 +43,8 @@ class Products {
 
   // So many classes' scores and centres stay in the cache of a large GPU from one kernel to the next.
   int64_t cached_classes() const {
-    constexpr int64_t kScores = 1 << 22;
-    if (p_.K() * ld_ <= 2 * kScores) return p_.K();
-    return std::max<int64_t>(kScores / ld_ / ScoresShape::kClasses, 1) * ScoresShape::kClasses;
+    if (p_.K() * ld_ <= 2 * limits.cached) return p_.K();
+    return std::max<int64_t>(limits.cached / ld_ / ScoresShape::kClasses, 1) * ScoresShape::kClasses;
   }
 
   dim3 tiles(int64_t classes) const {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "device.cuh"
+#include "launch.cuh"
 #include "operations.h"
 
 namespace py = pybind11;
@@ -234,5 +235,6 @@ PYBIND11_MODULE(GISTOPS_MODULE, m) {
                                                : Order::forward,
                          seed);
   });
+  m.def("set_limits", [](int64_t cached, int64_t remade) { gc::limits = {cached, remade}; });
   m.def("set_shared_memory", [](int bytes) { host_cuda::shared_at_most = bytes; });
 }

@@ -60,6 +60,9 @@ def main() -> None:
         saved = operators.forward(*tensors)
         made = operators.backward(torch.randn(B, K), *tensors, *saved, True, True, True, True)
         assert all(g.shape == t.shape and g.dtype == t.dtype for g, t in zip(made, tensors, strict=True))
+        with configs.forced(product="fused", centers_product="cublas"):
+            saved = operators.forward(*tensors)
+            operators.backward(torch.randn(B, K), *tensors, *saved, False, True, False, False)
         arguments = (*tensors, torch.zeros(B, dtype=torch.int64), torch.zeros(K), torch.ones(K), torch.ones(K))
         options = (2, 1, -100, 0.1)
         for keep in (True, False):

@@ -65,7 +65,7 @@ class Launches(TorchDispatchMode):
 def test_a_step_takes_few_launches(
     options: Options, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Beside the two products, a step with gradients of all takes 12: on a GPU each costs one or two µs."""
+    """Beside the products, a step with gradients of all takes 12: on a GPU each costs one or two µs."""
     call = Call.of(Sample(32, 40, 16, 3, dtype, dtype, dtype), options, seed)
     leaves = [t.to(dtype).requires_grad_() for t in call.leaves()]
     target, weight = call.target.long(), call.weight.to(dtype)
@@ -77,7 +77,7 @@ def test_a_step_takes_few_launches(
         made = call.ours(leaves, "triton", return_lse=False)
         torch.autograd.grad(made, used, torch.ones_like(made))
     seen = launches.seen
-    assert seen.pop("mm") == 2
+    assert seen.pop("mm") == 3  # of the centres too, in these dtypes
     del seen["ones_like"]
     assert sum(seen.values()) <= 12, seen
 
