@@ -89,6 +89,7 @@ def command(job: Job, data: Path | None, args: argparse.Namespace) -> list[str]:
         *job.methods,
         "--resume",
         *(["--cuda-graph"] if args.graph else []),
+        *(["--compile"] if args.compile else []),
         *args.options,
     ]
     return [sys.executable, "-m", "train", *words]

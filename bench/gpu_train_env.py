@@ -22,7 +22,7 @@ def compiled_env(archive: Path | None) -> dict[str, str]:
     if archive and archive.exists():
         with tarfile.open(archive) as file:
             file.extractall(COMPILED, filter="data")
-    return {name: os.environ.get(name, place) for name, place in own.items()}
+    return own
 
 
 def warm() -> bool:

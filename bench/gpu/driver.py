@@ -73,7 +73,7 @@ class Bench:
         device: str = "cuda",
         deadlines: dict[str, float] | None = None,
         worker: tuple[str, ...] = (sys.executable, "-m", "bench.gpu.worker"),
-        silence: float = SILENCE,
+        silence: float | None = None,
     ) -> None:
         """Prepare.
 
@@ -84,14 +84,15 @@ class Bench:
             device: "cuda", or "cpu" to try the bench itself.
             deadlines: kind -> an earlier one for the cases of that kind.
             worker: the command.
-            silence: seconds after which a kernel hangs.
+            silence: seconds after which a kernel hangs; None for the usual ones.
         """
         self.left: dict[int, Case] = dict(enumerate(cases))
         self.deadline = deadline
         self.changed = changed
         self.device = device
         self.worker = worker
-        self.silence = silence
+        # Triton's interpreter, in a trial on the CPU, is slower than any kernel.
+        self.silence = silence or (SILENCE if device == "cuda" else 4 * SILENCE)
         self._patience = STARTING
         self.deadlines = deadlines or {}
         self.results: list[dict[str, Any]] = []

@@ -3,13 +3,20 @@
 //   dw[k] = sum_i H[i, k] f_i - s_k w_k - sum_j T[k, j] delta_j          s_k = sum_j T[k, j]
 //   dd[j] = ... - sum_k T[k, j] w_k - (sum_k T[k, j]) delta_j            partials [tiles of classes, m, d]
 //
-// Pairs that cancel are in neither H, T nor s here: they are added from w + delta, summed before it is weighted.
+// Pairs that cancel are in neither H, T nor s here: they are added from w + delta, summed before it is weighted. Their
+// features are added too, to both: S does not have them either.
 #pragma once
 #include <type_traits>
 
-#include "route.cuh"
+#include "launch.cuh"
+#include "pulls.cuh"
+#include "tile.cuh"
 
 namespace gistops::cuda {
+
+// Classes of a tile, each of which has a partial.
+template <class T>
+constexpr int kCenterClasses = sizeof(T) == 8 ? 64 : 128;
 
 // kClassMajor: H lies as [K, ld], else as [B, ld].
 template <class Engine_, int kDims_, bool kClassMajor_ = false>
@@ -18,7 +25,7 @@ struct CentersShape {
   using T = typename Engine::Element;
   using S = Sum<T>;
   static constexpr bool kClassMajor = kClassMajor_;
-  static constexpr int kClasses = sizeof(T) == 8 ? 64 : 128, kDims = kDims_, kStages = 3;
+  static constexpr int kClasses = kCenterClasses<T>, kDims = kDims_, kStages = 3;
   static constexpr int kDepth = sizeof(T) == 2 ? 32 : 16;  // features, a stage
   static constexpr int kWarpsC = 4, kWarpsD = 2, kWarps = kWarpsC * kWarpsD, kThreads = kWarps * kWarp;
   static constexpr int kRowTiles = kClasses / kWarpsC / 16, kColTiles = kDims / kWarpsD / 8;
@@ -49,6 +56,15 @@ struct CentersShape {
 };
 
 template <class T>
+struct CenterInputs {
+  Pairs<T> pairs;
+  const T* h;  // rows of length ld: whole vectors, zeros beyond B or K
+  int64_t ld;
+  const Sum<T>* t;       // [K, M]
+  const int* cancelled;  // [1]
+};
+
+template <class T>
 struct CenterGradients {
   T* centers;             // [K, d], or null
   Sum<T>* displacements;  // [tiles, m, d], or null
@@ -64,10 +80,9 @@ class Centers {
   static constexpr int kVector = Shape::kVector;
 
  public:
-  __device__ Centers(const Problem<T>& p, const Saved<T>& saved, const Routed<T>& routed, const CenterGradients<T>& out,
-                     Shared& shared)
-      : p_(p), saved_(saved), routed_(routed), out_(out), e_(shared) {
-    const int64_t across = ceil_div(p.d(), Shape::kDims);
+  __device__ Centers(const CenterInputs<T>& in, const CenterGradients<T>& out, Shared& shared)
+      : in_(in), p_(in.pairs.p), out_(out), e_(shared) {
+    const int64_t across = ceil_div(p_.d(), Shape::kDims);
     tile_ = blockIdx.x / across;
     first_class_ = tile_ * Shape::kClasses;
     first_dim_ = blockIdx.x % across * Shape::kDims;
@@ -78,7 +93,7 @@ class Centers {
   }
 
   __device__ __forceinline__ void run() {
-    const bool cancelled = *routed_.cancelled;
+    const bool cancelled = *in_.cancelled;
     load_sums_of_t(cancelled);
     if (out_.centers) {
       multiply();
@@ -97,11 +112,16 @@ class Centers {
   }
 
  private:
-  __device__ __forceinline__ S rnorm(int64_t k, int64_t j) const { return saved_.center_rnorms[j * p_.K() + k]; }
+  __device__ __forceinline__ S t(int64_t k, int64_t j) const { return in_.t[k * p_.M() + j]; }
+  __device__ __forceinline__ bool cancels(int64_t k, int64_t j) const {
+    return in_.pairs.center_rnorms[j * in_.pairs.ldr + k] < S(0);
+  }
   __device__ __forceinline__ S moved(int64_t k, int64_t j, int64_t x) const {  // an element of w_k + delta_j
     const S w = wide(p_.centers.data[k * p_.centers.ld + x]);
     return j ? w + wide(p_.displacements.data[(j - 1) * p_.displacements.ld + x]) : w;
   }
+
+  __device__ __forceinline__ S feature(int64_t b, int64_t x) const { return wide(p_.input.data[b * p_.input.ld + x]); }
 
   __device__ __forceinline__ void load_sums_of_t(bool cancelled) {
     for (int i = thread_; i < Shape::kClasses; i += Shape::kThreads) {
@@ -109,9 +129,9 @@ class Centers {
       S sum = 0;
       int any = 0;
       for (int64_t j = 0; j < p_.M() && k < p_.K(); ++j) {
-        const bool apart = cancelled && rnorm(k, j) < S(0);
+        const bool apart = cancelled && cancels(k, j);
         any |= apart;
-        if (!apart) sum += routed_.t[k * p_.M() + j];
+        if (!apart) sum += t(k, j);
       }
       e_.s[i] = sum, e_.cancelled[i] = any;
     }
@@ -122,8 +142,8 @@ class Centers {
     if (first > 0) __syncthreads();  // all are done with those before
     for (int i = thread_; i < Shape::kClasses * kSlots; i += Shape::kThreads) {
       const int64_t k = first_class_ + i / kSlots, j = first + i % kSlots + 1;
-      const bool there = k < p_.K() && j < p_.M() && !(cancelled && rnorm(k, j) < S(0));
-      e_.t[i / kSlots][i % kSlots] = there ? routed_.t[k * p_.M() + j] : S(0);
+      const bool there = k < p_.K() && j < p_.M() && !(cancelled && cancels(k, j));
+      e_.t[i / kSlots][i % kSlots] = there ? t(k, j) : S(0);
     }
   }
 
@@ -136,7 +156,7 @@ class Centers {
         for (int c = 0; c < 4; ++c) sums_[i][j][c] = 0;
     using Stages = Ring<Shape::kStages, Shape::kStageBytes>;
     constexpr bool kClassMajor = Shape::kClassMajor;
-    const Global<T> h{routed_.h, kClassMajor ? p_.K() : p_.B(), routed_.ld, routed_.ld, true};
+    const Global<T> h{in_.h, kClassMajor ? p_.K() : p_.B(), in_.ld, in_.ld};
     typename Shape::H::template Walk<Shape::kThreads, true> weights(h, kClassMajor ? first_class_ : 0,
                                                                     kClassMajor ? 0 : first_class_);
     typename Shape::F::template Walk<Shape::kThreads, kVectors> features(p_.input, 0, first_dim_);
@@ -212,15 +232,12 @@ class Centers {
       if (!e_.cancelled[row] || x >= p_.d()) continue;
       S sum = e_.after.sums[row][col];
       for (int64_t b = 0; b < p_.B(); ++b) {
-        const int64_t at = b * p_.K() + k;
-        const S r = rnorm(k, saved_.slots[at]);
-        if (r < S(0)) {
-          const S h = routed_weight(*p_.tau, saved_.grad[at], r, saved_.input_rnorms[b]);
-          sum = fma(h, wide(p_.input.data[b * p_.input.ld + x]), sum);
-        }
+        int slot;
+        const S h = in_.pairs.apart(k, b, slot);
+        if (h != S(0)) sum = fma(h, feature(b, x), sum);
       }
       for (int64_t j = 1; j < p_.M(); ++j)
-        if (rnorm(k, j) < S(0)) sum = fma(-routed_.t[k * p_.M() + j], moved(k, j, x), sum);
+        if (cancels(k, j)) sum = fma(-t(k, j), moved(k, j, x), sum);
       e_.after.sums[row][col] = sum;
     }
   }
@@ -279,17 +296,17 @@ class Centers {
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         const int row = rows + i * Shape::kRuns;
-        S t[kSlots], w[kVector];
+        S weights[kSlots], w[kVector];
 #pragma unroll
-        for (int j = 0; j < kSlots; ++j) t[j] = e_.t[row][j];
+        for (int j = 0; j < kSlots; ++j) weights[j] = e_.t[row][j];
 #pragma unroll
         for (int c = 0; c < kVector; ++c) w[c] = wide(centers[i].e[c]);
         if (out_.displacements) {
 #pragma unroll
           for (int j = 0; j < kSlots; ++j) {
-            all[j] += t[j];
+            all[j] += weights[j];
 #pragma unroll
-            for (int c = 0; c < kVector; ++c) partial[j][c] = fma(t[j], w[c], partial[j][c]);
+            for (int c = 0; c < kVector; ++c) partial[j][c] = fma(weights[j], w[c], partial[j][c]);
           }
         }
         if (!out_.centers) continue;
@@ -300,7 +317,7 @@ class Centers {
         for (int c = 0; c < kVector; ++c) {
           sum[c] = fma(-s, w[c], sums[c]);
 #pragma unroll
-          for (int j = 0; j < kSlots; ++j) sum[c] = fma(-t[j], delta[j][c], sum[c]);
+          for (int j = 0; j < kSlots; ++j) sum[c] = fma(-weights[j], delta[j][c], sum[c]);
         }
         if (last) {
           const int64_t k = first_class_ + row;
@@ -335,16 +352,20 @@ class Centers {
         sum += e_.after.partials[warp][i / Shape::kDims][i % Shape::kDims];
       for (int row = cancelled ? 0 : Shape::kClasses; row < Shape::kClasses; ++row) {
         const int64_t k = first_class_ + row;
-        if (e_.cancelled[row] && rnorm(k, j + 1) < S(0))
-          sum = fma(routed_.t[k * p_.M() + j + 1], moved(k, j + 1, x), sum);
+        if (!e_.cancelled[row] || !cancels(k, j + 1)) continue;
+        sum = fma(t(k, j + 1), moved(k, j + 1, x), sum);
+        for (int64_t b = 0; b < p_.B(); ++b) {
+          int slot;
+          const S h = in_.pairs.apart(k, b, slot);
+          if (h != S(0) && slot == j + 1) sum = fma(-h, feature(b, x), sum);
+        }
       }
       out_.displacements[(tile_ * p_.m() + j) * p_.d() + x] = sum;
     }
   }
 
+  const CenterInputs<T>& in_;
   const Problem<T>& p_;
-  const Saved<T>& saved_;
-  const Routed<T>& routed_;
   const CenterGradients<T>& out_;
   Shared& e_;
   int64_t tile_, first_class_, first_dim_;
@@ -354,10 +375,32 @@ class Centers {
 
 template <class Shape, bool kVectors>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
-    centers_kernel(Problem<typename Shape::T> p, Saved<typename Shape::T> saved, Routed<typename Shape::T> routed,
-                   CenterGradients<typename Shape::T> out) {
+    centers_kernel(CenterInputs<typename Shape::T> in, CenterGradients<typename Shape::T> out) {
   GISTOPS_DYNAMIC_SHARED(typename Shape::Shared, shared);
-  Centers<Shape, kVectors>(p, saved, routed, out, *shared).run();
+  Centers<Shape, kVectors>(in, out, *shared).run();
+}
+
+template <class Shape, bool kVectors>
+void launch_centers(void* stream, const CenterInputs<typename Shape::T>& in,
+                    const CenterGradients<typename Shape::T>& out) {
+  const Problem<typename Shape::T>& p = in.pairs.p;
+  launch("centers", centers_kernel<Shape, kVectors>,
+         blocks(ceil_div(p.K(), Shape::kClasses) * ceil_div(p.d(), Shape::kDims)), Shape::kThreads, Shape::kShared,
+         stream, in, out);
+}
+
+// Wide tiles read less, narrow ones keep a small problem from idling.
+template <class Engine, bool kClassMajor, class T>
+void make_center_gradients(void* stream, bool vectors, const CenterInputs<T>& in, const CenterGradients<T>& out) {
+  using Narrow = CentersShape<Engine, 64, kClassMajor>;
+  if (!vectors) return launch_centers<Narrow, false>(stream, in, out);
+  if constexpr (sizeof(T) == 2) {
+    using Wide = CentersShape<Engine, 128, kClassMajor>;
+    constexpr int64_t kEnough = 256;  // blocks
+    if (ceil_div(in.pairs.p.K(), Wide::kClasses) * ceil_div(in.pairs.p.d(), Wide::kDims) >= kEnough)
+      return launch_centers<Wide, true>(stream, in, out);
+  }
+  launch_centers<Narrow, true>(stream, in, out);
 }
 
 }  // namespace gistops::cuda

@@ -6,16 +6,6 @@ namespace gistops::cuda {
 
 constexpr int kInputThreads = 256, kDisplacementThreads = 1024;
 
-// Calls `take(k)` for every step-th class, from first, of each of route's groups of classes that is flagged.
-template <class Flagged, class Take>
-__device__ __forceinline__ void for_flagged(const RouteShape& shape, Flagged flagged, int first, int step, Take take) {
-  for (int64_t group = 0; group < shape.groups(); ++group) {
-    if (!flagged(group)) continue;
-    const int64_t begin = group * shape.classes_a_group(), end = min(begin + shape.classes_a_group(), shape.K);
-    for (int64_t k = begin + first; k < end; k += step) take(k);
-  }
-}
-
 // df_i = g - (g . f^) f^ with g = sum_k H[i, k] w_k + sum_j S[i, j] delta_j; 1 / |f| is in H and S. A block a feature.
 // kVectors: as in tile.cuh.
 //   product [B, d]: H w, overwritten with g
@@ -44,18 +34,20 @@ __global__ void __launch_bounds__(kInputThreads)
     }
     if (cancelled) {  // these pairs are not in H and S
       const int* flags = routed.flags + i / shape.rows_a_part() * shape.groups();
-      for_flagged(
-          shape, [&](int64_t group) { return flags[group] != 0; }, 0, 1,
-          [&](int64_t k) {
-            const int64_t j = saved.slots[i * K + k];
-            const S r = saved.center_rnorms[j * K + k];
-            if (r >= S(0) || r != r) return;
-            const S h = routed_weight(*p.tau, saved.grad[i * K + k], r, saved.input_rnorms[i]);
-            for (int c = 0; c < kVector; ++c) {
-              const S w = wide(p.centers.data[k * p.centers.ld + x + c]);
-              sum.e[c] = fma(h, w + wide(p.displacements.data[(j - 1) * p.displacements.ld + x + c]), sum.e[c]);
-            }
-          });
+      for (int64_t k = 0; k < K; ++k) {
+        if (k % shape.classes_a_group() == 0 && !flags[k / shape.classes_a_group()]) {
+          k += shape.classes_a_group() - 1;
+          continue;
+        }
+        const int64_t j = saved.slots[i * K + k];
+        const S r = saved.center_rnorms[j * K + k];
+        if (r >= S(0) || r != r) continue;
+        const S h = routed_weight(*p.tau, saved.grad[i * K + k], r, saved.input_rnorms[i]);
+        for (int c = 0; c < kVector; ++c) {
+          const S w = wide(p.centers.data[k * p.centers.ld + x + c]);
+          sum.e[c] = fma(h, w + wide(p.displacements.data[(j - 1) * p.displacements.ld + x + c]), sum.e[c]);
+        }
+      }
     }
     g = sum;
     const Values along = *reinterpret_cast<const Values*>(f + x);
@@ -84,13 +76,12 @@ __global__ void __launch_bounds__(kInputThreads)
 // threads of a dimension share out features and partials.
 template <class T>
 __global__ void __launch_bounds__(kDisplacementThreads)
-    displacements_kernel(RouteShape shape, Problem<T> p, Saved<T> saved, Routed<T> routed, const Sum<T>* partials,
-                         int64_t tiles, Sum<T>* out) {
+    displacements_kernel(Problem<T> p, Routed<T> routed, const Sum<T>* partials, int64_t tiles, Sum<T>* out) {
   using S = Sum<T>;
   constexpr int kRuns = kDisplacementThreads / kWarp;
   __shared__ S partial[kRuns][kWarp];
   const int lane = static_cast<int>(threadIdx.x) % kWarp, run = static_cast<int>(threadIdx.x) / kWarp;
-  const int64_t across = ceil_div(p.d(), kWarp), B = p.B(), K = p.K();
+  const int64_t across = ceil_div(p.d(), kWarp), B = p.B();
   const int64_t j = blockIdx.x / across + 1, x = blockIdx.x % across * kWarp + lane;
   S sum = 0;
   if (x < p.d()) {
@@ -99,22 +90,6 @@ __global__ void __launch_bounds__(kDisplacementThreads)
       sum = fma(routed.s[i * p.M() + j], wide(p.input.data[i * p.input.ld + x]), sum);
 #pragma unroll 8
     for (int64_t tile = run; tile < tiles; tile += kRuns) sum -= partials[(tile * p.m() + j - 1) * p.d() + x];
-    if (*routed.cancelled) {  // these pairs are not in S
-      const auto flagged = [&](int64_t group) {
-        int any = 0;
-        for (int64_t part = 0; part < shape.parts(); ++part) any |= routed.flags[part * shape.groups() + group];
-        return any != 0;
-      };
-      for_flagged(shape, flagged, run, kRuns, [&](int64_t k) {
-        const S r = saved.center_rnorms[j * K + k];
-        if (r >= S(0) || r != r) return;
-        for (int64_t i = 0; i < B; ++i) {
-          if (saved.slots[i * K + k] != j) continue;
-          const S h = routed_weight(*p.tau, saved.grad[i * K + k], r, saved.input_rnorms[i]);
-          sum = fma(h, wide(p.input.data[i * p.input.ld + x]), sum);
-        }
-      });
-    }
   }
   partial[run][lane] = sum;
   __syncthreads();

@@ -1,5 +1,6 @@
 // From the parts that a first pass of the backward leaves to the gradients, for a run of classes after another.
 #pragma once
+#include "centers.cuh"
 #include "correct.cuh"
 #include "ends.cuh"
 #include "products.cuh"
@@ -26,12 +27,12 @@ class GradientProducts : protected Products<T> {
   // Memory for runs of `classes` at most; several: they are more than one.
   void take(const PullShape& shape, int64_t classes, const Gradients& gradients, const Further& further, bool several) {
     several_ = several;
-    step_ = std::min(classes, cached_gradients());
+    step_ = kWhole ? classes : std::min(classes, cached_gradients());
     correct_ = CorrectShape(step_, across());
     const bool displacements = gradients.displacements && p_.m();
     const int64_t margins = further.margin ? shape.parts * classes : 0;
     // Every run, and in it every step, begins a tile.
-    const int64_t runs = ceil_div(p_.K(), classes), tiles = ceil_div(step_, correct_.classes) * ceil_div(classes, step_);
+    const int64_t runs = ceil_div(p_.K(), classes), tiles = ceil_div(step_, tile_classes()) * ceil_div(classes, step_);
     Scratch(workspace_)
         .add(parts_.h, classes * ld_)
         .add(parts_.s, shape.groups * p_.M() * ld_)
@@ -46,7 +47,7 @@ class GradientProducts : protected Products<T> {
         .add(totals_.cancelled, 1)
         .add(product_, gradients.input ? p_.B() * p_.d() : 0)
         .add(total_, gradients.input && several ? p_.B() * p_.d() : 0)
-        .add(sums_, gradients.centers && !kInPlace ? step_ * p_.d() : 0)
+        .add(sums_, gradients.centers && !kInPlace && !kWhole ? step_ * p_.d() : 0)
         .add(partials_, displacements ? runs * tiles * p_.m() * p_.d() : 0)
         .take();
     if (!further.bias) parts_.bias = nullptr;
@@ -103,6 +104,10 @@ class GradientProducts : protected Products<T> {
 
  private:
   static constexpr bool kInPlace = sizeof(T) == sizeof(S);  // the product can lie where the gradient will
+  // Product and correction are one kernel: with half-precision operands, whose product PyTorch writes in float32.
+  static constexpr bool kWhole = sizeof(T) == 2;
+
+  int64_t tile_classes() const { return kWhole ? kCenterClasses<T> : correct_.classes; }
 
   // The product with the features of some classes of a run, and its correction, while the one is in the cache.
   void correct(const Pairs<T>& pairs, T* centers, int64_t first, int64_t at) {
@@ -113,20 +118,26 @@ class GradientProducts : protected Products<T> {
     part.scores += at * part.score_class, part.slots += at * part.score_class;
     if (part.grad) part.grad += at * part.score_class;
     part.softmax.first += at;
-    const int64_t classes = part.p.K(), tiles = ceil_div(classes, correct_.classes);
+    const int64_t classes = part.p.K(), tiles = ceil_div(classes, tile_classes());
     T* out = centers ? centers + (first + at) * p_.d() : nullptr;
-    S* sums = nullptr;
-    if (out) {
-      if constexpr (kInPlace) sums = out;
-      else sums = sums_;
-      workspace_.multiply({parts_.h + at * ld_, classes, p_.B(), ld_, 1}, {p_.input.data, p_.B(), p_.d(), p_.d(), 1},
-                          sums, p_.d());
-    }
     S* partials = partials_ ? partials_ + tiles_ * p_.m() * p_.d() : nullptr;
-    launch("correct", this->aligned() ? correct_kernel<T, true> : correct_kernel<T, false>, blocks(tiles, across()),
-           CorrectShape::kThreads, 0, stream_, correct_, part, static_cast<const S*>(totals_.t + at * p_.M()),
-           static_cast<const int*>(totals_.cancelled), sums, out, partials);
     tiles_ += tiles;
+    const S* t = totals_.t + at * p_.M();
+    if constexpr (kWhole) {
+      make_center_gradients<Mma16<T>, true, T>(
+          stream_, this->aligned(), {part, parts_.h + at * ld_, ld_, t, totals_.cancelled}, {out, partials});
+    } else {
+      S* sums = nullptr;
+      if (out) {
+        if constexpr (kInPlace) sums = out;
+        else sums = sums_;
+        workspace_.multiply({parts_.h + at * ld_, classes, p_.B(), ld_, 1},
+                            {p_.input.data, p_.B(), p_.d(), p_.d(), 1}, sums, p_.d());
+      }
+      launch("correct", this->aligned() ? correct_kernel<T, true> : correct_kernel<T, false>, blocks(tiles, across()),
+             CorrectShape::kThreads, 0, stream_, correct_, part, t, static_cast<const int*>(totals_.cancelled), sums,
+             out, partials);
+    }
   }
 
   int64_t across() const { return ceil_div(p_.d(), CorrectShape::kAcross * kVector<T>); }

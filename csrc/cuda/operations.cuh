@@ -47,24 +47,29 @@ class Sequence {
     }
     S* displacements = p_.m() ? static_cast<S*>(gradients.displacements) : nullptr;
     if (!gradients.centers && !displacements) return;
-    constexpr int kClasses = CentersShape<Engine, 64>::kClasses;
-    const int64_t tiles = ceil_div(p_.K(), kClasses);
+    const int64_t tiles = ceil_div(p_.K(), kCenterClasses<T>);
     S* partials = displacements ? scratch<S>(tiles * p_.m() * p_.d()) : nullptr;
-    const CenterGradients<T> out{static_cast<T*>(gradients.centers), partials};
-    choose_centers(saved, routed, out);
+    const Pairs<T> pairs{p_,     saved.center_rnorms, p_.K(), saved.input_rnorms, saved.logits, saved.slots, 1,
+                         p_.K(), saved.grad,          {}};
+    make_center_gradients<Engine, false, T>(stream_, vectors(),
+                                            {pairs, routed.h, routed.ld, routed.t, routed.cancelled},
+                                            {static_cast<T*>(gradients.centers), partials});
     if (displacements)
       launch("displacements", displacements_kernel<T>, blocks(p_.m() * ceil_div(p_.d(), kWarp)), kDisplacementThreads,
-             0, stream_, shape, p_, saved, routed, static_cast<const S*>(partials), tiles, displacements);
+             0, stream_, p_, routed, static_cast<const S*>(partials), tiles, displacements);
   }
 
  private:
   static Global<T> matrix(const void* data, int64_t rows, int64_t cols) {
-    const bool vectors =
-        reinterpret_cast<uintptr_t>(data) % 16 == 0 && cols * static_cast<int64_t>(sizeof(T)) % 16 == 0;
-    return {static_cast<const T*>(data), rows, cols, cols, vectors};
+    return {static_cast<const T*>(data), rows, cols, cols};
   }
 
-  bool vectors() const { return p_.input.vectors && p_.centers.vectors && p_.displacements.vectors; }
+  // Whether all operands can be read in vectors of 16 bytes.
+  bool vectors() const {
+    const auto begins = [](const T* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
+    return begins(p_.input.data) && begins(p_.centers.data) && begins(p_.displacements.data) &&
+           p_.d() * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+  }
 
   template <class U>
   U* scratch(int64_t n) {
@@ -97,25 +102,6 @@ class Sequence {
     const int64_t tiles = ceil_div(p_.K(), Shape::kClasses) * ceil_div(p_.B(), Shape::kFeatures);
     launch("forward", forward_kernel<Shape, kGiven, kVectors>, blocks(tiles), Shape::kThreads,
            forward_shared_bytes<Shape>(), stream_, p_, prepared, out);
-  }
-
-  // Wide tiles read less, narrow ones keep a small problem from idling.
-  void choose_centers(const Saved<T>& saved, const Routed<T>& routed, const CenterGradients<T>& out) {
-    if (!vectors()) return pass_centers<CentersShape<Engine, 64>, false>(saved, routed, out);
-    if constexpr (sizeof(T) == 2) {
-      using Wide = CentersShape<Engine, 128>;
-      constexpr int64_t kEnough = 256;  // blocks
-      if (ceil_div(p_.K(), Wide::kClasses) * ceil_div(p_.d(), Wide::kDims) >= kEnough)
-        return pass_centers<Wide, true>(saved, routed, out);
-    }
-    pass_centers<CentersShape<Engine, 64>, true>(saved, routed, out);
-  }
-
-  template <class Shape, bool kVectors>
-  void pass_centers(const Saved<T>& saved, const Routed<T>& routed, const CenterGradients<T>& out) {
-    launch("centers", centers_kernel<Shape, kVectors>,
-           blocks(ceil_div(p_.K(), Shape::kClasses) * ceil_div(p_.d(), Shape::kDims)), Shape::kThreads, Shape::kShared,
-           stream_, p_, saved, routed, out);
   }
 
   Routed<T> route(const RouteShape& shape, const Saved<T>& saved, S* tau) {

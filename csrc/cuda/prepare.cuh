@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(Problem<T> p, 
     if (threadIdx.x == 0) out.products[row * p.M()] = 0, out.input_rnorms[row] = clamped_rnorm(square);
   } else {
     const int64_t j = row - B;
-    const Global<T> none{nullptr, 0, j ? p.d() : 0, 0, true};
+    const Global<T> none{nullptr, 0, j ? p.d() : 0, 0};
     const Sum<T> square = row_products<kVectors>(p.displacements.data + (j ? j - 1 : 0) * p.displacements.ld, none,
                                                  [](int64_t, Sum<T>) {});
     if (threadIdx.x == 0) out.delta_squares[j] = square;

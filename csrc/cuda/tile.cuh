@@ -9,12 +9,11 @@
 
 namespace gistops::cuda {
 
-// A row-major matrix in global memory. vectors: rows begin at multiples of 16 bytes and are whole vectors long.
+// A row-major matrix in global memory.
 template <class T>
 struct Global {
   const T* data;
   int64_t rows, cols, ld;
-  bool vectors;
 };
 
 // [kRows, kCols] elements of T, kPad more in each row.
@@ -26,7 +25,8 @@ struct Tile {
   static_assert(kCols % kVector == 0 && kLd * sizeof(T) % 16 == 0);
 
   // A walk over x by tiles, along its rows or down its columns, with zeros beyond its ends; a thread's part: one vector
-  // of every kRowsAtOnce-th row. By all threads of the block. kVectors: x.vectors, and the copies are asynchronous.
+  // of every kRowsAtOnce-th row. By all threads of the block. kVectors: x's rows begin at multiples of 16 bytes and
+  // are whole vectors long, and the copies are asynchronous.
   template <int kThreads, bool kVectors>
   class Walk {
     static constexpr int kPerRow = kCols / kVector, kRowsAtOnce = kThreads / kPerRow;

@@ -41,6 +41,8 @@ HELD_BYTES = 2 << 30
 Kernel = Callable[..., tuple[Tensor, ...]]
 #: The kernels of families that have them in Python; others are called through their operators.
 _kernels: dict[str, tuple[Kernel, Kernel]] = {}
+#: The families that have these operators.
+families: set[str] = set()
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -60,6 +62,7 @@ def complete(family: str) -> None:
     torch.library.register_autograd(forward, _backward_of(family), setup_context=_save)
     torch.library.register_autograd(backward, registry.double_backward)
     registry.autocast(f"{family}_cross_entropy_forward")
+    families.add(family)
 
 
 def cross_entropy(

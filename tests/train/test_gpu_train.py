@@ -16,6 +16,7 @@ import pytest
 
 from bench import gpu_train, gpu_train_env
 from bench.gpu_train import Job, jobs_of
+from train.commandline import from_command_line
 
 from .conftest import REPOSITORY
 
@@ -40,6 +41,19 @@ def test_methods_that_share_a_first_stage_are_one_job() -> None:
     methods = ("plain", "gist", "cos-balanced-softmax", "cos-gist")
     families = [("plain",), ("gist", "cos-gist"), ("cos-balanced-softmax",)]
     assert jobs_of(methods, [4, 7]) == [Job(seed, family) for family in families for seed in (4, 7)]
+
+
+def test_words_of_a_job() -> None:
+    """As `python -m train` takes them."""
+    words = "--data some.npz --folder runs --epochs 101 --compile --device cpu -- --num-displacements 3"
+    args = gpu_train.parse(words.split())
+    config = from_command_line(gpu_train.command(Job(4, ("gist", "cos-gist")), args.data, args)[3:])
+    assert (config.recipe, config.data, config.imbalance_ratio) == ("cifar100-lt", "some.npz", 1)
+    assert (config.methods, config.seed, config.resume) == (("gist", "cos-gist"), 4, True)
+    assert (config.stage1_epochs, config.stage2_epochs, config.num_displacements) == (50, 51, 3)
+    assert (config.precision, config.cuda_graph, config.compile) == ("bf16", True, True)
+    without = gpu_train.command(Job(0, ("plain",)), None, gpu_train.parse(["--folder", "runs", "--no-graph"]))
+    assert not {"--data", "--compile", "--cuda-graph"} & set(without)
 
 
 def test_stopped_and_gone_on_with(image_file: Path, tmp_path: Path) -> None:
@@ -82,8 +96,9 @@ def test_finished_models_are_said_again(image_file: Path, tmp_path: Path) -> Non
     }
     assert all(line["accuracy"].keys() == {"overall", "many", "medium", "few"} for line in lines)
     assert all(line["images_per_second"] > 0 for line in lines)
-    again = called(tmp_path / "runs", image_file, words)
-    assert again == (0, lines)
+    code, again = called(tmp_path / "runs", image_file, words)
+    assert (code, len(again)) == (0, 2)
+    assert all(line in lines for line in again)  # in the order of methods, not of their ends
 
 
 def test_a_process_that_fails_is_said(image_file: Path, tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ def centers_kernel(
     TILE_B: tl.constexpr,
     NEED_CENTERS: tl.constexpr,
     NEED_DISPLACEMENTS: tl.constexpr,
+    MADE: tl.constexpr,  # center_gradient holds H'f already
     HALVES: tl.constexpr,  # how the corrections are multiplied: add_weighted
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -154,7 +155,7 @@ def centers_kernel(
     inside = depth < d
     result = tl.zeros((TILE_K, TILE_D), ACC)
 
-    if NEED_CENTERS:
+    if NEED_CENTERS and not MADE:
         features = tl.arange(0, TILE_B)
         h_tile = weights + classes.to(tl.int64)[:, None] * stride + features[None, :]
         f_tile = input + features.to(tl.int64)[:, None] * d + depth[None, :]
@@ -172,6 +173,8 @@ def centers_kernel(
 
     valid = class_valid[:, None] & inside[None, :]
     elements = classes.to(tl.int64)[:, None] * d + depth[None, :]
+    if NEED_CENTERS and MADE:
+        result = tl.load(center_gradient + elements, mask=valid, other=0.0).to(ACC)
     w = tl.load(centers + elements, mask=valid, other=0.0)
     if WIDEN:
         w = w.to(ACC)

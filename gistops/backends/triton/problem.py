@@ -85,20 +85,19 @@ def _constants(
     return {name: every[name] for name in names}
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b by torch's own library, in a dtype at least as wide as theirs.
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a b by torch's own library into `out`, whose dtype is at least as wide as theirs and rows as far apart as you like.
 
     `torch.mm` into a tensor has no rule under autocast. Without one it would turn float32 into half precision, which
     the kernel that goes on with the product would read past its end.
     """
     if configs.INTERPRETED:  # the CPU's product has no wider output
-        a, b = a.to(dtype), b.to(dtype)
-    out = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+        a, b = a.to(out.dtype), b.to(out.dtype)
     return product_into(out, a, b)
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The same into `out`, whose rows may be further apart than they are long."""
+    """The same, without what the interpreter needs."""
     pointer = out.data_ptr()
     made = torch.mm(a, b, out=out) if a.dtype == out.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
     if made.dtype != out.dtype or made.data_ptr() != pointer:

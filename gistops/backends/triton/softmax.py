@@ -154,10 +154,12 @@ def route_softmax_kernel(
         valid = class_valid[:, None] & row_valid[None, :]
         start = tl.cast(tile, tl.int64) * TILE_K * stride
         offsets = tl.arange(0, TILE_K)[:, None] * stride + rows[None, :]
-        z = tl.load(scores + start + offsets, mask=valid, other=0.0)
+        # A mask by the stride, a multiple of 16, keeps loads wide whatever B; what lies beyond B is zero.
+        inside = class_valid[:, None] & (rows < stride)[None, :]
+        z = tl.load(scores + start + offsets, mask=inside, other=0.0)
         # Four at a time, as scores are read: wider access would send what is narrower through shared memory.
         narrow = tl.max_contiguous(offsets, (1, 4))
-        slot = tl.load(slots + start + narrow, mask=valid, other=0).to(tl.int32)
+        slot = tl.load(slots + start + narrow, mask=inside, other=0).to(tl.int32)
         slot = tl.minimum(slot, M - 1)  # an operator called by hand must not read elsewhere
         # By selection: to gather them would turn the layout of the tile around.
         rnorm = tl.zeros((TILE_K, TILE_B), ACC)
@@ -195,7 +197,6 @@ def route_softmax_kernel(
             h = tl.where(extreme, bounded, h)
         h = tl.where(valid, h, zeros)
         if NEED_WEIGHTS:
-            inside = class_valid[:, None] & (rows < stride)[None, :]
             tl.store(weights + start + narrow, h.to(weights.dtype.element_ty), mask=inside)
         u = g * z
         if NEED_SHARES or NEED_MOMENTS:
