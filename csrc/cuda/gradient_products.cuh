@@ -124,15 +124,17 @@ class GradientProducts : protected Products<T> {
     tiles_ += tiles;
     const S* t = totals_.t + at * p_.M();
     if constexpr (kWhole) {
-      make_center_gradients<Mma16<T>, true, T>(
-          stream_, this->aligned(), {part, parts_.h + at * ld_, ld_, t, totals_.cancelled}, {out, partials});
+      make_center_gradients<Mma16<T>, true, T>(stream_, this->aligned(),
+                                               {part, parts_.h + at * ld_, ld_, t, totals_.cancelled}, {out, partials});
     } else {
       S* sums = nullptr;
       if (out) {
-        if constexpr (kInPlace) sums = out;
-        else sums = sums_;
-        workspace_.multiply({parts_.h + at * ld_, classes, p_.B(), ld_, 1},
-                            {p_.input.data, p_.B(), p_.d(), p_.d(), 1}, sums, p_.d());
+        if constexpr (kInPlace)
+          sums = out;
+        else
+          sums = sums_;
+        workspace_.multiply({parts_.h + at * ld_, classes, p_.B(), ld_, 1}, {p_.input.data, p_.B(), p_.d(), p_.d(), 1},
+                            sums, p_.d());
       }
       launch("correct", this->aligned() ? correct_kernel<T, true> : correct_kernel<T, false>, blocks(tiles, across()),
              CorrectShape::kThreads, 0, stream_, correct_, part, t, static_cast<const int*>(totals_.cancelled), sums,

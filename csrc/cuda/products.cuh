@@ -28,9 +28,7 @@ class Products {
   }
 
   // Whether all rows of d elements are whole vectors.
-  bool aligned() const {
-    return p_.input.vectors && p_.centers.vectors && (p_.m() == 0 || p_.displacements.vectors);
-  }
+  bool aligned() const { return p_.input.vectors && p_.centers.vectors && (p_.m() == 0 || p_.displacements.vectors); }
 
   // With `count` classes at most.
   Problem<T> classes(int64_t first, int64_t count) const {
@@ -65,7 +63,8 @@ class Products {
   }
 
   void multiply_scores(const Problem<T>& p, S* products) {
-    workspace_.multiply({p.centers.data, p.K(), p.d(), p.d(), 1}, {p.input.data, p.d(), p.B(), 1, p.d()}, products, ld_);
+    workspace_.multiply({p.centers.data, p.K(), p.d(), p.d(), 1}, {p.input.data, p.d(), p.B(), 1, p.d()}, products,
+                        ld_);
   }
 
   Workspace& workspace_;
