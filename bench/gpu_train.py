@@ -3,7 +3,7 @@
     python -m bench.gpu_train --data FILE --folder DIR --seconds 300 --seeds 0 1 2 --methods gist,cos-gist --epochs 200
     python -m bench.gpu_train --data FILE --folder DIR --probe
 
-FILE is what `python -m train --data` takes, long-tailed already, or that packed (.packed), which --unpacker turns into a .npz
+FILE is what `python -m train --data` takes, long-tailed already (without it the data of train's default recipe), or that packed (.packed), which --unpacker turns into a .npz
 in DIR. Each seed of the methods that share a first stage is a process of `python -m train`, with a folder in DIR. Some seconds
 before the time is up all are asked to write a checkpoint and to end; the same command goes on. A JSON line is printed for
 every model that is finished, also by an earlier call, and at the end one for each process that is not; DIR/results.jsonl
@@ -20,24 +20,26 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.config import DEFAULT_RECIPE
 from train.methods import FIRST_STAGES, METHODS
 from train.runfiles import write_aside
 from train.stopping import CODE as STOPPED
+
+from .gpu_train_env import compiled_env, pack, together_on_gpu, warm
 
 Record = dict[str, Any]
 Say = Callable[[Record], None]
 REPOSITORY = Path(__file__).resolve().parents[1]
 TO_SAVE = 10.0  # seconds, for a checkpoint while others write theirs
 POLL = 0.25
-ENDED = (0, STOPPED, -signal.SIGTERM, -signal.SIGKILL)  # by itself, when asked to, before it listened, or when the time was up
+#: How a process ends that has not failed: by itself, when asked to, before it listened, or when the time was up.
+ENDED = (0, STOPPED, -signal.SIGTERM, -signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,15 @@ def jobs_of(methods: Sequence[str], seeds: Sequence[int]) -> list[Job]:
     return [Job(seed, tuple(family)) for family in families.values() for seed in seeds]
 
 
-def command(job: Job, data: Path, args: argparse.Namespace) -> list[str]:
+def of_data(args: argparse.Namespace, data: Path | None) -> list[str]:
+    """Options of train: a long-tailed file, or what the recipe names."""
+    recipe = args.recipe or (DEFAULT_RECIPE if data is None else "cifar100-lt")
+    return ["--recipe", recipe, *(["--data", str(data), "--imbalance-ratio", "1"] if data else [])]
+
+
+def command(job: Job, data: Path | None, args: argparse.Namespace) -> list[str]:
     """The training of a job: as far as the time goes, from where an earlier one ended."""
     options = {
-        "recipe": args.recipe,
-        "data": str(data),
-        "imbalance-ratio": "1",
         "runs": str(args.folder),
         "name": job.name,
         "seed": str(job.seed),
@@ -77,13 +82,22 @@ def command(job: Job, data: Path, args: argparse.Namespace) -> list[str]:
         "checkpoint-seconds": "20",
     }
     words = [word for option, value in options.items() for word in (f"--{option}", value)]
-    words += ["--methods", *job.methods, "--resume", *(["--cuda-graph"] if args.graph else []), *args.options]
+    words = [
+        *of_data(args, data),
+        *words,
+        "--methods",
+        *job.methods,
+        "--resume",
+        *(["--cuda-graph"] if args.graph else []),
+        *(["--compile"] if args.compile else []),
+        *args.options,
+    ]
     return [sys.executable, "-m", "train", *words]
 
 
-def unpacked(data: Path, folder: Path, unpacker: Path | None) -> Path:
+def unpacked(data: Path | None, folder: Path, unpacker: Path | None) -> Path | None:
     """The file of arrays; of a packed one what the unpacker makes of it, once."""
-    if data.suffix != ".packed":
+    if data is None or data.suffix != ".packed":
         return data
     made = folder / f"{data.stem}.npz"
     if not made.exists():
@@ -164,12 +178,27 @@ def said(folder: Path, job: Job) -> str:
 class Pool:
     """Processes of jobs, so many at once, in their order."""
 
-    def __init__(self, jobs: list[Job], data: Path, args: argparse.Namespace, env: dict[str, str]) -> None:
+    def __init__(
+        self, jobs: list[Job], data: Path | None, args: argparse.Namespace, env: dict[str, str]
+    ) -> None:
         self.args, self.data, self.env = args, data, env
         self.waiting = [job for job in jobs if len(results(args.folder, job)) < len(job.methods)]
-        self.most = args.at_once or len(jobs)
         self.running: dict[Job, subprocess.Popen[bytes]] = {}
         self.codes: dict[Job, int] = {}
+        #: How many records the first process found, while what it compiles is waited for.
+        self.compiling: int | None = len(records(args.folder, self.waiting[0])) if self._cold() else None
+
+    def _cold(self) -> bool:
+        return bool(self.args.compile and self.waiting and not warm())
+
+    def _most(self) -> int:
+        """Only one process compiles; the others find it done. An epoch's record says that it is."""
+        if self.compiling is not None:
+            first = next(iter(self.running), None)
+            if not self.codes and (first is None or len(records(self.args.folder, first)) == self.compiling):
+                return 1
+            self.compiling = None
+        return self.args.at_once or len(self.running) + len(self.waiting)
 
     def turn(self) -> None:
         """Take note of what ended, and start what may start."""
@@ -177,7 +206,7 @@ class Pool:
             if (code := process.poll()) is not None:
                 self.codes[job] = code
                 del self.running[job]
-        while self.waiting and len(self.running) < self.most:
+        while self.waiting and len(self.running) < self._most():
             job = self.waiting.pop(0)
             with open(self.args.folder / f"{job.name}.log", "ab") as log:
                 self.running[job] = subprocess.Popen(
@@ -202,35 +231,6 @@ class Pool:
         self.turn()
 
 
-@contextmanager
-def together_on_gpu(wanted: bool) -> Iterator[dict[str, str]]:
-    """With NVIDIA's MPS, if it is wanted and there: kernels of several processes then run at one time, not in turns.
-
-    It is a server of this user's, with folders of its own; it ends here, and leaves the GPU's settings as they are.
-    """
-    if not wanted:
-        yield {}
-        return
-    with tempfile.TemporaryDirectory() as place:
-        env = {"CUDA_MPS_PIPE_DIRECTORY": place, "CUDA_MPS_LOG_DIRECTORY": place}
-        control = "nvidia-cuda-mps-control"
-        try:
-            subprocess.run([control, "-d"], env={**os.environ, **env}, check=True, timeout=10)
-        except (OSError, subprocess.SubprocessError) as error:
-            print(f"warning: no MPS, so processes take turns on the GPU ({error})", file=sys.stderr)
-            yield {}
-            return
-        try:
-            yield env
-        finally:
-            try:
-                subprocess.run(
-                    [control], input=b"quit\n", env={**os.environ, **env}, timeout=10, check=False
-                )
-            except subprocess.SubprocessError as error:
-                print(f"warning: MPS did not end ({error})", file=sys.stderr)
-
-
 def run(args: argparse.Namespace, say: Say) -> int:
     """Train until all is done or the time is up; returns 0, or 1 where a process failed."""
     deadline = time.monotonic() + args.seconds
@@ -246,7 +246,7 @@ def run(args: argparse.Namespace, say: Say) -> int:
                     say(line)
 
     with together_on_gpu(args.mps) as more:
-        env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), **more}
+        env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), **more, **compiled_env(args.compile_cache)}
         pool = Pool(jobs, data, args, env)
         try:
             while True:
@@ -257,6 +257,7 @@ def run(args: argparse.Namespace, say: Say) -> int:
                 time.sleep(POLL)
         finally:
             pool.stop(deadline - 1)
+            pack(args.compile_cache)
     show()
     for job in jobs:
         if len(results(args.folder, job)) < len(job.methods):
@@ -270,23 +271,35 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", type=Path, required=True, help=".npz, .packed, or whatever --data of train takes")
+    parser.add_argument(
+        "--data", type=Path, help="long-tailed: .npz, .packed, …; the recipe's own if not given"
+    )
     parser.add_argument("--folder", type=Path, required=True, help="where runs, logs and unpacked data lie")
-    parser.add_argument("--seconds", type=float, default=300, help="when to be over")
+    parser.add_argument("--seconds", type=float, help="when to be over: 300, or 38 of a probe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", default="gist,cos-gist,cos-balanced-softmax,plain", help="with commas")
     parser.add_argument("--epochs", type=int, default=200, help="of both stages together")
     parser.add_argument("--at-once", type=int, default=3, help="processes; 0: all")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU, for each process")
-    parser.add_argument("--recipe", default="cifar100-lt")
+    parser.add_argument("--recipe", help="cifar100-lt if not given, or without data one that has some")
     parser.add_argument("--precision", default="bf16", choices=("float32", "bf16", "fp16"))
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--graph", action=argparse.BooleanOptionalAction, default=True, help="CUDA graphs of steps")
-    parser.add_argument("--mps", action="store_true", help="processes share the GPU by NVIDIA's MPS, where it is there")
+    parser.add_argument(
+        "--graph", action=argparse.BooleanOptionalAction, default=True, help="CUDA graphs of steps"
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the network")
+    parser.add_argument(
+        "--compile-cache", type=Path, help=".tgz of what was compiled: read, and written anew"
+    )
+    parser.add_argument(
+        "--mps", action="store_true", help="processes share the GPU by NVIDIA's MPS, where it is there"
+    )
     parser.add_argument("--unpacker", type=Path, help="the script that unpacks; beside the data if not given")
-    parser.add_argument("--probe", action="store_true", help="only measure steps, in at most 40 seconds")
+    parser.add_argument("--ways", help="of the probe, with commas; all if not given")
+    parser.add_argument("--probe", action="store_true", help="only measure steps")
     parser.add_argument("options", nargs="*", help="after --: more options of python -m train")
     args = parser.parse_args(words)
+    args.seconds = args.seconds or (38 if args.probe else 300)
     args.methods = args.methods.split(",")
     if unknown := [method for method in args.methods if method not in METHODS]:
         parser.error(f"--methods: expected some of {', '.join(METHODS)}, got {', '.join(unknown)}")

@@ -2,13 +2,15 @@
 
 For each way a JSON line: milliseconds a step, from the clock over steps that were waited for in the end; the part of them that
 the CPU took to launch; the losses of some steps, from the same weights and samples, which differ by rounding; the GPU's peak
-memory. And one line for the kernels of an eager step: how many, their time, and which take longest. Compiled ways come last,
-as compiling may take longer than there is time: then the last line says which was not measured.
+memory. And one line for the kernels of a step that is launched one by one: how many, their time, and which take longest.
+Compiled ways come last, as compiling may take longer than there is time: then the last line says which was not measured. --ways
+chooses, --seconds is the time there is, and --compile-cache keeps what was compiled for the next call.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import threading
@@ -24,7 +26,9 @@ from train.data.arrays import Dataset
 from train.run import load
 from train.training import Training
 
-SECONDS = 38.0
+from .gpu_train import of_data
+from .gpu_train_env import compiled_env, pack
+
 WARM, STEPS = 10, 30  # steps that do not count, of which a graph takes four; and that do
 LOOKED = (0, 4, 9, 19, 29, 39)  # steps whose losses are shown
 
@@ -32,25 +36,27 @@ LOOKED = (0, 4, 9, 19, 29, 39)  # steps whose losses are shown
 WAYS: dict[str, tuple[dict[str, Any], bool]] = {
     "eager": ({}, False),
     "graph": ({"cuda_graph": True}, False),
-    "graph, cudnn.benchmark": ({"cuda_graph": True}, True),
+    "graph+benchmark": ({"cuda_graph": True}, True),
+    "compile+graph": ({"compile": True, "cuda_graph": True}, False),
     "compile": ({"compile": True}, False),
-    "compile and graph": ({"compile": True, "cuda_graph": True}, False),
 }
 
 
-def probe(args: argparse.Namespace, data_file: Path, say: Any) -> int:
+def probe(args: argparse.Namespace, data_file: Path | None, say: Any) -> int:
     """Measure every way, as far as the time goes; does not return where it is up."""
+    os.environ.update(compiled_env(args.compile_cache))
     began, at = time.monotonic(), ["the beginning"]
 
     def over() -> None:
-        say({"event": "probe", "way": at[0], "error": f"not done within {SECONDS:.0f} s"})
+        say({"event": "probe", "way": at[0], "error": f"not done within {args.seconds:.0f} s"})
+        pack(args.compile_cache)
         sys.stdout.flush()
         os._exit(0)  # whatever compiles need not be waited for
 
-    timer = threading.Timer(min(SECONDS, args.seconds), over)
+    timer = threading.Timer(args.seconds, over)
     timer.daemon = True
     timer.start()
-    words = ["--recipe", args.recipe, "--data", str(data_file), "--imbalance-ratio", "1", *args.options]
+    words = [*of_data(args, data_file), *args.options]
     words += ["--precision", args.precision, "--device", args.device, "--threads", str(args.threads)]
     # No clustering: what a step costs does not depend on where displacements point.
     words += ["--displacement-update", "gradient", "--transfer-directions", "0"]
@@ -58,25 +64,23 @@ def probe(args: argparse.Namespace, data_file: Path, say: Any) -> int:
     torch.set_num_threads(args.threads)
     data = load(config)
     method = args.methods[0]
-    for way, (options, benchmark) in WAYS.items():
+    for way in (args.ways or ",".join(WAYS)).split(","):
         at[0] = way
+        options, benchmark = WAYS[way]
         torch.backends.cudnn.benchmark = benchmark
-        config_of_way = _with(config, options)
+        config_of_way = dataclasses.replace(config, **options)
         try:
             line = measured(method, config_of_way, data)
         except Exception as error:  # the other ways are still to be measured
             line = {"error": f"{type(error).__name__}: {error}"[:500]}
-        say({"event": "probe", "way": way, "method": method, **line, "at": round(time.monotonic() - began, 1)})
-        if way == "eager" and torch.device(config.device).type == "cuda":
-            say({"event": "kernels", **kernels(method, config_of_way, data)})
+        say(
+            {"event": "probe", "way": way, "method": method, **line, "at": round(time.monotonic() - began, 1)}
+        )
+        if way in ("eager", "compile") and torch.device(config.device).type == "cuda":
+            say({"event": "kernels", "way": way, **kernels(method, config_of_way, data)})
     timer.cancel()
+    pack(args.compile_cache)
     return 0
-
-
-def _with(config: Any, options: dict[str, Any]) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(config, **options)
 
 
 def _begun(method: str, config: Any, data: Dataset) -> Training:

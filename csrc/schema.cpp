@@ -61,6 +61,20 @@ STABLE_TORCH_LIBRARY(gistops, m) {
       " Tensor? class_tables, Tensor target, Tensor? weight, int ignore_index, Tensor lse, bool need_input,"
       " bool need_displacements, bool need_tau, bool need_bias, Tensor(a!) parked)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // On GPUs, the whole loss: gistops/operators/cross_entropy.py says what the arguments hold.
+  m.def(
+      "constellation_cross_entropy_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau,"
+      " Tensor target, Tensor? class_bias, Tensor? weight, Tensor? margin, int margin_kind, int reduction,"
+      " int ignore_index, float label_smoothing, bool keep, bool allow_tf32=False)"
+      " -> (Tensor loss, Tensor lse, Tensor inside, Tensor scores, Tensor slots, Tensor center_rnorms,"
+      " Tensor input_rnorms, Tensor rows, Tensor scalars)");
+  m.def(
+      "constellation_cross_entropy_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor input, Tensor centers,"
+      " Tensor displacements, Tensor tau, Tensor target, Tensor? class_bias, Tensor? weight, Tensor? margin,"
+      " Tensor lse, Tensor scores, Tensor slots, Tensor center_rnorms, Tensor input_rnorms, Tensor rows,"
+      " Tensor scalars, int margin_kind, int reduction, int ignore_index, float label_smoothing, bool need_input,"
+      " bool need_centers, bool need_displacements, bool need_tau, bool need_bias, bool need_margin,"
+      " bool allow_tf32=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The k largest of z + class_bias of each row, largest first, the lowest class of equals; lse over all classes ([0]
   // unless need_lse). values [B, k], classes [B, k] int64, slots [B, k] uint8.
   m.def(

@@ -10,7 +10,9 @@ import torch
 Made = TypeVar("Made")
 
 
-def captured(function: Callable[[], Made], before: Callable[[], object] = lambda: None) -> tuple[Callable[[], None], Made]:
+def captured(
+    function: Callable[[], Made], before: Callable[[], object] = lambda: None
+) -> tuple[Callable[[], None], Made]:
     """A call that replays `function`, and what it returned when it was captured, which each replay overwrites.
 
     Args:

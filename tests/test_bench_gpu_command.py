@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -17,8 +18,8 @@ import torch
 
 from bench.gpu import command, commands, day
 from bench.gpu.budget import PARTS, Budget
-from bench.gpu.driver import ROOT
-from bench.gpu.output import read_csv
+from bench.gpu.commands import ROOT
+from gistops.backends import native
 
 from .clock import Clock
 
@@ -133,6 +134,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def test_the_whole_sequence_runs_on_a_cpu(tmp_path: Path) -> None:
+    assert native.load().loaded  # compiled before, if need be: that takes longer than the day has
     only = "build,smoke,constants,measure,profile,ncu,sanitize"
     done = subprocess.run(
         ours(tmp_path, "--only", only), cwd=ROOT, capture_output=True, text=True, check=False
@@ -147,7 +149,7 @@ def test_the_whole_sequence_runs_on_a_cpu(tmp_path: Path) -> None:
     assert all(result["forms"]["cpu"]["roofline"] > 0 for result in document["cases"])
     assert document["rule"]["bf16 forward"]["winner"] == "cpu"
     assert document["rule"]["tf32 forward"] == {"none": "nothing was measured"}
-    rows = read_csv((tmp_path / "kernels.csv").read_text(encoding="utf-8"))
+    rows = list(csv.DictReader((tmp_path / "kernels.csv").open(encoding="utf-8")))
     assert {row["kind"] for row in rows} == {"forward", "step", "loss"}
     assert "available" in (tmp_path / "build.log").read_text(encoding="utf-8")
 

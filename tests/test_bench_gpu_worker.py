@@ -88,7 +88,7 @@ def test_a_case_is_measured_on_the_cpu_with_ratios_of_pairs() -> None:
         assert found["cpu"]["roofline"] > 0
         assert max(found["cpu"]["error"].values()) < 1e-4
         assert "inexact" not in found["cpu"]
-    assert {"event": "form", "form": "cpu", "compiling": False} in events
+    assert {"event": "form", "form": "cpu", "patience": None} in events
 
 
 def test_every_constant_is_measured_or_says_why_not() -> None:

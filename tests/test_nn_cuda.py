@@ -146,7 +146,9 @@ def test_float16_with_a_scaler(name: str, seed: int) -> None:
             assert q.grad is not None
             # A slot that all but ties may change, which moves a hundredth of the head's gradients elsewhere; and a
             # temperature's is a sum that cancels.
-            limit = (0.05 if "body" in parameter else 0.3) * q.grad.norm() + (0.01 if "tau" in parameter else 0)
+            limit = (0.05 if "body" in parameter else 0.3) * q.grad.norm() + (
+                0.01 if "tau" in parameter else 0
+            )
             assert (p.grad - q.grad).norm() < limit, parameter
     scaler.step(optimizer)
     scaler.update()
@@ -171,7 +173,9 @@ def test_same_bits_at_a_real_size(dtype: torch.dtype, seed: int) -> None:
         return [logits, slots, loss, *best, *gradients[0], *gradients[1]]
 
     first = bits()
-    torch.testing.assert_close(first[2], F.cross_entropy(first[0], y, label_smoothing=0.1), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(
+        first[2], F.cross_entropy(first[0], y, label_smoothing=0.1), atol=1e-3, rtol=1e-4
+    )
     for _ in range(5):
         torch.empty(1 << 24).normal_()  # memory is laid out anew
         assert same(first, bits())

@@ -203,7 +203,7 @@ class Config:
     """What the network is trained in: bf16 and fp16 by torch.autocast, fp16 with a gradient scaler. Weights, losses
     and accuracies are float32 always."""
     compile: bool = False
-    """torch.compile the network and the losses."""
+    """torch.compile the network, as it is trained."""
     cuda_graph: bool = False
     """On a GPU, hold a whole step in a CUDA graph: for small networks, whose many kernels take longer to launch than to
     run. The samples must fit on the GPU; not with fp16 or several processes."""

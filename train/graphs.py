@@ -27,7 +27,10 @@ class Trained(Protocol):
 
     device: torch.device
     batches: Batches
-    optimizer: torch.optim.Optimizer
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Whose groups have rates, as numbers."""
 
     def optimize(self, parts: list[Part]) -> Tensor:
         """Take a step on these samples, without the CPU waiting for anything; returns the loss."""

@@ -23,7 +23,7 @@ from .config import Config, ConfigError, config_values
 #: how the same steps are launched.
 PLACES = {
     *("data", "test_data", "val_data", "images", "path_prefixes"),
-    *("checkpoint_steps", "checkpoint_seconds", "cuda_graph"),
+    *("checkpoint_steps", "checkpoint_seconds", "cuda_graph", "compile"),
 }
 
 

@@ -8,6 +8,7 @@ import gc
 import math
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,11 +22,11 @@ from .data.arrays import Dataset
 from .data.augment import Augmentation
 from .data.batches import Batches, Part, sizes_of_steps
 from .data.streams import BalancedStream, RandomStream
-from .displacements import TRANSFER, displaced
 from .evaluate import evaluate
 from .graphs import GraphedSteps
-from .methods import METHODS, Method
-from .model import Model, build_model
+from .losses import CompiledFeatures, Losses
+from .methods import METHODS
+from .model import build_model
 from .norms import normalize_over_processes
 from .optim import lr_schedule, parameter_groups
 
@@ -36,25 +37,6 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 class Diverged(RuntimeError):
     """The loss is no longer a number."""
-
-
-class Losses(nn.Module):
-    """From samples to losses: what torch.compile and DistributedDataParallel wrap."""
-
-    def __init__(self, model: Model, method: Method, config: Config) -> None:
-        super().__init__()
-        self.model, self.method = model, method
-        self.split, self.transfer_length = config.batch_norm == "split", config.transfer_length
-
-    def forward(self, x: Tensor, y: Tensor, num_balanced: int, chance: Tensor) -> dict[str, Tensor]:
-        if self.split and 0 < num_balanced < len(x):
-            streams = x.tensor_split([num_balanced])
-            features = torch.cat([self.model.features(stream) for stream in streams])
-        else:
-            features = self.model.features(x)
-        if (directions := getattr(self.model.head, TRANSFER, None)) is not None:
-            features = displaced(features, directions, self.transfer_length, num_balanced, chance)
-        return self.method.losses(self.model.head, features, y, num_balanced)
 
 
 class Training:
@@ -76,6 +58,9 @@ class Training:
         if rank := processes.rank():
             torch.manual_seed(config.seed + (rank << 32))  # dropout of its own; weights are the first one's
         self.batches = self._make_batches()
+        self.features: Callable[[Tensor], Tensor] = self.model.features
+        if config.compile:
+            self.features = CompiledFeatures(self.model, self.batches.part_sizes())
         self.steps_per_epoch = len(self.batches.sizes)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.images = 0
@@ -118,11 +103,9 @@ class Training:
         self.method.begin_stage(stage, self.model.head, self._sample)
         self.model.train()
         config = self.config
-        self.losses: nn.Module = Losses(self.model, self.method, config)
+        self.losses: nn.Module = Losses(self.model, self.method, config, self.features)
         if processes.together():  # the first one's weights become those of all
             self.losses = nn.parallel.DistributedDataParallel(self.losses)
-        if config.compile:
-            self.losses = torch.compile(self.losses)  # type: ignore[assignment]
         self.optimizer = torch.optim.SGD(
             parameter_groups(self.model, config),
             lr=config.lr,
@@ -186,7 +169,7 @@ class Training:
         """Add a part's share of the gradients, with the last one those of all processes; returns its share of the loss."""
         together = contextlib.nullcontext()
         if processes.together() and not last:
-            together = self.distributed.no_sync()
+            together = self.losses.no_sync()  # type: ignore[operator]
         with together:
             with torch.autocast(
                 self.device.type, HALF.get(self.config.precision), self.config.precision in HALF
@@ -200,11 +183,6 @@ class Training:
             self._count(shares)
         self._count({"loss": loss})
         return loss.detach()
-
-    @property
-    def distributed(self) -> Any:
-        """What `begin_stage` made of the losses, before it was compiled."""
-        return getattr(self.losses, "_orig_mod", self.losses)
 
     def _count(self, losses: dict[str, Tensor]) -> None:
         """Add to the epoch's sums, in place, where a CUDA graph finds them."""

@@ -14,8 +14,7 @@ from typing import Any
 
 from gistops._toolchain import find_nvcc
 
-from .commands import Done, command, python
-from .driver import ROOT
+from .commands import ROOT, Done, command, python
 from .output import Logs
 
 Report = dict[str, Any]
@@ -127,7 +126,9 @@ def train(
     report: Report = {"seconds": done.seconds, "models": models(done.output), "tail": done.tail(15)}
     if done.code != 0:
         report["problem"] = (
-            f"stopped after {seconds:.0f} s" if done.code is None else f"ended with {done.code}"
+            f"stopped after {seconds:.0f} s"
+            if done.code is None
+            else f"ended with {done.code}: {done.tail(1)}"
         )
     return report
 

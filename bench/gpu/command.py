@@ -27,9 +27,8 @@ import torch
 
 from . import plan, report, rule, targets, variants
 from .budget import PARTS, Budget
-from .commands import end_all
+from .commands import ROOT, end_all
 from .day import Day, Options
-from .driver import ROOT
 from .output import Output
 
 

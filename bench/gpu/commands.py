@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .driver import ROOT
-
+ROOT = Path(__file__).resolve().parents[2]
 _running: set[int] = set()
 _lock = threading.Lock()
 
@@ -47,7 +46,7 @@ def tied(arguments: Sequence[str]) -> list[str]:
 def command(
     arguments: Sequence[str], seconds: float, log: Path, environment: Mapping[str, str] | None = None
 ) -> Done:
-    """Run a command for at most `seconds`; then it is asked to stop, and some seconds later made to.
+    """Run a command for at most `seconds`: somewhat before, it is asked to stop, and at the end made to.
 
     Args:
         arguments: the command.
@@ -56,6 +55,7 @@ def command(
         environment: variables to set beside those that are set.
     """
     begin = time.monotonic()
+    grace = min(8.0, seconds / 5)
     with log.open("wb") as out:
         process = subprocess.Popen(
             tied(arguments),
@@ -70,12 +70,12 @@ def command(
             _running.add(process.pid)
         late = False
         try:
-            process.wait(max(seconds, 0.5))
+            process.wait(max(seconds - grace, 0.5))
         except subprocess.TimeoutExpired:
             late = True
             process.send_signal(signal.SIGINT)  # pytest then still says how many tests have passed
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(min(10.0, 2 + seconds / 20))
+                process.wait(grace)
         finally:
             kill(process.pid)
             process.wait()

@@ -31,6 +31,7 @@ CONSTANTS = {
     },
     "mm float32 out": "ms, bf16 product of 256×2048×8142 with float32 output",
     "mm float32 out, ld 8144": "ms, the same into rows of 8144",
+    "mm float32 out, class-major": "ms, the same product transposed, [8142, 256]",
 }
 Measured = dict[str, Any]
 
@@ -64,7 +65,7 @@ class Constants:
             _, kind, K = name.split()
             return self._linear(kind, int(K.removeprefix("K=")))
         if name.startswith("mm float32 out"):
-            return self._wide(name.endswith("8144"))
+            return self._wide(name.removeprefix("mm float32 out").strip(", "))
         return self._product(name.removeprefix("mm "))
 
     def _ms(self, run: Run, count: int = 20) -> float:
@@ -133,13 +134,15 @@ class Constants:
 
         return self._plain(step if kind == "step" else forward, 30)
 
-    def _wide(self, padded: bool) -> Measured:
+    def _wide(self, layout: str) -> Measured:
         """A product in half precision whose sums stay in float32, into rows as long as given."""
         if self.device != "cuda":
             return {"skipped": "needs a GPU"}
         x, w, _, _ = (a.detach() for a in tensors(self.size, torch.bfloat16, self.device))
-        stride = -(-self.size.K // 16) * 16 if padded else self.size.K
-        out = torch.empty(self.size.B, stride, device=self.device)[:, : self.size.K]
+        if layout == "class-major":
+            x, w = w, x
+        stride = -(-len(w) // 16) * 16 if layout == "ld 8144" else len(w)
+        out = torch.empty(len(x), stride, device=self.device)[:, : len(w)]
         return self._plain(lambda: torch.ops.aten.mm.dtype_out(x, w.T, torch.float32, out=out), 30)
 
 

@@ -147,6 +147,10 @@ class Day:
         results = [r for p in self.compiling for r in p.results]
         ran = [r for r in results if r["case"]["kind"] == "smoke"]
         found: Report = {"cases": len(ran), "warmed": len(results) - len(ran)}
+        if late_ones := [c for p in self.compiling for b in p.benches for c in b.skipped]:
+            found["late"] = len(late_ones)
+            if not ran:
+                found["problem"] = f"none was run: {late_ones[0]['reason']}"
         self.document["smoke"] = [
             r | {"forms": {n: f for n, f in r["forms"].items() if "skipped" not in f}} for r in ran
         ]
@@ -177,7 +181,7 @@ class Day:
         cases = {
             "constants": self._sized([Case("bf16", MAIN, "constants", (n,)) for n in constants.CONSTANTS]),
             "measure": [case for case in timed if len(case.forms) > 1],
-            "profile": self._sized(plan.profiled([n for n in self.options.forms if n not in wrong])),
+            "profile": plan.profiled([n for n in self.options.forms if n not in wrong], self.cases),
         }
         asked = [part for part in cases if part in self.options.only]
         if not asked:
@@ -223,7 +227,8 @@ class Day:
         bench.changed = changed
         bench.run()
         if bench.problems:
-            self.document["parts"][next(iter(part_of.values()))]["problem"] = "; ".join(bench.problems[:3])
+            part = "measure" if "measure" in self.document["parts"] else list(part_of.values())[-1]
+            self.document["parts"][part]["problem"] = "; ".join(bench.problems[:3])
 
     def _keep(self, found: dict[str, list[dict[str, Any]]]) -> None:
         if "constants" in found:

@@ -13,14 +13,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import IO, Any
 
+from .commands import ROOT, tied
 from .plan import Case
 
-ROOT = Path(__file__).resolve().parents[2]
 SILENCE = 25.0  # seconds without an event after which a kernel hangs
-COMPILING = 90.0  # the same where it may be compiled, or the process is only starting
+STARTING = 90.0  # the same while the process starts, or makes the tensors of a case
 GRACE = 8.0  # seconds beyond the deadline, for a case that was begun in time
 STARTS = 8  # of the worker at most
 CRASHES = 2  # of a form, after which it is left out of all other cases
@@ -74,7 +73,7 @@ class Bench:
         device: str = "cuda",
         deadlines: dict[str, float] | None = None,
         worker: tuple[str, ...] = (sys.executable, "-m", "bench.gpu.worker"),
-        silence: float = SILENCE,
+        silence: float | None = None,
     ) -> None:
         """Prepare.
 
@@ -85,15 +84,16 @@ class Bench:
             device: "cuda", or "cpu" to try the bench itself.
             deadlines: kind -> an earlier one for the cases of that kind.
             worker: the command.
-            silence: seconds after which a kernel hangs.
+            silence: seconds after which a kernel hangs; None for the usual ones.
         """
         self.left: dict[int, Case] = dict(enumerate(cases))
         self.deadline = deadline
         self.changed = changed
         self.device = device
         self.worker = worker
-        self.silence = silence
-        self._patience = COMPILING
+        # Triton's interpreter, in a trial on the CPU, is slower than any kernel.
+        self.silence = silence or (SILENCE if device == "cuda" else 4 * SILENCE)
+        self._patience = STARTING
         self.deadlines = deadlines or {}
         self.results: list[dict[str, Any]] = []
         self.skipped: list[dict[str, Any]] = []
@@ -135,7 +135,7 @@ class Bench:
         reason = ""
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
             process = subprocess.Popen(
-                self.worker,
+                tied(self.worker),
                 cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -149,13 +149,13 @@ class Bench:
                 with contextlib.suppress(BrokenPipeError):  # it has ended already; why, its stderr says
                     process.stdin.write(json.dumps(self._document()))
                     process.stdin.close()
-                self._patience = COMPILING
+                self._patience = STARTING
                 for event in events_of(process.stdout, self.deadline + GRACE, lambda: self._patience):
                     if event["event"] == "begin":
-                        number, form, self._patience = event["number"], None, COMPILING
+                        number, form, self._patience = event["number"], None, STARTING
                     elif event["event"] == "form":
                         form = event["form"]
-                        self._patience = COMPILING if event.get("compiling") else self.silence
+                        self._patience = event.get("patience") or self.silence
                     elif event["event"] == "lost":
                         reason = event["reason"]
                     elif self._take(event):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
@@ -83,11 +82,6 @@ def packed(folder: Path) -> bytes:
             if fact.st_size <= SMALL and out.tell() + fact.st_size < MOST:
                 tar.add(path, path.relative_to(folder.parent), recursive=False)
     return out.getvalue()
-
-
-def read_csv(text: str) -> list[dict[str, str]]:
-    """The rows of a table by their columns."""
-    return list(csv.DictReader(io.StringIO(text)))
 
 
 class Output:

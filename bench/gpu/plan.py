@@ -132,9 +132,10 @@ def warmed(forms: Sequence[str], cases: Sequence[Case]) -> list[Case]:
     return [Case(p, s, "warm", tuple(n for n in names if p in TABLE[n].precisions)) for p, s in sizes]
 
 
-def profiled(forms: Sequence[str]) -> list[Case]:
-    """Each of ours, kernel by kernel."""
-    return [Case("bf16", size, "profile", tuple(n for n in forms if TABLE[n].ours)) for size in SIZES[:2]]
+def profiled(forms: Sequence[str], cases: Sequence[Case]) -> list[Case]:
+    """Each of ours, kernel by kernel, at the first two sizes that are measured."""
+    sizes = list(dict.fromkeys((case.precision, case.size) for case in cases))[:2]
+    return [Case(p, s, "profile", tuple(n for n in forms if TABLE[n].ours)) for p, s in sizes]
 
 
 class Filter:

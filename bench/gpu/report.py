@@ -76,7 +76,11 @@ def _parts(document: Document) -> Iterator[str]:
             if "not run" in part
             else "passed"
         )
-        lines = [f"{name}: {said}" + (f" ({_cell(part['not run'])})" if "not run" in part else "")]
+        counted = ", ".join(
+            f"{part[k]} {k}" for k in ("cases", "warmed", "late", "done", "skipped") if part.get(k)
+        )
+        more = _cell(part["not run"]) if "not run" in part else counted
+        lines = [f"{name}: {said}" + (f" ({more})" if more else "")]
         for run, found in part.get("runs", {}).items():
             counts = ", ".join(f"{n} {word}" for word, n in found.get("counts", {}).items())
             what = counts or found.get("summary") or found.get("problem") or found.get("not run", "done")

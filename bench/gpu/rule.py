@@ -86,7 +86,14 @@ def choose(document: dict[str, Any], precision: str, kind: str) -> dict[str, Any
             picked.setdefault("but", {})[size] = {"variant": best, "ratio": ours[best][size]}
     if excluded:
         picked["out"] = excluded
+    if not _smoked(document, winner, precision):
+        picked["unchecked"] = "its smoke runs were not made"
     return picked
+
+
+def _smoked(document: dict[str, Any], name: str, precision: str) -> bool:
+    results = document.get("smoke", [])
+    return any(name in r["forms"] and r["case"]["precision"] == precision for r in results)
 
 
 def by_hand(document: dict[str, Any]) -> dict[str, Any]:

@@ -46,8 +46,10 @@ def _attribute(module: str, name: str) -> Setting:
     return Setting(why_not, apply)
 
 
-def _forced(name: str, make: Callable[[Any, Any, str], Any]) -> Setting:
-    """An argument of `gistops.backends.triton.configs.forced`."""
+def _forced(
+    name: str, make: Callable[[Any, Any, str], Any] = lambda configs, value, precision: value
+) -> Setting:
+    """A choice of Triton's: an argument of `gistops.backends.triton.configs.forced`."""
 
     def why_not(value: Any) -> str | None:
         try:
@@ -72,31 +74,26 @@ def _forced(name: str, make: Callable[[Any, Any, str], Any]) -> Setting:
     return Setting(why_not, apply)
 
 
-def _tile(configs: Any, value: tuple[int, ...], precision: str) -> Any:
-    classes, features, depth, warps, stages = value
-    # A row of 32 in float32 is as many bytes as one of 64 in half precision.
-    return configs.Config(
-        classes, features, depth if precision == "bf16" else max(depth // 2, 16), warps, stages
-    )
+def _tile(loop: str) -> Callable[[Any, Any, str], Any]:
+    """A tile as for half precision: in float32 as many bytes in rows of what the loop goes over, its `loop` dimension."""
 
+    def make(configs: Any, value: tuple[int, int, int, int, int], precision: str) -> Any:
+        tile = dict(zip(("classes", "features", "depth", "warps", "stages"), value, strict=True))
+        if precision != "bf16":
+            tile[loop] //= 2
+        return configs.Config(**tile)
 
-def _centers_tile(configs: Any, value: tuple[int, ...], precision: str) -> Any:
-    classes, features, depth, warps, stages = value
-    return configs.Config(
-        classes, features if precision == "bf16" else max(features // 2, 16), depth, warps, stages
-    )
-
-
-def _as_it_is(configs: Any, value: Any, precision: str) -> Any:
-    return value
+    return make
 
 
 SETTINGS: dict[str, Setting] = {
     "chunk": _attribute("operators.chunks", "CHUNK_ELEMENTS"),
+    "triton chunk": _attribute("backends.triton.loss", "CHUNK_ELEMENTS"),
     "held bytes": _attribute("operators.cross_entropy", "HELD_BYTES"),
-    "forward tile": _forced("forward", _tile),
-    "centers tile": _forced("centers", _centers_tile),
-    "product": _forced("product", _as_it_is),
+    "forward tile": _forced("forward", _tile("depth")),
+    "centers tile": _forced("centers", _tile("features")),
+    "product": _forced("product"),
+    "centers product": _forced("centers_product"),
 }
 
 

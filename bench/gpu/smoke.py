@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ def poisoned(device: str) -> Iterator[None]:
     launched in earnest; on the CPU, which keeps no blocks, by torch's own switch.
     """
     if device == "cuda":
+        torch.cuda.empty_cache()  # no other block is left
         made = [
             torch.full((n,), 255, dtype=torch.uint8, device=device)
             for n, count in POISON
@@ -76,7 +77,14 @@ def inputs(size: Size, dtype: torch.dtype, device: str) -> Tensors:
     return tensors(size, dtype, device, SEED)
 
 
-def smoke(name: str, precision: str, arguments: Tensors, oracle: Oracle, device: str) -> dict[str, Any]:
+def smoke(
+    name: str,
+    precision: str,
+    arguments: Tensors,
+    oracle: Oracle,
+    device: str,
+    before: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
     """kind -> what was found: `error`, `inexact`, and `unstable` where the second run gave other bits.
 
     Args:
@@ -85,11 +93,13 @@ def smoke(name: str, precision: str, arguments: Tensors, oracle: Oracle, device:
         arguments: its inputs.
         oracle: what is right.
         device: where.
+        before: called before each kind.
     """
     found: dict[str, Any] = {}
     for kind in TABLE[name].kinds:
         if not runs(TABLE[name], precision, kind):
             continue
+        before()
         call = forms.call(name, kind, arguments, precision)
         first = _results(call, arguments, device)
         result = found[kind] = checks.verdict(oracle.errors(kind, first[0], arguments), precision)

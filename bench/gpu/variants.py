@@ -21,7 +21,7 @@ from . import settings
 #: What of a form is timed: its logits without gradients; logits, F.cross_entropy and backward; its own loss and backward.
 KINDS = ("forward", "step", "loss")
 PRECISIONS = ("bf16", "float32", "tf32")
-#: The rule prefers the simpler one where times are as good as the same.
+#: The rule prefers the simpler one where times are as good as the same. "cublas": products by torch's library alone.
 SIMPLICITY = {"cublas": 0, "triton": 1, "cuda": 2, "cpu": 3}
 
 
@@ -70,39 +70,37 @@ VARIANTS = (
     Variant("cuda", "cuda", backend="cuda"),
     Variant("triton", "triton", backend="triton"),
     Variant("cpu", "cpu", backend="cpu"),  # for trials of the bench itself
-    Variant("triton cublas", "cublas", ("forward", "step", "loss"), "triton", {"product": "cublas"}),
+    # Who multiplies: torch's library between kernels of ours, or one kernel of ours.
+    Variant("triton F cublas", "cublas", ("forward",), "triton", {"product": "cublas"}),
+    Variant("triton F fused", "triton", ("forward",), "triton", {"product": "fused"}),
+    Variant("triton dW cublas", "cublas", ("step", "loss"), "triton", {"centers product": "cublas"}),
+    Variant("triton dW fused", "triton", ("step", "loss"), "triton", {"centers product": "fused"}),
     *_tiles(
         "F",
         "forward",
-        (128, 128, 64, 8, 3),
         (64, 128, 64, 4, 4),
-        (128, 256, 64, 8, 3),
-        (64, 256, 64, 8, 4),
-        (256, 128, 64, 8, 3),
-        (128, 64, 64, 8, 4),
+        (64, 128, 64, 4, 3),
+        (128, 128, 64, 8, 3),
+        (128, 64, 64, 4, 4),
     ),
     *_tiles(
         "dW",
         "step",
         (64, 64, 128, 8, 3),
-        (128, 64, 64, 8, 3),
+        (64, 64, 128, 4, 3),
+        (64, 64, 64, 8, 3),
         (64, 64, 64, 4, 3),
+        (64, 128, 128, 4, 2),
         (128, 64, 128, 8, 3),
-        (128, 128, 64, 8, 3),
+        (128, 128, 128, 8, 2),
     ),
     *(
         Variant(f"{name} loss {mode}", name, ("loss",), name, {"held bytes": most})
         for name in ("cuda", "triton")
         for mode, most in (("parked", 1 << 40), ("recomputed", 0))
     ),
-    *(
-        Variant(f"{name} loss chunk 2^{log}", name, ("loss",), name, {"chunk": 1 << log})
-        for name in ("cuda", "triton")
-        for log in (22, 25)
-    ),
-    *(
-        Variant(f"{name} no slots", name, ("forward",), name, {"slots": False}, precisions=("bf16",))
-        for name in ("cuda", "triton")
+    Variant(
+        "triton loss chunk 2^22", "triton", ("loss",), "triton", {"held bytes": 0, "triton chunk": 1 << 22}
     ),
     # At m = 0 ours is a cosine classifier; the libraries' losses are those of linear layers and of cosines.
     Variant("cuda, m=0", "cuda", backend="cuda", cosine=True),

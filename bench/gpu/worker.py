@@ -6,6 +6,7 @@ document a line: what it is about to do, so that the reader knows whom to blame,
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -27,6 +28,10 @@ from .variants import KINDS, TABLE
 
 Emit = Callable[[dict[str, Any]], None]
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
+
+
+COMPILING = 90.0  # seconds: the longest torch.compile takes less
+FIRST_CALLS = 40.0  # of a kind of a variant, for which Triton compiles some kernels
 
 
 class Lost(Exception):
@@ -89,9 +94,9 @@ class Worker:
             torch.cuda.empty_cache()
         return _short(error)
 
-    def says(self, form: str | None, compiling: bool = False) -> None:
-        """Who runs from here on, and whether it may compile, which takes longer than a kernel ever may."""
-        self.emit({"event": "form", "form": form, "compiling": compiling})
+    def says(self, form: str | None, patience: float | None = None) -> None:
+        """Who runs from here on, and for how long it may be silent, if that is longer than a kernel ever may."""
+        self.emit({"event": "form", "form": form, "patience": patience})
 
     def run(self, case: Case) -> dict[str, Any]:
         """One case: form -> what was found, or `failed` or `skipped` and the reason."""
@@ -102,7 +107,7 @@ class Worker:
                     self.arguments(case),
                     self.timer,
                     constants.ceilings(self.constants),
-                    lambda form: self.says(form, form is not None and TABLE[form].compiled),
+                    lambda form: self.says(form, COMPILING if form and TABLE[form].compiled else None),
                     self.blame,
                 )
                 found = timed.run()
@@ -120,7 +125,7 @@ class Worker:
             "constants": self._constant,
         }[case.kind]
         for name in case.forms:
-            self.says(name, case.kind in ("smoke", "warm"))
+            self._before(name, case)
             results[name] = {}
             try:
                 results[name] |= do(name, case)
@@ -133,12 +138,18 @@ class Worker:
     def _smoke(self, name: str, case: Case) -> dict[str, Any]:
         arguments = self.arguments(case)
         oracle = smokes.Oracle(arguments, TABLE[name].cosine)
-        return smokes.smoke(name, case.precision, arguments, oracle, self.device)
+        before = functools.partial(self._before, name, case)
+        return smokes.smoke(name, case.precision, arguments, oracle, self.device, before)
+
+    def _before(self, name: str, case: Case) -> None:
+        first = case.kind in ("smoke", "warm") and TABLE[name].backend == "triton"
+        self.says(name, FIRST_CALLS if first else None)
 
     def _warm(self, name: str, case: Case) -> dict[str, Any]:
         begin = time.perf_counter()
         for kind in TABLE[name].kinds:
             if has(TABLE[name], case.precision, kind):
+                self._before(name, case)
                 forms.call(name, kind, self.arguments(case), case.precision)()
         return {"seconds": time.perf_counter() - begin}
 

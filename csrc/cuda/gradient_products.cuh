@@ -124,15 +124,17 @@ class GradientProducts : protected Products<T> {
     tiles_ += tiles;
     const S* t = totals_.t + at * p_.M();
     if constexpr (kWhole) {
-      make_center_gradients<Mma16<T>, true, T>(
-          stream_, this->aligned(), {part, parts_.h + at * ld_, ld_, t, totals_.cancelled}, {out, partials});
+      make_center_gradients<Mma16<T>, true, T>(stream_, this->aligned(),
+                                               {part, parts_.h + at * ld_, ld_, t, totals_.cancelled}, {out, partials});
     } else {
       S* sums = nullptr;
       if (out) {
-        if constexpr (kInPlace) sums = out;
-        else sums = sums_;
-        workspace_.multiply({parts_.h + at * ld_, classes, p_.B(), ld_, 1},
-                            {p_.input.data, p_.B(), p_.d(), p_.d(), 1}, sums, p_.d());
+        if constexpr (kInPlace)
+          sums = out;
+        else
+          sums = sums_;
+        workspace_.multiply({parts_.h + at * ld_, classes, p_.B(), ld_, 1}, {p_.input.data, p_.B(), p_.d(), p_.d(), 1},
+                            sums, p_.d());
       }
       launch("correct", this->aligned() ? correct_kernel<T, true> : correct_kernel<T, false>, blocks(tiles, across()),
              CorrectShape::kThreads, 0, stream_, correct_, part, t, static_cast<const int*>(totals_.cancelled), sums,
@@ -144,9 +146,8 @@ class GradientProducts : protected Products<T> {
 
   // So many classes' gradients stay in the cache of a large GPU from one kernel to the next.
   int64_t cached_gradients() const {
-    constexpr int64_t kSums = 1 << 22;
-    if (p_.K() * p_.d() <= 2 * kSums) return p_.K();
-    return std::max<int64_t>(kSums / p_.d() / CorrectShape::kMostClasses, 1) * CorrectShape::kMostClasses;
+    if (p_.K() * p_.d() <= 2 * limits.cached) return p_.K();
+    return std::max<int64_t>(limits.cached / p_.d() / CorrectShape::kMostClasses, 1) * CorrectShape::kMostClasses;
   }
 
   CorrectShape correct_{1, 1};

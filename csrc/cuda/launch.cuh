@@ -29,6 +29,15 @@ inline dim3 blocks(int64_t n, int64_t parts = 1) {
   return dim3(static_cast<unsigned>(n), static_cast<unsigned>(parts));
 }
 
+// Sizes of what is made at a time; only tests change them.
+struct Limits {
+  // Scores, or sums of gradients, that stay in the cache of a large GPU from one kernel to the next.
+  int64_t cached = int64_t{1} << 22;
+  // Scores that the backward of a loss makes again at a time, where they were not kept.
+  int64_t remade = int64_t{1} << 25;
+};
+inline Limits limits;
+
 // Several pieces of scratch memory at once: an allocation costs the host more than a launch.
 class Scratch {
  public:

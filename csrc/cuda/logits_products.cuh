@@ -24,8 +24,16 @@ class LogitsProducts : private GradientProducts<T> {
       const Problem<T> p = this->classes(first, step);
       this->norms(p, first == 0, {static_cast<S*>(results.input_rnorms), shared, ld_, rnorms + first, p_.K(), nullptr});
       this->multiply_scores(p, products);
-      const Scoring<T> scoring{p,      products, ld_, shared, rnorms + first, p_.K(),
-                               static_cast<const S*>(results.input_rnorms), results.slots + first, 1, p_.K()};
+      const Scoring<T> scoring{p,
+                               products,
+                               ld_,
+                               shared,
+                               rnorms + first,
+                               p_.K(),
+                               static_cast<const S*>(results.input_rnorms),
+                               results.slots + first,
+                               1,
+                               p_.K()};
       launch("pool", pool_kernel<T>, this->tiles(p.K()), ScoresShape::kThreads, 0, stream_, scoring,
              static_cast<S*>(results.logits) + first, p_.K());
     }

@@ -1,192 +1,9 @@
 // The operators on NVIDIA GPUs: tensors in, tensors out, on the current stream. Shapes and devices were checked in
 // gistops/_checks.py; what is checked again here is what memory safety rests on.
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/stableivalue_conversions.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <algorithm>
-#include <array>
-#include <cstdlib>
-#include <initializer_list>
-#include <string_view>
-#include <tuple>
-#include <vector>
-
-#include "operations.h"
-
-// From libtorch_cuda, whose header declares it only for builds with CUDA's headers. Weak: this library also loads on a
-// torch without CUDA.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#include "binding.h"
 
 namespace gistops::cuda {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Tensor like(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
-  return torch::stable::new_empty(x, sizes, dtype);
-}
-
-// The type that all operands are multiplied in: theirs if they agree, else float32; float64 if any is that.
-ScalarType operand_type(const Tensor& input, const Tensor& centers, const Tensor& displacements) {
-  const std::initializer_list<const Tensor*> operands{&input, &centers, &displacements};
-  for (const Tensor* x : operands) {
-    const ScalarType type = x->scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
-                        type == ScalarType::BFloat16,
-                    "gistops: expected float32, float16, bfloat16 or float64");
-  }
-  if (std::ranges::any_of(operands, [](const Tensor* x) { return x->scalar_type() == ScalarType::Double; }))
-    return ScalarType::Double;
-  const bool agree = std::ranges::all_of(
-      operands, [&](const Tensor* x) { return x->numel() == 0 || x->scalar_type() == input.scalar_type(); });
-  return agree ? input.scalar_type() : ScalarType::Float;
-}
-
-const Operations& operations(ScalarType operands, bool allow_tf32) {
-  switch (operands) {
-    case ScalarType::BFloat16: return bf16_operations;
-    case ScalarType::Half: return f16_operations;
-    case ScalarType::Double: return f64_operations;
-    default: return allow_tf32 ? tf32_operations : f32_operations;
-  }
-}
-
-const ProductOperations& products(ScalarType operands) {
-  switch (operands) {
-    case ScalarType::BFloat16: return bf16_products;
-    case ScalarType::Half: return f16_products;
-    case ScalarType::Double: return f64_products;
-    default: return f32_products;
-  }
-}
-
-// Whether the kernels that make the products themselves serve, instead of those around PyTorch's: to compare the two.
-bool fused() {
-  static const bool chosen = [] {
-    const char* name = std::getenv("GISTOPS_CUDA_PRODUCTS");
-    return name && std::string_view(name) == "fused";
-  }();
-  return chosen;
-}
-
-// Neither conversion costs a call where there is nothing to convert.
-Tensor as(const Tensor& x, ScalarType dtype) {
-  const Tensor same = x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
-  return same.is_contiguous() ? same : torch::stable::contiguous(same);
-}
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-void* current_stream(int32_t device) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "gistops: this torch has no CUDA");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return stream;
-}
-
-// The operator's arguments, contiguous and of one type.
-struct Call {
-  Tensor input, centers, displacements, tau;
-  ScalarType operands, sums;
-
-  Call(const Tensor& f, const Tensor& w, const Tensor& delta, const Tensor& t)
-      : input(f), centers(w), displacements(delta), tau(t), operands(operand_type(f, w, delta)),
-        sums(operands == ScalarType::Double ? ScalarType::Double : ScalarType::Float) {
-    STD_TORCH_CHECK(
-        f.dim() == 2 && w.dim() == 2 && delta.dim() == 2 && f.size(1) == w.size(1) && f.size(1) == delta.size(1),
-        "gistops: expected input [B, d], centers [K, d] and displacements [m, d]");
-    STD_TORCH_CHECK(delta.size(0) < 256, "gistops: expected at most 255 displacements");
-    STD_TORCH_CHECK(t.numel() == 1, "gistops: expected tau of one element");
-    for (const Tensor* x : {&f, &w, &delta, &t})
-      STD_TORCH_CHECK(x->is_cuda() && x->get_device_index() == f.get_device_index(),
-                      "gistops: expected all tensors on one CUDA device");
-    for (Tensor* x : {&input, &centers, &displacements})
-      *x = as(*x, operands);
-    tau = as(tau, sums);
-  }
-
-  Arguments arguments() const {
-    return {input.const_data_ptr(),
-            centers.const_data_ptr(),
-            displacements.const_data_ptr(),
-            tau.const_data_ptr(),
-            input.size(0),
-            centers.size(0),
-            input.size(1),
-            displacements.size(0),
-            current_stream(input.get_device_index())};
-  }
-};
-
-// Memory from PyTorch's allocator, which orders its reuse by streams; products by PyTorch's cuBLAS.
-class TorchWorkspace final : public Workspace {
- public:
-  explicit TorchWorkspace(const Call& call) : call_(call) {}
-
-  void* scratch(int64_t bytes) override {
-    return keep(like(call_.input, {std::max<int64_t>(bytes, 1)}, ScalarType::Byte));
-  }
-
-  void scratch(Piece* pieces, int count) override {
-    constexpr int64_t kAlignment = 256;
-    const auto whole = [](int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; };
-    int64_t all = 0;
-    for (int i = 0; i < count; ++i) all += whole(pieces[i].bytes);
-    char* at = static_cast<char*>(scratch(all));
-    for (int i = 0; i < count; at += whole(pieces[i].bytes), ++i) pieces[i].data = at;
-  }
-
-  // No overload here is one that autocast knows: it would give the result the type of the region around the call.
-  void multiply(const Matrix& left, const Matrix& right, void* out, int64_t ld) override {
-    const Tensor a = view(left.data, {left.rows, left.cols}, {left.row, left.col});
-    const Tensor b = view(right.data, {right.rows, right.cols}, {right.row, right.col});
-    const std::array<int64_t, 2> sizes{left.rows, right.cols}, strides{ld, 1};
-    const Tensor sums = torch::stable::from_blob(out, sizes, strides, call_.input.device(), call_.sums);
-    const Tensor made = call_.operands == call_.sums ? call("aten::mm", "out", a, b, sums)
-                                                     : call("aten::mm", "dtype_out", a, b, call_.sums, sums);
-    STD_TORCH_CHECK(made.mutable_data_ptr() == out && made.scalar_type() == call_.sums,
-                    "gistops: a product was not written where it was asked for");
-  }
-
-  void* product(const void* h, int64_t ld, const Arguments& a) override {
-    // Views of the memory alone: they require no gradient, whatever the operands do.
-    const Tensor left = view(h, {a.B, a.K}, {ld, 1}), right = view(a.centers, {a.K, a.d}, {a.d, 1});
-    // Neither overload is one that autocast knows: it would give mm's result the type of the region around the call.
-    const Tensor made = call_.operands == call_.sums
-                            ? call("aten::mm", "out", left, right, like(call_.input, {a.B, a.d}, call_.sums))
-                            : call("aten::mm", "dtype", left, right, call_.sums);
-    STD_TORCH_CHECK(made.scalar_type() == call_.sums && made.dim() == 2 && made.size(0) == a.B && made.size(1) == a.d &&
-                        made.is_contiguous(),
-                    "gistops: the product with the centers has another dtype or shape than was asked for");
-    return keep(made);
-  }
-
- private:
-  Tensor view(const void* data, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides) const {
-    return torch::stable::from_blob(const_cast<void*>(data), sizes, strides, call_.input.device(), call_.operands);
-  }
-
-  template <class... Arguments>
-  static Tensor call(const char* name, const char* overload, const Arguments&... arguments) {
-    std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::detail::to<Tensor>(stack[0]);
-  }
-
-  void* keep(Tensor x) {
-    kept_.push_back(std::move(x));
-    return kept_.back().mutable_data_ptr();
-  }
-
-  const Call& call_;
-  std::vector<Tensor> kept_;
-};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_forward(const Tensor& input, const Tensor& centers,
                                                                  const Tensor& displacements, const Tensor& tau,
@@ -232,12 +49,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
   const auto backward = fused() ? operations(call.operands, allow_tf32).backward : products(call.operands).backward;
-  backward(call.arguments(), G.const_data_ptr(),
-           {z.mutable_data_ptr(), static_cast<uint8_t*>(j.mutable_data_ptr()), R.mutable_data_ptr(),
-            n.mutable_data_ptr()},
-           {need_input ? df.mutable_data_ptr() : nullptr, need_centers ? dw.mutable_data_ptr() : nullptr,
-            need_displacements ? dd.mutable_data_ptr() : nullptr, need_tau ? dt.mutable_data_ptr() : nullptr},
-           workspace);
+  backward(
+      call.arguments(), G.const_data_ptr(),
+      {z.mutable_data_ptr(), static_cast<uint8_t*>(j.mutable_data_ptr()), R.mutable_data_ptr(), n.mutable_data_ptr()},
+      {need_input ? df.mutable_data_ptr() : nullptr, need_centers ? dw.mutable_data_ptr() : nullptr,
+       need_displacements ? dd.mutable_data_ptr() : nullptr, need_tau ? dt.mutable_data_ptr() : nullptr},
+      workspace);
   return {as(df, input.scalar_type()), as(dw, centers.scalar_type()), as(dd, displacements.scalar_type()),
           as(dt, tau.scalar_type())};
 }

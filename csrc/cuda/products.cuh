@@ -23,15 +23,12 @@ class Products {
   using S = Sum<T>;
 
   static Global<T> matrix(const void* data, int64_t rows, int64_t cols) {
-    return {static_cast<const T*>(data), rows, cols, cols};
+    const bool vectors = reinterpret_cast<uintptr_t>(data) % 16 == 0 && cols % kVector<T> == 0;
+    return {static_cast<const T*>(data), rows, cols, cols, vectors};
   }
 
   // Whether all rows of d elements are whole vectors.
-  bool aligned() const {
-    const auto begins = [](const T* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
-    return p_.d() % kVector<T> == 0 && begins(p_.input.data) && begins(p_.centers.data) &&
-           (p_.m() == 0 || begins(p_.displacements.data));
-  }
+  bool aligned() const { return p_.input.vectors && p_.centers.vectors && (p_.m() == 0 || p_.displacements.vectors); }
 
   // With `count` classes at most.
   Problem<T> classes(int64_t first, int64_t count) const {
@@ -43,9 +40,8 @@ class Products {
 
   // So many classes' scores and centres stay in the cache of a large GPU from one kernel to the next.
   int64_t cached_classes() const {
-    constexpr int64_t kScores = 1 << 22;
-    if (p_.K() * ld_ <= 2 * kScores) return p_.K();
-    return std::max<int64_t>(kScores / ld_ / ScoresShape::kClasses, 1) * ScoresShape::kClasses;
+    if (p_.K() * ld_ <= 2 * limits.cached) return p_.K();
+    return std::max<int64_t>(limits.cached / ld_ / ScoresShape::kClasses, 1) * ScoresShape::kClasses;
   }
 
   dim3 tiles(int64_t classes) const {
@@ -67,7 +63,8 @@ class Products {
   }
 
   void multiply_scores(const Problem<T>& p, S* products) {
-    workspace_.multiply({p.centers.data, p.K(), p.d(), p.d(), 1}, {p.input.data, p.d(), p.B(), 1, p.d()}, products, ld_);
+    workspace_.multiply({p.centers.data, p.K(), p.d(), p.d(), 1}, {p.input.data, p.d(), p.B(), 1, p.d()}, products,
+                        ld_);
   }
 
   Workspace& workspace_;

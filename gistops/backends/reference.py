@@ -6,7 +6,6 @@ form, so that a mistake in one cannot hide in the other.
 
 from __future__ import annotations
 
-
 from contextlib import nullcontext
 
 import torch

@@ -20,7 +20,7 @@ from .._checks import (
     on_device,
 )
 from ..backends import reference
-from ..operators.cross_entropy import cross_entropy
+from ..operators.cross_entropy import cross_entropy, families
 from ..operators.loss import ParkedLse, parks
 from ..operators.registry import compute_dtype
 from . import mlp as networks
@@ -53,10 +53,11 @@ def constellation_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of `constellation_logits`, which are never held: names and meaning of `F.cross_entropy`.
 
-    A step's memory beyond the gradients does not grow with B·K. On the CPU it takes the three matrix products of a
+    A step's memory beyond the gradients does not grow with B·K, but for translations on GPUs, where scores are held from
+    the forward to the backward as long as they take less than 2 GiB. On the CPU it takes the three matrix products of a
     linear layer, as long as B is below 0.8 d (the scores wait where the gradient of the centres will lie); otherwise,
-    and on GPUs, four. The sums are exact: no probability is left out. Differentiable once, in input, centers,
-    displacements, tau, axis, mlp, class_bias, and a margin given as a tensor.
+    and on GPUs where scores are not held, four. The sums are exact: no probability is left out. Differentiable once, in
+    input, centers, displacements, tau, axis, mlp, class_bias, and a margin given as a tensor.
 
     Args:
         input, centers, displacements, tau, transform, axis, mlp, backend: as in `constellation_logits`.
@@ -168,6 +169,7 @@ def _cross_entropy(
     if isinstance(margin, Tensor) and margin.dim() > 0:
         check_class_vector("margin", margin, classes, input)
     chosen = backends.choose(input.device.type, backend)
+    plain = centers.dim() == 2 and axis is None and mlp is None
     if chosen == "reference":
         loss, lse = reference.cross_entropy(
             input,
@@ -185,7 +187,7 @@ def _cross_entropy(
             axis,
             mlp,
         )
-    elif chosen == "triton" and centers.dim() == 2 and axis is None and mlp is None:
+    elif chosen in ("triton", "cuda") and plain and family(chosen) in families:
         loss, lse = _fused(
             chosen,
             input,

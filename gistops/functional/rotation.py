@@ -12,7 +12,6 @@ so that no vector but w is ever multiplied with all features.
 
 from __future__ import annotations
 
-
 from contextlib import nullcontext
 
 import torch

@@ -19,6 +19,7 @@ def complete_compiled(cuda: bool) -> None:
     """Complete the compiled family, once it is loaded; `cuda`: it has kernels for CUDA."""
     logits.complete("constellation")
     loss.complete("constellation")
+    cross_entropy.complete("constellation")
     topk.complete("constellation")
     tabled.complete("")
     frozen.complete()

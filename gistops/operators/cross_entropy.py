@@ -41,6 +41,8 @@ HELD_BYTES = 2 << 30
 Kernel = Callable[..., tuple[Tensor, ...]]
 #: The kernels of families that have them in Python; others are called through their operators.
 _kernels: dict[str, tuple[Kernel, Kernel]] = {}
+#: The families that have these operators.
+families: set[str] = set()
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -60,6 +62,7 @@ def complete(family: str) -> None:
     torch.library.register_autograd(forward, _backward_of(family), setup_context=_save)
     torch.library.register_autograd(backward, registry.double_backward)
     registry.autocast(f"{family}_cross_entropy_forward")
+    families.add(family)
 
 
 def cross_entropy(
@@ -87,7 +90,8 @@ def cross_entropy(
         MARGIN_KINDS[margin_kind], REDUCTIONS[reduction], ignore_index, label_smoothing, keep, allow_tf32
     )  # fmt: skip
     made: tuple[Tensor, ...]
-    if torch.compiler.is_compiling() or not all(x is None or type(x) in _PLAIN for x in tensors):
+    plain = not input.is_meta and all(x is None or type(x) in _PLAIN for x in tensors)
+    if torch.compiler.is_compiling() or not plain:
         operator = getattr(torch.ops.gistops, f"{family}_cross_entropy_forward").default
         made = operator(*tensors, *options)
         return made[0], made[1], made[2]

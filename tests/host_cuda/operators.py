@@ -25,6 +25,23 @@ def _array(tensor: Tensor) -> Any:
     return (tensor.view(torch.uint16) if tensor.dtype in _HALF else tensor).numpy()
 
 
+class Way:
+    """The compiled kernels in one of their two ways: those that multiply themselves (fused), or those around products."""
+
+    def __init__(self, compiled: Any, fused: bool) -> None:
+        self.compiled = compiled
+        self.fused = fused
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.compiled.forward(self.fused, *arguments)
+
+    def backward(self, *arguments: Any) -> Any:
+        return self.compiled.backward(self.fused, *arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.compiled, name)
+
+
 class HostKernels:
     """Forward and backward on the host, and what the binding does around them.
 
@@ -32,22 +49,18 @@ class HostKernels:
         module: the compiled kernels (tests/host_cuda/kernels.cpp).
         tensors: input, centers, displacements, tau.
         allow_tf32: multiply float32 as tf32.
-        fused: by the kernels that make the products themselves, not around those of a library.
     """
 
-    def __init__(
-        self, module: Any, tensors: list[Tensor], allow_tf32: bool = False, fused: bool = True
-    ) -> None:
+    def __init__(self, module: Any, tensors: list[Tensor], allow_tf32: bool = False) -> None:
         self.module = module
         self.tensors = tensors
-        self.fused = fused
         self.type = operand_type(tensors, allow_tf32)
         half = {name: dtype for dtype, name in _HALF.items()}
         self.sums = torch.float64 if self.type == "f64" else torch.float32
         self.operands = half.get(self.type, self.sums)
         dtypes = (*[self.operands] * 3, self.sums)
         self.arrays = [_array(t.detach().to(dtype)) for t, dtype in zip(tensors, dtypes, strict=True)]
-        self.saved = module.forward(fused, self.type, *self.arrays)
+        self.saved = module.forward(self.type, *self.arrays)
         self.logits, self.slots, self.center_rnorms, self.input_rnorms = map(torch.from_numpy, self.saved)
 
     def gradients(
@@ -55,7 +68,7 @@ class HostKernels:
     ) -> list[Tensor | None]:
         """The arguments' gradients, each in its argument's shape and dtype; None where not needed."""
         grad = grad.to(self.sums).contiguous()
-        values = self.module.backward(self.fused, self.type, grad.numpy(), *self.arrays, *self.saved, *needs)
+        values = self.module.backward(self.type, grad.numpy(), *self.arrays, *self.saved, *needs)
         gradients: list[Tensor | None] = []
         for value, tensor, needed in zip(values, self.tensors, needs, strict=True):
             if not needed:

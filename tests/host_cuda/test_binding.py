@@ -1,4 +1,4 @@
-"""What the binding (csrc/cuda/ops.cpp) calls of PyTorch."""
+"""What the binding (csrc/cuda/binding.h) calls of PyTorch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from gistops.backends import native
 
-CALLS = re.findall(r'"(aten::\w+)", "(\w*)"', (native.source_dir() / "cuda/ops.cpp").read_text())
+CALLS = re.findall(r'"(aten::\w+)", "(\w*)"', (native.source_dir() / "cuda/binding.h").read_text())
 
 
 def test_some_calls_are_found() -> None:

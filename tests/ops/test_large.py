@@ -48,8 +48,8 @@ class Size:
 PAIRS, ELEMENTS = Size(21_500, 100_003, 64, 2, 56), Size(32, 1_100_003, 2048, 1, 32)
 SIZES = [
     pytest.param(Size(65, 1003, 64, 2, 0), id="small"),
-    pytest.param(PAIRS, id="B·K", marks=(pytest.mark.cuda, pytest.mark.large)),
-    pytest.param(ELEMENTS, id="K·d", marks=(pytest.mark.cuda, pytest.mark.large)),
+    pytest.param(PAIRS, id="pairs", marks=(pytest.mark.cuda, pytest.mark.large)),
+    pytest.param(ELEMENTS, id="elements", marks=(pytest.mark.cuda, pytest.mark.large)),
 ]
 
 
@@ -123,7 +123,13 @@ def test_logits(size: Size, memory: None, fused: str, seed: int) -> None:
     ours = torch.autograd.grad(logits, tensors, grad)
     of_x = gradient_of_rows(tensors, rows, grad[rows], slots)
     close("input", ours[0][rows], of_x, bf16, size.K)
-    close("centers", ours[1][classes], gradient_of_classes(tensors, classes, grad[:, classes], slots), bf16, size.B)
+    close(
+        "centers",
+        ours[1][classes],
+        gradient_of_classes(tensors, classes, grad[:, classes], slots),
+        bf16,
+        size.B,
+    )
     assert all(g.isfinite().all() for g in ours)
     with torch.no_grad():  # Σ grad·logits / τ, over all pairs
         parts = [
@@ -145,7 +151,9 @@ def test_loss(size: Size, memory: None, fused: str, seed: int) -> None:
     )
     with torch.no_grad():
         logits = of_rows(tensors, rows)
-        close("loss", loss[rows], F.cross_entropy(logits, target[rows], reduction="none"), torch.float32, size.K)
+        close(
+            "loss", loss[rows], F.cross_entropy(logits, target[rows], reduction="none"), torch.float32, size.K
+        )
         close("lse", lse[rows], logits.logsumexp(1), torch.float32, size.K)
     grad = torch.rand(size.B, generator=generator(seed + 1)) + 0.5
     ours = torch.autograd.grad(loss, tensors, grad)
@@ -165,7 +173,7 @@ def test_loss(size: Size, memory: None, fused: str, seed: int) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.large
-@pytest.mark.parametrize("size", [PAIRS], ids=["B·K"])
+@pytest.mark.parametrize("size", [PAIRS], ids=["pairs"])
 def test_topk(size: Size, memory: None, fused: str, seed: int) -> None:
     tensors, rows = size.tensors(seed), size.rows()
     values, classes, _ = gistops.constellation_topk(*tensors, 5, backend=fused)

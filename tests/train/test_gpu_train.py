@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import gpu_train
+from bench import gpu_train, gpu_train_env
 from bench.gpu_train import Job, jobs_of
+from train.commandline import from_command_line
 
 from .conftest import REPOSITORY
 
@@ -39,6 +41,19 @@ def test_methods_that_share_a_first_stage_are_one_job() -> None:
     methods = ("plain", "gist", "cos-balanced-softmax", "cos-gist")
     families = [("plain",), ("gist", "cos-gist"), ("cos-balanced-softmax",)]
     assert jobs_of(methods, [4, 7]) == [Job(seed, family) for family in families for seed in (4, 7)]
+
+
+def test_words_of_a_job() -> None:
+    """As `python -m train` takes them."""
+    words = "--data some.npz --folder runs --epochs 101 --compile --device cpu -- --num-displacements 3"
+    args = gpu_train.parse(words.split())
+    config = from_command_line(gpu_train.command(Job(4, ("gist", "cos-gist")), args.data, args)[3:])
+    assert (config.recipe, config.data, config.imbalance_ratio) == ("cifar100-lt", "some.npz", 1)
+    assert (config.methods, config.seed, config.resume) == (("gist", "cos-gist"), 4, True)
+    assert (config.stage1_epochs, config.stage2_epochs, config.num_displacements) == (50, 51, 3)
+    assert (config.precision, config.cuda_graph, config.compile) == ("bf16", True, True)
+    without = gpu_train.command(Job(0, ("plain",)), None, gpu_train.parse(["--folder", "runs", "--no-graph"]))
+    assert not {"--data", "--compile", "--cuda-graph"} & set(without)
 
 
 def test_stopped_and_gone_on_with(image_file: Path, tmp_path: Path) -> None:
@@ -81,8 +96,9 @@ def test_finished_models_are_said_again(image_file: Path, tmp_path: Path) -> Non
     }
     assert all(line["accuracy"].keys() == {"overall", "many", "medium", "few"} for line in lines)
     assert all(line["images_per_second"] > 0 for line in lines)
-    again = called(tmp_path / "runs", image_file, words)
-    assert again == (0, lines)
+    code, again = called(tmp_path / "runs", image_file, words)
+    assert (code, len(again)) == (0, 2)
+    assert all(line in lines for line in again)  # in the order of methods, not of their ends
 
 
 def test_a_process_that_fails_is_said(image_file: Path, tmp_path: Path) -> None:
@@ -112,7 +128,18 @@ def test_packed_data_is_unpacked_once(tmp_path: Path) -> None:
 
 def test_every_way_of_a_step_is_measured(image_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "probe"
-    command = [sys.executable, "-m", "bench.gpu_train", "--probe", "--data", str(image_file)]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.gpu_train",
+        "--probe",
+        "--data",
+        str(image_file),
+        "--seconds",
+        "110",
+        "--ways",
+        "eager,graph",
+    ]
     command += ["--folder", str(folder), "--methods", "gist", *SMALL.split(), "--", *OPTIONS.split()]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -120,3 +147,35 @@ def test_every_way_of_a_step_is_measured(image_file: Path, tmp_path: Path) -> No
     assert lines["eager"]["ms_per_step"] > 0
     assert lines["graph"]["losses"] == lines["eager"]["losses"]
     assert "there are none on cpu" in lines["graph"]["warned"][0]
+
+
+def test_one_process_compiles_and_the_others_find_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled is waited for once; an archive of it spares that on another machine."""
+    monkeypatch.setattr(gpu_train_env, "COMPILED", tmp_path / "compiled")
+    archive = tmp_path / "compiled.tgz"
+    assert gpu_train_env.compiled_env(archive)["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
+    program = "import time\ntime.sleep(60)"
+    monkeypatch.setattr(gpu_train, "command", lambda *_: [sys.executable, "-c", program])
+    args = gpu_train.parse(["--folder", str(tmp_path), "--compile", "--at-once", "2"])
+    jobs = [Job(seed, ("plain",)) for seed in range(3)]
+
+    def running(pool: gpu_train.Pool) -> int:
+        pool.turn()
+        return len(pool.running)
+
+    cold = gpu_train.Pool(jobs, None, args, dict(os.environ))
+    assert [running(cold), running(cold)] == [1, 1]
+    (tmp_path / jobs[0].name).mkdir()
+    (tmp_path / jobs[0].name / "metrics.jsonl").write_text('{"event": "epoch", "method": "plain"}\n')
+    assert running(cold) == 2
+    cold.stop(time.monotonic() + 20)
+    made = tmp_path / "compiled" / "fxgraph" / "ab" / "graph"
+    made.parent.mkdir(parents=True)
+    made.write_bytes(b"code")
+    gpu_train_env.pack(archive)
+    shutil.rmtree(tmp_path / "compiled")
+    gpu_train_env.compiled_env(archive)
+    assert made.read_bytes() == b"code"
+    warm = gpu_train.Pool(jobs, None, args, dict(os.environ))
+    assert running(warm) == 2
+    warm.stop(time.monotonic() + 20)

@@ -64,7 +64,9 @@ def test_held_steps_are_the_eager_ones(way: dict[str, Any], method: str, feature
     assert equal(held.state_dict(), eager.state_dict())
     stages = len(eager.method.stages)
     assert recorder.captures == stages
-    assert recorder.replays == 4 * (eager.steps_per_epoch - 1) - stages * WARM_UP, "an epoch's last step is another's"
+    assert recorder.replays == 4 * (eager.steps_per_epoch - 1) - stages * WARM_UP, (
+        "an epoch's last step is another's"
+    )
 
 
 def test_rates_follow_the_schedule(features: Dataset) -> None:
@@ -106,7 +108,9 @@ def test_a_step_reads_nothing_on_the_host(features: Dataset, monkeypatch: pytest
     looked = [name for name in ("item", "tolist", "__bool__", "__float__", "__int__", "numpy", "cpu")]
     for name in looked:
         monkeypatch.setattr(Tensor, name, refuse)
-    monkeypatch.setattr("gistops.functional.loss.check_loss", lambda target, *_: target)  # looks on the CPU alone
+    monkeypatch.setattr(
+        "gistops.functional.loss.check_loss", lambda target, *_: target
+    )  # looks on the CPU alone
     training.optimize(parts)
 
 
@@ -131,3 +135,33 @@ def test_made_ahead_goes_on_with_graphs(features: Dataset) -> None:
     (drawn,) = made.next_drawn()
     assert torch.equal(made.made(drawn).x, fourth.x)
     assert torch.equal(made.made(drawn).chance, fourth.chance)
+
+
+def test_the_network_is_compiled_once_for_the_usual_size(
+    images: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for an epoch's last step, nor again in another stage."""
+    compiled: list[Any] = []
+    sizes: list[int] = []
+
+    def compile(function: Any, **_: Any) -> Any:
+        compiled.append(function)
+
+        def run(x: Tensor) -> Tensor:
+            sizes.append(len(x))
+            return function(x)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    config = dataclasses.replace(
+        CONFIG, backbone="resnet8-half", compile=True, stage1_epochs=1, stage2_epochs=1
+    )
+    for way in ({}, {"batch_norm": "split"}, {"accumulate": 2}):
+        compiled.clear()
+        sizes.clear()
+        training = Training("cos-gist", dataclasses.replace(config, **way), images)
+        finish(training)
+        assert compiled == [training.model.features]
+        usual = {"joint": [62] * 8, "split": [12, 50] * 8 + [12, 12]}[training.config.batch_norm]
+        assert sorted(sizes) == sorted([31] * 16 if training.config.accumulate == 2 else usual)

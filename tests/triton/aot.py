@@ -23,12 +23,13 @@ from gistops.backends.triton import configs
 from gistops.backends.triton.apart import apart_kernel
 from gistops.backends.triton.apart_lse import apart_lse_kernel
 from gistops.backends.triton.centers import centers_kernel
-from gistops.backends.triton.configs import FUSED_SLOTS, SMALL, Config
+from gistops.backends.triton.configs import SMALL, Config
 from gistops.backends.triton.finish import finish_displacements_kernel, finish_input_kernel
-from gistops.backends.triton.forward import forward_kernel, norms_kernel
+from gistops.backends.triton.forward import forward_kernel
 from gistops.backends.triton.gather import gather_kernel
 from gistops.backends.triton.pool import pool_lse_kernel
-from gistops.backends.triton.prepare import prepare_kernel
+from gistops.backends.triton.norms import every_norm_kernel
+from gistops.backends.triton.product import pool_logits_kernel
 from gistops.backends.triton.route import route_kernel
 from gistops.backends.triton.rows import rows_kernel, total_kernel
 from gistops.backends.triton.softmax import route_softmax_kernel
@@ -171,28 +172,32 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     precise = "tf32x3" if kind == "tf32" and target.startswith("sm") else "ieee"
     precision = "tf32" if kind == "tf32" else "ieee"
     products = {"ACC": acc, "PRECISION": precision, "WIDEN": False}
+    corrections = {
+        "HALVES": dtype == "bf16",
+        "CORRECTION_PRECISION": "tf32x3" if kind in ("half", "tf32") and target.startswith("sm") else "ieee",
+    }
     table = TABLES[target], kind
     for config in configs.FORWARD[table]:
-        for slots in (FUSED_SLOTS, 1, 0) if config == configs.FORWARD[table][-1] else (FUSED_SLOTS, 1):
-            constants = products | {"SLOTS": slots, "NORM_PRECISION": precise}
-            yield _large(forward_kernel, dtype, target, config, constants)
+        yield _large(forward_kernel, dtype, target, config, products)
     for config in configs.CENTERS[table]:
         for needs in ((True, True), (True, False), (False, True)):
-            switches = {"NEED_CENTERS": needs[0], "NEED_DISPLACEMENTS": needs[1]}
-            yield _large(centers_kernel, dtype, target, config, products | switches)
+            made = configs.CENTERS_PRODUCTS[kind] == "cublas" and needs[0]
+            switches = {"NEED_CENTERS": needs[0], "NEED_DISPLACEMENTS": needs[1], "MADE": made}
+            yield _large(centers_kernel, dtype, target, config, products | corrections | switches)
     sizes = SMALL[kind]
     small: list[tuple[Any, dict[str, Any]]] = [
-        (prepare_kernel, _tiles("BD", sizes.prepare) | {"SLOTS": 16, "ACC": acc, "NORM_PRECISION": precise, "WIDEN": False}),
-        (
-            norms_kernel,
-            _tiles("KD", sizes.norms) | {"SLOTS": 16, "ACC": acc, "NORM_PRECISION": precise, "WIDEN": False},
-        ),
         (apart_kernel, _tiles("KBD", sizes.apart) | {"ACC": acc}),
         (gather_kernel, dict(zip(("TILE_P", "TILE_N", "TILE_T"), configs.GATHER, strict=True))),
         (total_kernel, {"TILE": configs.ROWS[2], "REDUCED": True, "MEAN": True}),
-        (finish_input_kernel, _tiles("KD", sizes.finish_input) | {"ACC": acc}),
+        (pool_logits_kernel, _tiles("KB", sizes.pool_logits) | {"ACC": acc}),
         (finish_displacements_kernel, _tiles("RD", sizes.finish_displacements) | {"ACC": acc}),
     ]
+    for slots in (16, 1):
+        constants = {"SLOTS": slots, "ACC": acc, "NORM_PRECISION": precise, "WIDEN": False}
+        yield Case(every_norm_kernel, dtype, target, _tiles("RD", sizes.every_norm) | constants)
+    for whole in (True, False):
+        constants = _tiles("KD", sizes.finish_input) | {"TILE_G": 256, "WHOLE": whole, "ACC": acc}
+        yield Case(finish_input_kernel, dtype, target, constants, 8 if sizes.finish_input[1] > 1024 else 4)
     every_option = {"HAS_BIAS": True, "HAS_WEIGHT": True, "SUMS": True, "PARK": True}
     no_option = dict.fromkeys(every_option, False)
     for options in (every_option, no_option | {"PARK": True}, no_option):
@@ -218,7 +223,8 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     rare = [*(f"HAS_{what}" for what in ("LSE", "BIAS", "WEIGHT", "MARGIN")), "NEED_BIAS", "NEED_MARGIN"]
     for slots in (1, 8, 256):
         for mode in (usual | dict.fromkeys(rare, False), usual | dict.fromkeys(rare, True) | {"SMOOTHING": 0.1}):
-            constants = _tiles("KB", sizes.softmax) | {"SLOTS": slots, "LARGEST": largest} | needs_all | mode
+            tiles = sizes.softmax if slots < 64 else sizes.softmax_many
+            constants = _tiles("KB", tiles) | {"SLOTS": slots, "LARGEST": largest} | needs_all | mode
             yield Case(route_softmax_kernel, dtype, target, constants)
     for kernel, constants in small:
         yield Case(kernel, dtype, target, constants)

@@ -19,8 +19,10 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
         monkeypatch.setattr(configs, "INTERPRETER", {"forward": forward, "centers": centers})
         for kind, sizes in configs.SMALL.items():
             small = replace(
-                sizes, prepare=(16, 32), norms=(32, 16), apart=(16, 32, 16), route=(16, 32), route_many=(16, 32),
-                pool=(16, 32), softmax=(32, 16), finish_input=(16, 32), finish_displacements=(16, 32),
+                sizes, every_norm=(16, 32), pool_logits=(16, 32),
+                apart=(16, 32, 16), route=(16, 32), route_many=(16, 32),
+                pool=(16, 32), softmax=(32, 16), softmax_many=(32, 16),
+                finish_input=(16, 16), finish_displacements=(16, 32),
             )  # fmt: skip
             monkeypatch.setitem(configs.SMALL, kind, small)
         monkeypatch.setattr(configs, "ROUTE_GROUPS", 2)  # several class tiles a group

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from gistops.backends.triton import configs, operators
+from gistops.backends.triton import configs, loss, operators
 
 
 class Driver:
@@ -60,6 +60,16 @@ def main() -> None:
         saved = operators.forward(*tensors)
         made = operators.backward(torch.randn(B, K), *tensors, *saved, True, True, True, True)
         assert all(g.shape == t.shape and g.dtype == t.dtype for g, t in zip(made, tensors, strict=True))
+        with configs.forced(product="fused", centers_product="cublas"):
+            saved = operators.forward(*tensors)
+            operators.backward(torch.randn(B, K), *tensors, *saved, False, True, False, False)
+        arguments = (*tensors, torch.zeros(B, dtype=torch.int64), torch.zeros(K), torch.ones(K), torch.ones(K))
+        options = (2, 1, -100, 0.1)
+        for keep in (True, False):
+            value, lse, _, *kept = loss.forward(*arguments, *options, keep)
+            made = loss.backward(value, lse, *arguments, lse, *kept, *options, *[True] * 6)
+            expected = (*tensors, arguments[5], arguments[7])
+            assert all(g.shape == t.shape and g.dtype == t.dtype for g, t in zip(made, expected, strict=True))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def test_kernels_under_the_interpreter(request: pytest.FixtureRequest, tmp_path:
     report = tmp_path / "report.xml"
     seed = f"--seed={request.config.getoption('--seed')}"
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
-    command += [str(HERE / f"test_{name}.py") for name in ("exact", "streaming", "autocast")]
+    command += [str(HERE / f"test_{name}.py") for name in ("exact", "loss", "streaming", "autocast")]
     command += [f"--junitxml={report}", seed]
     environment = dict(os.environ) | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(

@@ -7,6 +7,8 @@ import torch
 
 from gistops.functional import mlp as networks
 from gistops.operators import chunks
+from tests.ops import test_autocast as autocast
+from tests.ops import test_device as device
 from tests.ops import test_loss as loss
 from tests.ops import test_loss_torch as in_torch
 from tests.ops import test_mlp as mlp
@@ -48,6 +50,17 @@ def test_contract_of_the_loss(seed: int) -> None:
     for sizes in ((0, 5, 2), (1, 1, 0), (2, 1, 4)):
         loss.test_empty_and_tiny(*sizes, "triton", seed)
     loss.test_a_target_out_of_range(12, -100, "triton", seed)
+
+
+@pytest.mark.parametrize("name", device.CALLS)
+def test_no_value_comes_from_the_host_or_is_read_by_it(name: str, seed: int) -> None:
+    device.test_no_value_comes_from_the_host_or_is_read_by_it(name, "triton", seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, bf16])
+@pytest.mark.parametrize("name", autocast.CALLS)
+def test_backward_inside_autocast(name: str, dtype: torch.dtype, seed: int) -> None:
+    autocast.test_backward_inside_autocast(name, dtype, bf16, "triton", "cpu", seed)
 
 
 def test_the_loss_in_pytorch(seed: int) -> None:

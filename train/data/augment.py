@@ -94,5 +94,6 @@ def _grey(images: Tensor) -> Tensor:
     """[b, 1, h, w]."""
     if images.shape[1] != 3:
         return images.mean(1, keepdim=True)
-    red, green, blue = (share * channel for share, channel in zip(GREY, images.split(1, 1), strict=True))
-    return red + green + blue
+    red, green, blue = images.split(1, 1)
+    grey: Tensor = GREY[0] * red + GREY[1] * green + GREY[2] * blue
+    return grey

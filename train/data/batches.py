@@ -143,6 +143,11 @@ class Batches:
         }
         return Drawn(draw["indices"][rows], draw["numbers"][rows], own_balanced, shares)
 
+    def part_sizes(self, step: int = 0) -> list[tuple[int, int]]:
+        """Of this process's parts of a step of an epoch, the samples of the balanced and of the random stream."""
+        bounds = [[self._bounds(part, count) for count in self.sizes[step]] for part in self.own]
+        return [(balanced[1] - balanced[0], random[1] - random[0]) for balanced, random in bounds]
+
     def _bounds(self, part: int, count: int) -> tuple[int, int]:
         return count * part // self.num_parts, count * (part + 1) // self.num_parts
 

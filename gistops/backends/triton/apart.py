@@ -1,4 +1,4 @@
-"""Pairs that cancel, scored from w_k + δ_j written out.
+"""Pairs that cancel: scored from w_k + δ_j written out, and their weights in the backward.
 
 A kernel of its own, not a branch of the forward: the branch would cost the forward registers whether taken or not.
 Where no pair cancels, which is almost always, a program reads M·TILE_K signs and ends.
@@ -10,6 +10,30 @@ import triton
 import triton.language as tl
 
 from .numbers import clamped_rnorm
+
+
+@triton.jit
+def weight_apart(
+    row,
+    classes,
+    class_valid,
+    grad,
+    slots,
+    center_rnorms,
+    input_rnorms,
+    tau,
+    K,
+    M,
+    row_stride,
+    class_stride,
+):
+    """What route_kernel left out of H': the weights of the pairs of one feature that cancel, and their slots."""
+    offsets = tl.cast(row, tl.int64) * row_stride + classes.to(tl.int64) * class_stride
+    slot = tl.minimum(tl.load(slots + offsets, mask=class_valid, other=0).to(tl.int32), M - 1)
+    rnorm = tl.load(center_rnorms + slot.to(tl.int64) * K + classes, mask=class_valid, other=0.0)
+    scale = tl.load(tau).to(rnorm.dtype) * tl.load(input_rnorms + row)
+    g = tl.load(grad + offsets, mask=class_valid, other=0.0)
+    return tl.where(rnorm < 0, -(scale * g * rnorm), tl.zeros_like(g)), slot
 
 
 @triton.jit

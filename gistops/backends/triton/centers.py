@@ -1,8 +1,11 @@
 """The gradient of the centres, and on the way what the centres add to that of the displacements.
 
-    ∂w_k = Σ_i H'[i, k] f_i − Σ_j T[k, j] (w_k + δ_j)        T = R² U, 0 where a norm was clamped
+    ∂w_k = Σ_i H'[i, k] f_i − s_k w_k − Σ_j T[k, j] δ_j        s_k = Σ_j T[k, j]
+    ∂δ_j = ... − Σ_k T[k, j] w_k − (Σ_k T[k, j]) δ_j           T = R² U, 0 where a norm was clamped
 
-With w_k + δ_j written out the correction does not cancel.
+The sums over j and over k are small matrix products. Of pairs that cancel, w_k and δ_j are summed before they are
+weighted: they are left out of T, and the classes that have such pairs are made anew at the end, one by one. That takes
+few registers; as tiles they would take so many that one program less fits a multiprocessor.
 """
 
 from __future__ import annotations
@@ -14,27 +17,100 @@ from .numbers import is_clamped
 
 
 @triton.jit
-def weight_apart(
-    row,
-    classes,
-    class_valid,
+def rates(rnorm, moment):
+    """T of some slots of some classes."""
+    return tl.where(is_clamped(rnorm), tl.zeros_like(rnorm), rnorm * rnorm * moment)
+
+
+@triton.jit
+def add_weighted(result, weights, vectors, HALVES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """result + weights vectors, to the bits of float32 or nearly so. `vectors` are as they were loaded.
+
+    HALVES: the weights are split into two bfloat16, of 8 bits each, and vectors in bfloat16 are exact.
+    """
+    if HALVES:
+        high = weights.to(tl.bfloat16)
+        low = (weights - high.to(tl.float32)).to(tl.bfloat16)
+        result = tl.dot(high, vectors, result, out_dtype=ACC)
+        return tl.dot(low, vectors, result, out_dtype=ACC)
+    else:
+        return tl.dot(weights, vectors.to(ACC), result, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def weighted(w, t, TILE_D: tl.constexpr, HALVES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """w' t [dimensions, slots], as precise as `add_weighted`. The long side first: matrix instructions take 64 rows."""
+    part = tl.zeros((TILE_D, 16), ACC)
+    if HALVES:
+        high = t.to(tl.bfloat16)
+        low = (t - high.to(tl.float32)).to(tl.bfloat16)
+        part = tl.dot(tl.trans(w), high, part, out_dtype=ACC)
+        return tl.dot(tl.trans(w), low, part, out_dtype=ACC)
+    else:
+        return tl.dot(tl.trans(w.to(ACC)), t, part, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def one_class(
+    k,
+    class_tile,
+    depth,
+    inside,
+    weights,
+    input,
+    centers,
+    displacements,
     grad,
     slots,
     center_rnorms,
+    moments,
     input_rnorms,
     tau,
+    center_gradient,
+    parts,
+    B,
     K,
+    d,
+    stride,
     M,
     row_stride,
     class_stride,
+    TILE_D: tl.constexpr,
+    NEED_CENTERS: tl.constexpr,
+    NEED_DISPLACEMENTS: tl.constexpr,
+    ACC: tl.constexpr,
 ):
-    """What route_kernel left out of H': the weights of the pairs of one feature that cancel, and their slots."""
-    offsets = tl.cast(row, tl.int64) * row_stride + classes.to(tl.int64) * class_stride
-    slot = tl.minimum(tl.load(slots + offsets, mask=class_valid, other=0).to(tl.int32), M - 1)
-    rnorm = tl.load(center_rnorms + slot.to(tl.int64) * K + classes, mask=class_valid, other=0.0)
-    scale = tl.load(tau).to(rnorm.dtype) * tl.load(input_rnorms + row)
-    g = tl.load(grad + offsets, mask=class_valid, other=0.0)
-    return tl.where(rnorm < 0, -(scale * g * rnorm), tl.zeros_like(g)), slot
+    """∂w of a class with pairs that cancel, and what those pairs add to the parts of ∂δ."""
+    k = tl.cast(k, tl.int64)
+    row = parts + tl.cast(class_tile, tl.int64) * (M - 1) * d + depth  # of the first displacement
+    result = tl.zeros((TILE_D,), ACC)
+    for i in tl.range(0, B, num_stages=1):
+        at = tl.cast(i, tl.int64)
+        f = tl.load(input + at * d + depth, mask=inside, other=0.0).to(ACC)
+        pair = at * row_stride + k * class_stride
+        slot = tl.minimum(tl.load(slots + pair).to(tl.int32), M - 1)
+        rnorm = tl.load(center_rnorms + slot.to(tl.int64) * K + k)
+        if rnorm < 0:  # left out of H'
+            h = -(tl.load(tau).to(ACC) * tl.load(input_rnorms + i) * tl.load(grad + pair) * rnorm)
+            result += h * f
+            if NEED_DISPLACEMENTS:
+                target = row + (slot - 1) * d
+                tl.store(target, tl.load(target, mask=inside, other=0.0) + h * f, mask=inside)
+        elif NEED_CENTERS:
+            result += tl.load(weights + k * stride + at).to(ACC) * f
+    w = tl.load(centers + k * d + depth, mask=inside, other=0.0).to(ACC)
+    for j in tl.range(0, M, num_stages=1):
+        rnorm = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + k)
+        delta = tl.load(displacements + (j - 1) * d + depth, mask=inside & (j > 0), other=0.0).to(ACC)
+        t = rates(rnorm, tl.load(moments + tl.cast(j, tl.int64) * K + k))
+        correction = t * (w + delta)
+        result -= correction
+        if NEED_DISPLACEMENTS:
+            if rnorm < 0:
+                target = row + (j - 1) * d
+                tl.store(target, tl.load(target, mask=inside, other=0.0) - correction, mask=inside)
+    if NEED_CENTERS:
+        tl.store(center_gradient + k * d + depth, result.to(center_gradient.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -63,8 +139,11 @@ def centers_kernel(
     TILE_B: tl.constexpr,
     NEED_CENTERS: tl.constexpr,
     NEED_DISPLACEMENTS: tl.constexpr,
+    MADE: tl.constexpr,  # center_gradient holds H'f already
+    HALVES: tl.constexpr,  # how the corrections are multiplied: add_weighted
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    CORRECTION_PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """A program: TILE_K classes, TILE_D dimensions. The tiles of one run of classes follow each other, for L2."""
@@ -76,44 +155,16 @@ def centers_kernel(
     inside = depth < d
     result = tl.zeros((TILE_K, TILE_D), ACC)
 
-    # H'f of the pairs that cancel, one feature after the other. First, while few registers are taken.
-    marks = tl.zeros((TILE_K,), tl.int32)
-    for j in range(1, M):
-        rnorm = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0)
-        marks = marks | (rnorm < 0).to(tl.int32)
-    marked = tl.max(marks, 0) > 0
-    if marked:
-        if NEED_CENTERS:
-            for i in range(B):
-                h, _ = weight_apart(
-                    i, classes, class_valid, grad, slots, center_rnorms, input_rnorms, tau, K, M,
-                    row_stride, class_stride,
-                )
-                f = tl.load(input + tl.cast(i, tl.int64) * d + depth, mask=inside, other=0.0).to(ACC)
-                result += h[:, None] * f[None, :]
-        if NEED_DISPLACEMENTS:
-            for j in range(1, M):
-                part = tl.zeros((TILE_D,), ACC)
-                for i in range(B):
-                    h, slot = weight_apart(
-                        i, classes, class_valid, grad, slots, center_rnorms, input_rnorms, tau, K, M,
-                    row_stride, class_stride,
-                    )
-                    share = tl.sum(tl.where(slot == j, h, tl.zeros_like(h)), 0)
-                    f = tl.load(input + tl.cast(i, tl.int64) * d + depth, mask=inside, other=0.0).to(ACC)
-                    part += share * f
-                target = parts + (tl.cast(class_tile, tl.int64) * (M - 1) + j - 1) * d + depth
-                tl.store(target, part, mask=inside)
-            tl.debug_barrier()  # what is stored here is read again below
-
-    if NEED_CENTERS:
+    if NEED_CENTERS and not MADE:
         features = tl.arange(0, TILE_B)
         h_tile = weights + classes.to(tl.int64)[:, None] * stride + features[None, :]
         f_tile = input + features.to(tl.int64)[:, None] * d + depth[None, :]
         for start in range(0, B, TILE_B):
             row_valid = features < B - start
             skip = tl.cast(start, tl.int64)
-            h = tl.load(h_tile + start, mask=class_valid[:, None] & row_valid[None, :], other=0.0)
+            # H' has columns of zeros up to its stride: a mask by that, a multiple of 16, keeps the loads wide.
+            known = class_valid[:, None] & (features < stride - start)[None, :]
+            h = tl.load(h_tile + start, mask=known, other=0.0)
             f = tl.load(f_tile + skip * d, mask=row_valid[:, None] & inside[None, :], other=0.0)
             if WIDEN:
                 h = h.to(ACC)
@@ -122,21 +173,47 @@ def centers_kernel(
 
     valid = class_valid[:, None] & inside[None, :]
     elements = classes.to(tl.int64)[:, None] * d + depth[None, :]
-    w = tl.load(centers + elements, mask=valid, other=0.0).to(ACC)
-    for j in range(M):
-        row = tl.cast(j, tl.int64) * K
-        rnorm = tl.load(center_rnorms + row + classes, mask=class_valid, other=0.0)
-        moment = tl.load(moments + row + classes, mask=class_valid, other=0.0)
-        t = tl.where(is_clamped(rnorm), tl.zeros_like(rnorm), rnorm * rnorm * moment)
-        delta = tl.load(displacements + (j - 1) * d + depth, mask=inside & (j > 0), other=0.0).to(ACC)
-        correction = t[:, None] * (w + delta[None, :])
+    if NEED_CENTERS and MADE:
+        result = tl.load(center_gradient + elements, mask=valid, other=0.0).to(ACC)
+    w = tl.load(centers + elements, mask=valid, other=0.0)
+    if WIDEN:
+        w = w.to(ACC)
+    # Slot 0, the bare centre, has no displacement and cannot cancel.
+    bare = tl.load(center_rnorms + classes, mask=class_valid, other=0.0)
+    total = rates(bare, tl.load(moments + classes, mask=class_valid, other=0.0))
+    marked = tl.zeros((TILE_K,), tl.int32)
+    for start in tl.range(1, M, 16, num_stages=1):  # almost always one turn
+        candidates = start + tl.arange(0, 16)
+        offsets = candidates.to(tl.int64)[None, :] * K + classes[:, None]
+        there = (candidates < M)[None, :] & class_valid[:, None]
+        rnorm = tl.load(center_rnorms + offsets, mask=there, other=0.0)
+        moment = tl.load(moments + offsets, mask=there, other=0.0)
+        cancels = rnorm < 0
+        marked = marked | tl.max(cancels.to(tl.int32), 1)
+        t = tl.where(cancels, tl.zeros_like(rnorm), rates(rnorm, moment))
+        total += tl.sum(t, 1)
+        known = (candidates < M)[:, None] & inside[None, :]
+        delta = tl.load(displacements + (candidates - 1)[:, None] * d + depth[None, :], mask=known, other=0.0)
+        if WIDEN:
+            delta = delta.to(ACC)
         if NEED_CENTERS:
-            result -= correction
+            result = add_weighted(result, -t, delta, HALVES, ACC, CORRECTION_PRECISION)
         if NEED_DISPLACEMENTS:
-            target = parts + (tl.cast(class_tile, tl.int64) * (M - 1) + j - 1) * d + depth
-            part = tl.zeros((TILE_D,), ACC)
-            if marked:
-                part = tl.load(target, mask=inside & (j > 0), other=0.0)
-            tl.store(target, part - tl.sum(correction, 0), mask=inside & (j > 0))
+            part = tl.trans(weighted(w, t, TILE_D, HALVES, ACC, CORRECTION_PRECISION))
+            part += tl.sum(t, 0)[:, None] * delta.to(ACC)
+            target = parts + (class_tile.to(tl.int64) * (M - 1) + candidates - 1)[:, None] * d + depth[None, :]
+            tl.store(target, -part, mask=known)
     if NEED_CENTERS:
+        result -= total[:, None] * w.to(ACC)
         tl.store(center_gradient + elements, result.to(center_gradient.dtype.element_ty), mask=valid)
+
+    if tl.max(marked, 0) > 0:
+        tl.debug_barrier()  # what is stored above is stored again
+        for k in tl.range(class_tile * TILE_K, tl.minimum(K, class_tile * TILE_K + TILE_K), num_stages=1):
+            mark = tl.sum(tl.where(classes == k, marked, tl.zeros_like(marked)), 0)
+            if mark > 0:
+                one_class(
+                    k, class_tile, depth, inside, weights, input, centers, displacements, grad, slots,
+                    center_rnorms, moments, input_rnorms, tau, center_gradient, parts, B, K, d, stride, M,
+                    row_stride, class_stride, TILE_D, NEED_CENTERS, NEED_DISPLACEMENTS, ACC,
+                )  # fmt: skip

@@ -12,11 +12,12 @@ synchronises with the GPU. Inside a CUDA graph capture, where that is not allowe
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -50,7 +51,7 @@ class Config:
 
 # The forward: acc [classes, features], the loop over `depth`. Largest first; `first_that_fills` takes them in order.
 # Accumulator, maximum and slot take 3 · classes · features / threads registers in the epilogue: with 64 elements a
-# thread (128 x 128 and 8 warps) 192 of 255, which is the limit. The last entry serves more than 16 slots too.
+# thread (128 x 128 and 8 warps) 192 of 255, which is the limit.
 FORWARD: dict[tuple[Target, Kind], tuple[Config, ...]] = {
     ("hopper", "half"): (
         Config(128, 128, 64, 8, 3),  # two warp groups share the features: most reuse
@@ -85,14 +86,9 @@ FORWARD: dict[tuple[Target, Kind], tuple[Config, ...]] = {
 CENTERS: dict[tuple[Target, Kind], tuple[Config, ...]] = {
     ("hopper", "half"): (
         Config(64, 64, 128, 8, 3),  # long rows of w
-        Config(128, 64, 64, 8, 3),  # d at most 64
-        Config(64, 64, 64, 4, 3),  # few classes
+        Config(64, 64, 64, 4, 3),  # few classes, or d at most 64
     ),
-    ("hopper", "tf32"): (
-        Config(64, 32, 128, 8, 3),
-        Config(128, 32, 64, 8, 3),  # d at most 64
-        Config(64, 32, 64, 4, 3),  # few classes
-    ),
+    ("hopper", "tf32"): (Config(64, 32, 64, 8, 3),),
     ("ampere", "half"): (
         Config(64, 32, 128, 8, 3),
         Config(64, 32, 64, 8, 3),  # few classes, or d at most 64
@@ -112,11 +108,27 @@ CENTERS: dict[tuple[Target, Kind], tuple[Config, ...]] = {
 for _target in ("hopper", "ampere", "amd"):
     FORWARD[_target, "ieee"] = (Config(64, 64, 16, 4, 2),)
     FORWARD[_target, "f64"] = (Config(32, 32, 16, 4, 2),)
-    CENTERS[_target, "ieee"] = (Config(64, 32, 64, 4, 2),)
-    CENTERS[_target, "f64"] = (Config(64, 16, 32, 4, 2),)
+    CENTERS[_target, "ieee"] = (Config(32, 32, 64, 4, 2),)
+    CENTERS[_target, "f64"] = (Config(32, 16, 32, 4, 2),)
 
-#: Slots whose norms the forward makes itself, in one narrow product beside P. More come from `norms_kernel`.
-FUSED_SLOTS = 16
+Product = Literal["fused", "cublas"]
+#: Who multiplies. cublas: torch's own library, with kernels of ours before and after. fused: one kernel with an
+#: epilogue. Of W f' the library was faster on an H100 for every size that was measured; of H f, for half precision and
+#: tf32, this is a prediction: there a kernel of ours saves a pass over ∂w.
+PRODUCTS: dict[Kind, Product] = {"half": "cublas", "tf32": "cublas", "ieee": "cublas", "f64": "cublas"}
+CENTERS_PRODUCTS: dict[Kind, Product] = {"half": "fused", "tf32": "fused", "ieee": "cublas", "f64": "cublas"}
+
+#: Tiles that no rule takes, to be measured: `forced`.
+VARIANTS: dict[str, tuple[Config, ...]] = {
+    "forward": (Config(64, 128, 64, 4, 3), Config(128, 64, 64, 4, 4), Config(128, 128, 64, 8, 4)),
+    "centers": (
+        Config(64, 64, 128, 4, 3),
+        Config(64, 64, 64, 8, 3),
+        Config(64, 128, 128, 4, 2),
+        Config(128, 64, 128, 8, 3),
+        Config(128, 128, 128, 8, 2),
+    ),
+}
 
 #: Under the interpreter a program costs the same whatever its tile. Tests set smaller ones here.
 INTERPRETER = {"forward": Config(128, 128, 128, 4, 1), "centers": Config(128, 128, 128, 4, 1)}
@@ -126,24 +138,36 @@ INTERPRETER = {"forward": Config(128, 128, 128, 4, 1), "centers": Config(128, 12
 class Small:
     """Tile sizes of the kernels that read much and compute little. All run with 4 warps, but for route_kernel."""
 
-    prepare: tuple[int, int]  # features, dimensions; times 16 displacements
-    norms: tuple[int, int]  # classes, dimensions; times 16 displacements
+    every_norm: tuple[int, int]  # features or classes, dimensions; times 16 displacements
+    pool_logits: tuple[int, int]  # classes, features
     apart: tuple[int, int, int]  # classes, features, dimensions
     route: tuple[int, int]  # features, classes
     route_warps: int
     route_many: tuple[int, int]  # the same where M > 32: there the sums S' take registers; 4 warps
     pool: tuple[int, int]  # classes, features; 4 warps
     softmax: tuple[int, int]  # likewise
-    finish_input: tuple[int, int]  # classes of a look for pairs that cancel; dimensions at most
+    softmax_many: tuple[int, int]  # the same where M > 32
+    finish_input: tuple[int, int]  # classes of a look for pairs that cancel; dimensions at most; 8 warps above 1024
     finish_displacements: tuple[int, int]  # terms added at a time, dimensions
 
 
 _HALF = Small(
-    (32, 64), (64, 32), (32, 32, 16), (64, 32), 4, (16, 64), (32, 128), (32, 128), (64, 512), (32, 64)
+    every_norm=(32, 128),
+    pool_logits=(128, 32),
+    apart=(32, 32, 16),
+    route=(64, 32),
+    route_warps=4,
+    route_many=(16, 64),
+    pool=(16, 64),
+    softmax=(16, 64),
+    softmax_many=(16, 16),
+    finish_input=(64, 4096),
+    finish_displacements=(64, 32),
 )
-_SINGLE = replace(_HALF, route=(64, 64), route_warps=8)
+_SINGLE = replace(_HALF, route=(64, 64), route_warps=8, every_norm=(32, 64))
 _DOUBLE = replace(
-    _HALF, prepare=(16, 32), norms=(32, 16), pool=(16, 64), softmax=(16, 64), route=(32, 32), route_many=(16, 32), finish_input=(64, 256)
+    _HALF, pool=(16, 32), softmax=(16, 32), route=(32, 32), route_many=(16, 32),
+    every_norm=(16, 32), pool_logits=(64, 32), finish_input=(64, 512)
 )
 SMALL: dict[Kind, Small] = {"half": _HALF, "tf32": _SINGLE, "ieee": _SINGLE, "f64": _DOUBLE}
 
@@ -205,6 +229,41 @@ def kind(dtype: torch.dtype, allow_tf32: bool) -> Kind:
     return "half"
 
 
+class Forced(NamedTuple):
+    """What holds in place of the tables and the rule; None where they hold."""
+
+    forward: Config | None = None
+    centers: Config | None = None
+    product: Product | None = None  # of W f'
+    centers_product: Product | None = None  # of H f
+
+
+_forced = Forced()
+
+
+@contextlib.contextmanager
+def forced(**choices: Any) -> Iterator[None]:
+    """Calls inside take these tiles and products (`Forced`), to measure them. A forward's tile means a fused forward."""
+    global _forced
+    before = _forced
+    if choices.get("forward") is not None:
+        choices.setdefault("product", "fused")
+    if choices.get("centers") is not None:
+        choices.setdefault("centers_product", "fused")
+    _forced = before._replace(**choices)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def product(kernel: Literal["forward", "centers"], kind: Kind) -> Product:
+    """Who multiplies."""
+    if kernel == "forward":
+        return _forced.product or PRODUCTS[kind]
+    return _forced.centers_product or CENTERS_PRODUCTS[kind]
+
+
 def choose(
     kernel: Literal["forward", "centers"],
     device: torch.device,
@@ -212,19 +271,18 @@ def choose(
     B: int,
     K: int,
     d: int,
-    M: int,
     launch: Callable[[Config], object],
 ) -> Config:
     """The entry for these sizes: by rule, or, with GISTOPS_TRITON_TUNE=1, by timing `launch`."""
+    if (entry := _forced.forward if kernel == "forward" else _forced.centers) is not None:
+        return entry
     name = target(device)
     if name == "interpreter":
         return INTERPRETER[kernel]
     entries = (FORWARD if kernel == "forward" else CENTERS)[name, product]
-    if kernel == "forward" and M > FUSED_SLOTS:
-        return entries[-1]  # what the loop over slots loads takes the registers of a larger tile
     columns = B if kernel == "forward" else d
     if os.environ.get("GISTOPS_TRITON_TUNE") == "1" and len(entries) > 1:
-        shape = tuple(power_of_two(max(n, 16)) for n in (B, K, d, M))
+        shape = tuple(power_of_two(max(n, 16)) for n in (B, K, d))
         if best := tune((kernel, device, product, shape), entries, launch):
             return best
     return first_that_fills(kernel, entries, K, columns, processors(device))

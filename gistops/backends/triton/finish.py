@@ -5,19 +5,75 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .centers import weight_apart
+from .apart import weight_apart
 from .numbers import is_clamped
 
 
 @triton.jit
+def input_terms(
+    i,
+    depth,
+    inside,
+    marked,
+    products,
+    shares,
+    centers,
+    displacements,
+    grad,
+    slots,
+    center_rnorms,
+    input_rnorms,
+    tau,
+    flags,
+    B,
+    K,
+    d,
+    M,
+    groups,
+    group_classes,
+    split,
+    row_stride,
+    class_stride,
+    TILE_K: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """g = H'W + S'Δ of a feature, for some dimensions; with the pairs that cancel, if there are any for its split."""
+    g = tl.load(products + i * d + depth, mask=inside, other=0.0)
+    for j in tl.range(1, M, num_stages=1):
+        delta = tl.load(displacements + (j - 1) * d + depth, mask=inside, other=0.0).to(ACC)
+        g += tl.load(shares + tl.cast(j, tl.int64) * B + i) * delta
+    if marked:
+        for group in range(groups):
+            if tl.load(flags + split * groups + group) > 0:
+                last = tl.minimum((group + 1) * group_classes, K)
+                for first in range(group * group_classes, last, TILE_K):
+                    lanes = tl.arange(0, TILE_K)
+                    classes = first + lanes
+                    h, slot = weight_apart(
+                        i, classes, classes < last, grad, slots, center_rnorms, input_rnorms, tau, K, M,
+                        row_stride, class_stride,
+                    )  # fmt: skip
+                    if tl.max((h != 0).to(tl.int32), 0) > 0:  # true for NaN
+                        for lane in range(TILE_K):
+                            weight = tl.sum(tl.where(lanes == lane, h, tl.zeros_like(h)), 0)
+                            if weight != 0:
+                                j = tl.sum(tl.where(lanes == lane, slot, tl.zeros_like(slot)), 0)
+                                place = tl.cast(first + lane, tl.int64) * d + depth
+                                w = tl.load(centers + place, mask=inside, other=0.0)
+                                delta = tl.load(displacements + (j - 1) * d + depth, mask=inside, other=0.0)
+                                g += weight * (w.to(ACC) + delta.to(ACC))
+    return g
+
+
+@triton.jit
 def finish_input_kernel(
-    products,  # H'W [B, d] in ACC; overwritten by g
+    products,  # H'W [B, d] in ACC; overwritten by g where a program takes several tiles
     shares,  # S' [M, B]
     input,  # [B, d]
     centers,  # [K, d]
     displacements,  # [m, d]
-    grad,  # [B, K] by row_stride and class_stride
-    slots,  # likewise
+    grad,  # [B, K] or [K, B], by its strides, as slots
+    slots,
     center_rnorms,  # [M, K]
     input_rnorms,  # [B]
     tau,  # one element
@@ -30,58 +86,61 @@ def finish_input_kernel(
     groups,
     group_classes,  # classes a group
     split_rows,  # features a split
-    row_stride,
+    row_stride,  # of grad and slots
     class_stride,
     TILE_K: tl.constexpr,
     TILE_D: tl.constexpr,
+    TILE_G: tl.constexpr,  # flags looked at together
+    WHOLE: tl.constexpr,  # TILE_D is not below d
     ACC: tl.constexpr,
 ):
     """∂f = g − (g·f̂) f̂ with g = H'W + S'Δ. 1/|f| is in H' already. A program: one feature."""
     i = tl.cast(tl.program_id(0), tl.int64)
     input_rnorm = tl.load(input_rnorms + i)
-    dot = tl.zeros((TILE_D,), ACC)
-    for start in range(0, d, TILE_D):
-        depth = start + tl.arange(0, TILE_D)
+    split = tl.program_id(0) // split_rows
+    lanes = tl.arange(0, TILE_G)
+    found = tl.zeros((TILE_G,), tl.int32)
+    for start in tl.range(0, groups, TILE_G, num_stages=1):
+        group = start + lanes
+        found = found | tl.load(flags + split * groups + group, mask=group < groups, other=0)
+    marked = tl.max(found, 0) > 0
+    if WHOLE:
+        depth = tl.arange(0, TILE_D)
         inside = depth < d
-        g = tl.load(products + i * d + depth, mask=inside, other=0.0)
-        for j in range(1, M):
-            delta = tl.load(displacements + (j - 1) * d + depth, mask=inside, other=0.0).to(ACC)
-            g += tl.load(shares + tl.cast(j, tl.int64) * B + i) * delta
-        for group in range(groups):
-            if tl.load(flags + i // split_rows * groups + group) > 0:
-                last = tl.minimum((group + 1) * group_classes, K)
-                for first in range(group * group_classes, last, TILE_K):
-                    lanes = tl.arange(0, TILE_K)
-                    classes = first + lanes
-                    h, slot = weight_apart(
-                        i, classes, classes < last, grad, slots, center_rnorms, input_rnorms, tau, K, M,
-                        row_stride, class_stride,
-                    )
-                    if tl.max((h != 0).to(tl.int32), 0) > 0:  # true for NaN
-                        for lane in range(TILE_K):
-                            weight = tl.sum(tl.where(lanes == lane, h, tl.zeros_like(h)), 0)
-                            if weight != 0:
-                                j = tl.sum(tl.where(lanes == lane, slot, tl.zeros_like(slot)), 0)
-                                w = tl.load(
-                                    centers + tl.cast(first + lane, tl.int64) * d + depth,
-                                    mask=inside,
-                                    other=0.0,
-                                )
-                                delta = tl.load(displacements + (j - 1) * d + depth, mask=inside, other=0.0)
-                                g += weight * (w.to(ACC) + delta.to(ACC))
-        tl.store(products + i * d + depth, g, mask=inside)
         f = tl.load(input + i * d + depth, mask=inside, other=0.0).to(ACC)
-        dot += g * (f * input_rnorm)
-    # A clamped norm is a constant: nothing to project out.
-    along = tl.where(is_clamped(input_rnorm), tl.zeros_like(input_rnorm), tl.sum(dot, 0) * input_rnorm)
-    tl.debug_barrier()
-    for start in range(0, d, TILE_D):
-        depth = start + tl.arange(0, TILE_D)
-        inside = depth < d
-        g = tl.load(products + i * d + depth, mask=inside, other=0.0)
-        f = tl.load(input + i * d + depth, mask=inside, other=0.0).to(ACC)
+        g = input_terms(
+            i, depth, inside, marked, products, shares, centers, displacements, grad, slots, center_rnorms,
+            input_rnorms, tau, flags, B, K, d, M, groups, group_classes, split, row_stride, class_stride,
+            TILE_K, ACC,
+        )  # fmt: skip
+        along = tl.sum(g * (f * input_rnorm), 0) * input_rnorm
+        # A clamped norm is a constant: nothing to project out.
+        along = tl.where(is_clamped(input_rnorm), tl.zeros_like(along), along)
         result = g - along * f
         tl.store(input_gradient + i * d + depth, result.to(input_gradient.dtype.element_ty), mask=inside)
+    else:
+        dot = tl.zeros((TILE_D,), ACC)
+        for start in tl.range(0, d, TILE_D, num_stages=1):
+            depth = start + tl.arange(0, TILE_D)
+            inside = depth < d
+            g = input_terms(
+                i, depth, inside, marked, products, shares, centers, displacements, grad, slots, center_rnorms,
+                input_rnorms, tau, flags, B, K, d, M, groups, group_classes, split, row_stride, class_stride,
+                TILE_K, ACC,
+            )  # fmt: skip
+            tl.store(products + i * d + depth, g, mask=inside)
+            f = tl.load(input + i * d + depth, mask=inside, other=0.0).to(ACC)
+            dot += g * (f * input_rnorm)
+        along = tl.sum(dot, 0) * input_rnorm
+        along = tl.where(is_clamped(input_rnorm), tl.zeros_like(along), along)
+        tl.debug_barrier()
+        for start in tl.range(0, d, TILE_D, num_stages=1):
+            depth = start + tl.arange(0, TILE_D)
+            inside = depth < d
+            g = tl.load(products + i * d + depth, mask=inside, other=0.0)
+            f = tl.load(input + i * d + depth, mask=inside, other=0.0).to(ACC)
+            result = g - along * f
+            tl.store(input_gradient + i * d + depth, result.to(input_gradient.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from .centers import centers_kernel
 from .configs import Config, power_of_two
 from .configs import tiles as tiles_of
 from .finish import finish_displacements_kernel, finish_input_kernel
-from .problem import Problem, product
+from .problem import Problem, multiply
 from .routing import Needs, Routed, Saved, route
 
 
@@ -27,14 +27,16 @@ def compute(p: Problem, saved: Saved, needs: Needs) -> tuple[Tensor, Tensor, Ten
 def input_gradient(p: Problem, saved: Saved, routed: Routed, dtype: torch.dtype | None = None) -> Tensor:
     """∂f, from the product H'W by torch's own library: no epilogue of ours would save it a pass over memory."""
     B, K, d, M = p.sizes
-    products = product(routed.weights[:, :B].t(), p.centers, p.sums)
+    products = multiply(routed.weights[:, :B].t(), p.centers, p.input.new_empty(B, d, dtype=p.sums))
     out = p.input.new_empty(B, d, dtype=dtype or p.products)
     classes, depth = p.small.finish_input
+    depth = min(depth, power_of_two(d))
     finish_input_kernel[(B,)](
         products, routed.shares, p.input, p.centers, p.displacements, saved.grad, saved.slots,
         saved.center_rnorms, saved.input_rnorms, p.tau, routed.flags, out,
         B, K, d, M, routed.flags.shape[1], routed.group_classes, routed.split_rows, *saved.strides,
-        TILE_K=classes, TILE_D=min(depth, power_of_two(d)), **p.constants("ACC"),
+        TILE_K=classes, TILE_D=depth, TILE_G=256, WHOLE=depth >= d, num_warps=8 if depth > 1024 else 4,
+        **p.constants("ACC"),
     )  # fmt: skip
     return out
 
@@ -48,18 +50,22 @@ def centers_gradient(p: Problem, saved: Saved, routed: Routed, needs: Needs) -> 
     if not needs.centers and not need_parts:
         return out, parts
 
+    made = needs.centers and configs.product("centers", p.kind) == "cublas"
+
     def launch(config: Config) -> Tensor:
         class_tiles = tiles_of(K, config.classes)
+        if made:
+            multiply(routed.weights[:, :B], p.input, out)
         parts = p.input.new_empty((class_tiles if need_parts else 0, M - 1, d), dtype=p.sums)
         centers_kernel[(class_tiles * tiles_of(d, config.depth),)](
             routed.weights, p.input, p.centers, p.displacements, saved.grad, saved.slots, saved.center_rnorms,
             routed.moments, saved.input_rnorms, p.tau, out, parts, B, K, d, routed.weights.shape[1], M, *saved.strides,
-            NEED_CENTERS=needs.centers, NEED_DISPLACEMENTS=need_parts,
-            **p.constants("ACC", "PRECISION", "WIDEN"), **config.arguments(),
+            NEED_CENTERS=needs.centers, NEED_DISPLACEMENTS=need_parts, MADE=made,
+            **p.constants("HALVES", "ACC", "PRECISION", "CORRECTION_PRECISION", "WIDEN"), **config.arguments(),
         )  # fmt: skip
         return parts
 
-    return out, launch(configs.choose("centers", p.input.device, p.kind, B, K, d, M, launch))
+    return out, launch(configs.choose("centers", p.input.device, p.kind, B, K, d, launch))
 
 
 def displacements_gradient(

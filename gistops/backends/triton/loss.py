@@ -18,11 +18,9 @@ from . import configs, gradients, operators
 from .apart_lse import apart_lse_kernel
 from .configs import grouped, power_of_two
 from .configs import tiles as tiles_of
-from .forward import norms_kernel
 from .gradients import Needs, Saved
 from .pool import pool_lse_kernel
-from .prepare import prepare_kernel
-from .problem import Problem, on_device, product_into
+from .problem import Problem, multiply, on_device
 from .routing import Parts, Routed, gather
 from .rows import rows_kernel, total_kernel
 from .softmax import route_softmax_kernel
@@ -58,19 +56,24 @@ class Chunk(NamedTuple):
 def chunks(p: Problem, size: int, tile: tuple[int, int]) -> Iterator[Chunk]:
     """The chunks of at most `size` classes."""
     B, K, d, M = p.sizes
-    tile = tile[0], min(tile[1], max(16, power_of_two(B)))
+    tile = tile[0], min(tile[1], power_of_two(max(B, 16)))
     count = 0
     for first in range(0, K, size):
         centers = p.centers[first : first + size]
         part = p._replace(centers=centers, sizes=(B, centers.shape[0], d, M))
-        run, groups = grouped(centers.shape[0], B, tile)
+        run, groups = grouped(centers.shape[0], max(B, 1), tile)
         yield Chunk(first, part, tile, run, groups, count)
         count += groups
 
 
 def chunk_size(p: Problem, held: bool) -> int:
     """Classes of a chunk."""
-    return p.sizes[1] if held else max(64, CHUNK_ELEMENTS // padded(p.sizes[0]) // 64 * 64)
+    return p.sizes[1] if held else max(64, CHUNK_ELEMENTS // max(padded(p.sizes[0]), 1) // 64 * 64)
+
+
+def softmax_tile(p: Problem) -> tuple[int, int]:
+    """Classes and features of a tile of route_softmax_kernel."""
+    return p.small.softmax if p.sizes[3] <= 32 else p.small.softmax_many
 
 
 def forward(
@@ -115,10 +118,10 @@ def forward(
     partials = new(2 + (label_smoothing > 0), groups, B, dtype=p.sums)
     class_sums = new(2, groups, dtype=p.sums)
     with on_device(p.input.device):
-        shifts, squares = _prepare(p, input_rnorms)
+        shifts = new(M, B, dtype=p.sums)
         for c in every:
             rnorms = center_rnorms if c.groups == groups else new(M, c.p.sizes[1], dtype=p.sums)
-            _norms(c.p, squares, rnorms)
+            operators.every_norm(c.p, shifts, rnorms, input_rnorms if c.first == 0 else None)
             kept = (scores, slots) if keep else (scores[: c.p.sizes[1]], None)
             _score(c, of, *kept, rnorms, input_rnorms, shifts, target_logits, partials, class_sums, groups)
             if rnorms is not center_rnorms:
@@ -127,27 +130,6 @@ def forward(
     if not keep:
         scores = scores.new_empty(0, 0)
     return loss, lse, inside, scores, slots, center_rnorms, input_rnorms, rows, scalars
-
-
-def _prepare(p: Problem, input_rnorms: Tensor) -> tuple[Tensor, Tensor]:
-    """f·δ [M, B] and |δ|² [M]; the features' norms."""
-    B, _, d, M = p.sizes
-    shifts, squares = p.input.new_empty(M, B, dtype=p.sums), p.input.new_empty(M, dtype=p.sums)
-    rows, depth = p.small.prepare
-    prepare_kernel[(tiles_of(B, rows), tiles_of(M, 16))](
-        p.input, p.displacements, input_rnorms, shifts, squares, B, d, M,
-        TILE_B=rows, TILE_D=depth, SLOTS=16, **p.constants("ACC", "NORM_PRECISION", "WIDEN"),
-    )  # fmt: skip
-    return shifts, squares
-
-
-def _norms(p: Problem, squares: Tensor, center_rnorms: Tensor) -> None:
-    _, K, d, M = p.sizes
-    classes, depth = p.small.norms
-    norms_kernel[(tiles_of(K, classes), tiles_of(M, 16))](
-        p.centers, p.displacements, squares, center_rnorms, K, d, M,
-        TILE_K=classes, TILE_D=depth, SLOTS=16, **p.constants("ACC", "NORM_PRECISION", "WIDEN"),
-    )  # fmt: skip
 
 
 def _score(
@@ -167,7 +149,7 @@ def _score(
     p = c.p
     B, K, d, M = p.sizes
     part = slice(c.first, c.first + K)
-    _product(p, scores[:, :B])
+    multiply(p.centers, p.input.t(), scores[:, :B])
     sums = of.smoothing > 0
     options: dict[str, Any] = {
         "PARK": slots is not None, "HAS_BIAS": of.bias is not None,
@@ -187,14 +169,6 @@ def _score(
             target_logits, partials, B, K, d, scores.shape[1], M, c.run * (c.tile[0] // classes), c.first,
             c.first_group, groups, of.ignore_index, TILE_K=classes, TILE_B=rows, TILE_D=depth, **options,
         )  # fmt: skip
-
-
-def _product(p: Problem, out: Tensor) -> None:
-    """W f', class by class."""
-    centers, input = p.centers, p.input
-    if configs.INTERPRETED:  # the CPU's product has no wider output
-        centers, input = centers.to(out.dtype), input.to(out.dtype)
-    product_into(out, centers, input.t())
 
 
 def _finish(
@@ -264,9 +238,11 @@ def backward(
         need_input, need_centers, need_displacements, need_tau,
         need_bias and class_bias is not None, need_margin and margin is not None,
     )  # fmt: skip
-    none = lse.new_empty(0)
     if p.sizes[0] == 0 or not any(needs):
-        empty = [torch.zeros_like(x) if x is not None and n else none for x, n in zip(arguments, needs, strict=True)]
+        empty = [
+            torch.zeros_like(x) if x is not None and n else lse.new_empty(0)
+            for x, n in zip(arguments, needs, strict=True)
+        ]
         return empty[0], empty[1], empty[2], empty[3], empty[4], empty[5]
     of = Loss(
         target.contiguous(), *(x if x is None else x.contiguous() for x in (class_bias, weight, margin)),
@@ -282,7 +258,7 @@ def backward(
     }  # fmt: skip
     with on_device(p.input.device):
         if scores.numel():
-            (c,) = chunks(p, p.sizes[1], p.small.softmax)
+            (c,) = chunks(p, p.sizes[1], softmax_tile(p))
             saved = Saved(scores, scores, slots, center_rnorms, input_rnorms, True)
             made = _gradients(c, saved, needs, routing, p.products)
         else:
@@ -291,7 +267,7 @@ def backward(
     if needs.margin and margin is not None and margin.numel() == 1:
         of_margin = of_margin.sum()
     gradients_of = [
-        operators._like(x, g) if needed and x is not None else none
+        operators._like(x, g) if needed and x is not None else lse.new_empty(0)
         for g, x, needed in zip((*made, of_margin), arguments, needs, strict=True)
     ]
     return (
@@ -335,12 +311,13 @@ def _in_chunks(
     """As `_gradients`, from scores made again; what is summed over chunks is summed in `p.sums`."""
     B, K, _, M = p.sizes
     new = p.input.new_empty
-    shifts, _ = _prepare(p, new(B, dtype=p.sums))
+    shifts = new(M, B, dtype=p.sums)
+    operators.every_norm(p, shifts, None, new(B, dtype=p.sums))
     size = min(chunk_size(p, False), K)
     memory, slots = new(size, padded(B), dtype=p.sums), new(size, padded(B), dtype=torch.uint8)
     target_logits = new(B, dtype=p.sums)
     sums: list[Tensor] = []
-    for score, route in zip(chunks(p, size, p.small.pool), chunks(p, size, p.small.softmax), strict=True):
+    for score, route in zip(chunks(p, size, p.small.pool), chunks(p, size, softmax_tile(p)), strict=True):
         classes = score.p.sizes[1]
         part = slice(score.first, score.first + classes)
         rnorms = center_rnorms[:, part].contiguous()

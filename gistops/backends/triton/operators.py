@@ -10,10 +10,11 @@ from torch import Tensor
 
 from . import configs, gradients
 from .apart import apart_kernel
-from .configs import FUSED_SLOTS, Config, tiles
-from .forward import forward_kernel, norms_kernel
-from .prepare import prepare_kernel
-from .problem import Problem, on_device
+from .configs import Config, tiles
+from .forward import forward_kernel
+from .norms import every_norm_kernel
+from .problem import Problem, multiply, on_device
+from .product import pool_logits_kernel
 
 
 def forward(
@@ -25,39 +26,64 @@ def forward(
     new = p.input.new_empty
     logits, slots = new(B, K, dtype=p.sums), new(B, K, dtype=torch.uint8)
     center_rnorms, input_rnorms = new(M, K, dtype=p.sums), new(B, dtype=p.sums)
-    shifts, squares = new(M, B, dtype=p.sums), new(M, dtype=p.sums)
+    if B + K == 0:
+        return logits, slots, center_rnorms, input_rnorms
+    made = logits, slots, center_rnorms, input_rnorms
     with on_device(p.input.device):
-        rows, depth = p.small.prepare
-        prepare_kernel[(max(1, tiles(B, rows)), tiles(M, 16))](
-            p.input, p.displacements, input_rnorms, shifts, squares, B, d, M,
-            TILE_B=rows, TILE_D=depth, SLOTS=16, **p.constants("ACC", "NORM_PRECISION", "WIDEN"),
-        )  # fmt: skip
-        if K == 0:
-            return logits, slots, center_rnorms, input_rnorms
-        if M > FUSED_SLOTS:
-            classes, depth = p.small.norms
-            norms_kernel[(tiles(K, classes), tiles(M, 16))](
-                p.centers, p.displacements, squares, center_rnorms, K, d, M,
-                TILE_K=classes, TILE_D=depth, SLOTS=16, **p.constants("ACC", "NORM_PRECISION", "WIDEN"),
-            )  # fmt: skip
-
-        def launch(config: Config) -> None:
-            grid = (tiles(K, config.classes) * max(1, tiles(B, config.features)),)
-            forward_kernel[grid](
-                p.input, p.centers, p.displacements, p.tau, input_rnorms, shifts, squares,
-                logits, slots, center_rnorms, B, K, d, M,
-                SLOTS=1 if M == 1 else FUSED_SLOTS if M <= FUSED_SLOTS else 0,
-                **p.constants("ACC", "PRECISION", "NORM_PRECISION", "WIDEN"), **config.arguments(),
-            )  # fmt: skip
-
-        launch(configs.choose("forward", p.input.device, p.kind, B, K, d, M, launch))
-        if M > 1:
+        shifts = new(M, B, dtype=p.sums)
+        every_norm(p, shifts, center_rnorms, input_rnorms)
+        if B > 0 and K > 0:
+            scored = around_product if configs.product("forward", p.kind) == "cublas" else fused
+            scored(p, *made, shifts)  # but for pairs that cancel
+        if M > 1 and K > 0:
             classes, rows, depth = p.small.apart
             apart_kernel[(tiles(K, classes),)](
                 p.input, p.centers, p.displacements, p.tau, input_rnorms, logits, slots, center_rnorms, B, K, d, M,
                 TILE_K=classes, TILE_B=rows, TILE_D=depth, **p.constants("ACC"),
             )  # fmt: skip
-    return logits, slots, center_rnorms, input_rnorms
+    return made
+
+
+def around_product(
+    p: Problem, logits: Tensor, slots: Tensor, center_rnorms: Tensor, input_rnorms: Tensor, shifts: Tensor
+) -> None:
+    """torch's product, and a kernel that pools."""
+    B, K, _, M = p.sizes
+    stride = tiles(B, 16) * 16
+    scores = p.input.new_empty(K, stride, dtype=p.sums)
+    multiply(p.centers, p.input.t(), scores[:, :B])
+    classes, rows = p.small.pool_logits
+    pool_logits_kernel[(tiles(K, classes) * tiles(B, rows),)](
+        scores, center_rnorms, shifts, input_rnorms, p.tau, logits, slots, B, K, stride, M,
+        TILE_K=classes, TILE_B=rows, **p.constants("ACC"),
+    )  # fmt: skip
+
+
+def fused(
+    p: Problem, logits: Tensor, slots: Tensor, center_rnorms: Tensor, input_rnorms: Tensor, shifts: Tensor
+) -> None:
+    """One kernel that multiplies and pools."""
+    B, K, d, M = p.sizes
+
+    def launch(config: Config) -> None:
+        forward_kernel[(tiles(K, config.classes) * tiles(B, config.features),)](
+            p.input, p.centers, p.tau, input_rnorms, shifts, center_rnorms, logits, slots, B, K, d, M,
+            **p.constants("ACC", "PRECISION", "WIDEN"), **config.arguments(),
+        )  # fmt: skip
+
+    launch(configs.choose("forward", p.input.device, p.kind, B, K, d, launch))
+
+
+def every_norm(p: Problem, shifts: Tensor, center_rnorms: Tensor | None, input_rnorms: Tensor | None) -> None:
+    """Fill the norms of centres, or those of features and f·δ [M, B], or all in one launch."""
+    B, K, d, M = p.sizes
+    B, K = 0 if input_rnorms is None else B, 0 if center_rnorms is None else K
+    rows, depth = p.small.every_norm
+    slots = 1 if M == 1 else 16
+    every_norm_kernel[(tiles(B, rows) + tiles(K, rows), tiles(M, slots))](
+        p.input, p.centers, p.displacements, shifts if input_rnorms is None else input_rnorms, shifts,
+        shifts if center_rnorms is None else center_rnorms, B, K, d, M, TILE_R=rows, TILE_D=depth, SLOTS=slots, **p.constants("ACC", "NORM_PRECISION", "WIDEN"),
+    )  # fmt: skip
 
 
 def backward(
@@ -97,7 +123,7 @@ def backward(
         with on_device(p.input.device):
             made = gradients.compute(p, gradients.Saved(*(x.contiguous() for x in saved)), needs)
     input, centers, displacements, tau = (
-        _like(x, g) if needed else x.new_empty(0) for g, x, needed in zip(made, arguments, needs, strict=True)
+        _like(x, g) if needed else x.new_empty(0) for g, x, needed in zip(made, arguments, needs[:4], strict=True)
     )
     return input, centers, displacements, tau
 

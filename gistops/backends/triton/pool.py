@@ -59,9 +59,12 @@ def pool_lse_kernel(
     for tile in range(group * run, group * run + run):
         classes = tile * TILE_K + tl.arange(0, TILE_K)
         class_valid = classes < K
-        offsets = classes.to(tl.int64)[:, None] * stride + rows[None, :]
+        start = tl.cast(tile, tl.int64) * TILE_K * stride
+        offsets = tl.arange(0, TILE_K)[:, None] * stride + rows[None, :]
         valid = class_valid[:, None] & row_valid[None, :]
-        products = tl.load(scores + offsets, mask=valid, other=0.0)
+        # A mask by the stride, a multiple of 16, keeps loads wide whatever B.
+        inside = class_valid[:, None] & (rows < stride)[None, :]
+        products = tl.load(scores + start + offsets, mask=inside, other=0.0)
         best = products * tl.load(center_rnorms + classes, mask=class_valid, other=0.0)[:, None]
         slot = tl.zeros((TILE_K, TILE_B), tl.int32)
         for j in range(1, M):
@@ -72,11 +75,12 @@ def pool_lse_kernel(
             better = (score > best) | (score != score)
             best = tl.where(better, score, best)
             slot = tl.where(better, j, slot)
-        z = best * scale[None, :]
+        z = tl.where(valid, best * scale[None, :], tl.zeros_like(best))
         if PARK:
-            inside = class_valid[:, None] & (rows < stride)[None, :]
-            tl.store(scores + offsets, z, mask=inside)
-            tl.store(slots + offsets, slot.to(tl.uint8), mask=inside)
+            tl.store(scores + start + offsets, z, mask=inside)
+            # Four at a time, as scores are read: wider stores would send all slots through shared memory.
+            narrow = tl.max_contiguous(offsets, (1, 4))
+            tl.store(slots + start + narrow, slot.to(tl.uint8), mask=inside)
         own = valid & (classes[:, None] == places[None, :])
         tl.store(target_logits + rows[None, :] + tl.zeros_like(slot), z, mask=own)
         more = tile_partials(

@@ -58,7 +58,7 @@ class Problem(NamedTuple):
 
     def constants(self, *names: str) -> dict[str, Any]:
         """Constants that several kernels share, those named."""
-        return _constants(self.kind, configs.target(self.input.device), names)
+        return _constants(self.kind, self.dtype, configs.target(self.input.device), names)
 
 
 def _ready(x: Tensor, dtype: torch.dtype, missing: int) -> Tensor:
@@ -68,32 +68,36 @@ def _ready(x: Tensor, dtype: torch.dtype, missing: int) -> Tensor:
 
 
 @functools.cache
-def _constants(kind: configs.Kind, target: configs.Target, names: tuple[str, ...]) -> dict[str, Any]:
-    on_tensor_cores = kind == "tf32" and target in ("hopper", "ampere")
+def _constants(
+    kind: configs.Kind, dtype: torch.dtype, target: configs.Target, names: tuple[str, ...]
+) -> dict[str, Any]:
+    nvidia = target in ("hopper", "ampere")
     every = {
         "ACC": tl.float64 if kind == "f64" else tl.float32,
         "PRECISION": "tf32" if kind == "tf32" else "ieee",
         # Norms are as precise as float32 whatever the setting: three products of parts where there is tf32.
-        "NORM_PRECISION": "tf32x3" if on_tensor_cores else "ieee",
+        "NORM_PRECISION": "tf32x3" if nvidia and kind == "tf32" else "ieee",
+        # So are the corrections of ∂w. Halves of bfloat16 are exact enough; float16 has too few exponents for them.
+        "HALVES": dtype == torch.bfloat16 and not configs.INTERPRETED,
+        "CORRECTION_PRECISION": "tf32x3" if nvidia and kind in ("half", "tf32") else "ieee",
         "WIDEN": configs.INTERPRETED,
     }
     return {name: every[name] for name in names}
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b by torch's own library, in a dtype at least as wide as theirs.
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a b by torch's own library into `out`, whose dtype is at least as wide as theirs and rows as far apart as you like.
 
     `torch.mm` into a tensor has no rule under autocast. Without one it would turn float32 into half precision, which
     the kernel that goes on with the product would read past its end.
     """
     if configs.INTERPRETED:  # the CPU's product has no wider output
-        a, b = a.to(dtype), b.to(dtype)
-    out = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+        a, b = a.to(out.dtype), b.to(out.dtype)
     return product_into(out, a, b)
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The same into `out`, whose rows may be further apart than they are long."""
+    """The same, without what the interpreter needs."""
     pointer = out.data_ptr()
     made = torch.mm(a, b, out=out) if a.dtype == out.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
     if made.dtype != out.dtype or made.data_ptr() != pointer:

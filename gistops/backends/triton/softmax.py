@@ -147,16 +147,25 @@ def route_softmax_kernel(
         of_logit = of_target * by_logit
     share = tl.zeros((SLOTS, TILE_B), ACC)
     total = tl.zeros((TILE_K,), ACC)
-    flag = tl.zeros((TILE_K,), tl.int32)
+    flag = tl.zeros((TILE_K, TILE_B), tl.int32)
     for tile in range(group * run, group * run + run):
         classes = tile * TILE_K + tl.arange(0, TILE_K)
         class_valid = classes < K
         valid = class_valid[:, None] & row_valid[None, :]
-        offsets = classes.to(tl.int64)[:, None] * stride + rows[None, :]
-        z = tl.load(scores + offsets, mask=valid, other=0.0)
-        slot = tl.load(slots + offsets, mask=valid, other=0).to(tl.int32)
+        start = tl.cast(tile, tl.int64) * TILE_K * stride
+        offsets = tl.arange(0, TILE_K)[:, None] * stride + rows[None, :]
+        # A mask by the stride, a multiple of 16, keeps loads wide whatever B; what lies beyond B is zero.
+        inside = class_valid[:, None] & (rows < stride)[None, :]
+        z = tl.load(scores + start + offsets, mask=inside, other=0.0)
+        # Four at a time, as scores are read: wider access would send what is narrower through shared memory.
+        narrow = tl.max_contiguous(offsets, (1, 4))
+        slot = tl.load(slots + start + narrow, mask=inside, other=0).to(tl.int32)
         slot = tl.minimum(slot, M - 1)  # an operator called by hand must not read elsewhere
-        rnorm = tl.load(center_rnorms + slot.to(tl.int64) * K + classes[:, None], mask=valid, other=0.0)
+        # By selection: to gather them would turn the layout of the tile around.
+        rnorm = tl.zeros((TILE_K, TILE_B), ACC)
+        for j in range(M):
+            known = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0)
+            rnorm = tl.where(valid & (slot == j), known[:, None], rnorm)
         score = z
         if HAS_BIAS:
             bias = tl.load(class_bias + (first + classes), mask=class_valid, other=0.0)
@@ -178,9 +187,9 @@ def route_softmax_kernel(
             tl.store(margin_parts + tl.cast(split, tl.int64) * K + classes, of_margin, mask=class_valid)
         g = tl.where(valid, tl.where(own, of_logit[None, :], g), zeros)
         apart = valid & (rnorm < 0)
-        flag = flag | tl.max(apart.to(tl.int32), 1)
+        flag = flag | apart.to(tl.int32)
         if M > 1:
-            tl.store(grad + offsets, g, mask=apart)
+            tl.store(grad + start + offsets, g, mask=apart)
         h = tl.where(apart, zeros, scale[None, :] * g * tl.abs(rnorm))
         if LARGEST > 0:  # as in route_kernel
             bounded = tl.minimum(tl.maximum(h, -LARGEST), LARGEST)
@@ -188,8 +197,7 @@ def route_softmax_kernel(
             h = tl.where(extreme, bounded, h)
         h = tl.where(valid, h, zeros)
         if NEED_WEIGHTS:
-            inside = class_valid[:, None] & (rows < stride)[None, :]
-            tl.store(weights + offsets, h.to(weights.dtype.element_ty), mask=inside)
+            tl.store(weights + start + narrow, h.to(weights.dtype.element_ty), mask=inside)
         u = g * z
         if NEED_SHARES or NEED_MOMENTS:
             for j in range(M):
@@ -214,4 +222,4 @@ def route_softmax_kernel(
             if (group == 0) & (first == 0):
                 sums += tl.sum(of_target * by_tau, 0) * tl.load(tau).to(ACC)
         tl.store(totals + split * groups + group, sums)
-    tl.store(flags + split * groups + group, tl.max(flag, 0))
+    tl.store(flags + split * groups + group, tl.max(tl.max(flag, 1), 0))

@@ -1,0 +1,66 @@
+"""Logits around torch's own product: norms in one launch, P = W f' by the library, and one kernel that pools.
+
+P is kept class by class, [K, ldB]: its rows start on whole vectors whatever K, and a library product with rows that do
+not takes more than twice as long.
+
+`pooled` is what a kernel on such scores shares, the loss's too: it takes a tile P [classes, features], and per slot a
+row of reciprocal norms [classes] and of f·δ_j [features]; it gives the best score without τ/|f_i|, and its slot.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pooled(products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M):
+    """max_j (P + Q_j) R_j and the lowest j that attains it, for a tile of [classes, features]."""
+    best = products * tl.load(center_rnorms + classes, mask=class_valid, other=0.0)[:, None]
+    slot = tl.zeros(products.shape, tl.int32)
+    for j in tl.range(1, M, num_stages=1):
+        rnorm = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0)
+        shift = tl.load(shifts + tl.cast(j, tl.int64) * B + rows, mask=row_valid, other=0.0)
+        score = (products + shift[None, :]) * rnorm[:, None]
+        # The lowest of equals wins, and NaN gets through, as in torch.max.
+        better = (score > best) | (score != score)
+        best = tl.where(better, score, best)
+        slot = tl.where(better, j, slot)
+    return best, slot
+
+
+@triton.jit
+def pool_logits_kernel(
+    scores,  # P [K, stride]
+    center_rnorms,  # [M, K]
+    shifts,  # [M, B]
+    input_rnorms,  # [B]
+    tau,  # one element
+    logits,  # [B, K]
+    slots,  # [B, K]
+    B,
+    K,
+    stride,
+    M,
+    TILE_K: tl.constexpr,
+    TILE_B: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """A program: TILE_K classes, TILE_B features, read class by class and written feature by feature.
+
+    Scores of pairs that cancel are wrong here, and made anew by apart_kernel.
+    """
+    feature_tiles = tl.cdiv(B, TILE_B)
+    rows = tl.program_id(0) % feature_tiles * TILE_B + tl.arange(0, TILE_B)
+    classes = tl.program_id(0) // feature_tiles * TILE_K + tl.arange(0, TILE_K)
+    row_valid = rows < B
+    class_valid = classes < K
+    place = classes.to(tl.int64)[:, None] * stride + rows[None, :]
+    inside = class_valid[:, None] & (rows < stride)[None, :]
+    products = tl.load(scores + place, mask=inside, other=0.0)
+    best, slot = pooled(products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M)
+    scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
+    offsets = rows.to(tl.int64)[None, :] * K + classes[:, None]
+    valid = row_valid[None, :] & class_valid[:, None]
+    tl.store(logits + offsets, best * scale[None, :], mask=valid)
+    tl.store(slots + offsets, slot.to(tl.uint8), mask=valid)
