@@ -23,12 +23,17 @@ class Products {
   using S = Sum<T>;
 
   static Global<T> matrix(const void* data, int64_t rows, int64_t cols) {
-    const bool vectors = reinterpret_cast<uintptr_t>(data) % 16 == 0 && cols % kVector<T> == 0;
-    return {static_cast<const T*>(data), rows, cols, cols, vectors};
+    Global<T> x{};
+    x.data = static_cast<const T*>(data), x.rows = rows, x.cols = x.ld = cols;
+    return x;
   }
 
   // Whether all rows of d elements are whole vectors.
-  bool aligned() const { return p_.input.vectors && p_.centers.vectors && (p_.m() == 0 || p_.displacements.vectors); }
+  bool aligned() const {
+    const auto begins = [](const T* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
+    return p_.d() % kVector<T> == 0 && begins(p_.input.data) && begins(p_.centers.data) &&
+           (p_.m() == 0 || begins(p_.displacements.data));
+  }
 
   // With `count` classes at most.
   Problem<T> classes(int64_t first, int64_t count) const {

@@ -143,7 +143,9 @@ def test_gradient_of_displacements_is_not_rounded_with_the_weights(
     kernels = HostKernels(module, tensors)
     true = gradients(lambda *t: routed(*t, kernels.slots), leaves(tensors, torch.float64), grad)[2]
     value = torch.from_numpy(
-        module.backward(True, kernels.type, grad.numpy(), *kernels.arrays, *kernels.saved, False, False, True, False)[2]
+        module.backward(
+            kernels.type, grad.numpy(), *kernels.arrays, *kernels.saved, False, False, True, False
+        )[2]
     )
     assert value.dtype == torch.float32
     assert error(value, true) <= allowed(0.0, true, torch.float32, 70 * 133)

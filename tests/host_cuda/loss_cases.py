@@ -39,7 +39,9 @@ def made(sample: Sample, options: dict[str, Any], seed: int) -> tuple[Tensor, di
     if sample.B > 3:
         target[2] = -100
     vectors = {
-        name: torch.rand(sample.K, generator=source) * 0.5 + 0.1 if value == "each" else torch.as_tensor(value)
+        name: torch.rand(sample.K, generator=source) * 0.5 + 0.1
+        if value == "each"
+        else torch.as_tensor(value)
         for name, value in options.items()
         if name in ("class_bias", "weight", "margin")
     }
@@ -102,9 +104,7 @@ def check(
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "made-again"])
 @pytest.mark.parametrize(("sample", "options"), CASES, ids=IDS)
-def test_loss(
-    sample: Sample, options: dict[str, Any], keep: bool, compiled_module: Any, seed: int
-) -> None:
+def test_loss(sample: Sample, options: dict[str, Any], keep: bool, compiled_module: Any, seed: int) -> None:
     check(sample, options, keep, compiled_module, seed)
 
 
