@@ -23,9 +23,7 @@ class Products {
   using S = Sum<T>;
 
   static Global<T> matrix(const void* data, int64_t rows, int64_t cols) {
-    Global<T> x{};
-    x.data = static_cast<const T*>(data), x.rows = rows, x.cols = x.ld = cols;
-    return x;
+    return {static_cast<const T*>(data), rows, cols, cols};
   }
 
   // Whether all rows of d elements are whole vectors.
