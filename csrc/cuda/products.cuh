@@ -66,8 +66,9 @@ class Products {
   }
 
   void multiply_scores(const Problem<T>& p, S* products) {
-    workspace_.multiply({p.centers.data, p.K(), p.d(), p.d(), 1}, {p.input.data, p.d(), p.B(), 1, p.d()}, products,
-                        ld_);
+    // Named, here and elsewhere: nvcc 13.0 with g++ 13 garbles an unnamed aggregate among a template's arguments.
+    const Matrix centers{p.centers.data, p.K(), p.d(), p.d(), 1}, input{p.input.data, p.d(), p.B(), 1, p.d()};
+    workspace_.multiply(centers, input, products, ld_);
   }
 
   Workspace& workspace_;
