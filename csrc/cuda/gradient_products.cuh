@@ -72,8 +72,8 @@ class GradientProducts : protected Products<T> {
     launch("totals", totals_kernel<T>, blocks(totals.blocks()), TotalsShape::kThreads, 0, stream_, totals, shape, pairs,
            parts_, out, further.one_margin, first > 0);
     if (gradients.input) {
-      const Matrix h{parts_.h, p_.B(), K, 1, ld_}, w{pairs.p.centers.data, K, p_.d(), p_.d(), 1};
-      workspace_.multiply(h, w, product_, p_.d());
+      const Matrix left{parts_.h, p_.B(), K, 1, ld_}, right{pairs.p.centers.data, K, p_.d(), p_.d(), 1};
+      workspace_.multiply(left, right, product_, p_.d());
       launch("input", this->aligned() ? input_ends_kernel<T, true> : input_ends_kernel<T, false>, blocks(p_.B()),
              EndsShape::kThreads, 0, stream_, pairs, static_cast<const S*>(totals_.s), ld_,
              static_cast<const int*>(totals_.cancelled), product_, several_ ? total_ : nullptr, first > 0,
@@ -134,8 +134,9 @@ class GradientProducts : protected Products<T> {
           sums = out;
         else
           sums = sums_;
-        const Matrix h{parts_.h + at * ld_, classes, p_.B(), ld_, 1}, f{p_.input.data, p_.B(), p_.d(), p_.d(), 1};
-        workspace_.multiply(h, f, sums, p_.d());
+        const Matrix left{parts_.h + at * ld_, classes, p_.B(), ld_, 1},
+            right{p_.input.data, p_.B(), p_.d(), p_.d(), 1};
+        workspace_.multiply(left, right, sums, p_.d());
       }
       launch("correct", this->aligned() ? correct_kernel<T, true> : correct_kernel<T, false>, blocks(tiles, across()),
              CorrectShape::kThreads, 0, stream_, correct_, part, t, static_cast<const int*>(totals_.cancelled), sums,

@@ -54,11 +54,11 @@ class LogitsProducts : private GradientProducts<T> {
                          {}};
     using Shape = PullRowsShape<T>;
     const PullShape shape(p_.K(), p_.B(), Shape::kClasses, Shape::kFeatures);
-    const typename GradientProducts<T>::Further none{};
-    this->take(shape, p_.K(), gradients, none, false);
+    const typename Base::Further further{nullptr, nullptr, false};
+    this->take(shape, p_.K(), gradients, further, false);
     launch("pull", pull_rows_kernel<T>, blocks(shape.groups, shape.parts), Shape::kThreads, 0, stream_, shape, pairs,
            this->parts_);
-    this->run(shape, pairs, gradients, none, 0);
+    this->run(shape, pairs, gradients, further, 0);
     this->finish(gradients);
   }
 };

@@ -65,10 +65,10 @@ class Products {
            Shape::kThreads, 0, stream_, p, input_blocks, out);
   }
 
+  // Arguments in braces have names here: what nvcc makes of them otherwise is no C++ in templates.
   void multiply_scores(const Problem<T>& p, S* products) {
-    // Named, here and elsewhere: nvcc 13.0 with g++ 13 garbles an unnamed aggregate among a template's arguments.
-    const Matrix centers{p.centers.data, p.K(), p.d(), p.d(), 1}, input{p.input.data, p.d(), p.B(), 1, p.d()};
-    workspace_.multiply(centers, input, products, ld_);
+    const Matrix left{p.centers.data, p.K(), p.d(), p.d(), 1}, right{p.input.data, p.d(), p.B(), 1, p.d()};
+    workspace_.multiply(left, right, products, ld_);
   }
 
   Workspace& workspace_;
