@@ -107,8 +107,7 @@ struct Call {
     for (const Tensor* x : {&f, &w, &delta, &t})
       STD_TORCH_CHECK(x->is_cuda() && x->get_device_index() == f.get_device_index(),
                       "gistops: expected all tensors on one CUDA device");
-    for (Tensor* x : {&input, &centers, &displacements})
-      *x = as(*x, operands);
+    for (Tensor* x : {&input, &centers, &displacements}) *x = as(*x, operands);
     tau = as(tau, sums);
   }
 

@@ -14,7 +14,7 @@ namespace gistops::cuda {
 
 struct CorrectShape {
   static constexpr int kThreads = 128, kAcross = 32, kRuns = kThreads / kAcross;
-  static constexpr int kSlots = 4;       // displacements at a time
+  static constexpr int kSlots = 4;  // displacements at a time
   static constexpr int kMostClasses = 64, kBatch = 2;
   int classes;  // of a block
 

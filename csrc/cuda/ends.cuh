@@ -9,8 +9,8 @@ struct EndsShape {
   static constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 };
 
-// g_i = sum_k H[k, i] w_k + sum_j S[j, i] delta_j, and df_i = g - (g . f^) f^; 1 / |f| is in H and S. A block a feature.
-// Pairs that cancel are not in H and S: their vectors are added here.
+// g_i = sum_k H[k, i] w_k + sum_j S[j, i] delta_j, and df_i = g - (g . f^) f^; 1 / |f| is in H and S. A block a
+// feature. Pairs that cancel are not in H and S: their vectors are added here.
 //   product [B, d]: H' w of a run of classes, overwritten
 //   total [B, d]:   what to add before the last run, or null; overwritten in its place
 //   out: null for all runs but the last; s is then not used

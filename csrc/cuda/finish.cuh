@@ -10,7 +10,7 @@ constexpr int kInputThreads = 256, kDisplacementThreads = 1024;
 // kVectors: as in tile.cuh.
 //   product [B, d]: H w, overwritten with g
 template <class T, bool kVectors>
-__global__ void __launch_bounds__(kInputThreads)
+__global__ void __launch_bounds__(kInputThreads, 1)
     input_kernel(RouteShape shape, Problem<T> p, Saved<T> saved, Routed<T> routed, Sum<T>* product, T* out) {
   using S = Sum<T>;
   constexpr int kWarps = kInputThreads / kWarp, kVector = kVectors ? 16 / static_cast<int>(sizeof(T)) : 1;

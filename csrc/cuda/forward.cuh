@@ -102,7 +102,7 @@ class Forward {
       cancelled |= make_rnorms(e, first, n);
       take_products(e, first, n);
       __syncthreads();
-      first == 0 ? pool<true>(e, first, n) : pool<false>(e, first, n);
+      pool(e, first, n);
       __syncthreads();
     }
     if (cancelled) score_cancelled(e);
@@ -258,46 +258,42 @@ class Forward {
     }
   }
 
-  // The maximum over n slots, and over those before them in e.
-  template <bool kFirst>
+  // The maximum over n slots, and over those before them in e. A slot at a time for all of a thread's pairs, so that
+  // the code is short.
   __device__ __forceinline__ void pool(Epilogue& e, int first, int n) {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
-      S r[2][Shape::kSlots];
-      const int row = row_ + i * 16 + lane_ / 4;
+      const int row = row_ + i * 16 + lane_ / 4, col = col_ + lane_ % 4 * 2;
+      S best[kColTiles][4];  // as the accumulators lie
+      int slot[kColTiles][4];
 #pragma unroll
-      for (int j = 0; j < Shape::kSlots; ++j) {
-        r[0][j] = j < n ? magnitude(e.r[j][row]) : S(0);
-        r[1][j] = j < n ? magnitude(e.r[j][row + 8]) : S(0);
-      }
+      for (int t = 0; t < kColTiles; ++t)
 #pragma unroll
-      for (int t = 0; t < kColTiles * 2; ++t) {
-        const int col = col_ + t / 2 * 8 + lane_ % 4 * 2 + t % 2;
-        S best[2];
-        int slot[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          best[h] = kFirst ? (sums_[i][t / 2][h * 2 + t % 2] + e.q[0][col]) * r[h][0] : e.logits[col][row + h * 8];
-          slot[h] = kFirst ? 0 : e.slots[col][row + h * 8];
+        for (int c = 0; c < 4; ++c) {
+          best[t][c] = first == 0 ? -kInfinity<S> : e.logits[col + t * 8 + c % 2][row + c / 2 * 8];
+          slot[t][c] = first == 0 ? 0 : e.slots[col + t * 8 + c % 2][row + c / 2 * 8];
         }
+#pragma unroll 1
+      for (int j = 0; j < n; ++j) {
+        const S r[2] = {magnitude(e.r[j][row]), magnitude(e.r[j][row + 8])};
 #pragma unroll
-        for (int j = kFirst ? 1 : 0; j < Shape::kSlots; ++j) {
-          if (j < n) {
-            const S q = e.q[j][col];
+        for (int t = 0; t < kColTiles; ++t) {
+          const S q[2] = {e.q[j][col + t * 8], e.q[j][col + t * 8 + 1]};
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              const S score = (sums_[i][t / 2][h * 2 + t % 2] + q) * r[h][j];
-              // NaN wins, as in torch.max; of equals the lowest
-              if (score > best[h] || score != score) best[h] = score, slot[h] = first + j;
-            }
+          for (int c = 0; c < 4; ++c) {
+            const S score = (sums_[i][t][c] + q[c % 2]) * r[c / 2];
+            // NaN wins, as in torch.max; of equals the lowest
+            if (score > best[t][c] || score != score) best[t][c] = score, slot[t][c] = first + j;
           }
         }
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          e.logits[col][row + h * 8] = best[h];
-          e.slots[col][row + h * 8] = static_cast<uint8_t>(slot[h]);
-        }
       }
+#pragma unroll
+      for (int t = 0; t < kColTiles; ++t)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          e.logits[col + t * 8 + c % 2][row + c / 2 * 8] = best[t][c];
+          e.slots[col + t * 8 + c % 2][row + c / 2 * 8] = static_cast<uint8_t>(slot[t][c]);
+        }
     }
   }
 
@@ -330,16 +326,20 @@ class Forward {
     }
   }
 
+  // A thread keeps to one class.
   __device__ __forceinline__ void store(const Epilogue& e) {
     __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < Shape::kFeatures * Shape::kClasses; i += Shape::kThreads) {
-      const int b = i / Shape::kClasses, k = i % Shape::kClasses;
-      const int64_t row = first_feature_ + b, col = first_class_ + k;
-      if (row < p_.B() && col < p_.K()) {
-        out_.logits[row * p_.K() + col] = e.logits[b][k] * e.scale[b];
-        out_.slots[row * p_.K() + col] = e.slots[b][k];
-      }
-    }
+    constexpr int kAtOnce = Shape::kThreads / Shape::kClasses;
+    const int k = static_cast<int>(threadIdx.x) % Shape::kClasses,
+              first = static_cast<int>(threadIdx.x) / Shape::kClasses;
+    if (first_class_ + k >= p_.K()) return;
+    const int features = static_cast<int>(min(p_.B() - first_feature_, int64_t{Shape::kFeatures}));
+    const int64_t at = (first_feature_ + first) * p_.K() + first_class_ + k, step = kAtOnce * p_.K();
+    S* logits = out_.logits + at;
+    uint8_t* slots = out_.slots + at;
+#pragma unroll 4
+    for (int b = first; b < features; b += kAtOnce, logits += step, slots += step)
+      *logits = e.logits[b][k] * e.scale[b], *slots = e.slots[b][k];
   }
 
   const Problem<T>& p_;

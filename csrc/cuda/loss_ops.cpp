@@ -11,8 +11,8 @@ using Optional = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
 
 Tensor checked(const Tensor& x, const Tensor& input, const Sizes& sizes, ScalarType dtype, const char* name) {
-  bool fits = x.is_cuda() && x.get_device_index() == input.get_device_index() &&
-              x.dim() == static_cast<int64_t>(sizes.size());
+  bool fits =
+      x.is_cuda() && x.get_device_index() == input.get_device_index() && x.dim() == static_cast<int64_t>(sizes.size());
   for (size_t i = 0; fits && i < sizes.size(); ++i) fits = x.size(static_cast<int64_t>(i)) == sizes[i];
   STD_TORCH_CHECK(fits, "gistops: ", name, ": expected another shape, on the device of input");
   return as(x, dtype);
@@ -74,22 +74,23 @@ LossOutput cross_entropy_forward(const Tensor& input, const Tensor& centers, con
       .loss_forward(call.arguments(), call.loss,
                     {loss.mutable_data_ptr(), lse.mutable_data_ptr(), static_cast<bool*>(inside.mutable_data_ptr()),
                      keep ? scores.mutable_data_ptr() : nullptr,
-                     keep ? static_cast<uint8_t*>(slots.mutable_data_ptr()) : nullptr,
-                     center_rnorms.mutable_data_ptr(), input_rnorms.mutable_data_ptr(), rows.mutable_data_ptr(),
-                     scalars.mutable_data_ptr()},
+                     keep ? static_cast<uint8_t*>(slots.mutable_data_ptr()) : nullptr, center_rnorms.mutable_data_ptr(),
+                     input_rnorms.mutable_data_ptr(), rows.mutable_data_ptr(), scalars.mutable_data_ptr()},
                     workspace);
   return {loss, lse, inside, scores, slots, center_rnorms, input_rnorms, rows, scalars};
 }
 
 using LossGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-LossGradients cross_entropy_backward(
-    Optional grad_loss, Optional grad_lse, const Tensor& input, const Tensor& centers, const Tensor& displacements,
-    const Tensor& tau, const Tensor& target, Optional class_bias, Optional weight, Optional margin,
-    const Tensor& /*lse*/, const Tensor& scores, const Tensor& slots, const Tensor& center_rnorms,
-    const Tensor& input_rnorms, const Tensor& rows, const Tensor& scalars, int64_t margin_kind, int64_t reduction,
-    int64_t ignore_index, double label_smoothing, bool need_input, bool need_centers, bool need_displacements,
-    bool need_tau, bool need_bias, bool need_margin, bool /*allow_tf32*/) {
+LossGradients cross_entropy_backward(Optional grad_loss, Optional grad_lse, const Tensor& input, const Tensor& centers,
+                                     const Tensor& displacements, const Tensor& tau, const Tensor& target,
+                                     Optional class_bias, Optional weight, Optional margin, const Tensor& /*lse*/,
+                                     const Tensor& scores, const Tensor& slots, const Tensor& center_rnorms,
+                                     const Tensor& input_rnorms, const Tensor& rows, const Tensor& scalars,
+                                     int64_t margin_kind, int64_t reduction, int64_t ignore_index,
+                                     double label_smoothing, bool need_input, bool need_centers,
+                                     bool need_displacements, bool need_tau, bool need_bias, bool need_margin,
+                                     bool /*allow_tf32*/) {
   const LossCall call(input, centers, displacements, tau, target, class_bias, weight, margin, margin_kind, reduction,
                       ignore_index, label_smoothing);
   const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
@@ -123,12 +124,11 @@ LossGradients cross_entropy_backward(
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
   products(call.operands)
-      .loss_backward(
-          call.arguments(), call.loss, {LossCall::pointer(of_loss), LossCall::pointer(of_lse)},
-          {nullptr, nullptr, nullptr, data(kept, z), static_cast<uint8_t*>(data(kept, j)), R.mutable_data_ptr(),
-           n.mutable_data_ptr(), notes.mutable_data_ptr(), two.mutable_data_ptr()},
-          {data(need_input, df), data(need_centers, dw), data(need_displacements, dd), data(need_tau, dt)},
-          data(bias_needed, db), data(margin_needed, dm), workspace);
+      .loss_backward(call.arguments(), call.loss, {LossCall::pointer(of_loss), LossCall::pointer(of_lse)},
+                     {nullptr, nullptr, nullptr, data(kept, z), static_cast<uint8_t*>(data(kept, j)),
+                      R.mutable_data_ptr(), n.mutable_data_ptr(), notes.mutable_data_ptr(), two.mutable_data_ptr()},
+                     {data(need_input, df), data(need_centers, dw), data(need_displacements, dd), data(need_tau, dt)},
+                     data(bias_needed, db), data(margin_needed, dm), workspace);
   const auto typed = [](bool needed, const Tensor& g, const Tensor& x) { return needed ? as(g, x.scalar_type()) : g; };
   return {typed(need_input, df, input),
           typed(need_centers, dw, centers),

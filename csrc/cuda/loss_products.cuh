@@ -42,9 +42,9 @@ class LossProducts : private GradientProducts<T> {
     for (int64_t first = 0; first < p_.K(); first += step) {
       const Problem<T> p = this->classes(first, step);
       const int64_t at = results.scores ? first * ld_ : 0;
-      this->norms(p, first == 0,
-                  {static_cast<S*>(results.input_rnorms), shared, ld_, rnorms + first, p_.K(),
-                   first == 0 ? ticket : nullptr});
+      const Norms<S> norms{static_cast<S*>(results.input_rnorms), shared, ld_, rnorms + first, p_.K(),
+                           first == 0 ? ticket : nullptr};
+      this->norms(p, first == 0, norms);
       if (p_.B() > 0)
         make_scores(shape, p, first, shared, rnorms + first, static_cast<const S*>(results.input_rnorms),
                     (results.scores ? static_cast<S*>(results.scores) : products) + at,
@@ -77,8 +77,8 @@ class LossProducts : private GradientProducts<T> {
         saved.scores ? p_.K() : std::min(p_.K(), ceil_div(limits.remade / ld_ + 1, Shape::kClasses) * Shape::kClasses);
     const typename Base::Further further{static_cast<S*>(bias), static_cast<S*>(margin), !loss_.each_margin};
     this->take(PullShape(step, p_.B(), Shape::kClasses, Shape::kFeatures), step, gradients, further, step < p_.K());
-    const S *rnorms = static_cast<const S*>(saved.center_rnorms), *input_rnorms =
-                                                                      static_cast<const S*>(saved.input_rnorms);
+    const S *rnorms = static_cast<const S*>(saved.center_rnorms),
+            *input_rnorms = static_cast<const S*>(saved.input_rnorms);
     S *shared = nullptr, *scores = static_cast<S*>(saved.scores), *unused;
     uint8_t* slots = saved.slots;
     if (!saved.scores) {
@@ -88,14 +88,16 @@ class LossProducts : private GradientProducts<T> {
           .add(slots, step * ld_)
           .add(unused, p_.B())
           .take();
-      this->norms(p_, true, {unused, shared, ld_, nullptr, 0, nullptr});
+      const Norms<S> norms{unused, shared, ld_, nullptr, 0, nullptr};
+      this->norms(p_, true, norms);
     }
+    const LseParts<S> none{};
     for (int64_t first = 0; first < p_.K(); first += step) {
       const Problem<T> p = this->classes(first, step);
       if (!saved.scores)
-        make_scores(LseShape(p_.K()), p, first, shared, rnorms + first, input_rnorms, scores, slots, {});
-      const Pairs<T> pairs{p,  rnorms + first, p_.K(), input_rnorms,      scores, slots,
-                           ld_, 1,              nullptr, softmax(grads, saved, first)};
+        make_scores(LseShape(p_.K()), p, first, shared, rnorms + first, input_rnorms, scores, slots, none);
+      const Pairs<T> pairs{
+          p, rnorms + first, p_.K(), input_rnorms, scores, slots, ld_, 1, nullptr, softmax(grads, saved, first)};
       const PullShape shape(p.K(), p_.B(), Shape::kClasses, Shape::kFeatures);
       launch("pull", pull_classes_kernel<T>, blocks(shape.groups, shape.parts), Shape::kThreads, 0, stream_, shape,
              pairs, this->parts_);
@@ -106,8 +108,12 @@ class LossProducts : private GradientProducts<T> {
 
  private:
   LossTerms<S> terms(int64_t first) const {
-    return {loss_.target, static_cast<const S*>(loss_.class_bias), static_cast<const S*>(loss_.weight), first,
-            loss_.ignore_index, loss_.label_smoothing > 0};
+    return {loss_.target,
+            static_cast<const S*>(loss_.class_bias),
+            static_cast<const S*>(loss_.weight),
+            first,
+            loss_.ignore_index,
+            loss_.label_smoothing > 0};
   }
 
   // Products, and scores in their place.
@@ -115,9 +121,8 @@ class LossProducts : private GradientProducts<T> {
                    const S* input_rnorms, S* scores, uint8_t* slots, const LseParts<S>& lse) {
     this->multiply_scores(p, scores);
     const Scoring<T> scoring{p, scores, ld_, shared, rnorms, p_.K(), input_rnorms, slots, ld_, 1};
-    launch("lse", lse_kernel<T>,
-           blocks(ceil_div(p.K(), shape.classes()), ceil_div(p_.B(), ScoresShape::kFeatures)), ScoresShape::kThreads, 0,
-           stream_, shape, scoring, terms(first), first / shape.classes(), lse);
+    launch("lse", lse_kernel<T>, blocks(ceil_div(p.K(), shape.classes()), ceil_div(p_.B(), ScoresShape::kFeatures)),
+           ScoresShape::kThreads, 0, stream_, shape, scoring, terms(first), first / shape.classes(), lse);
   }
 
   Softmax<S> softmax(const LossGrads& grads, const LossResults& saved, int64_t first) const {

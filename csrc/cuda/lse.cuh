@@ -15,8 +15,8 @@ struct LseShape {
 
 template <class S>
 struct LossTerms {
-  const int64_t* target;      // [B]
-  const S *bias, *weight;     // [K], or null
+  const int64_t* target;        // [B]
+  const S *bias, *weight;       // [K], or null
   int64_t first, ignore_index;  // first: class of the run
   bool smoothed;
 

@@ -16,12 +16,12 @@ struct NormsShape {
 // Null where not wanted.
 template <class S>
 struct Norms {
-  S* input_rnorms;   // [B]      1 / |f_i|
-  S* products;       // [M, ld]  f_i . delta_j, 0 for j = 0
+  S* input_rnorms;  // [B]      1 / |f_i|
+  S* products;      // [M, ld]  f_i . delta_j, 0 for j = 0
   int64_t ld;
   S* center_rnorms;  // [M, ldr]  1 / |w_k + delta_j|, negative where the pair cancels
   int64_t ldr;
-  int* ticket;       // set to 0
+  int* ticket;  // set to 0
 };
 
 template <bool kAligned, class T>
@@ -114,8 +114,7 @@ __global__ void __launch_bounds__(NormsShape<kGroup>::kThreads, 1)
         for (int i = 0; i < 8; ++i) {
           if (!__shfl_sync(~0u, static_cast<int>(lost), i * 4)) continue;
           const int64_t k = first + (part + i) / kGroup, slot = group + (part + i) % kGroup;
-          const S direct =
-              square_of_sum<kAligned>(p.centers.data + k * d, p.displacements.data + slot * d, d, lane);
+          const S direct = square_of_sum<kAligned>(p.centers.data + k * d, p.displacements.data + slot * d, d, lane);
           if (i == lane / 4) rnorm = -clamped_rnorm(direct);
         }
       }

@@ -51,9 +51,10 @@ class Sequence {
     S* partials = displacements ? scratch<S>(tiles * p_.m() * p_.d()) : nullptr;
     const Pairs<T> pairs{p_,     saved.center_rnorms, p_.K(), saved.input_rnorms, saved.logits, saved.slots, 1,
                          p_.K(), saved.grad,          {}};
-    make_center_gradients<Engine, false, T>(stream_, vectors(),
-                                            {pairs, routed.h, routed.ld, routed.t, routed.cancelled},
-                                            {static_cast<T*>(gradients.centers), partials});
+    // Named, not in braces: what nvcc makes of those as arguments in templates is no C++.
+    const CenterInputs<T> inputs{pairs, routed.h, routed.ld, routed.t, routed.cancelled};
+    const CenterGradients<T> outputs{static_cast<T*>(gradients.centers), partials};
+    make_center_gradients<Engine, false, T>(stream_, vectors(), inputs, outputs);
     if (displacements)
       launch("displacements", displacements_kernel<T>, blocks(p_.m() * ceil_div(p_.d(), kWarp)), kDisplacementThreads,
              0, stream_, p_, routed, static_cast<const S*>(partials), tiles, displacements);
@@ -81,20 +82,24 @@ class Sequence {
   // a time, which is slow with any tile.
   template <bool kGiven>
   void choose(const Prepared<T>& prepared, const Outputs<T>& out) {
-    constexpr bool kDouble = sizeof(T) == 8;
+    constexpr bool kDouble = sizeof(T) == 8, kFloat = __is_same(Engine, Fma<float>);
     using Middle = ForwardShape<Engine, kDouble ? 64 : 128, 3>;
     if (!vectors()) return pass<Middle, kGiven, false>(prepared, out);
-    if constexpr (!kDouble) {
+    if constexpr (kGiven && kFloat) {
+      pass<ForwardShape<Engine, 64, 4>, kGiven, true>(prepared, out);  // wider tiles do not fit into the registers
+    } else if constexpr (kDouble) {
+      pass<Middle, kGiven, true>(prepared, out);
+    } else {
       if (p_.B() <= 64) return pass<ForwardShape<Engine, 64, 4>, kGiven, true>(prepared, out);
-      if constexpr (!kGiven && !__is_same(Engine, Fma<float>)) {
+      if constexpr (!kGiven && !kFloat) {
         using Wide = ForwardShape<Engine, 256, 3>;
         int device = 0, shared = 0;
         check(cudaGetDevice(&device), "forward");
         check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "forward");
         if (p_.B() > 128 && shared >= forward_shared_bytes<Wide>()) return pass<Wide, kGiven, true>(prepared, out);
       }
+      pass<Middle, kGiven, true>(prepared, out);
     }
-    pass<Middle, kGiven, true>(prepared, out);
   }
 
   template <class Shape, bool kGiven, bool kVectors>

@@ -69,12 +69,12 @@ struct LossArguments {
 };
 
 struct LossResults {
-  void *loss, *lse;  // [B] or [1], [B]
-  bool* inside;      // [1]: whether all targets are in range
-  void* scores;      // [K, padded_rows(B)] sums, or null: not kept
-  uint8_t* slots;    // likewise
-  void* center_rnorms;  // [M, K]
-  void* input_rnorms;   // [B]
+  void *loss, *lse;      // [B] or [1], [B]
+  bool* inside;          // [1]: whether all targets are in range
+  void* scores;          // [K, padded_rows(B)] sums, or null: not kept
+  uint8_t* slots;        // likewise
+  void* center_rnorms;   // [M, K]
+  void* input_rnorms;    // [B]
   void *rows, *scalars;  // [2, B], or [5, B] with a margin; [2]
 };
 

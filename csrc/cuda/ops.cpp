@@ -49,12 +49,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
   const auto backward = fused() ? operations(call.operands, allow_tf32).backward : products(call.operands).backward;
-  backward(call.arguments(), G.const_data_ptr(),
-           {z.mutable_data_ptr(), static_cast<uint8_t*>(j.mutable_data_ptr()), R.mutable_data_ptr(),
-            n.mutable_data_ptr()},
-           {need_input ? df.mutable_data_ptr() : nullptr, need_centers ? dw.mutable_data_ptr() : nullptr,
-            need_displacements ? dd.mutable_data_ptr() : nullptr, need_tau ? dt.mutable_data_ptr() : nullptr},
-           workspace);
+  backward(
+      call.arguments(), G.const_data_ptr(),
+      {z.mutable_data_ptr(), static_cast<uint8_t*>(j.mutable_data_ptr()), R.mutable_data_ptr(), n.mutable_data_ptr()},
+      {need_input ? df.mutable_data_ptr() : nullptr, need_centers ? dw.mutable_data_ptr() : nullptr,
+       need_displacements ? dd.mutable_data_ptr() : nullptr, need_tau ? dt.mutable_data_ptr() : nullptr},
+      workspace);
   return {as(df, input.scalar_type()), as(dw, centers.scalar_type()), as(dd, displacements.scalar_type()),
           as(dt, tau.scalar_type())};
 }

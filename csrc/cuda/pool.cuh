@@ -6,8 +6,7 @@
 namespace gistops::cuda {
 
 template <class T>
-__global__ void __launch_bounds__(ScoresShape::kThreads)
-    pool_kernel(Scoring<T> in, Sum<T>* logits, int64_t ldz) {
+__global__ void __launch_bounds__(ScoresShape::kThreads) pool_kernel(Scoring<T> in, Sum<T>* logits, int64_t ldz) {
   using S = Sum<T>;
   using Shape = ScoresShape;
   __shared__ __align__(16) ScoresTile<S> tile;

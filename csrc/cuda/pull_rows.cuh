@@ -9,7 +9,7 @@ template <class T>
 struct PullRowsShape {
   static constexpr int kThreads = PullShape::kThreads, kWarps = PullShape::kWarps, kSlots = PullShape::kSlots;
   static constexpr int kOwn = 4, kClasses = kWarp * kOwn;
-  static constexpr int kFeatures = 128 / static_cast<int>(sizeof(T));  // a row of turned weights is 128 bytes
+  static constexpr int kFeatures = 128 / static_cast<int>(sizeof(T));   // a row of turned weights is 128 bytes
   static constexpr int kRound = 16 / static_cast<int>(sizeof(Sum<T>));  // slots whose sums are combined at a time
 };
 

@@ -1,7 +1,7 @@
 // From the tiles' parts to the loss, in one launch: a block takes 32 rows, the last to end sums over all rows.
 //
-// With O the log-sum-exp of all classes but the target, and s the target's score, margin and bias included, a row's loss
-// is log(1 + exp(O - s)), exact however small it is.
+// With O the log-sum-exp of all classes but the target, and s the target's score, margin and bias included, a row's
+// loss is log(1 + exp(O - s)), exact however small it is.
 #pragma once
 #include "lse.cuh"
 #include "margins.cuh"
@@ -16,15 +16,15 @@ struct RowsShape {
 template <class S>
 struct LossRows {
   int64_t B, classes, tiles;
-  const S *tau, *margin;  // margin: null, or [1], or [classes]
-  bool each_margin;       // the last
+  const S *tau, *margin;       // margin: null, or [1], or [classes]
+  bool each_margin;            // the last
   int margin_kind, reduction;  // reduction: 0 none, 1 mean, 2 sum
   S smoothing;
-  S *loss, *lse;    // [B] or [1]; [B]
+  S *loss, *lse;      // [B] or [1]; [B]
   S *rows, *scalars;  // as in softmax.cuh
-  bool* inside;     // [1]: whether all targets are in range
-  S* parts;         // [blocks, 3]
-  int* ticket;      // 0 before the launch
+  bool* inside;       // [1]: whether all targets are in range
+  S* parts;           // [blocks, 3]
+  int* ticket;        // 0 before the launch
 };
 
 template <class S>

@@ -21,9 +21,9 @@ template <class T>
 struct Scoring {
   using S = Sum<T>;
   Problem<T> p;
-  S* products;           // [K, ld] P; where a pair cancels, z takes its place
-  int64_t ld;            // B rounded up to whole vectors
-  const S* shared;       // [M, ld]  Q
+  S* products;             // [K, ld] P; where a pair cancels, z takes its place
+  int64_t ld;              // B rounded up to whole vectors
+  const S* shared;         // [M, ld]  Q
   const S* center_rnorms;  // [M, ldr]
   int64_t ldr;
   const S* input_rnorms;  // [B]
@@ -50,7 +50,7 @@ __device__ __forceinline__ Sum<T> product_of_sum(const T* f, const T* w, const T
 // By a block: scores and slots of the tile's classes that tile.apart marks.
 template <class T>
 __device__ __forceinline__ void score_apart(const Scoring<T>& in, const int* apart, int64_t first_class,
-                                         int64_t first_feature) {
+                                            int64_t first_feature) {
   using S = Sum<T>;
   using Shape = ScoresShape;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;

@@ -11,17 +11,17 @@ enum RowNote { kShift, kExcess, kByLogit, kByTau, kByMargin };
 
 template <class S>
 struct SoftmaxRow {
-  S factor, of_sums, shift;        // G = factor exp(z + bias - shift) + of_sums weight, for all but the target
+  S factor, of_sums, shift;  // G = factor exp(z + bias - shift) + of_sums weight, for all but the target
   S of_target, by_logit, of_tau, of_margin;  // of_target: by the target's score; by_logit: of that by its logit
-  int target;                      // the target's place in the run of classes, or -1
+  int target;                                // the target's place in the run of classes, or -1
 };
 
 template <class S>
 struct Softmax {
   const S *grad_loss, *grad_lse;  // [B] by these steps, or null
   int64_t loss_step, lse_step;
-  const S* rows;     // [., B]
-  const S* scalars;  // [2]: what a mean divides by, and the sum of the weights of all classes
+  const S* rows;              // [., B]
+  const S* scalars;           // [2]: what a mean divides by, and the sum of the weights of all classes
   int64_t B, classes, first;  // all classes; the first of the run
   const int64_t* target;      // [B]
   const S *bias, *weight;     // [classes], or null

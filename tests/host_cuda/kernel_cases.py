@@ -143,7 +143,9 @@ def test_gradient_of_displacements_is_not_rounded_with_the_weights(
     kernels = HostKernels(module, tensors)
     true = gradients(lambda *t: routed(*t, kernels.slots), leaves(tensors, torch.float64), grad)[2]
     value = torch.from_numpy(
-        module.backward(True, kernels.type, grad.numpy(), *kernels.arrays, *kernels.saved, False, False, True, False)[2]
+        module.backward(
+            kernels.type, grad.numpy(), *kernels.arrays, *kernels.saved, False, False, True, False
+        )[2]
     )
     assert value.dtype == torch.float32
     assert error(value, true) <= allowed(0.0, true, torch.float32, 70 * 133)
@@ -243,3 +245,22 @@ def test_same_bits_in_any_order_of_threads(module: Any, seed: int) -> None:
                 assert torch.equal(value, expected), order
         finally:
             module.set_thread_order("forward", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, bf16])
+def test_gradients_in_runs_of_classes(dtype: torch.dtype, module: Any, seed: int) -> None:
+    """Large problems are made class by class; what comes out is the same."""
+    tensors = Sample(70, 333, 69, 4, dtype, dtype, dtype).tensors(seed)
+    grad = torch.randn(70, 333, generator=torch.Generator().manual_seed(seed))
+    whole = HostKernels(module, tensors)
+    expected = whole.gradients(grad)
+    module.set_limits(3200, 3200)
+    try:
+        parts = HostKernels(module, tensors)
+        assert torch.equal(parts.logits, whole.logits)
+        for value, other in zip(parts.gradients(grad), expected, strict=True):
+            assert value is not None
+            assert other is not None
+            torch.testing.assert_close(value, other, rtol=2e-2 if dtype == bf16 else 1e-4, atol=1e-2)
+    finally:
+        module.set_limits(1 << 22, 1 << 25)

@@ -124,9 +124,9 @@ py::tuple forward(bool fused, const std::string& type, const py::array& input, c
   return py::make_tuple(logits, slots, center_rnorms, input_rnorms);
 }
 
-py::tuple backward(bool fused, const std::string& type, const py::array& grad, const py::array& input, const py::array& centers,
-                   const py::array& displacements, const py::array& tau, py::array logits, py::array slots,
-                   py::array center_rnorms, py::array input_rnorms, bool need_input, bool need_centers,
+py::tuple backward(bool fused, const std::string& type, const py::array& grad, const py::array& input,
+                   const py::array& centers, const py::array& displacements, const py::array& tau, py::array logits,
+                   py::array slots, py::array center_rnorms, py::array input_rnorms, bool need_input, bool need_centers,
                    bool need_displacements, bool need_tau) {
   const gc::Arguments a = arguments(input, centers, displacements, tau);
   const auto gradient = [](bool needed, const py::dtype& dtype, std::vector<py::ssize_t> shape) {
@@ -224,8 +224,7 @@ py::tuple loss_backward(const std::string& type, const py::object& grad_loss, co
 PYBIND11_MODULE(GISTOPS_MODULE, m) {
   m.def("forward", &forward);
   m.def("backward", &backward);
-  py::class_<Loss>(m, "Loss").def(
-      py::init<py::array, py::object, py::object, py::object, int, int, int64_t, double>());
+  py::class_<Loss>(m, "Loss").def(py::init<py::array, py::object, py::object, py::object, int, int, int64_t, double>());
   m.def("loss_forward", &loss_forward);
   m.def("loss_backward", &loss_backward);
   m.def("set_thread_order", [](const std::string& order, unsigned seed) {

@@ -14,9 +14,10 @@ from tests.ops.oracle import Sample
 from .build import sanitized_pytest
 from .conftest import build_kernels
 from .kernel_cases import *  # noqa: F403  the tests themselves
-from .operators import HostKernels
+from .loss_cases import *  # noqa: F403
+from .operators import HostKernels, Way
 
-CASES = Path(__file__).with_name("kernel_cases.py")
+CASES = [str(Path(__file__).with_name(name)) for name in ("kernel_cases.py", "loss_cases.py")]
 
 
 def test_under_address_and_undefined_behaviour_sanitizers(
@@ -25,7 +26,7 @@ def test_under_address_and_undefined_behaviour_sanitizers(
     """Every load and store of the kernels is inside what it was given."""
     sanitized = build_kernels(cache, sanitize=True)
     seed = f"--seed={request.config.getoption('--seed')}"
-    done = sanitized_pytest(sanitized, [str(CASES), seed, "-k", "forward or gradients or empty or 0.001"])
+    done = sanitized_pytest(sanitized, [*CASES, seed, "-k", "forward or gradients or empty or 0.001 or loss"])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
@@ -33,23 +34,23 @@ def test_under_address_and_undefined_behaviour_sanitizers(
     assert "skipped" not in done.stdout
 
 
-def test_with_less_shared_memory_than_a_data_center_gpu_has(module: Any, seed: int) -> None:
+def test_with_less_shared_memory_than_a_data_center_gpu_has(compiled_module: Any, seed: int) -> None:
     """GPUs with 99 KiB of shared memory a block get smaller tiles; the results are the same."""
     tensors = Sample(261, 66, 72, 4, torch.bfloat16, torch.bfloat16, torch.bfloat16).tensors(seed)
-    wide = HostKernels(module, tensors)
-    module.set_shared_memory(99 << 10)
+    wide = HostKernels(Way(compiled_module, fused=True), tensors)
+    compiled_module.set_shared_memory(99 << 10)
     try:
-        narrow = HostKernels(module, tensors)
+        narrow = HostKernels(Way(compiled_module, fused=True), tensors)
     finally:
-        module.set_shared_memory(227 << 10)
+        compiled_module.set_shared_memory(227 << 10)
     torch.testing.assert_close(narrow.logits, wide.logits)
 
 
-def test_what_a_launch_refuses_is_raised(module: Any, seed: int) -> None:
+def test_what_a_launch_refuses_is_raised(compiled_module: Any, seed: int) -> None:
     tensors = Sample(70, 66, 72, 4).tensors(seed)
-    module.set_shared_memory(16 << 10)
+    compiled_module.set_shared_memory(16 << 10)
     try:
         with pytest.raises(RuntimeError, match="gistops: forward: invalid argument"):
-            HostKernels(module, tensors)
+            HostKernels(Way(compiled_module, fused=True), tensors)
     finally:
-        module.set_shared_memory(227 << 10)
+        compiled_module.set_shared_memory(227 << 10)

@@ -1,0 +1,184 @@
+"""The host-compiled loss of the CUDA backend against the definition in float64; run by test_kernels.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gistops.backends import reference
+from tests.ops.oracle import Sample, allowed, error, leaves, plain, scores
+
+from .loss_operators import HostLoss
+
+half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64
+#: Options by name; "each" stands for a value for each class.
+EVERYTHING = {"class_bias": "each", "weight": "each", "margin": "each", "label_smoothing": 0.1}
+CASES: list[tuple[Sample, dict[str, Any]]] = [
+    (Sample(70, 133, 69, 4), {}),
+    (Sample(140, 70, 40, 4), {"class_bias": "each", "weight": "each", "label_smoothing": 0.1}),
+    (Sample(14, 133, 40, 12), EVERYTHING | {"margin_kind": "angle", "reduction": "none"}),
+    (Sample(14, 70, 33, 0), {"margin": 0.3, "margin_kind": "cosine", "reduction": "sum"}),
+    (Sample(5, 7, 3, 2), {"margin": 0.5, "margin_kind": "logit", "label_smoothing": 1.0}),
+    (Sample(1, 1, 1, 0), {}),
+    (Sample(14, 70, 33, 2, f64, f64, f64), EVERYTHING | {"margin_kind": "angle"}),
+    (Sample(130, 300, 136, 4, bf16, bf16, bf16), {}),
+    (Sample(33, 66, 33, 4, bf16, bf16, bf16), EVERYTHING | {"margin_kind": "cosine"}),
+    (Sample(20, 40, 24, 3, half, half, half), {"weight": "each"}),
+]
+IDS = [f"{sample.id}-{'-'.join(options) or 'plain'}" for sample, options in CASES]
+
+
+def made(sample: Sample, options: dict[str, Any], seed: int) -> tuple[Tensor, dict[str, Any]]:
+    """Targets, some of them ignored, and the options with their vectors."""
+    source = torch.Generator().manual_seed(seed)
+    target = torch.randint(sample.K, (sample.B,), generator=source)
+    if sample.B > 3:
+        target[2] = -100
+    vectors = {
+        name: torch.rand(sample.K, generator=source) * 0.5 + 0.1
+        if value == "each"
+        else torch.as_tensor(value)
+        for name, value in options.items()
+        if name in ("class_bias", "weight", "margin")
+    }
+    return target, options | vectors
+
+
+def truth(
+    tensors: list[Tensor], target: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Loss, lse and the leaves of the definition in float64."""
+    wide = leaves(tensors, f64)
+    vectors = [options.get(name) for name in ("class_bias", "weight", "margin")]
+    bias, weight, margin = (None if v is None else v.double() for v in vectors)
+    learned = [v.requires_grad_() for v in (bias, margin) if v is not None]
+    loss, lse = reference.cross_entropy(
+        *wide,
+        target,
+        bias,
+        weight,
+        margin,
+        options.get("margin_kind", "logit"),
+        options.get("reduction", "mean"),
+        -100,
+        options.get("label_smoothing", 0.0),
+    )
+    return loss, lse, [*wide, *learned]
+
+
+def check(
+    sample: Sample, options: dict[str, Any], keep: bool, compiled: Any, seed: int, near: float = 0.0
+) -> None:
+    """Loss, lse and all gradients of both; near: how close a displacement comes to cancel some centres."""
+    tensors = sample.tensors(seed)
+    if near:
+        with torch.no_grad():
+            tensors[1][7:90] = -tensors[2][1] + near * tensors[1][7:90]
+    target, options = made(sample, options, seed)
+    ours = HostLoss(compiled, tensors, target, keep, **options)
+    loss, lse, wide = truth(tensors, target, options)
+    assert ours.inside
+    if near:
+        assert (torch.from_numpy(ours.saved["center_rnorms"]) < 0).any()
+    logits = wide[3] * scores(*wide[:3]).max(2).values
+    bound = allowed(error(plain(tensors)[0], logits), logits, ours.sums)
+    assert error(ours.lse, lse) <= bound
+    weights = 1.0 if options.get("reduction") != "sum" else sample.B
+    assert error(ours.loss, loss) <= 2 * bound * weights
+    source = torch.Generator().manual_seed(seed + 1)
+    grads = [torch.randn(x.shape, generator=source) for x in (loss, lse)]
+    total = (loss * grads[0]).sum() + (lse * grads[1]).sum()
+    gradients = [g for g in ours.gradients(*grads) if g is not None]
+    terms = max(sample.B, sample.K) * (sample.B if near else 1)
+    for i, (value, true) in enumerate(zip(gradients, torch.autograd.grad(total, wide), strict=True)):
+        dtype = ours.operands if i < 3 else ours.sums
+        bound = allowed(0.0, true, dtype, terms) + 4e-6 * (sample.d == 1)
+        # tau's and the bias's sums cancel
+        bound += (i > 2) * 64 * torch.finfo(ours.sums).eps * (1 + float(lse.detach().abs().max()))
+        assert error(value, true) <= bound, i
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "made-again"])
+@pytest.mark.parametrize(("sample", "options"), CASES, ids=IDS)
+def test_loss(sample: Sample, options: dict[str, Any], keep: bool, compiled_module: Any, seed: int) -> None:
+    check(sample, options, keep, compiled_module, seed)
+
+
+@pytest.fixture
+def small_limits(compiled_module: Any) -> Iterator[None]:
+    """Limits that small samples exceed, so that all is made class by class."""
+    compiled_module.set_limits(3200, 3200)
+    yield
+    compiled_module.set_limits(1 << 22, 1 << 25)
+
+
+@pytest.mark.usefixtures("small_limits")
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "made-again"])
+@pytest.mark.parametrize("dtype", [torch.float32, bf16])
+def test_loss_in_runs_of_classes(keep: bool, dtype: torch.dtype, compiled_module: Any, seed: int) -> None:
+    check(Sample(70, 333, 69, 4, dtype, dtype, dtype), EVERYTHING, keep, compiled_module, seed)
+    scalar = EVERYTHING | {"margin": 0.3, "margin_kind": "cosine"}
+    check(Sample(37, 333, 40, 3, dtype, dtype, dtype), scalar, keep, compiled_module, seed, near=1e-2)
+
+
+@pytest.mark.parametrize("m", [3, 12])
+@pytest.mark.parametrize("dtype", [torch.float32, bf16, f64])
+def test_loss_of_centers_that_a_displacement_all_but_cancels(
+    m: int, dtype: torch.dtype, compiled_module: Any, seed: int
+) -> None:
+    check(Sample(37, 129, 24, m, dtype, dtype, dtype), {}, True, compiled_module, seed, near=1e-3)
+
+
+def test_loss_of_targets_out_of_range(compiled_module: Any, seed: int) -> None:
+    tensors = Sample(40, 70, 24, 3).tensors(seed)
+    for wrong in (-1, 70, 1 << 40):
+        target = torch.zeros(40, dtype=torch.int64)
+        target[33] = wrong
+        ours = HostLoss(compiled_module, tensors, target)
+        assert not ours.inside
+        ours.gradients(torch.ones(()), None)  # stays within its memory
+
+
+def test_loss_of_zero_vectors_and_no_rows(compiled_module: Any, seed: int) -> None:
+    tensors = Sample(6, 40, 19, 2).tensors(seed)
+    with torch.no_grad():
+        tensors[0][2] = 0
+        tensors[1][5] = 0
+        tensors[1][9] = -tensors[2][0]
+    target = torch.arange(6) + 10
+    ours = HostLoss(compiled_module, tensors, target)
+    loss, lse, _ = truth(tensors, target, {})
+    torch.testing.assert_close(ours.loss.double(), loss.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.lse.double(), lse.detach(), atol=1e-5, rtol=1e-5)
+    for gradient in ours.gradients(torch.ones(()), None):
+        assert gradient is None or gradient.isfinite().all()
+    none = HostLoss(compiled_module, Sample(0, 40, 19, 2).tensors(seed), target[:0])
+    assert none.loss.isnan()
+    assert none.inside
+    for gradient in none.gradients(torch.ones(()), None):
+        assert gradient is None or not gradient.any()
+
+
+def test_loss_same_bits_in_any_order_of_threads(compiled_module: Any, seed: int) -> None:
+    sample = Sample(70, 133, 72, 4, bf16, bf16, bf16)
+    target, options = made(sample, EVERYTHING, seed)
+    tensors = sample.tensors(seed)
+
+    def bits() -> list[Tensor | None]:
+        ours = HostLoss(compiled_module, tensors, target, **options)
+        return [ours.loss, ours.lse, *ours.gradients(torch.ones(()), torch.ones(70))]
+
+    first = bits()
+    for order in ("reverse", "shuffled"):
+        compiled_module.set_thread_order(order, seed % 1000)
+        try:
+            for value, expected in zip(bits(), first, strict=True):
+                assert value is not None
+                assert expected is not None
+                assert torch.equal(value, expected), order
+        finally:
+            compiled_module.set_thread_order("forward", 0)
