@@ -46,7 +46,7 @@ __device__ __forceinline__ Sum<T> square_of_sum(const T* w, const T* delta, int 
 
 // Blocks 0 .. input_blocks: of the features; then of the centres.
 template <class T, int kGroup, bool kAligned>
-__global__ void __launch_bounds__(NormsShape<kGroup>::kThreads, kAligned&& kGroup == 4 && sizeof(T) < 8 ? 4 : 1)
+__global__ void __launch_bounds__(NormsShape<kGroup>::kThreads, norms_blocks<T, kGroup, kAligned>())
     norms_kernel(Problem<T> p, int64_t input_blocks, Norms<Sum<T>> out) {
   using S = Sum<T>;
   constexpr int kRows = NormsShape<kGroup>::kRows, kPart = kVector<T>;
