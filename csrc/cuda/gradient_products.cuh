@@ -72,8 +72,8 @@ class GradientProducts : protected Products<T> {
     launch("totals", totals_kernel<T>, blocks(totals.blocks()), TotalsShape::kThreads, 0, stream_, totals, shape, pairs,
            parts_, out, further.one_margin, first > 0);
     if (gradients.input) {
-      workspace_.multiply({parts_.h, p_.B(), K, 1, ld_}, {pairs.p.centers.data, K, p_.d(), p_.d(), 1}, product_,
-                          p_.d());
+      const Matrix left{parts_.h, p_.B(), K, 1, ld_}, right{pairs.p.centers.data, K, p_.d(), p_.d(), 1};
+      workspace_.multiply(left, right, product_, p_.d());
       launch("input", this->aligned() ? input_ends_kernel<T, true> : input_ends_kernel<T, false>, blocks(p_.B()),
              EndsShape::kThreads, 0, stream_, pairs, static_cast<const S*>(totals_.s), ld_,
              static_cast<const int*>(totals_.cancelled), product_, several_ ? total_ : nullptr, first > 0,
@@ -124,8 +124,9 @@ class GradientProducts : protected Products<T> {
     tiles_ += tiles;
     const S* t = totals_.t + at * p_.M();
     if constexpr (kWhole) {
-      make_center_gradients<Mma16<T>, true, T>(stream_, this->aligned(),
-                                               {part, parts_.h + at * ld_, ld_, t, totals_.cancelled}, {out, partials});
+      const CenterInputs<T> inputs{part, parts_.h + at * ld_, ld_, t, totals_.cancelled};
+      const CenterGradients<T> outputs{out, partials};
+      make_center_gradients<Mma16<T>, true, T>(stream_, this->aligned(), inputs, outputs);
     } else {
       S* sums = nullptr;
       if (out) {
@@ -133,8 +134,9 @@ class GradientProducts : protected Products<T> {
           sums = out;
         else
           sums = sums_;
-        workspace_.multiply({parts_.h + at * ld_, classes, p_.B(), ld_, 1}, {p_.input.data, p_.B(), p_.d(), p_.d(), 1},
-                            sums, p_.d());
+        const Matrix left{parts_.h + at * ld_, classes, p_.B(), ld_, 1},
+            right{p_.input.data, p_.B(), p_.d(), p_.d(), 1};
+        workspace_.multiply(left, right, sums, p_.d());
       }
       launch("correct", this->aligned() ? correct_kernel<T, true> : correct_kernel<T, false>, blocks(tiles, across()),
              CorrectShape::kThreads, 0, stream_, correct_, part, t, static_cast<const int*>(totals_.cancelled), sums,

@@ -22,7 +22,8 @@ class LogitsProducts : private GradientProducts<T> {
     Scratch(workspace_).add(shared, p_.M() * ld_).add(products, step * ld_).take();
     for (int64_t first = 0; first < p_.K(); first += step) {
       const Problem<T> p = this->classes(first, step);
-      this->norms(p, first == 0, {static_cast<S*>(results.input_rnorms), shared, ld_, rnorms + first, p_.K(), nullptr});
+      const Norms<S> norms{static_cast<S*>(results.input_rnorms), shared, ld_, rnorms + first, p_.K(), nullptr};
+      this->norms(p, first == 0, norms);
       this->multiply_scores(p, products);
       const Scoring<T> scoring{p,
                                products,
@@ -53,10 +54,11 @@ class LogitsProducts : private GradientProducts<T> {
                          {}};
     using Shape = PullRowsShape<T>;
     const PullShape shape(p_.K(), p_.B(), Shape::kClasses, Shape::kFeatures);
-    this->take(shape, p_.K(), gradients, {nullptr, nullptr}, false);
+    const typename Base::Further further{nullptr, nullptr, false};
+    this->take(shape, p_.K(), gradients, further, false);
     launch("pull", pull_rows_kernel<T>, blocks(shape.groups, shape.parts), Shape::kThreads, 0, stream_, shape, pairs,
            this->parts_);
-    this->run(shape, pairs, gradients, {nullptr, nullptr}, 0);
+    this->run(shape, pairs, gradients, further, 0);
     this->finish(gradients);
   }
 };

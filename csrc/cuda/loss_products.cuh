@@ -42,9 +42,9 @@ class LossProducts : private GradientProducts<T> {
     for (int64_t first = 0; first < p_.K(); first += step) {
       const Problem<T> p = this->classes(first, step);
       const int64_t at = results.scores ? first * ld_ : 0;
-      this->norms(
-          p, first == 0,
-          {static_cast<S*>(results.input_rnorms), shared, ld_, rnorms + first, p_.K(), first == 0 ? ticket : nullptr});
+      const Norms<S> norms{static_cast<S*>(results.input_rnorms), shared, ld_, rnorms + first, p_.K(),
+                           first == 0 ? ticket : nullptr};
+      this->norms(p, first == 0, norms);
       if (p_.B() > 0)
         make_scores(shape, p, first, shared, rnorms + first, static_cast<const S*>(results.input_rnorms),
                     (results.scores ? static_cast<S*>(results.scores) : products) + at,
@@ -88,12 +88,14 @@ class LossProducts : private GradientProducts<T> {
           .add(slots, step * ld_)
           .add(unused, p_.B())
           .take();
-      this->norms(p_, true, {unused, shared, ld_, nullptr, 0, nullptr});
+      const Norms<S> norms{unused, shared, ld_, nullptr, 0, nullptr};
+      this->norms(p_, true, norms);
     }
+    const LseParts<S> none{};
     for (int64_t first = 0; first < p_.K(); first += step) {
       const Problem<T> p = this->classes(first, step);
       if (!saved.scores)
-        make_scores(LseShape(p_.K()), p, first, shared, rnorms + first, input_rnorms, scores, slots, {});
+        make_scores(LseShape(p_.K()), p, first, shared, rnorms + first, input_rnorms, scores, slots, none);
       const Pairs<T> pairs{
           p, rnorms + first, p_.K(), input_rnorms, scores, slots, ld_, 1, nullptr, softmax(grads, saved, first)};
       const PullShape shape(p.K(), p_.B(), Shape::kClasses, Shape::kFeatures);

@@ -51,9 +51,10 @@ class Sequence {
     S* partials = displacements ? scratch<S>(tiles * p_.m() * p_.d()) : nullptr;
     const Pairs<T> pairs{p_,     saved.center_rnorms, p_.K(), saved.input_rnorms, saved.logits, saved.slots, 1,
                          p_.K(), saved.grad,          {}};
-    make_center_gradients<Engine, false, T>(stream_, vectors(),
-                                            {pairs, routed.h, routed.ld, routed.t, routed.cancelled},
-                                            {static_cast<T*>(gradients.centers), partials});
+    // Named, not in braces: what nvcc makes of those as arguments in templates is no C++.
+    const CenterInputs<T> inputs{pairs, routed.h, routed.ld, routed.t, routed.cancelled};
+    const CenterGradients<T> outputs{static_cast<T*>(gradients.centers), partials};
+    make_center_gradients<Engine, false, T>(stream_, vectors(), inputs, outputs);
     if (displacements)
       launch("displacements", displacements_kernel<T>, blocks(p_.m() * ceil_div(p_.d(), kWarp)), kDisplacementThreads,
              0, stream_, p_, routed, static_cast<const S*>(partials), tiles, displacements);

@@ -65,9 +65,10 @@ class Products {
            Shape::kThreads, 0, stream_, p, input_blocks, out);
   }
 
+  // Arguments in braces have names here: what nvcc makes of them otherwise is no C++ in templates.
   void multiply_scores(const Problem<T>& p, S* products) {
-    workspace_.multiply({p.centers.data, p.K(), p.d(), p.d(), 1}, {p.input.data, p.d(), p.B(), 1, p.d()}, products,
-                        ld_);
+    const Matrix left{p.centers.data, p.K(), p.d(), p.d(), 1}, right{p.input.data, p.d(), p.B(), 1, p.d()};
+    workspace_.multiply(left, right, products, ld_);
   }
 
   Workspace& workspace_;

@@ -18,9 +18,15 @@ from gistops.backends.triton import configs  # noqa: E402
 
 from . import aot  # noqa: E402
 
-#: Bytes, or registers, that may be spilled. The tables are chosen for the compilers of Triton 3.8; those of others
-#: move a value or two. Hundreds would mean a tile that does not fit.
-SPILLED = 0 if triton.__version__.startswith("3.8.") else 64
+#: Bytes, or registers, that may be spilled: compilers move a value or two in branches that are almost never taken.
+#: Hundreds would mean a tile that does not fit. The two large kernels spill nothing on Hopper, under Triton 3.6 to 3.9.
+SPILLED = 64
+
+
+def spilled_at_most(case: aot.Case) -> int:
+    large = case.name in ("forward_kernel", "centers_kernel") and case.dtype in ("bf16", "f16", "tf32")
+    return 0 if large and case.target == "sm_90" else SPILLED
+
 
 EVERY = [case for target in aot.TARGETS for dtype in aot.DTYPES for case in aot.cases(target, dtype)]
 

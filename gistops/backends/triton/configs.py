@@ -93,10 +93,7 @@ CENTERS: dict[tuple[Target, Kind], tuple[Config, ...]] = {
         Config(64, 32, 128, 8, 3),
         Config(64, 32, 64, 8, 3),  # few classes, or d at most 64
     ),
-    ("ampere", "tf32"): (
-        Config(128, 32, 64, 8, 3),
-        Config(64, 32, 64, 4, 3),  # few classes
-    ),
+    ("ampere", "tf32"): (Config(64, 32, 64, 4, 3),),
     ("amd", "half"): (
         Config(64, 32, 128, 8, 2),
         Config(64, 32, 64, 4, 2),  # few classes, or d at most 64
@@ -161,7 +158,7 @@ _HALF = Small(
     pool=(16, 64),
     softmax=(16, 64),
     softmax_many=(16, 16),
-    finish_input=(64, 4096),
+    finish_input=(64, 2048),
     finish_displacements=(64, 32),
 )
 _SINGLE = replace(_HALF, route=(64, 64), route_warps=8, every_norm=(32, 64))
