@@ -105,6 +105,9 @@ LossGradients cross_entropy_backward(Optional grad_loss, Optional grad_lse, cons
                n = saved(input_rnorms, {B}, call.sums, "input_rnorms"),
                notes = saved(rows, {margin ? 5 : 2, B}, call.sums, "rows"),
                two = saved(scalars, {2}, call.sums, "scalars");
+  for (const Tensor* x : {&z, &j})  // read 16 bytes at a time
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x->const_data_ptr()) % 16 == 0,
+                    "gistops: scores, slots: expected the forward's memory");
   const auto grad = [&](const Optional& x, const Sizes& sizes, const char* name) {
     return x ? Optional(checked(*x, input, sizes, call.sums, name)) : std::nullopt;
   };

@@ -20,7 +20,7 @@ class LossProducts : private GradientProducts<T> {
     const LseShape shape(p_.K());
     const int64_t step = ceil_div(this->cached_classes(), shape.classes()) * shape.classes();
     const int64_t held = results.scores ? 0 : std::min(step, p_.K()), tiles = ceil_div(p_.K(), shape.classes());
-    const int64_t rows = std::max<int64_t>(ceil_div(p_.B(), RowsShape::kRows), 1);
+    const int64_t rows = std::max<int64_t>(ceil_div(p_.B(), RowsShape<S>::kRows), 1);
     const int64_t smoothed = loss_.label_smoothing > 0;
     S *shared, *products, *parts, *rnorms = static_cast<S*>(results.center_rnorms);
     uint8_t* slots;
@@ -66,7 +66,7 @@ class LossProducts : private GradientProducts<T> {
                           results.inside,
                           parts,
                           ticket};
-    launch("rows", rows_kernel<S>, blocks(rows), RowsShape::kThreads, 0, stream_, terms(0), lse, out);
+    launch("rows", rows_kernel<S>, blocks(rows), RowsShape<S>::kThreads, 0, stream_, terms(0), lse, out);
   }
 
   void backward(const LossGrads& grads, const LossResults& saved, const Gradients& gradients, void* bias,

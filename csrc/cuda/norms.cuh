@@ -24,6 +24,13 @@ struct Norms {
   int* ticket;  // set to 0
 };
 
+// On a multiprocessor, at least: what is in flight must cover the memory's latency.
+template <class T, int kGroup, bool kAligned>
+constexpr int norms_blocks() {
+  if (!kAligned || kGroup > 4 || sizeof(T) == 8) return 1;
+  return sizeof(T) == 2 ? 4 : 3;
+}
+
 template <bool kAligned, class T>
 __device__ __forceinline__ Sum<T> square_of_sum(const T* w, const T* delta, int d, int lane) {
   Sum<T> sum = 0;
@@ -39,7 +46,7 @@ __device__ __forceinline__ Sum<T> square_of_sum(const T* w, const T* delta, int 
 
 // Blocks 0 .. input_blocks: of the features; then of the centres.
 template <class T, int kGroup, bool kAligned>
-__global__ void __launch_bounds__(NormsShape<kGroup>::kThreads, 1)
+__global__ void __launch_bounds__(NormsShape<kGroup>::kThreads, norms_blocks<T, kGroup, kAligned>())
     norms_kernel(Problem<T> p, int64_t input_blocks, Norms<Sum<T>> out) {
   using S = Sum<T>;
   constexpr int kRows = NormsShape<kGroup>::kRows, kPart = kVector<T>;
@@ -53,17 +60,33 @@ __global__ void __launch_bounds__(NormsShape<kGroup>::kThreads, 1)
   const int64_t first = block * NormsShape<kGroup>::kRowsABlock + warp * kRows;
   if (first >= rows) return;
   const T* data = of_input ? p.input.data : p.centers.data;
-  const T* row[kRows];
+  const T* begin = data + first * int64_t{d};
+  int row[kRows];  // where they begin; past the end the last again
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) row[r] = data + min(first + r, rows - 1) * d;
+  for (int r = 0; r < kRows; ++r) row[r] = static_cast<int>(min(static_cast<int64_t>(r), rows - 1 - first)) * d;
 
   S square = 0;  // of row lane / 4, for lanes below 4 kRows
   for (int64_t group = 0; group == 0 || group < m; group += kGroup) {
     S squares[8] = {}, delta_squares[8] = {}, dots[kRows][kGroup] = {};
+    alignas(16) T ahead[kRows][kPart];  // read while the values before them are at work
+    const auto read = [&](int x) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        *reinterpret_cast<uint4*>(ahead[r]) = *reinterpret_cast<const uint4*>(begin + row[r] + x);
+    };
+    if (kAligned && lane * kPart < d) read(lane * kPart);
     for (int x = lane * kPart; x < d; x += kWarp * kPart) {
       S values[kRows][kPart];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) load_vector<kAligned>(row[r], x, d, values[r]);
+      for (int r = 0; r < kRows; ++r) {
+        if constexpr (kAligned) {
+#pragma unroll
+          for (int e = 0; e < kPart; ++e) values[r][e] = wide(ahead[r][e]);
+        } else {
+          load_vector<false>(begin + row[r], x, d, values[r]);
+        }
+      }
+      if (kAligned && x + kWarp * kPart < d) read(x + kWarp * kPart);
       if (group == 0) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r)

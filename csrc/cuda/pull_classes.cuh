@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(PullClassesShape::kThreads, sizeof(T) == 8 ? 1
   using Shape = PullClassesShape;
   constexpr int kOwn = Shape::kOwn, kSlots = Shape::kSlots;
   __shared__ S of_slots[kSlots][Shape::kClasses];
+  __shared__ S rnorms[kSlots][Shape::kClasses];  // where there are no more slots
   __shared__ S partial[Shape::kWarps][Shape::kFeatures];
   __shared__ SoftmaxRow<S> rows[Shape::kFeatures];
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
@@ -53,24 +54,39 @@ __global__ void __launch_bounds__(PullClassesShape::kThreads, sizeof(T) == 8 ? 1
     target[e] = inside ? row.target : -1;
     input_rnorm[e] = inside ? in.input_rnorms[own + e] : S(0);
   }
+  // The next class's scores and slots are read while one's are at work.
+  const bool inside = own < out.ld, few = M <= kSlots;
+  S next_z[kOwn] = {};
+  alignas(4) uint8_t next_slot[kOwn] = {};
+  const auto read = [&](int64_t k) {
+    if (!inside || k >= K) return;
+    load_sums<true>(in.scores + k * in.score_class + own, 0, kOwn, next_z);
+    *reinterpret_cast<uchar4*>(next_slot) = *reinterpret_cast<const uchar4*>(in.slots + k * in.score_class + own);
+  };
   S all_moved = 0;
   bool cancelled = false;
   for (int64_t first = 0; first < M; first += kSlots) {
     S s[kOwn][kSlots] = {};
     for (int64_t tile = first_tile; tile < last_tile; ++tile) {
       const int64_t first_class = tile * Shape::kClasses;
+      if (few) {
+        for (int e = thread; e < kSlots * Shape::kClasses; e += Shape::kThreads) {
+          const int64_t j = e / Shape::kClasses, k = first_class + e % Shape::kClasses;
+          if (j < M && k < K) rnorms[j][e % Shape::kClasses] = in.center_rnorms[j * in.ldr + k];
+        }
+        __syncthreads();
+      }
+      read(first_class + warp);
 #pragma unroll 1
       for (int c = warp; c < Shape::kClasses; c += Shape::kWarps) {
         const int64_t k = first_class + c;
         if (k >= K) break;
-        S z[kOwn] = {}, t[kSlots] = {}, column = 0, of_margin = 0;
-        alignas(4) uint8_t slot[kOwn] = {};
+        S z[kOwn], t[kSlots] = {}, column = 0, of_margin = 0;
+        uint8_t slot[kOwn];
         alignas(16) T h[kOwn] = {};
-        const bool inside = own < out.ld;
-        if (inside) {
-          load_sums<true>(in.scores + k * in.score_class + own, 0, kOwn, z);
-          *reinterpret_cast<uchar4*>(slot) = *reinterpret_cast<const uchar4*>(in.slots + k * in.score_class + own);
-        }
+#pragma unroll
+        for (int e = 0; e < kOwn; ++e) z[e] = next_z[e], slot[e] = next_slot[e];
+        read(k + Shape::kWarps);
         const S bias = in.softmax.bias ? in.softmax.bias[in.softmax.first + k] : S(0);
         const S share = weighted && smoothed ? in.softmax.weight[in.softmax.first + k] : S(1);
 #pragma unroll
@@ -87,7 +103,7 @@ __global__ void __launch_bounds__(PullClassesShape::kThreads, sizeof(T) == 8 ? 1
           } else {
             column += g;
           }
-          const S r = in.center_rnorms[slot[e] * in.ldr + k], moved = g * z[e];
+          const S r = few ? rnorms[slot[e]][c] : in.center_rnorms[slot[e] * in.ldr + k], moved = g * z[e];
           const S weight = r < S(0) ? S(0) : tau * g * r * input_rnorm[e];
           h[e] = held_weight<T>(weight, r, input_rnorm[e]);
           cancelled |= r < S(0);

@@ -7,6 +7,8 @@
 //
 // A run of classes is routed in two launches: parts of these sums, then their totals.
 #pragma once
+#include <algorithm>
+
 #include "arguments.h"
 #include "halving.cuh"
 #include "softmax.cuh"
@@ -74,12 +76,15 @@ struct Pulls {
 
 struct PullShape {
   static constexpr int kThreads = 256, kWarps = kThreads / kWarp, kSlots = 8;
-  static constexpr int64_t kMaxGroups = 256;  // bounds the partials of S
   int64_t tiles, tiles_a_group, groups, parts;
 
+  // Enough blocks, but no more partials of S than that takes: with many parts there are few groups.
   PullShape(int64_t classes, int64_t features, int64_t tile_classes, int64_t tile_features)
-      : tiles(ceil_div(classes, tile_classes)), tiles_a_group(ceil_div(tiles, kMaxGroups)),
-        groups(ceil_div(tiles, tiles_a_group)), parts(ceil_div(features, tile_features)) {}
+      : tiles(ceil_div(classes, tile_classes)), parts(ceil_div(features, tile_features)) {
+    const int64_t most = std::clamp<int64_t>(1024 / std::max<int64_t>(parts, 1), 8, 256);
+    tiles_a_group = ceil_div(tiles, most);
+    groups = ceil_div(tiles, tiles_a_group);
+  }
   __host__ __device__ int64_t blocks() const { return groups * parts; }
 };
 

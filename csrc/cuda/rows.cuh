@@ -9,8 +9,9 @@
 
 namespace gistops::cuda {
 
+template <class S>
 struct RowsShape {
-  static constexpr int kThreads = 512, kRows = kWarp, kRuns = kThreads / kWarp;
+  static constexpr int kThreads = sizeof(S) == 8 ? 512 : 1024, kRows = kWarp, kRuns = kThreads / kWarp;
 };
 
 template <class S>
@@ -28,9 +29,9 @@ struct LossRows {
 };
 
 template <class S>
-__global__ void __launch_bounds__(RowsShape::kThreads)
+__global__ void __launch_bounds__(RowsShape<S>::kThreads)
     rows_kernel(LossTerms<S> terms, LseParts<S> in, LossRows<S> out) {
-  using Shape = RowsShape;
+  using Shape = RowsShape<S>;
   constexpr int kRuns = Shape::kRuns;
   __shared__ S largest[kRuns][kWarp];
   __shared__ S totals[kRuns][kWarp];
