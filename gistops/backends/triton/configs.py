@@ -136,35 +136,39 @@ class Small:
     """Tile sizes of the kernels that read much and compute little. All run with 4 warps, but for route_kernel."""
 
     every_norm: tuple[int, int]  # features or classes, dimensions; times 16 displacements
-    pool_logits: tuple[int, int]  # classes, features
+    #: Elements and warps of whole_norm_kernel, for vectors no longer than that many elements, and few displacements.
+    whole_norm: tuple[int, int]
+    pool_logits: tuple[int, int, int]  # classes, features, warps
     apart: tuple[int, int, int]  # classes, features, dimensions
-    route: tuple[int, int]  # features, classes
-    route_warps: int
-    route_many: tuple[int, int]  # the same where M > 32: there the sums S' take registers; 4 warps
-    pool: tuple[int, int]  # classes, features; 4 warps
-    softmax: tuple[int, int]  # likewise
-    softmax_many: tuple[int, int]  # the same where M > 32
+    route: tuple[int, int, int]  # features, classes, warps
+    route_many: tuple[int, int, int]  # the same where M > 32: there the sums S' take registers
+    pool: tuple[int, int, int]  # classes, features, warps
+    softmax: tuple[int, int, int]  # likewise
+    #: Whether route_softmax_kernel writes loops over few slots out, and sums by slot in registers.
+    softmax_few: bool
+    softmax_many: tuple[int, int, int]  # the same where M > 32
     finish_input: tuple[int, int]  # classes of a look for pairs that cancel; dimensions at most; 8 warps above 1024
     finish_displacements: tuple[int, int]  # terms added at a time, dimensions
 
 
 _HALF = Small(
     every_norm=(32, 128),
-    pool_logits=(128, 32),
+    whole_norm=(4096, 1),
+    pool_logits=(128, 32, 4),
     apart=(32, 32, 16),
-    route=(64, 32),
-    route_warps=4,
-    route_many=(16, 64),
-    pool=(16, 64),
-    softmax=(16, 64),
-    softmax_many=(16, 16),
+    route=(64, 32, 4),
+    route_many=(16, 64, 4),
+    pool=(16, 64, 4),
+    softmax=(16, 64, 4),
+    softmax_few=False,
+    softmax_many=(16, 16, 4),
     finish_input=(64, 2048),
     finish_displacements=(64, 32),
 )
-_SINGLE = replace(_HALF, route=(64, 64), route_warps=8, every_norm=(32, 64))
+_SINGLE = replace(_HALF, route=(64, 64, 8), every_norm=(32, 64), whole_norm=(2048, 1))
 _DOUBLE = replace(
-    _HALF, pool=(16, 32), softmax=(16, 32), route=(32, 32), route_many=(16, 32),
-    every_norm=(16, 32), pool_logits=(64, 32), finish_input=(64, 512)
+    _HALF, pool=(16, 32, 4), softmax=(16, 32, 4), route=(32, 32, 4), route_many=(16, 32, 4),
+    every_norm=(16, 32), whole_norm=(1024, 1), pool_logits=(64, 32, 4), finish_input=(64, 512)
 )
 SMALL: dict[Kind, Small] = {"half": _HALF, "tf32": _SINGLE, "ieee": _SINGLE, "f64": _DOUBLE}
 
@@ -182,7 +186,16 @@ ROWS = (32, 32, 1024)
 LOSS_PROGRAMS = 528
 
 
-def grouped(classes: int, features: int, tile: tuple[int, int]) -> tuple[int, int]:
+#: Displacements at most, the zero one included, for which loops over slots are written out.
+FEW = 8
+
+
+def few(M: int) -> int:
+    """COUNT of the kernels that write loops over slots out."""
+    return M if M <= FEW else 0
+
+
+def grouped(classes: int, features: int, tile: tuple[int, ...]) -> tuple[int, int]:
     """How many class tiles a program takes, and how many such groups there are."""
     class_tiles = tiles(classes, tile[0])
     wanted = min(class_tiles, tiles(LOSS_PROGRAMS, tiles(features, tile[1])))
@@ -233,8 +246,17 @@ class Forced(NamedTuple):
     centers: Config | None = None
     product: Product | None = None  # of W f'
     centers_product: Product | None = None  # of H f
+    #: Tiles of the small kernels, as in `Small`; whole_norm of (0, 1) means every_norm.
+    whole_norm: tuple[int, int] | None = None
+    every_norm: tuple[int, int] | None = None
+    pool: tuple[int, int, int] | None = None
+    pool_logits: tuple[int, int, int] | None = None
+    softmax: tuple[int, int, int] | None = None
+    softmax_few: bool | None = None
+    route: tuple[int, int, int] | None = None
 
 
+SMALL_FORCED = ("whole_norm", "every_norm", "pool", "pool_logits", "softmax", "softmax_few", "route")
 _forced = Forced()
 
 
@@ -252,6 +274,17 @@ def forced(**choices: Any) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@functools.cache
+def _small(kind: Kind, forced: Forced) -> Small:
+    given = forced._asdict()
+    return replace(SMALL[kind], **{n: given[n] for n in SMALL_FORCED if given[n] is not None})
+
+
+def small(kind: Kind) -> Small:
+    """Tiles of the small kernels."""
+    return _small(kind, _forced)
 
 
 def product(kernel: Literal["forward", "centers"], kind: Kind) -> Product:
