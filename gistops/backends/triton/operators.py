@@ -82,8 +82,6 @@ def every_norm(p: Problem, shifts: Tensor, center_rnorms: Tensor | None, input_r
     depth = configs.power_of_two(d)
     if depth <= elements and configs.few(M):
         rows = min(elements // depth, 64 * warps)
-        if configs.INTERPRETED:
-            rows = 64  # there a program costs the same whatever its tile
         whole_norm_kernel[(tiles(B, rows) + tiles(K, rows),)](
             p.input, p.centers, p.displacements, shifts if input_rnorms is None else input_rnorms, shifts,
             shifts if center_rnorms is None else center_rnorms, B, K, d, TILE_R=rows, TILE_D=depth,
