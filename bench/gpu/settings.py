@@ -101,6 +101,7 @@ SETTINGS: dict[str, Setting] = {
     "softmax few": _forced("softmax_few"),
     "route": _forced("route"),
     "triton few": _attribute("backends.triton.configs", "FEW"),
+    "dW step": _attribute("backends.triton.configs", "STEP_ELEMENTS"),
     "loss programs": _attribute("backends.triton.configs", "LOSS_PROGRAMS"),
 }
 

@@ -95,6 +95,14 @@ VARIANTS = (
         (128, 128, 128, 8, 2),
     ),
     # The kernels around the products.
+    *(
+        Variant(
+            f"triton dW cublas {'x'.join(map(str, tile))}", "cublas", ("step", "loss"), "triton",
+            {"centers tile": tile, "centers product": "cublas"}, precisions=("bf16",),
+        )
+        for tile in ((64, 64, 128, 8, 3), (32, 32, 64, 4, 2))
+    ),
+    Variant("triton dW cublas whole", "cublas", ("step", "loss"), "triton", {"centers product": "cublas", "dW step": 1 << 40}),
     Variant("triton norms loop", "triton", ("forward", "loss"), "triton", {"norms": (0, 1)}),
     Variant("triton norms 2048 w1", "triton", ("forward", "loss"), "triton", {"norms": (2048, 1)}),
     Variant("triton norms 8192 w4", "triton", ("forward", "loss"), "triton", {"norms": (8192, 4)}),

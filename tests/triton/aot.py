@@ -131,7 +131,7 @@ def compile_case(case: Case, ones: bool = False) -> Report:
         if parameter.is_constexpr:
             signature[name] = "constexpr"
             continue
-        types = {"slots": "*u8", "flags": "*i32", "tau": "*fp32", "target": "*i64", "inside": "*i1"} | dict.fromkeys(INTEGERS, "i32")
+        types = {"products": f"*{total}", "slots": "*u8", "flags": "*i32", "tau": "*fp32", "target": "*i64", "inside": "*i1"} | dict.fromkeys(INTEGERS, "i32")
         signature[name] = types.get(name, f"*{operand if name in OPERANDS else total}")
         aligned = name in ("d", "stride")
         if ones and name in INTEGERS and not aligned:
