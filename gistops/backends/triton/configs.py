@@ -94,10 +94,7 @@ CENTERS: dict[tuple[Target, Kind], tuple[Config, ...]] = {
         Config(64, 32, 64, 8, 3),  # few classes, or d at most 64
     ),
     ("ampere", "tf32"): (Config(64, 32, 64, 4, 3),),
-    ("amd", "half"): (
-        Config(64, 32, 128, 8, 2),
-        Config(64, 32, 64, 4, 2),  # few classes, or d at most 64
-    ),
+    ("amd", "half"): (Config(64, 32, 128, 8, 2), Config(64, 32, 64, 4, 2)),  # the second as above
     ("amd", "tf32"): (Config(64, 32, 64, 4, 2),),
 }
 
@@ -121,11 +118,8 @@ CENTERS_PRODUCTS: dict[Kind, Product] = {"half": "cublas", "tf32": "fused", "iee
 VARIANTS: dict[str, tuple[Config, ...]] = {
     "forward": (Config(64, 128, 64, 4, 3), Config(128, 64, 64, 4, 4), Config(128, 128, 64, 8, 4)),
     "centers": (
-        Config(64, 64, 128, 4, 3),
-        Config(64, 64, 64, 8, 3),
-        Config(64, 128, 128, 4, 2),
-        Config(128, 64, 128, 8, 3),
-        Config(128, 128, 128, 8, 2),
+        *(Config(64, 64, 128, 4, 3), Config(64, 64, 64, 8, 3), Config(64, 128, 128, 4, 2)),
+        *(Config(128, 64, 128, 8, 3), Config(128, 128, 128, 8, 2)),
     ),
 }
 
@@ -178,8 +172,6 @@ SMALL: dict[Kind, Small] = {"half": _HALF, "tf32": _SINGLE, "ieee": _SINGLE, "f6
 ROUTE_PROGRAMS = 1056
 #: Groups of classes at most, which bounds the partial sums S' [groups, M, B].
 ROUTE_GROUPS = 256
-
-
 #: Tiles of gather_kernel: parts and elements of a sum, and elements of the one sum to a single number.
 GATHER = (16, 64, 1024)
 #: Tiles of the loss: rows and groups of classes of rows_kernel, elements of total_kernel.
