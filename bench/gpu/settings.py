@@ -94,6 +94,15 @@ SETTINGS: dict[str, Setting] = {
     "centers tile": _forced("centers", _tile("features")),
     "product": _forced("product"),
     "centers product": _forced("centers_product"),
+    "norms": _forced("whole_norm"),
+    "pool logits": _forced("pool_logits"),
+    "pool": _forced("pool"),
+    "softmax": _forced("softmax"),
+    "softmax few": _forced("softmax_few"),
+    "route": _forced("route"),
+    "triton few": _attribute("backends.triton.configs", "FEW"),
+    "dW step": _attribute("backends.triton.configs", "STEP_ELEMENTS"),
+    "loss programs": _attribute("backends.triton.configs", "LOSS_PROGRAMS"),
 }
 
 

@@ -28,7 +28,7 @@ from gistops.backends.triton.finish import finish_displacements_kernel, finish_i
 from gistops.backends.triton.forward import forward_kernel
 from gistops.backends.triton.gather import gather_kernel
 from gistops.backends.triton.pool import pool_lse_kernel
-from gistops.backends.triton.norms import every_norm_kernel
+from gistops.backends.triton.norms import every_norm_kernel, whole_norm_kernel
 from gistops.backends.triton.product import pool_logits_kernel
 from gistops.backends.triton.route import route_kernel
 from gistops.backends.triton.rows import rows_kernel, total_kernel
@@ -131,7 +131,7 @@ def compile_case(case: Case, ones: bool = False) -> Report:
         if parameter.is_constexpr:
             signature[name] = "constexpr"
             continue
-        types = {"slots": "*u8", "flags": "*i32", "tau": "*fp32", "target": "*i64", "inside": "*i1"} | dict.fromkeys(INTEGERS, "i32")
+        types = {"products": f"*{total}", "slots": "*u8", "flags": "*i32", "tau": "*fp32", "target": "*i64", "inside": "*i1"} | dict.fromkeys(INTEGERS, "i32")
         signature[name] = types.get(name, f"*{operand if name in OPERANDS else total}")
         aligned = name in ("d", "stride")
         if ones and name in INTEGERS and not aligned:
@@ -189,9 +189,17 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
         (apart_kernel, _tiles("KBD", sizes.apart) | {"ACC": acc}),
         (gather_kernel, dict(zip(("TILE_P", "TILE_N", "TILE_T"), configs.GATHER, strict=True))),
         (total_kernel, {"TILE": configs.ROWS[2], "REDUCED": True, "MEAN": True}),
-        (pool_logits_kernel, _tiles("KB", sizes.pool_logits) | {"ACC": acc}),
         (finish_displacements_kernel, _tiles("RD", sizes.finish_displacements) | {"ACC": acc}),
     ]
+    counts = (5, 0)
+    for count in counts:
+        *tiles, warps = sizes.pool_logits
+        constants = _tiles("KB", tuple(tiles)) | {"ACC": acc, "COUNT": count}
+        yield Case(pool_logits_kernel, dtype, target, constants, warps)
+    elements, warps = sizes.whole_norm
+    for depth in (64, elements // 2, elements):
+        constants = {"TILE_R": min(elements // depth, 64), "TILE_D": depth, "COUNT": 5, "ACC": acc, "WIDEN": False}
+        yield Case(whole_norm_kernel, dtype, target, constants, warps)
     for slots in (16, 1):
         constants = {"SLOTS": slots, "ACC": acc, "NORM_PRECISION": precise, "WIDEN": False}
         yield Case(every_norm_kernel, dtype, target, _tiles("RD", sizes.every_norm) | constants)
@@ -201,7 +209,9 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     every_option = {"HAS_BIAS": True, "HAS_WEIGHT": True, "SUMS": True, "PARK": True}
     no_option = dict.fromkeys(every_option, False)
     for options in (every_option, no_option | {"PARK": True}, no_option):
-        yield Case(pool_lse_kernel, dtype, target, _tiles("KB", sizes.pool) | {"ACC": acc} | options)
+        for count in counts:
+            constants = _tiles("KB", sizes.pool[:2]) | {"ACC": acc, "COUNT": count} | options
+            yield Case(pool_lse_kernel, dtype, target, constants, sizes.pool[2])
     apart_tiles = (min(sizes.apart[0], sizes.pool[0]), *sizes.apart[1:])
     yield Case(apart_lse_kernel, dtype, target, _tiles("KBD", apart_tiles) | {"ACC": acc} | every_option)
     for margin in (0, 3):
@@ -213,19 +223,21 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     needs_all = {f"NEED_{what}": True for what in ("WEIGHTS", "SHARES", "MOMENTS", "TOTALS")}
     largest = 65504.0 if dtype == "f16" else 0.0
     for tiles, slots, warps in (
-        (sizes.route, 8, sizes.route_warps),
-        (sizes.route, 32, sizes.route_warps),
-        (sizes.route_many, 256, 4),
+        (sizes.route[:2], 8, sizes.route[2]),
+        (sizes.route[:2], 32, sizes.route[2]),
+        (sizes.route_many[:2], 256, sizes.route_many[2]),
     ):
-        constants = _tiles("BK", tiles) | {"SLOTS": slots, "LARGEST": largest} | needs_all
+        count = 5 if slots == 8 else 0
+        constants = _tiles("BK", tiles) | {"SLOTS": slots, "COUNT": count, "LARGEST": largest} | needs_all
         yield Case(route_kernel, dtype, target, constants, warps)
     usual = {"MEAN": True, "HAS_LOSS": True, "SMOOTHING": 0.0}
     rare = [*(f"HAS_{what}" for what in ("LSE", "BIAS", "WEIGHT", "MARGIN")), "NEED_BIAS", "NEED_MARGIN"]
     for slots in (1, 8, 256):
         for mode in (usual | dict.fromkeys(rare, False), usual | dict.fromkeys(rare, True) | {"SMOOTHING": 0.1}):
             tiles = sizes.softmax if slots < 64 else sizes.softmax_many
-            constants = _tiles("KB", tiles) | {"SLOTS": slots, "LARGEST": largest} | needs_all | mode
-            yield Case(route_softmax_kernel, dtype, target, constants)
+            counted = {"COUNT": 5 if slots == 8 and sizes.softmax_few else 0}
+            constants = _tiles("KB", tiles[:2]) | {"SLOTS": slots, "LARGEST": largest} | counted | needs_all | mode
+            yield Case(route_softmax_kernel, dtype, target, constants, tiles[2])
     for kernel, constants in small:
         yield Case(kernel, dtype, target, constants)
 

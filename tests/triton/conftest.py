@@ -19,9 +19,9 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
         monkeypatch.setattr(configs, "INTERPRETER", {"forward": forward, "centers": centers})
         for kind, sizes in configs.SMALL.items():
             small = replace(
-                sizes, every_norm=(16, 32), pool_logits=(16, 32),
-                apart=(16, 32, 16), route=(16, 32), route_many=(16, 32),
-                pool=(16, 32), softmax=(32, 16), softmax_many=(32, 16),
+                sizes, every_norm=(16, 32), whole_norm=(1024, 1), pool_logits=(16, 32, 4),
+                apart=(16, 32, 16), route=(16, 32, 4), route_many=(16, 32, 4),
+                pool=(16, 32, 4), softmax=(32, 16, 4), softmax_many=(32, 16, 4),
                 finish_input=(16, 16), finish_displacements=(16, 32),
             )  # fmt: skip
             monkeypatch.setitem(configs.SMALL, kind, small)

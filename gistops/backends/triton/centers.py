@@ -125,8 +125,10 @@ def centers_kernel(
     moments,  # U [M, K]
     input_rnorms,  # [B]
     tau,  # one element
+    products,  # with MADE H'f of the classes from `first` on: center_gradient, or memory of a wider dtype
     center_gradient,  # [K, d]
     parts,  # [class tiles, m, d]: of the gradient of the displacements
+    first,  # class of the launch, a multiple of TILE_K
     B,
     K,
     d,
@@ -139,7 +141,7 @@ def centers_kernel(
     TILE_B: tl.constexpr,
     NEED_CENTERS: tl.constexpr,
     NEED_DISPLACEMENTS: tl.constexpr,
-    MADE: tl.constexpr,  # center_gradient holds H'f already
+    MADE: tl.constexpr,  # H'f is there already
     HALVES: tl.constexpr,  # how the corrections are multiplied: add_weighted
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -148,7 +150,7 @@ def centers_kernel(
 ):
     """A program: TILE_K classes, TILE_D dimensions. The tiles of one run of classes follow each other, for L2."""
     depth_tiles = tl.cdiv(d, TILE_D)
-    class_tile = tl.program_id(0) // depth_tiles
+    class_tile = first // TILE_K + tl.program_id(0) // depth_tiles
     classes = class_tile * TILE_K + tl.arange(0, TILE_K)
     depth = tl.program_id(0) % depth_tiles * TILE_D + tl.arange(0, TILE_D)
     class_valid = classes < K
@@ -174,7 +176,7 @@ def centers_kernel(
     valid = class_valid[:, None] & inside[None, :]
     elements = classes.to(tl.int64)[:, None] * d + depth[None, :]
     if NEED_CENTERS and MADE:
-        result = tl.load(center_gradient + elements, mask=valid, other=0.0).to(ACC)
+        result = tl.load(products - tl.cast(first, tl.int64) * d + elements, mask=valid, other=0.0).to(ACC)
     w = tl.load(centers + elements, mask=valid, other=0.0)
     if WIDEN:
         w = w.to(ACC)

@@ -94,10 +94,7 @@ CENTERS: dict[tuple[Target, Kind], tuple[Config, ...]] = {
         Config(64, 32, 64, 8, 3),  # few classes, or d at most 64
     ),
     ("ampere", "tf32"): (Config(64, 32, 64, 4, 3),),
-    ("amd", "half"): (
-        Config(64, 32, 128, 8, 2),
-        Config(64, 32, 64, 4, 2),  # few classes, or d at most 64
-    ),
+    ("amd", "half"): (Config(64, 32, 128, 8, 2), Config(64, 32, 64, 4, 2)),  # the second as above
     ("amd", "tf32"): (Config(64, 32, 64, 4, 2),),
 }
 
@@ -109,21 +106,20 @@ for _target in ("hopper", "ampere", "amd"):
     CENTERS[_target, "f64"] = (Config(32, 16, 32, 4, 2),)
 
 Product = Literal["fused", "cublas"]
+#: Elements of the float32 products H f that are made before they are corrected: 24 MB, half of a Hopper's cache.
+STEP_ELEMENTS = 6 << 20
 #: Who multiplies. cublas: torch's own library, with kernels of ours before and after. fused: one kernel with an
-#: epilogue. Of W f' the library was faster on an H100 for every size that was measured; of H f, for half precision and
-#: tf32, this is a prediction: there a kernel of ours saves a pass over ∂w.
+#: epilogue. Of W f' the library was faster on an H100 for every size that was measured; of H f, for half precision, the fused
+#: kernel took 123 µs where 22 and a pass of 35 are to be expected; for tf32 it is a prediction that it saves that pass.
 PRODUCTS: dict[Kind, Product] = {"half": "cublas", "tf32": "cublas", "ieee": "cublas", "f64": "cublas"}
-CENTERS_PRODUCTS: dict[Kind, Product] = {"half": "fused", "tf32": "fused", "ieee": "cublas", "f64": "cublas"}
+CENTERS_PRODUCTS: dict[Kind, Product] = {"half": "cublas", "tf32": "fused", "ieee": "cublas", "f64": "cublas"}
 
 #: Tiles that no rule takes, to be measured: `forced`.
 VARIANTS: dict[str, tuple[Config, ...]] = {
     "forward": (Config(64, 128, 64, 4, 3), Config(128, 64, 64, 4, 4), Config(128, 128, 64, 8, 4)),
     "centers": (
-        Config(64, 64, 128, 4, 3),
-        Config(64, 64, 64, 8, 3),
-        Config(64, 128, 128, 4, 2),
-        Config(128, 64, 128, 8, 3),
-        Config(128, 128, 128, 8, 2),
+        *(Config(64, 64, 128, 4, 3), Config(64, 64, 64, 8, 3), Config(64, 128, 128, 4, 2)),
+        *(Config(128, 64, 128, 8, 3), Config(128, 128, 128, 8, 2)),
     ),
 }
 
@@ -136,35 +132,39 @@ class Small:
     """Tile sizes of the kernels that read much and compute little. All run with 4 warps, but for route_kernel."""
 
     every_norm: tuple[int, int]  # features or classes, dimensions; times 16 displacements
-    pool_logits: tuple[int, int]  # classes, features
+    #: Elements and warps of whole_norm_kernel, for vectors no longer than that many elements, and few displacements.
+    whole_norm: tuple[int, int]
+    pool_logits: tuple[int, int, int]  # classes, features, warps
     apart: tuple[int, int, int]  # classes, features, dimensions
-    route: tuple[int, int]  # features, classes
-    route_warps: int
-    route_many: tuple[int, int]  # the same where M > 32: there the sums S' take registers; 4 warps
-    pool: tuple[int, int]  # classes, features; 4 warps
-    softmax: tuple[int, int]  # likewise
-    softmax_many: tuple[int, int]  # the same where M > 32
+    route: tuple[int, int, int]  # features, classes, warps
+    route_many: tuple[int, int, int]  # the same where M > 32: there the sums S' take registers
+    pool: tuple[int, int, int]  # classes, features, warps
+    softmax: tuple[int, int, int]  # likewise
+    #: Whether route_softmax_kernel writes loops over few slots out, and sums by slot in registers.
+    softmax_few: bool
+    softmax_many: tuple[int, int, int]  # the same where M > 32
     finish_input: tuple[int, int]  # classes of a look for pairs that cancel; dimensions at most; 8 warps above 1024
     finish_displacements: tuple[int, int]  # terms added at a time, dimensions
 
 
 _HALF = Small(
     every_norm=(32, 128),
-    pool_logits=(128, 32),
+    whole_norm=(4096, 1),
+    pool_logits=(128, 32, 4),
     apart=(32, 32, 16),
-    route=(64, 32),
-    route_warps=4,
-    route_many=(16, 64),
-    pool=(16, 64),
-    softmax=(16, 64),
-    softmax_many=(16, 16),
+    route=(32, 32, 4),
+    route_many=(16, 64, 4),
+    pool=(16, 64, 4),
+    softmax=(16, 64, 4),
+    softmax_few=False,
+    softmax_many=(16, 16, 4),
     finish_input=(64, 2048),
     finish_displacements=(64, 32),
 )
-_SINGLE = replace(_HALF, route=(64, 64), route_warps=8, every_norm=(32, 64))
+_SINGLE = replace(_HALF, every_norm=(32, 64), whole_norm=(2048, 1))
 _DOUBLE = replace(
-    _HALF, pool=(16, 32), softmax=(16, 32), route=(32, 32), route_many=(16, 32),
-    every_norm=(16, 32), pool_logits=(64, 32), finish_input=(64, 512)
+    _HALF, pool=(16, 32, 4), softmax=(16, 32, 4), route_many=(16, 32, 4),
+    every_norm=(16, 32), whole_norm=(1024, 1), pool_logits=(64, 32, 4), finish_input=(64, 512)
 )
 SMALL: dict[Kind, Small] = {"half": _HALF, "tf32": _SINGLE, "ieee": _SINGLE, "f64": _DOUBLE}
 
@@ -172,8 +172,6 @@ SMALL: dict[Kind, Small] = {"half": _HALF, "tf32": _SINGLE, "ieee": _SINGLE, "f6
 ROUTE_PROGRAMS = 1056
 #: Groups of classes at most, which bounds the partial sums S' [groups, M, B].
 ROUTE_GROUPS = 256
-
-
 #: Tiles of gather_kernel: parts and elements of a sum, and elements of the one sum to a single number.
 GATHER = (16, 64, 1024)
 #: Tiles of the loss: rows and groups of classes of rows_kernel, elements of total_kernel.
@@ -182,7 +180,16 @@ ROWS = (32, 32, 1024)
 LOSS_PROGRAMS = 528
 
 
-def grouped(classes: int, features: int, tile: tuple[int, int]) -> tuple[int, int]:
+#: Displacements at most, the zero one included, for which loops over slots are written out.
+FEW = 8
+
+
+def few(M: int) -> int:
+    """COUNT of the kernels that write loops over slots out."""
+    return M if M <= FEW else 0
+
+
+def grouped(classes: int, features: int, tile: tuple[int, ...]) -> tuple[int, int]:
     """How many class tiles a program takes, and how many such groups there are."""
     class_tiles = tiles(classes, tile[0])
     wanted = min(class_tiles, tiles(LOSS_PROGRAMS, tiles(features, tile[1])))
@@ -233,8 +240,17 @@ class Forced(NamedTuple):
     centers: Config | None = None
     product: Product | None = None  # of W f'
     centers_product: Product | None = None  # of H f
+    #: Tiles of the small kernels, as in `Small`; whole_norm of (0, 1) means every_norm.
+    whole_norm: tuple[int, int] | None = None
+    every_norm: tuple[int, int] | None = None
+    pool: tuple[int, int, int] | None = None
+    pool_logits: tuple[int, int, int] | None = None
+    softmax: tuple[int, int, int] | None = None
+    softmax_few: bool | None = None
+    route: tuple[int, int, int] | None = None
 
 
+SMALL_FORCED = ("whole_norm", "every_norm", "pool", "pool_logits", "softmax", "softmax_few", "route")
 _forced = Forced()
 
 
@@ -254,6 +270,17 @@ def forced(**choices: Any) -> Iterator[None]:
         _forced = before
 
 
+@functools.cache
+def _small(kind: Kind, forced: Forced) -> Small:
+    given = forced._asdict()
+    return replace(SMALL[kind], **{n: given[n] for n in SMALL_FORCED if given[n] is not None})
+
+
+def small(kind: Kind) -> Small:
+    """Tiles of the small kernels."""
+    return _small(kind, _forced)
+
+
 def product(kernel: Literal["forward", "centers"], kind: Kind) -> Product:
     """Who multiplies."""
     if kernel == "forward":
@@ -269,8 +296,12 @@ def choose(
     K: int,
     d: int,
     launch: Callable[[Config], object],
+    smallest: bool = False,
 ) -> Config:
-    """The entry for these sizes: by rule, or, with GISTOPS_TRITON_TUNE=1, by timing `launch`."""
+    """The entry for these sizes: by rule, or, with GISTOPS_TRITON_TUNE=1, by timing `launch`.
+
+    Without a product, a kernel is bound by memory, and the smallest tile has the most programs a multiprocessor.
+    """
     if (entry := _forced.forward if kernel == "forward" else _forced.centers) is not None:
         return entry
     name = target(device)
@@ -282,6 +313,8 @@ def choose(
         shape = tuple(power_of_two(max(n, 16)) for n in (B, K, d))
         if best := tune((kernel, device, product, shape), entries, launch):
             return best
+    if smallest:
+        return entries[-1]
     return first_that_fills(kernel, entries, K, columns, processors(device))
 
 

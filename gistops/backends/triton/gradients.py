@@ -54,18 +54,26 @@ def centers_gradient(p: Problem, saved: Saved, routed: Routed, needs: Needs) -> 
 
     def launch(config: Config) -> Tensor:
         class_tiles = tiles_of(K, config.classes)
-        if made:
-            multiply(routed.weights[:, :B], p.input, out)
+        # A product is corrected before it is rounded. In steps, it never leaves the cache.
+        step, products = K, out
+        if made and out.dtype != p.sums:
+            step = max(1, configs.STEP_ELEMENTS // (d * config.classes)) * config.classes
+            products = p.input.new_empty(min(step, K), d, dtype=p.sums)
         parts = p.input.new_empty((class_tiles if need_parts else 0, M - 1, d), dtype=p.sums)
-        centers_kernel[(class_tiles * tiles_of(d, config.depth),)](
-            routed.weights, p.input, p.centers, p.displacements, saved.grad, saved.slots, saved.center_rnorms,
-            routed.moments, saved.input_rnorms, p.tau, out, parts, B, K, d, routed.weights.shape[1], M, *saved.strides,
-            NEED_CENTERS=needs.centers, NEED_DISPLACEMENTS=need_parts, MADE=made,
-            **p.constants("HALVES", "ACC", "PRECISION", "CORRECTION_PRECISION", "WIDEN"), **config.arguments(),
-        )  # fmt: skip
+        for first in range(0, K, step):
+            count = min(step, K - first)
+            if made:
+                multiply(routed.weights[first : first + count, :B], p.input, products[:count])
+            centers_kernel[(tiles_of(count, config.classes) * tiles_of(d, config.depth),)](
+                routed.weights, p.input, p.centers, p.displacements, saved.grad, saved.slots, saved.center_rnorms,
+                routed.moments, saved.input_rnorms, p.tau, products, out, parts, first,
+                B, K, d, routed.weights.shape[1], M, *saved.strides,
+                NEED_CENTERS=needs.centers, NEED_DISPLACEMENTS=need_parts, MADE=made,
+                **p.constants("HALVES", "ACC", "PRECISION", "CORRECTION_PRECISION", "WIDEN"), **config.arguments(),
+            )  # fmt: skip
         return parts
 
-    return out, launch(configs.choose("centers", p.input.device, p.kind, B, K, d, launch))
+    return out, launch(configs.choose("centers", p.input.device, p.kind, B, K, d, launch, smallest=made))
 
 
 def displacements_gradient(

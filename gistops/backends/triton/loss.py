@@ -47,16 +47,16 @@ class Chunk(NamedTuple):
 
     first: int
     p: Problem
-    tile: tuple[int, int]  # classes, features
+    tile: tuple[int, int, int]  # classes, features, warps
     run: int  # class tiles a group
     groups: int
     first_group: int
 
 
-def chunks(p: Problem, size: int, tile: tuple[int, int]) -> Iterator[Chunk]:
+def chunks(p: Problem, size: int, tile: tuple[int, int, int]) -> Iterator[Chunk]:
     """The chunks of at most `size` classes."""
     B, K, d, M = p.sizes
-    tile = tile[0], min(tile[1], power_of_two(max(B, 16)))
+    tile = tile[0], min(tile[1], power_of_two(max(B, 16))), tile[2]
     count = 0
     for first in range(0, K, size):
         centers = p.centers[first : first + size]
@@ -71,8 +71,8 @@ def chunk_size(p: Problem, held: bool) -> int:
     return p.sizes[1] if held else max(64, CHUNK_ELEMENTS // max(padded(p.sizes[0]), 1) // 64 * 64)
 
 
-def softmax_tile(p: Problem) -> tuple[int, int]:
-    """Classes and features of a tile of route_softmax_kernel."""
+def softmax_tile(p: Problem) -> tuple[int, int, int]:
+    """Classes and features of a tile of route_softmax_kernel, and its warps."""
     return p.small.softmax if p.sizes[3] <= 32 else p.small.softmax_many
 
 
@@ -159,7 +159,7 @@ def _score(
     pool_lse_kernel[(c.groups * tiles_of(B, c.tile[1]),)](
         scores, slots, rnorms, shifts, input_rnorms, p.tau, of.target, bias, weight, target_logits, partials,
         class_sums, B, K, scores.shape[1], M, c.run, c.first, c.first_group, groups, of.ignore_index,
-        TILE_K=c.tile[0], TILE_B=c.tile[1], **options,
+        TILE_K=c.tile[0], TILE_B=c.tile[1], COUNT=configs.few(M), num_warps=c.tile[2], **options,
     )  # fmt: skip
     if M > 1:
         classes, rows, depth = p.small.apart
@@ -300,6 +300,7 @@ def _route(c: Chunk, saved: Saved, needs: Needs, routing: dict[str, Any]) -> Rou
         saved.grad, saved.logits, saved.slots, saved.center_rnorms, saved.input_rnorms, c.p.tau, *parts,
         B=B, K=K, stride=saved.logits.shape[1], M=M, run=c.run, first=c.first,
         TILE_K=c.tile[0], TILE_B=c.tile[1], SLOTS=power_of_two(M),
+        COUNT=configs.few(M) if c.p.small.softmax_few else 0, num_warps=c.tile[2],
         LARGEST=65504.0 if c.p.dtype == torch.float16 else 0.0, **parts.switches(), **routing,
     )  # fmt: skip
     return gather(c.p, parts, c.run * c.tile[0], c.tile[1])

@@ -95,3 +95,68 @@ def every_norm_kernel(
         target = center_rnorms + candidates.to(tl.int64)[None, :] * K + classes[:, None]
         known = (candidates < M)[None, :] & (classes < K)[:, None]
         tl.store(target, signed_rnorms(squares, crossed, lengths), mask=known)
+
+
+@triton.jit
+def signed_rnorm(square, product, displacement_square):
+    """As `signed_rnorms`, of one displacement."""
+    apart = square + displacement_square
+    squares = apart + 2.0 * product
+    cancelled = squares < apart * 0.125
+    one = tl.full(squares.shape, 1.0, squares.dtype)
+    return tl.where(cancelled, -one, clamped_rnorm(tl.where(cancelled, one, squares)))
+
+
+@triton.jit
+def whole_norm_kernel(
+    input,  # [B, d]
+    centers,  # [K, d]
+    displacements,  # [m, d]
+    input_rnorms,  # [B]
+    shifts,  # [M, B]
+    center_rnorms,  # [M, K]
+    B,  # 0 where the features' are known
+    K,
+    d,
+    TILE_R: tl.constexpr,
+    TILE_D: tl.constexpr,  # at least d
+    COUNT: tl.constexpr,  # M
+    ACC: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """As every_norm_kernel, for few displacements: vectors stay in registers, so that all loads are under way at once.
+
+    A warp has whole rows. There is no loop over dimensions, hence no barrier, and sums go across lanes only.
+    """
+    feature_tiles = (B + TILE_R - 1) // TILE_R
+    tile = tl.program_id(0)
+    depth = tl.arange(0, TILE_D)
+    inside = depth < d
+    if tile < feature_tiles:
+        rows = tile * TILE_R + tl.arange(0, TILE_R)
+        valid = rows < B
+        place = input + rows.to(tl.int64)[:, None] * d + depth[None, :]
+        f = tl.load(place, mask=valid[:, None] & inside[None, :], other=0.0)
+        if WIDEN:
+            f = f.to(ACC)
+        wide = f.to(ACC)
+        tl.store(input_rnorms + rows, clamped_rnorm(tl.sum(wide * wide, 1)), mask=valid)
+        tl.store(shifts + rows, tl.zeros((TILE_R,), ACC), mask=valid)
+        for j in tl.static_range(1, COUNT):
+            delta = tl.load(displacements + (j - 1) * d + depth, mask=inside, other=0.0).to(ACC)
+            tl.store(shifts + j * B + rows, tl.sum(f.to(ACC) * delta[None, :], 1), mask=valid)
+    else:
+        classes = (tile - feature_tiles) * TILE_R + tl.arange(0, TILE_R)
+        valid = classes < K
+        place = centers + classes.to(tl.int64)[:, None] * d + depth[None, :]
+        w = tl.load(place, mask=valid[:, None] & inside[None, :], other=0.0)
+        if WIDEN:
+            w = w.to(ACC)
+        wide = w.to(ACC)
+        square = tl.sum(wide * wide, 1)
+        tl.store(center_rnorms + classes, clamped_rnorm(square), mask=valid)
+        for j in tl.static_range(1, COUNT):
+            delta = tl.load(displacements + (j - 1) * d + depth, mask=inside, other=0.0).to(ACC)
+            product = tl.sum(w.to(ACC) * delta[None, :], 1)
+            rnorm = signed_rnorm(square, product, tl.sum(delta * delta, 0))
+            tl.store(center_rnorms + tl.cast(j, tl.int64) * K + classes, rnorm, mask=valid)

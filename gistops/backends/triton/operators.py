@@ -12,7 +12,7 @@ from . import configs, gradients
 from .apart import apart_kernel
 from .configs import Config, tiles
 from .forward import forward_kernel
-from .norms import every_norm_kernel
+from .norms import every_norm_kernel, whole_norm_kernel
 from .problem import Problem, multiply, on_device
 from .product import pool_logits_kernel
 
@@ -52,10 +52,10 @@ def around_product(
     stride = tiles(B, 16) * 16
     scores = p.input.new_empty(K, stride, dtype=p.sums)
     multiply(p.centers, p.input.t(), scores[:, :B])
-    classes, rows = p.small.pool_logits
+    classes, rows, warps = p.small.pool_logits
     pool_logits_kernel[(tiles(K, classes) * tiles(B, rows),)](
         scores, center_rnorms, shifts, input_rnorms, p.tau, logits, slots, B, K, stride, M,
-        TILE_K=classes, TILE_B=rows, **p.constants("ACC"),
+        TILE_K=classes, TILE_B=rows, COUNT=configs.few(M), num_warps=warps, **p.constants("ACC"),
     )  # fmt: skip
 
 
@@ -78,6 +78,16 @@ def every_norm(p: Problem, shifts: Tensor, center_rnorms: Tensor | None, input_r
     """Fill the norms of centres, or those of features and f·δ [M, B], or all in one launch."""
     B, K, d, M = p.sizes
     B, K = 0 if input_rnorms is None else B, 0 if center_rnorms is None else K
+    elements, warps = p.small.whole_norm
+    depth = configs.power_of_two(d)
+    if depth <= elements and configs.few(M):
+        rows = min(elements // depth, 64 * warps)
+        whole_norm_kernel[(tiles(B, rows) + tiles(K, rows),)](
+            p.input, p.centers, p.displacements, shifts if input_rnorms is None else input_rnorms, shifts,
+            shifts if center_rnorms is None else center_rnorms, B, K, d, TILE_R=rows, TILE_D=depth,
+            COUNT=M, num_warps=warps, **p.constants("ACC", "WIDEN"),
+        )  # fmt: skip
+        return
     rows, depth = p.small.every_norm
     slots = 1 if M == 1 else 16
     every_norm_kernel[(tiles(B, rows) + tiles(K, rows), tiles(M, slots))](

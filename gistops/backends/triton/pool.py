@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .partials import joined, row_targets, store_class_sums, store_partials, tile_partials
+from .product import pooled
 
 
 @triton.jit
@@ -39,6 +40,7 @@ def pool_lse_kernel(
     ignore_index,
     TILE_K: tl.constexpr,
     TILE_B: tl.constexpr,
+    COUNT: tl.constexpr,  # see `pooled`
     ACC: tl.constexpr,
     PARK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -56,25 +58,26 @@ def pool_lse_kernel(
     largest = tl.full((TILE_B,), float("-inf"), ACC)
     total = tl.zeros((TILE_B,), ACC)
     weighted = tl.zeros((TILE_B,), ACC)
+    found = tl.zeros((TILE_K, TILE_B), ACC)  # the targets' scores
+    # The next tile is on its way while one is worked on.
+    columns = (rows < stride)[None, :]
+    offsets = tl.arange(0, TILE_K)[:, None] * stride + rows[None, :]
+    begin = group * run * TILE_K
+    first_inside = (begin + tl.arange(0, TILE_K) < K)[:, None] & columns
+    ahead = tl.load(scores + tl.cast(begin, tl.int64) * stride + offsets, mask=first_inside, other=0.0)
     for tile in range(group * run, group * run + run):
         classes = tile * TILE_K + tl.arange(0, TILE_K)
         class_valid = classes < K
         start = tl.cast(tile, tl.int64) * TILE_K * stride
-        offsets = tl.arange(0, TILE_K)[:, None] * stride + rows[None, :]
         valid = class_valid[:, None] & row_valid[None, :]
         # A mask by the stride, a multiple of 16, keeps loads wide whatever B.
-        inside = class_valid[:, None] & (rows < stride)[None, :]
-        products = tl.load(scores + start + offsets, mask=inside, other=0.0)
-        best = products * tl.load(center_rnorms + classes, mask=class_valid, other=0.0)[:, None]
-        slot = tl.zeros((TILE_K, TILE_B), tl.int32)
-        for j in range(1, M):
-            rnorm = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0)
-            shift = tl.load(shifts + tl.cast(j, tl.int64) * B + rows, mask=row_valid, other=0.0)
-            score = (products + shift[None, :]) * rnorm[:, None]
-            # The lowest of equals wins, and NaN gets through, as in torch.max.
-            better = (score > best) | (score != score)
-            best = tl.where(better, score, best)
-            slot = tl.where(better, j, slot)
+        inside = class_valid[:, None] & columns
+        products = ahead
+        more_inside = (classes + TILE_K < K)[:, None] & columns & (tile + 1 < group * run + run)
+        ahead = tl.load(scores + start + TILE_K * stride + offsets, mask=more_inside, other=0.0)
+        best, slot = pooled(
+            products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, COUNT
+        )
         z = tl.where(valid, best * scale[None, :], tl.zeros_like(best))
         if PARK:
             tl.store(scores + start + offsets, z, mask=inside)
@@ -82,12 +85,15 @@ def pool_lse_kernel(
             narrow = tl.max_contiguous(offsets, (1, 4))
             tl.store(slots + start + narrow, slot.to(tl.uint8), mask=inside)
         own = valid & (classes[:, None] == places[None, :])
-        tl.store(target_logits + rows[None, :] + tl.zeros_like(slot), z, mask=own)
+        found += tl.where(own, z, tl.zeros_like(z))
         more = tile_partials(
             z, classes, class_valid, places, class_bias, class_weight, HAS_BIAS, HAS_WEIGHT, SUMS
         )
         largest, total = joined(largest, total, more[0], more[1])
         weighted += more[2]
+    start_class = group * run * TILE_K
+    here = row_valid & (places >= start_class) & (places < tl.minimum(start_class + run * TILE_K, K))
+    tl.store(target_logits + rows, tl.sum(found, 0), mask=here)
     store_partials(partials, largest, total, weighted, first_group + group, groups, rows, row_valid, B, SUMS)
     if SUMS:
         if feature_tile == 0:

@@ -53,7 +53,7 @@ class Problem(NamedTuple):
         return cls(
             input, centers, displacements, tau.contiguous(), kind, (B, K, d + missing, m + 1), dtype, sums,
             sums if configs.INTERPRETED and dtype == torch.bfloat16 else dtype,  # the interpreter would truncate
-            configs.SMALL[kind],
+            configs.small(kind),
         )  # fmt: skip
 
     def constants(self, *names: str) -> dict[str, Any]:

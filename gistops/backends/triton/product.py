@@ -14,18 +14,36 @@ import triton.language as tl
 
 
 @triton.jit
-def pooled(products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M):
-    """max_j (P + Q_j) R_j and the lowest j that attains it, for a tile of [classes, features]."""
+def _better(best, slot, j, products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K):
+    """Best scores and their slots, with slot j considered."""
+    rnorm = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0)
+    shift = tl.load(shifts + tl.cast(j, tl.int64) * B + rows, mask=row_valid, other=0.0)
+    score = (products + shift[None, :]) * rnorm[:, None]
+    # The lowest of equals wins, and NaN gets through, as in torch.max.
+    better = (score > best) | (score != score)
+    return tl.where(better, score, best), tl.where(better, j, slot)
+
+
+@triton.jit
+def pooled(
+    products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, COUNT: tl.constexpr
+):
+    """max_j (P + Q_j) R_j and the lowest j that attains it, for a tile of [classes, features].
+
+    COUNT is M where that is small, so that nothing is left of the loop; otherwise 0.
+    """
     best = products * tl.load(center_rnorms + classes, mask=class_valid, other=0.0)[:, None]
     slot = tl.zeros(products.shape, tl.int32)
-    for j in tl.range(1, M, num_stages=1):
-        rnorm = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0)
-        shift = tl.load(shifts + tl.cast(j, tl.int64) * B + rows, mask=row_valid, other=0.0)
-        score = (products + shift[None, :]) * rnorm[:, None]
-        # The lowest of equals wins, and NaN gets through, as in torch.max.
-        better = (score > best) | (score != score)
-        best = tl.where(better, score, best)
-        slot = tl.where(better, j, slot)
+    if COUNT > 0:
+        for j in tl.static_range(1, COUNT):
+            best, slot = _better(
+                best, slot, j, products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K
+            )
+    else:
+        for j in tl.range(1, M, num_stages=1):
+            best, slot = _better(
+                best, slot, j, products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K
+            )
     return best, slot
 
 
@@ -44,6 +62,7 @@ def pool_logits_kernel(
     M,
     TILE_K: tl.constexpr,
     TILE_B: tl.constexpr,
+    COUNT: tl.constexpr,  # see `pooled`
     ACC: tl.constexpr,
 ):
     """A program: TILE_K classes, TILE_B features, read class by class and written feature by feature.
@@ -58,7 +77,7 @@ def pool_logits_kernel(
     place = classes.to(tl.int64)[:, None] * stride + rows[None, :]
     inside = class_valid[:, None] & (rows < stride)[None, :]
     products = tl.load(scores + place, mask=inside, other=0.0)
-    best, slot = pooled(products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M)
+    best, slot = pooled(products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, COUNT)
     scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
     offsets = rows.to(tl.int64)[None, :] * K + classes[:, None]
     valid = row_valid[None, :] & class_valid[:, None]

@@ -34,6 +34,7 @@ def route_kernel(
     TILE_B: tl.constexpr,
     TILE_K: tl.constexpr,
     SLOTS: tl.constexpr,  # M, rounded up to a power of two
+    COUNT: tl.constexpr,  # M where that is small; otherwise 0
     NEED_WEIGHTS: tl.constexpr,
     NEED_SHARES: tl.constexpr,
     NEED_MOMENTS: tl.constexpr,
@@ -57,11 +58,19 @@ def route_kernel(
     for tile in range(group * tiles, group * tiles + tiles):
         classes = tile * TILE_K + tl.arange(0, TILE_K)
         valid = row_valid[:, None] & (classes < K)[None, :]
-        offsets = rows.to(tl.int64)[:, None] * K + classes[None, :]
-        g = tl.load(grad + offsets, mask=valid, other=0.0)
-        slot = tl.load(slots + offsets, mask=valid, other=0).to(tl.int32)
+        # From the tile's first element on in 32 bits: addresses of 64 take registers, element by element.
+        begin = tl.cast(split * TILE_B, tl.int64) * K + tile * TILE_K
+        offsets = tl.arange(0, TILE_B)[:, None] * K + tl.arange(0, TILE_K)[None, :]
+        g = tl.load(grad + begin + offsets, mask=valid, other=0.0)
+        slot = tl.load(slots + begin + offsets, mask=valid, other=0).to(tl.int32)
         slot = tl.minimum(slot, M - 1)  # an operator called by hand must not read elsewhere
-        rnorm = tl.load(center_rnorms + slot.to(tl.int64) * K + classes[None, :], mask=valid, other=0.0)
+        if COUNT > 0:  # by selection, which takes less than to gather
+            rnorm = tl.zeros_like(g)
+            for j in tl.static_range(COUNT):
+                known = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=classes < K, other=0.0)
+                rnorm = tl.where(slot == j, known[None, :], rnorm)
+        else:
+            rnorm = tl.load(center_rnorms + slot.to(tl.int64) * K + classes[None, :], mask=valid, other=0.0)
         apart = valid & (rnorm < 0)
         flag = flag | tl.max(apart.to(tl.int32), 1)
         h = tl.where(apart, tl.zeros_like(g), scale[:, None] * g * tl.abs(rnorm))
@@ -74,10 +83,11 @@ def route_kernel(
             h = tl.where(extreme, bounded, h)
         if NEED_WEIGHTS:
             inside = (rows < stride)[:, None] & (classes < K)[None, :]
-            place = weights + classes.to(tl.int64)[None, :] * stride + rows[:, None]
-            tl.store(place, h.to(weights.dtype.element_ty), mask=inside)
+            place = weights + tl.cast(tile * TILE_K, tl.int64) * stride + split * TILE_B
+            across = tl.arange(0, TILE_K)[None, :] * stride + tl.arange(0, TILE_B)[:, None]
+            tl.store(place + across, h.to(weights.dtype.element_ty), mask=inside)
         if NEED_MOMENTS or NEED_TOTALS:
-            u = g * tl.load(logits + offsets, mask=valid, other=0.0)
+            u = g * tl.load(logits + begin + offsets, mask=valid, other=0.0)
         if NEED_TOTALS:
             total += tl.sum(u, 1)
         if NEED_SHARES or NEED_MOMENTS:

@@ -95,7 +95,7 @@ class Parts(NamedTuple):
 def route(p: Problem, saved: Saved, needs: Needs) -> Routed:
     """H' and its sums, from the gradient of the logits."""
     B, K, _, M = p.sizes
-    rows, classes = p.small.route if M <= 32 else p.small.route_many
+    rows, classes, warps = p.small.route if M <= 32 else p.small.route_many
     splits, class_tiles = tiles_of(B, rows), tiles_of(K, classes)
     wanted = min(class_tiles, configs.ROUTE_GROUPS, tiles_of(configs.ROUTE_PROGRAMS, splits))
     tiles = tiles_of(class_tiles, wanted)
@@ -105,9 +105,9 @@ def route(p: Problem, saved: Saved, needs: Needs) -> Routed:
     del switches["NEED_BIAS"], switches["NEED_MARGIN"]
     route_kernel[(splits * groups,)](
         saved.grad, saved.logits, saved.slots, saved.center_rnorms, saved.input_rnorms, p.tau,
-        *parts[:4], parts.flags, B, K, padded(B), M, tiles, TILE_B=rows, TILE_K=classes, SLOTS=power_of_two(M),
+        *parts[:4], parts.flags, B, K, padded(B), M, tiles, TILE_B=rows, TILE_K=classes, SLOTS=power_of_two(M), COUNT=configs.few(M),
         LARGEST=65504.0 if p.dtype == torch.float16 else 0.0,
-        num_warps=p.small.route_warps if M <= 32 else 4, **switches,
+        num_warps=warps, **switches,
     )  # fmt: skip
     return gather(p, parts, tiles * classes, rows)
 

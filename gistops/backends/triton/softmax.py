@@ -76,6 +76,49 @@ def margin_factors(rows, row_valid, saved, B):
 
 
 @triton.jit
+def any_marked(center_rnorms, start, count, K, M):
+    """Whether among these classes any is of a pair that cancels."""
+    lanes = tl.arange(0, 256)
+    marks = tl.zeros((256,), tl.int32)
+    for j in range(1, M):
+        for skip in range(start, start + count, 256):
+            classes = skip + lanes
+            inside = (classes < K) & (classes < start + count)
+            rnorm = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=inside, other=0.0)
+            marks = marks | (rnorm < 0).to(tl.int32)
+    return tl.max(marks, 0) > 0
+
+
+@triton.jit
+def of_slot(
+    j,
+    slot,
+    h,
+    u,
+    share,  # S' [slots, features]
+    candidates,
+    moments,
+    split,
+    classes,
+    class_valid,
+    K,
+    M,
+    NEED_SHARES: tl.constexpr,
+    NEED_MOMENTS: tl.constexpr,
+):
+    """S' with the tile's part of slot j; U of slot j is stored."""
+    won = slot == j
+    if NEED_SHARES:
+        part = tl.sum(tl.where(won, h, tl.zeros_like(h)), 0)
+        share += tl.where(candidates[:, None] == j, part[None, :], tl.zeros_like(share))
+    if NEED_MOMENTS:
+        moment = tl.sum(tl.where(won, u, tl.zeros_like(u)), 1)
+        row = (split * M + j).to(tl.int64) * K
+        tl.store(moments + row + classes, moment, mask=class_valid)
+    return share
+
+
+@triton.jit
 def route_softmax_kernel(
     grad,  # [K, stride]: written where pairs cancel; unused if M is 1
     scores,  # z [K, stride]
@@ -110,6 +153,7 @@ def route_softmax_kernel(
     TILE_K: tl.constexpr,
     TILE_B: tl.constexpr,
     SLOTS: tl.constexpr,  # M, rounded up to a power of two
+    COUNT: tl.constexpr,  # M where that is small, so that nothing is left of loops over slots; otherwise 0
     LARGEST: tl.constexpr,  # of the dtype of H', where that is float16; otherwise 0
     SMOOTHING: tl.constexpr,
     MEAN: tl.constexpr,
@@ -146,8 +190,12 @@ def route_softmax_kernel(
         by_logit, by_tau, by_margin = margin_factors(rows, row_valid, saved, B)
         of_logit = of_target * by_logit
     share = tl.zeros((SLOTS, TILE_B), ACC)
-    total = tl.zeros((TILE_K,), ACC)
-    flag = tl.zeros((TILE_K, TILE_B), tl.int32)
+    total = tl.zeros((TILE_K, TILE_B), ACC)
+    nothing = tl.zeros((TILE_K, TILE_B), ACC)
+    share0, share1, share2, share3 = nothing, nothing, nothing, nothing
+    share4, share5, share6, share7 = nothing, nothing, nothing, nothing
+    flag = tl.cast(0, tl.int32)
+    cancels = any_marked(center_rnorms, group * run * TILE_K, run * TILE_K, K, M)
     for tile in range(group * run, group * run + run):
         classes = tile * TILE_K + tl.arange(0, TILE_K)
         class_valid = classes < K
@@ -163,9 +211,14 @@ def route_softmax_kernel(
         slot = tl.minimum(slot, M - 1)  # an operator called by hand must not read elsewhere
         # By selection: to gather them would turn the layout of the tile around.
         rnorm = tl.zeros((TILE_K, TILE_B), ACC)
-        for j in range(M):
-            known = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0)
-            rnorm = tl.where(valid & (slot == j), known[:, None], rnorm)
+        if COUNT > 0:
+            for j in tl.static_range(COUNT):
+                known = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0)
+                rnorm = tl.where(slot == j, known[:, None], rnorm)
+        else:
+            for j in range(M):
+                known = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0)
+                rnorm = tl.where(slot == j, known[:, None], rnorm)
         score = z
         if HAS_BIAS:
             bias = tl.load(class_bias + (first + classes), mask=class_valid, other=0.0)
@@ -187,9 +240,9 @@ def route_softmax_kernel(
             tl.store(margin_parts + tl.cast(split, tl.int64) * K + classes, of_margin, mask=class_valid)
         g = tl.where(valid, tl.where(own, of_logit[None, :], g), zeros)
         apart = valid & (rnorm < 0)
-        flag = flag | apart.to(tl.int32)
-        if M > 1:
+        if cancels:  # almost never
             tl.store(grad + start + offsets, g, mask=apart)
+            flag = flag | tl.max(tl.max(apart.to(tl.int32), 1), 0)
         h = tl.where(apart, zeros, scale[None, :] * g * tl.abs(rnorm))
         if LARGEST > 0:  # as in route_kernel
             bounded = tl.minimum(tl.maximum(h, -LARGEST), LARGEST)
@@ -200,26 +253,61 @@ def route_softmax_kernel(
             tl.store(weights + start + narrow, h.to(weights.dtype.element_ty), mask=inside)
         u = g * z
         if NEED_SHARES or NEED_MOMENTS:
-            for j in range(M):
-                won = slot == j
+            if COUNT > 0:
                 if NEED_SHARES:
-                    part = tl.sum(tl.where(won, h, zeros), 0)
-                    share += tl.where(candidates[:, None] == j, part[None, :], tl.zeros_like(share))
-                if NEED_MOMENTS:
-                    moment = tl.sum(tl.where(won, u, zeros), 1)
-                    row = (split * M + j).to(tl.int64) * K
-                    tl.store(moments + row + classes, moment, mask=class_valid)
-                    if NEED_TOTALS:
-                        total += moment
-        if NEED_TOTALS and not NEED_MOMENTS:
-            total += tl.sum(u, 1)
+                    share0 += tl.where(slot == 0, h, zeros)
+                    if COUNT > 1:
+                        share1 += tl.where(slot == 1, h, zeros)
+                    if COUNT > 2:
+                        share2 += tl.where(slot == 2, h, zeros)
+                    if COUNT > 3:
+                        share3 += tl.where(slot == 3, h, zeros)
+                    if COUNT > 4:
+                        share4 += tl.where(slot == 4, h, zeros)
+                    if COUNT > 5:
+                        share5 += tl.where(slot == 5, h, zeros)
+                    if COUNT > 6:
+                        share6 += tl.where(slot == 6, h, zeros)
+                    if COUNT > 7:
+                        share7 += tl.where(slot == 7, h, zeros)
+                for j in tl.static_range(COUNT):
+                    of_slot(
+                        j, slot, h, u, share, candidates, moments, split, classes, class_valid, K, M,
+                        False, NEED_MOMENTS,
+                    )  # fmt: skip
+            else:
+                for j in range(M):
+                    share = of_slot(
+                        j, slot, h, u, share, candidates, moments, split, classes, class_valid, K, M,
+                        NEED_SHARES, NEED_MOMENTS,
+                    )  # fmt: skip
+        if NEED_TOTALS:
+            total += u
     if NEED_SHARES:
-        place = shares + (group * M + candidates).to(tl.int64)[:, None] * B + rows[None, :]
-        tl.store(place, share, mask=row_valid[None, :] & (candidates < M)[:, None])
+        if COUNT > 0:
+            place = shares + tl.cast(group, tl.int64) * COUNT * B + rows
+            tl.store(place, tl.sum(share0, 0), mask=row_valid)
+            if COUNT > 1:
+                tl.store(place + B, tl.sum(share1, 0), mask=row_valid)
+            if COUNT > 2:
+                tl.store(place + 2 * B, tl.sum(share2, 0), mask=row_valid)
+            if COUNT > 3:
+                tl.store(place + 3 * B, tl.sum(share3, 0), mask=row_valid)
+            if COUNT > 4:
+                tl.store(place + 4 * B, tl.sum(share4, 0), mask=row_valid)
+            if COUNT > 5:
+                tl.store(place + 5 * B, tl.sum(share5, 0), mask=row_valid)
+            if COUNT > 6:
+                tl.store(place + 6 * B, tl.sum(share6, 0), mask=row_valid)
+            if COUNT > 7:
+                tl.store(place + 7 * B, tl.sum(share7, 0), mask=row_valid)
+        else:
+            place = shares + (group * M + candidates).to(tl.int64)[:, None] * B + rows[None, :]
+            tl.store(place, share, mask=row_valid[None, :] & (candidates < M)[:, None])
     if NEED_TOTALS:
-        sums = tl.sum(total, 0)
+        sums = tl.sum(tl.sum(total, 1), 0)
         if HAS_MARGIN:
             if (group == 0) & (first == 0):
                 sums += tl.sum(of_target * by_tau, 0) * tl.load(tau).to(ACC)
         tl.store(totals + split * groups + group, sums)
-    tl.store(flags + split * groups + group, tl.max(tl.max(flag, 1), 0))
+    tl.store(flags + split * groups + group, flag)
