@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .registry import compute_dtype
+from .registry import below_autocast, compute_dtype
 
 #: Scores in a chunk, at most: 128 MiB in float32, so that 256 features and 100,000 classes are one chunk. What is made of
 #: them takes half a GiB at most. Elsewhere than on a GPU, where caches are small and launches cost nothing, 16 MiB.
@@ -73,13 +73,15 @@ class Shared:
 
     def _forward(self, centers: Tensor, tau: Tensor) -> Made:
         operator = getattr(torch.ops.gistops, f"{self.family}_forward").default
-        made: Made = operator(self.input, centers, self.displacements, tau, self.allow_tf32)
+        with below_autocast():
+            made: Made = operator(self.input, centers, self.displacements, tau, self.allow_tf32)
         return made
 
     def _backward(self, grad: Tensor, centers: Tensor, tau: Tensor, made: Made, needs: Needs) -> Gradients:
         operator = getattr(torch.ops.gistops, f"{self.family}_backward").default
         arguments = (self.input, centers, self.displacements, tau)
-        gradients = operator(grad, *arguments, *made, *needs, self.allow_tf32)
+        with below_autocast():
+            gradients = operator(grad, *arguments, *made, *needs, self.allow_tf32)
         return Gradients(*(g if needed else None for g, needed in zip(gradients, needs, strict=True)))
 
 

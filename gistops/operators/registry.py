@@ -53,6 +53,12 @@ def _autocast(name: str, device: str, operands: int) -> Callable[..., Any]:
     return kernel
 
 
+def below_autocast() -> Any:
+    """A context in which operators do not cast: for kernels that call operators, as a backward may run inside autocast."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    return torch._C._ExcludeDispatchKeyGuard(keys.add(torch._C.DispatchKey.AutocastCUDA))
+
+
 def knows_autocast(device: str) -> bool:
     """Whether there is autocast for a type of device; torch.compile takes the answer as a constant."""
     return bool(torch.amp.is_autocast_available(device))

@@ -155,15 +155,15 @@ _HALF = Small(
     route=(32, 32, 4),
     route_many=(16, 64, 4),
     pool=(16, 64, 4),
-    softmax=(16, 64, 4),
-    softmax_few=False,
+    softmax=(16, 32, 4),
+    softmax_few=True,  # on an H100 a loss's step takes 0.77 to 0.89 of what it takes without
     softmax_many=(16, 16, 4),
     finish_input=(64, 2048),
     finish_displacements=(64, 32),
 )
 _SINGLE = replace(_HALF, every_norm=(32, 64), whole_norm=(2048, 1))
 _DOUBLE = replace(
-    _HALF, pool=(16, 32, 4), softmax=(16, 32, 4), route_many=(16, 32, 4),
+    _HALF, pool=(16, 32, 4), softmax_few=False, route_many=(16, 32, 4),
     every_norm=(16, 32), whole_norm=(1024, 1), pool_logits=(64, 32, 4), finish_input=(64, 512)
 )
 SMALL: dict[Kind, Small] = {"half": _HALF, "tf32": _SINGLE, "ieee": _SINGLE, "f64": _DOUBLE}
