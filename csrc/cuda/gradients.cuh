@@ -3,18 +3,18 @@
 #include "centers.cuh"
 #include "correct.cuh"
 #include "ends.cuh"
-#include "products.cuh"
+#include "sequence.cuh"
 #include "totals.cuh"
 
 namespace gistops::cuda {
 
 template <class T>
-class GradientProducts : protected Products<T> {
+class GradientSequence : protected Sequence<T> {
  public:
-  using Products<T>::Products;
+  using Sequence<T>::Sequence;
 
  protected:
-  using Base = Products<T>;
+  using Base = Sequence<T>;
   using Base::p_, Base::ld_, Base::stream_, Base::workspace_;
   using S = Sum<T>;
 
@@ -107,7 +107,7 @@ class GradientProducts : protected Products<T> {
   // Product and correction are one kernel: with half-precision operands, whose product PyTorch writes in float32.
   static constexpr bool kWhole = sizeof(T) == 2;
 
-  int64_t tile_classes() const { return kWhole ? kCenterClasses<T> : correct_.classes; }
+  int64_t tile_classes() const { return kWhole ? kCenterClasses : correct_.classes; }
 
   // The product with the features of some classes of a run, and its correction, while the one is in the cache.
   void correct(const Pairs<T>& pairs, T* centers, int64_t first, int64_t at) {
@@ -126,7 +126,7 @@ class GradientProducts : protected Products<T> {
     if constexpr (kWhole) {
       const CenterInputs<T> inputs{part, parts_.h + at * ld_, ld_, t, totals_.cancelled};
       const CenterGradients<T> outputs{out, partials};
-      make_center_gradients<Mma16<T>, true, T>(stream_, this->aligned(), inputs, outputs);
+      make_center_gradients(stream_, this->aligned(), inputs, outputs);
     } else {
       S* sums = nullptr;
       if (out) {
