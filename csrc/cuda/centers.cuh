@@ -215,7 +215,7 @@ class Centers {
 #pragma unroll
       for (int c = 0; c < kVector; ++c) delta[j][c] = wide(values.e[c]);
     }
-    constexpr int kAtOnce = kVectors ? 4 : 1;  // rows whose centres are read before any is used
+    constexpr int kAtOnce = !kVectors ? 1 : kSqueezes ? 4 : 2;  // rows whose centres are read before any is used
     static_assert(Shape::kClasses % (Shape::kRuns * kAtOnce) == 0);
 #pragma unroll 1
     for (int rows = run; rows < Shape::kClasses; rows += Shape::kRuns * kAtOnce) {
