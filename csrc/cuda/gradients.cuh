@@ -47,7 +47,6 @@ class GradientSequence : protected Sequence<T> {
         .add(totals_.cancelled, 1)
         .add(product_, gradients.input ? p_.B() * p_.d() : 0)
         .add(total_, gradients.input && several ? p_.B() * p_.d() : 0)
-        .add(sums_, gradients.centers && !kInPlace && !kWhole ? step_ * p_.d() : 0)
         .add(partials_, displacements ? runs * tiles * p_.m() * p_.d() : 0)
         .take();
     if (!further.bias) parts_.bias = nullptr;
@@ -103,8 +102,8 @@ class GradientSequence : protected Sequence<T> {
   Pulls<T> parts_{}, totals_{};
 
  private:
-  static constexpr bool kInPlace = sizeof(T) == sizeof(S);  // the product can lie where the gradient will
-  // Product and correction are one kernel: with half-precision operands, whose product PyTorch writes in float32.
+  // Product and correction are one kernel: with half-precision operands, whose product PyTorch writes in float32. Else
+  // the product lies where the gradient will.
   static constexpr bool kWhole = sizeof(T) == 2;
 
   int64_t tile_classes() const { return kWhole ? kCenterClasses : correct_.classes; }
@@ -128,18 +127,13 @@ class GradientSequence : protected Sequence<T> {
       const CenterGradients<T> outputs{out, partials};
       make_center_gradients(stream_, this->aligned(), inputs, outputs);
     } else {
-      S* sums = nullptr;
       if (out) {
-        if constexpr (kInPlace)
-          sums = out;
-        else
-          sums = sums_;
         const Matrix left{parts_.h + at * ld_, classes, p_.B(), ld_, 1},
             right{p_.input.data, p_.B(), p_.d(), p_.d(), 1};
-        workspace_.multiply(left, right, sums, p_.d());
+        workspace_.multiply(left, right, out, p_.d());
       }
       launch("correct", this->aligned() ? correct_kernel<T, true> : correct_kernel<T, false>, blocks(tiles, across()),
-             CorrectShape::kThreads, 0, stream_, correct_, part, t, static_cast<const int*>(totals_.cancelled), sums,
+             CorrectShape::kThreads, 0, stream_, correct_, part, t, static_cast<const int*>(totals_.cancelled), out,
              out, partials);
     }
   }
@@ -155,7 +149,7 @@ class GradientSequence : protected Sequence<T> {
   CorrectShape correct_{1, 1};
   bool several_ = false;
   int64_t step_ = 0, tiles_ = 0;
-  S *product_ = nullptr, *total_ = nullptr, *sums_ = nullptr, *partials_ = nullptr;
+  S *product_ = nullptr, *total_ = nullptr, *partials_ = nullptr;
 };
 
 }  // namespace gistops::cuda
