@@ -57,8 +57,7 @@ X86_64 = (
 CUDA = (
     Unit("cuda_ops", "cuda/ops.cpp", torch_headers=True, cuda=True),
     Unit("cuda_loss_ops", "cuda/loss_ops.cpp", torch_headers=True, cuda=True),
-    *(Unit(f"cuda_{t}", f"cuda/{t}.cu", cuda=True) for t in ("bf16", "f16", "f32", "tf32", "f64")),
-    *(Unit(f"cuda_products_{t}", f"cuda/products_{t}.cu", cuda=True) for t in ("bf16", "f16", "f32", "f64")),
+    *(Unit(f"cuda_{t}", f"cuda/{t}.cu", cuda=True) for t in ("bf16", "f16", "f32", "f64")),
 )
 
 

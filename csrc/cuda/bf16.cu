@@ -1,6 +1,6 @@
-// bfloat16 operands, on tensor cores.
+// The operators, of bfloat16 operands.
 #include "operations.cuh"
 
 namespace gistops::cuda {
-const Operations bf16_operations = operations<Mma16<bf16>>();
+const Operations bf16_operations = operations<bf16>();
 }

@@ -11,9 +11,7 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdlib>
 #include <initializer_list>
-#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -49,31 +47,13 @@ ScalarType operand_type(const Tensor& input, const Tensor& centers, const Tensor
   return agree ? input.scalar_type() : ScalarType::Float;
 }
 
-const Operations& operations(ScalarType operands, bool allow_tf32) {
+const Operations& operations(ScalarType operands) {
   switch (operands) {
     case ScalarType::BFloat16: return bf16_operations;
     case ScalarType::Half: return f16_operations;
     case ScalarType::Double: return f64_operations;
-    default: return allow_tf32 ? tf32_operations : f32_operations;
+    default: return f32_operations;
   }
-}
-
-const ProductOperations& products(ScalarType operands) {
-  switch (operands) {
-    case ScalarType::BFloat16: return bf16_products;
-    case ScalarType::Half: return f16_products;
-    case ScalarType::Double: return f64_products;
-    default: return f32_products;
-  }
-}
-
-// Whether the kernels that make the products themselves serve, instead of those around PyTorch's: to compare the two.
-bool fused() {
-  static const bool chosen = [] {
-    const char* name = std::getenv("GISTOPS_CUDA_PRODUCTS");
-    return name && std::string_view(name) == "fused";
-  }();
-  return chosen;
 }
 
 // Neither conversion costs a call where there is nothing to convert.
@@ -129,20 +109,19 @@ class TorchWorkspace final : public Workspace {
  public:
   explicit TorchWorkspace(const Call& call) : call_(call) {}
 
-  void* scratch(int64_t bytes) override {
-    return keep(like(call_.input, {std::max<int64_t>(bytes, 1)}, ScalarType::Byte));
-  }
-
   void scratch(Piece* pieces, int count) override {
     constexpr int64_t kAlignment = 256;
     const auto whole = [](int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; };
     int64_t all = 0;
     for (int i = 0; i < count; ++i) all += whole(pieces[i].bytes);
-    char* at = static_cast<char*>(scratch(all));
+    kept_.push_back(like(call_.input, {std::max<int64_t>(all, 1)}, ScalarType::Byte));
+    char* at = static_cast<char*>(kept_.back().mutable_data_ptr());
     for (int i = 0; i < count; at += whole(pieces[i].bytes), ++i) pieces[i].data = at;
   }
 
-  // No overload here is one that autocast knows: it would give the result the type of the region around the call.
+  // Views of the memory alone: they require no gradient, whatever the operands do. Neither overload is one that
+  // autocast knows: it would give the result the type of the region around the call. Whether float32 is multiplied in
+  // tf32 is PyTorch's own setting, the same that allow_tf32 says.
   void multiply(const Matrix& left, const Matrix& right, void* out, int64_t ld) override {
     const Tensor a = view(left.data, {left.rows, left.cols}, {left.row, left.col});
     const Tensor b = view(right.data, {right.rows, right.cols}, {right.row, right.col});
@@ -152,19 +131,6 @@ class TorchWorkspace final : public Workspace {
                                                      : call("aten::mm", "dtype_out", a, b, call_.sums, sums);
     STD_TORCH_CHECK(made.mutable_data_ptr() == out && made.scalar_type() == call_.sums,
                     "gistops: a product was not written where it was asked for");
-  }
-
-  void* product(const void* h, int64_t ld, const Arguments& a) override {
-    // Views of the memory alone: they require no gradient, whatever the operands do.
-    const Tensor left = view(h, {a.B, a.K}, {ld, 1}), right = view(a.centers, {a.K, a.d}, {a.d, 1});
-    // Neither overload is one that autocast knows: it would give mm's result the type of the region around the call.
-    const Tensor made = call_.operands == call_.sums
-                            ? call("aten::mm", "out", left, right, like(call_.input, {a.B, a.d}, call_.sums))
-                            : call("aten::mm", "dtype", left, right, call_.sums);
-    STD_TORCH_CHECK(made.scalar_type() == call_.sums && made.dim() == 2 && made.size(0) == a.B && made.size(1) == a.d &&
-                        made.is_contiguous(),
-                    "gistops: the product with the centers has another dtype or shape than was asked for");
-    return keep(made);
   }
 
  private:
@@ -177,11 +143,6 @@ class TorchWorkspace final : public Workspace {
     std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
-  }
-
-  void* keep(Tensor x) {
-    kept_.push_back(std::move(x));
-    return kept_.back().mutable_data_ptr();
   }
 
   const Call& call_;

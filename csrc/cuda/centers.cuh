@@ -1,79 +1,20 @@
-// The gradient of the centres, and the centres' part of the displacements' gradient, in one pass over the centres:
+// The gradient of centres in half precision, and their part of the displacements' gradient, in one pass over them:
 //
-//   dw[k] = sum_i H[i, k] f_i - s_k w_k - sum_j T[k, j] delta_j          s_k = sum_j T[k, j]
+//   dw[k] = sum_i H[k, i] f_i - s_k w_k - sum_j T[k, j] delta_j          s_k = sum_j T[k, j]
 //   dd[j] = ... - sum_k T[k, j] w_k - (sum_k T[k, j]) delta_j            partials [tiles of classes, m, d]
 //
 // Pairs that cancel are in neither H, T nor s here: they are added from w + delta, summed before it is weighted. Their
 // features are added too, to both: S does not have them either.
 #pragma once
-#include <type_traits>
-
+#include "centers_shape.cuh"
 #include "launch.cuh"
-#include "pulls.cuh"
-#include "tile.cuh"
 
 namespace gistops::cuda {
 
-// Classes of a tile, each of which has a partial.
-template <class T>
-constexpr int kCenterClasses = sizeof(T) == 8 ? 64 : 128;
-
-// kClassMajor: H lies as [K, ld], else as [B, ld].
-template <class Engine_, int kDims_, bool kClassMajor_ = false>
-struct CentersShape {
-  using Engine = Engine_;
-  using T = typename Engine::Element;
-  using S = Sum<T>;
-  static constexpr bool kClassMajor = kClassMajor_;
-  static constexpr int kClasses = kCenterClasses<T>, kDims = kDims_, kStages = 3;
-  static constexpr int kDepth = sizeof(T) == 2 ? 32 : 16;  // features, a stage
-  static constexpr int kWarpsC = 4, kWarpsD = 2, kWarps = kWarpsC * kWarpsD, kThreads = kWarps * kWarp;
-  static constexpr int kRowTiles = kClasses / kWarpsC / 16, kColTiles = kDims / kWarpsD / 8;
-  static constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;  // on a multiprocessor
-  static constexpr int kSlots = 4;                        // displacements at a time
-
-  static constexpr int kVector = 16 / sizeof(T), kPad = sizeof(T) == 4 ? 8 : kVector;
-  using H = std::conditional_t<kClassMajor, Tile<T, kClasses, kDepth, kVector>, Tile<T, kDepth, kClasses, kPad>>;
-  using F = Tile<T, kDepth, kDims, kPad>;
-  static constexpr int kStageBytes = H::kBytes + F::kBytes;
-
-  // After the products a thread takes one vector of columns of every kRuns-th class.
-  static constexpr int kColumns = kDims / kVector, kRuns = kThreads / kColumns;
-  struct Sums {
-    S sums[kClasses][kDims + 8];
-    S partials[kWarps][kSlots][kDims];
-  };
-  struct Shared {
-    S s[kClasses];
-    alignas(16) S t[kClasses][kSlots];  // of the displacements at hand
-    int cancelled[kClasses];            // whether a vector of the class cancels
-    union {
-      alignas(16) unsigned char ring[kStages * kStageBytes];
-      Sums after;
-    };
-  };
-  static constexpr int kShared = sizeof(Shared);
-};
-
-template <class T>
-struct CenterInputs {
-  Pairs<T> pairs;
-  const T* h;  // rows of length ld: whole vectors, zeros beyond B or K
-  int64_t ld;
-  const Sum<T>* t;       // [K, M]
-  const int* cancelled;  // [1]
-};
-
-template <class T>
-struct CenterGradients {
-  T* centers;             // [K, d], or null
-  Sum<T>* displacements;  // [tiles, m, d], or null
-};
-
 template <class Shape, bool kVectors>
 class Centers {
-  using Engine = typename Shape::Engine;
   using T = typename Shape::T;
+  using Engine = Mma16<T>;
   using S = Sum<T>;
   using Shared = typename Shape::Shared;
   static constexpr int kRowTiles = Shape::kRowTiles, kColTiles = Shape::kColTiles, kSlots = Shape::kSlots;
@@ -155,10 +96,8 @@ class Centers {
 #pragma unroll
         for (int c = 0; c < 4; ++c) sums_[i][j][c] = 0;
     using Stages = Ring<Shape::kStages, Shape::kStageBytes>;
-    constexpr bool kClassMajor = Shape::kClassMajor;
-    const Global<T> h{in_.h, kClassMajor ? p_.K() : p_.B(), in_.ld, in_.ld};
-    typename Shape::H::template Walk<Shape::kThreads, true> weights(h, kClassMajor ? first_class_ : 0,
-                                                                    kClassMajor ? 0 : first_class_);
+    const Global<T> h{in_.h, p_.K(), in_.ld, in_.ld};
+    typename Shape::H::template Walk<Shape::kThreads, true> weights(h, first_class_, 0);
     typename Shape::F::template Walk<Shape::kThreads, kVectors> features(p_.input, 0, first_dim_);
     Stages loaded(e_.ring), multiplied(e_.ring);
     const int64_t chunks = ceil_div(p_.B(), Shape::kDepth);
@@ -167,8 +106,7 @@ class Centers {
         unsigned char* stage = loaded.next();
         weights.load(reinterpret_cast<T*>(stage));
         features.load(reinterpret_cast<T*>(stage + Shape::H::kBytes));
-        kClassMajor ? weights.along() : weights.down();
-        features.down();
+        weights.along(), features.down();
       }
       copy_async_commit();
     };
@@ -177,7 +115,7 @@ class Centers {
 #pragma unroll 1
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       copy_async_wait<Shape::kStages - 2>();
-      __syncthreads();  // as in the forward
+      __syncthreads();  // this chunk is there for all, and all are done with the one whose place the next load takes
       load(chunk + Shape::kStages - 1 < chunks);
       multiply(multiplied.next());
     }
@@ -194,16 +132,10 @@ class Centers {
       typename Engine::A a[kRowTiles];
       typename Engine::B b[kColTiles];
 #pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        if constexpr (Shape::kClassMajor) {
-          a[i] = Engine::template load_a<Along::row>(h + (row_ + i * 16) * kLd + s, kLd, lane_);
-        } else {
-          a[i] = Engine::template load_a<Along::column>(h + s * kLd + row_ + i * 16, kLd, lane_);
-        }
-      }
+      for (int i = 0; i < kRowTiles; ++i) a[i] = Engine::load_a(h + (row_ + i * 16) * kLd + s, kLd, lane_);
 #pragma unroll
       for (int j = 0; j < kColTiles; j += 2)
-        Engine::template load_b2<Along::column>(b[j], b[j + 1], f + s * Shape::F::kLd + j * 8, Shape::F::kLd, lane_);
+        Engine::load_b2(b[j], b[j + 1], f + s * Shape::F::kLd + j * 8, Shape::F::kLd, lane_);
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
@@ -283,7 +215,7 @@ class Centers {
 #pragma unroll
       for (int c = 0; c < kVector; ++c) delta[j][c] = wide(values.e[c]);
     }
-    constexpr int kAtOnce = kVectors ? 4 : 1;  // rows whose centres are read before any is used
+    constexpr int kAtOnce = !kVectors ? 1 : kSqueezes ? 4 : 2;  // rows whose centres are read before any is used
     static_assert(Shape::kClasses % (Shape::kRuns * kAtOnce) == 0);
 #pragma unroll 1
     for (int rows = run; rows < Shape::kClasses; rows += Shape::kRuns * kAtOnce) {
@@ -370,7 +302,7 @@ class Centers {
   Shared& e_;
   int64_t tile_, first_class_, first_dim_;
   int thread_, lane_, warp_, row_, col_;  // row_, col_: the warp's first within the tile
-  typename Engine::Accumulator sums_[kRowTiles][kColTiles][4];
+  S sums_[kRowTiles][kColTiles][4];
 };
 
 template <class Shape, bool kVectors>
@@ -390,17 +322,14 @@ void launch_centers(void* stream, const CenterInputs<typename Shape::T>& in,
 }
 
 // Wide tiles read less, narrow ones keep a small problem from idling.
-template <class Engine, bool kClassMajor, class T>
+template <class T>
 void make_center_gradients(void* stream, bool vectors, const CenterInputs<T>& in, const CenterGradients<T>& out) {
-  using Narrow = CentersShape<Engine, 64, kClassMajor>;
+  using Narrow = CentersShape<T, 64>;
   if (!vectors) return launch_centers<Narrow, false>(stream, in, out);
-  if constexpr (sizeof(T) == 2) {
-    using Wide = CentersShape<Engine, 128, kClassMajor>;
-    constexpr int64_t kEnough = 256;  // blocks
-    if (ceil_div(in.pairs.p.K(), Wide::kClasses) * ceil_div(in.pairs.p.d(), Wide::kDims) >= kEnough)
-      return launch_centers<Wide, true>(stream, in, out);
-  }
-  launch_centers<Narrow, true>(stream, in, out);
+  using Wide = CentersShape<T, 128>;
+  constexpr int64_t kEnough = 256;  // blocks
+  const bool enough = ceil_div(in.pairs.p.K(), Wide::kClasses) * ceil_div(in.pairs.p.d(), Wide::kDims) >= kEnough;
+  enough ? launch_centers<Wide, true>(stream, in, out) : launch_centers<Narrow, true>(stream, in, out);
 }
 
 }  // namespace gistops::cuda

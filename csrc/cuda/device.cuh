@@ -26,6 +26,13 @@ using f16 = __half;
 
 constexpr int kWarp = 32;
 
+// Whether the compiler fits into 128 registers what it does not for other targets than Hopper.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+constexpr bool kSqueezes = false;
+#else
+constexpr bool kSqueezes = true;
+#endif
+
 // N elements, read or written at once.
 template <class T, int N>
 struct alignas(N * sizeof(T)) Pack {

@@ -1,4 +1,4 @@
-// The last pieces of the backward in the class-major layout, over [B, d] and [m, d].
+// The last pieces of the backward, over [B, d] and [m, d].
 #pragma once
 #include "pulls.cuh"
 #include "vector.cuh"

@@ -1,6 +1,6 @@
-// float16 operands, on tensor cores.
+// The operators, of float16 operands.
 #include "operations.cuh"
 
 namespace gistops::cuda {
-const Operations f16_operations = operations<Mma16<f16>>();
+const Operations f16_operations = operations<f16>();
 }

@@ -1,6 +1,6 @@
-// float32 operands, in full precision.
+// The operators, of float32 operands.
 #include "operations.cuh"
 
 namespace gistops::cuda {
-const Operations f32_operations = operations<Fma<float>>();
+const Operations f32_operations = operations<float>();
 }

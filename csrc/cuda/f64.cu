@@ -1,6 +1,6 @@
-// float64 operands.
+// The operators, of float64 operands.
 #include "operations.cuh"
 
 namespace gistops::cuda {
-const Operations f64_operations = operations<Fma<double>>();
+const Operations f64_operations = operations<double>();
 }

@@ -70,7 +70,7 @@ LossOutput cross_entropy_forward(const Tensor& input, const Tensor& centers, con
                scalars = like(input, {2}, call.sums);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
-  products(call.operands)
+  operations(call.operands)
       .loss_forward(call.arguments(), call.loss,
                     {loss.mutable_data_ptr(), lse.mutable_data_ptr(), static_cast<bool*>(inside.mutable_data_ptr()),
                      keep ? scores.mutable_data_ptr() : nullptr,
@@ -126,7 +126,7 @@ LossGradients cross_entropy_backward(Optional grad_loss, Optional grad_lse, cons
   const auto data = [](bool needed, const Tensor& x) { return needed ? x.mutable_data_ptr() : nullptr; };
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
-  products(call.operands)
+  operations(call.operands)
       .loss_backward(call.arguments(), call.loss, {LossCall::pointer(of_loss), LossCall::pointer(of_lse)},
                      {nullptr, nullptr, nullptr, data(kept, z), static_cast<uint8_t*>(data(kept, j)),
                       R.mutable_data_ptr(), n.mutable_data_ptr(), notes.mutable_data_ptr(), two.mutable_data_ptr()},

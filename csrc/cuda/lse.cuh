@@ -85,6 +85,7 @@ __global__ void __launch_bounds__(ScoresShape::kThreads, sizeof(T) == 8 ? 1 : 2)
       *reinterpret_cast<uchar4*>(in.slots + k * in.slot_class + own) = *reinterpret_cast<const uchar4*>(bytes);
     }
     if (!out.max) continue;
+    constexpr bool kAgain = sizeof(S) == 8 && !kSqueezes;  // weights are read again rather than held in registers
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       S scores[Shape::kOwn], joint = max[e];
@@ -97,7 +98,10 @@ __global__ void __launch_bounds__(ScoresShape::kThreads, sizeof(T) == 8 ? 1 : 2)
           out.target_logits[own + e] = z[c][e];
         }
         joint = scores[c] > joint ? scores[c] : joint;
-        if (terms.smoothed && k < K) weighted[e] = fma(weight[c], z[c][e], weighted[e]);
+        if (terms.smoothed && k < K) {
+          if constexpr (kAgain) weight[c] = terms.weight ? terms.weight[terms.first + k] : S(1);
+          weighted[e] = fma(weight[c], z[c][e], weighted[e]);
+        }
       }
       const S shift = finite_shift(joint);
       S sum = total[e] * exp(max[e] - shift);

@@ -28,7 +28,7 @@ struct Norms {
 template <class T, int kGroup, bool kAligned>
 constexpr int norms_blocks() {
   if (!kAligned || kGroup > 4 || sizeof(T) == 8) return 1;
-  return sizeof(T) == 2 ? 4 : 3;
+  return sizeof(T) == 2 && kSqueezes ? 4 : 3;
 }
 
 template <bool kAligned, class T>

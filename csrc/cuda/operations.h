@@ -1,4 +1,4 @@
-// What the binding calls: the two operators for each type of operands, on pointers. No CUDA and no torch header here.
+// What the binding calls: the operators for each type of operands, on pointers. No CUDA and no torch header here.
 #pragma once
 #include <cstdint>
 
@@ -43,19 +43,10 @@ constexpr int64_t padded_rows(int64_t B) { return (B + 15) / 16 * 16; }
 class Workspace {
  public:
   virtual ~Workspace() = default;
-  virtual void* scratch(int64_t bytes) = 0;
   // Fills in `data` of each piece, at a multiple of 256 bytes.
   virtual void scratch(Piece* pieces, int count) = 0;
   // left right -> out, sums in rows of length ld.
   virtual void multiply(const Matrix& left, const Matrix& right, void* out, int64_t ld) = 0;
-  // h [B, K] with rows of length ld, times the centres -> [B, d] sums, in scratch memory.
-  virtual void* product(const void* h, int64_t ld, const Arguments& arguments) = 0;
-};
-
-// Both throw std::runtime_error with the kernel's name and CUDA's words where a launch fails.
-struct Operations {
-  void (*forward)(const Arguments&, const Results&, Workspace&);
-  void (*backward)(const Arguments&, const void* grad, const Results& saved, const Gradients&, Workspace&);
 };
 
 // What a cross-entropy takes beside the scores' arguments. Null where there is none.
@@ -82,8 +73,8 @@ struct LossGrads {
   const void *loss, *lse;  // as the results, or null
 };
 
-// The same around PyTorch's own products.
-struct ProductOperations {
+// All throw std::runtime_error with the kernel's name and CUDA's words where a launch fails.
+struct Operations {
   void (*forward)(const Arguments&, const Results&, Workspace&);
   void (*backward)(const Arguments&, const void* grad, const Results& saved, const Gradients&, Workspace&);
   void (*loss_forward)(const Arguments&, const LossArguments&, const LossResults&, Workspace&);
@@ -92,7 +83,6 @@ struct ProductOperations {
                         const Gradients&, void* class_bias, void* margin, Workspace&);
 };
 
-extern const ProductOperations bf16_products, f16_products, f32_products, f64_products;
-extern const Operations bf16_operations, f16_operations, f32_operations, tf32_operations, f64_operations;
+extern const Operations bf16_operations, f16_operations, f32_operations, f64_operations;
 
 }  // namespace gistops::cuda

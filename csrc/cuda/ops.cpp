@@ -7,25 +7,25 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_forward(const Tensor& input, const Tensor& centers,
                                                                  const Tensor& displacements, const Tensor& tau,
-                                                                 bool allow_tf32) {
+                                                                 bool /*allow_tf32*/) {
   const Call call(input, centers, displacements, tau);
   const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
   const Tensor logits = like(input, {B, K}, call.sums), slots = like(input, {B, K}, ScalarType::Byte);
   const Tensor center_rnorms = like(input, {M, K}, call.sums), input_rnorms = like(input, {B}, call.sums);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
-  const auto forward = fused() ? operations(call.operands, allow_tf32).forward : products(call.operands).forward;
-  forward(call.arguments(),
-          {logits.mutable_data_ptr(), static_cast<uint8_t*>(slots.mutable_data_ptr()), center_rnorms.mutable_data_ptr(),
-           input_rnorms.mutable_data_ptr()},
-          workspace);
+  operations(call.operands)
+      .forward(call.arguments(),
+               {logits.mutable_data_ptr(), static_cast<uint8_t*>(slots.mutable_data_ptr()),
+                center_rnorms.mutable_data_ptr(), input_rnorms.mutable_data_ptr()},
+               workspace);
   return {logits, slots, center_rnorms, input_rnorms};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
     const Tensor& grad, const Tensor& input, const Tensor& centers, const Tensor& displacements, const Tensor& tau,
     const Tensor& logits, const Tensor& slots, const Tensor& center_rnorms, const Tensor& input_rnorms, bool need_input,
-    bool need_centers, bool need_displacements, bool need_tau, bool allow_tf32) {
+    bool need_centers, bool need_displacements, bool need_tau, bool /*allow_tf32*/) {
   const Call call(input, centers, displacements, tau);
   const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
   const auto saved = [&](const Tensor& x, std::vector<int64_t> sizes, ScalarType dtype, const char* name) {
@@ -48,13 +48,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
   const Tensor dt = gradient(need_tau, call.tau, call.sums);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
-  const auto backward = fused() ? operations(call.operands, allow_tf32).backward : products(call.operands).backward;
-  backward(
-      call.arguments(), G.const_data_ptr(),
-      {z.mutable_data_ptr(), static_cast<uint8_t*>(j.mutable_data_ptr()), R.mutable_data_ptr(), n.mutable_data_ptr()},
-      {need_input ? df.mutable_data_ptr() : nullptr, need_centers ? dw.mutable_data_ptr() : nullptr,
-       need_displacements ? dd.mutable_data_ptr() : nullptr, need_tau ? dt.mutable_data_ptr() : nullptr},
-      workspace);
+  operations(call.operands)
+      .backward(call.arguments(), G.const_data_ptr(),
+                {z.mutable_data_ptr(), static_cast<uint8_t*>(j.mutable_data_ptr()), R.mutable_data_ptr(),
+                 n.mutable_data_ptr()},
+                {need_input ? df.mutable_data_ptr() : nullptr, need_centers ? dw.mutable_data_ptr() : nullptr,
+                 need_displacements ? dd.mutable_data_ptr() : nullptr, need_tau ? dt.mutable_data_ptr() : nullptr},
+                workspace);
   return {as(df, input.scalar_type()), as(dw, centers.scalar_type()), as(dd, displacements.scalar_type()),
           as(dt, tau.scalar_type())};
 }

@@ -1,4 +1,4 @@
-// How the backward's gradients are shared out, in the class-major layout. As in route.cuh:
+// How the backward's gradients are shared out: each goes to the vector that won.
 //
 //   H[k, i] = tau G |R[j*, k]| / |f_i|, in the operands' dtype, for the two products;  0 where the pair cancels
 //   S[j, i] = sum of the same over k with j* = j, unrounded

@@ -1,20 +1,12 @@
 // Tiles of matrices in shared memory, and the products of a warp's share of two tiles.
 //
-// A stage of the ring holds, of each operand, 128 bytes of the summed dimension (the forward: rows of centres and of
-// features as they lie in memory) or a slice of it (the gradient of the centres: both operands summed over their rows).
-// Rows are padded so that neither ldmatrix nor plain loads meet a bank twice.
+// A stage of the ring holds a slice of the summed dimension of each operand. Rows are padded so that neither ldmatrix
+// nor plain loads meet a bank twice.
 #pragma once
-#include "device.cuh"
+#include "arguments.h"
 #include "ptx.cuh"
 
 namespace gistops::cuda {
-
-// A row-major matrix in global memory.
-template <class T>
-struct Global {
-  const T* data;
-  int64_t rows, cols, ld;
-};
 
 // [kRows, kCols] elements of T, kPad more in each row.
 template <class T, int kRows, int kCols, int kPad>
@@ -82,19 +74,12 @@ class Ring {
   int at_ = 0;
 };
 
-// How a pair of operands is multiplied. kStep: elements of the summed dimension that one fragment takes. A and B are
-// pointers into shared memory, at the warp's first row of each and the step's first element:
-//   rows of the summed dimension within a row (by_row):      a[row * ld + s], b[col * ld + s]
-//   or in a column (by_column):                              a[s * ld + row], b[s * ld + col]
-// Accumulators lie as in mma.m16n8: c[0..1] of row lane / 4, c[2..3] of 8 rows below; columns 2 (lane % 4) and the
-// next.
-enum class Along { row, column };
-
-// bf16 and f16 on tensor cores.
+// Products of bf16 or f16 fragments on tensor cores: of A with 16 rows and kStep elements of the summed dimension in
+// each, at a[row * ld + s], and of B with 8 columns and the summed dimension down them, at b[s * ld + col]; both in
+// shared memory, at the warp's first row or column and the step's first element. Accumulators lie as in mma.m16n8:
+// c[0..1] of row lane / 4, c[2..3] of 8 rows below; columns 2 (lane % 4) and the next.
 template <class T>
 struct Mma16 {
-  using Element = T;
-  using Accumulator = float;
   static constexpr int kStep = 16;
   struct A {
     uint32_t r[4];
@@ -103,158 +88,18 @@ struct Mma16 {
     uint32_t r[2];
   };
 
-  template <Along along>
   static __device__ __forceinline__ A load_a(const T* a, int ld, int lane) {
     A x;
-    if constexpr (along == Along::row) {
-      load_matrix_x4(x.r, a + lane % 16 * ld + lane / 16 * 8);
-    } else {
-      load_matrix_x4_trans(x.r, a + (lane / 16 * 8 + lane % 8) * ld + lane / 8 % 2 * 8);
-    }
-    return x;
-  }
-  template <Along along>
-  static __device__ __forceinline__ B load_b(const T* b, int ld, int lane) {
-    B x;
-    lane %= 16;  // only the first 16 lanes' addresses are used; the others' must be valid
-    if constexpr (along == Along::row) {
-      load_matrix_x2(x.r, b + lane % 8 * ld + lane / 8 * 8);
-    } else {
-      load_matrix_x2_trans(x.r, b + lane * ld);
-    }
+    load_matrix_x4(x.r, a + lane % 16 * ld + lane / 16 * 8);
     return x;
   }
   // Two fragments of B side by side, with one instruction.
-  template <Along along>
   static __device__ __forceinline__ void load_b2(B& x, B& y, const T* b, int ld, int lane) {
     uint32_t r[4];
-    if constexpr (along == Along::row) {
-      load_matrix_x4(r, b + (lane / 16 * 8 + lane % 8) * ld + lane / 8 % 2 * 8);
-    } else {
-      load_matrix_x4_trans(r, b + lane % 16 * ld + lane / 16 * 8);
-    }
+    load_matrix_x4_trans(r, b + lane % 16 * ld + lane / 16 * 8);
     x.r[0] = r[0], x.r[1] = r[1], y.r[0] = r[2], y.r[1] = r[3];
   }
   static __device__ __forceinline__ void multiply(float (&c)[4], const A& a, const B& b) { mma_16816<T>(c, a.r, b.r); }
-  // Adds this lane's share of the squares of rows lane / 4 and lane / 4 + 8.
-  static __device__ __forceinline__ void add_squares(float (&sum)[2], const A& a) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float x, y;
-      unpack(a.r[i], x, y);
-      sum[i % 2] = fmaf(x, x, fmaf(y, y, sum[i % 2]));
-    }
-  }
-
- private:
-  static __device__ __forceinline__ void unpack(uint32_t pair, float& x, float& y) {
-    if constexpr (__is_same(T, bf16)) {  // a bf16 is the upper half of a float
-      x = __uint_as_float(pair << 16), y = __uint_as_float(pair & 0xffff0000u);
-    } else {
-      const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&pair));
-      x = both.x, y = both.y;
-    }
-  }
-};
-
-// What one lane reads of 32- and 64-bit elements, where ldmatrix does not help.
-template <Along along, class T>
-__device__ __forceinline__ T element(const T* x, int ld, int index, int s) {
-  return along == Along::row ? x[index * ld + s] : x[s * ld + index];
-}
-
-// float32 on tensor cores, rounded to tf32; norms from the unrounded values.
-struct MmaTf32 {
-  using Element = float;
-  using Accumulator = float;
-  static constexpr int kStep = 8;
-  struct A {
-    float r[4];
-  };
-  struct B {
-    uint32_t r[2];
-  };
-
-  template <Along along>
-  static __device__ __forceinline__ A load_a(const float* a, int ld, int lane) {
-    const int g = lane / 4, t = lane % 4;
-    return {{element<along>(a, ld, g, t), element<along>(a, ld, g + 8, t), element<along>(a, ld, g, t + 4),
-             element<along>(a, ld, g + 8, t + 4)}};
-  }
-  template <Along along>
-  static __device__ __forceinline__ B load_b(const float* b, int ld, int lane) {
-    const int g = lane / 4, t = lane % 4;
-    return {{to_tf32(element<along>(b, ld, g, t)), to_tf32(element<along>(b, ld, g, t + 4))}};
-  }
-  template <Along along>
-  static __device__ __forceinline__ void load_b2(B& x, B& y, const float* b, int ld, int lane) {
-    x = load_b<along>(b, ld, lane);
-    y = load_b<along>(b + (along == Along::row ? 8 * ld : 8), ld, lane);
-  }
-  static __device__ __forceinline__ void multiply(float (&c)[4], const A& a, const B& b) {
-    const uint32_t r[4] = {to_tf32(a.r[0]), to_tf32(a.r[1]), to_tf32(a.r[2]), to_tf32(a.r[3])};
-    mma_1688_tf32(c, r, b.r);
-  }
-  static __device__ __forceinline__ void add_squares(float (&sum)[2], const A& a) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i % 2] = fmaf(a.r[i], a.r[i], sum[i % 2]);
-  }
-};
-
-// float32 and float64 in full precision, without tensor cores, in the same layout of accumulators.
-template <class T>
-struct Fma {
-  using Element = T;
-  using Accumulator = T;
-  static constexpr int kStep = 4;
-  struct A {
-    T r[2][kStep];
-  };
-  struct B {
-    T r[2][kStep];
-  };
-
-  template <Along along>
-  static __device__ __forceinline__ A load_a(const T* a, int ld, int lane) {
-    A x;
-#pragma unroll
-    for (int s = 0; s < kStep; ++s) {
-      x.r[0][s] = element<along>(a, ld, lane / 4, s);
-      x.r[1][s] = element<along>(a, ld, lane / 4 + 8, s);
-    }
-    return x;
-  }
-  template <Along along>
-  static __device__ __forceinline__ B load_b(const T* b, int ld, int lane) {
-    B x;
-#pragma unroll
-    for (int s = 0; s < kStep; ++s) {
-      x.r[0][s] = element<along>(b, ld, lane % 4 * 2, s);
-      x.r[1][s] = element<along>(b, ld, lane % 4 * 2 + 1, s);
-    }
-    return x;
-  }
-  template <Along along>
-  static __device__ __forceinline__ void load_b2(B& x, B& y, const T* b, int ld, int lane) {
-    x = load_b<along>(b, ld, lane);
-    y = load_b<along>(b + (along == Along::row ? 8 * ld : 8), ld, lane);
-  }
-  static __device__ __forceinline__ void multiply(T (&c)[4], const A& a, const B& b) {
-#pragma unroll
-    for (int s = 0; s < kStep; ++s) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) c[i] = fma(a.r[i / 2][s], b.r[i % 2][s], c[i]);
-    }
-  }
-  // The four lanes of a row hold the same elements: each takes those of its own remainder.
-  static __device__ __forceinline__ void add_squares(T (&sum)[2], const A& a) {
-    const int mine = static_cast<int>(threadIdx.x) % 4;
-#pragma unroll
-    for (int s = 0; s < kStep; ++s) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) sum[i] = fma(a.r[i][s], s == mine ? a.r[i][s] : T(0), sum[i]);
-    }
-  }
 };
 
 }  // namespace gistops::cuda

@@ -11,7 +11,6 @@ from gistops import _build
 from gistops.backends import native
 
 from .build import SANITIZED, build, load
-from .operators import Way
 
 CUDA = native.source_dir() / "cuda"
 KERNELS = [native.source_dir() / unit.source for unit in _build.CUDA if unit.source.endswith(".cu")]
@@ -33,17 +32,11 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
-def compiled_module(cache: Path) -> ModuleType:
+def module(cache: Path) -> ModuleType:
     """The CUDA backend's kernels, compiled for this machine; sanitised in the sanitised process."""
     if path := os.environ.get(SANITIZED):
         return load("gistops_host_kernels", Path(path))
     return load("gistops_host_kernels", build_kernels(cache, sanitize=False))
-
-
-@pytest.fixture(scope="session", params=["products", "fused"])
-def module(compiled_module: ModuleType, request: pytest.FixtureRequest) -> Way:
-    """The same, by the kernels around a library's products, and by those that make the products themselves."""
-    return Way(compiled_module, request.param == "fused")
 
 
 def build_kernels(cache: Path, sanitize: bool) -> Path:

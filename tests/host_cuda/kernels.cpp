@@ -1,4 +1,4 @@
-// The CUDA backend's two operators, compiled for the host, on numpy arrays. Half-precision arrays travel as uint16.
+// The CUDA backend's operators, compiled for the host, on numpy arrays. Half-precision arrays travel as uint16.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -21,17 +21,8 @@ const gc::Operations& operations(const std::string& type) {
   if (type == "bf16") return gc::bf16_operations;
   if (type == "f16") return gc::f16_operations;
   if (type == "f32") return gc::f32_operations;
-  if (type == "tf32") return gc::tf32_operations;
   if (type == "f64") return gc::f64_operations;
-  throw py::value_error("type: expected bf16, f16, f32, tf32 or f64, got " + type);
-}
-
-const gc::ProductOperations& products(const std::string& type) {
-  if (type == "bf16") return gc::bf16_products;
-  if (type == "f16") return gc::f16_products;
-  if (type == "f32" || type == "tf32") return gc::f32_products;
-  if (type == "f64") return gc::f64_products;
-  throw py::value_error("type: expected bf16, f16, f32, tf32 or f64, got " + type);
+  throw py::value_error("type: expected bf16, f16, f32 or f64, got " + type);
 }
 
 py::dtype sums(const std::string& type) { return py::dtype(type == "f64" ? "float64" : "float32"); }
@@ -41,14 +32,12 @@ class HostWorkspace final : public gc::Workspace {
  public:
   explicit HostWorkspace(std::string type) : type_(std::move(type)) {}
 
-  void* scratch(int64_t bytes) override {
-    memory_.emplace_back(std::malloc(bytes), &std::free);
-    std::memset(memory_.back().get(), 0xff, bytes);
-    return memory_.back().get();
-  }
-
   void scratch(gc::Piece* pieces, int count) override {
-    for (int i = 0; i < count; ++i) pieces[i].data = scratch(pieces[i].bytes);
+    for (int i = 0; i < count; ++i) {
+      memory_.emplace_back(std::malloc(pieces[i].bytes), &std::free);
+      pieces[i].data = memory_.back().get();
+      std::memset(pieces[i].data, 0xff, pieces[i].bytes);
+    }
   }
 
   void multiply(const gc::Matrix& left, const gc::Matrix& right, void* out, int64_t ld) override {
@@ -56,13 +45,6 @@ class HostWorkspace final : public gc::Workspace {
     if (type_ == "f16") return multiply<gc::f16>(left, right, out, ld);
     if (type_ == "f64") return multiply<double>(left, right, out, ld);
     multiply<float>(left, right, out, ld);
-  }
-
-  void* product(const void* h, int64_t ld, const gc::Arguments& a) override {
-    if (type_ == "bf16") return multiply<gc::bf16>(h, ld, a);
-    if (type_ == "f16") return multiply<gc::f16>(h, ld, a);
-    if (type_ == "f64") return multiply<double>(h, ld, a);
-    return multiply<float>(h, ld, a);
   }
 
  private:
@@ -77,21 +59,6 @@ class HostWorkspace final : public gc::Workspace {
                  gc::wide(static_cast<const T*>(right.data)[k * right.row + j * right.col]);
         static_cast<S*>(out)[i * ld + j] = sum;
       }
-  }
-
-  template <class T>
-  void* multiply(const void* h, int64_t ld, const gc::Arguments& a) {
-    using S = gc::Sum<T>;
-    S* out = static_cast<S*>(scratch(a.B * a.d * sizeof(S)));
-    for (int64_t i = 0; i < a.B; ++i)
-      for (int64_t x = 0; x < a.d; ++x) {
-        S sum = 0;
-        for (int64_t k = 0; k < a.K; ++k)
-          sum +=
-              gc::wide(static_cast<const T*>(h)[i * ld + k]) * gc::wide(static_cast<const T*>(a.centers)[k * a.d + x]);
-        out[i * a.d + x] = sum;
-      }
-    return out;
   }
 
   std::string type_;
@@ -110,23 +77,22 @@ py::array empty(const py::dtype& dtype, std::vector<py::ssize_t> shape) {
   return x;
 }
 
-py::tuple forward(bool fused, const std::string& type, const py::array& input, const py::array& centers,
+py::tuple forward(const std::string& type, const py::array& input, const py::array& centers,
                   const py::array& displacements, const py::array& tau) {
   const gc::Arguments a = arguments(input, centers, displacements, tau);
   py::array logits = empty(sums(type), {a.B, a.K}), slots = empty(py::dtype("uint8"), {a.B, a.K});
   py::array center_rnorms = empty(sums(type), {a.m + 1, a.K}), input_rnorms = empty(sums(type), {a.B});
   HostWorkspace workspace(type);
-  (fused ? operations(type).forward : products(type).forward)(
-      a,
-      {logits.mutable_data(), static_cast<uint8_t*>(slots.mutable_data()), center_rnorms.mutable_data(),
-       input_rnorms.mutable_data()},
-      workspace);
+  operations(type).forward(a,
+                           {logits.mutable_data(), static_cast<uint8_t*>(slots.mutable_data()),
+                            center_rnorms.mutable_data(), input_rnorms.mutable_data()},
+                           workspace);
   return py::make_tuple(logits, slots, center_rnorms, input_rnorms);
 }
 
-py::tuple backward(bool fused, const std::string& type, const py::array& grad, const py::array& input,
-                   const py::array& centers, const py::array& displacements, const py::array& tau, py::array logits,
-                   py::array slots, py::array center_rnorms, py::array input_rnorms, bool need_input, bool need_centers,
+py::tuple backward(const std::string& type, const py::array& grad, const py::array& input, const py::array& centers,
+                   const py::array& displacements, const py::array& tau, py::array logits, py::array slots,
+                   py::array center_rnorms, py::array input_rnorms, bool need_input, bool need_centers,
                    bool need_displacements, bool need_tau) {
   const gc::Arguments a = arguments(input, centers, displacements, tau);
   const auto gradient = [](bool needed, const py::dtype& dtype, std::vector<py::ssize_t> shape) {
@@ -136,13 +102,12 @@ py::tuple backward(bool fused, const std::string& type, const py::array& grad, c
   py::array dw = gradient(need_centers, input.dtype(), {a.K, a.d});
   py::array dd = gradient(need_displacements, sums(type), {a.m, a.d}), dt = gradient(need_tau, sums(type), {1});
   HostWorkspace workspace(type);
-  (fused ? operations(type).backward : products(type).backward)(
-      a, grad.data(),
-      {logits.mutable_data(), static_cast<uint8_t*>(slots.mutable_data()), center_rnorms.mutable_data(),
-       input_rnorms.mutable_data()},
-      {need_input ? df.mutable_data() : nullptr, need_centers ? dw.mutable_data() : nullptr,
-       need_displacements ? dd.mutable_data() : nullptr, need_tau ? dt.mutable_data() : nullptr},
-      workspace);
+  operations(type).backward(a, grad.data(),
+                            {logits.mutable_data(), static_cast<uint8_t*>(slots.mutable_data()),
+                             center_rnorms.mutable_data(), input_rnorms.mutable_data()},
+                            {need_input ? df.mutable_data() : nullptr, need_centers ? dw.mutable_data() : nullptr,
+                             need_displacements ? dd.mutable_data() : nullptr, need_tau ? dt.mutable_data() : nullptr},
+                            workspace);
   return py::make_tuple(df, dw, dd, dt);
 }
 
@@ -198,7 +163,7 @@ py::dict loss_forward(const std::string& type, const py::array& input, const py:
   out["rows"] = empty(sum, {loss.margin.is_none() ? 2 : 5, a.B});
   out["scalars"] = empty(sum, {2});
   HostWorkspace workspace(type);
-  products(type).loss_forward(a, loss.arguments(), results(out), workspace);
+  operations(type).loss_forward(a, loss.arguments(), results(out), workspace);
   return out;
 }
 
@@ -213,9 +178,9 @@ py::tuple loss_backward(const std::string& type, const py::object& grad_loss, co
   py::array dd = empty(sums(type), {a.m, a.d}), dt = empty(sums(type), {1});
   py::object db = like(loss.class_bias), dm = like(loss.margin);
   HostWorkspace workspace(type);
-  products(type).loss_backward(a, loss.arguments(), {values(grad_loss), values(grad_lse)}, results(saved),
-                               {df.mutable_data(), dw.mutable_data(), dd.mutable_data(), dt.mutable_data()}, data(db),
-                               data(dm), workspace);
+  operations(type).loss_backward(a, loss.arguments(), {values(grad_loss), values(grad_lse)}, results(saved),
+                                 {df.mutable_data(), dw.mutable_data(), dd.mutable_data(), dt.mutable_data()}, data(db),
+                                 data(dm), workspace);
   return py::make_tuple(df, dw, dd, dt, db, dm);
 }
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from gistops.backends import reference
 from tests.ops.oracle import Sample, allowed, error, leaves, plain, scores
 
+from .kernel_cases import of_one_element
 from .loss_operators import HostLoss
 
 half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64
@@ -71,7 +72,7 @@ def truth(
 
 
 def check(
-    sample: Sample, options: dict[str, Any], keep: bool, compiled: Any, seed: int, near: float = 0.0
+    sample: Sample, options: dict[str, Any], keep: bool, module: Any, seed: int, near: float = 0.0
 ) -> None:
     """Loss, lse and all gradients of both; near: how close a displacement comes to cancel some centres."""
     tensors = sample.tensors(seed)
@@ -79,7 +80,7 @@ def check(
         with torch.no_grad():
             tensors[1][7:90] = -tensors[2][1] + near * tensors[1][7:90]
     target, options = made(sample, options, seed)
-    ours = HostLoss(compiled, tensors, target, keep, **options)
+    ours = HostLoss(module, tensors, target, keep, **options)
     loss, lse, wide = truth(tensors, target, options)
     assert ours.inside
     if near:
@@ -96,7 +97,9 @@ def check(
     terms = max(sample.B, sample.K) * (sample.B if near else 1)
     for i, (value, true) in enumerate(zip(gradients, torch.autograd.grad(total, wide), strict=True)):
         dtype = ours.operands if i < 3 else ours.sums
-        bound = allowed(0.0, true, dtype, terms) + 4e-6 * (sample.d == 1)
+        bound = allowed(0.0, true, dtype, terms)
+        if sample.d == 1 and i < 2:
+            bound += of_one_element(wide[i], wide[3], grads)
         # tau's and the bias's sums cancel
         bound += (i > 2) * 64 * torch.finfo(ours.sums).eps * (1 + float(lse.detach().abs().max()))
         assert error(value, true) <= bound, i
@@ -104,81 +107,81 @@ def check(
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "made-again"])
 @pytest.mark.parametrize(("sample", "options"), CASES, ids=IDS)
-def test_loss(sample: Sample, options: dict[str, Any], keep: bool, compiled_module: Any, seed: int) -> None:
-    check(sample, options, keep, compiled_module, seed)
+def test_loss(sample: Sample, options: dict[str, Any], keep: bool, module: Any, seed: int) -> None:
+    check(sample, options, keep, module, seed)
 
 
 @pytest.fixture
-def small_limits(compiled_module: Any) -> Iterator[None]:
+def small_limits(module: Any) -> Iterator[None]:
     """Limits that small samples exceed, so that all is made class by class."""
-    compiled_module.set_limits(3200, 3200)
+    module.set_limits(3200, 3200)
     yield
-    compiled_module.set_limits(1 << 22, 1 << 25)
+    module.set_limits(1 << 22, 1 << 25)
 
 
 @pytest.mark.usefixtures("small_limits")
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "made-again"])
 @pytest.mark.parametrize("dtype", [torch.float32, bf16])
-def test_loss_in_runs_of_classes(keep: bool, dtype: torch.dtype, compiled_module: Any, seed: int) -> None:
-    check(Sample(70, 333, 69, 4, dtype, dtype, dtype), EVERYTHING, keep, compiled_module, seed)
+def test_loss_in_runs_of_classes(keep: bool, dtype: torch.dtype, module: Any, seed: int) -> None:
+    check(Sample(70, 333, 69, 4, dtype, dtype, dtype), EVERYTHING, keep, module, seed)
     scalar = EVERYTHING | {"margin": 0.3, "margin_kind": "cosine"}
-    check(Sample(37, 333, 40, 3, dtype, dtype, dtype), scalar, keep, compiled_module, seed, near=1e-2)
+    check(Sample(37, 333, 40, 3, dtype, dtype, dtype), scalar, keep, module, seed, near=1e-2)
 
 
 @pytest.mark.parametrize("m", [3, 12])
 @pytest.mark.parametrize("dtype", [torch.float32, bf16, f64])
 def test_loss_of_centers_that_a_displacement_all_but_cancels(
-    m: int, dtype: torch.dtype, compiled_module: Any, seed: int
+    m: int, dtype: torch.dtype, module: Any, seed: int
 ) -> None:
-    check(Sample(37, 129, 24, m, dtype, dtype, dtype), {}, True, compiled_module, seed, near=1e-3)
+    check(Sample(37, 129, 24, m, dtype, dtype, dtype), {}, True, module, seed, near=1e-3)
 
 
-def test_loss_of_targets_out_of_range(compiled_module: Any, seed: int) -> None:
+def test_loss_of_targets_out_of_range(module: Any, seed: int) -> None:
     tensors = Sample(40, 70, 24, 3).tensors(seed)
     for wrong in (-1, 70, 1 << 40):
         target = torch.zeros(40, dtype=torch.int64)
         target[33] = wrong
-        ours = HostLoss(compiled_module, tensors, target)
+        ours = HostLoss(module, tensors, target)
         assert not ours.inside
         ours.gradients(torch.ones(()), None)  # stays within its memory
 
 
-def test_loss_of_zero_vectors_and_no_rows(compiled_module: Any, seed: int) -> None:
+def test_loss_of_zero_vectors_and_no_rows(module: Any, seed: int) -> None:
     tensors = Sample(6, 40, 19, 2).tensors(seed)
     with torch.no_grad():
         tensors[0][2] = 0
         tensors[1][5] = 0
         tensors[1][9] = -tensors[2][0]
     target = torch.arange(6) + 10
-    ours = HostLoss(compiled_module, tensors, target)
+    ours = HostLoss(module, tensors, target)
     loss, lse, _ = truth(tensors, target, {})
     torch.testing.assert_close(ours.loss.double(), loss.detach(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours.lse.double(), lse.detach(), atol=1e-5, rtol=1e-5)
     for gradient in ours.gradients(torch.ones(()), None):
         assert gradient is None or gradient.isfinite().all()
-    none = HostLoss(compiled_module, Sample(0, 40, 19, 2).tensors(seed), target[:0])
+    none = HostLoss(module, Sample(0, 40, 19, 2).tensors(seed), target[:0])
     assert none.loss.isnan()
     assert none.inside
     for gradient in none.gradients(torch.ones(()), None):
         assert gradient is None or not gradient.any()
 
 
-def test_loss_same_bits_in_any_order_of_threads(compiled_module: Any, seed: int) -> None:
+def test_loss_same_bits_in_any_order_of_threads(module: Any, seed: int) -> None:
     sample = Sample(70, 133, 72, 4, bf16, bf16, bf16)
     target, options = made(sample, EVERYTHING, seed)
     tensors = sample.tensors(seed)
 
     def bits() -> list[Tensor | None]:
-        ours = HostLoss(compiled_module, tensors, target, **options)
+        ours = HostLoss(module, tensors, target, **options)
         return [ours.loss, ours.lse, *ours.gradients(torch.ones(()), torch.ones(70))]
 
     first = bits()
     for order in ("reverse", "shuffled"):
-        compiled_module.set_thread_order(order, seed % 1000)
+        module.set_thread_order(order, seed % 1000)
         try:
             for value, expected in zip(bits(), first, strict=True):
                 assert value is not None
                 assert expected is not None
                 assert torch.equal(value, expected), order
         finally:
-            compiled_module.set_thread_order("forward", 0)
+            module.set_thread_order("forward", 0)

@@ -29,7 +29,7 @@ class HostLoss:
     ) -> None:
         self.module = module
         self.tensors = tensors
-        self.type = operand_type(tensors, False)
+        self.type = operand_type(tensors)
         half = {name: dtype for dtype, name in _HALF.items()}
         self.sums = torch.float64 if self.type == "f64" else torch.float32
         self.operands = half.get(self.type, self.sums)

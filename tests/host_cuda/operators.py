@@ -10,36 +10,19 @@ from torch import Tensor
 _HALF = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
-def operand_type(tensors: list[Tensor], allow_tf32: bool) -> str:
+def operand_type(tensors: list[Tensor]) -> str:
     """What csrc/cuda/ops.cpp multiplies these operands in."""
     dtypes = {t.dtype for t in tensors[:3] if t.numel()}
     if torch.float64 in {t.dtype for t in tensors[:3]}:
         return "f64"
     if len(dtypes) == 1 and (half := _HALF.get(next(iter(dtypes)))):
         return half
-    return "tf32" if allow_tf32 else "f32"
+    return "f32"
 
 
 def _array(tensor: Tensor) -> Any:
     tensor = tensor.detach().contiguous()
     return (tensor.view(torch.uint16) if tensor.dtype in _HALF else tensor).numpy()
-
-
-class Way:
-    """The compiled kernels in one of their two ways: those that multiply themselves (fused), or those around products."""
-
-    def __init__(self, compiled: Any, fused: bool) -> None:
-        self.compiled = compiled
-        self.fused = fused
-
-    def forward(self, *arguments: Any) -> Any:
-        return self.compiled.forward(self.fused, *arguments)
-
-    def backward(self, *arguments: Any) -> Any:
-        return self.compiled.backward(self.fused, *arguments)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.compiled, name)
 
 
 class HostKernels:
@@ -48,13 +31,12 @@ class HostKernels:
     Args:
         module: the compiled kernels (tests/host_cuda/kernels.cpp).
         tensors: input, centers, displacements, tau.
-        allow_tf32: multiply float32 as tf32.
     """
 
-    def __init__(self, module: Any, tensors: list[Tensor], allow_tf32: bool = False) -> None:
+    def __init__(self, module: Any, tensors: list[Tensor]) -> None:
         self.module = module
         self.tensors = tensors
-        self.type = operand_type(tensors, allow_tf32)
+        self.type = operand_type(tensors)
         half = {name: dtype for dtype, name in _HALF.items()}
         self.sums = torch.float64 if self.type == "f64" else torch.float32
         self.operands = half.get(self.type, self.sums)

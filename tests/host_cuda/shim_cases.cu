@@ -24,35 +24,23 @@ __global__ void product_kernel(const T* a, const T* b, float* c, bool transposed
   for (int i = lane; i < 16 * 16; i += 32) left[transposed ? i % 16 * 16 + i / 16 : i] = a[i];
   for (int i = lane; i < 16 * 8; i += 32) right[transposed ? i : i % 8 * 16 + i / 8] = b[i];  // b [16, 8]
   __syncthreads();
-  uint32_t ra[4], rb[2];
+  uint32_t ra[4], rb[4];  // of b the lanes beyond 16 read the same again
   if (transposed) {
     load_matrix_x4_trans(ra, left + (lane / 16 * 8 + lane % 8) * 16 + lane / 8 % 2 * 8);
-    load_matrix_x2_trans(rb, right + lane % 16 * 8);
+    load_matrix_x4_trans(rb, right + lane % 16 * 8);
   } else {
     load_matrix_x4(ra, left + lane % 16 * 16 + lane / 16 * 8);
-    load_matrix_x2(rb, right + lane % 8 * 16 + lane / 8 % 2 * 8);
+    load_matrix_x4(rb, right + lane % 8 * 16 + lane / 8 % 2 * 8);
   }
   float sums[4] = {};
-  mma_16816<T>(sums, ra, rb);
+  const uint32_t of_b[2] = {rb[0], rb[1]};
+  mma_16816<T>(sums, ra, of_b);
   for (int i = 0; i < 4; ++i) c[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sums[i];
-}
-
-__global__ void product_tf32_kernel(const float* a, const float* b, float* c) {  // [16, 8] [8, 8]
-  const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
-  const uint32_t ra[4] = {to_tf32(a[g * 8 + t]), to_tf32(a[(g + 8) * 8 + t]), to_tf32(a[g * 8 + t + 4]),
-                          to_tf32(a[(g + 8) * 8 + t + 4])};
-  const uint32_t rb[2] = {to_tf32(b[t * 8 + g]), to_tf32(b[(t + 4) * 8 + g])};
-  float sums[4] = {};
-  mma_1688_tf32(sums, ra, rb);
-  for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + t * 2 + i % 2] = sums[i];
 }
 
 Array<float> product(const std::string& type, py::array a, py::array b, bool transposed) {
   Array<float> c({16, 8});
-  if (type == "tf32") {
-    GISTOPS_LAUNCH(product_tf32_kernel, dim3(1), dim3(32), 0, nullptr, static_cast<const float*>(a.data()),
-                   static_cast<const float*>(b.data()), c.mutable_data());
-  } else if (type == "bf16") {
+  if (type == "bf16") {
     GISTOPS_LAUNCH(product_kernel<bf16>, dim3(1), dim3(32), 0, nullptr, static_cast<const bf16*>(a.data()),
                    static_cast<const bf16*>(b.data()), c.mutable_data(), transposed);
   } else {
@@ -136,7 +124,6 @@ PYBIND11_MODULE(GISTOPS_MODULE, m) {
   m.def("beyond", &beyond);
   m.def("round_bf16", [](float x) { return wide(narrow<bf16>(x)); });
   m.def("round_f16", [](float x) { return wide(narrow<f16>(x)); });
-  m.def("round_tf32", [](float x) { return __uint_as_float(to_tf32(x)); });
   m.def("set_reverse",
         [](bool on) { host_cuda::set_order(on ? host_cuda::Order::reverse : host_cuda::Order::forward, 0); });
 }

@@ -20,13 +20,12 @@ void copy_async_wait() {
 }
 
 // Lane l takes elements 2 (l % 4) and the next of row l / 4 of each matrix, or of column l / 4.
-template <size_t N>
-void load_matrices(uint32_t (&r)[N], const void* row, bool transposed) {
+inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
   const unsigned lane = host_cuda::lane();
-  if (lane < 8 * N) require_vector(row);
+  require_vector(row);
   std::memcpy(host_cuda::own_slot(), &row, sizeof row);
   __syncwarp();
-  for (unsigned matrix = 0; matrix < N; ++matrix) {
+  for (unsigned matrix = 0; matrix < 4; ++matrix) {
     uint16_t pair[2];
     for (unsigned h = 0; h < 2; ++h) {
       unsigned i = lane / 4, j = lane % 4 * 2 + h;
@@ -42,18 +41,20 @@ void load_matrices(uint32_t (&r)[N], const void* row, bool transposed) {
 
 inline void load_matrix_x4(uint32_t (&r)[4], const void* row) { load_matrices(r, row, false); }
 inline void load_matrix_x4_trans(uint32_t (&r)[4], const void* row) { load_matrices(r, row, true); }
-inline void load_matrix_x2(uint32_t (&r)[2], const void* row) { load_matrices(r, row, false); }
-inline void load_matrix_x2_trans(uint32_t (&r)[2], const void* row) { load_matrices(r, row, true); }
-
 struct Operands {
   uint32_t a[4], b[2];
 };
 
-// c += a b for a product of depth kDepth, whose registers hold kPacked elements each.
-//   a [16, kDepth]: row l / 4, +8 in registers 1 and 3; elements kPacked (l % 4) and on, + kDepth / 2 in 2 and 3
-//   b [kDepth, 8]: column l / 4; elements as a's, + kDepth / 2 in register 1
-template <int kDepth, int kPacked, class Value>
-void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Value value) {
+// A register holds two elements.
+//   a [16, 16]: row l / 4, +8 in registers 1 and 3; elements 2 (l % 4) and the next, + 8 in 2 and 3
+//   b [16, 8]: column l / 4; elements as a's, + 8 in register 1
+template <class T>
+void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const auto value = [](uint32_t pair, int part) {
+    T both[2];
+    std::memcpy(both, &pair, sizeof both);
+    return wide(both[part]);
+  };
   Operands own;
   std::memcpy(own.a, a, sizeof own.a);
   std::memcpy(own.b, b, sizeof own.b);
@@ -62,35 +63,15 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Val
   const int lane = static_cast<int>(host_cuda::lane());
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
-    for (int k = 0; k < kDepth; ++k) {
-      const int half = k / (kDepth / 2), within = k % (kDepth / 2), part = within % kPacked;
+    for (int k = 0; k < 16; ++k) {
+      const int half = k / 8, within = k % 8;
       Operands left, right;
-      std::memcpy(&left, host_cuda::slot_of(row % 8 * 4 + within / kPacked), sizeof left);
-      std::memcpy(&right, host_cuda::slot_of(col * 4 + within / kPacked), sizeof right);
-      c[i] += value(left.a[row / 8 + half * 2], part) * value(right.b[half], part);
+      std::memcpy(&left, host_cuda::slot_of(row % 8 * 4 + within / 2), sizeof left);
+      std::memcpy(&right, host_cuda::slot_of(col * 4 + within / 2), sizeof right);
+      c[i] += value(left.a[row / 8 + half * 2], within % 2) * value(right.b[half], within % 2);
     }
   }
   __syncwarp();
-}
-
-template <class T>
-void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  multiply<16, 2>(c, a, b, [](uint32_t pair, int part) {
-    T both[2];
-    std::memcpy(both, &pair, sizeof both);
-    return wide(both[part]);
-  });
-}
-
-// The unit does not see the low 13 bits of a float.
-inline void mma_1688_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  multiply<8, 1>(c, a, b, [](uint32_t bits, int) { return __uint_as_float(bits & 0xffffe000u); });
-}
-
-inline uint32_t to_tf32(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return std::isfinite(x) ? (bits + 0x1000u) & 0xffffe000u : bits;
 }
 
 }  // namespace gistops::cuda

@@ -1,19 +1,19 @@
-// Logits and their gradients around PyTorch's products.
+// Logits and their gradients, as sequences of launches and products.
 #pragma once
-#include "gradient_products.cuh"
+#include "gradients.cuh"
 #include "pool.cuh"
 #include "pull_rows.cuh"
 
 namespace gistops::cuda {
 
 template <class T>
-class LogitsProducts : private GradientProducts<T> {
-  using Base = GradientProducts<T>;
+class LogitsSequence : private GradientSequence<T> {
+  using Base = GradientSequence<T>;
   using Base::p_, Base::ld_, Base::stream_, Base::workspace_;
   using S = Sum<T>;
 
  public:
-  using GradientProducts<T>::GradientProducts;
+  using GradientSequence<T>::GradientSequence;
 
   void forward(const Results& results) {
     if (p_.B() == 0 || p_.K() == 0) return;

@@ -3,18 +3,18 @@
 #include "centers.cuh"
 #include "correct.cuh"
 #include "ends.cuh"
-#include "products.cuh"
+#include "sequence.cuh"
 #include "totals.cuh"
 
 namespace gistops::cuda {
 
 template <class T>
-class GradientProducts : protected Products<T> {
+class GradientSequence : protected Sequence<T> {
  public:
-  using Products<T>::Products;
+  using Sequence<T>::Sequence;
 
  protected:
-  using Base = Products<T>;
+  using Base = Sequence<T>;
   using Base::p_, Base::ld_, Base::stream_, Base::workspace_;
   using S = Sum<T>;
 
@@ -47,7 +47,6 @@ class GradientProducts : protected Products<T> {
         .add(totals_.cancelled, 1)
         .add(product_, gradients.input ? p_.B() * p_.d() : 0)
         .add(total_, gradients.input && several ? p_.B() * p_.d() : 0)
-        .add(sums_, gradients.centers && !kInPlace && !kWhole ? step_ * p_.d() : 0)
         .add(partials_, displacements ? runs * tiles * p_.m() * p_.d() : 0)
         .take();
     if (!further.bias) parts_.bias = nullptr;
@@ -103,11 +102,11 @@ class GradientProducts : protected Products<T> {
   Pulls<T> parts_{}, totals_{};
 
  private:
-  static constexpr bool kInPlace = sizeof(T) == sizeof(S);  // the product can lie where the gradient will
-  // Product and correction are one kernel: with half-precision operands, whose product PyTorch writes in float32.
+  // Product and correction are one kernel: with half-precision operands, whose product PyTorch writes in float32. Else
+  // the product lies where the gradient will.
   static constexpr bool kWhole = sizeof(T) == 2;
 
-  int64_t tile_classes() const { return kWhole ? kCenterClasses<T> : correct_.classes; }
+  int64_t tile_classes() const { return kWhole ? kCenterClasses : correct_.classes; }
 
   // The product with the features of some classes of a run, and its correction, while the one is in the cache.
   void correct(const Pairs<T>& pairs, T* centers, int64_t first, int64_t at) {
@@ -126,20 +125,15 @@ class GradientProducts : protected Products<T> {
     if constexpr (kWhole) {
       const CenterInputs<T> inputs{part, parts_.h + at * ld_, ld_, t, totals_.cancelled};
       const CenterGradients<T> outputs{out, partials};
-      make_center_gradients<Mma16<T>, true, T>(stream_, this->aligned(), inputs, outputs);
+      make_center_gradients(stream_, this->aligned(), inputs, outputs);
     } else {
-      S* sums = nullptr;
       if (out) {
-        if constexpr (kInPlace)
-          sums = out;
-        else
-          sums = sums_;
         const Matrix left{parts_.h + at * ld_, classes, p_.B(), ld_, 1},
             right{p_.input.data, p_.B(), p_.d(), p_.d(), 1};
-        workspace_.multiply(left, right, sums, p_.d());
+        workspace_.multiply(left, right, out, p_.d());
       }
       launch("correct", this->aligned() ? correct_kernel<T, true> : correct_kernel<T, false>, blocks(tiles, across()),
-             CorrectShape::kThreads, 0, stream_, correct_, part, t, static_cast<const int*>(totals_.cancelled), sums,
+             CorrectShape::kThreads, 0, stream_, correct_, part, t, static_cast<const int*>(totals_.cancelled), out,
              out, partials);
     }
   }
@@ -155,7 +149,7 @@ class GradientProducts : protected Products<T> {
   CorrectShape correct_{1, 1};
   bool several_ = false;
   int64_t step_ = 0, tiles_ = 0;
-  S *product_ = nullptr, *total_ = nullptr, *sums_ = nullptr, *partials_ = nullptr;
+  S *product_ = nullptr, *total_ = nullptr, *partials_ = nullptr;
 };
 
 }  // namespace gistops::cuda

@@ -1,6 +1,6 @@
-// A cross-entropy and its gradients around PyTorch's products.
+// A cross-entropy and its gradients, as sequences of launches and products.
 #pragma once
-#include "gradient_products.cuh"
+#include "gradients.cuh"
 #include "lse.cuh"
 #include "pull_classes.cuh"
 #include "rows.cuh"
@@ -8,13 +8,13 @@
 namespace gistops::cuda {
 
 template <class T>
-class LossProducts : private GradientProducts<T> {
-  using Base = GradientProducts<T>;
+class LossSequence : private GradientSequence<T> {
+  using Base = GradientSequence<T>;
   using Base::p_, Base::ld_, Base::stream_, Base::workspace_;
   using S = Sum<T>;
 
  public:
-  LossProducts(const Arguments& a, const LossArguments& loss, Workspace& workspace) : Base(a, workspace), loss_(loss) {}
+  LossSequence(const Arguments& a, const LossArguments& loss, Workspace& workspace) : Base(a, workspace), loss_(loss) {}
 
   void forward(const LossResults& results) {
     const LseShape shape(p_.K());

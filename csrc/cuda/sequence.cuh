@@ -1,6 +1,7 @@
-// Kernels around PyTorch's matrix products, for one type of operands: scores and the weights of the backward lie
+// An operator is a sequence of kernels around PyTorch's matrix products. Scores and the weights of the backward lie
 // class-major, [K, B rounded up to whole vectors], so that every product is aligned whatever the number of classes.
-// All on the caller's stream; nothing waits for the device, and sizes alone decide what runs.
+// All on the caller's stream; nothing waits for the device, and sizes alone decide what runs, so that a CUDA graph can
+// hold it.
 #pragma once
 #include "launch.cuh"
 #include "norms.cuh"
@@ -11,9 +12,9 @@ namespace gistops::cuda {
 
 // What the sequences have in common.
 template <class T>
-class Products {
+class Sequence {
  public:
-  Products(const Arguments& a, Workspace& workspace)
+  Sequence(const Arguments& a, Workspace& workspace)
       : workspace_(workspace), stream_(a.stream), ld_(padded_rows(a.B)),
         p_{matrix(a.input, a.B, a.d), matrix(a.centers, a.K, a.d),
            matrix(a.m ? a.displacements : a.input, a.m, a.d),  // not null, as an empty tensor's pointer is
