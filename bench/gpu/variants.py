@@ -97,12 +97,22 @@ VARIANTS = (
     # The kernels around the products.
     *(
         Variant(
-            f"triton dW cublas {'x'.join(map(str, tile))}", "cublas", ("step", "loss"), "triton",
-            {"centers tile": tile, "centers product": "cublas"}, precisions=("bf16",),
+            f"triton dW cublas {'x'.join(map(str, tile))}",
+            "cublas",
+            ("step", "loss"),
+            "triton",
+            {"centers tile": tile, "centers product": "cublas"},
+            precisions=("bf16",),
         )
         for tile in ((64, 64, 128, 8, 3), (32, 32, 64, 4, 2))
     ),
-    Variant("triton dW cublas whole", "cublas", ("step", "loss"), "triton", {"centers product": "cublas", "dW step": 1 << 40}),
+    Variant(
+        "triton dW cublas whole",
+        "cublas",
+        ("step", "loss"),
+        "triton",
+        {"centers product": "cublas", "dW step": 1 << 40},
+    ),
     Variant("triton norms loop", "triton", ("forward", "loss"), "triton", {"norms": (0, 1)}),
     Variant("triton norms 2048 w1", "triton", ("forward", "loss"), "triton", {"norms": (2048, 1)}),
     Variant("triton norms 8192 w4", "triton", ("forward", "loss"), "triton", {"norms": (8192, 4)}),
@@ -110,11 +120,31 @@ VARIANTS = (
     Variant("triton logits 128x64 w8", "triton", ("forward",), "triton", {"pool logits": (128, 64, 8)}),
     Variant("triton pool 32x64 w8", "triton", ("loss",), "triton", {"pool": (32, 64, 8)}),
     Variant("triton pool 16x64 w4 1056", "triton", ("loss",), "triton", {"loss programs": 1056}),
-    Variant("triton pool 16x128 w8 1056", "triton", ("loss",), "triton", {"pool": (16, 128, 8), "loss programs": 1056}),
+    Variant(
+        "triton pool 16x128 w8 1056",
+        "triton",
+        ("loss",),
+        "triton",
+        {"pool": (16, 128, 8), "loss programs": 1056},
+    ),
     Variant("triton few 0", "triton", backend="triton", settings={"triton few": 0}),
-    Variant("triton softmax 16x64 w8 few", "triton", ("loss",), "triton", {"softmax": (16, 64, 8), "softmax few": True}),
-    Variant("triton softmax loop", "triton", ("loss",), "triton", {"softmax": (16, 64, 4), "softmax few": False}),
-    Variant("triton softmax 32x32 w8 few", "triton", ("loss",), "triton", {"softmax": (32, 32, 8), "softmax few": True}),
+    Variant(
+        "triton softmax 16x64 w8 few",
+        "triton",
+        ("loss",),
+        "triton",
+        {"softmax": (16, 64, 8), "softmax few": True},
+    ),
+    Variant(
+        "triton softmax loop", "triton", ("loss",), "triton", {"softmax": (16, 64, 4), "softmax few": False}
+    ),
+    Variant(
+        "triton softmax 32x32 w8 few",
+        "triton",
+        ("loss",),
+        "triton",
+        {"softmax": (32, 32, 8), "softmax few": True},
+    ),
     Variant("triton softmax 64x64 w8", "triton", ("loss",), "triton", {"softmax": (64, 64, 8)}),
     Variant("triton route 64x32 w4", "triton", ("step",), "triton", {"route": (64, 32, 4)}),
     Variant("triton route 16x128 w8", "triton", ("step",), "triton", {"route": (16, 128, 8)}),

@@ -12,7 +12,17 @@ from collections.abc import Sequence
 
 from . import cross_entropy, frozen, logits, loss, registry, streaming, tabled, topk
 
-__all__ = ["complete_compiled", "cross_entropy", "define", "logits", "loss", "registry", "streaming", "tabled", "topk"]
+__all__ = [
+    "complete_compiled",
+    "cross_entropy",
+    "define",
+    "logits",
+    "loss",
+    "registry",
+    "streaming",
+    "tabled",
+    "topk",
+]
 
 
 def complete_compiled(cuda: bool) -> None:

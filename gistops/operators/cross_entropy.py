@@ -82,6 +82,7 @@ def cross_entropy(
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss, lse and inside (`FORWARD_SCHEMA`), differentiable once."""
+    tensors: tuple[Tensor | None, ...]
     tensors = (input, centers, displacements, tau, target, class_bias, weight, margin)
     graph = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     itemsize = registry.compute_dtype(input, centers, displacements).itemsize
@@ -100,10 +101,10 @@ def cross_entropy(
         dtype = torch.get_autocast_dtype(device)
         cast = (x if x.dtype == torch.float64 else x.to(dtype) for x in (input, centers, displacements))
         tensors = (*cast, *tensors[3:])
-    if graph:
-        made = CrossEntropy.apply(family, *tensors, *options)  # type: ignore[no-untyped-call]
-    else:
+    if not graph:
         made = _kernel(family, 0, *tensors, *options)
+        return made[0], made[1], made[2]
+    made = CrossEntropy.apply(family, *tensors, *options)  # type: ignore[no-untyped-call]
     return made[0], made[1], made[2]
 
 

@@ -219,8 +219,8 @@ def _logits(over: Shared) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if len(made) == 1:
         logits, slots, center_rnorms, input_rnorms = made[0]
         return logits, slots.contiguous(), center_rnorms.contiguous(), input_rnorms
-    logits, slots, center_rnorms, input_rnorms = zip(*made, strict=True)
-    return torch.cat(logits, 1), torch.cat(slots, 1), torch.cat(center_rnorms, 1), input_rnorms[0]
+    logits, slots, center_rnorms = (torch.cat([one[i] for one in made], 1) for i in range(3))
+    return logits, slots, center_rnorms, made[0][3]
 
 
 def _gradients(

@@ -80,7 +80,9 @@ def test_all_of_a_step_inside_autocast(name: str, region: torch.dtype, fused: st
         ours = torch.autograd.grad(made.square().sum(), leaves, allow_unused=True)
     rounded = [t if t is tau or t is bias else t.detach().to(region).requires_grad_() for t in leaves]
     expected = CALLS[name](rounded, fused)
-    most = 0.03 * float(expected.abs().max()) if name == "rotation" else 2e-4  # its tables are of tensors not rounded
+    most = (
+        0.03 * float(expected.abs().max()) if name == "rotation" else 2e-4
+    )  # its tables are of tensors not rounded
     torch.testing.assert_close(made, expected, atol=most, rtol=1e-4)
     if name == "rotation":  # where the two differ, another vector may win, and takes the gradient
         return
@@ -96,10 +98,17 @@ def test_chunks_call_their_kernels_below_autocast() -> None:
     """A backward inside autocast must not have the scores that it makes again cast."""
     excluded = []
 
-    def forward(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor, allow_tf32: bool = False) -> tuple[Tensor, ...]:
+    def forward(
+        x: Tensor, w: Tensor, delta: Tensor, tau: Tensor, allow_tf32: bool = False
+    ) -> tuple[Tensor, ...]:
         excluded.extend(torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in AUTOCAST_KEYS)
         batch, classes = x.shape[0], w.shape[0]
-        return x.new_zeros(batch, classes), x.new_zeros(batch, classes), x.new_zeros(1, classes), x.new_zeros(batch)
+        return (
+            x.new_zeros(batch, classes),
+            x.new_zeros(batch, classes),
+            x.new_zeros(1, classes),
+            x.new_zeros(batch),
+        )
 
     registry.define("autocast_probe_forward", FORWARD_SCHEMA, forward, ("CPU",))
     tensors = (torch.ones(2, 4), torch.ones(3, 4), torch.ones(0, 4), torch.ones(()))

@@ -27,8 +27,8 @@ from gistops.backends.triton.configs import SMALL, Config
 from gistops.backends.triton.finish import finish_displacements_kernel, finish_input_kernel
 from gistops.backends.triton.forward import forward_kernel
 from gistops.backends.triton.gather import gather_kernel
-from gistops.backends.triton.pool import pool_lse_kernel
 from gistops.backends.triton.norms import every_norm_kernel, whole_norm_kernel
+from gistops.backends.triton.pool import pool_lse_kernel
 from gistops.backends.triton.product import pool_logits_kernel
 from gistops.backends.triton.route import route_kernel
 from gistops.backends.triton.rows import rows_kernel, total_kernel
@@ -91,9 +91,7 @@ class Case:
     def tiles(self) -> str:
         sizes = [f"{k.removeprefix('TILE_')} {v}" for k, v in self.constants.items() if k.startswith("TILE_")]
         slots = [f"slots {self.constants['SLOTS']}"] if "SLOTS" in self.constants else []
-        slots += [
-            k.lower() for k in ("PARK", "SUMS") if self.constants.get(k)
-        ]
+        slots += [k.lower() for k in ("PARK", "SUMS") if self.constants.get(k)]
         needs = [
             k.removeprefix("NEED_").lower() for k, v in self.constants.items() if k.startswith("NEED_") and v
         ]
@@ -131,7 +129,14 @@ def compile_case(case: Case, ones: bool = False) -> Report:
         if parameter.is_constexpr:
             signature[name] = "constexpr"
             continue
-        types = {"products": f"*{total}", "slots": "*u8", "flags": "*i32", "tau": "*fp32", "target": "*i64", "inside": "*i1"} | dict.fromkeys(INTEGERS, "i32")
+        types = {
+            "products": f"*{total}",
+            "slots": "*u8",
+            "flags": "*i32",
+            "tau": "*fp32",
+            "target": "*i64",
+            "inside": "*i1",
+        } | dict.fromkeys(INTEGERS, "i32")
         signature[name] = types.get(name, f"*{operand if name in OPERANDS else total}")
         aligned = name in ("d", "stride")
         if ones and name in INTEGERS and not aligned:
@@ -198,7 +203,13 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
         yield Case(pool_logits_kernel, dtype, target, constants, warps)
     elements, warps = sizes.whole_norm
     for depth in (64, elements // 2, elements):
-        constants = {"TILE_R": min(elements // depth, 64), "TILE_D": depth, "COUNT": 5, "ACC": acc, "WIDEN": False}
+        constants = {
+            "TILE_R": min(elements // depth, 64),
+            "TILE_D": depth,
+            "COUNT": 5,
+            "ACC": acc,
+            "WIDEN": False,
+        }
         yield Case(whole_norm_kernel, dtype, target, constants, warps)
     for slots in (16, 1):
         constants = {"SLOTS": slots, "ACC": acc, "NORM_PRECISION": precise, "WIDEN": False}
@@ -233,10 +244,15 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     usual = {"MEAN": True, "HAS_LOSS": True, "SMOOTHING": 0.0}
     rare = [*(f"HAS_{what}" for what in ("LSE", "BIAS", "WEIGHT", "MARGIN")), "NEED_BIAS", "NEED_MARGIN"]
     for slots in (1, 8, 256):
-        for mode in (usual | dict.fromkeys(rare, False), usual | dict.fromkeys(rare, True) | {"SMOOTHING": 0.1}):
+        for mode in (
+            usual | dict.fromkeys(rare, False),
+            usual | dict.fromkeys(rare, True) | {"SMOOTHING": 0.1},
+        ):
             tiles = sizes.softmax if slots < 64 else sizes.softmax_many
             counted = {"COUNT": 5 if slots == 8 and sizes.softmax_few else 0}
-            constants = _tiles("KB", tiles[:2]) | {"SLOTS": slots, "LARGEST": largest} | counted | needs_all | mode
+            constants = (
+                _tiles("KB", tiles[:2]) | {"SLOTS": slots, "LARGEST": largest} | counted | needs_all | mode
+            )
             yield Case(route_softmax_kernel, dtype, target, constants, tiles[2])
     for kernel, constants in small:
         yield Case(kernel, dtype, target, constants)

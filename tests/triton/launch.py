@@ -44,7 +44,9 @@ def main() -> None:
         return out.copy_(product(a, b))
 
     def slow(*_: Any) -> int:
-        raise AssertionError("on the host this takes 3 µs a call: configs.tiles and configs.power_of_two serve")
+        raise AssertionError(
+            "on the host this takes 3 µs a call: configs.tiles and configs.power_of_two serve"
+        )
 
     triton.cdiv = triton.next_power_of_2 = slow
     driver.set_active(Driver())
@@ -63,7 +65,13 @@ def main() -> None:
         with configs.forced(product="fused", centers_product="cublas"):
             saved = operators.forward(*tensors)
             operators.backward(torch.randn(B, K), *tensors, *saved, False, True, False, False)
-        arguments = (*tensors, torch.zeros(B, dtype=torch.int64), torch.zeros(K), torch.ones(K), torch.ones(K))
+        arguments = (
+            *tensors,
+            torch.zeros(B, dtype=torch.int64),
+            torch.zeros(K),
+            torch.ones(K),
+            torch.ones(K),
+        )
         options = (2, 1, -100, 0.1)
         for keep in (True, False):
             value, lse, _, *kept = loss.forward(*arguments, *options, keep)

@@ -30,7 +30,18 @@ from gistops.operators import cross_entropy
 
 bf16, f64 = torch.bfloat16, torch.float64
 #: aten calls that launch nothing.
-FREE = {"empty", "new_empty", "empty_like", "view", "slice", "select", "t", "transpose", "detach", "as_strided"}
+FREE = {
+    "empty",
+    "new_empty",
+    "empty_like",
+    "view",
+    "slice",
+    "select",
+    "t",
+    "transpose",
+    "detach",
+    "as_strided",
+}
 FREE |= {"alias", "promote_types"}
 
 
@@ -206,7 +217,10 @@ def test_a_graph_used_twice(seed: int) -> None:
     leaves = call.leaves()
     value, lse = call.ours(leaves, "triton")
     first = torch.autograd.grad(value.sum() + lse.sum(), leaves, retain_graph=True)
-    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(value.sum() + lse.sum(), leaves), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first, torch.autograd.grad(value.sum() + lse.sum(), leaves), strict=True)
+    )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -105,7 +105,7 @@ def one_class(
         t = rates(rnorm, tl.load(moments + tl.cast(j, tl.int64) * K + k))
         correction = t * (w + delta)
         result -= correction
-        if NEED_DISPLACEMENTS:
+        if NEED_DISPLACEMENTS:  # noqa: SIM102
             if rnorm < 0:
                 target = row + (j - 1) * d
                 tl.store(target, tl.load(target, mask=inside, other=0.0) - correction, mask=inside)
@@ -203,7 +203,9 @@ def centers_kernel(
         if NEED_DISPLACEMENTS:
             part = tl.trans(weighted(w, t, TILE_D, HALVES, ACC, CORRECTION_PRECISION))
             part += tl.sum(t, 0)[:, None] * delta.to(ACC)
-            target = parts + (class_tile.to(tl.int64) * (M - 1) + candidates - 1)[:, None] * d + depth[None, :]
+            target = (
+                parts + (class_tile.to(tl.int64) * (M - 1) + candidates - 1)[:, None] * d + depth[None, :]
+            )
             tl.store(target, -part, mask=known)
     if NEED_CENTERS:
         result -= total[:, None] * w.to(ACC)

@@ -143,7 +143,9 @@ class Small:
     #: Whether route_softmax_kernel writes loops over few slots out, and sums by slot in registers.
     softmax_few: bool
     softmax_many: tuple[int, int, int]  # the same where M > 32
-    finish_input: tuple[int, int]  # classes of a look for pairs that cancel; dimensions at most; 8 warps above 1024
+    finish_input: tuple[
+        int, int
+    ]  # classes of a look for pairs that cancel; dimensions at most; 8 warps above 1024
     finish_displacements: tuple[int, int]  # terms added at a time, dimensions
 
 
@@ -163,8 +165,14 @@ _HALF = Small(
 )
 _SINGLE = replace(_HALF, every_norm=(32, 64), whole_norm=(2048, 1))
 _DOUBLE = replace(
-    _HALF, pool=(16, 32, 4), softmax_few=False, route_many=(16, 32, 4),
-    every_norm=(16, 32), whole_norm=(1024, 1), pool_logits=(64, 32, 4), finish_input=(64, 512)
+    _HALF,
+    pool=(16, 32, 4),
+    softmax_few=False,
+    route_many=(16, 32, 4),
+    every_norm=(16, 32),
+    whole_norm=(1024, 1),
+    pool_logits=(64, 32, 4),
+    finish_input=(64, 512),
 )
 SMALL: dict[Kind, Small] = {"half": _HALF, "tf32": _SINGLE, "ieee": _SINGLE, "f64": _DOUBLE}
 

@@ -18,15 +18,13 @@ from . import configs, gradients, operators
 from .apart_lse import apart_lse_kernel
 from .configs import grouped, power_of_two
 from .configs import tiles as tiles_of
-from .gradients import Needs, Saved
 from .pool import pool_lse_kernel
 from .problem import Problem, multiply, on_device
-from .routing import Parts, Routed, gather
+from .routing import Needs, Parts, Routed, Saved, gather
 from .rows import rows_kernel, total_kernel
 from .softmax import route_softmax_kernel
 
-#: Scores in a chunk at most, where they are not held.
-CHUNK_ELEMENTS = 1 << 25
+CHUNK_ELEMENTS = 1 << 25  # scores in a chunk at most, where they are not held
 
 
 class Loss(NamedTuple):
@@ -40,6 +38,10 @@ class Loss(NamedTuple):
     reduction: int
     ignore_index: int
     smoothing: float
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 class Chunk(NamedTuple):
@@ -95,10 +97,8 @@ def forward(
     """`cross_entropy.FORWARD_SCHEMA`."""
     p = Problem.of(input, centers, displacements, tau, allow_tf32)
     B, K, _, M = p.sizes
-    of = Loss(
-        target.contiguous(), *(x if x is None else x.contiguous() for x in (class_bias, weight, margin)),
-        margin_kind, reduction, ignore_index, label_smoothing,
-    )  # fmt: skip
+    vectors = (_contiguous(class_bias), _contiguous(weight), _contiguous(margin))
+    of = Loss(target.contiguous(), *vectors, margin_kind, reduction, ignore_index, label_smoothing)
     new = p.input.new_empty
     lse, inside = new(B, dtype=p.sums), new(1, dtype=torch.bool)
     loss = new((B,) if reduction == 0 else (), dtype=p.sums)
@@ -122,8 +122,8 @@ def forward(
         for c in every:
             rnorms = center_rnorms if c.groups == groups else new(M, c.p.sizes[1], dtype=p.sums)
             operators.every_norm(c.p, shifts, rnorms, input_rnorms if c.first == 0 else None)
-            kept = (scores, slots) if keep else (scores[: c.p.sizes[1]], None)
-            _score(c, of, *kept, rnorms, input_rnorms, shifts, target_logits, partials, class_sums, groups)
+            z, slot = (scores, slots) if keep else (scores[: c.p.sizes[1]], None)
+            _score(c, of, z, slot, rnorms, input_rnorms, shifts, target_logits, partials, class_sums, groups)
             if rnorms is not center_rnorms:
                 center_rnorms[:, c.first : c.first + c.p.sizes[1]] = rnorms
         _finish(p, of, partials, class_sums, target_logits, loss, lse, inside, rows, scalars)
@@ -244,10 +244,8 @@ def backward(
             for x, n in zip(arguments, needs, strict=True)
         ]
         return empty[0], empty[1], empty[2], empty[3], empty[4], empty[5]
-    of = Loss(
-        target.contiguous(), *(x if x is None else x.contiguous() for x in (class_bias, weight, margin)),
-        margin_kind, reduction, ignore_index, label_smoothing,
-    )  # fmt: skip
+    vectors = (_contiguous(class_bias), _contiguous(weight), _contiguous(margin))
+    of = Loss(target.contiguous(), *vectors, margin_kind, reduction, ignore_index, label_smoothing)
     routing: dict[str, Any] = {
         "grad_loss": grad_loss, "grad_stride": grad_loss.stride(0) if grad_loss is not None and grad_loss.dim() else 0,
         "grad_lse": grad_lse, "lse_stride": 0 if grad_lse is None else grad_lse.stride(0),
@@ -263,12 +261,12 @@ def backward(
             made = _gradients(c, saved, needs, routing, p.products)
         else:
             made = _in_chunks(p, of, needs, routing, center_rnorms, input_rnorms)
-    *made, of_margin = made
+    *others, of_margin = made
     if needs.margin and margin is not None and margin.numel() == 1:
         of_margin = of_margin.sum()
     gradients_of = [
         operators._like(x, g) if needed and x is not None else lse.new_empty(0)
-        for g, x, needed in zip((*made, of_margin), arguments, needs, strict=True)
+        for g, x, needed in zip((*others, of_margin), arguments, needs, strict=True)
     ]
     return (
         gradients_of[0], gradients_of[1], gradients_of[2], gradients_of[3], gradients_of[4], gradients_of[5]
@@ -325,7 +323,18 @@ def _in_chunks(
         partials, class_sums = new(3, score.groups, B, dtype=p.sums), new(2, score.groups, dtype=p.sums)
         parked = memory[:classes], slots[:classes]
         alone = score._replace(first_group=0)
-        _score(alone, of, *parked, rnorms, input_rnorms, shifts, target_logits, partials, class_sums, score.groups)
+        _score(
+            alone,
+            of,
+            *parked,
+            rnorms,
+            input_rnorms,
+            shifts,
+            target_logits,
+            partials,
+            class_sums,
+            score.groups,
+        )
         saved = Saved(parked[0], *parked, rnorms, input_rnorms, True)
         some = _gradients(route, saved, needs, routing, p.sums)
         if not sums:

@@ -15,6 +15,7 @@ from .forward import forward_kernel
 from .norms import every_norm_kernel, whole_norm_kernel
 from .problem import Problem, multiply, on_device
 from .product import pool_logits_kernel
+from .routing import Needs, Saved
 
 
 def forward(
@@ -125,15 +126,18 @@ def backward(
         if tuple(value.shape) != shape:
             raise RuntimeError(f"{name}: expected the forward's shape {list(shape)}, got {list(value.shape)}")
     arguments = (input, centers, displacements, tau)
-    needs = gradients.Needs(need_input, need_centers, need_displacements, need_tau)
+    needs = Needs(need_input, need_centers, need_displacements, need_tau)
     if B == 0 or K == 0 or not any(needs):
         made = tuple(torch.zeros_like(x) for x in arguments)
     else:
-        saved = (grad.to(p.sums), logits, slots, center_rnorms, input_rnorms)
+        made_before = (logits, slots, center_rnorms, input_rnorms)
+        z, winners, rnorms, input_rnorms = (x.contiguous() for x in made_before)
+        saved = Saved(grad.to(p.sums).contiguous(), z, winners, rnorms, input_rnorms)
         with on_device(p.input.device):
-            made = gradients.compute(p, gradients.Saved(*(x.contiguous() for x in saved)), needs)
+            made = gradients.compute(p, saved, needs)
     input, centers, displacements, tau = (
-        _like(x, g) if needed else x.new_empty(0) for g, x, needed in zip(made, arguments, needs[:4], strict=True)
+        _like(x, g) if needed else x.new_empty(0)
+        for g, x, needed in zip(made, arguments, needs[:4], strict=True)
     )
     return input, centers, displacements, tau
 

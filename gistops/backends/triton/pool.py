@@ -95,7 +95,7 @@ def pool_lse_kernel(
     here = row_valid & (places >= start_class) & (places < tl.minimum(start_class + run * TILE_K, K))
     tl.store(target_logits + rows, tl.sum(found, 0), mask=here)
     store_partials(partials, largest, total, weighted, first_group + group, groups, rows, row_valid, B, SUMS)
-    if SUMS:
+    if SUMS:  # noqa: SIM102
         if feature_tile == 0:
             store_class_sums(
                 class_sums, group * run * TILE_K, run, K, class_bias, class_weight, first_group + group, groups,

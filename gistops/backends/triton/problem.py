@@ -101,7 +101,9 @@ def product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     pointer = out.data_ptr()
     made = torch.mm(a, b, out=out) if a.dtype == out.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
     if made.dtype != out.dtype or made.data_ptr() != pointer:
-        raise RuntimeError(f"torch.mm was to write {out.dtype} into a tensor, and gave another of {made.dtype}")
+        raise RuntimeError(
+            f"torch.mm was to write {out.dtype} into a tensor, and gave another of {made.dtype}"
+        )
     return out
 
 

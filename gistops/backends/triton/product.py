@@ -77,7 +77,9 @@ def pool_logits_kernel(
     place = classes.to(tl.int64)[:, None] * stride + rows[None, :]
     inside = class_valid[:, None] & (rows < stride)[None, :]
     products = tl.load(scores + place, mask=inside, other=0.0)
-    best, slot = pooled(products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, COUNT)
+    best, slot = pooled(
+        products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, COUNT
+    )
     scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
     offsets = rows.to(tl.int64)[None, :] * K + classes[:, None]
     valid = row_valid[None, :] & class_valid[:, None]

@@ -67,7 +67,9 @@ def route_kernel(
         if COUNT > 0:  # by selection, which takes less than to gather
             rnorm = tl.zeros_like(g)
             for j in tl.static_range(COUNT):
-                known = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=classes < K, other=0.0)
+                known = tl.load(
+                    center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=classes < K, other=0.0
+                )
                 rnorm = tl.where(slot == j, known[None, :], rnorm)
         else:
             rnorm = tl.load(center_rnorms + slot.to(tl.int64) * K + classes[None, :], mask=valid, other=0.0)

@@ -89,7 +89,9 @@ class Parts(NamedTuple):
 
     def switches(self) -> dict[str, bool]:
         """Which of them the kernel is to fill."""
-        return {f"NEED_{name.upper()}": x.numel() > 0 for name, x in zip(self._fields[:6], self, strict=False)}
+        return {
+            f"NEED_{name.upper()}": x.numel() > 0 for name, x in zip(self._fields[:6], self, strict=False)
+        }
 
 
 def route(p: Problem, saved: Saved, needs: Needs) -> Routed:

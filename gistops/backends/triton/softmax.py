@@ -213,11 +213,15 @@ def route_softmax_kernel(
         rnorm = tl.zeros((TILE_K, TILE_B), ACC)
         if COUNT > 0:
             for j in tl.static_range(COUNT):
-                known = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0)
+                known = tl.load(
+                    center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0
+                )
                 rnorm = tl.where(slot == j, known[:, None], rnorm)
         else:
             for j in range(M):
-                known = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0)
+                known = tl.load(
+                    center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0
+                )
                 rnorm = tl.where(slot == j, known[:, None], rnorm)
         score = z
         if HAS_BIAS:
@@ -306,7 +310,7 @@ def route_softmax_kernel(
             tl.store(place, share, mask=row_valid[None, :] & (candidates < M)[:, None])
     if NEED_TOTALS:
         sums = tl.sum(tl.sum(total, 1), 0)
-        if HAS_MARGIN:
+        if HAS_MARGIN:  # noqa: SIM102
             if (group == 0) & (first == 0):
                 sums += tl.sum(of_target * by_tau, 0) * tl.load(tau).to(ACC)
         tl.store(totals + split * groups + group, sums)
