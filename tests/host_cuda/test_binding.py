@@ -22,3 +22,15 @@ def test_autocast_leaves_what_is_called_alone(name: str, overload: str) -> None:
     operator = f"{name}.{overload}" if overload else name
     assert torch._C._dispatch_has_kernel(operator), f"this torch has no {operator}"
     assert not torch._C._dispatch_has_kernel_for_dispatch_key(operator, "AutocastCUDA")
+
+
+def test_no_unnamed_aggregate_is_an_argument() -> None:
+    """With g++ 13.3 nvcc 13.0 made no C++ of braces among a call's arguments in templates: aggregates have names first."""
+    braces = re.compile(r"\w\(\{|, \{")
+    found = [
+        f"{path.name}:{number}: {line.strip()}"
+        for path in sorted((native.source_dir() / "cuda").glob("*.cuh"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if braces.search(line) and "asm" not in line and "mma" not in line
+    ]
+    assert not found, "\n".join(found)
