@@ -48,8 +48,7 @@ OTHERS = [case for case in EVERY if not in_default_run(case)]
 
 def check(case: aot.Case) -> None:
     report = aot.compile_case(case)
-    # A margin's sine and cosine keep a small table on the stack, for angles that no margin has.
-    allowed = max(SPILLED, 64) if case.name == "rows_kernel" else SPILLED
+    allowed = spilled_at_most(case)
     assert report.spilled <= allowed, f"{report.spilled} spilled, {report.registers} registers"
     assert report.shared <= aot.SHARED[case.target], f"{report.shared} bytes of shared memory"
     multiplies = case.name == "forward_kernel" or case.constants.get("NEED_CENTERS")

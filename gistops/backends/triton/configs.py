@@ -89,11 +89,8 @@ CENTERS: dict[tuple[Target, Kind], tuple[Config, ...]] = {
         Config(64, 64, 64, 4, 3),  # few classes, or d at most 64
     ),
     ("hopper", "tf32"): (Config(64, 32, 64, 8, 3),),
-    ("ampere", "half"): (
-        Config(64, 32, 128, 8, 3),
-        Config(64, 32, 64, 8, 3),  # few classes, or d at most 64
-    ),
-    ("ampere", "tf32"): (Config(64, 32, 64, 4, 3),),
+    ("ampere", "half"): (Config(64, 32, 64, 8, 3),),
+    ("ampere", "tf32"): (Config(32, 32, 64, 4, 3),),
     ("amd", "half"): (Config(64, 32, 128, 8, 2), Config(64, 32, 64, 4, 2)),  # the second as above
     ("amd", "tf32"): (Config(64, 32, 64, 4, 2),),
 }
