@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -20,6 +21,8 @@ import gistops
 from tests.ops.oracle import Sample
 
 HERE = Path(__file__).parent
+#: Files that run in one process.
+TOGETHER = (("exact",), ("loss", "streaming", "autocast"))
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton==3.8.0")
 OUTDATED = triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (
     2,
@@ -30,19 +33,28 @@ OUTDATED = triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__vers
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="already under the interpreter")
 @pytest.mark.skipif(OUTDATED, reason="the interpreter of Triton 3.6 fails with numpy 2.4 and newer")
 def test_kernels_under_the_interpreter(request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    report = tmp_path / "report.xml"
+    """Two processes side by side, as each uses one core for minutes."""
     seed = f"--seed={request.config.getoption('--seed')}"
+    environment = dict(os.environ) | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda names: interpreted(names, seed, environment, tmp_path), TOGETHER))
+    assert sum(int(counts["tests"]) for counts in found) >= 90
+    for counts in found:
+        assert all(int(counts[what]) == 0 for what in ("skipped", "failures", "errors")), counts
+
+
+def interpreted(
+    names: tuple[str, ...], seed: str, environment: dict[str, str], folder: Path
+) -> dict[str, str]:
+    """What pytest counts of these files' tests."""
+    report = folder / f"{names[0]}.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
-    command += [str(HERE / f"test_{name}.py") for name in ("exact", "loss", "streaming", "autocast")]
-    command += [f"--junitxml={report}", seed]
-    environment = dict(os.environ) | {"TRITON_INTERPRET": "1"}
+    command += [*(str(HERE / f"test_{name}.py") for name in names), f"--junitxml={report}", seed]
     done = subprocess.run(
         command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    counts = ElementTree.parse(report).getroot()[0].attrib
-    assert int(counts["tests"]) >= 90
-    assert all(int(counts[what]) == 0 for what in ("skipped", "failures", "errors")), counts
+    return dict(ElementTree.parse(report).getroot()[0].attrib)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="there the backend is available")
