@@ -115,8 +115,8 @@ def test_a_pair_that_cancels_for_later_features_alone(tiles: str, seed: int) -> 
         assert error(value, true) <= allowed(0.0, true, torch.float32, 35 * 37)
 
 
-def test_shares_sum_the_weights_as_they_were_rounded(seed: int) -> None:
-    """HW + SΔ is a sum of w_k + δ_j only if both see the same weights."""
+def test_shares_sum_the_weights(seed: int) -> None:
+    """S is the sum of the weights before they are rounded; they lie class by class, zeros behind each class."""
     from gistops.backends.triton import gradients as kernels
     from gistops.backends.triton.problem import Problem
 
@@ -126,10 +126,11 @@ def test_shares_sum_the_weights_as_they_were_rounded(seed: int) -> None:
         Problem.of(*tensors, allow_tf32=False), saved, kernels.Needs(True, True, True, True)
     )
     assert result.weights.dtype == half
-    weights, slots = result.weights[:, :70].double(), saved.slots.long()
+    weights, slots = result.weights[:, :21].T.double(), saved.slots.long()
     expected = torch.zeros(21, 4, dtype=f64).scatter_add(1, slots, weights)
-    torch.testing.assert_close(result.shares.T.double(), expected, rtol=1e-5, atol=1e-6)
-    assert not result.weights[:, 70:].any()
+    most = 2e-3 * float(weights.abs().max())
+    torch.testing.assert_close(result.shares.T.double(), expected, rtol=1e-3, atol=most)
+    assert not result.weights[:, 21:].any()
 
 
 def test_tiny_vectors(seed: int) -> None:

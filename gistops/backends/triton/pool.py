@@ -63,6 +63,7 @@ def pool_lse_kernel(
     columns = (rows < stride)[None, :]
     offsets = tl.arange(0, TILE_K)[:, None] * stride + rows[None, :]
     begin = group * run * TILE_K
+    last = tl.minimum(begin + run * TILE_K, K)
     first_inside = (begin + tl.arange(0, TILE_K) < K)[:, None] & columns
     ahead = tl.load(scores + tl.cast(begin, tl.int64) * stride + offsets, mask=first_inside, other=0.0)
     for tile in range(group * run, group * run + run):
@@ -73,12 +74,13 @@ def pool_lse_kernel(
         # A mask by the stride, a multiple of 16, keeps loads wide whatever B.
         inside = class_valid[:, None] & columns
         products = ahead
-        more_inside = (classes + TILE_K < K)[:, None] & columns & (tile + 1 < group * run + run)
+        more_inside = (classes + TILE_K < last)[:, None] & columns
         ahead = tl.load(scores + start + TILE_K * stride + offsets, mask=more_inside, other=0.0)
         best, slot = pooled(
             products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, COUNT
         )
         z = tl.where(valid, best * scale[None, :], tl.zeros_like(best))
+        slot = tl.where(valid, slot, tl.zeros_like(slot))  # beyond the batch are products that nobody wrote
         if PARK:
             tl.store(scores + start + offsets, z, mask=inside)
             # Four at a time, as scores are read: wider stores would send all slots through shared memory.
