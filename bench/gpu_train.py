@@ -116,7 +116,7 @@ def unpacked(data: Path | None, folder: Path, unpacker: Path | None) -> Path | N
 
 
 def records(folder: Path, job: Job) -> list[Record]:
-    """What the job's run has written down so far; a last line that is not whole yet is left out."""
+    """The records that the job's run has written so far; a last line that is not whole yet is left out."""
     file = folder / job.name / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -144,7 +144,7 @@ def results(folder: Path, job: Job) -> dict[str, Record]:
 
 
 def progress(epochs: list[Record]) -> Record:
-    """How far and how fast: the middle of the epochs' images a second."""
+    """The progress and the rate: the middle of the epochs' images a second."""
     rates = [epoch["images_per_second"] for epoch in epochs]
     return {
         "epochs": len(epochs),
@@ -154,7 +154,7 @@ def progress(epochs: list[Record]) -> Record:
 
 
 def unfinished(folder: Path, job: Job, code: int | None) -> Record:
-    """Where a job stands that has not come to its end; what its process said last, if that failed."""
+    """The state of a job that has not come to its end, and what its process said last, if that failed."""
     found = records(folder, job)
     finished = [r["method"] for r in found if r["event"] == "result"]
     method = next((m for m in job.methods if m not in finished), None)

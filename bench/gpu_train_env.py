@@ -1,4 +1,4 @@
-"""What the processes of `bench.gpu_train` share: the GPU, by NVIDIA's MPS, and what torch.compile made."""
+"""The things that the processes of `bench.gpu_train` share: the GPU, by NVIDIA's MPS, and what torch.compile made."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMPILED = Path(tempfile.gettempdir()) / "gistops-compiled"
 
 
 def compiled_env(archive: Path | None) -> dict[str, str]:
-    """Where torch.compile and Triton keep what they make, filled from the archive if there is one."""
+    """The folders where torch.compile and Triton keep what they make, filled from the archive if there is one."""
     own = {"TORCHINDUCTOR_CACHE_DIR": str(COMPILED), "TRITON_CACHE_DIR": str(COMPILED / "triton")}
     COMPILED.mkdir(parents=True, exist_ok=True)
     if archive and archive.exists():
@@ -26,7 +26,7 @@ def compiled_env(archive: Path | None) -> dict[str, str]:
 
 
 def warm() -> bool:
-    """Whether anything was compiled before."""
+    """True if anything was compiled before."""
     return COMPILED.exists() and any(COMPILED.rglob("fxgraph/*"))
 
 

@@ -1,4 +1,4 @@
-"""What a step of training costs in each way that it can be launched, and whether the losses agree: `bench.gpu_train --probe`.
+"""The cost of a step of training in each way that it can be launched, and whether the losses agree: `bench.gpu_train --probe`.
 
 For each way a JSON line: milliseconds a step, from the clock over steps that were waited for in the end; the part of them that
 the CPU took to launch; the losses of some steps, from the same weights and samples, which differ by rounding; the GPU's peak

@@ -1,4 +1,4 @@
-"""What a call costs the host: on tensors so small that checks, dispatch, autograd and launches are all there is."""
+"""The cost of a call to the host: on tensors so small that checks, dispatch, autograd and launches are all there is."""
 
 from __future__ import annotations
 

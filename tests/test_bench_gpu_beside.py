@@ -1,4 +1,4 @@
-"""What `python -m bench.gpu` runs side by side: tests, sanitizers, trainings, and what it reads out of their words."""
+"""Tests of what `python -m bench.gpu` runs side by side: tests, sanitizers, trainings, and what it reads out of their words."""
 
 from __future__ import annotations
 

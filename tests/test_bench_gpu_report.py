@@ -1,4 +1,4 @@
-"""What `python -m bench.gpu` writes: targets, the rule's choices, tables, reasons, files."""
+"""Tests of what `python -m bench.gpu` writes: targets, the rule's choices, tables, reasons, files."""
 
 from __future__ import annotations
 

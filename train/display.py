@@ -43,7 +43,7 @@ class Display:
 
     @property
     def shows_steps(self) -> bool:
-        """Whether anyone sees a step's loss."""
+        """True if anyone sees a step's loss."""
         return not self._progress.disable
 
     @property

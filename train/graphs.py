@@ -23,7 +23,7 @@ Step = Callable[[], Tensor]
 
 
 class Trained(Protocol):
-    """What a graph needs to know of `training.Training`."""
+    """The attributes of `training.Training` that a graph needs."""
 
     device: torch.device
     batches: Batches
@@ -59,7 +59,7 @@ class GraphedSteps:
 
     @property
     def captured(self) -> bool:
-        """Whether steps are replayed by now."""
+        """True if steps are replayed by now."""
         return self._replay is not None
 
     def step(self, drawn: list[Drawn], size: tuple[int, int]) -> Tensor:
@@ -138,7 +138,7 @@ def rates_in(optimizer: torch.optim.Optimizer, rates: list[Tensor]) -> Iterator[
 
 
 def captured(step: Step) -> Step:
-    """What repeats a step as a CUDA graph and returns its loss, always in the same tensor. Capturing runs nothing."""
+    """A call that repeats a step as a CUDA graph and returns its loss, always in the same tensor. Capturing runs nothing."""
     graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         # Threads that draw nothing, such as a progress bar's, do not matter.

@@ -20,7 +20,7 @@ class Stopped(RuntimeError):
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Where SIGTERM asks. With several processes it ends them as ever, as each would come to another step."""
+    """True once SIGTERM has asked. With several processes it ends them as ever, as each would come to another step."""
     _asked.clear()
     if processes.together() or threading.current_thread() is not threading.main_thread():
         yield

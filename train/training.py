@@ -146,7 +146,7 @@ class Training:
         return total * processes.size() if processes.together() else total
 
     def _can_be_graphed(self) -> bool:
-        """Whether steps are to be held in CUDA graphs; says why not where they were asked for and cannot be."""
+        """True if steps are to be held in CUDA graphs; says why not where they were asked for and cannot be."""
         if not self.config.cuda_graph:
             return False
         reasons = {

@@ -1,4 +1,4 @@
-"""What may share the GPU, and so comes last, side by side: tests of each backend, sanitizers, training."""
+"""The parts that may share the GPU, and so come last, side by side: tests of each backend, sanitizers, training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RUNS = ROOT / "runs" / "gpu-day"
 
 
 def counts(output: str) -> dict[str, int]:
-    """What pytest's last line counts: `3 failed, 10 passed in 2.1s`."""
+    """Counts of pytest's last line: `3 failed, 10 passed in 2.1s`."""
     for line in reversed(output.splitlines()):
         found = re.findall(r"(\d+) (passed|failed|errors?|skipped|xfailed|xpassed|deselected)", line)
         if found and " in " in line:
@@ -97,7 +97,7 @@ def sanitize(program: Path, backend: str, tool: str, seconds: float, logs: Logs)
 
 
 def sanitized(done: Done, seconds: float) -> Report:
-    """What a sanitizer has said."""
+    """The words of a sanitizer."""
     said = [line.strip("= ") for line in done.output.splitlines() if line.startswith("=========")]
     summary = [line for line in said if "SUMMARY" in line]
     run: Report = {"seconds": done.seconds, "summary": summary[-1] if summary else None}

@@ -1,4 +1,4 @@
-"""How long each part of a day may take."""
+"""The seconds that each part of a day may take."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SUMMARY = 3.0  # seconds at the end, to write
 
 
 class Budget:
-    """How long each part may take, so that all end in time."""
+    """The seconds that each part may take, so that all end in time."""
 
     def __init__(self, minutes: float, parts: Sequence[str], clock: Callable[[], float] = time.time) -> None:
         """Start the time.
@@ -43,11 +43,11 @@ class Budget:
         return max(0.0, self.end - self.clock())
 
     def seconds(self, part: str) -> float:
-        """What `part` may take, if it begins now and the parts before it have ended."""
+        """The seconds that `part` may take, if it begins now and the parts before it have ended."""
         return self.share(part, part)
 
     def share(self, part: str, first: str) -> float:
-        """What `part` may take of the time from now on, where `first` is about to begin."""
+        """The seconds that `part` may take of the time from now on, where `first` is about to begin."""
         later = self.parts[self.parts.index(first) :]
         alone = [p for p in later if p not in BESIDE or p == next(b for b in BESIDE if b in later)]
         return self.left() * PARTS[part] / sum(PARTS[p] for p in alone)

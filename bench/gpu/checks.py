@@ -1,4 +1,4 @@
-"""Whether what a variant computes is right: against the definition in float64, or the algebra in float32 at large sizes."""
+"""Checks of what a variant computes: against the definition in float64, or the algebra in float32 at large sizes."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def no_gpu() -> str | None:
-    """Why there is nothing to measure on, in a sentence, or None."""
+    """The reason why there is nothing to measure on, in a sentence, or None."""
     if torch.version.cuda is None:
         return f"bench.gpu needs an NVIDIA GPU, and torch {torch.__version__} is built without CUDA."
     if not torch.cuda.is_available():
@@ -119,7 +119,7 @@ def no_gpu() -> str | None:
 
 
 def _said(*asked: str) -> str | None:
-    """What a command says, where it is there and succeeds."""
+    """The output of a command, where it is there and succeeds."""
     if shutil.which(asked[0]) is None:
         return None
     try:
@@ -137,7 +137,7 @@ def _version(package: str) -> str | None:
 
 
 def header(device: str) -> dict[str, Any]:
-    """What the numbers belong to: machine, versions, commit, date."""
+    """The facts that the numbers belong to: machine, versions, commit, date."""
     commit = _said("git", "rev-parse", "HEAD")
     if commit and _said("git", "status", "--porcelain"):
         commit += " and changes that are not committed"

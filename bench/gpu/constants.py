@@ -1,4 +1,4 @@
-"""What the machine can do, measured: the numbers that paper figures assume, and F.linear at aligned and odd K."""
+"""The machine's limits, measured: the numbers that paper figures assume, and F.linear at aligned and odd K."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class Constants:
 
 
 def ceilings(found: dict[str, Measured]) -> dict[str, float]:
-    """What rooflines need of the constants, in their names there."""
+    """The constants that rooflines need, in their names there."""
     names = {"bandwidth": "copy", "events_ms": "empty"} | {p: f"mm {p}" for p in ("bf16", "tf32", "float32")}
     return {name: found[c]["value"] for name, c in names.items() if "value" in found.get(c, {})}
 

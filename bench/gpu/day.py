@@ -24,7 +24,7 @@ ENOUGH = 10.0  # seconds that ncu needs at least
 
 @dataclass
 class Options:
-    """What was asked for."""
+    """The options asked for."""
 
     only: list[str]
     minutes: float

@@ -1,4 +1,4 @@
-"""How each variant runs: one call of its forward, step or loss step on given tensors."""
+"""The calls of each variant: one call of its forward, step or loss step on given tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `bench.gpu` runs, in which order. The most important comes first, because the budget may end the list anywhere."""
+"""The cases that `bench.gpu` runs, in their order. The most important comes first, because the budget may end the list anywhere."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Case:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Case:
-        """What `to_json` made."""
+        """The inverse of `to_json`."""
         return cls(**{**values, "size": Size(**values["size"]), "forms": tuple(values["forms"])})
 
     def without(self, forms: Sequence[str]) -> Case:
@@ -61,7 +61,7 @@ class Case:
 
     @property
     def compiles(self) -> int:
-        """How many of its forms torch.compile makes."""
+        """The number of its forms that torch.compile makes."""
         return sum(TABLE[form].compiled for form in self.forms if form in TABLE)
 
     def estimate(self) -> float:
@@ -82,7 +82,7 @@ class Case:
 
 
 def runs(variant: Variant, precision: str, kind: str) -> bool:
-    """Whether a variant has this kind in this precision."""
+    """True if a variant has this kind in this precision."""
     return kind in variant.kinds and precision in variant.precisions
 
 
@@ -139,7 +139,7 @@ def profiled(forms: Sequence[str], cases: Sequence[Case]) -> list[Case]:
 
 
 class Filter:
-    """What `--cases` asks for: terms such as `bf16`, `256x8142x2048`, `loss`, joined by colons; any of them may hold."""
+    """The cases that `--cases` asks for: terms such as `bf16`, `256x8142x2048`, `loss`, joined by colons; any of them may hold."""
 
     def __init__(self, text: str) -> None:
         """Read it.
@@ -160,7 +160,7 @@ class Filter:
             self.terms.append((precision, size, kind))
 
     def __call__(self, case: Case) -> bool:
-        """Whether it is asked for."""
+        """True if it is asked for."""
         return any(
             p in (None, case.precision) and s in (None, case.size) and k in (None, case.kind)
             for p, s, k in self.terms

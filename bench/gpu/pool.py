@@ -57,12 +57,12 @@ class Pool:
 
     @property
     def results(self) -> list[Result]:
-        """What was found so far."""
+        """The findings so far."""
         return [result for bench in self.benches for result in bench.results]
 
     @property
     def problems(self) -> list[str]:
-        """What went wrong so far: crashes, hangs."""
+        """The faults so far: crashes, hangs."""
         return [problem for bench in self.benches for problem in bench.problems]
 
 

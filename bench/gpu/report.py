@@ -130,7 +130,7 @@ def cell(found: Found) -> str:
 
 
 def _graphs(document: Document) -> Iterator[str]:
-    """What launches cost: the CPU's time to queue a call, calls in a loop, and replays of a CUDA graph."""
+    """The cost of launches: the CPU's time to queue a call, calls in a loop, and replays of a CUDA graph."""
     found = merged(document)
     rows = [
         (case, form, f)
@@ -174,7 +174,7 @@ def _kernels(document: Document) -> Iterator[str]:
 
 
 def _left_out(document: Document) -> Iterator[str]:
-    """What was not measured, and why: one line a reason."""
+    """The cases that were not measured, and why: one line a reason."""
     reasons: dict[str, list[str]] = {}
     for name, reason in document.get("absent", {}).items():
         reasons.setdefault(f"absent: {reason}", []).append(name)

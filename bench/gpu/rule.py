@@ -24,7 +24,7 @@ Ratios = dict[str, dict[str, float]]  # variant -> size -> time / F.linear
 
 
 def ratios(document: dict[str, Any], precision: str, kind: str) -> Ratios:
-    """What was measured right, of the four sizes."""
+    """The right measurements, of the four sizes."""
     wanted = [str(size) for size in _sizes(document)]
     found: Ratios = {}
     for result in document.get("cases", []):
@@ -97,7 +97,7 @@ def _smoked(document: dict[str, Any], name: str, precision: str) -> bool:
 
 
 def by_hand(document: dict[str, Any]) -> dict[str, Any]:
-    """Whether a forward written by hand is worth filing."""
+    """True if a forward written by hand is worth filing."""
     winner = choose(document, "bf16", "forward").get("winner")
     aligned = document.get("constants", {}).get("linear forward K=8192", {}).get("ms")
     main = _sizes(document)[SIZES.index(MAIN)]

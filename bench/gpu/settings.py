@@ -1,4 +1,4 @@
-"""What a variant can force, by name: how to force it for the calls in a `with`, and why it cannot be forced here.
+"""The settings that a variant can force, by name: how to force it for the calls in a `with`, and why it cannot be forced here.
 
 A setting of code that is not there yet makes its variants absent, with the reason; it is never an error. Every
 setting holds for the whole process, for the backward runs in autograd's own thread.
@@ -107,7 +107,7 @@ SETTINGS: dict[str, Setting] = {
 
 
 def why_not(settings: Mapping[str, Any]) -> str | None:
-    """Why these settings cannot be forced here, or None."""
+    """The reason why these settings cannot be forced here, or None."""
     for name, value in settings.items():
         if name not in SETTINGS:
             return f"nothing can force {name!r} yet"

@@ -62,7 +62,7 @@ class Oracle:
         self.logits, self.loss = logits.detach(), value.detach()
 
     def errors(self, kind: str, made: Tensor, arguments: Tensors) -> dict[str, float]:
-        """What a call is off by."""
+        """The errors of a call."""
         if kind == "forward":
             return {"logits": checks.relative(made, self.logits)}
         kept = [arguments[n] for n in self.kept]
@@ -122,5 +122,5 @@ def _results(call: Any, arguments: Tensors, device: str) -> list[Tensor | None]:
 
 
 def wrong(found: dict[str, Any]) -> str:
-    """What a kind's result says against it, in words, or nothing."""
+    """The objections to a kind's result, in words, or nothing."""
     return str(found.get("failed") or found.get("inexact") or found.get("unstable") or "")

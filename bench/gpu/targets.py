@@ -1,4 +1,4 @@
-"""Which of the stated targets are met, by each backend as it is by default and by what the rule chose."""
+"""The stated targets that are met, by each backend as it is by default and by what the rule chose."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TARGETS = (
 
 
 class Verdict(NamedTuple):
-    """What became of a target, for one variant."""
+    """The verdict on a target, for one variant."""
 
     variant: str
     target: str

@@ -44,7 +44,7 @@ class Variant:
 
     @property
     def ours(self) -> bool:
-        """Whether it is gistops."""
+        """True if it is gistops."""
         return bool(self.backend)
 
 
@@ -191,7 +191,7 @@ def chosen(patterns: Sequence[str] | None) -> list[str]:
 
 
 def why_not(name: str, device: str) -> str | None:
-    """Why a variant cannot run on a device here, or None."""
+    """The reason why a variant cannot run on a device here, or None."""
     variant = TABLE[name]
     if variant.ours:
         if (variant.backend == "cpu") != (device == "cpu") and variant.backend != "triton":

@@ -1,4 +1,4 @@
-"""What a variant must do at least, counted, and the least time that physics allows for it."""
+"""The work that a variant must do at least, counted, and the least time that physics allows for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WIDTHS = {"bf16": 2, "float32": 4, "tf32": 4}
 
 
 class Work(NamedTuple):
-    """What a phase must do at least. A phase begins when the one before has ended, as the loss needs all logits."""
+    """The work that a phase must do at least. A phase begins when the one before has ended, as the loss needs all logits."""
 
     flops: int  # of matrix products, a multiplication and an addition counted as two
     bytes: int  # each input read once, each output written once

@@ -44,7 +44,7 @@ def _short(error: BaseException) -> str:
 
 
 class Worker:
-    """What is kept from case to case."""
+    """The state that is kept from case to case."""
 
     def __init__(self, device: str, emit: Emit, known: dict[str, Any]) -> None:
         self.device = device
@@ -95,7 +95,7 @@ class Worker:
         return _short(error)
 
     def says(self, form: str | None, patience: float | None = None) -> None:
-        """Who runs from here on, and for how long it may be silent, if that is longer than a kernel ever may."""
+        """Announces who runs from here on, and for how long it may be silent, if that is longer than a kernel ever may."""
         self.emit({"event": "form", "form": form, "patience": patience})
 
     def run(self, case: Case) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class Worker:
         return {"case": case.to_json(), "forms": found}
 
     def _each(self, case: Case) -> dict[str, Any]:
-        """What is done with one form after another."""
+        """The steps that are taken with one form after another."""
         results: dict[str, dict[str, Any]] = {}
         do = {
             "smoke": self._smoke,

@@ -260,7 +260,7 @@ def _fused(
     """Loss and lse by the operator that makes the whole loss."""
     if margin is not None and not isinstance(margin, Tensor):
         dtype = compute_dtype(input, centers, displacements)
-        margin = torch.full((), margin, dtype=dtype, device=input.device)  # a copy would make the host wait
+        margin = on_device(margin, dtype, input.device)
     loss, lse, inside = cross_entropy(
         family(backend),
         input,

@@ -23,7 +23,7 @@ Made = tuple[Tensor, Tensor, Tensor, Tensor]  # logits, slots, center_rnorms, in
 
 
 class Needs(NamedTuple):
-    """Which gradients are asked for."""
+    """The gradients that are asked for."""
 
     input: bool
     centers: bool

@@ -60,7 +60,7 @@ def below_autocast() -> Any:
 
 
 def knows_autocast(device: str) -> bool:
-    """Whether there is autocast for a type of device; torch.compile takes the answer as a constant."""
+    """True if there is autocast for a type of device; torch.compile takes the answer as a constant."""
     return bool(torch.amp.is_autocast_available(device))
 
 

@@ -240,7 +240,7 @@ def _gradients(
 
 
 def _targets(target: Tensor, counted: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-    """Where in the chunk a row's target is, and whether it is there and counts, [B, 1] each."""
+    """The place of a row's target in the chunk, and whether it is there and counts, [B, 1] each."""
     local = target - part.start if part.start else target
     place = local.clamp(0, part.stop - part.start - 1)
     return place[:, None], ((place == local) & counted)[:, None]

@@ -1,4 +1,4 @@
-"""What the binding (csrc/cuda/binding.h) calls of PyTorch."""
+"""Operators of PyTorch that the binding (csrc/cuda/binding.h) calls."""
 
 from __future__ import annotations
 

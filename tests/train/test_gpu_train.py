@@ -150,7 +150,7 @@ def test_every_way_of_a_step_is_measured(image_file: Path, tmp_path: Path) -> No
 
 
 def test_one_process_compiles_and_the_others_find_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compiled is waited for once; an archive of it spares that on another machine."""
+    """A compilation is waited for once; an archive of it spares that on another machine."""
     monkeypatch.setattr(gpu_train_env, "COMPILED", tmp_path / "compiled")
     archive = tmp_path / "compiled.tgz"
     assert gpu_train_env.compiled_env(archive)["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")

@@ -96,7 +96,7 @@ def test_a_capture_that_fails_is_said_and_the_steps_are_taken(features: Dataset)
 
 
 def test_a_step_reads_nothing_on_the_host(features: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a graph holds must not look at a value: on a GPU that waits, and ends a capture."""
+    """A step held in a graph must not look at a value: on a GPU that waits, and ends a capture."""
     training = Training("gist", CONFIG, features)
     training.begin_stage(1)
     parts = training.batches.next()

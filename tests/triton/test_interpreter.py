@@ -46,7 +46,7 @@ def test_kernels_under_the_interpreter(request: pytest.FixtureRequest, tmp_path:
 def interpreted(
     names: tuple[str, ...], seed: str, environment: dict[str, str], folder: Path
 ) -> dict[str, str]:
-    """What pytest counts of these files' tests."""
+    """Pytest's counts of these files' tests."""
     report = folder / f"{names[0]}.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
     command += [*(str(HERE / f"test_{name}.py") for name in names), f"--junitxml={report}", seed]

@@ -166,7 +166,7 @@ def test_contract(seed: int) -> None:
 
 
 def test_a_target_out_of_range_on_the_device(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Where nobody looks at targets beforehand, the assertion that runs beside the kernels finds them."""
+    """If nobody looks at targets beforehand, the assertion that runs beside the kernels finds them."""
     monkeypatch.setattr("gistops.functional.loss.check_loss", lambda target, *_: target)
     tensors = Sample(6, 12, 20, 2).tensors(seed)
     for value in (12, -1):

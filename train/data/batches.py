@@ -19,7 +19,7 @@ Draw = dict[
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a part is made of, drawn on the CPU; once on the device, the part is made without the CPU."""
+    """The ingredients of a part, drawn on the CPU; once on the device, the part is made without the CPU."""
 
     indices: Tensor  # of samples, [b], the balanced stream's first
     numbers: Tensor  # [b, NUMBERS]
@@ -91,7 +91,7 @@ class Batches:
         return made
 
     def next_drawn(self) -> list[Drawn]:
-        """What this process's parts of the next step are made of, on the CPU: for who makes them, with `made`."""
+        """The ingredients of this process's parts of the next step, on the CPU: for who makes them, with `made`."""
         return self._divided(self._next_draw())
 
     def made(self, drawn: Drawn) -> Part:

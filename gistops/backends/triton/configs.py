@@ -190,7 +190,7 @@ def few(M: int) -> int:
 
 
 def grouped(classes: int, features: int, tile: tuple[int, ...]) -> tuple[int, int]:
-    """How many class tiles a program takes, and how many such groups there are."""
+    """The number of class tiles that a program takes, and of such groups."""
     class_tiles = tiles(classes, tile[0])
     wanted = min(class_tiles, tiles(LOSS_PROGRAMS, tiles(features, tile[1])))
     run = tiles(class_tiles, wanted)
@@ -198,7 +198,7 @@ def grouped(classes: int, features: int, tile: tuple[int, ...]) -> tuple[int, in
 
 
 def tiles(size: int, tile: int) -> int:
-    """How many tiles cover a size. `triton.cdiv` would serve, and take fifty times as long."""
+    """The number of tiles that cover a size. `triton.cdiv` would serve, and take fifty times as long."""
     return -(-size // tile)
 
 
@@ -220,7 +220,7 @@ def target(device: torch.device) -> Target:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """How many multiprocessors a device has."""
+    """The number of a device's multiprocessors."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -234,7 +234,7 @@ def kind(dtype: torch.dtype, allow_tf32: bool) -> Kind:
 
 
 class Forced(NamedTuple):
-    """What holds in place of the tables and the rule; None where they hold."""
+    """Choices in place of the tables and the rule; None where these hold."""
 
     forward: Config | None = None
     centers: Config | None = None
@@ -282,7 +282,7 @@ def small(kind: Kind) -> Small:
 
 
 def product(kernel: Literal["forward", "centers"], kind: Kind) -> Product:
-    """Who multiplies."""
+    """The library or kernel that multiplies."""
     if kernel == "forward":
         return _forced.product or PRODUCTS[kind]
     return _forced.centers_product or CENTERS_PRODUCTS[kind]

@@ -28,7 +28,7 @@ CHUNK_ELEMENTS = 1 << 25  # scores in a chunk at most, where they are not held
 
 
 class Loss(NamedTuple):
-    """What a loss takes beside the logits' arguments; tensors contiguous."""
+    """The arguments of a loss beside those of the logits; tensors contiguous."""
 
     target: Tensor
     bias: Tensor | None

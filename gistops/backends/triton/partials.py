@@ -1,4 +1,4 @@
-"""What a tile of scores adds to the log-sum-exp of its rows, and where a row's target is."""
+"""A tile's part of the log-sum-exp of its rows, and where a row's target is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def row_targets(target, rows, row_valid, first, ignore_index):
-    """Where in a chunk of classes that begins at `first` the rows' targets are, as int32; -1 where ignored."""
+    """The places of the rows' targets in a chunk of classes that begins at `first`, as int32; -1 where ignored."""
     y = tl.load(target + rows, mask=row_valid, other=0).to(tl.int64)
     place = tl.minimum(tl.maximum(y - first, -1), 2147483647)
     return tl.where(y == ignore_index, tl.full(y.shape, -1, tl.int64), place).to(tl.int32)

@@ -17,7 +17,7 @@ from .route import route_kernel
 
 
 class Needs(NamedTuple):
-    """Which gradients are asked for."""
+    """The gradients that are asked for."""
 
     input: bool
     centers: bool
@@ -49,7 +49,7 @@ class Saved(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """What route_kernel leaves, its parts summed. Empty where not needed."""
+    """The results of route_kernel, their parts summed. Empty where not needed."""
 
     weights: Tensor  # H' [K, ldB]
     shares: Tensor  # S' [M, B]
@@ -88,7 +88,7 @@ class Parts(NamedTuple):
         )
 
     def switches(self) -> dict[str, bool]:
-        """Which of them the kernel is to fill."""
+        """Those of them that the kernel is to fill."""
         return {
             f"NEED_{name.upper()}": x.numel() > 0 for name, x in zip(self._fields[:6], self, strict=False)
         }

@@ -77,7 +77,7 @@ def margin_factors(rows, row_valid, saved, B):
 
 @triton.jit
 def any_marked(center_rnorms, start, count, K, M):
-    """Whether among these classes any is of a pair that cancels."""
+    """True if any of these classes is of a pair that cancels."""
     lanes = tl.arange(0, 256)
     marks = tl.zeros((256,), tl.int32)
     for j in range(1, M):
