@@ -13,6 +13,53 @@ from .numbers import clamped_rnorm
 
 
 @triton.jit
+def scored_apart(
+    input,  # [B, d]
+    centers,  # [K, d]
+    displacements,  # [m, d]
+    center_rnorms,  # [M, K]
+    classes,
+    class_valid,
+    rows,
+    row_valid,
+    K,
+    d,
+    M,
+    TILE_K: tl.constexpr,
+    TILE_B: tl.constexpr,
+    TILE_D: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Scores without τ / |f_i|, and slots, of a tile's classes from w_k + δ_j written out; replaces norms of pairs that cancel."""
+    depth = tl.arange(0, TILE_D)
+    w_tile = centers + classes.to(tl.int64)[:, None] * d + depth[None, :]
+    f_tile = input + rows.to(tl.int64)[:, None] * d + depth[None, :]
+    best = tl.full((TILE_K, TILE_B), float("-inf"), ACC)
+    slot = tl.zeros((TILE_K, TILE_B), tl.int32)
+    for j in range(M):
+        products = tl.zeros((TILE_K, TILE_B), ACC)
+        squares = tl.zeros((TILE_K,), ACC)
+        for start in range(0, d, TILE_D):
+            inside = depth < d - start
+            w = tl.load(w_tile + start, mask=class_valid[:, None] & inside[None, :], other=0.0)
+            f = tl.load(f_tile + start, mask=row_valid[:, None] & inside[None, :], other=0.0)
+            delta = tl.load(displacements + (j - 1) * d + start + depth, mask=inside & (j > 0), other=0.0)
+            vector = w.to(ACC) + delta.to(ACC)[None, :]
+            squares += tl.sum(vector * vector, 1)
+            products = tl.dot(vector, tl.trans(f.to(ACC)), products, input_precision="ieee", out_dtype=ACC)
+        known = center_rnorms + tl.cast(j, tl.int64) * K + classes
+        rnorm = tl.load(known, mask=class_valid, other=0.0)
+        direct = clamped_rnorm(squares)
+        # Only the sign of what is replaced is used again, which stays.
+        tl.store(known, -direct, mask=class_valid & (rnorm < 0))
+        score = products * tl.where(rnorm < 0, direct, rnorm)[:, None]
+        better = (score > best) | (score != score)
+        best = tl.where(better, score, best)
+        slot = tl.where(better, j, slot)
+    return best, slot
+
+
+@triton.jit
 def weight_apart(
     row,
     classes,
@@ -57,44 +104,19 @@ def apart_kernel(
 ):
     """A program: TILE_K classes and all features. Rewrites the classes that hold such a pair, in all their slots."""
     classes = tl.program_id(0) * TILE_K + tl.arange(0, TILE_K)
-    depth = tl.arange(0, TILE_D)
     class_valid = classes < K
     marked = tl.zeros((TILE_K,), tl.int32)
     for j in range(1, M):
         rnorm = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0)
         marked = marked | (rnorm < 0).to(tl.int32)
     if tl.max(marked, 0) > 0:
-        w_tile = centers + classes.to(tl.int64)[:, None] * d + depth[None, :]
         for first in range(0, tl.maximum(B, 1), TILE_B):  # without features, the norms are still due
             rows = first + tl.arange(0, TILE_B)
             row_valid = rows < B
-            f_tile = input + rows.to(tl.int64)[:, None] * d + depth[None, :]
-            best = tl.full((TILE_K, TILE_B), float("-inf"), ACC)
-            slot = tl.zeros((TILE_K, TILE_B), tl.int32)
-            for j in range(M):
-                products = tl.zeros((TILE_K, TILE_B), ACC)
-                squares = tl.zeros((TILE_K,), ACC)
-                for start in range(0, d, TILE_D):
-                    inside = depth < d - start
-                    w = tl.load(w_tile + start, mask=class_valid[:, None] & inside[None, :], other=0.0)
-                    f = tl.load(f_tile + start, mask=row_valid[:, None] & inside[None, :], other=0.0)
-                    delta = tl.load(
-                        displacements + (j - 1) * d + start + depth, mask=inside & (j > 0), other=0.0
-                    )
-                    vector = w.to(ACC) + delta.to(ACC)[None, :]
-                    squares += tl.sum(vector * vector, 1)
-                    products = tl.dot(
-                        vector, tl.trans(f.to(ACC)), products, input_precision="ieee", out_dtype=ACC
-                    )
-                known = center_rnorms + tl.cast(j, tl.int64) * K + classes
-                rnorm = tl.load(known, mask=class_valid, other=0.0)
-                direct = clamped_rnorm(squares)
-                # Only the sign of what is replaced is used again, which stays.
-                tl.store(known, -direct, mask=class_valid & (rnorm < 0))
-                score = products * tl.where(rnorm < 0, direct, rnorm)[:, None]
-                better = (score > best) | (score != score)
-                best = tl.where(better, score, best)
-                slot = tl.where(better, j, slot)
+            best, slot = scored_apart(
+                input, centers, displacements, center_rnorms, classes, class_valid, rows, row_valid, K, d, M,
+                TILE_K, TILE_B, TILE_D, ACC,
+            )  # fmt: skip
             scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
             offsets = rows.to(tl.int64)[None, :] * K + classes[:, None]
             valid = row_valid[None, :] & class_valid[:, None] & (marked > 0)[:, None]

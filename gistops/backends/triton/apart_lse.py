@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .numbers import clamped_rnorm
+from .apart import scored_apart
 from .partials import joined, row_targets, store_partials, tile_partials
 
 
@@ -52,7 +52,6 @@ def apart_lse_kernel(
     """
     group = tl.program_id(0)
     start = group * run
-    depth = tl.arange(0, TILE_D)
     marks = tl.zeros((TILE_K,), tl.int32)
     for tile in range(start, start + run):
         classes = tile * TILE_K + tl.arange(0, TILE_K)
@@ -63,7 +62,6 @@ def apart_lse_kernel(
         for start_row in range(0, B, TILE_B):
             rows = start_row + tl.arange(0, TILE_B)
             row_valid = rows < B
-            f_tile = input + rows.to(tl.int64)[:, None] * d + depth[None, :]
             scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
             places = row_targets(target, rows, row_valid, first, ignore_index)
             largest = tl.full((TILE_B,), float("-inf"), ACC)
@@ -72,32 +70,10 @@ def apart_lse_kernel(
             for tile in range(start, start + run):
                 classes = tile * TILE_K + tl.arange(0, TILE_K)
                 class_valid = classes < K
-                w_tile = centers + classes.to(tl.int64)[:, None] * d + depth[None, :]
-                best = tl.full((TILE_K, TILE_B), float("-inf"), ACC)
-                slot = tl.zeros((TILE_K, TILE_B), tl.int32)
-                for j in range(M):
-                    products = tl.zeros((TILE_K, TILE_B), ACC)
-                    squares = tl.zeros((TILE_K,), ACC)
-                    for begin in range(0, d, TILE_D):
-                        inside = depth < d - begin
-                        w = tl.load(w_tile + begin, mask=class_valid[:, None] & inside[None, :], other=0.0)
-                        f = tl.load(f_tile + begin, mask=row_valid[:, None] & inside[None, :], other=0.0)
-                        delta = tl.load(
-                            displacements + (j - 1) * d + begin + depth, mask=inside & (j > 0), other=0.0
-                        )
-                        vector = w.to(ACC) + delta.to(ACC)[None, :]
-                        squares += tl.sum(vector * vector, 1)
-                        products = tl.dot(
-                            vector, tl.trans(f.to(ACC)), products, input_precision="ieee", out_dtype=ACC
-                        )
-                    known = center_rnorms + tl.cast(j, tl.int64) * K + classes
-                    rnorm = tl.load(known, mask=class_valid, other=0.0)
-                    direct = clamped_rnorm(squares)
-                    tl.store(known, -direct, mask=class_valid & (rnorm < 0))
-                    score = products * tl.where(rnorm < 0, direct, rnorm)[:, None]
-                    better = (score > best) | (score != score)
-                    best = tl.where(better, score, best)
-                    slot = tl.where(better, j, slot)
+                best, slot = scored_apart(
+                    input, centers, displacements, center_rnorms, classes, class_valid, rows, row_valid, K, d, M,
+                    TILE_K, TILE_B, TILE_D, ACC,
+                )  # fmt: skip
                 z = best * scale[None, :]
                 valid = row_valid[None, :] & class_valid[:, None]
                 if PARK:
