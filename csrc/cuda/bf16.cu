@@ -1,5 +1,5 @@
 // The operators, of bfloat16 operands.
-#include "operations.cuh"
+#include "op_table.cuh"
 
 namespace gistops::cuda {
 const Operations bf16_operations = operations<bf16>();

@@ -15,7 +15,7 @@
 #include <tuple>
 #include <vector>
 
-#include "operations.h"
+#include "op_table.h"
 
 // From libtorch_cuda, whose header declares it only for builds with CUDA's headers. Weak: this library also loads on a
 // torch without CUDA.

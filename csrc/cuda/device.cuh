@@ -1,4 +1,4 @@
-// What all kernels share: launching, dynamic shared memory, number types, sums within a warp.
+// What all kernels share: launching, dynamic shared memory, number types.
 // Without nvcc these files compile for the host, where tests/host_cuda/shim stands in for the CUDA runtime.
 #pragma once
 #include <cuda_bf16.h>
@@ -94,14 +94,6 @@ __device__ __forceinline__ S clamped_rnorm(S square) {
 template <class S>
 __device__ __forceinline__ bool cancels(S square, S w_square, S delta_square) {
   return square < (w_square + delta_square) * S(1.0 / 8);
-}
-
-// The sum over a warp, in every lane; the same bits in each, as both sides of an exchange add the same two numbers.
-template <class S>
-__device__ __forceinline__ S warp_sum(S x) {
-#pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
-  return x;
 }
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

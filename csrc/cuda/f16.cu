@@ -1,5 +1,5 @@
 // The operators, of float16 operands.
-#include "operations.cuh"
+#include "op_table.cuh"
 
 namespace gistops::cuda {
 const Operations f16_operations = operations<f16>();

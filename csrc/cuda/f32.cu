@@ -1,5 +1,5 @@
 // The operators, of float32 operands.
-#include "operations.cuh"
+#include "op_table.cuh"
 
 namespace gistops::cuda {
 const Operations f32_operations = operations<float>();

@@ -1,5 +1,5 @@
 // The operators, of float64 operands.
-#include "operations.cuh"
+#include "op_table.cuh"
 
 namespace gistops::cuda {
 const Operations f64_operations = operations<double>();

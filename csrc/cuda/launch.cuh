@@ -6,7 +6,7 @@
 #include <string>
 
 #include "device.cuh"
-#include "operations.h"
+#include "op_table.h"
 
 namespace gistops::cuda {
 

@@ -1,8 +1,8 @@
 // Logits and their gradients, as sequences of launches and products.
 #pragma once
-#include "gradients.cuh"
-#include "pool.cuh"
-#include "pull_rows.cuh"
+#include "backward.cuh"
+#include "max_over_slots.cuh"
+#include "route_logits_grad.cuh"
 
 namespace gistops::cuda {
 

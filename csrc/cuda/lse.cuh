@@ -3,6 +3,7 @@
 // scores take their products' place, for the backward.
 #pragma once
 #include "scores.cuh"
+#include "warp_reduce.cuh"
 
 namespace gistops::cuda {
 

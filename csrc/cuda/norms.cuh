@@ -1,9 +1,9 @@
 // Norms of the centres and features, and what they make with the displacements, in one reading of each: a warp takes
 // some rows, and sums |x|^2, x . delta_j and |delta_j|^2 on the way.
 #pragma once
-#include "arguments.h"
-#include "halving.cuh"
+#include "problem.cuh"
 #include "vector.cuh"
+#include "warp_reduce.cuh"
 
 namespace gistops::cuda {
 

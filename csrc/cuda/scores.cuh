@@ -5,8 +5,9 @@
 // A thread has four features, and every eighth class of the tile. A class with a vector that cancels is scored from
 // the vectors themselves.
 #pragma once
-#include "arguments.h"
+#include "problem.cuh"
 #include "vector.cuh"
+#include "warp_reduce.cuh"
 
 namespace gistops::cuda {
 

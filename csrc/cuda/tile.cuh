@@ -3,7 +3,7 @@
 // A stage of the ring holds a slice of the summed dimension of each operand. Rows are padded so that neither ldmatrix
 // nor plain loads meet a bank twice.
 #pragma once
-#include "arguments.h"
+#include "problem.cuh"
 #include "ptx.cuh"
 
 namespace gistops::cuda {

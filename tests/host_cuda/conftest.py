@@ -40,5 +40,5 @@ def module(cache: Path) -> ModuleType:
 
 
 def build_kernels(cache: Path, sanitize: bool) -> Path:
-    sources = [*KERNELS, Path(__file__).with_name("kernels.cpp")]
+    sources = [*KERNELS, Path(__file__).with_name("bindings.cpp")]
     return build("gistops_host_kernels", sources, [CUDA], sanitize, cache)

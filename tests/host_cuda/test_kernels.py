@@ -1,4 +1,4 @@
-"""The CUDA kernels on the host: every case of kernel_cases.py, and some of them under the sanitisers."""
+"""The CUDA kernels on the host: every case of the two files of cases, and a selection under the sanitizers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tests.ops.oracle import Sample
 
 from .build import sanitized_pytest
 from .conftest import build_kernels
-from .kernel_cases import *  # noqa: F403  the tests themselves
-from .loss_cases import *  # noqa: F403
-from .operators import HostKernels
+from .cross_entropy_cases import *  # noqa: F403
+from .host_logits import HostKernels
+from .logits_cases import *  # noqa: F403  the tests themselves
 
-CASES = [str(Path(__file__).with_name(name)) for name in ("kernel_cases.py", "loss_cases.py")]
+CASES = [str(Path(__file__).with_name(name)) for name in ("logits_cases.py", "cross_entropy_cases.py")]
 
 
 def test_under_address_and_undefined_behaviour_sanitizers(

@@ -6,7 +6,7 @@
 // Pairs that cancel are in neither H, T nor s here: they are added from w + delta, summed before it is weighted. Their
 // features are added too, to both: S does not have them either.
 #pragma once
-#include "centers_shape.cuh"
+#include "grad_centers_shape.cuh"
 #include "launch.cuh"
 
 namespace gistops::cuda {

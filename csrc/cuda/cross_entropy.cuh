@@ -1,9 +1,9 @@
 // A cross-entropy and its gradients, as sequences of launches and products.
 #pragma once
-#include "gradients.cuh"
+#include "backward.cuh"
 #include "lse.cuh"
-#include "pull_classes.cuh"
-#include "rows.cuh"
+#include "route_loss_grad.cuh"
+#include "row_loss.cuh"
 
 namespace gistops::cuda {
 

@@ -4,6 +4,14 @@
 
 namespace gistops::cuda {
 
+// The sum over a warp, in every lane; the same bits in each, as both sides of an exchange add the same two numbers.
+template <class S>
+__device__ __forceinline__ S warp_sum(S x) {
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
+  return x;
+}
+
 // Eight values a lane -> the sum over the warp of value `lane / 4`, by halving exchanges: 9 shuffles for 40.
 template <class S>
 __device__ __forceinline__ S halving_sum(const S (&x)[8], int lane) {

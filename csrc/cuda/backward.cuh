@@ -1,10 +1,10 @@
 // From the parts that a first pass of the backward leaves to the gradients, for a run of classes after another.
 #pragma once
-#include "centers.cuh"
-#include "correct.cuh"
-#include "ends.cuh"
-#include "sequence.cuh"
-#include "totals.cuh"
+#include "grad_centers.cuh"
+#include "grad_epilogues.cuh"
+#include "norm_correction.cuh"
+#include "op_launcher.cuh"
+#include "reduce_partials.cuh"
 
 namespace gistops::cuda {
 

@@ -7,7 +7,7 @@
 // 16 bytes along d; a thread takes one of these, and every fourth class. Pairs that cancel are not in H: their features
 // are added here.
 #pragma once
-#include "pulls.cuh"
+#include "routing.cuh"
 #include "vector.cuh"
 
 namespace gistops::cuda {

@@ -1,6 +1,6 @@
 // What the gradient of the centres is made in: a block's tile, its shared memory, what it is given and what it leaves.
 #pragma once
-#include "pulls.cuh"
+#include "routing.cuh"
 #include "tile.cuh"
 
 namespace gistops::cuda {

@@ -29,7 +29,7 @@ class HostKernels:
     """Forward and backward on the host, and what the binding does around them.
 
     Args:
-        module: the compiled kernels (tests/host_cuda/kernels.cpp).
+        module: the compiled kernels (tests/host_cuda/bindings.cpp).
         tensors: input, centers, displacements, tau.
     """
 

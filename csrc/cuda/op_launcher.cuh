@@ -5,7 +5,7 @@
 #pragma once
 #include "launch.cuh"
 #include "norms.cuh"
-#include "operations.h"
+#include "op_table.h"
 #include "scores.cuh"
 
 namespace gistops::cuda {

@@ -1,6 +1,6 @@
 // The totals of what a first pass of the backward left in parts, and the gradients that are nothing else.
 #pragma once
-#include "pulls.cuh"
+#include "routing.cuh"
 
 namespace gistops::cuda {
 

@@ -1,7 +1,7 @@
 // The operators for one type of operands, as the binding calls them.
 #pragma once
+#include "cross_entropy.cuh"
 #include "logits.cuh"
-#include "loss.cuh"
 
 namespace gistops::cuda {
 

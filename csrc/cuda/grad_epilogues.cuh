@@ -1,6 +1,6 @@
 // The last pieces of the backward, over [B, d] and [m, d].
 #pragma once
-#include "pulls.cuh"
+#include "routing.cuh"
 #include "vector.cuh"
 
 namespace gistops::cuda {

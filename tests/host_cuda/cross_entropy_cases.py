@@ -12,8 +12,8 @@ from torch import Tensor
 from gistops.backends import reference
 from tests.ops.oracle import Sample, allowed, error, leaves, plain, scores
 
-from .kernel_cases import of_one_element
-from .loss_operators import HostLoss
+from .host_cross_entropy import HostLoss
+from .logits_cases import of_one_element
 
 half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64
 #: Options by name; "each" stands for a value for each class.

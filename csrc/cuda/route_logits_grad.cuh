@@ -1,7 +1,7 @@
 // The first pass of the backward over logits [B, K]: reads along the classes, and turns the weights in shared memory,
 // so that they are written along the features. A block takes 128 classes of a group of tiles and some features.
 #pragma once
-#include "pulls.cuh"
+#include "routing.cuh"
 
 namespace gistops::cuda {
 

@@ -1,7 +1,7 @@
 // The first pass of the backward over scores [K, ld] of a loss: softmax, and where each gradient goes. A block takes 64
 // classes of a group of tiles and 128 features; a warp takes every eighth class, a lane four features.
 #pragma once
-#include "pulls.cuh"
+#include "routing.cuh"
 #include "vector.cuh"
 
 namespace gistops::cuda {

@@ -9,9 +9,9 @@
 #pragma once
 #include <algorithm>
 
-#include "arguments.h"
-#include "halving.cuh"
-#include "softmax.cuh"
+#include "problem.cuh"
+#include "softmax_grad.cuh"
+#include "warp_reduce.cuh"
 
 namespace gistops::cuda {
 

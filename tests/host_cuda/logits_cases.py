@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.ops.oracle import Sample, allowed, allowed_of_tau, error, gradients, leaves, plain, routed, scores
 
-from .operators import HostKernels
+from .host_logits import HostKernels
 
 half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64
 # The tiles: 32, 64 or 128 classes by 128, 64 or 32 features; of the gradient of the centres 128 by 64 dimensions.

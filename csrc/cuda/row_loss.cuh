@@ -5,7 +5,7 @@
 #pragma once
 #include "lse.cuh"
 #include "margins.cuh"
-#include "softmax.cuh"
+#include "softmax_grad.cuh"
 
 namespace gistops::cuda {
 
@@ -22,7 +22,7 @@ struct LossRows {
   int margin_kind, reduction;  // reduction: 0 none, 1 mean, 2 sum
   S smoothing;
   S *loss, *lse;      // [B] or [1]; [B]
-  S *rows, *scalars;  // as in softmax.cuh
+  S *rows, *scalars;  // as in softmax_grad.cuh
   bool* inside;       // [1]: whether all targets are in range
   S* parts;           // [blocks, 3]
   int* ticket;        // 0 before the launch

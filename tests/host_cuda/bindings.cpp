@@ -10,7 +10,7 @@
 
 #include "device.cuh"
 #include "launch.cuh"
-#include "operations.h"
+#include "op_table.h"
 
 namespace py = pybind11;
 namespace gc = gistops::cuda;

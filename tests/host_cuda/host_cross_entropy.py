@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operators import _HALF, _array, operand_type
+from .host_logits import _HALF, _array, operand_type
 
 MARGIN_KINDS = ("logit", "cosine", "angle")
 REDUCTIONS = ("none", "mean", "sum")
@@ -17,7 +17,7 @@ class HostLoss:
     """Forward and backward on the host, and what the binding does around them.
 
     Args:
-        module: the compiled kernels (tests/host_cuda/kernels.cpp).
+        module: the compiled kernels (tests/host_cuda/bindings.cpp).
         tensors: input, centers, displacements, tau.
         target: classes, int64.
         keep: scores are kept from the forward to the backward.
