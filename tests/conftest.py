@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--device",
         choices=tuple(FUSED),
         default="cpu",
-        help="where operators and modules are tested; cuda: `pytest tests/ops tests/test_nn*.py --device cuda`",
+        help="where operators and modules are tested; cuda: `pytest tests/ops tests/nn --device cuda`",
     )
     parser.addoption(
         "--backend",

@@ -13,7 +13,7 @@ from torch import Tensor
 from gistops.backends import reference
 from gistops.nn import ConstellationClassifier, GistClassifier
 
-from .nn_samples import KINDS, B, D, K, batch, spread
+from .samples import KINDS, B, D, K, batch, spread
 
 TRANSFORMS = {"rotation": ["axis"], "mlp": ["mlp_in", "mlp_out"]}
 

@@ -12,7 +12,7 @@ from bench.training import PARTS, Parts, main, step
 from train.data.arrays import Dataset
 from train.training import Training
 
-from .test_engine import IMAGES
+from ..train.test_engine import IMAGES
 
 
 def test_a_step_taken_apart_is_the_step(images: Dataset) -> None:

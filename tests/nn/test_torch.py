@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from gistops import backends
 from gistops.nn import ConstellationClassifier, GistClassifier
 
-from .nn_samples import KINDS, B, D, K, M
-from .processes import in_group
+from ..processes import in_group
+from .samples import KINDS, B, D, K, M
 
 
 def make(kind: type[Any], m: int = M, **arguments: Any) -> Any:

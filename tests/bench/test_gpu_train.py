@@ -18,7 +18,7 @@ from bench import gpu_train, gpu_train_env
 from bench.gpu_train import Job, jobs_of
 from train.commandline import from_command_line
 
-from .conftest import REPOSITORY
+from ..train.conftest import REPOSITORY
 
 SMALL = "--recipe smoke --device cpu --threads 1 --precision float32 --no-graph"
 OPTIONS = "--num-classes 5 --classes-per-batch 4"

@@ -23,7 +23,7 @@ def test_each_backend_has_a_pytest_of_its_own() -> None:
     asked = beside.tests("cuda", ["cuda", "triton"])
     assert asked["operators, cuda"][-2:] == ["-k", "not triton"]
     assert asked["operators, triton"][-2:] == ["-k", "triton"]
-    assert "tests/test_nn.py" in asked["heads"]
+    assert "tests/nn" in asked["heads"]
     assert asked["large"][-2:] == ["-m", "large"]
     assert "-k" not in beside.tests("cpu", ["cpu"])["operators, cpu"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gistops.nn import ConstellationClassifier, GistClassifier
 
-from .nn_samples import KINDS, B, D, K, M, batch, reference_logits, spread
+from .samples import KINDS, B, D, K, M, batch, reference_logits, spread
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gistops.nn import ConstellationClassifier, GistClassifier, MaxCosineHead, SubcenterClassifier
 
-from .cuda_graphs import captured
+from ..cuda_graphs import captured
 
 pytestmark = pytest.mark.cuda
 D, K, B = 136, 601, 96

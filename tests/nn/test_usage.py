@@ -13,7 +13,7 @@ from torch import nn
 
 from gistops.nn import ConstellationClassifier, GistClassifier, SlotUsage
 
-from .nn_samples import KINDS, B, D, K, M, batch, spread
+from .samples import KINDS, B, D, K, M, batch, spread
 
 
 @pytest.mark.parametrize("kind", KINDS)
