@@ -28,8 +28,8 @@ from typing import Any
 
 from train.config import DEFAULT_RECIPE
 from train.methods import FIRST_STAGES, METHODS
-from train.runfiles import write_aside
-from train.stopping import CODE as STOPPED
+from train.training.run_folder import write_aside
+from train.training.stopping import CODE as STOPPED
 
 from .gpu_train_env import compiled_env, pack, together_on_gpu, warm
 

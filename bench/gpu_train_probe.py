@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from train.commandline import from_command_line
-from train.data.arrays import Dataset
+from train.cli import from_command_line
+from train.data.dataset import Dataset
 from train.run import load
-from train.training import Training
+from train.training.trainer import Training
 
 from .gpu_train import of_data
 from .gpu_train_env import compiled_env, pack

@@ -26,12 +26,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from train.commandline import from_command_line
+from train.cli import from_command_line
 from train.config import Config, ConfigError, MethodName, check
-from train.data.arrays import Dataset
-from train.display import say
+from train.data.dataset import Dataset
 from train.run import load
-from train.training import Training
+from train.training.progress import say
+from train.training.trainer import Training
 
 from .hardware import hardware
 from .memory import reset_peak, status

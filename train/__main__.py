@@ -12,17 +12,17 @@ import warnings
 
 from rich.console import Console
 
-from .ablation import Ablation, ablate
-from .commandline import from_command_line
+from .cli import from_command_line
+from .commands.ablation import Ablation, ablate
+from .commands.doctor import examine
+from .commands.features import Features, extract
 from .config import ConfigError
-from .display import say
-from .doctor import examine
-from .features import Features, extract
-from .page import compare
-from .processes import joined, rank
+from .distributed import init_process_group, rank
+from .report.html import compare
 from .run import start
-from .stopping import CODE, Stopped, listening
-from .training import Diverged
+from .training.progress import say
+from .training.stopping import CODE, Stopped, listening
+from .training.trainer import Diverged
 
 
 def main(args: list[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(args: list[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else args
     with warnings.catch_warnings():
         try:
-            with joined(), listening():
+            with init_process_group(), listening():
                 return dispatch(args)
         except (ConfigError, Diverged) as error:
             print(f"{f'process {rank()}: ' if rank() else ''}error: {error}", file=sys.stderr)

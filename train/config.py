@@ -12,9 +12,9 @@ import torch
 
 from gistops import backends
 
-from .backbones import BACKBONES, TIMM
 from .data.load import NAMED, Source
-from .groups import SPLIT_RULES
+from .model.backbones import BACKBONES, TIMM
+from .shot_groups import SPLIT_RULES
 
 DEFAULT_RECIPE = "fashion-mnist-lt"
 

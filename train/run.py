@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import figures, processes
-from .backbones import BackboneError
+from . import distributed
 from .config import Config, ConfigError, source_of
-from .data.arrays import Dataset
+from .data.dataset import Dataset
 from .data.errors import DataError
 from .data.load import load as load_data
-from .display import Display, say
-from .engine import run
-from .firststages import FirstStages
 from .methods import TITLES
-from .page import read_records, write_page
-from .report import print_results
-from .runfiles import RunFolder
-from .training import own_parts, sizes_of
+from .model.backbones import BackboneError
+from .report import figures
+from .report.html import read_records, write_page
+from .report.table import print_results
+from .training.engine import run
+from .training.first_stages import FirstStages
+from .training.progress import Display, say
+from .training.run_folder import RunFolder
+from .training.trainer import own_parts, sizes_of
 
 
 def start(config: Config, console: Console, shared: Path | None = None) -> list[dict[str, Any]]:
@@ -37,11 +38,11 @@ def start(config: Config, console: Console, shared: Path | None = None) -> list[
         ConfigError: an option that cannot be.
         Diverged: the loss is no longer a number.
     """
-    with processes.first_on_machine_first():
+    with distributed.local_rank0_first():
         data = load(config)
     check_parts(config, data)
     folder = RunFolder(config)
-    saved = processes.from_first(lambda: folder.open(config, data.fingerprint()))
+    saved = distributed.broadcast_from_rank0(lambda: folder.open(config, data.fingerprint()))
     first_stages = FirstStages(
         shared or folder.path / "first-stages", config, data.fingerprint(), kept=shared is not None
     )
@@ -55,7 +56,7 @@ def start(config: Config, console: Console, shared: Path | None = None) -> list[
             raise ConfigError("backbone", str(error), repr(config.backbone)) from None
     print_results(console, results, data.train_counts, config.split_rule)
     titled = {TITLES[result["method"]]: result for result in results}
-    if processes.rank():
+    if distributed.rank():
         return results
     if drawn := figures.accuracy_by_size(titled):
         folder.write("accuracy.png", lambda path: path.write_bytes(drawn))
@@ -86,7 +87,7 @@ def load(config: Config) -> Dataset:
 
 def check_parts(config: Config, data: Dataset) -> None:
     """Whether every process has a device, and something of each stream in each of its micro-batches."""
-    if processes.together() and config.device.startswith("cuda"):
+    if distributed.is_initialized() and config.device.startswith("cuda"):
         if config.device != "cuda":
             raise ConfigError(
                 "device", "cuda, or auto, for each process to take its own", repr(config.device)
@@ -101,9 +102,7 @@ def check_parts(config: Config, data: Dataset) -> None:
         ("classes_per_batch", balanced),
     ):
         if samples < parts:
-            expected = (
-                f"a sample for each of {processes.size()} processes times {config.accumulate} micro-batches"
-            )
+            expected = f"a sample for each of {distributed.world_size()} processes times {config.accumulate} micro-batches"
             raise ConfigError(option, expected, samples)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from bench import gpu_train, gpu_train_env
 from bench.gpu_train import Job, jobs_of
-from train.commandline import from_command_line
+from train.cli import from_command_line
 
 from ..train.conftest import REPOSITORY
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bench.training import PARTS, Parts, main, step
-from train.data.arrays import Dataset
-from train.training import Training
+from train.data.dataset import Dataset
+from train.training.trainer import Training
 
 from ..train.test_engine import IMAGES
 

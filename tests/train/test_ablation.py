@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from train.__main__ import main
-from train.ablation import spread, table, usage
+from train.commands.ablation import spread, table, usage
 from train.config import Config
 
 SHORT = "--stage1-epochs 1 --stage2-epochs 1 --classes-per-batch 3 --batch-size 50 --device cpu"

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from train.__main__ import main
-from train.backbones import BackboneError, make_backbone
-from train.data.augment import NUMBERS, Augmentation
-from train.model import Normalize
+from train.data.stream.augment import NUMBERS, Augmentation
+from train.model.backbones import BackboneError, make_backbone
+from train.model.model import Normalize
 
 
 def augmented(images: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -164,7 +164,7 @@ def test_a_run_with_all_of_it(image_file: Any, tmp_path: Any) -> None:
         " --crop-padding 0 --crop-size 8 --crop-scale 0.3 --color-jitter 0.4 --methods gist-mlp gist-rotation"
     )
     assert main(args.split()) == 0
-    from train.model import load_model
+    from train.model.model import load_model
 
     for name in ("gist-mlp", "gist-rotation"):
         model, _ = load_model(tmp_path / "smoke" / f"model-{name}.safetensors")

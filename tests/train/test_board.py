@@ -12,13 +12,13 @@ import pytest
 from rich.console import Console
 
 from train.__main__ import main
-from train.board import scalars
-from train.commandline import from_command_line
-from train.display import Display
-from train.engine import run
-from train.firststages import FirstStages
+from train.cli import from_command_line
 from train.run import load
-from train.runfiles import RunFolder
+from train.training.engine import run
+from train.training.first_stages import FirstStages
+from train.training.progress import Display
+from train.training.run_folder import RunFolder
+from train.training.tensorboard import scalars
 
 SHORT = "--classes-per-batch 3 --stage1-epochs 2 --stage2-epochs 2 --batch-size 50 --device cpu"
 

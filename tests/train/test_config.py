@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from train.__main__ import main
-from train.commandline import RECIPES, from_command_line, load_recipe
+from train.cli import RECIPES, from_command_line, load_recipe
 from train.config import ConfigError
 
 GOOD = {

@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from train.data import decoded, pictures
 from train.data.cache import whole_folder
 from train.data.errors import DataError
 from train.data.load import Source, load
+from train.data.sources import decode as decoded
+from train.data.sources import image_files as pictures
 
 from .conftest import check_colours, picture
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from train.config import Config
-from train.data.arrays import Dataset
-from train.displacements import TRANSFER, displaced, residual_directions
-from train.model import load_model, save_model
-from train.training import Training
+from train.data.dataset import Dataset
+from train.methods.residual_directions import TRANSFER, displaced, residual_directions
+from train.model.model import load_model, save_model
+from train.training.trainer import Training
 
 from .test_engine import FEATURES, finish
 

@@ -12,11 +12,11 @@ import torch
 from rich.console import Console
 
 from train.__main__ import main
-from train.data.arrays import load_arrays
-from train.evaluate import evaluate
-from train.model import load_model
-from train.report import print_results
-from train.runfiles import write_aside
+from train.data.dataset import load_arrays
+from train.evaluation.evaluate import evaluate
+from train.model.model import load_model
+from train.report.table import print_results
+from train.training.run_folder import write_aside
 
 from .conftest import shared
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from train.__main__ import main
 from train.config import Config
-from train.data.arrays import Dataset
-from train.optim import lr_schedule
-from train.training import Diverged, Training, sizes_of
+from train.data.dataset import Dataset
+from train.training.optim import lr_schedule
+from train.training.trainer import Diverged, Training, sizes_of
 
 IMAGES = Config(
     backbone="resnet8-half", crop_padding=1, flip=True, batch_size=50, classes_per_batch=3, samples_per_class=4,

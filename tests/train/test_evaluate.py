@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from gistops.nn import GistClassifier
-from train.evaluate import Evaluation, evaluate
-from train.groups import GROUPS, split_classes
-from train.model import Model
+from train.evaluation.evaluate import Evaluation, evaluate
+from train.model.model import Model
+from train.shot_groups import GROUPS, split_classes
 
 from .conftest import shared
 

@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from train.__main__ import main
-from train.commandline import from_command_line
-from train.data.arrays import Dataset, load_arrays
+from train.cli import from_command_line
+from train.commands.features import Features, network
+from train.data.dataset import Dataset, load_arrays
 from train.data.errors import DataError
-from train.evaluate import evaluate
-from train.features import Features, network
-from train.model import Model, load_model
+from train.evaluation.evaluate import evaluate
+from train.model.model import Model, load_model
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
 SHORT = "--classes-per-batch 3 --stage1-epochs 2 --stage2-epochs 2 --batch-size 50 --device cpu"

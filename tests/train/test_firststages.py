@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from train.__main__ import main
-from train.training import Training
+from train.training.trainer import Training
 
 SHORT = "--stage1-epochs 2 --stage2-epochs 2 --classes-per-batch 3 --batch-size 50 --device cpu"
 METHODS = ("cos-cb", "cos-cs-cb", "cos-gist", "gist", "gist-rotation", "gist-mlp", "gist-combined", "plain")

@@ -11,11 +11,11 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image, ImageDraw
 
-from train.data.characters import character_frequencies
-from train.data.drawing import MARGIN, Variation, fit, ink
 from train.data.errors import DataError
-from train.data.faces import FAMILIES, family_of, find_faces, survey
-from train.data.glyphs import HIGH, LOW
+from train.data.glyphs.characters import character_frequencies
+from train.data.glyphs.dataset import HIGH, LOW
+from train.data.glyphs.drawing import MARGIN, Variation, fit, ink
+from train.data.glyphs.faces import FAMILIES, family_of, find_faces, survey
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 SIZE = 16

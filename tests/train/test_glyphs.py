@@ -15,13 +15,14 @@ import pytest
 from PIL import Image
 
 from train.__main__ import main
-from train.data import glyphs, load
+from train.data import load
 from train.data.cache import whole_folder
-from train.data.characters import character_frequencies, word_list
-from train.data.drawing import FINER, Variation, fit, ink
 from train.data.errors import DataError
-from train.data.faces import FAMILIES, Face, find_faces, system_fonts
-from train.data.glyphs import Rule, load_glyphs, plan_training, training_counts
+from train.data.glyphs import dataset as glyphs
+from train.data.glyphs.characters import character_frequencies, word_list
+from train.data.glyphs.dataset import Rule, load_glyphs, plan_training, training_counts
+from train.data.glyphs.drawing import FINER, Variation, fit, ink
+from train.data.glyphs.faces import FAMILIES, Face, find_faces, system_fonts
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 LETTERS = {chr(ord("A") + i): 1000 // (i + 1) ** 2 + 1 for i in range(26)}

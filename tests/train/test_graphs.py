@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from train.config import Config
-from train.data.arrays import Dataset
-from train.graphs import WARM_UP, GraphedSteps, rates_in
-from train.training import Training
+from train.data.dataset import Dataset
+from train.training.cuda_graph import WARM_UP, GraphedSteps, rates_in
+from train.training.trainer import Training
 
 from .test_engine import equal
 

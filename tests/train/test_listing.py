@@ -12,8 +12,8 @@ import torch
 
 from train.__main__ import main
 from train.data.errors import DataError
-from train.data.listing import read_listing
 from train.data.load import Source, load
+from train.data.sources.listing import read_listing
 
 from .conftest import COLOURS, check_colours, picture
 

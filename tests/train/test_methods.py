@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from gistops.sampling import ClassBalancedBatchSampler
-from train.commandline import load_recipe
+from train.cli import load_recipe
 from train.config import Config, MethodName
-from train.data.arrays import Dataset
-from train.data.streams import BalancedStream
+from train.data.dataset import Dataset
+from train.data.stream.streams import BalancedStream
 from train.methods import METHODS, TITLES
-from train.training import Training
+from train.training.trainer import Training
 
 from .test_engine import FEATURES, IMAGES, finish
 

@@ -18,12 +18,12 @@ from matplotlib.font_manager import findSystemFonts, fontManager
 from PIL import Image
 
 from train.__main__ import main
-from train.analysis import BINS, analyse, calibration, common_slot, confusion, feature_map
-from train.data.arrays import Dataset
-from train.figures import CHINESE, accuracy_by_size, by_size, chinese_fonts, picture
+from train.data.dataset import Dataset
+from train.evaluation.analysis import BINS, analyse, calibration, common_slot, confusion, feature_map
 from train.methods import TITLES
-from train.page import write_page
-from train.training import Training
+from train.report.figures import CHINESE, accuracy_by_size, by_size, chinese_fonts, picture
+from train.report.html import write_page
+from train.training.trainer import Training
 
 from .conftest import COUNTS
 from .test_engine import FEATURES, finish
@@ -55,7 +55,7 @@ def test_of_many_few_shot_classes_the_most_confused_are_listed(
     predicted = features.y_test.clone()
     predicted[(features.y_test == 4).nonzero().flatten()[:5]] = 0
     predicted[(features.y_test == 3).nonzero().flatten()[:3]] = 0
-    monkeypatch.setattr("train.analysis.LISTED", 1)
+    monkeypatch.setattr("train.evaluation.analysis.LISTED", 1)
     assert [row["class"] for row in confusion(predicted, features, "standard")] == ["4"]
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from train.config import Config
-from train.data.arrays import Dataset, load_arrays
-from train.training import Training
+from train.data.dataset import Dataset, load_arrays
+from train.training.trainer import Training
 
 from ..processes import in_group
 from .test_engine import FEATURES, IMAGES, equal, finish

@@ -10,15 +10,15 @@ from typing import Literal
 
 import torch
 
-from .arrays import EMBEDDED, Dataset, Splits, from_arrays, load_arrays, make_dataset
 from .cache import cache_folder, shared
-from .cifar import read_cifar
-from .decoded import load_images
+from .dataset import EMBEDDED, Dataset, Splits, from_arrays, load_arrays, make_dataset
 from .errors import DataError
-from .glyphs import NAME as GLYPHS
-from .glyphs import load_glyphs
-from .listing import Listing, read_listing
+from .glyphs.dataset import NAME as GLYPHS
+from .glyphs.dataset import load_glyphs
 from .longtail import long_tailed_counts, long_tailed_indices
+from .sources.cifar import read_cifar
+from .sources.decode import load_images
+from .sources.listing import Listing, read_listing
 
 NAMED = (*EMBEDDED, GLYPHS)  # sets that a word asks for
 ARCHIVES = (".tar.gz", ".tgz", ".tar")

@@ -1,0 +1,141 @@
+"""`python -m train features`: runs a trained network over a data set once, and writes features that `--data` takes.
+
+A head on them trains in seconds (`--recipe features`), where each pass of a run takes all images through the network.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from ..config import Config, ConfigError, source_of
+from ..data.dataset import Dataset
+from ..data.errors import DataError
+from ..data.load import load
+from ..model.backbones import BackboneError, Timm, make_backbone
+from ..model.model import Model, Normalize, load_model
+from ..training.progress import say
+from ..training.run_folder import write_aside
+
+BATCH_SIZE = 500  # evaluation's, so that a head finds the very features that it was evaluated on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features(Config):
+    """Of the options of a run, those of data, network, device and threads count; training's do not."""
+
+    weights: str = ""
+    """A trained model, runs/<name>/model-<method>.safetensors: its network, normalisation, crop and centring are used,
+    whatever --backbone, --crop-size and --center-features say. If not given, timm's weights: --backbone timm/NAME
+    --pretrained."""
+    out: str = "features.safetensors"
+    """The file to write: x_train, y_train, x_test, y_test, and the classes' names."""
+
+
+def extract(features: Features, console: Console) -> int:
+    """Write the features of all samples, made in evaluation mode without augmentation.
+
+    Raises:
+        ConfigError: there are no images or no trained network for them, or the file cannot be written.
+    """
+    out = Path(features.out)
+    if out.suffix != ".safetensors":
+        raise ConfigError("out", "a file named .safetensors", repr(features.out))
+    if out.exists():
+        raise ConfigError("out", "a new file", f"{out}, which is there already")
+    if not out.parent.is_dir():
+        raise ConfigError("out", "a file in a folder that is there", repr(features.out))
+    if features.threads:
+        torch.set_num_threads(features.threads)
+    try:
+        data = load(source_of(features))
+    except DataError as error:
+        raise ConfigError("data", "a data set", str(error)) from None
+    if not data.is_images:
+        got = f"features {data.sample_shape} in {features.data}, which --recipe features takes as they are"
+        raise ConfigError("data", "images", got)
+    model = network(features, data).to(features.device).eval()
+    parts = {"train": (data.x_train, data.y_train), "test": (data.x_test, data.y_test)}
+    if data.x_val is not None and data.y_val is not None:
+        parts["val"] = (data.x_val, data.y_val)
+    arrays: dict[str, Tensor] = {}
+    for part, (x, y) in parts.items():
+        arrays[f"x_{part}"] = through(model, x, part, console)
+        arrays[f"y_{part}"] = y
+    metadata = {"classes": json.dumps(data.class_names)}
+    write_aside(out, lambda path: safetensors.torch.save_file(arrays, path, metadata))
+    say(console, f"written to {out}")
+    return 0
+
+
+def network(features: Features, data: Dataset) -> Model:
+    """What makes features of the images of `data`: trained weights, of an earlier run or of timm's.
+
+    Raises:
+        ConfigError: there are none, or they are not for such images.
+    """
+    channels, side = data.sample_shape[0], min(data.sample_shape[1:])
+    if features.weights and features.pretrained:
+        raise ConfigError("pretrained", "either --weights or --pretrained", "both")
+    if features.weights:
+        model = _read_model(features.weights)
+        assert isinstance(model.normalize, Normalize)
+        if len(model.normalize.mean) != channels:
+            expected = f"a network for images with {channels} channels, as in {features.data}"
+            raise ConfigError("weights", expected, f"{len(model.normalize.mean)} in {features.weights}")
+        option, crop_size = "weights", model.normalize.crop_size
+    elif features.pretrained:
+        try:
+            backbone = make_backbone(features.backbone, channels, pretrained=True)
+        except BackboneError as error:
+            raise ConfigError("backbone", str(error), repr(features.backbone)) from None
+        assert isinstance(backbone, Timm)  # no other has such weights: see config.check
+        option, crop_size = "crop_size", features.crop_size or 0
+        # A network that is not trained on wants the statistics that it was trained with, not those of the data.
+        normalize = Normalize(*backbone.mean_std(channels), crop_size)
+        model = Model(normalize, backbone, nn.Identity(), nn.Identity(), features.backbone)
+    else:
+        expected = "--weights PATH, a run's model, or --backbone timm/NAME --pretrained"
+        raise ConfigError("weights", expected, f"neither: {features.backbone} would not be trained")
+    if crop_size > side:
+        raise ConfigError(option, f"a crop of at most the images' side, {side}", crop_size)
+    return model
+
+
+def _read_model(weights: str) -> Model:
+    try:
+        model, _ = load_model(weights)
+    except BackboneError as error:
+        raise ConfigError("weights", str(error), repr(weights)) from None
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        expected = "a trained model, runs/<name>/model-<method>.safetensors"
+        why = str(error).partition("\n")[0]
+        raise ConfigError("weights", expected, f"{weights} ({type(error).__name__}: {why})") from None
+    if not isinstance(model.normalize, Normalize):
+        raise ConfigError("weights", "a model with a network for images", f"a head alone in {weights}")
+    return model
+
+
+@torch.no_grad()
+def through(model: Model, x: Tensor, part: str, console: Console) -> Tensor:
+    """Features of all images `x` [n, c, h, w], [n, d] float32 on the CPU."""
+    device = next(model.parameters()).device
+    made: Tensor | None = None
+    batches = list(range(0, len(x), BATCH_SIZE))
+    for first in track(batches, f"{part} features", console=console, disable=not console.is_terminal):
+        rows = slice(first, first + BATCH_SIZE)
+        features = model.features(x[rows].to(device))
+        if made is None:  # all at once: a list of parts, joined in the end, would take twice the memory
+            made = torch.empty(len(x), features.shape[1])
+        made[rows] = features
+    assert made is not None  # no data set is empty
+    say(console, f"{part}: {len(made):,} features [{made.shape[1]}]")
+    return made

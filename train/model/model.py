@@ -1,0 +1,136 @@
+"""A network: what scales its input, a backbone, a head. And the file of a trained one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from gistops.nn import ConstellationClassifier, GistClassifier
+
+from ..config import Config
+from ..data.dataset import Dataset
+from .backbones import make_backbone
+
+HeadMaker = Callable[[int, int], nn.Module]  # (in_features, num_classes) -> head
+
+
+class Normalize(nn.Module):
+    """Images 0 to 255 [b, c, h, w] to floats with mean 0 and standard deviation 1 over the training images.
+
+    Of images larger than `crop_size`, if that is not 0, the middle.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor, crop_size: int = 0) -> None:
+        super().__init__()
+        self.crop_size = crop_size
+        self.register_buffer("mean", mean[:, None, None])
+        self.register_buffer("std", std[:, None, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.crop_size:
+            top, left = ((side - self.crop_size) // 2 for side in images.shape[2:])
+            images = images[:, :, max(top, 0) :, max(left, 0) :][:, :, : self.crop_size, : self.crop_size]
+        x = (images.float() / 255 - self.mean) / self.std
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+class Model(nn.Module):
+    """Classifies images [b, c, h, w] uint8 (or, without a backbone, features [b, d]) into logits [b, K]."""
+
+    def __init__(
+        self,
+        normalize: nn.Module,
+        backbone: nn.Module,
+        center: nn.Module,
+        head: nn.Module,
+        backbone_name: str,
+    ) -> None:
+        super().__init__()
+        self.normalize, self.backbone, self.center, self.head = normalize, backbone, center, head
+        self.backbone_name = backbone_name
+        for parameter in self.parameters():
+            if parameter.dim() == 4:  # the faster layout for convolutions
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+    def features(self, x: Tensor) -> Tensor:
+        features: Tensor = self.center(self.backbone(self.normalize(x)))
+        return features
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(x))
+        return logits
+
+
+def build_model(data: Dataset, config: Config, make_head: HeadMaker) -> Model:
+    """A model for `data`; `make_head(in_features, num_classes)` gives its head.
+
+    Raises:
+        BackboneError: a network that cannot be had.
+    """
+    normalize: nn.Module = nn.Identity()
+    backbone: nn.Module = nn.Identity()
+    in_features = data.sample_shape[0]
+    if data.is_images:
+        normalize = Normalize(*data.mean_std(), config.crop_size or 0)
+        backbone = make_backbone(config.backbone, in_features, config.pretrained)
+        in_features = int(backbone.out_features)  # type: ignore[arg-type]
+    center = nn.BatchNorm1d(in_features, affine=False) if config.center_features else nn.Identity()
+    return Model(normalize, backbone, center, make_head(in_features, data.num_classes), config.backbone)
+
+
+def save_model(path: Path, model: Model, class_names: list[str]) -> None:
+    """Write a trained model for inference: weights as safetensors, and in its metadata what `load_model` needs."""
+    head = model.head.export() if isinstance(model.head, GistClassifier) else model.head
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
+    state |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+    # One entry: the format keeps several in no fixed order, and the same model should give the same bytes.
+    crop_size = model.normalize.crop_size if isinstance(model.normalize, Normalize) else 0
+    said = {"backbone": model.backbone_name, "classes": class_names, "crop_size": crop_size}
+    if isinstance(head, ConstellationClassifier):
+        said |= {"transform": head.transform, "hidden_features": head.hidden_features}
+    metadata = {"train": json.dumps(said)}
+    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}  # as the format asks
+    path.write_bytes(safetensors.torch.save(contiguous, metadata))
+
+
+def load_model(path: str | Path) -> tuple[Model, list[str]]:
+    """A trained model in evaluation mode, and its classes' names, from `runs/<name>/model-<method>.safetensors`."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = json.loads(file.metadata()["train"])
+        state: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    names, backbone_name = metadata["classes"], metadata["backbone"]
+    normalize: nn.Module = nn.Identity()
+    backbone: nn.Module = nn.Identity()
+    center: nn.Module = nn.Identity()
+    head: nn.Module
+    if "normalize.mean" in state:
+        mean, std = state["normalize.mean"].flatten(), state["normalize.std"].flatten()
+        normalize = Normalize(mean, std, metadata["crop_size"])
+        backbone = make_backbone(backbone_name, len(mean))
+    if "center.running_mean" in state:
+        center = nn.BatchNorm1d(len(state["center.running_mean"]), affine=False)
+    if "head.centers" in state:
+        num_displacements, in_features = state["head.displacements"].shape
+        hidden = metadata["hidden_features"] if metadata["transform"] == "mlp" else None
+        head = ConstellationClassifier(
+            in_features,
+            len(names),
+            num_displacements,
+            transform=metadata["transform"],
+            hidden_features=hidden,
+        )
+    else:
+        head = nn.Linear(state["head.weight"].shape[1], len(names))
+    model = Model(normalize, backbone, center, head, backbone_name)
+    model.load_state_dict(state)
+    return model.eval(), names
