@@ -18,7 +18,7 @@ PARTS = {
     "sanitize": 210.0,
     "train": 210.0,
 }
-BESIDE = ("test", "sanitize", "train")
+CONCURRENT = ("test", "sanitize", "train")
 SUMMARY = 3.0  # seconds at the end, to write
 
 
@@ -49,5 +49,5 @@ class Budget:
     def share(self, part: str, first: str) -> float:
         """The seconds that `part` may take of the time from now on, where `first` is about to begin."""
         later = self.parts[self.parts.index(first) :]
-        alone = [p for p in later if p not in BESIDE or p == next(b for b in BESIDE if b in later)]
+        alone = [p for p in later if p not in CONCURRENT or p == next(b for b in CONCURRENT if b in later)]
         return self.left() * PARTS[part] / sum(PARTS[p] for p in alone)

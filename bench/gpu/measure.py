@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from ..forms import Tensors
-from . import checks, forms, timing
+from . import accuracy, calls, timing
 from .plan import Case
+from .roofline import WIDTHS, floor_ms, work
 from .timing import LONGEST_SPIN, NoCollection, Run, Sample, Timer
 from .variants import TABLE
-from .work import WIDTHS, floor_ms, work
 
 Found = dict[str, Any]
 SLOW = 0.05  # seconds of a call
@@ -73,7 +73,7 @@ class Measure:
         """form -> what was measured, or `failed` or `skipped` and the reason."""
         if self.case.compiles:
             torch._dynamo.reset()  # a loop over sizes would reach the limit of recompilations
-        wanted = checks.reference_gradients(self.arguments) if self.case.kind != "forward" else None
+        wanted = accuracy.reference_gradients(self.arguments) if self.case.kind != "forward" else None
         for name in self.case.forms:
             self.says(name)
             self.results[name] = {}
@@ -101,13 +101,13 @@ class Measure:
     def _warm_up(self, name: str, wanted: Any) -> None:
         """Compile, check what is computed, read the peak of memory and the CPU's time."""
         case, result = self.case, self.results[name]
-        run: Run = forms.call(name, case.kind, self.arguments, case.precision)
+        run: Run = calls.make_call(name, case.kind, self.arguments, case.precision)
         begin = time.perf_counter()
         made: Any = run()
         self.timer.synchronize()
         if TABLE[name].compiled:
             result["compile_s"] = time.perf_counter() - begin
-        result |= checks.judged(name, case.kind, case.precision, made, self.arguments, wanted)
+        result |= accuracy.check_call(name, case.kind, case.precision, made, self.arguments, wanted)
         del made
         self._clear()
         begin = time.perf_counter()

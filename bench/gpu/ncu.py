@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..forms import Size, tensors
-from .commands import command, python
+from .subprocesses import python_command, run_command
 
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy")
 KERNELS = 8  # of a step at most, each replayed some dozens of times
@@ -43,7 +43,7 @@ def profile(
     for section in SECTIONS:
         asked += ["--section", section]
     text = f"{size.B}x{size.K}x{size.d}x{size.m}"
-    done = command(asked + python("-m", "bench.gpu.ncu", variant, kind, text), seconds, log)
+    done = run_command(asked + python_command("-m", "bench.gpu.ncu", variant, kind, text), seconds, log)
     lines = done.output.splitlines()
     start = next((n for n, line in enumerate(lines) if line.startswith('"ID"')), None)
     report: dict[str, Any] = {"variant": variant, "kind": kind, "size": text, "seconds": done.seconds}
@@ -56,14 +56,14 @@ def main() -> None:
     """One warm step, and one that is watched."""
     import torch
 
-    from .forms import call
+    from .calls import make_call
 
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.ncu", description=main.__doc__)
     parser.add_argument("variant")
     parser.add_argument("kind")
     parser.add_argument("size", type=Size.parse)
     options = parser.parse_args()
-    run = call(options.variant, options.kind, tensors(options.size, torch.bfloat16, "cuda"), "bf16")
+    run = make_call(options.variant, options.kind, tensors(options.size, torch.bfloat16, "cuda"), "bf16")
     run()
     torch.cuda.synchronize()
     torch.cuda.cudart().cudaProfilerStart()

@@ -9,8 +9,8 @@ from math import prod
 from typing import Any
 
 from ..forms import Size
+from .roofline import WIDTHS
 from .variants import KINDS, TABLE, Variant
-from .work import WIDTHS
 
 #: The size of the stated targets: iNaturalist 2018's classes, ResNet-50's features.
 MAIN = Size(256, 8142, 2048)
@@ -81,12 +81,12 @@ class Case:
         return passes * (products + moved)
 
 
-def runs(variant: Variant, precision: str, kind: str) -> bool:
+def supports(variant: Variant, precision: str, kind: str) -> bool:
     """True if a variant has this kind in this precision."""
     return kind in variant.kinds and precision in variant.precisions
 
 
-def measured(forms: Sequence[str], seconds: float = 0.5, grid: bool = False) -> list[Case]:
+def timed_cases(forms: Sequence[str], seconds: float = 0.5, grid: bool = False) -> list[Case]:
     """The timed cases.
 
     Args:
@@ -110,11 +110,11 @@ def measured(forms: Sequence[str], seconds: float = 0.5, grid: bool = False) -> 
 
 
 def _case(precision: str, size: Size, kind: str, forms: Sequence[str], seconds: float) -> Case:
-    kept = [n for n in forms if runs(TABLE[n], precision, kind) and not TABLE[n].compiled]
+    kept = [n for n in forms if supports(TABLE[n], precision, kind) and not TABLE[n].compiled]
     return Case(precision, size, kind, tuple(kept), seconds)
 
 
-def smoked(forms: Sequence[str], cases: Sequence[Case]) -> list[Case]:
+def smoke_cases(forms: Sequence[str], cases: Sequence[Case]) -> list[Case]:
     """Small odd sizes for each precision that is measured, against float64."""
     precisions = list(dict.fromkeys(case.precision for case in cases))
     kept = [n for n in forms if TABLE[n].ours]
@@ -125,14 +125,14 @@ def smoked(forms: Sequence[str], cases: Sequence[Case]) -> list[Case]:
     ]
 
 
-def warmed(forms: Sequence[str], cases: Sequence[Case]) -> list[Case]:
+def warm_up_cases(forms: Sequence[str], cases: Sequence[Case]) -> list[Case]:
     """One call of all that Triton compiles for the sizes that are measured: others find it in Triton's cache."""
     names = [n for n in forms if TABLE[n].backend == "triton"]
     sizes = dict.fromkeys((case.precision, case.size) for case in cases)
     return [Case(p, s, "warm", tuple(n for n in names if p in TABLE[n].precisions)) for p, s in sizes]
 
 
-def profiled(forms: Sequence[str], cases: Sequence[Case]) -> list[Case]:
+def profile_cases(forms: Sequence[str], cases: Sequence[Case]) -> list[Case]:
     """Each of ours, kernel by kernel, at the first two sizes that are measured."""
     sizes = list(dict.fromkeys((case.precision, case.size) for case in cases))[:2]
     return [Case(p, s, "profile", tuple(n for n in forms if TABLE[n].ours)) for p, s in sizes]
@@ -187,7 +187,7 @@ def _size(word: str) -> Size:
         ) from None
 
 
-def tiny(case: Case) -> Case:
+def shrink_for_cpu(case: Case) -> Case:
     """A case that a CPU can try."""
     size = case.size
     if case.kind != "smoke":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import constants, rule, targets
+from . import device_constants, selection_rule, targets
 from .plan import MAIN, Case
 from .targets import Document, Found, cases, merged
 from .variants import KINDS, TABLE
@@ -41,9 +41,9 @@ def summary(document: Document) -> str:
     lines += [f"- {name}: {value}" for name, value in document["header"].items() if value]
     lines += ["", *_parts(document)]
     if found := document.get("constants"):
-        lines += ["## Constants", "", *constants.summary(found), ""]
+        lines += ["## Constants", "", *device_constants.summary(found), ""]
     if chosen := document.get("rule"):
-        lines += ["## What the rule chooses", "", *rule.lines(chosen), ""]
+        lines += ["## What the rule chooses", "", *selection_rule.summary(chosen), ""]
     lines += [f"## Targets, bf16, {MAIN}", "", "| variant | target | verdict | measured | other sizes |"]
     lines.append("|---|---|---|---|---|")
     for verdict in targets.verdicts(document):

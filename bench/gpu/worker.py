@@ -18,11 +18,9 @@ from typing import Any
 import torch
 
 from ..forms import Tensors, tensors
-from . import constants, forms, profiled, variants
-from . import smoke as smokes
+from . import calls, device_constants, smoke_checks, torch_profiler, variants
 from .measure import Measure, give_up, precision
-from .plan import Case
-from .plan import runs as has
+from .plan import Case, supports
 from .timing import CudaTimer, HostTimer, Timer
 from .variants import KINDS, TABLE
 
@@ -66,7 +64,7 @@ class Worker:
         key = (case.precision, case.size)
         if self._arguments is None or self._arguments[0] != key:
             self._arguments = None  # first let go
-            made = tensors(case.size, DTYPES[case.precision], self.device, smokes.SEED)
+            made = tensors(case.size, DTYPES[case.precision], self.device, smoke_checks.SEED)
             self._arguments = key, made
         return self._arguments[1]
 
@@ -106,7 +104,7 @@ class Worker:
                     case,
                     self.arguments(case),
                     self.timer,
-                    constants.ceilings(self.constants),
+                    device_constants.roofline_ceilings(self.constants),
                     lambda form: self.says(form, COMPILING if form and TABLE[form].compiled else None),
                     self.blame,
                 )
@@ -137,9 +135,9 @@ class Worker:
 
     def _smoke(self, name: str, case: Case) -> dict[str, Any]:
         arguments = self.arguments(case)
-        oracle = smokes.Oracle(arguments, TABLE[name].cosine)
+        oracle = smoke_checks.Oracle(arguments, TABLE[name].cosine)
         before = functools.partial(self._before, name, case)
-        return smokes.smoke(name, case.precision, arguments, oracle, self.device, before)
+        return smoke_checks.run_smoke_check(name, case.precision, arguments, oracle, self.device, before)
 
     def _before(self, name: str, case: Case) -> None:
         first = case.kind in ("smoke", "warm") and TABLE[name].backend == "triton"
@@ -148,16 +146,18 @@ class Worker:
     def _warm(self, name: str, case: Case) -> dict[str, Any]:
         begin = time.perf_counter()
         for kind in TABLE[name].kinds:
-            if has(TABLE[name], case.precision, kind):
+            if supports(TABLE[name], case.precision, kind):
                 self._before(name, case)
-                forms.call(name, kind, self.arguments(case), case.precision)()
+                calls.make_call(name, kind, self.arguments(case), case.precision)()
         return {"seconds": time.perf_counter() - begin}
 
     def _profile(self, name: str, case: Case) -> dict[str, Any]:
-        return {"kernels": profiled.kernels(name, case.precision, self.arguments(case), self.device)}
+        return {
+            "kernels": torch_profiler.profile_kernels(name, case.precision, self.arguments(case), self.device)
+        }
 
     def _constant(self, name: str, case: Case) -> dict[str, Any]:
-        found = self.constants[name] = constants.Constants(self.timer, self.device).measure(name)
+        found = self.constants[name] = device_constants.DeviceConstants(self.timer, self.device).measure(name)
         return dict(found)
 
 

@@ -10,8 +10,8 @@ import pytest
 from bench.forms import Size
 from bench.gpu import plan, settings, variants, worker
 from bench.gpu.plan import MAIN, SIZES, Case, Filter
+from bench.gpu.roofline import Work, floor_ms, work
 from bench.gpu.variants import KINDS, TABLE
-from bench.gpu.work import Work, floor_ms, work
 
 from .clock import Clock
 
@@ -64,7 +64,7 @@ def test_the_roofline_is_the_larger_term_of_each_phase() -> None:
 # The cases
 
 EVERY = list(TABLE)
-CASES = plan.measured(EVERY)
+CASES = plan.timed_cases(EVERY)
 
 
 def test_every_size_precision_and_kind_is_measured_the_most_important_first() -> None:
@@ -77,14 +77,14 @@ def test_every_size_precision_and_kind_is_measured_the_most_important_first() ->
         n for n, c in enumerate(CASES) if c.compiles
     )
     assert {c.size for c in CASES if c.compiles} == set(SIZES[:2])
-    grid = plan.measured(EVERY, grid=True)
+    grid = plan.timed_cases(EVERY, grid=True)
     assert grid[: len(CASES)] == CASES
     assert Size(1024, 1_000_000, 2048) in {case.size for case in grid}
 
 
 def test_the_list_fits_its_time() -> None:
     libraries = [n for n in EVERY if TABLE[n].family == "peer"]  # rarely installed
-    seconds = [case.without(libraries).estimate() for case in plan.measured(EVERY, 0.8)]
+    seconds = [case.without(libraries).estimate() for case in plan.timed_cases(EVERY, 0.8)]
     assert sum(seconds[:9]) < 25
     assert sum(s for s, c in zip(seconds, CASES, strict=True) if not c.compiles) < 125
 
@@ -129,7 +129,7 @@ def test_settings_hold_in_the_with_and_no_longer() -> None:
 
 
 def test_smoke_runs_hold_every_kind_of_size() -> None:
-    cases = plan.smoked(EVERY, CASES)
+    cases = plan.smoke_cases(EVERY, CASES)
     sizes = {case.size for case in cases}
     assert {1} < {s.B for s in sizes}
     assert {0, 4, 12} == {s.m for s in sizes}

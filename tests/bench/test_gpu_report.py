@@ -9,8 +9,8 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import output, profiled, report, rule, targets
-from bench.gpu.plan import MAIN, SIZES, Case, measured
+from bench.gpu import output, report, selection_rule, targets, torch_profiler
+from bench.gpu.plan import MAIN, SIZES, Case, timed_cases
 from bench.gpu.variants import TABLE
 
 
@@ -32,7 +32,7 @@ def document(**forms: Any) -> dict[str, Any]:
             "test": {"problem": "3 failed", "runs": {"operators": {"counts": {"failed": 3}}}},
         },
         "cases": [result(Case("bf16", MAIN, "forward", tuple(forms)), **forms)],
-        "skipped": [{"case": measured(list(TABLE))[9].to_json(), "reason": "the time was up"}],
+        "skipped": [{"case": timed_cases(list(TABLE))[9].to_json(), "reason": "the time was up"}],
     }
 
 
@@ -91,7 +91,9 @@ ONES = [1.0] * 4
 
 
 def test_the_least_geometric_mean_wins() -> None:
-    pick = rule.choose(sizes(linear=ONES, cuda=[1.0, 4.0, 2.0, 2.0], triton=[1.9] * 4), "bf16", "forward")
+    pick = selection_rule.choose(
+        sizes(linear=ONES, cuda=[1.0, 4.0, 2.0, 2.0], triton=[1.9] * 4), "bf16", "forward"
+    )
     assert pick["winner"] == "triton"
     assert abs(pick["means"]["cuda"] - 2.0) < 1e-9
     assert list(pick["but"]) == [str(MAIN)]
@@ -100,31 +102,31 @@ def test_the_least_geometric_mean_wins() -> None:
 
 def test_within_three_percent_the_simpler_one_wins() -> None:
     written = sizes(linear=ONES, cuda=[2.0] * 4, triton=[2.05] * 4)
-    assert rule.choose(written, "bf16", "forward")["winner"] == "triton"
+    assert selection_rule.choose(written, "bf16", "forward")["winner"] == "triton"
     written = sizes(linear=ONES, cuda=[2.0] * 4, triton=[2.07] * 4)
-    assert rule.choose(written, "bf16", "forward")["winner"] == "cuda"
+    assert selection_rule.choose(written, "bf16", "forward")["winner"] == "cuda"
 
 
 def test_what_is_wrong_complained_of_or_incomplete_does_not_win() -> None:
     written = sizes(linear=ONES, cuda=[1.0] * 4, triton=[2.0] * 4)
     written["out"] = {"bf16 forward": {"cuda": "a second run gave other bits"}}
-    assert rule.choose(written, "bf16", "forward")["winner"] == "triton"
+    assert selection_rule.choose(written, "bf16", "forward")["winner"] == "triton"
     written = sizes(linear=ONES, cuda=[1.0] * 4, triton=[2.0] * 4)
     written["parts"]["sanitize"] = {"runs": {"cuda memcheck": {"problem": "ERROR SUMMARY: 2 errors"}}}
-    assert rule.choose(written, "bf16", "forward")["winner"] == "triton"
+    assert selection_rule.choose(written, "bf16", "forward")["winner"] == "triton"
     written = sizes(linear=ONES, cuda=[1.0] * 4, triton=[2.0] * 4)
     del written["cases"][3]["forms"]["cuda"]
-    assert rule.choose(written, "bf16", "forward")["winner"] == "triton"
+    assert selection_rule.choose(written, "bf16", "forward")["winner"] == "triton"
     written["cases"][0]["forms"]["triton"] = {"failed": "illegal address"}
-    assert rule.choose(written, "bf16", "forward") == {"none": "none was measured at every size"}
+    assert selection_rule.choose(written, "bf16", "forward") == {"none": "none was measured at every size"}
 
 
 def test_a_forward_by_hand_is_held_against_aligned_classes() -> None:
     written = sizes(linear=ONES, cuda=[0.023] * 4)
     written["constants"] = {"linear forward K=8192": {"ms": 0.019}}
-    assert rule.by_hand(written)["worth filing"] is True
+    assert selection_rule.worth_hand_written(written)["worth filing"] is True
     written["constants"] = {"linear forward K=8192": {"ms": 0.020}}
-    assert rule.by_hand(written)["worth filing"] is False
+    assert selection_rule.worth_hand_written(written)["worth filing"] is False
 
 
 # The page
@@ -137,7 +139,7 @@ def test_the_page_has_header_tables_and_reasons() -> None:
         CCE={"skipped": "a|b"},
     )
     written["constants"] = {"copy": {"ms": 1.0, "value": 3e12}, "launch gap": {"ms": 1e-3, "value": 1e-3}}
-    written["rule"] = rule.apply(written)
+    written["rule"] = selection_rule.choose_all(written)
     page = report.render(written)
     assert "- torch: 2.11.0" in page
     assert "driver" not in page  # it was not readable
@@ -159,7 +161,7 @@ def test_the_page_has_header_tables_and_reasons() -> None:
 def test_kernels_are_listed_for_each_call() -> None:
     rows = [{"kernel": "gemm, big", "launches": 2.0, "us": 30.0}]
     profile = result(Case("bf16", MAIN, "profile", ("cuda",)), cuda={"kernels": {"step": rows}})
-    (row,) = csv.DictReader(io.StringIO(profiled.table([profile])))
+    (row,) = csv.DictReader(io.StringIO(torch_profiler.kernels_csv([profile])))
     assert row["kernel"] == "gemm, big"
     assert (row["us_each"], row["us_a_call"], row["launches_a_call"]) == ("15.00", "30.00", "2")
     assert "| step | cuda | 2 | 30 | gemm, big 30.0 |" in report.render(document() | {"profiles": [profile]})

@@ -14,9 +14,9 @@ import torch
 
 from bench import forms as plain
 from bench.forms import Size, tensors
-from bench.gpu import checks, constants, forms, pool, smoke, variants, worker
-from bench.gpu.driver import Bench, events_of
+from bench.gpu import accuracy, calls, device_constants, smoke_checks, variants, worker, worker_pool
 from bench.gpu.plan import Case
+from bench.gpu.supervisor import Supervisor, read_events
 from bench.gpu.timing import HostTimer, Sample, interleave, quartiles
 
 from .clock import Clock
@@ -76,7 +76,10 @@ def test_quartiles() -> None:
 
 def test_a_case_is_measured_on_the_cpu_with_ratios_of_pairs() -> None:
     events: list[dict[str, Any]] = []
-    known = {name: constants.Constants(HostTimer(), "cpu").measure(name) for name in ("copy", "mm float32")}
+    known = {
+        name: device_constants.DeviceConstants(HostTimer(), "cpu").measure(name)
+        for name in ("copy", "mm float32")
+    }
     mine = worker.Worker("cpu", events.append, known)
     for kind in variants.KINDS:
         case = Case("float32", Size(5, 33, 17), kind, ("linear", "cpu", "cuda"), 0.02)
@@ -92,11 +95,17 @@ def test_a_case_is_measured_on_the_cpu_with_ratios_of_pairs() -> None:
 
 
 def test_every_constant_is_measured_or_says_why_not() -> None:
-    mine = constants.Constants(HostTimer(), "cpu")
-    found = {name: mine.measure(name) for name in constants.CONSTANTS}
+    mine = device_constants.DeviceConstants(HostTimer(), "cpu")
+    found = {name: mine.measure(name) for name in device_constants.CONSTANTS}
     assert all("value" in one or one["skipped"] == "needs a GPU" for one in found.values())
-    assert set(constants.ceilings(found)) == {"bandwidth", "events_ms", "bf16", "tf32", "float32"}
-    assert len(list(constants.summary(found))) == len(found)
+    assert set(device_constants.roofline_ceilings(found)) == {
+        "bandwidth",
+        "events_ms",
+        "bf16",
+        "tf32",
+        "float32",
+    }
+    assert len(list(device_constants.summary(found))) == len(found)
 
 
 def test_a_variant_s_kernels_are_profiled() -> None:
@@ -111,33 +120,36 @@ def test_a_variant_s_kernels_are_profiled() -> None:
 
 def test_wrong_results_are_told_from_right_ones() -> None:
     arguments = tensors(Size(6, 40, 24))
-    right = forms.call("direct", "forward", arguments, "float32")()
-    assert checks.logits_error(right, arguments) < 1e-5
-    assert "logits" in checks.judged("direct", "forward", "float32", right * 1.01, arguments, None)["inexact"]
+    right = calls.make_call("direct", "forward", arguments, "float32")()
+    assert accuracy.logits_error(right, arguments) < 1e-5
     assert (
         "logits"
-        in checks.judged("direct", "forward", "float32", right * torch.nan, arguments, None)["inexact"]
+        in accuracy.check_call("direct", "forward", "float32", right * 1.01, arguments, None)["inexact"]
     )
-    gradients = checks.reference_gradients(arguments)
+    assert (
+        "logits"
+        in accuracy.check_call("direct", "forward", "float32", right * torch.nan, arguments, None)["inexact"]
+    )
+    gradients = accuracy.reference_gradients(arguments)
     assert gradients is not None
-    assert checks.gradients_error(arguments, gradients) == float("inf")  # none has been made
-    forms.call("direct", "step", arguments, "float32")()
-    assert checks.gradients_error(arguments, gradients) < 1e-4
+    assert accuracy.gradients_error(arguments, gradients) == float("inf")  # none has been made
+    calls.make_call("direct", "step", arguments, "float32")()
+    assert accuracy.gradients_error(arguments, gradients) < 1e-4
 
 
 @pytest.mark.parametrize("size", [Size(30, 20, 17), Size(1, 20, 8), Size(9, 7, 8, 0), Size(30, 20, 16, 12)])
 @pytest.mark.parametrize("precision", ["bf16", "float32"])
 def test_smoke_runs_pass_what_is_right(precision: str, size: Size) -> None:
-    arguments = smoke.inputs(size, worker.DTYPES[precision], "cpu")
-    oracle = smoke.Oracle(arguments, cosine=False)
-    found = smoke.smoke("cpu", precision, arguments, oracle, "cpu")
+    arguments = smoke_checks.make_inputs(size, worker.DTYPES[precision], "cpu")
+    oracle = smoke_checks.Oracle(arguments, cosine=False)
+    found = smoke_checks.run_smoke_check("cpu", precision, arguments, oracle, "cpu")
     assert set(found) == set(variants.KINDS)
-    assert not any(smoke.wrong(kind) for kind in found.values()), found
+    assert not any(smoke_checks.objection(kind) for kind in found.values()), found
 
 
 def test_smoke_runs_find_what_is_not_written_and_what_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = smoke.inputs(Size(5, 7, 8), torch.float32, "cpu")
-    oracle = smoke.Oracle(arguments, cosine=False)
+    arguments = smoke_checks.make_inputs(Size(5, 7, 8), torch.float32, "cpu")
+    oracle = smoke_checks.Oracle(arguments, cosine=False)
 
     def unwritten(*arguments: Any, **options: Any) -> torch.Tensor:
         out = torch.empty(5, 7)  # of which the last class is never written
@@ -145,17 +157,17 @@ def test_smoke_runs_find_what_is_not_written_and_what_changes(monkeypatch: pytes
         return out
 
     monkeypatch.setattr("gistops.constellation_logits", unwritten)
-    found = smoke.smoke("cpu", "float32", arguments, oracle, "cpu")
-    assert "logits: nan" in smoke.wrong(found["forward"])
-    assert not smoke.wrong(found["loss"])
+    found = smoke_checks.run_smoke_check("cpu", "float32", arguments, oracle, "cpu")
+    assert "logits: nan" in smoke_checks.objection(found["forward"])
+    assert not smoke_checks.objection(found["loss"])
     turns = iter(range(100))
 
     def unstable(*arguments: Any, **options: Any) -> torch.Tensor:
         return plain.direct(*arguments) * (1 + 1e-6 * next(turns))
 
     monkeypatch.setattr("gistops.constellation_logits", unstable)
-    found = smoke.smoke("cpu", "float32", arguments, oracle, "cpu")
-    assert smoke.wrong(found["forward"]) == "a second run gave other bits"
+    found = smoke_checks.run_smoke_check("cpu", "float32", arguments, oracle, "cpu")
+    assert smoke_checks.objection(found["forward"]) == "a second run gave other bits"
 
 
 def test_what_smoke_runs_find_is_out_by_precision_and_kind() -> None:
@@ -166,18 +178,18 @@ def test_what_smoke_runs_find_is_out_by_precision_and_kind() -> None:
         "cpu": {"skipped": "it is not there"},
     }
     results = [{"case": case, "forms": found}]
-    out = pool.outcome(results)
+    out = worker_pool.wrong_variants(results)
     assert out["bf16 step"] == {"cuda": "5×7×8: gradients: nan", "triton": "5×7×8: illegal address"}
     assert out["bf16 forward"] == {"triton": "5×7×8: illegal address"}
-    assert pool.absent(results) == {"cpu": "it is not there"}
-    assert pool.shares(list("abcde"), 2) == [["a", "c", "e"], ["b", "d"]]
+    assert worker_pool.absent_variants(results) == {"cpu": "it is not there"}
+    assert worker_pool.split_variants(list("abcde"), 2) == [["a", "c", "e"], ["b", "d"]]
 
 
 # The worker's crashes
 
 
 def fake_worker(body: str) -> tuple[str, ...]:
-    """A process that speaks as bench/gpu_worker.py does."""
+    """A process that speaks as bench/gpu/worker.py does."""
     head = """
         import json, os, sys
         asked = json.load(sys.stdin)
@@ -200,7 +212,7 @@ CASES = [Case("bf16", Size(1, 2, k), "forward", ("linear", "cuda", "direct"), 0.
 
 def test_a_crash_costs_the_form_and_not_the_run() -> None:
     written = []
-    bench = Bench(
+    bench = Supervisor(
         CASES,
         time.time() + 60,
         lambda: written.append(1),
@@ -217,7 +229,7 @@ def test_a_crash_costs_the_form_and_not_the_run() -> None:
 
 def test_a_lost_device_is_blamed_on_the_form_that_was_run() -> None:
     body = "if form == 'cuda' and number == 1: emit(event='lost', reason='illegal address'); os._exit(1)"
-    bench = Bench(CASES, time.time() + 60, lambda: None, worker=fake_worker(body))
+    bench = Supervisor(CASES, time.time() + 60, lambda: None, worker=fake_worker(body))
     bench.run()
     assert len(bench.results) == 3
     assert bench.results[1]["forms"]["cuda"] == {"failed": "illegal address"}
@@ -225,7 +237,7 @@ def test_a_lost_device_is_blamed_on_the_form_that_was_run() -> None:
 
 
 def test_a_worker_that_does_not_start_is_no_endless_loop() -> None:
-    bench = Bench(
+    bench = Supervisor(
         CASES, time.time() + 60, lambda: None, worker=(sys.executable, "-c", "raise SystemExit('no')")
     )
     bench.run()
@@ -236,7 +248,7 @@ def test_a_worker_that_does_not_start_is_no_endless_loop() -> None:
 def test_a_hang_costs_the_form_and_not_the_run() -> None:
     begin = time.monotonic()
     hangs = fake_worker("if form == 'cuda': import time; time.sleep(60)")
-    bench = Bench(CASES[:2], time.time() + 60, lambda: None, worker=hangs, silence=1.0)
+    bench = Supervisor(CASES[:2], time.time() + 60, lambda: None, worker=hangs, silence=1.0)
     bench.run()
     assert time.monotonic() - begin < 40
     assert bench.results[0]["forms"]["cuda"]["failed"] == "it hung for 1 s"
@@ -249,7 +261,7 @@ def test_the_worker_itself_measures_on_a_cpu() -> None:
         Case("float32", Size(4, 9, 8), "forward", ("linear", "cuda", "direct"), 0.01),
         Case("float32", Size(4, 9, 8), "profile", ("cpu",)),
     ]
-    bench = Bench(cases, time.time() + 120, lambda: None, "cpu", {"profile": 0.0})
+    bench = Supervisor(cases, time.time() + 120, lambda: None, "cpu", {"profile": 0.0})
     bench.run()
     assert bench.problems == []
     assert bench.results[0]["forms"]["empty"]["value"] > 0
@@ -264,7 +276,7 @@ def test_silence_ends_the_wait() -> None:
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     limits = iter([20.0, 0.5])
-    events = events_of(process.stdout, time.time() + 60, silence=lambda: next(limits))
+    events = read_events(process.stdout, time.time() + 60, silence=lambda: next(limits))
     try:
         assert next(events) == {}
         with pytest.raises(TimeoutError, match="hung"):

@@ -14,20 +14,20 @@ from typing import Any
 
 from gistops._toolchain import find_nvcc
 
-from .commands import ROOT, Done, command, python
 from .output import Logs
+from .subprocesses import ROOT, CommandResult, python_command, run_command
 
 Report = dict[str, Any]
 Job = tuple[str, str, Callable[[], Report]]  # part, name, what to do
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 #: Reach every shape of tile, a d that is no whole number of vectors, and more displacements than the fused kernels hold.
-WATCHED = ("300x200x136", "100x200x33", "130x200x136x12")
+SANITIZED_SIZES = ("300x200x136", "100x200x33", "130x200x136x12")
 PYTEST = ("-q", "--maxfail=30", "--continue-on-collection-errors", "-p", "no:cacheprovider", "--tb=short")
 #: Where trainings lie, for a second call to go on with; git ignores it.
 RUNS = ROOT / "runs" / "gpu-day"
 
 
-def counts(output: str) -> dict[str, int]:
+def parse_pytest_counts(output: str) -> dict[str, int]:
     """Counts of pytest's last line: `3 failed, 10 passed in 2.1s`."""
     for line in reversed(output.splitlines()):
         found = re.findall(r"(\d+) (passed|failed|errors?|skipped|xfailed|xpassed|deselected)", line)
@@ -36,7 +36,7 @@ def counts(output: str) -> dict[str, int]:
     return {}
 
 
-def tests(device: str, backends: Sequence[str]) -> dict[str, list[str]]:
+def pytest_arguments(device: str, backends: Sequence[str]) -> dict[str, list[str]]:
     """Name -> pytest's arguments: a process group for each backend, so that a dead one does not hide the other."""
     device_ = ["--device", device]
     # What belongs to no backend runs with the first.
@@ -49,15 +49,15 @@ def tests(device: str, backends: Sequence[str]) -> dict[str, list[str]]:
     }
 
 
-def run_tests(name: str, arguments: Sequence[str], workers: int, seconds: float, logs: Logs) -> Report:
+def run_pytest(name: str, arguments: Sequence[str], workers: int, seconds: float, logs: Logs) -> Report:
     """One pytest."""
     parallel = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") else []
-    asked = python("-m", "pytest", *PYTEST, *parallel, *arguments)
-    done = command(asked, seconds, logs.part(f"{name}: {' '.join(asked[1:])}"))
+    asked = python_command("-m", "pytest", *PYTEST, *parallel, *arguments)
+    done = run_command(asked, seconds, logs.part(f"{name}: {' '.join(asked[1:])}"))
     report: Report = {
         "command": " ".join(["python", *asked[1:]]),
         "seconds": done.seconds,
-        "counts": counts(done.output),
+        "counts": parse_pytest_counts(done.output),
         "failures": re.findall(r"^(?:FAILED|ERROR) .*$", done.output, re.M)[:30],
         "tail": done.tail(15),
     }
@@ -86,16 +86,18 @@ def find_sanitizer() -> Path | None:
     return None
 
 
-def sanitize(program: Path, backend: str, tool: str, seconds: float, logs: Logs) -> Report:
+def run_sanitizer(program: Path, backend: str, tool: str, seconds: float, logs: Logs) -> Report:
     """One tool over small forwards and backwards of one backend."""
     asked = [str(program), "--tool", tool, "--target-processes", "application-only", "--error-exitcode", "9"]
-    asked += python("-m", "bench.gpu.sanitized", backend, *WATCHED)
+    asked += python_command("-m", "bench.gpu.sanitizer_case", backend, *SANITIZED_SIZES)
     # Without torch's cache of memory each tensor is an allocation of its own, whose bounds are watched.
-    done = command(asked, seconds, logs.part(f"{backend} {tool}"), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-    return sanitized(done, seconds)
+    done = run_command(
+        asked, seconds, logs.part(f"{backend} {tool}"), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    )
+    return parse_sanitizer(done, seconds)
 
 
-def sanitized(done: Done, seconds: float) -> Report:
+def parse_sanitizer(done: CommandResult, seconds: float) -> Report:
     """The words of a sanitizer."""
     said = [line.strip("= ") for line in done.output.splitlines() if line.startswith("=========")]
     summary = [line for line in said if "SUMMARY" in line]
@@ -111,18 +113,20 @@ def sanitized(done: Done, seconds: float) -> Report:
     return run
 
 
-def train(
+def run_training(
     data: Path | None, seeds: Sequence[int], device: str, more: Sequence[str], seconds: float, log: Path
 ) -> Report:
     """Trainings side by side in folders that a second call goes on with: bench/gpu_train.py."""
     if importlib.util.find_spec("bench.gpu_train") is None:
         return {"not run": "bench/gpu_train.py is not there"}
-    asked = python("-m", "bench.gpu_train", "--folder", str(RUNS), "--seconds", f"{max(seconds - 5, 1):.0f}")
+    asked = python_command(
+        "-m", "bench.gpu_train", "--folder", str(RUNS), "--seconds", f"{max(seconds - 5, 1):.0f}"
+    )
     asked += ["--data", str(data)] if data else []
     asked += ["--device", device] if device != "cuda" else []
     asked += ["--seeds", *map(str, seeds), *more]
-    done = command(asked, seconds, log)
-    report: Report = {"seconds": done.seconds, "models": models(done.output), "tail": done.tail(15)}
+    done = run_command(asked, seconds, log)
+    report: Report = {"seconds": done.seconds, "models": parse_models(done.output), "tail": done.tail(15)}
     if done.code != 0:
         report["problem"] = (
             f"stopped after {seconds:.0f} s"
@@ -132,7 +136,7 @@ def train(
     return report
 
 
-def models(output: str) -> list[Any]:
+def parse_models(output: str) -> list[Any]:
     """The lines that are JSON: one for each model that was finished."""
     found = []
     for line in output.splitlines():
@@ -144,7 +148,7 @@ def models(output: str) -> list[Any]:
     return found
 
 
-def side_by_side(
+def run_concurrently(
     jobs: Sequence[Job], document: dict[str, Any], changed: Callable[[], None], most: int | None = None
 ) -> None:
     """Run jobs at the same time, and note each where it belongs as it ends: document["parts"][part]["runs"][name]."""
@@ -170,6 +174,6 @@ def side_by_side(
         list(pool.map(run, jobs))
 
 
-def cores() -> int:
+def num_cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,21 +6,21 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .driver import Bench
 from .plan import Case
-from .smoke import wrong
+from .smoke_checks import objection
+from .supervisor import Supervisor
 from .variants import TABLE
 
 Result = dict[str, Any]
 
 
-def shares(forms: Sequence[str], processes: int) -> list[list[str]]:
+def split_variants(forms: Sequence[str], processes: int) -> list[list[str]]:
     """The forms dealt out: one after another, so that each gets some of the slow ones."""
     dealt = [list(forms[n::processes]) for n in range(processes)]
     return [share for share in dealt if share]
 
 
-class Pool:
+class WorkerPool:
     """Runs the same cases over all forms, each process with its share of the forms."""
 
     def __init__(
@@ -42,15 +42,15 @@ class Pool:
             device: "cuda" or "cpu".
             changed: called after each result.
         """
-        self.benches = []
-        for share in shares(forms, max(1, processes)):
+        self.supervisors = []
+        for share in split_variants(forms, max(1, processes)):
             mine = [case.without([form for form in case.forms if form not in share]) for case in cases]
             mine = [case for case in mine if case.forms]
-            self.benches.append(Bench(mine, deadline, changed, device))
+            self.supervisors.append(Supervisor(mine, deadline, changed, device))
 
     def start(self) -> list[threading.Thread]:
         """Begin; the threads end when all is done or the time is up."""
-        threads = [threading.Thread(target=bench.run, daemon=True) for bench in self.benches]
+        threads = [threading.Thread(target=bench.run, daemon=True) for bench in self.supervisors]
         for thread in threads:
             thread.start()
         return threads
@@ -58,15 +58,15 @@ class Pool:
     @property
     def results(self) -> list[Result]:
         """The findings so far."""
-        return [result for bench in self.benches for result in bench.results]
+        return [result for bench in self.supervisors for result in bench.results]
 
     @property
     def problems(self) -> list[str]:
         """The faults so far: crashes, hangs."""
-        return [problem for bench in self.benches for problem in bench.problems]
+        return [problem for bench in self.supervisors for problem in bench.problems]
 
 
-def outcome(results: Sequence[Result]) -> dict[str, dict[str, str]]:
+def wrong_variants(results: Sequence[Result]) -> dict[str, dict[str, str]]:
     """`<precision> <kind>` -> variant -> what is wrong with it, first found."""
     found: dict[str, dict[str, str]] = {}
     for result in results:
@@ -78,12 +78,12 @@ def outcome(results: Sequence[Result]) -> dict[str, dict[str, str]]:
                 continue  # it is not there
             whole = kinds.get("failed") or kinds.get("skipped")
             for kind in TABLE[name].kinds:
-                if why := whole or wrong(kinds.get(kind, {})):
+                if why := whole or objection(kinds.get(kind, {})):
                     found.setdefault(f"{case.precision} {kind}", {}).setdefault(name, f"{case.size}: {why}")
     return found
 
 
-def absent(results: Sequence[Result]) -> dict[str, str]:
+def absent_variants(results: Sequence[Result]) -> dict[str, str]:
     """Variant -> why it is not there."""
     found = {}
     for result in results:

@@ -23,7 +23,7 @@ CHECKED_CLASSES = 512
 CHECKED_SCORES = 1 << 26
 
 
-def relative(got: Tensor, wanted: Tensor) -> float:
+def relative_error(got: Tensor, wanted: Tensor) -> float:
     """‖got − wanted‖ / ‖wanted‖. A single number, as ∂τ, may be near 0 by chance: at least 0.01 then."""
     difference = got.detach().to(wanted.dtype) - wanted
     return float(difference.norm() / wanted.norm().clamp(min=1e-30 if wanted.numel() > 1 else 1e-2))
@@ -34,7 +34,7 @@ def logits_error(logits: Tensor, arguments: Tensors) -> float:
     x, w, delta, tau = (argument.detach() for argument in arguments)
     with torch.no_grad():
         doubles = (x.double(), w[:CHECKED_CLASSES].double(), delta.double(), tau.double())
-        return relative(logits[:, :CHECKED_CLASSES], forms.direct(*doubles))
+        return relative_error(logits[:, :CHECKED_CLASSES], forms.direct(*doubles))
 
 
 def reference_gradients(arguments: Tensors) -> tuple[Tensor, ...] | None:
@@ -55,13 +55,13 @@ def reference_gradients(arguments: Tensors) -> tuple[Tensor, ...] | None:
 def gradients_error(arguments: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """The largest relative error of the gradients that a step has left in its arguments."""
     errors = [
-        math.inf if argument.grad is None else relative(argument.grad, gradient)
+        math.inf if argument.grad is None else relative_error(argument.grad, gradient)
         for argument, gradient in zip(arguments, wanted, strict=True)
     ]
     return max((math.inf if math.isnan(error) else error) for error in errors)
 
 
-def judged(
+def check_call(
     name: str, kind: str, precision: str, made: Tensor, arguments: Tensors, wanted: Any
 ) -> dict[str, Any]:
     """`error` by what was checked, and `inexact` in words where it is too large. Nothing for other functions than ours.
@@ -80,10 +80,10 @@ def judged(
         errors = {"logits": logits_error(made, arguments)}
     else:
         errors = {"gradients": gradients_error(arguments, wanted)} if wanted is not None else {}
-    return verdict(errors, precision)
+    return check_errors(errors, precision)
 
 
-def verdict(errors: dict[str, float], precision: str) -> dict[str, Any]:
+def check_errors(errors: dict[str, float], precision: str) -> dict[str, Any]:
     """The errors as JSON can hold them, and what of them is too much."""
     most = dict(zip(("logits", "gradients", "loss"), TOLERANCE[precision], strict=True))
     # `not <=`, so that NaN is wrong too.

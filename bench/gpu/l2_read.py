@@ -22,7 +22,7 @@ def read_kernel(source, out, BLOCKS, TURNS, BLOCK: tl.constexpr):  # type: ignor
     tl.store(out + program, tl.sum(total))
 
 
-def read_again(size: int) -> tuple[Callable[[], object], int]:
+def make_l2_reader(size: int) -> tuple[Callable[[], object], int]:
     """A call that reads `size` bytes many times, and how many bytes it reads in all."""
     blocks = size // 4 // BLOCK
     source = torch.randn(blocks * BLOCK, device="cuda")

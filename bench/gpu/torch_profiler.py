@@ -11,22 +11,22 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ..forms import Tensors
-from . import forms
-from .plan import runs
+from . import calls
+from .plan import supports
 from .variants import TABLE
 
 CALLS = 5
 COLUMNS = ("precision", "size", "kind", "variant", "us_each", "us_a_call", "launches_a_call", "kernel")
 
 
-def kernels(name: str, precision: str, arguments: Tensors, device: str) -> dict[str, Any]:
+def profile_kernels(name: str, precision: str, arguments: Tensors, device: str) -> dict[str, Any]:
     """kind -> kernels, the longest first: name, launches and µs for each call of the variant."""
     found: dict[str, Any] = {}
     on_gpu = device == "cuda"
     for kind in TABLE[name].kinds:
-        if not runs(TABLE[name], precision, kind):
+        if not supports(TABLE[name], precision, kind):
             continue
-        run = forms.call(name, kind, arguments, precision)
+        run = calls.make_call(name, kind, arguments, precision)
         for _ in range(2):
             run()
         with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
@@ -43,7 +43,7 @@ def kernels(name: str, precision: str, arguments: Tensors, device: str) -> dict[
     return found
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def kernels_csv(results: list[dict[str, Any]]) -> str:
     """kernels.csv."""
     text = io.StringIO()
     writer = csv.writer(text)

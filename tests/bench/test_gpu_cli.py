@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu import command, commands, day
+from bench.gpu import cli, session, subprocesses
 from bench.gpu.budget import PARTS, Budget
-from bench.gpu.commands import ROOT
+from bench.gpu.subprocesses import ROOT
 from gistops.backends import native
 
 from .clock import Clock
@@ -53,7 +53,7 @@ def test_without_a_gpu_it_says_so_in_a_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert command.main([]) == 2
+    assert cli.main([]) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.count("\n") == 1
@@ -73,7 +73,7 @@ def test_without_a_gpu_it_says_so_in_a_sentence(
 )
 def test_wrong_arguments_are_named(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        command.main(argv)
+        cli.main(argv)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -82,25 +82,25 @@ def test_the_output_is_out_or_named_after_gpu_and_day(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("OUT", raising=False)
-    path = command.default_output("NVIDIA H100 80GB HBM3")
+    path = cli.default_output("NVIDIA H100 80GB HBM3")
     assert path.parent.parts[-2:] == ("bench", "results")
     assert path.name.startswith("nvidia-h100-80gb-hbm3-2")
     monkeypatch.setenv("OUT", str(tmp_path))
-    assert command.default_output("NVIDIA H100 80GB HBM3") == tmp_path
-    assert command.parts("measure,build") == ["build", "measure"]
-    assert "train" in command.arguments(["--day"]).only
-    assert "train" not in command.arguments([]).only
+    assert cli.default_output("NVIDIA H100 80GB HBM3") == tmp_path
+    assert cli.parts("measure,build") == ["build", "measure"]
+    assert "train" in cli.arguments(["--day"]).only
+    assert "train" not in cli.arguments([]).only
 
 
 def test_problems_end_in_a_status_of_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(day.Day, "build", lambda self, seconds: {"problem": "no compiler"})
+    monkeypatch.setattr(session.Session, "build", lambda self, seconds: {"problem": "no compiler"})
     argv = ["--device", "cpu", "--only", "build", "--output", str(tmp_path)]
-    assert command.main(argv) == 1
+    assert cli.main(argv) == 1
     assert "PROBLEM, build: no compiler" in capsys.readouterr().err
-    monkeypatch.setattr(day.Day, "build", lambda self, seconds: {})
-    assert command.main(argv) == 0
+    monkeypatch.setattr(session.Session, "build", lambda self, seconds: {})
+    assert cli.main(argv) == 0
 
 
 # The sequence
@@ -110,7 +110,7 @@ TINY = ["--day", "--device", "cpu", "--variants", "cpu,direct,cuda", "--cases", 
 
 
 def ours(folder: Path, *more: str, minutes: float = 3.0) -> list[str]:
-    return commands.python(
+    return subprocesses.python_command(
         "-m", "bench.gpu", *TINY, "--output", str(folder), "--minutes", str(minutes), *more
     )
 
@@ -176,7 +176,7 @@ def test_a_kill_at_any_moment_leaves_what_was_found(tmp_path: Path, how: signal.
 def test_what_a_command_started_ends_with_it(tmp_path: Path) -> None:
     code = "import subprocess, sys, time; print('a', flush=True); subprocess.Popen(['sleep', '60']); time.sleep(60)"
     begin = time.monotonic()
-    done = commands.command([sys.executable, "-c", code], 2.0, tmp_path / "log")
+    done = subprocesses.run_command([sys.executable, "-c", code], 2.0, tmp_path / "log")
     assert done.code is None
     assert done.output.startswith("a")
     assert time.monotonic() - begin < 30

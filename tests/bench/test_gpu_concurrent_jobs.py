@@ -8,31 +8,31 @@ from typing import Any
 
 import pytest
 
-from bench.gpu import beside, ncu
-from bench.gpu.commands import Done
+from bench.gpu import concurrent_jobs, ncu
 from bench.gpu.output import Logs
+from bench.gpu.subprocesses import CommandResult
 
 
 def test_pytests_last_line_is_counted() -> None:
     said = "x\n=== 3 failed, 10 passed, 2 errors in 2.31s ===\n"
-    assert beside.counts(said) == {"failed": 3, "passed": 10, "error": 2}
-    assert beside.counts("Traceback") == {}
+    assert concurrent_jobs.parse_pytest_counts(said) == {"failed": 3, "passed": 10, "error": 2}
+    assert concurrent_jobs.parse_pytest_counts("Traceback") == {}
 
 
 def test_each_backend_has_a_pytest_of_its_own() -> None:
-    asked = beside.tests("cuda", ["cuda", "triton"])
+    asked = concurrent_jobs.pytest_arguments("cuda", ["cuda", "triton"])
     assert asked["operators, cuda"][-2:] == ["-k", "not triton"]
     assert asked["operators, triton"][-2:] == ["-k", "triton"]
     assert "tests/nn" in asked["heads"]
     assert asked["large"][-2:] == ["-m", "large"]
-    assert "-k" not in beside.tests("cpu", ["cpu"])["operators, cpu"]
+    assert "-k" not in concurrent_jobs.pytest_arguments("cpu", ["cpu"])["operators, cpu"]
 
 
 def test_a_pytest_is_run_and_read(tmp_path: Path) -> None:
     test = tmp_path / "test_some.py"
     test.write_text("def test_a(): pass\ndef test_b(): assert False\n", encoding="utf-8")
     logs = Logs(tmp_path)
-    found = beside.run_tests("some", [str(test)], 1, 60.0, logs)
+    found = concurrent_jobs.run_pytest("some", [str(test)], 1, 60.0, logs)
     assert found["counts"] == {"passed": 1, "failed": 1}
     assert found["problem"] == "1 failed"
     assert "test_b" in found["failures"][0]
@@ -49,12 +49,14 @@ def test_a_pytest_is_run_and_read(tmp_path: Path) -> None:
     ],
 )
 def test_the_sanitizers_summary_is_read(code: int | None, output: str, problem: str | None) -> None:
-    run = beside.sanitized(Done(code, output, 1.0), 7.0)
+    run = concurrent_jobs.parse_sanitizer(CommandResult(code, output, 1.0), 7.0)
     assert run.get("problem") == problem
 
 
 def test_models_are_the_lines_of_json() -> None:
-    assert beside.models('epoch 1\n{"seed": 0, "accuracy": 0.4}\n{broken\n') == [{"seed": 0, "accuracy": 0.4}]
+    assert concurrent_jobs.parse_models('epoch 1\n{"seed": 0, "accuracy": 0.4}\n{broken\n') == [
+        {"seed": 0, "accuracy": 0.4}
+    ]
 
 
 def test_jobs_run_at_the_same_time_and_one_failure_hides_no_other() -> None:
@@ -69,8 +71,8 @@ def test_jobs_run_at_the_same_time_and_one_failure_hides_no_other() -> None:
         raise RuntimeError("no")
 
     document: dict[str, Any] = {"parts": {}}
-    jobs: list[beside.Job] = [("test", "a", meet), ("test", "b", fail)]
-    beside.side_by_side(jobs, document, lambda: None)
+    jobs: list[concurrent_jobs.Job] = [("test", "a", meet), ("test", "b", fail)]
+    concurrent_jobs.run_concurrently(jobs, document, lambda: None)
     assert document["parts"]["test"]["runs"]["a"] == {"counts": {"passed": 1}}
     assert document["parts"]["test"]["problem"] == "b: RuntimeError: no"
 

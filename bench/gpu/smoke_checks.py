@@ -13,8 +13,8 @@ from torch import Tensor
 import gistops
 
 from ..forms import Size, Tensors, labels_of, tensors
-from . import checks, forms
-from .plan import runs
+from . import accuracy, calls
+from .plan import supports
 from .variants import TABLE
 
 SEED = 20211011
@@ -64,20 +64,20 @@ class Oracle:
     def errors(self, kind: str, made: Tensor, arguments: Tensors) -> dict[str, float]:
         """The errors of a call."""
         if kind == "forward":
-            return {"logits": checks.relative(made, self.logits)}
+            return {"logits": accuracy.relative_error(made, self.logits)}
         kept = [arguments[n] for n in self.kept]
         return {
-            "loss": checks.relative(made, self.loss),
-            "gradients": checks.gradients_error(kept, self.gradients),
+            "loss": accuracy.relative_error(made, self.loss),
+            "gradients": accuracy.gradients_error(kept, self.gradients),
         }
 
 
-def inputs(size: Size, dtype: torch.dtype, device: str) -> Tensors:
+def make_inputs(size: Size, dtype: torch.dtype, device: str) -> Tensors:
     """Of a smoke run."""
     return tensors(size, dtype, device, SEED)
 
 
-def smoke(
+def run_smoke_check(
     name: str,
     precision: str,
     arguments: Tensors,
@@ -97,12 +97,12 @@ def smoke(
     """
     found: dict[str, Any] = {}
     for kind in TABLE[name].kinds:
-        if not runs(TABLE[name], precision, kind):
+        if not supports(TABLE[name], precision, kind):
             continue
         before()
-        call = forms.call(name, kind, arguments, precision)
+        call = calls.make_call(name, kind, arguments, precision)
         first = _results(call, arguments, device)
-        result = found[kind] = checks.verdict(oracle.errors(kind, first[0], arguments), precision)
+        result = found[kind] = accuracy.check_errors(oracle.errors(kind, first[0], arguments), precision)
         second = _results(call, arguments, device)
         same = all(
             (a is None) == (b is None) and (a is None or b is None or torch.equal(a, b))
@@ -121,6 +121,6 @@ def _results(call: Any, arguments: Tensors, device: str) -> list[Tensor | None]:
     return [made.clone(), *(None if a.grad is None else a.grad.clone() for a in arguments)]
 
 
-def wrong(found: dict[str, Any]) -> str:
+def objection(found: dict[str, Any]) -> str:
     """The objections to a kind's result, in words, or nothing."""
     return str(found.get("failed") or found.get("inexact") or found.get("unstable") or "")

@@ -1,6 +1,6 @@
 """Small forwards and backwards of each operator, for compute-sanitizer to watch.
 
-`python -m bench.gpu.sanitized cuda 300x200x136`. What it computes is not judged here.
+`python -m bench.gpu.sanitizer_case cuda 300x200x136`. What it computes is not judged here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float3
 
 def main() -> None:
     """Run it and say so."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.sanitized", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.sanitizer_case", description=__doc__)
     parser.add_argument("backend", choices=gistops.backends.NAMES)
     parser.add_argument("sizes", type=Size.parse, nargs="+")
     parser.add_argument("--device", default="cuda")

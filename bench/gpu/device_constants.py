@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ..forms import tensors
 from . import timing
-from .plan import MAIN, Case, Size, tiny
+from .plan import MAIN, Case, Size, shrink_for_cpu
 from .timing import Run, Timer
 
 #: Name -> unit; in the order in which they are measured.
@@ -36,7 +36,7 @@ CONSTANTS = {
 Measured = dict[str, Any]
 
 
-class Constants:
+class DeviceConstants:
     """Measures them one by one on one device."""
 
     def __init__(self, timer: Timer, device: str) -> None:
@@ -47,7 +47,7 @@ class Constants:
             device: "cuda", or "cpu" for a trial with tiny tensors.
         """
         self.timer, self.device = timer, device
-        self.size = MAIN if device == "cuda" else tiny(Case("bf16", MAIN, "constants", ())).size
+        self.size = MAIN if device == "cuda" else shrink_for_cpu(Case("bf16", MAIN, "constants", ())).size
 
     def measure(self, name: str) -> Measured:
         """`value` in the unit that `CONSTANTS` names, and `ms` where it was timed; or `skipped`."""
@@ -112,10 +112,10 @@ class Constants:
 
     def _l2(self) -> Measured:
         try:
-            from .reader import read_again  # Triton
+            from .l2_read import make_l2_reader  # Triton
         except ImportError as error:
             return {"skipped": f"Triton does not load: {error}"}
-        run, count = read_again(16 << 20)
+        run, count = make_l2_reader(16 << 20)
         ms = self._ms(run, 10)
         return {"ms": ms, "value": 1e3 * count / ms}
 
@@ -146,7 +146,7 @@ class Constants:
         return self._plain(lambda: torch.ops.aten.mm.dtype_out(x, w.T, torch.float32, out=out), 30)
 
 
-def ceilings(found: dict[str, Measured]) -> dict[str, float]:
+def roofline_ceilings(found: dict[str, Measured]) -> dict[str, float]:
     """The constants that rooflines need, in their names there."""
     names = {"bandwidth": "copy", "events_ms": "empty"} | {p: f"mm {p}" for p in ("bf16", "tf32", "float32")}
     return {name: found[c]["value"] for name, c in names.items() if "value" in found.get(c, {})}

@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from . import plan, report, rule, targets, variants
+from . import plan, report, selection_rule, targets, variants
 from .budget import PARTS, Budget
-from .commands import ROOT, end_all
-from .day import Day, Options
 from .output import Output
+from .session import Session, SessionOptions
+from .subprocesses import ROOT, kill_all
 
 
 def parts(text: str) -> list[str]:
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "parts": {},
     }
     folder = (options.output or default_output(document["header"]["gpu"])).resolve()
-    asked = Options(
+    asked = SessionOptions(
         options.only,
         options.minutes,
         options.device,
@@ -201,11 +201,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with Output(folder, document, report.render) as output:
             try:
-                Day(asked, budget, output).run()
+                Session(asked, budget, output).run()
             finally:
-                end_all()
+                kill_all()
                 document["seconds"] = budget.clock() - budget.begin
-                document["rule"] = rule.apply(document)
+                document["rule"] = selection_rule.choose_all(document)
                 document["verdicts"] = [verdict._asdict() for verdict in targets.verdicts(document)]
     finally:
         print(f"\n{report.summary(document)}")

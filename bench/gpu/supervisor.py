@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from .commands import ROOT, tied
 from .plan import Case
+from .subprocesses import ROOT, die_with_parent
 
 SILENCE = 25.0  # seconds without an event after which a kernel hangs
 STARTING = 90.0  # the same while the process starts, or makes the tensors of a case
@@ -25,7 +25,7 @@ STARTS = 8  # of the worker at most
 CRASHES = 2  # of a form, after which it is left out of all other cases
 
 
-def events_of(
+def read_events(
     lines: IO[str], until: float, silence: Callable[[], float], clock: Callable[[], float] = time.time
 ) -> Iterator[dict[str, Any]]:
     """The events as they come.
@@ -62,7 +62,7 @@ def events_of(
         yield json.loads(line)
 
 
-class Bench:
+class Supervisor:
     """The state of the measurements: what is done, what crashed, what is left."""
 
     def __init__(
@@ -135,7 +135,7 @@ class Bench:
         reason = ""
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
             process = subprocess.Popen(
-                tied(self.worker),
+                die_with_parent(self.worker),
                 cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -150,7 +150,7 @@ class Bench:
                     process.stdin.write(json.dumps(self._document()))
                     process.stdin.close()
                 self._patience = STARTING
-                for event in events_of(process.stdout, self.deadline + GRACE, lambda: self._patience):
+                for event in read_events(process.stdout, self.deadline + GRACE, lambda: self._patience):
                     if event["event"] == "begin":
                         number, form, self._patience = event["number"], None, STARTING
                     elif event["event"] == "form":

@@ -10,20 +10,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import beside, constants, ncu, plan, pool, profiled, report, rule
-from .beside import Job, Report
-from .budget import BESIDE, Budget
-from .commands import command, python
-from .driver import GRACE, Bench
+from . import (
+    concurrent_jobs,
+    device_constants,
+    ncu,
+    plan,
+    report,
+    selection_rule,
+    torch_profiler,
+    worker_pool,
+)
+from .budget import CONCURRENT, Budget
+from .concurrent_jobs import Job, Report
 from .output import Output
 from .plan import MAIN, Case
+from .subprocesses import python_command, run_command
+from .supervisor import GRACE, Supervisor
 from .variants import TABLE
 
 ENOUGH = 10.0  # seconds that ncu needs at least
 
 
 @dataclass
-class Options:
+class SessionOptions:
     """The options asked for."""
 
     only: list[str]
@@ -37,10 +46,10 @@ class Options:
     train_arguments: list[str] = field(default_factory=list)
 
 
-class Day:
+class Session:
     """Runs the parts."""
 
-    def __init__(self, options: Options, budget: Budget, output: Output) -> None:
+    def __init__(self, options: SessionOptions, budget: Budget, output: Output) -> None:
         """Prepare.
 
         Args:
@@ -52,18 +61,18 @@ class Day:
         self.document = output.document
         self.device = options.device
         self.cases = self._cases()
-        self.compiling: list[pool.Pool] = []
+        self.compiling: list[worker_pool.WorkerPool] = []
 
     def _cases(self) -> list[Case]:
         measure = self.budget.seconds("measure") if "measure" in self.budget.parts else 60.0
         seconds = min(max(measure / 150, 0.15), 1.0)
-        cases = plan.measured(self.options.forms, seconds, self.options.grid)
+        cases = plan.timed_cases(self.options.forms, seconds, self.options.grid)
         if asked := self.options.cases:
             cases = [*asked.own(self.options.forms, seconds), *filter(asked, cases)]
         return self._sized(cases)
 
     def _sized(self, cases: Sequence[Case]) -> list[Case]:
-        return [plan.tiny(c) for c in cases if not c.graph] if self.device == "cpu" else list(cases)
+        return [plan.shrink_for_cpu(c) for c in cases if not c.graph] if self.device == "cpu" else list(cases)
 
     def run(self) -> None:
         """All parts that were asked for."""
@@ -72,7 +81,7 @@ class Day:
         self._part("smoke", lambda seconds: self.smoke(seconds, early))
         self._alone()
         self._part("ncu", self.ncu)
-        self._beside()
+        self._concurrent()
 
     def _part(self, name: str, run: Callable[[float], Report]) -> None:
         if name not in self.options.only:
@@ -91,15 +100,15 @@ class Day:
 
     def changed(self) -> None:
         """Something was found."""
-        self.document["rule"] = rule.apply(self.document)
+        self.document["rule"] = selection_rule.choose_all(self.document)
         self.output.changed()
 
     # Build and smoke
 
     def build(self, seconds: float) -> Report:
         """Compile the operators as the first use does, in a process of its own, and say what is there and why."""
-        done = command(
-            python("-m", "gistops.info"), seconds, self.output.logs["build.log"].part("gistops.info")
+        done = run_command(
+            python_command("-m", "gistops.info"), seconds, self.output.logs["build.log"].part("gistops.info")
         )
         rows = re.findall(r"^(cpu|cuda|triton|reference)\s+(yes|no)\s+(.*)$", done.output, re.M)
         there: dict[str, Any] = {name: {"available": yes == "yes", "reason": why} for name, yes, why in rows}
@@ -120,12 +129,14 @@ class Day:
         built = self.document["parts"].get("build", {}).get("backends", {})
         return [n for n in names if built.get(n, {"available": True})["available"]]
 
-    def _pool(self, families: Callable[[str], bool], processes: int, seconds: float) -> pool.Pool:
+    def _pool(
+        self, families: Callable[[str], bool], processes: int, seconds: float
+    ) -> worker_pool.WorkerPool:
         forms = [n for n in self.options.forms if TABLE[n].ours and families(TABLE[n].backend)]
-        smoked, warmed = plan.smoked(forms, self.cases), plan.warmed(forms, self.cases)
+        smoked, warmed = plan.smoke_cases(forms, self.cases), plan.warm_up_cases(forms, self.cases)
         precisions = dict.fromkeys(case.precision for case in smoked)
         ordered = [case for p in precisions for case in (*smoked, *warmed) if case.precision == p]
-        asked = pool.Pool(
+        asked = worker_pool.WorkerPool(
             self._sized(ordered), forms, processes, time.time() + seconds, self.device, self.smoked
         )
         self.compiling.append(asked)
@@ -136,18 +147,22 @@ class Day:
         if "smoke" not in self.options.only or self.device == "cpu":
             return []
         seconds = sum(self.budget.seconds(p) for p in ("build", "smoke") if p in self.budget.parts)
-        return self._pool(lambda b: b == "triton", max(2, beside.cores() * 3 // 4), seconds).start()
+        return self._pool(
+            lambda b: b == "triton", max(2, concurrent_jobs.num_cores() * 3 // 4), seconds
+        ).start()
 
     def smoke(self, seconds: float, early: list[Any]) -> Report:
         """Every variant of ours at small odd sizes; and what Triton compiles for the sizes that are measured."""
-        late = self._pool(lambda b: b != "triton" or not early, max(1, beside.cores() // 4), seconds).start()
+        late = self._pool(
+            lambda b: b != "triton" or not early, max(1, concurrent_jobs.num_cores() // 4), seconds
+        ).start()
         for thread in (*early, *late):
             thread.join()
         self.smoked()
         results = [r for p in self.compiling for r in p.results]
         ran = [r for r in results if r["case"]["kind"] == "smoke"]
         found: Report = {"cases": len(ran), "warmed": len(results) - len(ran)}
-        if late_ones := [c for p in self.compiling for b in p.benches for c in b.skipped]:
+        if late_ones := [c for p in self.compiling for b in p.supervisors for c in b.skipped]:
             found["late"] = len(late_ones)
             if not ran:
                 found["problem"] = f"none was run: {late_ones[0]['reason']}"
@@ -162,8 +177,8 @@ class Day:
     def smoked(self) -> None:
         """Note what smoke runs have found so far."""
         results = [r for p in self.compiling for r in p.results]
-        self.document["out"] = pool.outcome(results)
-        self.document.setdefault("absent", {}).update(pool.absent(results))
+        self.document["out"] = worker_pool.wrong_variants(results)
+        self.document.setdefault("absent", {}).update(worker_pool.absent_variants(results))
         self._crashes([problem for p in self.compiling for problem in p.problems])
         self.output.changed()
 
@@ -179,9 +194,11 @@ class Day:
         wrong = {name for names in out.values() for name in names}
         timed = [case.without(list(out.get(f"{case.precision} {case.kind}", {}))) for case in self.cases]
         cases = {
-            "constants": self._sized([Case("bf16", MAIN, "constants", (n,)) for n in constants.CONSTANTS]),
+            "constants": self._sized(
+                [Case("bf16", MAIN, "constants", (n,)) for n in device_constants.CONSTANTS]
+            ),
             "measure": [case for case in timed if len(case.forms) > 1],
-            "profile": plan.profiled([n for n in self.options.forms if n not in wrong], self.cases),
+            "profile": plan.profile_cases([n for n in self.options.forms if n not in wrong], self.cases),
         }
         asked = [part for part in cases if part in self.options.only]
         if not asked:
@@ -197,10 +214,10 @@ class Day:
         # Constants are few and come first: whatever starting the process takes is not taken from them.
         deadlines = {c.kind: ends[p] for p in asked if p != "constants" for c in cases[p]}
         everything = [case for part in asked for case in cases[part]]
-        bench = Bench(everything, max(ends.values()), lambda: None, self.device, deadlines)
+        bench = Supervisor(everything, max(ends.values()), lambda: None, self.device, deadlines)
         self._measure(bench, {case.kind: part for part in asked for case in cases[part]})
 
-    def _measure(self, bench: Bench, part_of: dict[str, str]) -> None:
+    def _measure(self, bench: Supervisor, part_of: dict[str, str]) -> None:
         """Run the cases; each result is printed, and put where it belongs."""
         said = 0
 
@@ -209,7 +226,7 @@ class Day:
             for result in bench.results[said:]:
                 print(report.line(result), flush=True)
                 if result["case"]["kind"] != "constants":
-                    self.document.setdefault("absent", {}).update(pool.absent([result]))
+                    self.document.setdefault("absent", {}).update(worker_pool.absent_variants([result]))
             said = len(bench.results)
             found: dict[str, list[dict[str, Any]]] = {part: [] for part in part_of.values()}
             for result in bench.results:
@@ -238,7 +255,7 @@ class Day:
             self.document["cases"] = found["measure"]
         if "profile" in found:
             self.document["profiles"] = found["profile"]
-            self.output.texts["kernels.csv"] = profiled.table(found["profile"])
+            self.output.texts["kernels.csv"] = torch_profiler.kernels_csv(found["profile"])
 
     def ncu(self, seconds: float) -> Report:
         """Nsight Compute over the rule's choices and the backends as they are, as far as the time goes."""
@@ -270,8 +287,8 @@ class Day:
 
     # What may share the GPU
 
-    def _beside(self) -> None:
-        asked = [part for part in BESIDE if part in self.options.only]
+    def _concurrent(self) -> None:
+        asked = [part for part in CONCURRENT if part in self.options.only]
         if not asked:
             return
         print(f"=== {', '.join(asked)}, side by side (at most {self.budget.left():.0f} s)", flush=True)
@@ -282,18 +299,20 @@ class Day:
             jobs += self._tests()
         if "sanitize" in asked:
             jobs += self._sanitizers()
-        beside.side_by_side(jobs, self.document, self.changed)
+        concurrent_jobs.run_concurrently(jobs, self.document, self.changed)
 
     def _train(self) -> Report:
         log = self.output.scratch / "train.log"
-        self.output.runs = beside.RUNS
+        self.output.runs = concurrent_jobs.RUNS
         options = self.options
         more = options.train_arguments
-        return beside.train(options.train, options.seeds, self.device, more, self.budget.left(), log)
+        return concurrent_jobs.run_training(
+            options.train, options.seeds, self.device, more, self.budget.left(), log
+        )
 
     def _tests(self) -> list[Job]:
-        asked = beside.tests(self.device, self.backends())
-        workers = max(1, beside.cores() // 3)
+        asked = concurrent_jobs.pytest_arguments(self.device, self.backends())
+        workers = max(1, concurrent_jobs.num_cores() // 3)
         logs = self.output.logs["tests.log"]
 
         def job(name: str, arguments: list[str]) -> Job:
@@ -301,13 +320,13 @@ class Day:
             return (
                 "test",
                 name,
-                lambda: beside.run_tests(name, arguments, many, self.budget.left() - 3, logs),
+                lambda: concurrent_jobs.run_pytest(name, arguments, many, self.budget.left() - 3, logs),
             )
 
         return [job(name, arguments) for name, arguments in asked.items()]
 
     def _sanitizers(self) -> list[Job]:
-        program = beside.find_sanitizer()
+        program = concurrent_jobs.find_sanitizer()
         if program is None or self.device == "cpu":
             why = (
                 "needs a GPU"
@@ -322,7 +341,7 @@ class Day:
             return (
                 "sanitize",
                 f"{backend} {tool}",
-                lambda: beside.sanitize(program, backend, tool, self.budget.left() - 3, logs),
+                lambda: concurrent_jobs.run_sanitizer(program, backend, tool, self.budget.left() - 3, logs),
             )
 
-        return [job(backend, tool) for backend in self.backends() for tool in beside.TOOLS]
+        return [job(backend, tool) for backend in self.backends() for tool in concurrent_jobs.SANITIZERS]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..forms import Size
-from .plan import MAIN, SIZES, Case, tiny
+from .plan import MAIN, SIZES, Case, shrink_for_cpu
 from .variants import CANDIDATES, KINDS, PRECISIONS, SIMPLICITY, TABLE
 
 CLOSE = 1.03
@@ -39,11 +39,11 @@ def ratios(document: dict[str, Any], precision: str, kind: str) -> Ratios:
 
 def _sizes(document: dict[str, Any]) -> list[Size]:
     if document.get("options", {}).get("device") == "cpu":
-        return [tiny(Case("bf16", size, "forward", ())).size for size in SIZES]
+        return [shrink_for_cpu(Case("bf16", size, "forward", ())).size for size in SIZES]
     return list(SIZES)
 
 
-def out(document: dict[str, Any], precision: str, kind: str) -> dict[str, str]:
+def excluded_variants(document: dict[str, Any], precision: str, kind: str) -> dict[str, str]:
     """Variant -> why it is no candidate."""
     found: dict[str, str] = dict(document.get("out", {}).get(f"{precision} {kind}", {}))
     for run, report in document.get("parts", {}).get("sanitize", {}).get("runs", {}).items():
@@ -64,7 +64,7 @@ def out(document: dict[str, Any], precision: str, kind: str) -> dict[str, str]:
 def choose(document: dict[str, Any], precision: str, kind: str) -> dict[str, Any]:
     """The winner and why, or `none` and why."""
     found = ratios(document, precision, kind)
-    excluded = out(document, precision, kind)
+    excluded = excluded_variants(document, precision, kind)
     sizes = list(found.get("linear", {}))
     ours = {v.name: found[v.name] for v in CANDIDATES if v.name in found and v.name not in excluded}
     whole = {name: all_ for name, all_ in ours.items() if set(sizes) <= set(all_)}
@@ -96,7 +96,7 @@ def _smoked(document: dict[str, Any], name: str, precision: str) -> bool:
     return any(name in r["forms"] and r["case"]["precision"] == precision for r in results)
 
 
-def by_hand(document: dict[str, Any]) -> dict[str, Any]:
+def worth_hand_written(document: dict[str, Any]) -> dict[str, Any]:
     """True if a forward written by hand is worth filing."""
     winner = choose(document, "bf16", "forward").get("winner")
     aligned = document.get("constants", {}).get("linear forward K=8192", {}).get("ms")
@@ -111,13 +111,13 @@ def by_hand(document: dict[str, Any]) -> dict[str, Any]:
     return {"not known": "the chosen forward or F.linear at K = 8192 was not measured"}
 
 
-def apply(document: dict[str, Any]) -> dict[str, Any]:
+def choose_all(document: dict[str, Any]) -> dict[str, Any]:
     """All choices: `<precision> <kind>` -> the winner; and whether a kernel by hand is worth filing."""
     chosen: dict[str, Any] = {f"{p} {kind}": choose(document, p, kind) for p in PRECISIONS for kind in KINDS}
-    return chosen | {"by hand": by_hand(document)}
+    return chosen | {"by hand": worth_hand_written(document)}
 
 
-def lines(chosen: dict[str, Any]) -> Iterator[str]:
+def summary(chosen: dict[str, Any]) -> Iterator[str]:
     """The choices in words."""
     for what, pick in chosen.items():
         if "winner" in pick:

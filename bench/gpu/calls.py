@@ -20,7 +20,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # input, weight, labels -> me
 Call = Callable[[], Any]
 
 
-def call(name: str, kind: str, arguments: Tensors, precision: str) -> Call:
+def make_call(name: str, kind: str, arguments: Tensors, precision: str) -> Call:
     """A call of a variant: of its logits, or of a step that leaves gradients in the arguments and returns the loss.
 
     Args:
@@ -43,7 +43,7 @@ def call(name: str, kind: str, arguments: Tensors, precision: str) -> Call:
 
 def _call(variant: Variant, kind: str, arguments: Tensors) -> Call:
     if kind == "loss" and variant.ours:
-        return _loss_step(our_loss(variant.backend, variant.cosine), arguments)
+        return _loss_step(gistops_loss(variant.backend, variant.cosine), arguments)
     if kind == "loss" and variant.family == "peer":
         return _loss_step(_peer(variant.name), arguments)
     head = _head(variant)
@@ -75,7 +75,7 @@ def _head(variant: Variant) -> Callable[..., Tensor]:
     return torch.compile(function, fullgraph=True, dynamic=False) if variant.compiled else function
 
 
-def our_loss(backend: str, cosine: bool = False) -> Callable[..., Tensor]:
+def gistops_loss(backend: str, cosine: bool = False) -> Callable[..., Tensor]:
     """The mean loss of the constellation, without its logits."""
 
     def loss(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor, labels: Tensor) -> Tensor:

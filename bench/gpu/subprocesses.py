@@ -20,7 +20,7 @@ _lock = threading.Lock()
 
 
 @dataclass
-class Done:
+class CommandResult:
     """A command that has ended, or has been ended."""
 
     code: int | None  # None where the time was up
@@ -32,20 +32,20 @@ class Done:
         return "\n".join(self.output.splitlines()[-lines:])
 
 
-def python(*arguments: str) -> list[str]:
+def python_command(*arguments: str) -> list[str]:
     """A command of this Python."""
     return [sys.executable, *arguments]
 
 
-def tied(arguments: Sequence[str]) -> list[str]:
+def die_with_parent(arguments: Sequence[str]) -> list[str]:
     """The same, ended by the kernel if this process is killed, where there is a tool for that."""
     tool = shutil.which("setpriv")
     return [tool, "--pdeathsig", "KILL", *arguments] if tool else list(arguments)
 
 
-def command(
+def run_command(
     arguments: Sequence[str], seconds: float, log: Path, environment: Mapping[str, str] | None = None
-) -> Done:
+) -> CommandResult:
     """Run a command for at most `seconds`: somewhat before, it is asked to stop, and at the end made to.
 
     Args:
@@ -58,7 +58,7 @@ def command(
     grace = min(8.0, seconds / 5)
     with log.open("wb") as out:
         process = subprocess.Popen(
-            tied(arguments),
+            die_with_parent(arguments),
             cwd=ROOT,
             env={**os.environ, **(environment or {})},
             stdin=subprocess.DEVNULL,
@@ -77,22 +77,22 @@ def command(
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(grace)
         finally:
-            kill(process.pid)
+            kill_group(process.pid)
             process.wait()
             with _lock:
                 _running.discard(process.pid)
     output = log.read_text(encoding="utf-8", errors="replace")
-    return Done(None if late else process.returncode, output, time.monotonic() - begin)
+    return CommandResult(None if late else process.returncode, output, time.monotonic() - begin)
 
 
-def kill(group: int) -> None:
+def kill_group(group: int) -> None:
     """End a command and all that it has started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
 
 
-def end_all() -> None:
+def kill_all() -> None:
     """End every command that still runs: this process is about to end."""
     with _lock:
         for group in _running:
-            kill(group)
+            kill_group(group)
