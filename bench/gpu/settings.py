@@ -78,7 +78,7 @@ def _tile(loop: str) -> Callable[[Any, Any, str], Any]:
     """A tile as for half precision: in float32 as many bytes in rows of what the loop goes over, its `loop` dimension."""
 
     def make(configs: Any, value: tuple[int, int, int, int, int], precision: str) -> Any:
-        tile = dict(zip(("classes", "features", "depth", "warps", "stages"), value, strict=True))
+        tile = dict(zip(("classes", "rows", "dims", "warps", "stages"), value, strict=True))
         if precision != "bf16":
             tile[loop] //= 2
         return configs.Config(**tile)
@@ -90,8 +90,8 @@ SETTINGS: dict[str, Setting] = {
     "chunk": _attribute("operators.chunks", "CHUNK_ELEMENTS"),
     "triton chunk": _attribute("backends.triton.loss", "CHUNK_ELEMENTS"),
     "held bytes": _attribute("operators.cross_entropy", "HELD_BYTES"),
-    "forward tile": _forced("forward", _tile("depth")),
-    "centers tile": _forced("centers", _tile("features")),
+    "forward tile": _forced("forward", _tile("dims")),
+    "centers tile": _forced("centers", _tile("rows")),
     "product": _forced("product"),
     "centers product": _forced("centers_product"),
     "norms": _forced("whole_norm"),

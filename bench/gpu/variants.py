@@ -49,7 +49,7 @@ class Variant:
 
 
 def _tiles(what: str, kind: str, *tiles: tuple[int, int, int, int, int]) -> list[Variant]:
-    """Forced tiles: classes, features, depth in bf16, warps, stages."""
+    """Forced tiles: classes, rows, dims in bf16, warps, stages."""
     return [
         Variant(
             f"triton {what} {'x'.join(map(str, tile[:3]))} w{tile[3]} s{tile[4]}",

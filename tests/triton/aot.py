@@ -89,7 +89,9 @@ class Case:
 
     @property
     def tiles(self) -> str:
-        sizes = [f"{k.removeprefix('TILE_')} {v}" for k, v in self.constants.items() if k.startswith("TILE_")]
+        sizes = [
+            f"{k.removeprefix('BLOCK_')} {v}" for k, v in self.constants.items() if k.startswith("BLOCK_")
+        ]
         slots = [f"slots {self.constants['SLOTS']}"] if "SLOTS" in self.constants else []
         slots += [k.lower() for k in ("PARK", "SUMS") if self.constants.get(k)]
         needs = [
@@ -191,21 +193,21 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
             yield _large(centers_kernel, dtype, target, config, products | corrections | switches)
     sizes = SMALL[kind]
     small: list[tuple[Any, dict[str, Any]]] = [
-        (apart_kernel, _tiles("KBD", sizes.apart) | {"ACC": acc}),
-        (gather_kernel, dict(zip(("TILE_P", "TILE_N", "TILE_T"), configs.GATHER, strict=True))),
-        (total_kernel, {"TILE": configs.ROWS[2], "REDUCED": True, "MEAN": True}),
+        (apart_kernel, _tiles("CBD", sizes.apart) | {"ACC": acc}),
+        (gather_kernel, dict(zip(("BLOCK_P", "BLOCK_N", "BLOCK_T"), configs.GATHER, strict=True))),
+        (total_kernel, {"BLOCK": configs.ROWS[2], "REDUCED": True, "MEAN": True}),
         (finish_displacements_kernel, _tiles("RD", sizes.finish_displacements) | {"ACC": acc}),
     ]
     counts = (5, 0)
     for count in counts:
         *tiles, warps = sizes.pool_logits
-        constants = _tiles("KB", tuple(tiles)) | {"ACC": acc, "COUNT": count}
+        constants = _tiles("CB", tuple(tiles)) | {"ACC": acc, "COUNT": count}
         yield Case(pool_logits_kernel, dtype, target, constants, warps)
     elements, warps = sizes.whole_norm
-    for depth in (64, elements // 2, elements):
+    for dims in (64, elements // 2, elements):
         constants = {
-            "TILE_R": min(elements // depth, 64),
-            "TILE_D": depth,
+            "BLOCK_R": min(elements // dims, 64),
+            "BLOCK_D": dims,
             "COUNT": 5,
             "ACC": acc,
             "WIDEN": False,
@@ -215,19 +217,19 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
         constants = {"SLOTS": slots, "ACC": acc, "NORM_PRECISION": precise, "WIDEN": False}
         yield Case(every_norm_kernel, dtype, target, _tiles("RD", sizes.every_norm) | constants)
     for whole in (True, False):
-        constants = _tiles("KD", sizes.finish_input) | {"TILE_G": 256, "WHOLE": whole, "ACC": acc}
+        constants = _tiles("CD", sizes.finish_input) | {"BLOCK_G": 256, "WHOLE": whole, "ACC": acc}
         yield Case(finish_input_kernel, dtype, target, constants, 8 if sizes.finish_input[1] > 1024 else 4)
     every_option = {"HAS_BIAS": True, "HAS_WEIGHT": True, "SUMS": True, "PARK": True}
     no_option = dict.fromkeys(every_option, False)
     for options in (every_option, no_option | {"PARK": True}, no_option):
         for count in counts:
-            constants = _tiles("KB", sizes.pool[:2]) | {"ACC": acc, "COUNT": count} | options
+            constants = _tiles("CB", sizes.pool[:2]) | {"ACC": acc, "COUNT": count} | options
             yield Case(pool_lse_kernel, dtype, target, constants, sizes.pool[2])
     apart_tiles = (min(sizes.apart[0], sizes.pool[0]), *sizes.apart[1:])
-    yield Case(apart_lse_kernel, dtype, target, _tiles("KBD", apart_tiles) | {"ACC": acc} | every_option)
+    yield Case(apart_lse_kernel, dtype, target, _tiles("CBD", apart_tiles) | {"ACC": acc} | every_option)
     for margin in (0, 3):
         constants = {
-            "TILE_R": configs.ROWS[0], "TILE_T": configs.ROWS[1], "MARGIN": margin, "MARGIN_EACH": margin > 0,
+            "BLOCK_R": configs.ROWS[0], "BLOCK_T": configs.ROWS[1], "MARGIN": margin, "MARGIN_EACH": margin > 0,
             "SMOOTHING": 0.1 if margin else 0.0, "REDUCED": True, "HAS_BIAS": True, "HAS_WEIGHT": margin > 0,
         }  # fmt: skip
         yield Case(rows_kernel, dtype, target, constants)
@@ -239,7 +241,7 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
         (sizes.route_many[:2], 256, sizes.route_many[2]),
     ):
         count = 5 if slots == 8 else 0
-        constants = _tiles("BK", tiles) | {"SLOTS": slots, "COUNT": count, "LARGEST": largest} | needs_all
+        constants = _tiles("BC", tiles) | {"SLOTS": slots, "COUNT": count, "LARGEST": largest} | needs_all
         yield Case(route_kernel, dtype, target, constants, warps)
     usual = {"MEAN": True, "HAS_LOSS": True, "SMOOTHING": 0.0}
     rare = [*(f"HAS_{what}" for what in ("LSE", "BIAS", "WEIGHT", "MARGIN")), "NEED_BIAS", "NEED_MARGIN"]
@@ -251,7 +253,7 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
             tiles = sizes.softmax if slots < 64 else sizes.softmax_many
             counted = {"COUNT": 5 if slots == 8 and sizes.softmax_few else 0}
             constants = (
-                _tiles("KB", tiles[:2]) | {"SLOTS": slots, "LARGEST": largest} | counted | needs_all | mode
+                _tiles("CB", tiles[:2]) | {"SLOTS": slots, "LARGEST": largest} | counted | needs_all | mode
             )
             yield Case(route_softmax_kernel, dtype, target, constants, tiles[2])
     for kernel, constants in small:
@@ -265,7 +267,7 @@ def _large(kernel: Any, dtype: str, target: str, config: Config, constants: dict
 
 
 def _tiles(names: str, sizes: tuple[int, ...]) -> dict[str, int]:
-    return {f"TILE_{name}": size for name, size in zip(names, sizes, strict=True)}
+    return {f"BLOCK_{name}": size for name, size in zip(names, sizes, strict=True)}
 
 
 def instructions(report: Report) -> str:

@@ -14,8 +14,8 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     from gistops.backends.triton import configs
 
     if request.param == "small":  # sizes differ, so that none can stand for another
-        forward = configs.Config(classes=32, features=16, depth=16, warps=4, stages=1)
-        centers = configs.Config(classes=16, features=16, depth=32, warps=4, stages=1)
+        forward = configs.Config(classes=32, rows=16, dims=16, warps=4, stages=1)
+        centers = configs.Config(classes=16, rows=16, dims=32, warps=4, stages=1)
         monkeypatch.setattr(configs, "INTERPRETER", {"forward": forward, "centers": centers})
         for kind, sizes in configs.SMALL.items():
             small = replace(

@@ -114,4 +114,4 @@ def test_kinds_of_products() -> None:
 def test_the_largest_tile_that_fills_the_device(B: int, K: int, expected: tuple[int, int]) -> None:
     entries = configs.FORWARD["hopper", "half"]
     choice = configs.first_that_fills("forward", entries, K, B, processors=132)
-    assert (choice.classes, choice.features) == expected
+    assert (choice.classes, choice.rows) == expected

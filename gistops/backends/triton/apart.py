@@ -1,7 +1,7 @@
 """Pairs that cancel: scored from w_k + δ_j written out, and their weights in the backward.
 
 A kernel of its own, not a branch of the forward: the branch would cost the forward registers whether taken or not.
-Where no pair cancels, which is almost always, a program reads M·TILE_K signs and ends.
+Where no pair cancels, which is almost always, a program reads M·BLOCK_C signs and ends.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ def scored_apart(
     K,
     d,
     M,
-    TILE_K: tl.constexpr,
-    TILE_B: tl.constexpr,
-    TILE_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Scores without τ / |f_i|, and slots, of a tile's classes from w_k + δ_j written out; replaces norms of pairs that cancel."""
-    depth = tl.arange(0, TILE_D)
-    w_tile = centers + classes.to(tl.int64)[:, None] * d + depth[None, :]
-    f_tile = input + rows.to(tl.int64)[:, None] * d + depth[None, :]
-    best = tl.full((TILE_K, TILE_B), float("-inf"), ACC)
-    slot = tl.zeros((TILE_K, TILE_B), tl.int32)
+    dims = tl.arange(0, BLOCK_D)
+    w_tile = centers + classes.to(tl.int64)[:, None] * d + dims[None, :]
+    f_tile = input + rows.to(tl.int64)[:, None] * d + dims[None, :]
+    best = tl.full((BLOCK_C, BLOCK_B), float("-inf"), ACC)
+    slot = tl.zeros((BLOCK_C, BLOCK_B), tl.int32)
     for j in range(M):
-        products = tl.zeros((TILE_K, TILE_B), ACC)
-        squares = tl.zeros((TILE_K,), ACC)
-        for start in range(0, d, TILE_D):
-            inside = depth < d - start
+        products = tl.zeros((BLOCK_C, BLOCK_B), ACC)
+        squares = tl.zeros((BLOCK_C,), ACC)
+        for start in range(0, d, BLOCK_D):
+            inside = dims < d - start
             w = tl.load(w_tile + start, mask=class_valid[:, None] & inside[None, :], other=0.0)
             f = tl.load(f_tile + start, mask=row_valid[:, None] & inside[None, :], other=0.0)
-            delta = tl.load(displacements + (j - 1) * d + start + depth, mask=inside & (j > 0), other=0.0)
+            delta = tl.load(displacements + (j - 1) * d + start + dims, mask=inside & (j > 0), other=0.0)
             vector = w.to(ACC) + delta.to(ACC)[None, :]
             squares += tl.sum(vector * vector, 1)
             products = tl.dot(vector, tl.trans(f.to(ACC)), products, input_precision="ieee", out_dtype=ACC)
@@ -97,25 +97,25 @@ def apart_kernel(
     K,
     d,
     M,
-    TILE_K: tl.constexpr,
-    TILE_B: tl.constexpr,
-    TILE_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A program: TILE_K classes and all features. Rewrites the classes that hold such a pair, in all their slots."""
-    classes = tl.program_id(0) * TILE_K + tl.arange(0, TILE_K)
+    """A program: BLOCK_C classes and all features. Rewrites the classes that hold such a pair, in all their slots."""
+    classes = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     class_valid = classes < K
-    marked = tl.zeros((TILE_K,), tl.int32)
+    marked = tl.zeros((BLOCK_C,), tl.int32)
     for j in range(1, M):
         rnorm = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0)
         marked = marked | (rnorm < 0).to(tl.int32)
     if tl.max(marked, 0) > 0:
-        for first in range(0, tl.maximum(B, 1), TILE_B):  # without features, the norms are still due
-            rows = first + tl.arange(0, TILE_B)
+        for first in range(0, tl.maximum(B, 1), BLOCK_B):  # without features, the norms are still due
+            rows = first + tl.arange(0, BLOCK_B)
             row_valid = rows < B
             best, slot = scored_apart(
                 input, centers, displacements, center_rnorms, classes, class_valid, rows, row_valid, K, d, M,
-                TILE_K, TILE_B, TILE_D, ACC,
+                BLOCK_C, BLOCK_B, BLOCK_D, ACC,
             )  # fmt: skip
             scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
             offsets = rows.to(tl.int64)[None, :] * K + classes[:, None]

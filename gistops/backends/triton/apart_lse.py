@@ -37,9 +37,9 @@ def apart_lse_kernel(
     first_group,
     groups,
     ignore_index,
-    TILE_K: tl.constexpr,
-    TILE_B: tl.constexpr,
-    TILE_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
     PARK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -52,27 +52,27 @@ def apart_lse_kernel(
     """
     group = tl.program_id(0)
     start = group * run
-    marks = tl.zeros((TILE_K,), tl.int32)
+    marks = tl.zeros((BLOCK_C,), tl.int32)
     for tile in range(start, start + run):
-        classes = tile * TILE_K + tl.arange(0, TILE_K)
+        classes = tile * BLOCK_C + tl.arange(0, BLOCK_C)
         for j in range(1, M):
             rnorm = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=classes < K, other=0.0)
             marks = marks | (rnorm < 0).to(tl.int32)
     if tl.max(marks, 0) > 0:
-        for start_row in range(0, B, TILE_B):
-            rows = start_row + tl.arange(0, TILE_B)
+        for start_row in range(0, B, BLOCK_B):
+            rows = start_row + tl.arange(0, BLOCK_B)
             row_valid = rows < B
             scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
             places = row_targets(target, rows, row_valid, first, ignore_index)
-            largest = tl.full((TILE_B,), float("-inf"), ACC)
-            total = tl.zeros((TILE_B,), ACC)
-            weighted = tl.zeros((TILE_B,), ACC)
+            largest = tl.full((BLOCK_B,), float("-inf"), ACC)
+            total = tl.zeros((BLOCK_B,), ACC)
+            weighted = tl.zeros((BLOCK_B,), ACC)
             for tile in range(start, start + run):
-                classes = tile * TILE_K + tl.arange(0, TILE_K)
+                classes = tile * BLOCK_C + tl.arange(0, BLOCK_C)
                 class_valid = classes < K
                 best, slot = scored_apart(
                     input, centers, displacements, center_rnorms, classes, class_valid, rows, row_valid, K, d, M,
-                    TILE_K, TILE_B, TILE_D, ACC,
+                    BLOCK_C, BLOCK_B, BLOCK_D, ACC,
                 )  # fmt: skip
                 z = best * scale[None, :]
                 valid = row_valid[None, :] & class_valid[:, None]

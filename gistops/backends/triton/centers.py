@@ -38,9 +38,9 @@ def add_weighted(result, weights, vectors, HALVES: tl.constexpr, ACC: tl.constex
 
 
 @triton.jit
-def weighted(w, t, TILE_D: tl.constexpr, HALVES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+def weighted(w, t, BLOCK_D: tl.constexpr, HALVES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """w' t [dimensions, slots], as precise as `add_weighted`. The long side first: matrix instructions take 64 rows."""
-    part = tl.zeros((TILE_D, 16), ACC)
+    part = tl.zeros((BLOCK_D, 16), ACC)
     if HALVES:
         high = t.to(tl.bfloat16)
         low = (t - high.to(tl.float32)).to(tl.bfloat16)
@@ -54,7 +54,7 @@ def weighted(w, t, TILE_D: tl.constexpr, HALVES: tl.constexpr, ACC: tl.constexpr
 def one_class(
     k,
     class_tile,
-    depth,
+    dims,
     inside,
     weights,
     input,
@@ -75,18 +75,18 @@ def one_class(
     M,
     row_stride,
     class_stride,
-    TILE_D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     NEED_CENTERS: tl.constexpr,
     NEED_DISPLACEMENTS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """∂w of a class with pairs that cancel, and what those pairs add to the parts of ∂δ."""
     k = tl.cast(k, tl.int64)
-    row = parts + tl.cast(class_tile, tl.int64) * (M - 1) * d + depth  # of the first displacement
-    result = tl.zeros((TILE_D,), ACC)
+    row = parts + tl.cast(class_tile, tl.int64) * (M - 1) * d + dims  # of the first displacement
+    result = tl.zeros((BLOCK_D,), ACC)
     for i in tl.range(0, B, num_stages=1):
         at = tl.cast(i, tl.int64)
-        f = tl.load(input + at * d + depth, mask=inside, other=0.0).to(ACC)
+        f = tl.load(input + at * d + dims, mask=inside, other=0.0).to(ACC)
         pair = at * row_stride + k * class_stride
         slot = tl.minimum(tl.load(slots + pair).to(tl.int32), M - 1)
         rnorm = tl.load(center_rnorms + slot.to(tl.int64) * K + k)
@@ -98,10 +98,10 @@ def one_class(
                 tl.store(target, tl.load(target, mask=inside, other=0.0) + h * f, mask=inside)
         elif NEED_CENTERS:
             result += tl.load(weights + k * stride + at).to(ACC) * f
-    w = tl.load(centers + k * d + depth, mask=inside, other=0.0).to(ACC)
+    w = tl.load(centers + k * d + dims, mask=inside, other=0.0).to(ACC)
     for j in tl.range(0, M, num_stages=1):
         rnorm = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + k)
-        delta = tl.load(displacements + (j - 1) * d + depth, mask=inside & (j > 0), other=0.0).to(ACC)
+        delta = tl.load(displacements + (j - 1) * d + dims, mask=inside & (j > 0), other=0.0).to(ACC)
         t = rates(rnorm, tl.load(moments + tl.cast(j, tl.int64) * K + k))
         correction = t * (w + delta)
         result -= correction
@@ -110,7 +110,7 @@ def one_class(
                 target = row + (j - 1) * d
                 tl.store(target, tl.load(target, mask=inside, other=0.0) - correction, mask=inside)
     if NEED_CENTERS:
-        tl.store(center_gradient + k * d + depth, result.to(center_gradient.dtype.element_ty), mask=inside)
+        tl.store(center_gradient + k * d + dims, result.to(center_gradient.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def centers_kernel(
     products,  # with MADE H'f of the classes from `first` on: center_gradient, or memory of a wider dtype
     center_gradient,  # [K, d]
     parts,  # [class tiles, m, d]: of the gradient of the displacements
-    first,  # class of the launch, a multiple of TILE_K
+    first,  # class of the launch, a multiple of BLOCK_C
     B,
     K,
     d,
@@ -136,9 +136,9 @@ def centers_kernel(
     M,
     row_stride,  # of grad and slots
     class_stride,
-    TILE_K: tl.constexpr,
-    TILE_D: tl.constexpr,
-    TILE_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     NEED_CENTERS: tl.constexpr,
     NEED_DISPLACEMENTS: tl.constexpr,
     MADE: tl.constexpr,  # H'f is there already
@@ -148,24 +148,24 @@ def centers_kernel(
     CORRECTION_PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """A program: TILE_K classes, TILE_D dimensions. The tiles of one run of classes follow each other, for L2."""
-    depth_tiles = tl.cdiv(d, TILE_D)
-    class_tile = first // TILE_K + tl.program_id(0) // depth_tiles
-    classes = class_tile * TILE_K + tl.arange(0, TILE_K)
-    depth = tl.program_id(0) % depth_tiles * TILE_D + tl.arange(0, TILE_D)
+    """A program: BLOCK_C classes, BLOCK_D dimensions. The tiles of one run of classes follow each other, for L2."""
+    dim_tiles = tl.cdiv(d, BLOCK_D)
+    class_tile = first // BLOCK_C + tl.program_id(0) // dim_tiles
+    classes = class_tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    dims = tl.program_id(0) % dim_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
     class_valid = classes < K
-    inside = depth < d
-    result = tl.zeros((TILE_K, TILE_D), ACC)
+    inside = dims < d
+    result = tl.zeros((BLOCK_C, BLOCK_D), ACC)
 
     if NEED_CENTERS and not MADE:
-        features = tl.arange(0, TILE_B)
-        h_tile = weights + classes.to(tl.int64)[:, None] * stride + features[None, :]
-        f_tile = input + features.to(tl.int64)[:, None] * d + depth[None, :]
-        for start in range(0, B, TILE_B):
-            row_valid = features < B - start
+        rows = tl.arange(0, BLOCK_B)
+        h_tile = weights + classes.to(tl.int64)[:, None] * stride + rows[None, :]
+        f_tile = input + rows.to(tl.int64)[:, None] * d + dims[None, :]
+        for start in range(0, B, BLOCK_B):
+            row_valid = rows < B - start
             skip = tl.cast(start, tl.int64)
             # H' has columns of zeros up to its stride: a mask by that, a multiple of 16, keeps the loads wide.
-            known = class_valid[:, None] & (features < stride - start)[None, :]
+            known = class_valid[:, None] & (rows < stride - start)[None, :]
             h = tl.load(h_tile + start, mask=known, other=0.0)
             f = tl.load(f_tile + skip * d, mask=row_valid[:, None] & inside[None, :], other=0.0)
             if WIDEN:
@@ -174,7 +174,7 @@ def centers_kernel(
             result = tl.dot(h, f, result, input_precision=PRECISION, out_dtype=ACC)
 
     valid = class_valid[:, None] & inside[None, :]
-    elements = classes.to(tl.int64)[:, None] * d + depth[None, :]
+    elements = classes.to(tl.int64)[:, None] * d + dims[None, :]
     if NEED_CENTERS and MADE:
         result = tl.load(products - tl.cast(first, tl.int64) * d + elements, mask=valid, other=0.0).to(ACC)
     w = tl.load(centers + elements, mask=valid, other=0.0)
@@ -183,7 +183,7 @@ def centers_kernel(
     # Slot 0, the bare centre, has no displacement and cannot cancel.
     bare = tl.load(center_rnorms + classes, mask=class_valid, other=0.0)
     total = rates(bare, tl.load(moments + classes, mask=class_valid, other=0.0))
-    marked = tl.zeros((TILE_K,), tl.int32)
+    marked = tl.zeros((BLOCK_C,), tl.int32)
     for start in tl.range(1, M, 16, num_stages=1):  # almost always one turn
         candidates = start + tl.arange(0, 16)
         offsets = candidates.to(tl.int64)[None, :] * K + classes[:, None]
@@ -195,17 +195,15 @@ def centers_kernel(
         t = tl.where(cancels, tl.zeros_like(rnorm), rates(rnorm, moment))
         total += tl.sum(t, 1)
         known = (candidates < M)[:, None] & inside[None, :]
-        delta = tl.load(displacements + (candidates - 1)[:, None] * d + depth[None, :], mask=known, other=0.0)
+        delta = tl.load(displacements + (candidates - 1)[:, None] * d + dims[None, :], mask=known, other=0.0)
         if WIDEN:
             delta = delta.to(ACC)
         if NEED_CENTERS:
             result = add_weighted(result, -t, delta, HALVES, ACC, CORRECTION_PRECISION)
         if NEED_DISPLACEMENTS:
-            part = tl.trans(weighted(w, t, TILE_D, HALVES, ACC, CORRECTION_PRECISION))
+            part = tl.trans(weighted(w, t, BLOCK_D, HALVES, ACC, CORRECTION_PRECISION))
             part += tl.sum(t, 0)[:, None] * delta.to(ACC)
-            target = (
-                parts + (class_tile.to(tl.int64) * (M - 1) + candidates - 1)[:, None] * d + depth[None, :]
-            )
+            target = parts + (class_tile.to(tl.int64) * (M - 1) + candidates - 1)[:, None] * d + dims[None, :]
             tl.store(target, -part, mask=known)
     if NEED_CENTERS:
         result -= total[:, None] * w.to(ACC)
@@ -213,11 +211,11 @@ def centers_kernel(
 
     if tl.max(marked, 0) > 0:
         tl.debug_barrier()  # what is stored above is stored again
-        for k in tl.range(class_tile * TILE_K, tl.minimum(K, class_tile * TILE_K + TILE_K), num_stages=1):
+        for k in tl.range(class_tile * BLOCK_C, tl.minimum(K, class_tile * BLOCK_C + BLOCK_C), num_stages=1):
             mark = tl.sum(tl.where(classes == k, marked, tl.zeros_like(marked)), 0)
             if mark > 0:
                 one_class(
-                    k, class_tile, depth, inside, weights, input, centers, displacements, grad, slots,
+                    k, class_tile, dims, inside, weights, input, centers, displacements, grad, slots,
                     center_rnorms, moments, input_rnorms, tau, center_gradient, parts, B, K, d, stride, M,
-                    row_stride, class_stride, TILE_D, NEED_CENTERS, NEED_DISPLACEMENTS, ACC,
+                    row_stride, class_stride, BLOCK_D, NEED_CENTERS, NEED_DISPLACEMENTS, ACC,
                 )  # fmt: skip

@@ -29,43 +29,43 @@ Kind = Literal["half", "tf32", "ieee", "f64"]
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes of one of the two large kernels: of classes, features and dimensions."""
+    """Tile sizes of one of the two large kernels: of classes, rows and dimensions."""
 
     classes: int
-    features: int
-    depth: int
+    rows: int
+    dims: int
     warps: int
     stages: int
 
     def arguments(self) -> dict[str, Any]:
         """What the kernel's launch takes."""
         return {
-            "TILE_K": self.classes,
-            "TILE_B": self.features,
-            "TILE_D": self.depth,
+            "BLOCK_C": self.classes,
+            "BLOCK_B": self.rows,
+            "BLOCK_D": self.dims,
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
 
 
-# The forward: acc [classes, features], the loop over `depth`. Largest first; `first_that_fills` takes them in order.
-# Accumulator, maximum and slot take 3 · classes · features / threads registers in the epilogue: with 64 elements a
+# The forward: acc [classes, rows], the loop over `dims`. Largest first; `first_that_fills` takes them in order.
+# Accumulator, maximum and slot take 3 · classes · rows / threads registers in the epilogue: with 64 elements a
 # thread (128 x 128 and 8 warps) 192 of 255, which is the limit.
 FORWARD: dict[tuple[Target, Kind], tuple[Config, ...]] = {
     ("hopper", "half"): (
-        Config(128, 128, 64, 8, 3),  # two warp groups share the features: most reuse
+        Config(128, 128, 64, 8, 3),  # two warp groups share the rows: most reuse
         Config(64, 128, 64, 4, 4),  # few classes: twice the programs
-        Config(128, 64, 64, 8, 4),  # at most 64 features
+        Config(128, 64, 64, 8, 4),  # at most 64 rows
         Config(64, 64, 64, 4, 4),  # small problems: four times the programs
     ),
     ("hopper", "tf32"): (
         Config(128, 128, 32, 8, 3),  # a row of 32 is as many bytes as 64 of half precision
-        Config(128, 64, 32, 8, 3),  # at most 64 features, or few classes
+        Config(128, 64, 32, 8, 3),  # at most 64 rows, or few classes
         Config(64, 64, 32, 4, 3),  # small problems
     ),
     ("ampere", "half"): (
-        Config(128, 128, 32, 8, 3),  # operands pass through registers: half the depth leaves room for them
-        Config(128, 64, 32, 8, 4),  # at most 64 features, or few classes
+        Config(128, 128, 32, 8, 3),  # operands pass through registers: half the dims leaves room for them
+        Config(128, 64, 32, 8, 4),  # at most 64 rows, or few classes
         Config(64, 64, 32, 4, 4),  # small problems
     ),
     ("ampere", "tf32"): (
@@ -76,8 +76,8 @@ FORWARD: dict[tuple[Target, Kind], tuple[Config, ...]] = {
     ("amd", "tf32"): (Config(64, 64, 32, 4, 2),),
 }
 
-# The centres' gradient: acc [classes, depth], the loop over `features`. It reads w and writes ∂w, which for the usual
-# few hundred features takes longer than the product: tiles small enough for two or three programs a multiprocessor,
+# The centres' gradient: acc [classes, dims], the loop over `rows`. It reads w and writes ∂w, which for the usual
+# few hundred rows takes longer than the product: tiles small enough for two or three programs a multiprocessor,
 # of which one computes while others load and store.
 CENTERS: dict[tuple[Target, Kind], tuple[Config, ...]] = {
     ("hopper", "half"): (
@@ -123,14 +123,14 @@ INTERPRETER = {"forward": Config(128, 128, 128, 4, 1), "centers": Config(128, 12
 class Small:
     """Tile sizes of the kernels that read much and compute little. All run with 4 warps, but for route_kernel."""
 
-    every_norm: tuple[int, int]  # features or classes, dimensions; times 16 displacements
+    every_norm: tuple[int, int]  # rows or classes, dimensions; times 16 displacements
     #: Elements and warps of whole_norm_kernel, for vectors no longer than that many elements, and few displacements.
     whole_norm: tuple[int, int]
-    pool_logits: tuple[int, int, int]  # classes, features, warps
-    apart: tuple[int, int, int]  # classes, features, dimensions
-    route: tuple[int, int, int]  # features, classes, warps
+    pool_logits: tuple[int, int, int]  # classes, rows, warps
+    apart: tuple[int, int, int]  # classes, rows, dimensions
+    route: tuple[int, int, int]  # rows, classes, warps
     route_many: tuple[int, int, int]  # the same where M > 32: there the sums S' take registers
-    pool: tuple[int, int, int]  # classes, features, warps
+    pool: tuple[int, int, int]  # classes, rows, warps
     softmax: tuple[int, int, int]  # likewise
     #: Whether route_softmax_kernel writes loops over few slots out, and sums by slot in registers.
     softmax_few: bool
@@ -189,10 +189,10 @@ def few(M: int) -> int:
     return M if M <= FEW else 0
 
 
-def grouped(classes: int, features: int, tile: tuple[int, ...]) -> tuple[int, int]:
+def grouped(classes: int, rows: int, tile: tuple[int, ...]) -> tuple[int, int]:
     """The number of class tiles that a program takes, and of such groups."""
     class_tiles = tiles(classes, tile[0])
-    wanted = min(class_tiles, tiles(LOSS_PROGRAMS, tiles(features, tile[1])))
+    wanted = min(class_tiles, tiles(LOSS_PROGRAMS, tiles(rows, tile[1])))
     run = tiles(class_tiles, wanted)
     return run, tiles(class_tiles, run)
 
@@ -329,7 +329,7 @@ def first_that_fills(
     fitting = []
     width_at_most = max(64, power_of_two(max(columns, 1)))
     for entry in entries:
-        width = entry.features if kernel == "forward" else entry.depth
+        width = entry.rows if kernel == "forward" else entry.dims
         if width <= width_at_most:
             fitting.append(entry)
             if 10 * tiles(K, entry.classes) * tiles(columns, width) >= 9 * processors:

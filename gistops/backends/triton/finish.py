@@ -12,7 +12,7 @@ from .numbers import is_clamped
 @triton.jit
 def input_terms(
     i,
-    depth,
+    dims,
     inside,
     marked,
     products,
@@ -34,33 +34,33 @@ def input_terms(
     split,
     row_stride,
     class_stride,
-    TILE_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """g = H'W + S'Δ of a feature, for some dimensions; with the pairs that cancel, if there are any for its split."""
-    g = tl.load(products + i * d + depth, mask=inside, other=0.0)
+    g = tl.load(products + i * d + dims, mask=inside, other=0.0)
     for j in tl.range(1, M, num_stages=1):
-        delta = tl.load(displacements + (j - 1) * d + depth, mask=inside, other=0.0).to(ACC)
+        delta = tl.load(displacements + (j - 1) * d + dims, mask=inside, other=0.0).to(ACC)
         g += tl.load(shares + tl.cast(j, tl.int64) * B + i) * delta
     if marked:
         for group in range(groups):
             if tl.load(flags + split * groups + group) > 0:
                 last = tl.minimum((group + 1) * group_classes, K)
-                for first in range(group * group_classes, last, TILE_K):
-                    lanes = tl.arange(0, TILE_K)
+                for first in range(group * group_classes, last, BLOCK_C):
+                    lanes = tl.arange(0, BLOCK_C)
                     classes = first + lanes
                     h, slot = weight_apart(
                         i, classes, classes < last, grad, slots, center_rnorms, input_rnorms, tau, K, M,
                         row_stride, class_stride,
                     )  # fmt: skip
                     if tl.max((h != 0).to(tl.int32), 0) > 0:  # true for NaN
-                        for lane in range(TILE_K):
+                        for lane in range(BLOCK_C):
                             weight = tl.sum(tl.where(lanes == lane, h, tl.zeros_like(h)), 0)
                             if weight != 0:
                                 j = tl.sum(tl.where(lanes == lane, slot, tl.zeros_like(slot)), 0)
-                                place = tl.cast(first + lane, tl.int64) * d + depth
+                                place = tl.cast(first + lane, tl.int64) * d + dims
                                 w = tl.load(centers + place, mask=inside, other=0.0)
-                                delta = tl.load(displacements + (j - 1) * d + depth, mask=inside, other=0.0)
+                                delta = tl.load(displacements + (j - 1) * d + dims, mask=inside, other=0.0)
                                 g += weight * (w.to(ACC) + delta.to(ACC))
     return g
 
@@ -88,59 +88,59 @@ def finish_input_kernel(
     split_rows,  # features a split
     row_stride,  # of grad and slots
     class_stride,
-    TILE_K: tl.constexpr,
-    TILE_D: tl.constexpr,
-    TILE_G: tl.constexpr,  # flags looked at together
-    WHOLE: tl.constexpr,  # TILE_D is not below d
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr,  # flags looked at together
+    WHOLE: tl.constexpr,  # BLOCK_D is not below d
     ACC: tl.constexpr,
 ):
     """∂f = g − (g·f̂) f̂ with g = H'W + S'Δ. 1/|f| is in H' already. A program: one feature."""
     i = tl.cast(tl.program_id(0), tl.int64)
     input_rnorm = tl.load(input_rnorms + i)
     split = tl.program_id(0) // split_rows
-    lanes = tl.arange(0, TILE_G)
-    found = tl.zeros((TILE_G,), tl.int32)
-    for start in tl.range(0, groups, TILE_G, num_stages=1):
+    lanes = tl.arange(0, BLOCK_G)
+    found = tl.zeros((BLOCK_G,), tl.int32)
+    for start in tl.range(0, groups, BLOCK_G, num_stages=1):
         group = start + lanes
         found = found | tl.load(flags + split * groups + group, mask=group < groups, other=0)
     marked = tl.max(found, 0) > 0
     if WHOLE:
-        depth = tl.arange(0, TILE_D)
-        inside = depth < d
-        f = tl.load(input + i * d + depth, mask=inside, other=0.0).to(ACC)
+        dims = tl.arange(0, BLOCK_D)
+        inside = dims < d
+        f = tl.load(input + i * d + dims, mask=inside, other=0.0).to(ACC)
         g = input_terms(
-            i, depth, inside, marked, products, shares, centers, displacements, grad, slots, center_rnorms,
+            i, dims, inside, marked, products, shares, centers, displacements, grad, slots, center_rnorms,
             input_rnorms, tau, flags, B, K, d, M, groups, group_classes, split, row_stride, class_stride,
-            TILE_K, ACC,
+            BLOCK_C, ACC,
         )  # fmt: skip
         along = tl.sum(g * (f * input_rnorm), 0) * input_rnorm
         # A clamped norm is a constant: nothing to project out.
         along = tl.where(is_clamped(input_rnorm), tl.zeros_like(along), along)
         result = g - along * f
-        tl.store(input_gradient + i * d + depth, result.to(input_gradient.dtype.element_ty), mask=inside)
+        tl.store(input_gradient + i * d + dims, result.to(input_gradient.dtype.element_ty), mask=inside)
     else:
-        dot = tl.zeros((TILE_D,), ACC)
-        for start in tl.range(0, d, TILE_D, num_stages=1):
-            depth = start + tl.arange(0, TILE_D)
-            inside = depth < d
+        dot = tl.zeros((BLOCK_D,), ACC)
+        for start in tl.range(0, d, BLOCK_D, num_stages=1):
+            dims = start + tl.arange(0, BLOCK_D)
+            inside = dims < d
             g = input_terms(
-                i, depth, inside, marked, products, shares, centers, displacements, grad, slots, center_rnorms,
+                i, dims, inside, marked, products, shares, centers, displacements, grad, slots, center_rnorms,
                 input_rnorms, tau, flags, B, K, d, M, groups, group_classes, split, row_stride, class_stride,
-                TILE_K, ACC,
+                BLOCK_C, ACC,
             )  # fmt: skip
-            tl.store(products + i * d + depth, g, mask=inside)
-            f = tl.load(input + i * d + depth, mask=inside, other=0.0).to(ACC)
+            tl.store(products + i * d + dims, g, mask=inside)
+            f = tl.load(input + i * d + dims, mask=inside, other=0.0).to(ACC)
             dot += g * (f * input_rnorm)
         along = tl.sum(dot, 0) * input_rnorm
         along = tl.where(is_clamped(input_rnorm), tl.zeros_like(along), along)
         tl.debug_barrier()
-        for start in tl.range(0, d, TILE_D, num_stages=1):
-            depth = start + tl.arange(0, TILE_D)
-            inside = depth < d
-            g = tl.load(products + i * d + depth, mask=inside, other=0.0)
-            f = tl.load(input + i * d + depth, mask=inside, other=0.0).to(ACC)
+        for start in tl.range(0, d, BLOCK_D, num_stages=1):
+            dims = start + tl.arange(0, BLOCK_D)
+            inside = dims < d
+            g = tl.load(products + i * d + dims, mask=inside, other=0.0)
+            f = tl.load(input + i * d + dims, mask=inside, other=0.0).to(ACC)
             result = g - along * f
-            tl.store(input_gradient + i * d + depth, result.to(input_gradient.dtype.element_ty), mask=inside)
+            tl.store(input_gradient + i * d + dims, result.to(input_gradient.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -153,25 +153,25 @@ def finish_displacements_kernel(
     d,
     m,
     class_tiles,
-    TILE_R: tl.constexpr,  # terms added at a time
-    TILE_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # terms added at a time
+    BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """∂δ_j = Σ_i S'[i, j] f_i − Σ_k T[k, j] (w_k + δ_j). A program: one displacement, TILE_D dimensions."""
+    """∂δ_j = Σ_i S'[i, j] f_i − Σ_k T[k, j] (w_k + δ_j). A program: one displacement, BLOCK_D dimensions."""
     j = tl.program_id(1)
-    depth = tl.program_id(0) * TILE_D + tl.arange(0, TILE_D)
-    inside = depth < d
-    lanes = tl.arange(0, TILE_R)
-    result = tl.zeros((TILE_R, TILE_D), ACC)
-    for start in range(0, B, TILE_R):
+    dims = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = dims < d
+    lanes = tl.arange(0, BLOCK_R)
+    result = tl.zeros((BLOCK_R, BLOCK_D), ACC)
+    for start in range(0, B, BLOCK_R):
         rows = (start + lanes).to(tl.int64)
         share = tl.load(shares + tl.cast(j + 1, tl.int64) * B + rows, mask=rows < B, other=0.0)
         valid = (rows < B)[:, None] & inside[None, :]
-        f = tl.load(input + rows[:, None] * d + depth[None, :], mask=valid, other=0.0).to(ACC)
+        f = tl.load(input + rows[:, None] * d + dims[None, :], mask=valid, other=0.0).to(ACC)
         result += share[:, None] * f
-    for start in range(0, class_tiles, TILE_R):
+    for start in range(0, class_tiles, BLOCK_R):
         tiles = (start + lanes).to(tl.int64)
         valid = (tiles < class_tiles)[:, None] & inside[None, :]
-        result += tl.load(parts + (tiles[:, None] * m + j) * d + depth[None, :], mask=valid, other=0.0)
-    target = displacement_gradient + j * d + depth
+        result += tl.load(parts + (tiles[:, None] * m + j) * d + dims[None, :], mask=valid, other=0.0)
+    target = displacement_gradient + j * d + dims
     tl.store(target, tl.sum(result, 0).to(displacement_gradient.dtype.element_ty), mask=inside)

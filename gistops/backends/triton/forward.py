@@ -27,27 +27,27 @@ def forward_kernel(
     K,
     d,
     M,
-    TILE_K: tl.constexpr,
-    TILE_B: tl.constexpr,
-    TILE_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """A program: TILE_K classes, TILE_B features. The feature tiles of a class tile follow each other, for L2."""
-    feature_tiles = tl.cdiv(B, TILE_B)
-    feature_tile = tl.program_id(0) % feature_tiles
-    classes = tl.program_id(0) // feature_tiles * TILE_K + tl.arange(0, TILE_K)
-    rows = feature_tile * TILE_B + tl.arange(0, TILE_B)
-    depth = tl.arange(0, TILE_D)
+    """A program: BLOCK_C classes, BLOCK_B features. The feature tiles of a class tile follow each other, for L2."""
+    row_tiles = tl.cdiv(B, BLOCK_B)
+    row_tile = tl.program_id(0) % row_tiles
+    classes = tl.program_id(0) // row_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    rows = row_tile * BLOCK_B + tl.arange(0, BLOCK_B)
+    dims = tl.arange(0, BLOCK_D)
     class_valid = classes < K
     row_valid = rows < B
 
-    w_tile = centers + classes.to(tl.int64)[:, None] * d + depth[None, :]
-    f_tile = input + rows.to(tl.int64)[:, None] * d + depth[None, :]
-    products = tl.zeros((TILE_K, TILE_B), ACC)
-    for start in range(0, d, TILE_D):
-        inside = depth[None, :] < d - start
+    w_tile = centers + classes.to(tl.int64)[:, None] * d + dims[None, :]
+    f_tile = input + rows.to(tl.int64)[:, None] * d + dims[None, :]
+    products = tl.zeros((BLOCK_C, BLOCK_B), ACC)
+    for start in range(0, d, BLOCK_D):
+        inside = dims[None, :] < d - start
         w = tl.load(w_tile + start, mask=class_valid[:, None] & inside, other=0.0)
         f = tl.load(f_tile + start, mask=row_valid[:, None] & inside, other=0.0)
         if WIDEN:

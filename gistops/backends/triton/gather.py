@@ -7,13 +7,13 @@ import triton.language as tl
 
 
 @triton.jit
-def _add_up(parts, result, block, count, length, TILE_P: tl.constexpr, TILE_N: tl.constexpr):
-    """result [length] = Σ parts [count, length], for TILE_N of its elements."""
-    place = block * TILE_N + tl.arange(0, TILE_N)
-    lanes = tl.arange(0, TILE_P)
+def _add_up(parts, result, block, count, length, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """result [length] = Σ parts [count, length], for BLOCK_N of its elements."""
+    place = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    lanes = tl.arange(0, BLOCK_P)
     inside = place < length
-    total = tl.zeros((TILE_P, TILE_N), parts.dtype.element_ty)
-    for start in range(0, count, TILE_P):
+    total = tl.zeros((BLOCK_P, BLOCK_N), parts.dtype.element_ty)
+    for start in range(0, count, BLOCK_P):
         part = start + lanes
         valid = (part < count)[:, None] & inside[None, :]
         offsets = part.to(tl.int64)[:, None] * length + place[None, :]
@@ -41,34 +41,34 @@ def gather_kernel(
     bias_length,
     margin_length,
     total_length,
-    TILE_P: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILE_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
-    """A program: TILE_N elements of one of the results."""
+    """A program: BLOCK_N elements of one of the results."""
     block = tl.program_id(0)
-    ends = tl.cast(0, tl.int32) + (share_length + TILE_N - 1) // TILE_N
+    ends = tl.cast(0, tl.int32) + (share_length + BLOCK_N - 1) // BLOCK_N
     if block < ends:
-        _add_up(shares, shares_sum, block, groups, share_length, TILE_P, TILE_N)
+        _add_up(shares, shares_sum, block, groups, share_length, BLOCK_P, BLOCK_N)
     else:
         block -= ends
-        ends = tl.cast(0, tl.int32) + (moment_length + TILE_N - 1) // TILE_N
+        ends = tl.cast(0, tl.int32) + (moment_length + BLOCK_N - 1) // BLOCK_N
         if block < ends:
-            _add_up(moments, moments_sum, block, splits, moment_length, TILE_P, TILE_N)
+            _add_up(moments, moments_sum, block, splits, moment_length, BLOCK_P, BLOCK_N)
         else:
             block -= ends
-            ends = tl.cast(0, tl.int32) + (bias_length + TILE_N - 1) // TILE_N
+            ends = tl.cast(0, tl.int32) + (bias_length + BLOCK_N - 1) // BLOCK_N
             if block < ends:
-                _add_up(bias_parts, bias_gradient, block, splits, bias_length, TILE_P, TILE_N)
+                _add_up(bias_parts, bias_gradient, block, splits, bias_length, BLOCK_P, BLOCK_N)
             else:
                 block -= ends
-                ends = tl.cast(0, tl.int32) + (margin_length + TILE_N - 1) // TILE_N
+                ends = tl.cast(0, tl.int32) + (margin_length + BLOCK_N - 1) // BLOCK_N
                 if block < ends:
-                    _add_up(margin_parts, margin_gradient, block, splits, margin_length, TILE_P, TILE_N)
+                    _add_up(margin_parts, margin_gradient, block, splits, margin_length, BLOCK_P, BLOCK_N)
                 else:
-                    lanes = tl.arange(0, TILE_T)
-                    total = tl.zeros((TILE_T,), totals.dtype.element_ty)
-                    for start in range(0, total_length, TILE_T):
+                    lanes = tl.arange(0, BLOCK_T)
+                    total = tl.zeros((BLOCK_T,), totals.dtype.element_ty)
+                    for start in range(0, total_length, BLOCK_T):
                         place = start + lanes
                         total += tl.load(totals + place, mask=place < total_length, other=0.0)
                     ratio = tl.sum(total, 0) / tl.load(tau).to(total.dtype)

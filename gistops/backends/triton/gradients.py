@@ -29,13 +29,13 @@ def input_gradient(p: Problem, saved: Saved, routed: Routed, dtype: torch.dtype 
     B, K, d, M = p.sizes
     products = multiply(routed.weights[:, :B].t(), p.centers, p.input.new_empty(B, d, dtype=p.sums))
     out = p.input.new_empty(B, d, dtype=dtype or p.products)
-    classes, depth = p.small.finish_input
-    depth = min(depth, power_of_two(d))
+    classes, dims = p.small.finish_input
+    dims = min(dims, power_of_two(d))
     finish_input_kernel[(B,)](
         products, routed.shares, p.input, p.centers, p.displacements, saved.grad, saved.slots,
         saved.center_rnorms, saved.input_rnorms, p.tau, routed.flags, out,
         B, K, d, M, routed.flags.shape[1], routed.group_classes, routed.split_rows, *saved.strides,
-        TILE_K=classes, TILE_D=depth, TILE_G=256, WHOLE=depth >= d, num_warps=8 if depth > 1024 else 4,
+        BLOCK_C=classes, BLOCK_D=dims, BLOCK_G=256, WHOLE=dims >= d, num_warps=8 if dims > 1024 else 4,
         **p.constants("ACC"),
     )  # fmt: skip
     return out
@@ -64,7 +64,7 @@ def centers_gradient(p: Problem, saved: Saved, routed: Routed, needs: Needs) -> 
             count = min(step, K - first)
             if made:
                 multiply(routed.weights[first : first + count, :B], p.input, products[:count])
-            centers_kernel[(tiles_of(count, config.classes) * tiles_of(d, config.depth),)](
+            centers_kernel[(tiles_of(count, config.classes) * tiles_of(d, config.dims),)](
                 routed.weights, p.input, p.centers, p.displacements, saved.grad, saved.slots, saved.center_rnorms,
                 routed.moments, saved.input_rnorms, p.tau, products, out, parts, first,
                 B, K, d, routed.weights.shape[1], M, *saved.strides,
@@ -83,9 +83,9 @@ def displacements_gradient(
     B, _, d, M = p.sizes
     out = p.input.new_empty(M - 1, d, dtype=dtype or p.products)
     if M > 1:
-        rows, depth = p.small.finish_displacements
-        finish_displacements_kernel[(tiles_of(d, depth), M - 1)](
+        rows, dims = p.small.finish_displacements
+        finish_displacements_kernel[(tiles_of(d, dims), M - 1)](
             routed.shares, p.input, parts, out, B, d, M - 1, parts.shape[0],
-            TILE_R=rows, TILE_D=depth, **p.constants("ACC"),
+            BLOCK_R=rows, BLOCK_D=dims, **p.constants("ACC"),
         )  # fmt: skip
     return out

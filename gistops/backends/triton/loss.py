@@ -159,15 +159,15 @@ def _score(
     pool_lse_kernel[(c.groups * tiles_of(B, c.tile[1]),)](
         scores, slots, rnorms, shifts, input_rnorms, p.tau, of.target, bias, weight, target_logits, partials,
         class_sums, B, K, scores.shape[1], M, c.run, c.first, c.first_group, groups, of.ignore_index,
-        TILE_K=c.tile[0], TILE_B=c.tile[1], COUNT=configs.few(M), num_warps=c.tile[2], **options,
+        BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], COUNT=configs.few(M), num_warps=c.tile[2], **options,
     )  # fmt: skip
     if M > 1:
-        classes, rows, depth = p.small.apart
+        classes, rows, dims = p.small.apart
         classes = min(classes, c.tile[0])
         apart_lse_kernel[(c.groups,)](
             p.input, p.centers, p.displacements, p.tau, input_rnorms, scores, slots, rnorms, of.target, bias, weight,
             target_logits, partials, B, K, d, scores.shape[1], M, c.run * (c.tile[0] // classes), c.first,
-            c.first_group, groups, of.ignore_index, TILE_K=classes, TILE_B=rows, TILE_D=depth, **options,
+            c.first_group, groups, of.ignore_index, BLOCK_C=classes, BLOCK_B=rows, BLOCK_D=dims, **options,
         )  # fmt: skip
 
 
@@ -190,14 +190,14 @@ def _finish(
     parts = p.input.new_empty(3, programs, dtype=p.sums)
     rows_kernel[(programs,)](
         partials, class_sums, target_logits, of.target, of.bias, of.weight, of.margin, p.tau,
-        loss, lse, rows, parts, scalars, B, K, partials.shape[1], of.ignore_index, TILE_R=height, TILE_T=run,
+        loss, lse, rows, parts, scalars, B, K, partials.shape[1], of.ignore_index, BLOCK_R=height, BLOCK_T=run,
         MARGIN=0 if of.margin is None else of.margin_kind + 1,
         MARGIN_EACH=of.margin is not None and of.margin.numel() > 1,
         SMOOTHING=of.smoothing, REDUCED=of.reduction > 0,
         HAS_BIAS=of.bias is not None, HAS_WEIGHT=of.weight is not None,
     )  # fmt: skip
     total_kernel[(1,)](
-        parts, loss, scalars, inside, programs, TILE=long, REDUCED=of.reduction > 0, MEAN=of.reduction == 1
+        parts, loss, scalars, inside, programs, BLOCK=long, REDUCED=of.reduction > 0, MEAN=of.reduction == 1
     )
 
 
@@ -297,7 +297,7 @@ def _route(c: Chunk, saved: Saved, needs: Needs, routing: dict[str, Any]) -> Rou
     route_softmax_kernel[(splits * c.groups,)](
         saved.grad, saved.logits, saved.slots, saved.center_rnorms, saved.input_rnorms, c.p.tau, *parts,
         B=B, K=K, stride=saved.logits.shape[1], M=M, run=c.run, first=c.first,
-        TILE_K=c.tile[0], TILE_B=c.tile[1], SLOTS=power_of_two(M),
+        BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], SLOTS=power_of_two(M),
         COUNT=configs.few(M) if c.p.small.softmax_few else 0, num_warps=c.tile[2],
         LARGEST=65504.0 if c.p.dtype == torch.float16 else 0.0, **parts.switches(), **routing,
     )  # fmt: skip

@@ -21,22 +21,22 @@ def sums(
     candidates,
     candidate_valid,
     d,
-    TILE_R: tl.constexpr,
-    TILE_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     SLOTS: tl.constexpr,
     ACC: tl.constexpr,
     NORM_PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """|x|² [rows], x·δ_j [rows, candidates] and |δ_j|² [candidates]."""
-    depth = tl.arange(0, TILE_D)
-    x_tile = vectors + rows.to(tl.int64)[:, None] * d + depth[None, :]
-    delta_tile = displacements + (candidates[:, None] - 1) * d + depth[None, :]
-    squares = tl.zeros((TILE_R, TILE_D), ACC)
-    crossed = tl.zeros((TILE_R, SLOTS), ACC)
-    lengths = tl.zeros((SLOTS, TILE_D), ACC)
-    for start in range(0, d, TILE_D):
-        inside = depth[None, :] < d - start
+    dims = tl.arange(0, BLOCK_D)
+    x_tile = vectors + rows.to(tl.int64)[:, None] * d + dims[None, :]
+    delta_tile = displacements + (candidates[:, None] - 1) * d + dims[None, :]
+    squares = tl.zeros((BLOCK_R, BLOCK_D), ACC)
+    crossed = tl.zeros((BLOCK_R, SLOTS), ACC)
+    lengths = tl.zeros((SLOTS, BLOCK_D), ACC)
+    for start in range(0, d, BLOCK_D):
+        inside = dims[None, :] < d - start
         x = tl.load(x_tile + start, mask=valid[:, None] & inside, other=0.0)
         if WIDEN:
             x = x.to(ACC)
@@ -64,33 +64,33 @@ def every_norm_kernel(
     K,
     d,
     M,
-    TILE_R: tl.constexpr,
-    TILE_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     SLOTS: tl.constexpr,  # 16, or 1 where m = 0
     ACC: tl.constexpr,
     NORM_PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """A program: TILE_R features, or TILE_R classes, and SLOTS slots. Slot 0 is a displacement of zeros."""
-    feature_tiles = (B + TILE_R - 1) // TILE_R
+    """A program: BLOCK_R features, or BLOCK_R classes, and SLOTS slots. Slot 0 is a displacement of zeros."""
+    row_tiles = (B + BLOCK_R - 1) // BLOCK_R
     tile = tl.program_id(0)
     candidates = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
     delta_valid = (candidates > 0) & (candidates < M)
-    if tile < feature_tiles:
-        rows = tile * TILE_R + tl.arange(0, TILE_R)
+    if tile < row_tiles:
+        rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         squares, crossed, _ = sums(
             input, rows, rows < B, displacements, candidates, delta_valid, d,
-            TILE_R, TILE_D, SLOTS, ACC, NORM_PRECISION, WIDEN,
+            BLOCK_R, BLOCK_D, SLOTS, ACC, NORM_PRECISION, WIDEN,
         )  # fmt: skip
         target = shifts + candidates.to(tl.int64)[None, :] * B + rows[:, None]
         tl.store(target, crossed, mask=(rows < B)[:, None] & (candidates < M)[None, :])
         if tl.program_id(1) == 0:
             tl.store(input_rnorms + rows, clamped_rnorm(squares), mask=rows < B)
     else:
-        classes = (tile - feature_tiles) * TILE_R + tl.arange(0, TILE_R)
+        classes = (tile - row_tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
         squares, crossed, lengths = sums(
             centers, classes, classes < K, displacements, candidates, delta_valid, d,
-            TILE_R, TILE_D, SLOTS, ACC, NORM_PRECISION, WIDEN,
+            BLOCK_R, BLOCK_D, SLOTS, ACC, NORM_PRECISION, WIDEN,
         )  # fmt: skip
         target = center_rnorms + candidates.to(tl.int64)[None, :] * K + classes[:, None]
         known = (candidates < M)[None, :] & (classes < K)[:, None]
@@ -118,8 +118,8 @@ def whole_norm_kernel(
     B,  # 0 where the features' are known
     K,
     d,
-    TILE_R: tl.constexpr,
-    TILE_D: tl.constexpr,  # at least d
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # at least d
     COUNT: tl.constexpr,  # M
     ACC: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -128,27 +128,27 @@ def whole_norm_kernel(
 
     A warp has whole rows. There is no loop over dimensions, hence no barrier, and sums go across lanes only.
     """
-    feature_tiles = (B + TILE_R - 1) // TILE_R
+    row_tiles = (B + BLOCK_R - 1) // BLOCK_R
     tile = tl.program_id(0)
-    depth = tl.arange(0, TILE_D)
-    inside = depth < d
-    if tile < feature_tiles:
-        rows = tile * TILE_R + tl.arange(0, TILE_R)
+    dims = tl.arange(0, BLOCK_D)
+    inside = dims < d
+    if tile < row_tiles:
+        rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         valid = rows < B
-        place = input + rows.to(tl.int64)[:, None] * d + depth[None, :]
+        place = input + rows.to(tl.int64)[:, None] * d + dims[None, :]
         f = tl.load(place, mask=valid[:, None] & inside[None, :], other=0.0)
         if WIDEN:
             f = f.to(ACC)
         wide = f.to(ACC)
         tl.store(input_rnorms + rows, clamped_rnorm(tl.sum(wide * wide, 1)), mask=valid)
-        tl.store(shifts + rows, tl.zeros((TILE_R,), ACC), mask=valid)
+        tl.store(shifts + rows, tl.zeros((BLOCK_R,), ACC), mask=valid)
         for j in tl.static_range(1, COUNT):
-            delta = tl.load(displacements + (j - 1) * d + depth, mask=inside, other=0.0).to(ACC)
+            delta = tl.load(displacements + (j - 1) * d + dims, mask=inside, other=0.0).to(ACC)
             tl.store(shifts + j * B + rows, tl.sum(f.to(ACC) * delta[None, :], 1), mask=valid)
     else:
-        classes = (tile - feature_tiles) * TILE_R + tl.arange(0, TILE_R)
+        classes = (tile - row_tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
         valid = classes < K
-        place = centers + classes.to(tl.int64)[:, None] * d + depth[None, :]
+        place = centers + classes.to(tl.int64)[:, None] * d + dims[None, :]
         w = tl.load(place, mask=valid[:, None] & inside[None, :], other=0.0)
         if WIDEN:
             w = w.to(ACC)
@@ -156,7 +156,7 @@ def whole_norm_kernel(
         square = tl.sum(wide * wide, 1)
         tl.store(center_rnorms + classes, clamped_rnorm(square), mask=valid)
         for j in tl.static_range(1, COUNT):
-            delta = tl.load(displacements + (j - 1) * d + depth, mask=inside, other=0.0).to(ACC)
+            delta = tl.load(displacements + (j - 1) * d + dims, mask=inside, other=0.0).to(ACC)
             product = tl.sum(w.to(ACC) * delta[None, :], 1)
             rnorm = signed_rnorm(square, product, tl.sum(delta * delta, 0))
             tl.store(center_rnorms + tl.cast(j, tl.int64) * K + classes, rnorm, mask=valid)

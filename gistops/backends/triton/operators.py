@@ -37,10 +37,10 @@ def forward(
             scored = around_product if configs.product("forward", p.kind) == "cublas" else fused
             scored(p, *made, shifts)  # but for pairs that cancel
         if M > 1 and K > 0:
-            classes, rows, depth = p.small.apart
+            classes, rows, dims = p.small.apart
             apart_kernel[(tiles(K, classes),)](
                 p.input, p.centers, p.displacements, p.tau, input_rnorms, logits, slots, center_rnorms, B, K, d, M,
-                TILE_K=classes, TILE_B=rows, TILE_D=depth, **p.constants("ACC"),
+                BLOCK_C=classes, BLOCK_B=rows, BLOCK_D=dims, **p.constants("ACC"),
             )  # fmt: skip
     return made
 
@@ -56,7 +56,7 @@ def around_product(
     classes, rows, warps = p.small.pool_logits
     pool_logits_kernel[(tiles(K, classes) * tiles(B, rows),)](
         scores, center_rnorms, shifts, input_rnorms, p.tau, logits, slots, B, K, stride, M,
-        TILE_K=classes, TILE_B=rows, COUNT=configs.few(M), num_warps=warps, **p.constants("ACC"),
+        BLOCK_C=classes, BLOCK_B=rows, COUNT=configs.few(M), num_warps=warps, **p.constants("ACC"),
     )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def fused(
     B, K, d, M = p.sizes
 
     def launch(config: Config) -> None:
-        forward_kernel[(tiles(K, config.classes) * tiles(B, config.features),)](
+        forward_kernel[(tiles(K, config.classes) * tiles(B, config.rows),)](
             p.input, p.centers, p.tau, input_rnorms, shifts, center_rnorms, logits, slots, B, K, d, M,
             **p.constants("ACC", "PRECISION", "WIDEN"), **config.arguments(),
         )  # fmt: skip
@@ -80,20 +80,20 @@ def every_norm(p: Problem, shifts: Tensor, center_rnorms: Tensor | None, input_r
     B, K, d, M = p.sizes
     B, K = 0 if input_rnorms is None else B, 0 if center_rnorms is None else K
     elements, warps = p.small.whole_norm
-    depth = configs.power_of_two(d)
-    if depth <= elements and configs.few(M):
-        rows = min(elements // depth, 64 * warps)
+    dims = configs.power_of_two(d)
+    if dims <= elements and configs.few(M):
+        rows = min(elements // dims, 64 * warps)
         whole_norm_kernel[(tiles(B, rows) + tiles(K, rows),)](
             p.input, p.centers, p.displacements, shifts if input_rnorms is None else input_rnorms, shifts,
-            shifts if center_rnorms is None else center_rnorms, B, K, d, TILE_R=rows, TILE_D=depth,
+            shifts if center_rnorms is None else center_rnorms, B, K, d, BLOCK_R=rows, BLOCK_D=dims,
             COUNT=M, num_warps=warps, **p.constants("ACC", "WIDEN"),
         )  # fmt: skip
         return
-    rows, depth = p.small.every_norm
+    rows, dims = p.small.every_norm
     slots = 1 if M == 1 else 16
     every_norm_kernel[(tiles(B, rows) + tiles(K, rows), tiles(M, slots))](
         p.input, p.centers, p.displacements, shifts if input_rnorms is None else input_rnorms, shifts,
-        shifts if center_rnorms is None else center_rnorms, B, K, d, M, TILE_R=rows, TILE_D=depth, SLOTS=slots, **p.constants("ACC", "NORM_PRECISION", "WIDEN"),
+        shifts if center_rnorms is None else center_rnorms, B, K, d, M, BLOCK_R=rows, BLOCK_D=dims, SLOTS=slots, **p.constants("ACC", "NORM_PRECISION", "WIDEN"),
     )  # fmt: skip
 
 

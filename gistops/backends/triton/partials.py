@@ -92,16 +92,16 @@ def store_class_sums(
     class_weight,
     group,
     groups,
-    TILE_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
 ):
     """Keep what a group of classes adds to the sums that label smoothing needs."""
     ACC: tl.constexpr = class_sums.dtype.element_ty
-    weights = tl.zeros((TILE_K,), ACC)
-    biases = tl.zeros((TILE_K,), ACC)
+    weights = tl.zeros((BLOCK_C,), ACC)
+    biases = tl.zeros((BLOCK_C,), ACC)
     for tile in range(run):
-        classes = start + tile * TILE_K + tl.arange(0, TILE_K)
+        classes = start + tile * BLOCK_C + tl.arange(0, BLOCK_C)
         weight = tl.where(classes < K, 1.0, 0.0).to(ACC)
         if HAS_WEIGHT:
             weight = tl.load(class_weight + classes, mask=classes < K, other=0.0).to(ACC)

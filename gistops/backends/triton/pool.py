@@ -38,8 +38,8 @@ def pool_lse_kernel(
     first_group,
     groups,  # of all chunks
     ignore_index,
-    TILE_K: tl.constexpr,
-    TILE_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     COUNT: tl.constexpr,  # see `pooled`
     ACC: tl.constexpr,
     PARK: tl.constexpr,
@@ -47,35 +47,35 @@ def pool_lse_kernel(
     HAS_WEIGHT: tl.constexpr,
     SUMS: tl.constexpr,  # of weight z, for label smoothing
 ):
-    """A program: a group of class tiles, TILE_B features. Scores of pairs that cancel are wrong, and made anew later."""
-    feature_tiles = tl.cdiv(B, TILE_B)
-    feature_tile = tl.program_id(0) % feature_tiles
-    group = tl.program_id(0) // feature_tiles
-    rows = feature_tile * TILE_B + tl.arange(0, TILE_B)
+    """A program: a group of class tiles, BLOCK_B features. Scores of pairs that cancel are wrong, and made anew later."""
+    row_tiles = tl.cdiv(B, BLOCK_B)
+    row_tile = tl.program_id(0) % row_tiles
+    group = tl.program_id(0) // row_tiles
+    rows = row_tile * BLOCK_B + tl.arange(0, BLOCK_B)
     row_valid = rows < B
     scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
     places = row_targets(target, rows, row_valid, first, ignore_index)
-    largest = tl.full((TILE_B,), float("-inf"), ACC)
-    total = tl.zeros((TILE_B,), ACC)
-    weighted = tl.zeros((TILE_B,), ACC)
-    found = tl.zeros((TILE_K, TILE_B), ACC)  # the targets' scores
+    largest = tl.full((BLOCK_B,), float("-inf"), ACC)
+    total = tl.zeros((BLOCK_B,), ACC)
+    weighted = tl.zeros((BLOCK_B,), ACC)
+    found = tl.zeros((BLOCK_C, BLOCK_B), ACC)  # the targets' scores
     # The next tile is on its way while one is worked on.
     columns = (rows < stride)[None, :]
-    offsets = tl.arange(0, TILE_K)[:, None] * stride + rows[None, :]
-    begin = group * run * TILE_K
-    last = tl.minimum(begin + run * TILE_K, K)
-    first_inside = (begin + tl.arange(0, TILE_K) < K)[:, None] & columns
+    offsets = tl.arange(0, BLOCK_C)[:, None] * stride + rows[None, :]
+    begin = group * run * BLOCK_C
+    last = tl.minimum(begin + run * BLOCK_C, K)
+    first_inside = (begin + tl.arange(0, BLOCK_C) < K)[:, None] & columns
     ahead = tl.load(scores + tl.cast(begin, tl.int64) * stride + offsets, mask=first_inside, other=0.0)
     for tile in range(group * run, group * run + run):
-        classes = tile * TILE_K + tl.arange(0, TILE_K)
+        classes = tile * BLOCK_C + tl.arange(0, BLOCK_C)
         class_valid = classes < K
-        start = tl.cast(tile, tl.int64) * TILE_K * stride
+        start = tl.cast(tile, tl.int64) * BLOCK_C * stride
         valid = class_valid[:, None] & row_valid[None, :]
         # A mask by the stride, a multiple of 16, keeps loads wide whatever B.
         inside = class_valid[:, None] & columns
         products = ahead
-        more_inside = (classes + TILE_K < last)[:, None] & columns
-        ahead = tl.load(scores + start + TILE_K * stride + offsets, mask=more_inside, other=0.0)
+        more_inside = (classes + BLOCK_C < last)[:, None] & columns
+        ahead = tl.load(scores + start + BLOCK_C * stride + offsets, mask=more_inside, other=0.0)
         best, slot = pooled(
             products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, COUNT
         )
@@ -93,13 +93,13 @@ def pool_lse_kernel(
         )
         largest, total = joined(largest, total, more[0], more[1])
         weighted += more[2]
-    start_class = group * run * TILE_K
-    here = row_valid & (places >= start_class) & (places < tl.minimum(start_class + run * TILE_K, K))
+    start_class = group * run * BLOCK_C
+    here = row_valid & (places >= start_class) & (places < tl.minimum(start_class + run * BLOCK_C, K))
     tl.store(target_logits + rows, tl.sum(found, 0), mask=here)
     store_partials(partials, largest, total, weighted, first_group + group, groups, rows, row_valid, B, SUMS)
     if SUMS:  # noqa: SIM102
-        if feature_tile == 0:
+        if row_tile == 0:
             store_class_sums(
-                class_sums, group * run * TILE_K, run, K, class_bias, class_weight, first_group + group, groups,
-                TILE_K, HAS_BIAS, HAS_WEIGHT,
+                class_sums, group * run * BLOCK_C, run, K, class_bias, class_weight, first_group + group, groups,
+                BLOCK_C, HAS_BIAS, HAS_WEIGHT,
             )  # fmt: skip

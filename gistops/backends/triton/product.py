@@ -60,18 +60,18 @@ def pool_logits_kernel(
     K,
     stride,
     M,
-    TILE_K: tl.constexpr,
-    TILE_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     COUNT: tl.constexpr,  # see `pooled`
     ACC: tl.constexpr,
 ):
-    """A program: TILE_K classes, TILE_B features, read class by class and written feature by feature.
+    """A program: BLOCK_C classes, BLOCK_B features, read class by class and written feature by feature.
 
     Scores of pairs that cancel are wrong here, and made anew by apart_kernel.
     """
-    feature_tiles = tl.cdiv(B, TILE_B)
-    rows = tl.program_id(0) % feature_tiles * TILE_B + tl.arange(0, TILE_B)
-    classes = tl.program_id(0) // feature_tiles * TILE_K + tl.arange(0, TILE_K)
+    row_tiles = tl.cdiv(B, BLOCK_B)
+    rows = tl.program_id(0) % row_tiles * BLOCK_B + tl.arange(0, BLOCK_B)
+    classes = tl.program_id(0) // row_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     row_valid = rows < B
     class_valid = classes < K
     place = classes.to(tl.int64)[:, None] * stride + rows[None, :]

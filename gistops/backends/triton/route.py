@@ -31,8 +31,8 @@ def route_kernel(
     stride,  # of H', B rounded up to a multiple of 16 for the sake of wide loads
     M,
     tiles,  # class tiles a group
-    TILE_B: tl.constexpr,
-    TILE_K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     SLOTS: tl.constexpr,  # M, rounded up to a power of two
     COUNT: tl.constexpr,  # M where that is small; otherwise 0
     NEED_WEIGHTS: tl.constexpr,
@@ -41,26 +41,26 @@ def route_kernel(
     NEED_TOTALS: tl.constexpr,
     LARGEST: tl.constexpr,  # of the dtype of H', where that is float16; otherwise 0
 ):
-    """A program: TILE_B features and a group of class tiles. Tiles of features follow each other, for the norms."""
-    splits = tl.cdiv(B, TILE_B)
+    """A program: BLOCK_B features and a group of class tiles. Tiles of features follow each other, for the norms."""
+    splits = tl.cdiv(B, BLOCK_B)
     split = tl.program_id(0) % splits
     group = tl.program_id(0) // splits
     groups = tl.num_programs(0) // splits
-    rows = split * TILE_B + tl.arange(0, TILE_B)
+    rows = split * BLOCK_B + tl.arange(0, BLOCK_B)
     candidates = tl.arange(0, SLOTS)
     row_valid = rows < B
     input_rnorm = tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
     scale = tl.load(tau).to(input_rnorm.dtype) * input_rnorm
-    share = tl.zeros((TILE_B, SLOTS), input_rnorm.dtype)
-    total = tl.zeros((TILE_B,), input_rnorm.dtype)
-    flag = tl.zeros((TILE_B,), tl.int32)
+    share = tl.zeros((BLOCK_B, SLOTS), input_rnorm.dtype)
+    total = tl.zeros((BLOCK_B,), input_rnorm.dtype)
+    flag = tl.zeros((BLOCK_B,), tl.int32)
 
     for tile in range(group * tiles, group * tiles + tiles):
-        classes = tile * TILE_K + tl.arange(0, TILE_K)
+        classes = tile * BLOCK_C + tl.arange(0, BLOCK_C)
         valid = row_valid[:, None] & (classes < K)[None, :]
         # From the tile's first element on in 32 bits: addresses of 64 take registers, element by element.
-        begin = tl.cast(split * TILE_B, tl.int64) * K + tile * TILE_K
-        offsets = tl.arange(0, TILE_B)[:, None] * K + tl.arange(0, TILE_K)[None, :]
+        begin = tl.cast(split * BLOCK_B, tl.int64) * K + tile * BLOCK_C
+        offsets = tl.arange(0, BLOCK_B)[:, None] * K + tl.arange(0, BLOCK_C)[None, :]
         g = tl.load(grad + begin + offsets, mask=valid, other=0.0)
         slot = tl.load(slots + begin + offsets, mask=valid, other=0).to(tl.int32)
         slot = tl.minimum(slot, M - 1)  # an operator called by hand must not read elsewhere
@@ -85,8 +85,8 @@ def route_kernel(
             h = tl.where(extreme, bounded, h)
         if NEED_WEIGHTS:
             inside = (rows < stride)[:, None] & (classes < K)[None, :]
-            place = weights + tl.cast(tile * TILE_K, tl.int64) * stride + split * TILE_B
-            across = tl.arange(0, TILE_K)[None, :] * stride + tl.arange(0, TILE_B)[:, None]
+            place = weights + tl.cast(tile * BLOCK_C, tl.int64) * stride + split * BLOCK_B
+            across = tl.arange(0, BLOCK_C)[None, :] * stride + tl.arange(0, BLOCK_B)[:, None]
             tl.store(place + across, h.to(weights.dtype.element_ty), mask=inside)
         if NEED_MOMENTS or NEED_TOTALS:
             u = g * tl.load(logits + begin + offsets, mask=valid, other=0.0)

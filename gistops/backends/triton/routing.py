@@ -107,7 +107,7 @@ def route(p: Problem, saved: Saved, needs: Needs) -> Routed:
     del switches["NEED_BIAS"], switches["NEED_MARGIN"]
     route_kernel[(splits * groups,)](
         saved.grad, saved.logits, saved.slots, saved.center_rnorms, saved.input_rnorms, p.tau,
-        *parts[:4], parts.flags, B, K, padded(B), M, tiles, TILE_B=rows, TILE_K=classes, SLOTS=power_of_two(M), COUNT=configs.few(M),
+        *parts[:4], parts.flags, B, K, padded(B), M, tiles, BLOCK_B=rows, BLOCK_C=classes, SLOTS=power_of_two(M), COUNT=configs.few(M),
         LARGEST=65504.0 if p.dtype == torch.float16 else 0.0,
         num_warps=warps, **switches,
     )  # fmt: skip
@@ -129,7 +129,7 @@ def gather(p: Problem, parts: Parts, group_classes: int, split_rows: int) -> Rou
     if programs:
         gather_kernel[(programs,)](
             *several, parts.totals, p.tau, *sums, of_tau, parts.flags.shape[1], parts.flags.shape[0],
-            *lengths, parts.totals.numel(), TILE_P=rows, TILE_N=columns, TILE_T=run,
+            *lengths, parts.totals.numel(), BLOCK_P=rows, BLOCK_N=columns, BLOCK_T=run,
         )  # fmt: skip
     return Routed(
         parts.weights, sums[0], sums[1], of_tau, sums[2], sums[3], parts.flags, group_classes, split_rows

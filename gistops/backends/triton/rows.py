@@ -84,8 +84,8 @@ def rows_kernel(
     K,
     tiles,
     ignore_index,
-    TILE_R: tl.constexpr,
-    TILE_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     MARGIN: tl.constexpr,
     MARGIN_EACH: tl.constexpr,  # a margin for each class
     SMOOTHING: tl.constexpr,
@@ -93,19 +93,19 @@ def rows_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
 ):
-    """A program: TILE_R rows."""
+    """A program: BLOCK_R rows."""
     ACC: tl.constexpr = lse.dtype.element_ty
-    rows = tl.program_id(0) * TILE_R + tl.arange(0, TILE_R)
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     row_valid = rows < B
-    lanes = tl.arange(0, TILE_T)
+    lanes = tl.arange(0, BLOCK_T)
     plane = tl.cast(tiles, tl.int64) * B
-    low = tl.full((TILE_T, TILE_R), float("-inf"), ACC)
+    low = tl.full((BLOCK_T, BLOCK_R), float("-inf"), ACC)
     largest = low
-    total = tl.zeros((TILE_T, TILE_R), ACC)
-    weighted = tl.zeros((TILE_T, TILE_R), ACC)
-    weights = tl.zeros((TILE_T,), ACC)
-    biases = tl.zeros((TILE_T,), ACC)
-    for start in range(0, tiles, TILE_T):
+    total = tl.zeros((BLOCK_T, BLOCK_R), ACC)
+    weighted = tl.zeros((BLOCK_T, BLOCK_R), ACC)
+    weights = tl.zeros((BLOCK_T,), ACC)
+    biases = tl.zeros((BLOCK_T,), ACC)
+    for start in range(0, tiles, BLOCK_T):
         tile = start + lanes
         inside = (tile < tiles)[:, None] & row_valid[None, :]
         place = partials + tile.to(tl.int64)[:, None] * B + rows[None, :]
@@ -146,7 +146,7 @@ def rows_kernel(
     excess = others - score
     value = log1p_of_exp(excess)
     full = tl.where(ignored, others, score + value)
-    weight = tl.full((TILE_R,), 1.0, ACC)
+    weight = tl.full((BLOCK_R,), 1.0, ACC)
     if HAS_WEIGHT:
         weight = tl.load(class_weight + own).to(ACC)
         value = weight * value
@@ -159,7 +159,7 @@ def rows_kernel(
     if tl.program_id(0) == 0:
         tl.store(scalars + 1, tl.sum(weights, 0))
     value = tl.where(ignored, tl.zeros_like(value), value)
-    infinite = tl.full((TILE_R,), float("inf"), ACC)
+    infinite = tl.full((BLOCK_R,), float("inf"), ACC)
     tl.store(place, tl.where(others == float("-inf"), infinite, others), mask=row_valid)
     tl.store(place + B, tl.where(ignored, infinite, excess), mask=row_valid)
     tl.store(lse + rows, full, mask=row_valid)
@@ -178,17 +178,17 @@ def total_kernel(
     scalars,  # [2]: here the first, what a mean divides by
     inside,  # one element: whether all targets are in range
     programs,
-    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
     REDUCED: tl.constexpr,
     MEAN: tl.constexpr,
 ):
     """One program, so that the order of the sums is fixed."""
     ACC: tl.constexpr = parts.dtype.element_ty
-    lanes = tl.arange(0, TILE)
-    losses = tl.zeros((TILE,), ACC)
-    counts = tl.zeros((TILE,), ACC)
-    strays = tl.zeros((TILE,), ACC)
-    for start in range(0, programs, TILE):
+    lanes = tl.arange(0, BLOCK)
+    losses = tl.zeros((BLOCK,), ACC)
+    counts = tl.zeros((BLOCK,), ACC)
+    strays = tl.zeros((BLOCK,), ACC)
+    for start in range(0, programs, BLOCK):
         place = start + lanes
         valid = place < programs
         losses += tl.load(parts + place, mask=valid, other=0.0)

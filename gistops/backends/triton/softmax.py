@@ -150,8 +150,8 @@ def route_softmax_kernel(
     first,  # class of the chunk
     every_class,
     ignore_index,
-    TILE_K: tl.constexpr,
-    TILE_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     SLOTS: tl.constexpr,  # M, rounded up to a power of two
     COUNT: tl.constexpr,  # M where that is small, so that nothing is left of loops over slots; otherwise 0
     LARGEST: tl.constexpr,  # of the dtype of H', where that is float16; otherwise 0
@@ -169,13 +169,13 @@ def route_softmax_kernel(
     NEED_BIAS: tl.constexpr,
     NEED_MARGIN: tl.constexpr,
 ):
-    """As route_kernel, class by class, and with G made here. A program: TILE_B features, a group of class tiles."""
+    """As route_kernel, class by class, and with G made here. A program: BLOCK_B features, a group of class tiles."""
     ACC: tl.constexpr = saved.dtype.element_ty
-    splits = tl.cdiv(B, TILE_B)
+    splits = tl.cdiv(B, BLOCK_B)
     split = tl.program_id(0) % splits
     group = tl.program_id(0) // splits
     groups = tl.num_programs(0) // splits
-    rows = split * TILE_B + tl.arange(0, TILE_B)
+    rows = split * BLOCK_B + tl.arange(0, BLOCK_B)
     row_valid = rows < B
     candidates = tl.arange(0, SLOTS)
     input_rnorm = tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
@@ -189,19 +189,19 @@ def route_softmax_kernel(
     if HAS_MARGIN:
         by_logit, by_tau, by_margin = margin_factors(rows, row_valid, saved, B)
         of_logit = of_target * by_logit
-    share = tl.zeros((SLOTS, TILE_B), ACC)
-    total = tl.zeros((TILE_K, TILE_B), ACC)
-    nothing = tl.zeros((TILE_K, TILE_B), ACC)
+    share = tl.zeros((SLOTS, BLOCK_B), ACC)
+    total = tl.zeros((BLOCK_C, BLOCK_B), ACC)
+    nothing = tl.zeros((BLOCK_C, BLOCK_B), ACC)
     share0, share1, share2, share3 = nothing, nothing, nothing, nothing
     share4, share5, share6, share7 = nothing, nothing, nothing, nothing
     flag = tl.cast(0, tl.int32)
-    cancels = any_marked(center_rnorms, group * run * TILE_K, run * TILE_K, K, M)
+    cancels = any_marked(center_rnorms, group * run * BLOCK_C, run * BLOCK_C, K, M)
     for tile in range(group * run, group * run + run):
-        classes = tile * TILE_K + tl.arange(0, TILE_K)
+        classes = tile * BLOCK_C + tl.arange(0, BLOCK_C)
         class_valid = classes < K
         valid = class_valid[:, None] & row_valid[None, :]
-        start = tl.cast(tile, tl.int64) * TILE_K * stride
-        offsets = tl.arange(0, TILE_K)[:, None] * stride + rows[None, :]
+        start = tl.cast(tile, tl.int64) * BLOCK_C * stride
+        offsets = tl.arange(0, BLOCK_C)[:, None] * stride + rows[None, :]
         # A mask by the stride, a multiple of 16, keeps loads wide whatever B; what lies beyond B is zero.
         inside = class_valid[:, None] & (rows < stride)[None, :]
         z = tl.load(scores + start + offsets, mask=inside, other=0.0)
@@ -210,7 +210,7 @@ def route_softmax_kernel(
         slot = tl.load(slots + start + narrow, mask=inside, other=0).to(tl.int32)
         slot = tl.minimum(slot, M - 1)  # an operator called by hand must not read elsewhere
         # By selection: to gather them would turn the layout of the tile around.
-        rnorm = tl.zeros((TILE_K, TILE_B), ACC)
+        rnorm = tl.zeros((BLOCK_C, BLOCK_B), ACC)
         if COUNT > 0:
             for j in tl.static_range(COUNT):
                 known = tl.load(
