@@ -20,8 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gistops.backends.triton import configs
-from gistops.backends.triton.apart import apart_kernel
 from gistops.backends.triton.apart_lse import apart_lse_kernel
+from gistops.backends.triton.cancellation import rescore_cancelled_kernel
 from gistops.backends.triton.centers import centers_kernel
 from gistops.backends.triton.configs import SMALL, Config
 from gistops.backends.triton.finish import finish_displacements_kernel, finish_input_kernel
@@ -193,7 +193,7 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
             yield _large(centers_kernel, dtype, target, config, products | corrections | switches)
     sizes = SMALL[kind]
     small: list[tuple[Any, dict[str, Any]]] = [
-        (apart_kernel, _tiles("CBD", sizes.apart) | {"ACC": acc}),
+        (rescore_cancelled_kernel, _tiles("CBD", sizes.rescore) | {"ACC": acc}),
         (gather_kernel, dict(zip(("BLOCK_P", "BLOCK_N", "BLOCK_T"), configs.GATHER, strict=True))),
         (total_kernel, {"BLOCK": configs.ROWS[2], "REDUCED": True, "MEAN": True}),
         (finish_displacements_kernel, _tiles("RD", sizes.finish_displacements) | {"ACC": acc}),
@@ -225,8 +225,8 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
         for count in counts:
             constants = _tiles("CB", sizes.pool[:2]) | {"ACC": acc, "COUNT": count} | options
             yield Case(pool_lse_kernel, dtype, target, constants, sizes.pool[2])
-    apart_tiles = (min(sizes.apart[0], sizes.pool[0]), *sizes.apart[1:])
-    yield Case(apart_lse_kernel, dtype, target, _tiles("CBD", apart_tiles) | {"ACC": acc} | every_option)
+    rescore_tiles = (min(sizes.rescore[0], sizes.pool[0]), *sizes.rescore[1:])
+    yield Case(apart_lse_kernel, dtype, target, _tiles("CBD", rescore_tiles) | {"ACC": acc} | every_option)
     for margin in (0, 3):
         constants = {
             "BLOCK_R": configs.ROWS[0], "BLOCK_T": configs.ROWS[1], "MARGIN": margin, "MARGIN_EACH": margin > 0,

@@ -20,7 +20,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
         for kind, sizes in configs.SMALL.items():
             small = replace(
                 sizes, every_norm=(16, 32), whole_norm=(1024, 1), pool_logits=(16, 32, 4),
-                apart=(16, 32, 16), route=(16, 32, 4), route_many=(16, 32, 4),
+                rescore=(16, 32, 16), route=(16, 32, 4), route_many=(16, 32, 4),
                 pool=(16, 32, 4), softmax=(32, 16, 4), softmax_many=(32, 16, 4),
                 finish_input=(16, 16), finish_displacements=(16, 32),
             )  # fmt: skip

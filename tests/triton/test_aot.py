@@ -84,7 +84,9 @@ def test_launches_bind_their_arguments() -> None:
     launched = [line.split()[0] for line in lines]
     assert len(launched) == 101, launched
     assert set(launched) == {case.name for case in EVERY}
-    assert "apart_kernel 32" in lines, "256 x 1000: a program for each 32 classes, whatever the features"
+    assert "rescore_cancelled_kernel 32" in lines, (
+        "256 x 1000: a program for each 32 classes, whatever the features"
+    )
 
 
 def test_the_table_has_a_line_a_case(monkeypatch: pytest.MonkeyPatch) -> None:

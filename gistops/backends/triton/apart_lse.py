@@ -1,6 +1,6 @@
 """Pairs that cancel, in a loss: their group's part of the log-sum-exp made anew, from w_k + δ_j written out.
 
-As apart.py, for class-major scores. A program takes a whole group of pool.py, since all its scores are in the same sums.
+As cancellation.py, for class-major scores. A program takes a whole group of pool.py, since all its scores are in the same sums.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .apart import scored_apart
+from .cancellation import recomputed_scores
 from .partials import joined, row_targets, store_partials, tile_partials
 
 
@@ -70,7 +70,7 @@ def apart_lse_kernel(
             for tile in range(start, start + run):
                 classes = tile * BLOCK_C + tl.arange(0, BLOCK_C)
                 class_valid = classes < K
-                best, slot = scored_apart(
+                best, slot = recomputed_scores(
                     input, centers, displacements, center_rnorms, classes, class_valid, rows, row_valid, K, d, M,
                     BLOCK_C, BLOCK_B, BLOCK_D, ACC,
                 )  # fmt: skip

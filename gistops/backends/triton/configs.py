@@ -127,7 +127,7 @@ class Small:
     #: Elements and warps of whole_norm_kernel, for vectors no longer than that many elements, and few displacements.
     whole_norm: tuple[int, int]
     pool_logits: tuple[int, int, int]  # classes, rows, warps
-    apart: tuple[int, int, int]  # classes, rows, dimensions
+    rescore: tuple[int, int, int]  # classes, rows, dimensions
     route: tuple[int, int, int]  # rows, classes, warps
     route_many: tuple[int, int, int]  # the same where M > 32: there the sums S' take registers
     pool: tuple[int, int, int]  # classes, rows, warps
@@ -145,7 +145,7 @@ _HALF = Small(
     every_norm=(32, 128),
     whole_norm=(4096, 1),
     pool_logits=(128, 32, 4),
-    apart=(32, 32, 16),
+    rescore=(32, 32, 16),
     route=(32, 32, 4),
     route_many=(16, 64, 4),
     pool=(16, 64, 4),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .apart import weight_apart
+from .cancellation import cancelled_weights
 from .numbers import is_clamped
 
 
@@ -49,7 +49,7 @@ def input_terms(
                 for first in range(group * group_classes, last, BLOCK_C):
                     lanes = tl.arange(0, BLOCK_C)
                     classes = first + lanes
-                    h, slot = weight_apart(
+                    h, slot = cancelled_weights(
                         i, classes, classes < last, grad, slots, center_rnorms, input_rnorms, tau, K, M,
                         row_stride, class_stride,
                     )  # fmt: skip

@@ -55,7 +55,7 @@ def forward_kernel(
             f = f.to(ACC)
         products = tl.dot(w, tl.trans(f), products, input_precision=PRECISION, out_dtype=ACC)
 
-    # Scores of pairs that cancel are wrong here, and made anew by apart_kernel.
+    # Scores of pairs that cancel are wrong here, and made anew by rescore_cancelled_kernel.
     best, slot = pooled(products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, 0)
     scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
     offsets = rows.to(tl.int64)[None, :] * K + classes[:, None]

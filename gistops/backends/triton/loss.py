@@ -162,7 +162,7 @@ def _score(
         BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], COUNT=configs.few(M), num_warps=c.tile[2], **options,
     )  # fmt: skip
     if M > 1:
-        classes, rows, dims = p.small.apart
+        classes, rows, dims = p.small.rescore
         classes = min(classes, c.tile[0])
         apart_lse_kernel[(c.groups,)](
             p.input, p.centers, p.displacements, p.tau, input_rnorms, scores, slots, rnorms, of.target, bias, weight,

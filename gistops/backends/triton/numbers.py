@@ -34,7 +34,7 @@ def signed_rnorms(center_squares, products, displacement_squares):
     """1 / |w + δ| from |w|² [k], w·δ [k, j] and |δ|² [j]; -1, to be replaced, where the sum has cancelled.
 
     Where w is close to -δ, |w|² + 2 w·δ + |δ|² loses digits, and so do P + Q and HW + SΔ. Such pairs, rare or none,
-    are marked by the sign of their reciprocal norm, and computed from w + δ written out (apart.py).
+    are marked by the sign of their reciprocal norm, and computed from w + δ written out (cancellation.py).
     """
     apart = center_squares[:, None] + displacement_squares[None, :]
     squares = apart + 2.0 * products

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import configs, gradients
-from .apart import apart_kernel
+from .cancellation import rescore_cancelled_kernel
 from .configs import Config, tiles
 from .forward import forward_kernel
 from .norms import every_norm_kernel, whole_norm_kernel
@@ -37,8 +37,8 @@ def forward(
             scored = around_product if configs.product("forward", p.kind) == "cublas" else fused
             scored(p, *made, shifts)  # but for pairs that cancel
         if M > 1 and K > 0:
-            classes, rows, dims = p.small.apart
-            apart_kernel[(tiles(K, classes),)](
+            classes, rows, dims = p.small.rescore
+            rescore_cancelled_kernel[(tiles(K, classes),)](
                 p.input, p.centers, p.displacements, p.tau, input_rnorms, logits, slots, center_rnorms, B, K, d, M,
                 BLOCK_C=classes, BLOCK_B=rows, BLOCK_D=dims, **p.constants("ACC"),
             )  # fmt: skip

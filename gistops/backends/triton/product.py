@@ -67,7 +67,7 @@ def pool_logits_kernel(
 ):
     """A program: BLOCK_C classes, BLOCK_B features, read class by class and written feature by feature.
 
-    Scores of pairs that cancel are wrong here, and made anew by apart_kernel.
+    Scores of pairs that cancel are wrong here, and made anew by rescore_cancelled_kernel.
     """
     row_tiles = tl.cdiv(B, BLOCK_B)
     rows = tl.program_id(0) % row_tiles * BLOCK_B + tl.arange(0, BLOCK_B)

@@ -13,7 +13,7 @@ from .numbers import clamped_rnorm
 
 
 @triton.jit
-def scored_apart(
+def recomputed_scores(
     input,  # [B, d]
     centers,  # [K, d]
     displacements,  # [m, d]
@@ -60,7 +60,7 @@ def scored_apart(
 
 
 @triton.jit
-def weight_apart(
+def cancelled_weights(
     row,
     classes,
     class_valid,
@@ -84,7 +84,7 @@ def weight_apart(
 
 
 @triton.jit
-def apart_kernel(
+def rescore_cancelled_kernel(
     input,  # [B, d]
     centers,  # [K, d]
     displacements,  # [m, d]
@@ -113,7 +113,7 @@ def apart_kernel(
         for first in range(0, tl.maximum(B, 1), BLOCK_B):  # without features, the norms are still due
             rows = first + tl.arange(0, BLOCK_B)
             row_valid = rows < B
-            best, slot = scored_apart(
+            best, slot = recomputed_scores(
                 input, centers, displacements, center_rnorms, classes, class_valid, rows, row_valid, K, d, M,
                 BLOCK_C, BLOCK_B, BLOCK_D, ACC,
             )  # fmt: skip
