@@ -20,8 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gistops.backends.triton import configs
-from gistops.backends.triton.apart_lse import apart_lse_kernel
 from gistops.backends.triton.cancellation import rescore_cancelled_kernel
+from gistops.backends.triton.cancellation_lse import rescore_cancelled_lse_kernel
 from gistops.backends.triton.centers import centers_kernel
 from gistops.backends.triton.configs import SMALL, Config
 from gistops.backends.triton.finish import finish_displacements_kernel, finish_input_kernel
@@ -226,7 +226,12 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
             constants = _tiles("CB", sizes.pool[:2]) | {"ACC": acc, "COUNT": count} | options
             yield Case(pool_lse_kernel, dtype, target, constants, sizes.pool[2])
     rescore_tiles = (min(sizes.rescore[0], sizes.pool[0]), *sizes.rescore[1:])
-    yield Case(apart_lse_kernel, dtype, target, _tiles("CBD", rescore_tiles) | {"ACC": acc} | every_option)
+    yield Case(
+        rescore_cancelled_lse_kernel,
+        dtype,
+        target,
+        _tiles("CBD", rescore_tiles) | {"ACC": acc} | every_option,
+    )
     for margin in (0, 3):
         constants = {
             "BLOCK_R": configs.ROWS[0], "BLOCK_T": configs.ROWS[1], "MARGIN": margin, "MARGIN_EACH": margin > 0,

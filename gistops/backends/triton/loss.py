@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...operators.cross_entropy import padded
 from . import configs, gradients, operators
-from .apart_lse import apart_lse_kernel
+from .cancellation_lse import rescore_cancelled_lse_kernel
 from .configs import grouped, power_of_two
 from .configs import tiles as tiles_of
 from .pool import pool_lse_kernel
@@ -164,7 +164,7 @@ def _score(
     if M > 1:
         classes, rows, dims = p.small.rescore
         classes = min(classes, c.tile[0])
-        apart_lse_kernel[(c.groups,)](
+        rescore_cancelled_lse_kernel[(c.groups,)](
             p.input, p.centers, p.displacements, p.tau, input_rnorms, scores, slots, rnorms, of.target, bias, weight,
             target_logits, partials, B, K, d, scores.shape[1], M, c.run * (c.tile[0] // classes), c.first,
             c.first_group, groups, of.ignore_index, BLOCK_C=classes, BLOCK_B=rows, BLOCK_D=dims, **options,

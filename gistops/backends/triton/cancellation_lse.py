@@ -13,7 +13,7 @@ from .partials import joined, row_targets, store_partials, tile_partials
 
 
 @triton.jit
-def apart_lse_kernel(
+def rescore_cancelled_lse_kernel(
     input,  # [B, d]
     centers,  # [K, d]
     displacements,  # [m, d]
