@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .numbers import is_clamped
+from .numerics import is_clamped
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .cancellation import cancelled_weights
-from .numbers import is_clamped
+from .numerics import is_clamped
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .numbers import clamped_rnorm, signed_rnorms
+from .numerics import clamped_rnorm, signed_rnorms
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .numbers import is_clamped
+from .numerics import is_clamped
 
 
 @triton.jit
@@ -73,9 +73,9 @@ def route_kernel(
                 rnorm = tl.where(slot == j, known[None, :], rnorm)
         else:
             rnorm = tl.load(center_rnorms + slot.to(tl.int64) * K + classes[None, :], mask=valid, other=0.0)
-        apart = valid & (rnorm < 0)
-        flag = flag | tl.max(apart.to(tl.int32), 1)
-        h = tl.where(apart, tl.zeros_like(g), scale[:, None] * g * tl.abs(rnorm))
+        cancels = valid & (rnorm < 0)
+        flag = flag | tl.max(cancels.to(tl.int32), 1)
+        h = tl.where(cancels, tl.zeros_like(g), scale[:, None] * g * tl.abs(rnorm))
         h = tl.where(valid, h, tl.zeros_like(h))
         if LARGEST > 0:
             # Weights of zero vectors are of the order of 1e12. As infinities they would give NaN where they meet

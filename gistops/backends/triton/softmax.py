@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .numbers import is_clamped
+from .numerics import is_clamped
 from .partials import row_targets
 from .rows import BY_LOGIT, BY_MARGIN, BY_TAU, EXCESS, SHIFT
 
@@ -195,7 +195,7 @@ def route_softmax_kernel(
     share0, share1, share2, share3 = nothing, nothing, nothing, nothing
     share4, share5, share6, share7 = nothing, nothing, nothing, nothing
     flag = tl.cast(0, tl.int32)
-    cancels = any_marked(center_rnorms, group * run * BLOCK_C, run * BLOCK_C, K, M)
+    any_cancels = any_marked(center_rnorms, group * run * BLOCK_C, run * BLOCK_C, K, M)
     for tile in range(group * run, group * run + run):
         classes = tile * BLOCK_C + tl.arange(0, BLOCK_C)
         class_valid = classes < K
@@ -243,11 +243,11 @@ def route_softmax_kernel(
             of_margin = tl.sum(tl.where(own, (of_target * by_margin)[None, :], zeros), 1)
             tl.store(margin_parts + tl.cast(split, tl.int64) * K + classes, of_margin, mask=class_valid)
         g = tl.where(valid, tl.where(own, of_logit[None, :], g), zeros)
-        apart = valid & (rnorm < 0)
-        if cancels:  # almost never
-            tl.store(grad + start + offsets, g, mask=apart)
-            flag = flag | tl.max(tl.max(apart.to(tl.int32), 1), 0)
-        h = tl.where(apart, zeros, scale[None, :] * g * tl.abs(rnorm))
+        cancels = valid & (rnorm < 0)
+        if any_cancels:  # almost never
+            tl.store(grad + start + offsets, g, mask=cancels)
+            flag = flag | tl.max(tl.max(cancels.to(tl.int32), 1), 0)
+        h = tl.where(cancels, zeros, scale[None, :] * g * tl.abs(rnorm))
         if LARGEST > 0:  # as in route_kernel
             bounded = tl.minimum(tl.maximum(h, -LARGEST), LARGEST)
             extreme = (is_clamped(rnorm) | is_clamped(input_rnorm)[None, :]) & (h == h)
