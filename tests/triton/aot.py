@@ -26,10 +26,10 @@ from gistops.backends.triton.centers import centers_kernel
 from gistops.backends.triton.configs import SMALL, Config
 from gistops.backends.triton.finish import finish_displacements_kernel, finish_input_kernel
 from gistops.backends.triton.forward import forward_kernel
-from gistops.backends.triton.gather import gather_kernel
 from gistops.backends.triton.norms import every_norm_kernel, whole_norm_kernel
 from gistops.backends.triton.pool import pool_lse_kernel
 from gistops.backends.triton.product import pool_logits_kernel
+from gistops.backends.triton.reduce_partials import reduce_partials_kernel
 from gistops.backends.triton.route import route_kernel
 from gistops.backends.triton.rows import rows_kernel, total_kernel
 from gistops.backends.triton.softmax import route_softmax_kernel
@@ -194,7 +194,7 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     sizes = SMALL[kind]
     small: list[tuple[Any, dict[str, Any]]] = [
         (rescore_cancelled_kernel, _tiles("CBD", sizes.rescore) | {"ACC": acc}),
-        (gather_kernel, dict(zip(("BLOCK_P", "BLOCK_N", "BLOCK_T"), configs.GATHER, strict=True))),
+        (reduce_partials_kernel, dict(zip(("BLOCK_P", "BLOCK_N", "BLOCK_T"), configs.REDUCE, strict=True))),
         (total_kernel, {"BLOCK": configs.ROWS[2], "REDUCED": True, "MEAN": True}),
         (finish_displacements_kernel, _tiles("RD", sizes.finish_displacements) | {"ACC": acc}),
     ]

@@ -172,8 +172,8 @@ SMALL: dict[Kind, Small] = {"half": _HALF, "tf32": _SINGLE, "ieee": _SINGLE, "f6
 ROUTE_PROGRAMS = 1056
 #: Groups of classes at most, which bounds the partial sums S' [groups, M, B].
 ROUTE_GROUPS = 256
-#: Tiles of gather_kernel: parts and elements of a sum, and elements of the one sum to a single number.
-GATHER = (16, 64, 1024)
+#: Tiles of reduce_partials_kernel: parts and elements of a sum, and elements of the one sum to a single number.
+REDUCE = (16, 64, 1024)
 #: Tiles of the loss: rows and groups of classes of rows_kernel, elements of total_kernel.
 ROWS = (32, 32, 1024)
 #: Programs of the loss's large kernels at least, where there is work for them; more make more parts of sums.

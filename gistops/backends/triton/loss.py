@@ -20,7 +20,7 @@ from .configs import grouped, power_of_two
 from .configs import tiles as tiles_of
 from .pool import pool_lse_kernel
 from .problem import Problem, multiply, on_device
-from .routing import Needs, Parts, Routed, Saved, gather
+from .routing import Needs, Parts, Routed, Saved, reduce_partials
 from .rows import rows_kernel, total_kernel
 from .softmax import route_softmax_kernel
 
@@ -301,7 +301,7 @@ def _route(c: Chunk, saved: Saved, needs: Needs, routing: dict[str, Any]) -> Rou
         COUNT=configs.few(M) if c.p.small.softmax_few else 0, num_warps=c.tile[2],
         LARGEST=65504.0 if c.p.dtype == torch.float16 else 0.0, **parts.switches(), **routing,
     )  # fmt: skip
-    return gather(c.p, parts, c.run * c.tile[0], c.tile[1])
+    return reduce_partials(c.p, parts, c.run * c.tile[0], c.tile[1])
 
 
 def _in_chunks(

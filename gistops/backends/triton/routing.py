@@ -1,4 +1,4 @@
-"""The launches of route_kernel and gather_kernel, for the gradient of logits and for that of a loss."""
+"""The launches of route_kernel and reduce_partials_kernel, for the gradient of logits and for that of a loss."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ...operators.cross_entropy import padded
 from . import configs
 from .configs import power_of_two
 from .configs import tiles as tiles_of
-from .gather import gather_kernel
 from .problem import Problem
+from .reduce_partials import reduce_partials_kernel
 from .route import route_kernel
 
 
@@ -111,10 +111,10 @@ def route(p: Problem, saved: Saved, needs: Needs) -> Routed:
         LARGEST=65504.0 if p.dtype == torch.float16 else 0.0,
         num_warps=warps, **switches,
     )  # fmt: skip
-    return gather(p, parts, tiles * classes, rows)
+    return reduce_partials(p, parts, tiles * classes, rows)
 
 
-def gather(p: Problem, parts: Parts, group_classes: int, split_rows: int) -> Routed:
+def reduce_partials(p: Problem, parts: Parts, group_classes: int, split_rows: int) -> Routed:
     """The sums over the first dimension; one part is its own sum."""
     several = parts.shares, parts.moments, parts.bias, parts.margin
     due = [x.shape[0] > 1 for x in several]
@@ -124,10 +124,10 @@ def gather(p: Problem, parts: Parts, group_classes: int, split_rows: int) -> Rou
     ]
     lengths = [x[0].numel() if more else 0 for x, more in zip(several, due, strict=True)]
     of_tau = parts.totals.new_empty(1 if parts.totals.numel() else 0)
-    rows, columns, run = configs.GATHER
+    rows, columns, run = configs.REDUCE
     programs = sum(tiles_of(length, columns) for length in lengths) + of_tau.numel()
     if programs:
-        gather_kernel[(programs,)](
+        reduce_partials_kernel[(programs,)](
             *several, parts.totals, p.tau, *sums, of_tau, parts.flags.shape[1], parts.flags.shape[0],
             *lengths, parts.totals.numel(), BLOCK_P=rows, BLOCK_N=columns, BLOCK_T=run,
         )  # fmt: skip

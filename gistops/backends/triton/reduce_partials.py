@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _add_up(parts, result, block, count, length, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+def _reduce(parts, result, block, count, length, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     """result [length] = Σ parts [count, length], for BLOCK_N of its elements."""
     place = block * BLOCK_N + tl.arange(0, BLOCK_N)
     lanes = tl.arange(0, BLOCK_P)
@@ -22,7 +22,7 @@ def _add_up(parts, result, block, count, length, BLOCK_P: tl.constexpr, BLOCK_N:
 
 
 @triton.jit
-def gather_kernel(
+def reduce_partials_kernel(
     shares,  # [groups, M·B]
     moments,  # [splits, M·K]
     bias_parts,  # [splits, K]
@@ -49,22 +49,22 @@ def gather_kernel(
     block = tl.program_id(0)
     ends = tl.cast(0, tl.int32) + (share_length + BLOCK_N - 1) // BLOCK_N
     if block < ends:
-        _add_up(shares, shares_sum, block, groups, share_length, BLOCK_P, BLOCK_N)
+        _reduce(shares, shares_sum, block, groups, share_length, BLOCK_P, BLOCK_N)
     else:
         block -= ends
         ends = tl.cast(0, tl.int32) + (moment_length + BLOCK_N - 1) // BLOCK_N
         if block < ends:
-            _add_up(moments, moments_sum, block, splits, moment_length, BLOCK_P, BLOCK_N)
+            _reduce(moments, moments_sum, block, splits, moment_length, BLOCK_P, BLOCK_N)
         else:
             block -= ends
             ends = tl.cast(0, tl.int32) + (bias_length + BLOCK_N - 1) // BLOCK_N
             if block < ends:
-                _add_up(bias_parts, bias_gradient, block, splits, bias_length, BLOCK_P, BLOCK_N)
+                _reduce(bias_parts, bias_gradient, block, splits, bias_length, BLOCK_P, BLOCK_N)
             else:
                 block -= ends
                 ends = tl.cast(0, tl.int32) + (margin_length + BLOCK_N - 1) // BLOCK_N
                 if block < ends:
-                    _add_up(margin_parts, margin_gradient, block, splits, margin_length, BLOCK_P, BLOCK_N)
+                    _reduce(margin_parts, margin_gradient, block, splits, margin_length, BLOCK_P, BLOCK_N)
                 else:
                     lanes = tl.arange(0, BLOCK_T)
                     total = tl.zeros((BLOCK_T,), totals.dtype.element_ty)
