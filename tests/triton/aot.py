@@ -24,8 +24,11 @@ from gistops.backends.triton.cancellation import rescore_cancelled_kernel
 from gistops.backends.triton.cancellation_lse import rescore_cancelled_lse_kernel
 from gistops.backends.triton.centers import centers_kernel
 from gistops.backends.triton.configs import SMALL, Config
-from gistops.backends.triton.finish import finish_displacements_kernel, finish_input_kernel
 from gistops.backends.triton.forward import forward_kernel
+from gistops.backends.triton.grad_epilogues import (
+    grad_displacements_epilogue_kernel,
+    grad_input_epilogue_kernel,
+)
 from gistops.backends.triton.norms import every_norm_kernel, whole_norm_kernel
 from gistops.backends.triton.pool import pool_lse_kernel
 from gistops.backends.triton.product import pool_logits_kernel
@@ -68,7 +71,7 @@ INTEGERS = (
 )  # fmt: skip
 OPERANDS = (
     "input", "centers", "displacements", "weights",
-    "center_gradient", "input_gradient", "displacement_gradient",
+    "center_gradient", "grad_input", "grad_displacements",
 )  # fmt: skip
 
 
@@ -196,7 +199,7 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
         (rescore_cancelled_kernel, _tiles("CBD", sizes.rescore) | {"ACC": acc}),
         (reduce_partials_kernel, dict(zip(("BLOCK_P", "BLOCK_N", "BLOCK_T"), configs.REDUCE, strict=True))),
         (total_kernel, {"BLOCK": configs.ROWS[2], "REDUCED": True, "MEAN": True}),
-        (finish_displacements_kernel, _tiles("RD", sizes.finish_displacements) | {"ACC": acc}),
+        (grad_displacements_epilogue_kernel, _tiles("RD", sizes.grad_displacements_epilogue) | {"ACC": acc}),
     ]
     counts = (5, 0)
     for count in counts:
@@ -217,8 +220,14 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
         constants = {"SLOTS": slots, "ACC": acc, "NORM_PRECISION": precise, "WIDEN": False}
         yield Case(every_norm_kernel, dtype, target, _tiles("RD", sizes.every_norm) | constants)
     for whole in (True, False):
-        constants = _tiles("CD", sizes.finish_input) | {"BLOCK_G": 256, "WHOLE": whole, "ACC": acc}
-        yield Case(finish_input_kernel, dtype, target, constants, 8 if sizes.finish_input[1] > 1024 else 4)
+        constants = _tiles("CD", sizes.grad_input_epilogue) | {"BLOCK_G": 256, "WHOLE": whole, "ACC": acc}
+        yield Case(
+            grad_input_epilogue_kernel,
+            dtype,
+            target,
+            constants,
+            8 if sizes.grad_input_epilogue[1] > 1024 else 4,
+        )
     every_option = {"HAS_BIAS": True, "HAS_WEIGHT": True, "SUMS": True, "PARK": True}
     no_option = dict.fromkeys(every_option, False)
     for options in (every_option, no_option | {"PARK": True}, no_option):

@@ -22,7 +22,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
                 sizes, every_norm=(16, 32), whole_norm=(1024, 1), pool_logits=(16, 32, 4),
                 rescore=(16, 32, 16), route=(16, 32, 4), route_many=(16, 32, 4),
                 pool=(16, 32, 4), softmax=(32, 16, 4), softmax_many=(32, 16, 4),
-                finish_input=(16, 16), finish_displacements=(16, 32),
+                grad_input_epilogue=(16, 16), grad_displacements_epilogue=(16, 32),
             )  # fmt: skip
             monkeypatch.setitem(configs.SMALL, kind, small)
         monkeypatch.setattr(configs, "ROUTE_GROUPS", 2)  # several class tiles a group

@@ -135,10 +135,10 @@ class Small:
     #: Whether route_softmax_kernel writes loops over few slots out, and sums by slot in registers.
     softmax_few: bool
     softmax_many: tuple[int, int, int]  # the same where M > 32
-    finish_input: tuple[
+    grad_input_epilogue: tuple[
         int, int
     ]  # classes of a look for pairs that cancel; dimensions at most; 8 warps above 1024
-    finish_displacements: tuple[int, int]  # terms added at a time, dimensions
+    grad_displacements_epilogue: tuple[int, int]  # terms added at a time, dimensions
 
 
 _HALF = Small(
@@ -152,8 +152,8 @@ _HALF = Small(
     softmax=(16, 32, 4),
     softmax_few=True,  # on an H100 a loss's step takes 0.77 to 0.89 of what it takes without
     softmax_many=(16, 16, 4),
-    finish_input=(64, 2048),
-    finish_displacements=(64, 32),
+    grad_input_epilogue=(64, 2048),
+    grad_displacements_epilogue=(64, 32),
 )
 _SINGLE = replace(_HALF, every_norm=(32, 64), whole_norm=(2048, 1))
 _DOUBLE = replace(
@@ -164,7 +164,7 @@ _DOUBLE = replace(
     every_norm=(16, 32),
     whole_norm=(1024, 1),
     pool_logits=(64, 32, 4),
-    finish_input=(64, 512),
+    grad_input_epilogue=(64, 512),
 )
 SMALL: dict[Kind, Small] = {"half": _HALF, "tf32": _SINGLE, "ieee": _SINGLE, "f64": _DOUBLE}
 

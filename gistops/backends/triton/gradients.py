@@ -9,7 +9,7 @@ from . import configs
 from .centers import centers_kernel
 from .configs import Config, power_of_two
 from .configs import tiles as tiles_of
-from .finish import finish_displacements_kernel, finish_input_kernel
+from .grad_epilogues import grad_displacements_epilogue_kernel, grad_input_epilogue_kernel
 from .problem import Problem, multiply
 from .routing import Needs, Routed, Saved, route
 
@@ -29,9 +29,9 @@ def input_gradient(p: Problem, saved: Saved, routed: Routed, dtype: torch.dtype 
     B, K, d, M = p.sizes
     products = multiply(routed.weights[:, :B].t(), p.centers, p.input.new_empty(B, d, dtype=p.sums))
     out = p.input.new_empty(B, d, dtype=dtype or p.products)
-    classes, dims = p.small.finish_input
+    classes, dims = p.small.grad_input_epilogue
     dims = min(dims, power_of_two(d))
-    finish_input_kernel[(B,)](
+    grad_input_epilogue_kernel[(B,)](
         products, routed.shares, p.input, p.centers, p.displacements, saved.grad, saved.slots,
         saved.center_rnorms, saved.input_rnorms, p.tau, routed.flags, out,
         B, K, d, M, routed.flags.shape[1], routed.group_classes, routed.split_rows, *saved.strides,
@@ -83,8 +83,8 @@ def displacements_gradient(
     B, _, d, M = p.sizes
     out = p.input.new_empty(M - 1, d, dtype=dtype or p.products)
     if M > 1:
-        rows, dims = p.small.finish_displacements
-        finish_displacements_kernel[(tiles_of(d, dims), M - 1)](
+        rows, dims = p.small.grad_displacements_epilogue
+        grad_displacements_epilogue_kernel[(tiles_of(d, dims), M - 1)](
             routed.shares, p.input, parts, out, B, d, M - 1, parts.shape[0],
             BLOCK_R=rows, BLOCK_D=dims, **p.constants("ACC"),
         )  # fmt: skip

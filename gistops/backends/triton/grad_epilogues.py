@@ -66,7 +66,7 @@ def input_terms(
 
 
 @triton.jit
-def finish_input_kernel(
+def grad_input_epilogue_kernel(
     products,  # H'W [B, d] in ACC; overwritten by g where a program takes several tiles
     shares,  # S' [M, B]
     input,  # [B, d]
@@ -78,7 +78,7 @@ def finish_input_kernel(
     input_rnorms,  # [B]
     tau,  # one element
     flags,  # [splits, groups]
-    input_gradient,  # [B, d]
+    grad_input,  # [B, d]
     B,
     K,
     d,
@@ -117,7 +117,7 @@ def finish_input_kernel(
         # A clamped norm is a constant: nothing to project out.
         along = tl.where(is_clamped(input_rnorm), tl.zeros_like(along), along)
         result = g - along * f
-        tl.store(input_gradient + i * d + dims, result.to(input_gradient.dtype.element_ty), mask=inside)
+        tl.store(grad_input + i * d + dims, result.to(grad_input.dtype.element_ty), mask=inside)
     else:
         dot = tl.zeros((BLOCK_D,), ACC)
         for start in tl.range(0, d, BLOCK_D, num_stages=1):
@@ -140,15 +140,15 @@ def finish_input_kernel(
             g = tl.load(products + i * d + dims, mask=inside, other=0.0)
             f = tl.load(input + i * d + dims, mask=inside, other=0.0).to(ACC)
             result = g - along * f
-            tl.store(input_gradient + i * d + dims, result.to(input_gradient.dtype.element_ty), mask=inside)
+            tl.store(grad_input + i * d + dims, result.to(grad_input.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def finish_displacements_kernel(
+def grad_displacements_epilogue_kernel(
     shares,  # S' [M, B]
     input,  # [B, d]
     parts,  # [class tiles, m, d], from centers_kernel
-    displacement_gradient,  # [m, d]
+    grad_displacements,  # [m, d]
     B,
     d,
     m,
@@ -173,5 +173,5 @@ def finish_displacements_kernel(
         tiles = (start + lanes).to(tl.int64)
         valid = (tiles < class_tiles)[:, None] & inside[None, :]
         result += tl.load(parts + (tiles[:, None] * m + j) * d + dims[None, :], mask=valid, other=0.0)
-    target = displacement_gradient + j * d + dims
-    tl.store(target, tl.sum(result, 0).to(displacement_gradient.dtype.element_ty), mask=inside)
+    target = grad_displacements + j * d + dims
+    tl.store(target, tl.sum(result, 0).to(grad_displacements.dtype.element_ty), mask=inside)
