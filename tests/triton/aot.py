@@ -22,9 +22,9 @@ from triton.compiler import ASTSource
 from gistops.backends.triton import configs
 from gistops.backends.triton.cancellation import rescore_cancelled_kernel
 from gistops.backends.triton.cancellation_lse import rescore_cancelled_lse_kernel
-from gistops.backends.triton.centers import centers_kernel
 from gistops.backends.triton.configs import SMALL, Config
 from gistops.backends.triton.forward import forward_kernel
+from gistops.backends.triton.grad_centers import grad_centers_kernel
 from gistops.backends.triton.grad_epilogues import (
     grad_displacements_epilogue_kernel,
     grad_input_epilogue_kernel,
@@ -71,7 +71,7 @@ INTEGERS = (
 )  # fmt: skip
 OPERANDS = (
     "input", "centers", "displacements", "weights",
-    "center_gradient", "grad_input", "grad_displacements",
+    "grad_centers", "grad_input", "grad_displacements",
 )  # fmt: skip
 
 
@@ -193,7 +193,7 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
         for needs in ((True, True), (True, False), (False, True)):
             made = configs.CENTERS_PRODUCTS[kind] == "cublas" and needs[0]
             switches = {"NEED_CENTERS": needs[0], "NEED_DISPLACEMENTS": needs[1], "MADE": made}
-            yield _large(centers_kernel, dtype, target, config, products | corrections | switches)
+            yield _large(grad_centers_kernel, dtype, target, config, products | corrections | switches)
     sizes = SMALL[kind]
     small: list[tuple[Any, dict[str, Any]]] = [
         (rescore_cancelled_kernel, _tiles("CBD", sizes.rescore) | {"ACC": acc}),

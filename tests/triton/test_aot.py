@@ -24,7 +24,7 @@ SPILLED = 64
 
 
 def spilled_at_most(case: aot.Case) -> int:
-    large = case.name in ("forward_kernel", "centers_kernel") and case.dtype in ("bf16", "f16", "tf32")
+    large = case.name in ("forward_kernel", "grad_centers_kernel") and case.dtype in ("bf16", "f16", "tf32")
     return 0 if large and case.target == "sm_90" else SPILLED
 
 
@@ -38,7 +38,7 @@ def in_default_run(case: aot.Case) -> bool:
     fullest = case.name == "forward_kernel" or (
         case.constants.get("NEED_CENTERS") and case.constants.get("NEED_DISPLACEMENTS")
     )
-    large = case.name in ("forward_kernel", "centers_kernel")
+    large = case.name in ("forward_kernel", "grad_centers_kernel")
     return bool(large and fullest and case.dtype in ("bf16", "tf32"))
 
 

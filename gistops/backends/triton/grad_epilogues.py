@@ -147,7 +147,7 @@ def grad_input_epilogue_kernel(
 def grad_displacements_epilogue_kernel(
     shares,  # S' [M, B]
     input,  # [B, d]
-    parts,  # [class tiles, m, d], from centers_kernel
+    parts,  # [class tiles, m, d], from grad_centers_kernel
     grad_displacements,  # [m, d]
     B,
     d,

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from . import configs
-from .centers import centers_kernel
 from .configs import Config, power_of_two
 from .configs import tiles as tiles_of
+from .grad_centers import grad_centers_kernel
 from .grad_epilogues import grad_displacements_epilogue_kernel, grad_input_epilogue_kernel
 from .problem import Problem, multiply
 from .routing import Needs, Routed, Saved, route
@@ -64,7 +64,7 @@ def centers_gradient(p: Problem, saved: Saved, routed: Routed, needs: Needs) -> 
             count = min(step, K - first)
             if made:
                 multiply(routed.weights[first : first + count, :B], p.input, products[:count])
-            centers_kernel[(tiles_of(count, config.classes) * tiles_of(d, config.dims),)](
+            grad_centers_kernel[(tiles_of(count, config.classes) * tiles_of(d, config.dims),)](
                 routed.weights, p.input, p.centers, p.displacements, saved.grad, saved.slots, saved.center_rnorms,
                 routed.moments, saved.input_rnorms, p.tau, products, out, parts, first,
                 B, K, d, routed.weights.shape[1], M, *saved.strides,

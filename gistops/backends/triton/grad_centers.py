@@ -66,7 +66,7 @@ def one_class(
     moments,
     input_rnorms,
     tau,
-    center_gradient,
+    grad_centers,
     parts,
     B,
     K,
@@ -110,11 +110,11 @@ def one_class(
                 target = row + (j - 1) * d
                 tl.store(target, tl.load(target, mask=inside, other=0.0) - correction, mask=inside)
     if NEED_CENTERS:
-        tl.store(center_gradient + k * d + dims, result.to(center_gradient.dtype.element_ty), mask=inside)
+        tl.store(grad_centers + k * d + dims, result.to(grad_centers.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def centers_kernel(
+def grad_centers_kernel(
     weights,  # H' [K, stride], class by class
     input,  # [B, d]
     centers,  # [K, d]
@@ -125,8 +125,8 @@ def centers_kernel(
     moments,  # U [M, K]
     input_rnorms,  # [B]
     tau,  # one element
-    products,  # with MADE H'f of the classes from `first` on: center_gradient, or memory of a wider dtype
-    center_gradient,  # [K, d]
+    products,  # with MADE H'f of the classes from `first` on: grad_centers, or memory of a wider dtype
+    grad_centers,  # [K, d]
     parts,  # [class tiles, m, d]: of the gradient of the displacements
     first,  # class of the launch, a multiple of BLOCK_C
     B,
@@ -207,7 +207,7 @@ def centers_kernel(
             tl.store(target, -part, mask=known)
     if NEED_CENTERS:
         result -= total[:, None] * w.to(ACC)
-        tl.store(center_gradient + elements, result.to(center_gradient.dtype.element_ty), mask=valid)
+        tl.store(grad_centers + elements, result.to(grad_centers.dtype.element_ty), mask=valid)
 
     if tl.max(marked, 0) > 0:
         tl.debug_barrier()  # what is stored above is stored again
@@ -216,6 +216,6 @@ def centers_kernel(
             if mark > 0:
                 one_class(
                     k, class_tile, dims, inside, weights, input, centers, displacements, grad, slots,
-                    center_rnorms, moments, input_rnorms, tau, center_gradient, parts, B, K, d, stride, M,
+                    center_rnorms, moments, input_rnorms, tau, grad_centers, parts, B, K, d, stride, M,
                     row_stride, class_stride, BLOCK_D, NEED_CENTERS, NEED_DISPLACEMENTS, ACC,
                 )  # fmt: skip
