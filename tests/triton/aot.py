@@ -29,9 +29,9 @@ from gistops.backends.triton.grad_epilogues import (
     grad_displacements_epilogue_kernel,
     grad_input_epilogue_kernel,
 )
+from gistops.backends.triton.max_over_slots import max_over_slots_kernel
 from gistops.backends.triton.norms import every_norm_kernel, whole_norm_kernel
 from gistops.backends.triton.pool import pool_lse_kernel
-from gistops.backends.triton.product import pool_logits_kernel
 from gistops.backends.triton.reduce_partials import reduce_partials_kernel
 from gistops.backends.triton.route import route_kernel
 from gistops.backends.triton.rows import rows_kernel, total_kernel
@@ -203,9 +203,9 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     ]
     counts = (5, 0)
     for count in counts:
-        *tiles, warps = sizes.pool_logits
+        *tiles, warps = sizes.max_over_slots
         constants = _tiles("CB", tuple(tiles)) | {"ACC": acc, "COUNT": count}
-        yield Case(pool_logits_kernel, dtype, target, constants, warps)
+        yield Case(max_over_slots_kernel, dtype, target, constants, warps)
     elements, warps = sizes.whole_norm
     for dims in (64, elements // 2, elements):
         constants = {

@@ -126,7 +126,7 @@ class Small:
     every_norm: tuple[int, int]  # rows or classes, dimensions; times 16 displacements
     #: Elements and warps of whole_norm_kernel, for vectors no longer than that many elements, and few displacements.
     whole_norm: tuple[int, int]
-    pool_logits: tuple[int, int, int]  # classes, rows, warps
+    max_over_slots: tuple[int, int, int]  # classes, rows, warps
     rescore: tuple[int, int, int]  # classes, rows, dimensions
     route: tuple[int, int, int]  # rows, classes, warps
     route_many: tuple[int, int, int]  # the same where M > 32: there the sums S' take registers
@@ -144,7 +144,7 @@ class Small:
 _HALF = Small(
     every_norm=(32, 128),
     whole_norm=(4096, 1),
-    pool_logits=(128, 32, 4),
+    max_over_slots=(128, 32, 4),
     rescore=(32, 32, 16),
     route=(32, 32, 4),
     route_many=(16, 64, 4),
@@ -163,7 +163,7 @@ _DOUBLE = replace(
     route_many=(16, 32, 4),
     every_norm=(16, 32),
     whole_norm=(1024, 1),
-    pool_logits=(64, 32, 4),
+    max_over_slots=(64, 32, 4),
     grad_input_epilogue=(64, 512),
 )
 SMALL: dict[Kind, Small] = {"half": _HALF, "tf32": _SINGLE, "ieee": _SINGLE, "f64": _DOUBLE}
@@ -244,13 +244,13 @@ class Forced(NamedTuple):
     whole_norm: tuple[int, int] | None = None
     every_norm: tuple[int, int] | None = None
     pool: tuple[int, int, int] | None = None
-    pool_logits: tuple[int, int, int] | None = None
+    max_over_slots: tuple[int, int, int] | None = None
     softmax: tuple[int, int, int] | None = None
     softmax_few: bool | None = None
     route: tuple[int, int, int] | None = None
 
 
-SMALL_FORCED = ("whole_norm", "every_norm", "pool", "pool_logits", "softmax", "softmax_few", "route")
+SMALL_FORCED = ("whole_norm", "every_norm", "pool", "max_over_slots", "softmax", "softmax_few", "route")
 _forced = Forced()
 
 

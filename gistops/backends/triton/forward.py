@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .product import pooled
+from .max_over_slots import max_over_slots
 
 
 @triton.jit
@@ -56,7 +56,9 @@ def forward_kernel(
         products = tl.dot(w, tl.trans(f), products, input_precision=PRECISION, out_dtype=ACC)
 
     # Scores of pairs that cancel are wrong here, and made anew by rescore_cancelled_kernel.
-    best, slot = pooled(products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, 0)
+    best, slot = max_over_slots(
+        products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, 0
+    )
     scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
     offsets = rows.to(tl.int64)[None, :] * K + classes[:, None]
     valid = row_valid[None, :] & class_valid[:, None]

@@ -12,9 +12,9 @@ from . import configs, gradients
 from .cancellation import rescore_cancelled_kernel
 from .configs import Config, tiles
 from .forward import forward_kernel
+from .max_over_slots import max_over_slots_kernel
 from .norms import every_norm_kernel, whole_norm_kernel
 from .problem import Problem, multiply, on_device
-from .product import pool_logits_kernel
 from .routing import Needs, Saved
 
 
@@ -53,8 +53,8 @@ def around_product(
     stride = tiles(B, 16) * 16
     scores = p.input.new_empty(K, stride, dtype=p.sums)
     multiply(p.centers, p.input.t(), scores[:, :B])
-    classes, rows, warps = p.small.pool_logits
-    pool_logits_kernel[(tiles(K, classes) * tiles(B, rows),)](
+    classes, rows, warps = p.small.max_over_slots
+    max_over_slots_kernel[(tiles(K, classes) * tiles(B, rows),)](
         scores, center_rnorms, shifts, input_rnorms, p.tau, logits, slots, B, K, stride, M,
         BLOCK_C=classes, BLOCK_B=rows, COUNT=configs.few(M), num_warps=warps, **p.constants("ACC"),
     )  # fmt: skip

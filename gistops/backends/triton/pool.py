@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .max_over_slots import max_over_slots
 from .partials import joined, row_targets, store_class_sums, store_partials, tile_partials
-from .product import pooled
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def pool_lse_kernel(
     ignore_index,
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    COUNT: tl.constexpr,  # see `pooled`
+    COUNT: tl.constexpr,  # see `max_over_slots`
     ACC: tl.constexpr,
     PARK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -76,7 +76,7 @@ def pool_lse_kernel(
         products = ahead
         more_inside = (classes + BLOCK_C < last)[:, None] & columns
         ahead = tl.load(scores + start + BLOCK_C * stride + offsets, mask=more_inside, other=0.0)
-        best, slot = pooled(
+        best, slot = max_over_slots(
             products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, COUNT
         )
         z = tl.where(valid, best * scale[None, :], tl.zeros_like(best))

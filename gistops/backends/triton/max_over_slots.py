@@ -3,7 +3,7 @@
 P is kept class by class, [K, ldB]: its rows start on whole vectors whatever K, and a library product with rows that do
 not takes more than twice as long.
 
-`pooled` is what a kernel on such scores shares, the loss's too: it takes a tile P [classes, features], and per slot a
+`max_over_slots` is what a kernel on such scores shares, the loss's too: it takes a tile P [classes, features], and per slot a
 row of reciprocal norms [classes] and of f·δ_j [features]; it gives the best score without τ/|f_i|, and its slot.
 """
 
@@ -14,7 +14,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _better(best, slot, j, products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K):
+def _running_max(best, slot, j, products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K):
     """Best scores and their slots, with slot j considered."""
     rnorm = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0)
     shift = tl.load(shifts + tl.cast(j, tl.int64) * B + rows, mask=row_valid, other=0.0)
@@ -25,7 +25,7 @@ def _better(best, slot, j, products, classes, class_valid, rows, row_valid, cent
 
 
 @triton.jit
-def pooled(
+def max_over_slots(
     products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, COUNT: tl.constexpr
 ):
     """max_j (P + Q_j) R_j and the lowest j that attains it, for a tile of [classes, features].
@@ -36,19 +36,19 @@ def pooled(
     slot = tl.zeros(products.shape, tl.int32)
     if COUNT > 0:
         for j in tl.static_range(1, COUNT):
-            best, slot = _better(
+            best, slot = _running_max(
                 best, slot, j, products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K
             )
     else:
         for j in tl.range(1, M, num_stages=1):
-            best, slot = _better(
+            best, slot = _running_max(
                 best, slot, j, products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K
             )
     return best, slot
 
 
 @triton.jit
-def pool_logits_kernel(
+def max_over_slots_kernel(
     scores,  # P [K, stride]
     center_rnorms,  # [M, K]
     shifts,  # [M, B]
@@ -62,7 +62,7 @@ def pool_logits_kernel(
     M,
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    COUNT: tl.constexpr,  # see `pooled`
+    COUNT: tl.constexpr,  # see `max_over_slots`
     ACC: tl.constexpr,
 ):
     """A program: BLOCK_C classes, BLOCK_B features, read class by class and written feature by feature.
@@ -77,7 +77,7 @@ def pool_logits_kernel(
     place = classes.to(tl.int64)[:, None] * stride + rows[None, :]
     inside = class_valid[:, None] & (rows < stride)[None, :]
     products = tl.load(scores + place, mask=inside, other=0.0)
-    best, slot = pooled(
+    best, slot = max_over_slots(
         products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, COUNT
     )
     scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
