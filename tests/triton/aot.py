@@ -29,9 +29,9 @@ from gistops.backends.triton.grad_epilogues import (
     grad_displacements_epilogue_kernel,
     grad_input_epilogue_kernel,
 )
+from gistops.backends.triton.lse import lse_kernel
 from gistops.backends.triton.max_over_slots import max_over_slots_kernel
 from gistops.backends.triton.norms import every_norm_kernel, whole_norm_kernel
-from gistops.backends.triton.pool import pool_lse_kernel
 from gistops.backends.triton.reduce_partials import reduce_partials_kernel
 from gistops.backends.triton.route import route_kernel
 from gistops.backends.triton.rows import rows_kernel, total_kernel
@@ -232,9 +232,9 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     no_option = dict.fromkeys(every_option, False)
     for options in (every_option, no_option | {"PARK": True}, no_option):
         for count in counts:
-            constants = _tiles("CB", sizes.pool[:2]) | {"ACC": acc, "COUNT": count} | options
-            yield Case(pool_lse_kernel, dtype, target, constants, sizes.pool[2])
-    rescore_tiles = (min(sizes.rescore[0], sizes.pool[0]), *sizes.rescore[1:])
+            constants = _tiles("CB", sizes.lse[:2]) | {"ACC": acc, "COUNT": count} | options
+            yield Case(lse_kernel, dtype, target, constants, sizes.lse[2])
+    rescore_tiles = (min(sizes.rescore[0], sizes.lse[0]), *sizes.rescore[1:])
     yield Case(
         rescore_cancelled_lse_kernel,
         dtype,

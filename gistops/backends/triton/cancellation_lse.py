@@ -1,6 +1,6 @@
 """Pairs that cancel, in a loss: their group's part of the log-sum-exp made anew, from w_k + δ_j written out.
 
-As cancellation.py, for class-major scores. A program takes a whole group of pool.py, since all its scores are in the same sums.
+As cancellation.py, for class-major scores. A program takes a whole group of lse.py, since all its scores are in the same sums.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ class Small:
     rescore: tuple[int, int, int]  # classes, rows, dimensions
     route: tuple[int, int, int]  # rows, classes, warps
     route_many: tuple[int, int, int]  # the same where M > 32: there the sums S' take registers
-    pool: tuple[int, int, int]  # classes, rows, warps
+    lse: tuple[int, int, int]  # classes, rows, warps
     softmax: tuple[int, int, int]  # likewise
     #: Whether route_softmax_kernel writes loops over few slots out, and sums by slot in registers.
     softmax_few: bool
@@ -148,7 +148,7 @@ _HALF = Small(
     rescore=(32, 32, 16),
     route=(32, 32, 4),
     route_many=(16, 64, 4),
-    pool=(16, 64, 4),
+    lse=(16, 64, 4),
     softmax=(16, 32, 4),
     softmax_few=True,  # on an H100 a loss's step takes 0.77 to 0.89 of what it takes without
     softmax_many=(16, 16, 4),
@@ -158,7 +158,7 @@ _HALF = Small(
 _SINGLE = replace(_HALF, every_norm=(32, 64), whole_norm=(2048, 1))
 _DOUBLE = replace(
     _HALF,
-    pool=(16, 32, 4),
+    lse=(16, 32, 4),
     softmax_few=False,
     route_many=(16, 32, 4),
     every_norm=(16, 32),
@@ -243,14 +243,14 @@ class Forced(NamedTuple):
     #: Tiles of the small kernels, as in `Small`; whole_norm of (0, 1) means every_norm.
     whole_norm: tuple[int, int] | None = None
     every_norm: tuple[int, int] | None = None
-    pool: tuple[int, int, int] | None = None
+    lse: tuple[int, int, int] | None = None
     max_over_slots: tuple[int, int, int] | None = None
     softmax: tuple[int, int, int] | None = None
     softmax_few: bool | None = None
     route: tuple[int, int, int] | None = None
 
 
-SMALL_FORCED = ("whole_norm", "every_norm", "pool", "max_over_slots", "softmax", "softmax_few", "route")
+SMALL_FORCED = ("whole_norm", "every_norm", "lse", "max_over_slots", "softmax", "softmax_few", "route")
 _forced = Forced()
 
 

@@ -18,7 +18,7 @@ from . import configs, gradients, operators
 from .cancellation_lse import rescore_cancelled_lse_kernel
 from .configs import grouped, power_of_two
 from .configs import tiles as tiles_of
-from .pool import pool_lse_kernel
+from .lse import lse_kernel
 from .problem import Problem, multiply, on_device
 from .routing import Needs, Parts, Routed, Saved, reduce_partials
 from .rows import rows_kernel, total_kernel
@@ -104,7 +104,7 @@ def forward(
     loss = new((B,) if reduction == 0 else (), dtype=p.sums)
     center_rnorms, input_rnorms = new(M, K, dtype=p.sums), new(B, dtype=p.sums)
     rows, scalars = new(2 if margin is None else 5, B, dtype=p.sums), new(2, dtype=p.sums)
-    every = list(chunks(p, chunk_size(p, keep), p.small.pool))
+    every = list(chunks(p, chunk_size(p, keep), p.small.lse))
     shape = (max(c.p.sizes[1] for c in every), padded(B))
     scores, slots = new(shape, dtype=p.sums), new(shape if keep else (0, 0), dtype=torch.uint8)
     if B == 0:
@@ -156,7 +156,7 @@ def _score(
         "HAS_WEIGHT": of.weight is not None and sums, "SUMS": sums, **p.constants("ACC"),
     }  # fmt: skip
     bias, weight = (None if x is None else x[part] for x in (of.bias, of.weight))
-    pool_lse_kernel[(c.groups * tiles_of(B, c.tile[1]),)](
+    lse_kernel[(c.groups * tiles_of(B, c.tile[1]),)](
         scores, slots, rnorms, shifts, input_rnorms, p.tau, of.target, bias, weight, target_logits, partials,
         class_sums, B, K, scores.shape[1], M, c.run, c.first, c.first_group, groups, of.ignore_index,
         BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], COUNT=configs.few(M), num_warps=c.tile[2], **options,
@@ -316,7 +316,7 @@ def _in_chunks(
     memory, slots = new(size, padded(B), dtype=p.sums), new(size, padded(B), dtype=torch.uint8)
     target_logits = new(B, dtype=p.sums)
     sums: list[Tensor] = []
-    for score, route in zip(chunks(p, size, p.small.pool), chunks(p, size, softmax_tile(p)), strict=True):
+    for score, route in zip(chunks(p, size, p.small.lse), chunks(p, size, softmax_tile(p)), strict=True):
         classes = score.p.sizes[1]
         part = slice(score.first, score.first + classes)
         rnorms = center_rnorms[:, part].contiguous()

@@ -16,7 +16,7 @@ from .partials import joined, row_targets, store_class_sums, store_partials, til
 
 
 @triton.jit
-def pool_lse_kernel(
+def lse_kernel(
     scores,  # P [K, stride]; with PARK replaced by z
     slots,  # [K, stride]: written with PARK
     center_rnorms,  # [M, K]
