@@ -34,7 +34,7 @@ from gistops.backends.triton.max_over_slots import max_over_slots_kernel
 from gistops.backends.triton.norms import every_norm_kernel, whole_norm_kernel
 from gistops.backends.triton.reduce_partials import reduce_partials_kernel
 from gistops.backends.triton.route import route_kernel
-from gistops.backends.triton.rows import rows_kernel, total_kernel
+from gistops.backends.triton.row_loss import reduce_loss_kernel, row_loss_kernel
 from gistops.backends.triton.softmax import route_softmax_kernel
 
 TARGETS = {
@@ -198,7 +198,7 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     small: list[tuple[Any, dict[str, Any]]] = [
         (rescore_cancelled_kernel, _tiles("CBD", sizes.rescore) | {"ACC": acc}),
         (reduce_partials_kernel, dict(zip(("BLOCK_P", "BLOCK_N", "BLOCK_T"), configs.REDUCE, strict=True))),
-        (total_kernel, {"BLOCK": configs.ROWS[2], "REDUCED": True, "MEAN": True}),
+        (reduce_loss_kernel, {"BLOCK": configs.ROW_LOSS[2], "REDUCED": True, "MEAN": True}),
         (grad_displacements_epilogue_kernel, _tiles("RD", sizes.grad_displacements_epilogue) | {"ACC": acc}),
     ]
     counts = (5, 0)
@@ -243,10 +243,10 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     )
     for margin in (0, 3):
         constants = {
-            "BLOCK_R": configs.ROWS[0], "BLOCK_T": configs.ROWS[1], "MARGIN": margin, "MARGIN_EACH": margin > 0,
+            "BLOCK_R": configs.ROW_LOSS[0], "BLOCK_T": configs.ROW_LOSS[1], "MARGIN": margin, "MARGIN_EACH": margin > 0,
             "SMOOTHING": 0.1 if margin else 0.0, "REDUCED": True, "HAS_BIAS": True, "HAS_WEIGHT": margin > 0,
         }  # fmt: skip
-        yield Case(rows_kernel, dtype, target, constants)
+        yield Case(row_loss_kernel, dtype, target, constants)
     needs_all = {f"NEED_{what}": True for what in ("WEIGHTS", "SHARES", "MOMENTS", "TOTALS")}
     largest = 65504.0 if dtype == "f16" else 0.0
     for tiles, slots, warps in (

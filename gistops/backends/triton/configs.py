@@ -174,8 +174,8 @@ ROUTE_PROGRAMS = 1056
 ROUTE_GROUPS = 256
 #: Tiles of reduce_partials_kernel: parts and elements of a sum, and elements of the one sum to a single number.
 REDUCE = (16, 64, 1024)
-#: Tiles of the loss: rows and groups of classes of rows_kernel, elements of total_kernel.
-ROWS = (32, 32, 1024)
+#: Tiles of the loss: rows and groups of classes of row_loss_kernel, elements of reduce_loss_kernel.
+ROW_LOSS = (32, 32, 1024)
 #: Programs of the loss's large kernels at least, where there is work for them; more make more parts of sums.
 LOSS_PROGRAMS = 528
 

@@ -21,7 +21,7 @@ from .configs import tiles as tiles_of
 from .lse import lse_kernel
 from .problem import Problem, multiply, on_device
 from .routing import Needs, Parts, Routed, Saved, reduce_partials
-from .rows import rows_kernel, total_kernel
+from .row_loss import reduce_loss_kernel, row_loss_kernel
 from .softmax import route_softmax_kernel
 
 CHUNK_ELEMENTS = 1 << 25  # scores in a chunk at most, where they are not held
@@ -185,10 +185,10 @@ def _finish(
 ) -> None:
     """The loss, from the groups' parts."""
     B, K, _, _ = p.sizes
-    height, run, long = configs.ROWS
+    height, run, long = configs.ROW_LOSS
     programs = tiles_of(B, height)
     parts = p.input.new_empty(3, programs, dtype=p.sums)
-    rows_kernel[(programs,)](
+    row_loss_kernel[(programs,)](
         partials, class_sums, target_logits, of.target, of.bias, of.weight, of.margin, p.tau,
         loss, lse, rows, parts, scalars, B, K, partials.shape[1], of.ignore_index, BLOCK_R=height, BLOCK_T=run,
         MARGIN=0 if of.margin is None else of.margin_kind + 1,
@@ -196,7 +196,7 @@ def _finish(
         SMOOTHING=of.smoothing, REDUCED=of.reduction > 0,
         HAS_BIAS=of.bias is not None, HAS_WEIGHT=of.weight is not None,
     )  # fmt: skip
-    total_kernel[(1,)](
+    reduce_loss_kernel[(1,)](
         parts, loss, scalars, inside, programs, BLOCK=long, REDUCED=of.reduction > 0, MEAN=of.reduction == 1
     )
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .numerics import is_clamped
 from .partials import row_targets
-from .rows import BY_LOGIT, BY_MARGIN, BY_TAU, EXCESS, SHIFT
+from .row_loss import BY_LOGIT, BY_MARGIN, BY_TAU, EXCESS, SHIFT
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def row_factors(
     grad_stride,
     grad_lse,  # [B] by a stride; unused if there is none
     lse_stride,
-    saved,  # of rows_kernel
+    saved,  # of row_loss_kernel
     scalars,  # likewise
     target,  # [B]
     class_weight,  # [K], or unused
@@ -67,7 +67,7 @@ def row_factors(
 
 @triton.jit
 def margin_factors(rows, row_valid, saved, B):
-    """Derivatives of the lowered logit by logit, τ and margin."""
+    """Derivatives of the apply_margin logit by logit, τ and margin."""
     stride = tl.cast(B, tl.int64)
     by_logit = tl.load(saved + BY_LOGIT * stride + rows, mask=row_valid, other=0.0)
     by_tau = tl.load(saved + BY_TAU * stride + rows, mask=row_valid, other=0.0)

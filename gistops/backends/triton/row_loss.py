@@ -14,7 +14,7 @@ from .partials import without_infinity
 #: Numbers of a row that the backward needs; the last three only with a margin.
 SHIFT = tl.constexpr(0)  # O; inf where there is no other class, so that exp(z - O) is 0
 EXCESS = tl.constexpr(1)  # O - s; inf where the row is ignored
-BY_LOGIT = tl.constexpr(2)  # ∂(lowered logit) / ∂(logit)
+BY_LOGIT = tl.constexpr(2)  # ∂(apply_margin logit) / ∂(logit)
 BY_TAU = tl.constexpr(3)
 BY_MARGIN = tl.constexpr(4)
 #: Kinds of a margin; 0 is none.
@@ -32,7 +32,7 @@ def _root(x):
 
 
 @triton.jit
-def lowered(logit, tau, margin, MARGIN: tl.constexpr):
+def apply_margin(logit, tau, margin, MARGIN: tl.constexpr):
     """The target's logits with their margins, and their derivatives by logit, τ and margin."""
     one = tl.full(logit.shape, 1.0, logit.dtype)
     if MARGIN == LOGIT:
@@ -57,7 +57,7 @@ def lowered(logit, tau, margin, MARGIN: tl.constexpr):
 
 
 @triton.jit
-def log1p_of_exp(x):
+def softplus(x):
     """log(1 + e^x), with the digits of e^x where that is small."""
     y = tl.exp(-tl.abs(x))
     one_more = 1.0 + y
@@ -66,7 +66,7 @@ def log1p_of_exp(x):
 
 
 @triton.jit
-def rows_kernel(
+def row_loss_kernel(
     partials,  # [3, groups, B]
     class_sums,  # [2, groups]
     target_logits,  # [B]
@@ -131,20 +131,20 @@ def rows_kernel(
     own = tl.where(counted, y, tl.zeros_like(y))
     logit = tl.load(target_logits + rows, mask=counted, other=0.0)
     place = saved + rows
-    low_logit = logit
+    target_logit = logit
     if MARGIN > 0:
         each = tl.load(margin + (own if MARGIN_EACH else tl.zeros_like(own))).to(ACC)
         scale = tl.load(tau).to(ACC)
-        low_logit, by_logit, by_tau, by_margin = lowered(logit, scale, each, MARGIN)
+        target_logit, by_logit, by_tau, by_margin = apply_margin(logit, scale, each, MARGIN)
         stride = tl.cast(B, tl.int64)
         tl.store(place + BY_LOGIT * stride, by_logit, mask=row_valid)
         tl.store(place + BY_TAU * stride, by_tau, mask=row_valid)
         tl.store(place + BY_MARGIN * stride, by_margin, mask=row_valid)
-    score = low_logit
+    score = target_logit
     if HAS_BIAS:
         score = score + tl.load(class_bias + own).to(ACC)
     excess = others - score
-    value = log1p_of_exp(excess)
+    value = softplus(excess)
     full = tl.where(ignored, others, score + value)
     weight = tl.full((BLOCK_R,), 1.0, ACC)
     if HAS_WEIGHT:
@@ -152,7 +152,7 @@ def rows_kernel(
         value = weight * value
     if SMOOTHING > 0:
         every = tl.sum(weights, 0)
-        summed = tl.sum(weighted, 0) + weight * (low_logit - logit)
+        summed = tl.sum(weighted, 0) + weight * (target_logit - logit)
         if HAS_BIAS:
             summed += tl.sum(biases, 0)
         value = (1 - SMOOTHING) * value + SMOOTHING / tl.cast(K, ACC) * (full * every - summed)
@@ -172,7 +172,7 @@ def rows_kernel(
 
 
 @triton.jit
-def total_kernel(
+def reduce_loss_kernel(
     parts,  # [3, programs]
     loss,  # one element: written if there is a reduction
     scalars,  # [2]: here the first, what a mean divides by
