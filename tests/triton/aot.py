@@ -33,7 +33,7 @@ from gistops.backends.triton.lse import lse_kernel
 from gistops.backends.triton.max_over_slots import max_over_slots_kernel
 from gistops.backends.triton.norms import every_norm_kernel, whole_norm_kernel
 from gistops.backends.triton.reduce_partials import reduce_partials_kernel
-from gistops.backends.triton.route import route_kernel
+from gistops.backends.triton.route_logits_grad import route_logits_grad_kernel
 from gistops.backends.triton.row_loss import reduce_loss_kernel, row_loss_kernel
 from gistops.backends.triton.softmax import route_softmax_kernel
 
@@ -250,13 +250,13 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     needs_all = {f"NEED_{what}": True for what in ("WEIGHTS", "SHARES", "MOMENTS", "TOTALS")}
     largest = 65504.0 if dtype == "f16" else 0.0
     for tiles, slots, warps in (
-        (sizes.route[:2], 8, sizes.route[2]),
-        (sizes.route[:2], 32, sizes.route[2]),
-        (sizes.route_many[:2], 256, sizes.route_many[2]),
+        (sizes.route_logits_grad[:2], 8, sizes.route_logits_grad[2]),
+        (sizes.route_logits_grad[:2], 32, sizes.route_logits_grad[2]),
+        (sizes.route_logits_grad_many[:2], 256, sizes.route_logits_grad_many[2]),
     ):
         count = 5 if slots == 8 else 0
         constants = _tiles("BC", tiles) | {"SLOTS": slots, "COUNT": count, "LARGEST": largest} | needs_all
-        yield Case(route_kernel, dtype, target, constants, warps)
+        yield Case(route_logits_grad_kernel, dtype, target, constants, warps)
     usual = {"MEAN": True, "HAS_LOSS": True, "SMOOTHING": 0.0}
     rare = [*(f"HAS_{what}" for what in ("LSE", "BIAS", "WEIGHT", "MARGIN")), "NEED_BIAS", "NEED_MARGIN"]
     for slots in (1, 8, 256):

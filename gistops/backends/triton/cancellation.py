@@ -74,7 +74,7 @@ def cancelled_weights(
     row_stride,
     class_stride,
 ):
-    """The part that route_kernel left out of H': the weights of the pairs of one feature that cancel, and their slots."""
+    """The part that route_logits_grad_kernel left out of H': the weights of the pairs of one feature that cancel, and their slots."""
     offsets = tl.cast(row, tl.int64) * row_stride + classes.to(tl.int64) * class_stride
     slot = tl.minimum(tl.load(slots + offsets, mask=class_valid, other=0).to(tl.int32), M - 1)
     rnorm = tl.load(center_rnorms + slot.to(tl.int64) * K + classes, mask=class_valid, other=0.0)

@@ -121,15 +121,15 @@ INTERPRETER = {"forward": Config(128, 128, 128, 4, 1), "centers": Config(128, 12
 
 @dataclass(frozen=True)
 class Small:
-    """Tile sizes of the kernels that read much and compute little. All run with 4 warps, but for route_kernel."""
+    """Tile sizes of the kernels that read much and compute little. All run with 4 warps, but for route_logits_grad_kernel."""
 
     every_norm: tuple[int, int]  # rows or classes, dimensions; times 16 displacements
     #: Elements and warps of whole_norm_kernel, for vectors no longer than that many elements, and few displacements.
     whole_norm: tuple[int, int]
     max_over_slots: tuple[int, int, int]  # classes, rows, warps
     rescore: tuple[int, int, int]  # classes, rows, dimensions
-    route: tuple[int, int, int]  # rows, classes, warps
-    route_many: tuple[int, int, int]  # the same where M > 32: there the sums S' take registers
+    route_logits_grad: tuple[int, int, int]  # rows, classes, warps
+    route_logits_grad_many: tuple[int, int, int]  # the same where M > 32: there the sums S' take registers
     lse: tuple[int, int, int]  # classes, rows, warps
     softmax: tuple[int, int, int]  # likewise
     #: Whether route_softmax_kernel writes loops over few slots out, and sums by slot in registers.
@@ -146,8 +146,8 @@ _HALF = Small(
     whole_norm=(4096, 1),
     max_over_slots=(128, 32, 4),
     rescore=(32, 32, 16),
-    route=(32, 32, 4),
-    route_many=(16, 64, 4),
+    route_logits_grad=(32, 32, 4),
+    route_logits_grad_many=(16, 64, 4),
     lse=(16, 64, 4),
     softmax=(16, 32, 4),
     softmax_few=True,  # on an H100 a loss's step takes 0.77 to 0.89 of what it takes without
@@ -160,7 +160,7 @@ _DOUBLE = replace(
     _HALF,
     lse=(16, 32, 4),
     softmax_few=False,
-    route_many=(16, 32, 4),
+    route_logits_grad_many=(16, 32, 4),
     every_norm=(16, 32),
     whole_norm=(1024, 1),
     max_over_slots=(64, 32, 4),
@@ -168,7 +168,7 @@ _DOUBLE = replace(
 )
 SMALL: dict[Kind, Small] = {"half": _HALF, "tf32": _SINGLE, "ieee": _SINGLE, "f64": _DOUBLE}
 
-#: Programs of route_kernel at least, where there is work for them: 8 for each of 132 multiprocessors.
+#: Programs of route_logits_grad_kernel at least, where there is work for them: 8 for each of 132 multiprocessors.
 ROUTE_PROGRAMS = 1056
 #: Groups of classes at most, which bounds the partial sums S' [groups, M, B].
 ROUTE_GROUPS = 256
@@ -247,10 +247,18 @@ class Forced(NamedTuple):
     max_over_slots: tuple[int, int, int] | None = None
     softmax: tuple[int, int, int] | None = None
     softmax_few: bool | None = None
-    route: tuple[int, int, int] | None = None
+    route_logits_grad: tuple[int, int, int] | None = None
 
 
-SMALL_FORCED = ("whole_norm", "every_norm", "lse", "max_over_slots", "softmax", "softmax_few", "route")
+SMALL_FORCED = (
+    "whole_norm",
+    "every_norm",
+    "lse",
+    "max_over_slots",
+    "softmax",
+    "softmax_few",
+    "route_logits_grad",
+)
 _forced = Forced()
 
 

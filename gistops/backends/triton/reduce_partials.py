@@ -1,4 +1,4 @@
-"""The sums over the parts that route_kernel leaves, all in one launch, each in a fixed order."""
+"""The sums over the parts that route_logits_grad_kernel leaves, all in one launch, each in a fixed order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The launches of route_kernel and reduce_partials_kernel, for the gradient of logits and for that of a loss."""
+"""The launches of route_logits_grad_kernel and reduce_partials_kernel, for the gradient of logits and for that of a loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .configs import power_of_two
 from .configs import tiles as tiles_of
 from .problem import Problem
 from .reduce_partials import reduce_partials_kernel
-from .route import route_kernel
+from .route_logits_grad import route_logits_grad_kernel
 
 
 class Needs(NamedTuple):
@@ -49,7 +49,7 @@ class Saved(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """The results of route_kernel, their parts summed. Empty where not needed."""
+    """The results of route_logits_grad_kernel, their parts summed. Empty where not needed."""
 
     weights: Tensor  # H' [K, ldB]
     shares: Tensor  # S' [M, B]
@@ -97,7 +97,7 @@ class Parts(NamedTuple):
 def route(p: Problem, saved: Saved, needs: Needs) -> Routed:
     """H' and its sums, from the gradient of the logits."""
     B, K, _, M = p.sizes
-    rows, classes, warps = p.small.route if M <= 32 else p.small.route_many
+    rows, classes, warps = p.small.route_logits_grad if M <= 32 else p.small.route_logits_grad_many
     splits, class_tiles = tiles_of(B, rows), tiles_of(K, classes)
     wanted = min(class_tiles, configs.ROUTE_GROUPS, tiles_of(configs.ROUTE_PROGRAMS, splits))
     tiles = tiles_of(class_tiles, wanted)
@@ -105,7 +105,7 @@ def route(p: Problem, saved: Saved, needs: Needs) -> Routed:
     parts = Parts.of(p, needs, splits, groups)
     switches = parts.switches()
     del switches["NEED_BIAS"], switches["NEED_MARGIN"]
-    route_kernel[(splits * groups,)](
+    route_logits_grad_kernel[(splits * groups,)](
         saved.grad, saved.logits, saved.slots, saved.center_rnorms, saved.input_rnorms, p.tau,
         *parts[:4], parts.flags, B, K, padded(B), M, tiles, BLOCK_B=rows, BLOCK_C=classes, SLOTS=power_of_two(M), COUNT=configs.few(M),
         LARGEST=65504.0 if p.dtype == torch.float16 else 0.0,

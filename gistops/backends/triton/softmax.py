@@ -1,6 +1,6 @@
 """The gradient of the scores, from scores, what the forward kept of each row, and the gradients of loss and lse.
 
-It is never written, but for pairs that cancel: one pass turns scores into routed weights and their sums (route.py).
+It is never written, but for pairs that cancel: one pass turns scores into routed weights and their sums (route_logits_grad.py).
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def route_softmax_kernel(
     NEED_BIAS: tl.constexpr,
     NEED_MARGIN: tl.constexpr,
 ):
-    """As route_kernel, class by class, and with G made here. A program: BLOCK_B features, a group of class tiles."""
+    """As route_logits_grad_kernel, class by class, and with G made here. A program: BLOCK_B features, a group of class tiles."""
     ACC: tl.constexpr = saved.dtype.element_ty
     splits = tl.cdiv(B, BLOCK_B)
     split = tl.program_id(0) % splits
@@ -248,7 +248,7 @@ def route_softmax_kernel(
             tl.store(grad + start + offsets, g, mask=cancels)
             flag = flag | tl.max(tl.max(cancels.to(tl.int32), 1), 0)
         h = tl.where(cancels, zeros, scale[None, :] * g * tl.abs(rnorm))
-        if LARGEST > 0:  # as in route_kernel
+        if LARGEST > 0:  # as in route_logits_grad_kernel
             bounded = tl.minimum(tl.maximum(h, -LARGEST), LARGEST)
             extreme = (is_clamped(rnorm) | is_clamped(input_rnorm)[None, :]) & (h == h)
             h = tl.where(extreme, bounded, h)

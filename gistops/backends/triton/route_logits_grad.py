@@ -14,7 +14,7 @@ from .numerics import is_clamped
 
 
 @triton.jit
-def route_kernel(
+def route_logits_grad_kernel(
     grad,  # [B, K]
     logits,  # [B, K]
     slots,  # [B, K]
