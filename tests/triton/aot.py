@@ -34,8 +34,8 @@ from gistops.backends.triton.max_over_slots import max_over_slots_kernel
 from gistops.backends.triton.norms import every_norm_kernel, whole_norm_kernel
 from gistops.backends.triton.reduce_partials import reduce_partials_kernel
 from gistops.backends.triton.route_logits_grad import route_logits_grad_kernel
+from gistops.backends.triton.route_loss_grad import route_loss_grad_kernel
 from gistops.backends.triton.row_loss import reduce_loss_kernel, row_loss_kernel
-from gistops.backends.triton.softmax import route_softmax_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -264,12 +264,12 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
             usual | dict.fromkeys(rare, False),
             usual | dict.fromkeys(rare, True) | {"SMOOTHING": 0.1},
         ):
-            tiles = sizes.softmax if slots < 64 else sizes.softmax_many
-            counted = {"COUNT": 5 if slots == 8 and sizes.softmax_few else 0}
+            tiles = sizes.route_loss_grad if slots < 64 else sizes.route_loss_grad_many
+            counted = {"COUNT": 5 if slots == 8 and sizes.route_loss_grad_few else 0}
             constants = (
                 _tiles("CB", tiles[:2]) | {"SLOTS": slots, "LARGEST": largest} | counted | needs_all | mode
             )
-            yield Case(route_softmax_kernel, dtype, target, constants, tiles[2])
+            yield Case(route_loss_grad_kernel, dtype, target, constants, tiles[2])
     for kernel, constants in small:
         yield Case(kernel, dtype, target, constants)
 

@@ -131,10 +131,10 @@ class Small:
     route_logits_grad: tuple[int, int, int]  # rows, classes, warps
     route_logits_grad_many: tuple[int, int, int]  # the same where M > 32: there the sums S' take registers
     lse: tuple[int, int, int]  # classes, rows, warps
-    softmax: tuple[int, int, int]  # likewise
-    #: Whether route_softmax_kernel writes loops over few slots out, and sums by slot in registers.
-    softmax_few: bool
-    softmax_many: tuple[int, int, int]  # the same where M > 32
+    route_loss_grad: tuple[int, int, int]  # likewise
+    #: Whether route_loss_grad_kernel writes loops over few slots out, and sums by slot in registers.
+    route_loss_grad_few: bool
+    route_loss_grad_many: tuple[int, int, int]  # the same where M > 32
     grad_input_epilogue: tuple[
         int, int
     ]  # classes of a look for pairs that cancel; dimensions at most; 8 warps above 1024
@@ -149,9 +149,9 @@ _HALF = Small(
     route_logits_grad=(32, 32, 4),
     route_logits_grad_many=(16, 64, 4),
     lse=(16, 64, 4),
-    softmax=(16, 32, 4),
-    softmax_few=True,  # on an H100 a loss's step takes 0.77 to 0.89 of what it takes without
-    softmax_many=(16, 16, 4),
+    route_loss_grad=(16, 32, 4),
+    route_loss_grad_few=True,  # on an H100 a loss's step takes 0.77 to 0.89 of what it takes without
+    route_loss_grad_many=(16, 16, 4),
     grad_input_epilogue=(64, 2048),
     grad_displacements_epilogue=(64, 32),
 )
@@ -159,7 +159,7 @@ _SINGLE = replace(_HALF, every_norm=(32, 64), whole_norm=(2048, 1))
 _DOUBLE = replace(
     _HALF,
     lse=(16, 32, 4),
-    softmax_few=False,
+    route_loss_grad_few=False,
     route_logits_grad_many=(16, 32, 4),
     every_norm=(16, 32),
     whole_norm=(1024, 1),
@@ -245,8 +245,8 @@ class Forced(NamedTuple):
     every_norm: tuple[int, int] | None = None
     lse: tuple[int, int, int] | None = None
     max_over_slots: tuple[int, int, int] | None = None
-    softmax: tuple[int, int, int] | None = None
-    softmax_few: bool | None = None
+    route_loss_grad: tuple[int, int, int] | None = None
+    route_loss_grad_few: bool | None = None
     route_logits_grad: tuple[int, int, int] | None = None
 
 
@@ -255,8 +255,8 @@ SMALL_FORCED = (
     "every_norm",
     "lse",
     "max_over_slots",
-    "softmax",
-    "softmax_few",
+    "route_loss_grad",
+    "route_loss_grad_few",
     "route_logits_grad",
 )
 _forced = Forced()

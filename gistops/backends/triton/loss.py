@@ -20,9 +20,9 @@ from .configs import grouped, power_of_two
 from .configs import tiles as tiles_of
 from .lse import lse_kernel
 from .problem import Problem, multiply, on_device
+from .route_loss_grad import route_loss_grad_kernel
 from .routing import Needs, Parts, Routed, Saved, reduce_partials
 from .row_loss import reduce_loss_kernel, row_loss_kernel
-from .softmax import route_softmax_kernel
 
 CHUNK_ELEMENTS = 1 << 25  # scores in a chunk at most, where they are not held
 
@@ -73,9 +73,9 @@ def chunk_size(p: Problem, held: bool) -> int:
     return p.sizes[1] if held else max(64, CHUNK_ELEMENTS // max(padded(p.sizes[0]), 1) // 64 * 64)
 
 
-def softmax_tile(p: Problem) -> tuple[int, int, int]:
-    """Classes and features of a tile of route_softmax_kernel, and its warps."""
-    return p.small.softmax if p.sizes[3] <= 32 else p.small.softmax_many
+def loss_grad_tile(p: Problem) -> tuple[int, int, int]:
+    """Classes and features of a tile of route_loss_grad_kernel, and its warps."""
+    return p.small.route_loss_grad if p.sizes[3] <= 32 else p.small.route_loss_grad_many
 
 
 def forward(
@@ -256,7 +256,7 @@ def backward(
     }  # fmt: skip
     with on_device(p.input.device):
         if scores.numel():
-            (c,) = chunks(p, p.sizes[1], softmax_tile(p))
+            (c,) = chunks(p, p.sizes[1], loss_grad_tile(p))
             saved = Saved(scores, scores, slots, center_rnorms, input_rnorms, True)
             made = _gradients(c, saved, needs, routing, p.products)
         else:
@@ -294,11 +294,11 @@ def _route(c: Chunk, saved: Saved, needs: Needs, routing: dict[str, Any]) -> Rou
     B, K, _, M = c.p.sizes
     splits = tiles_of(B, c.tile[1])
     parts = Parts.of(c.p, needs, splits, c.groups)
-    route_softmax_kernel[(splits * c.groups,)](
+    route_loss_grad_kernel[(splits * c.groups,)](
         saved.grad, saved.logits, saved.slots, saved.center_rnorms, saved.input_rnorms, c.p.tau, *parts,
         B=B, K=K, stride=saved.logits.shape[1], M=M, run=c.run, first=c.first,
         BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], SLOTS=power_of_two(M),
-        COUNT=configs.few(M) if c.p.small.softmax_few else 0, num_warps=c.tile[2],
+        COUNT=configs.few(M) if c.p.small.route_loss_grad_few else 0, num_warps=c.tile[2],
         LARGEST=65504.0 if c.p.dtype == torch.float16 else 0.0, **parts.switches(), **routing,
     )  # fmt: skip
     return reduce_partials(c.p, parts, c.run * c.tile[0], c.tile[1])
@@ -316,7 +316,7 @@ def _in_chunks(
     memory, slots = new(size, padded(B), dtype=p.sums), new(size, padded(B), dtype=torch.uint8)
     target_logits = new(B, dtype=p.sums)
     sums: list[Tensor] = []
-    for score, route in zip(chunks(p, size, p.small.lse), chunks(p, size, softmax_tile(p)), strict=True):
+    for score, route in zip(chunks(p, size, p.small.lse), chunks(p, size, loss_grad_tile(p)), strict=True):
         classes = score.p.sizes[1]
         part = slice(score.first, score.first + classes)
         rnorms = center_rnorms[:, part].contiguous()

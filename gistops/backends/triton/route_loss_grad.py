@@ -119,7 +119,7 @@ def of_slot(
 
 
 @triton.jit
-def route_softmax_kernel(
+def route_loss_grad_kernel(
     grad,  # [K, stride]: written where pairs cancel; unused if M is 1
     scores,  # z [K, stride]
     slots,  # [K, stride]
