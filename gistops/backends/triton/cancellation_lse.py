@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .cancellation import recomputed_scores
-from .partials import joined, row_targets, store_partials, tile_partials
+from .lse_partials import local_targets, merge_lse, store_lse, tile_lse
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def rescore_cancelled_lse_kernel(
             rows = start_row + tl.arange(0, BLOCK_B)
             row_valid = rows < B
             scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
-            places = row_targets(target, rows, row_valid, first, ignore_index)
+            places = local_targets(target, rows, row_valid, first, ignore_index)
             largest = tl.full((BLOCK_B,), float("-inf"), ACC)
             total = tl.zeros((BLOCK_B,), ACC)
             weighted = tl.zeros((BLOCK_B,), ACC)
@@ -82,11 +82,11 @@ def rescore_cancelled_lse_kernel(
                     tl.store(slots + offsets, slot.to(tl.uint8), mask=valid)
                 own = valid & (classes[:, None] == places[None, :])
                 tl.store(target_logits + rows[None, :] + tl.zeros_like(slot), z, mask=own)
-                more = tile_partials(
+                more = tile_lse(
                     z, classes, class_valid, places, class_bias, class_weight, HAS_BIAS, HAS_WEIGHT, SUMS
                 )
-                largest, total = joined(largest, total, more[0], more[1])
+                largest, total = merge_lse(largest, total, more[0], more[1])
                 weighted += more[2]
-            store_partials(
+            store_lse(
                 partials, largest, total, weighted, first_group + group, groups, rows, row_valid, B, SUMS
             )

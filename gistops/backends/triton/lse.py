@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .lse_partials import local_targets, merge_lse, store_class_sums, store_lse, tile_lse
 from .max_over_slots import max_over_slots
-from .partials import joined, row_targets, store_class_sums, store_partials, tile_partials
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def lse_kernel(
     rows = row_tile * BLOCK_B + tl.arange(0, BLOCK_B)
     row_valid = rows < B
     scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
-    places = row_targets(target, rows, row_valid, first, ignore_index)
+    places = local_targets(target, rows, row_valid, first, ignore_index)
     largest = tl.full((BLOCK_B,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_B,), ACC)
     weighted = tl.zeros((BLOCK_B,), ACC)
@@ -88,15 +88,13 @@ def lse_kernel(
             tl.store(slots + start + narrow, slot.to(tl.uint8), mask=inside)
         own = valid & (classes[:, None] == places[None, :])
         found += tl.where(own, z, tl.zeros_like(z))
-        more = tile_partials(
-            z, classes, class_valid, places, class_bias, class_weight, HAS_BIAS, HAS_WEIGHT, SUMS
-        )
-        largest, total = joined(largest, total, more[0], more[1])
+        more = tile_lse(z, classes, class_valid, places, class_bias, class_weight, HAS_BIAS, HAS_WEIGHT, SUMS)
+        largest, total = merge_lse(largest, total, more[0], more[1])
         weighted += more[2]
     start_class = group * run * BLOCK_C
     here = row_valid & (places >= start_class) & (places < tl.minimum(start_class + run * BLOCK_C, K))
     tl.store(target_logits + rows, tl.sum(found, 0), mask=here)
-    store_partials(partials, largest, total, weighted, first_group + group, groups, rows, row_valid, B, SUMS)
+    store_lse(partials, largest, total, weighted, first_group + group, groups, rows, row_valid, B, SUMS)
     if SUMS:  # noqa: SIM102
         if row_tile == 0:
             store_class_sums(

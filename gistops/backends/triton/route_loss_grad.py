@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .lse_partials import local_targets
 from .numerics import is_clamped
-from .partials import row_targets
 from .row_loss import BY_LOGIT, BY_MARGIN, BY_TAU, EXCESS, SHIFT
 
 
@@ -180,7 +180,7 @@ def route_loss_grad_kernel(
     candidates = tl.arange(0, SLOTS)
     input_rnorm = tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
     scale = tl.load(tau).to(ACC) * input_rnorm
-    places = row_targets(target, rows, row_valid, first, ignore_index)
+    places = local_targets(target, rows, row_valid, first, ignore_index)
     factor, of_sums, of_target, shift = row_factors(
         rows, row_valid, grad_loss, grad_stride, grad_lse, lse_stride, saved, scalars, target, class_weight,
         B, every_class, ignore_index, SMOOTHING, MEAN, HAS_LOSS, HAS_LSE, HAS_WEIGHT,

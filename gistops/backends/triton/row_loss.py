@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .partials import without_infinity
+from .lse_partials import zero_if_minus_infinity
 
 #: Numbers of a row that the backward needs; the last three only with a margin.
 SHIFT = tl.constexpr(0)  # O; inf where there is no other class, so that exp(z - O) is 0
@@ -111,7 +111,7 @@ def row_loss_kernel(
         place = partials + tile.to(tl.int64)[:, None] * B + rows[None, :]
         more = tl.load(place, mask=inside, other=float("-inf"))
         joint = tl.maximum(largest, more)
-        shift = without_infinity(joint)
+        shift = zero_if_minus_infinity(joint)
         more_total = tl.load(place + plane, mask=inside, other=0.0)
         total = total * tl.exp(largest - shift) + more_total * tl.exp(more - shift)
         largest = joint
@@ -121,7 +121,7 @@ def row_loss_kernel(
             if HAS_BIAS:
                 biases += tl.load(class_sums + tiles + tile, mask=tile < tiles, other=0.0)
     top = tl.max(largest, 0)
-    total_row = tl.sum(total * tl.exp(largest - without_infinity(top)[None, :]), 0)
+    total_row = tl.sum(total * tl.exp(largest - zero_if_minus_infinity(top)[None, :]), 0)
     others = top + tl.log(total_row)
 
     y = tl.load(target + rows, mask=row_valid, other=0).to(tl.int64)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def row_targets(target, rows, row_valid, first, ignore_index):
+def local_targets(target, rows, row_valid, first, ignore_index):
     """The places of the rows' targets in a chunk of classes that begins at `first`, as int32; -1 where ignored."""
     y = tl.load(target + rows, mask=row_valid, other=0).to(tl.int64)
     place = tl.minimum(tl.maximum(y - first, -1), 2147483647)
@@ -15,13 +15,13 @@ def row_targets(target, rows, row_valid, first, ignore_index):
 
 
 @triton.jit
-def without_infinity(x):
+def zero_if_minus_infinity(x):
     """0 in place of -inf: what may be subtracted from scores of which the largest is x."""
     return tl.where(x == float("-inf"), tl.zeros_like(x), x)
 
 
 @triton.jit
-def tile_partials(
+def tile_lse(
     z,  # scores [classes, rows], without bias
     classes,
     class_valid,
@@ -42,7 +42,7 @@ def tile_partials(
     counted = class_valid[:, None] & (classes[:, None] != places[None, :])
     score = tl.where(counted, score, tl.full(z.shape, float("-inf"), z.dtype))
     largest = tl.max(score, 0)
-    total = tl.sum(tl.exp(score - without_infinity(largest)[None, :]), 0)
+    total = tl.sum(tl.exp(score - zero_if_minus_infinity(largest)[None, :]), 0)
     weighted = tl.zeros_like(largest)
     if SUMS:
         share = z
@@ -53,7 +53,7 @@ def tile_partials(
 
 
 @triton.jit
-def store_partials(
+def store_lse(
     partials,  # [3, groups, B]; two planes suffice without SUMS
     largest,
     total,
@@ -65,7 +65,7 @@ def store_partials(
     B,
     SUMS: tl.constexpr,
 ):
-    """Keep what `tile_partials` made."""
+    """Keep what `tile_lse` made."""
     plane = tl.cast(groups, tl.int64) * B
     place = partials + tl.cast(group, tl.int64) * B + rows
     tl.store(place, largest, mask=row_valid)
@@ -75,10 +75,10 @@ def store_partials(
 
 
 @triton.jit
-def joined(largest, total, more_largest, more_total):
+def merge_lse(largest, total, more_largest, more_total):
     """Maximum and sum of exponentials of two parts."""
     joint = tl.maximum(largest, more_largest)
-    shift = without_infinity(joint)
+    shift = zero_if_minus_infinity(joint)
     return joint, total * tl.exp(largest - shift) + more_total * tl.exp(more_largest - shift)
 
 
