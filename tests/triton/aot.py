@@ -120,7 +120,7 @@ class Report:
 
 
 def compile_case(case: Case, ones: bool = False) -> Report:
-    """Compile as Triton would: pointers, d and stride are multiples of 16 (problem.py).
+    """Compile as Triton would: pointers, d and stride are multiples of 16 (launch_args.py).
 
     Args:
         case: what to compile.

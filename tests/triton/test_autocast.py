@@ -38,9 +38,9 @@ def test_backward_inside_autocast(
 
 
 def test_a_product_of_another_dtype_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gistops.backends.triton import problem
+    from gistops.backends.triton import launch_args
 
     narrow = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, **_: narrow(a, b).half())
     with pytest.raises(RuntimeError, match=r"was to write torch\.float32"):
-        problem.multiply(torch.ones(2, 3), torch.ones(3, 2), torch.empty(2, 2))
+        launch_args.multiply(torch.ones(2, 3), torch.ones(3, 2), torch.empty(2, 2))

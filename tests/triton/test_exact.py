@@ -118,12 +118,12 @@ def test_a_pair_that_cancels_for_later_features_alone(tiles: str, seed: int) -> 
 def test_shares_sum_the_weights(seed: int) -> None:
     """S is the sum of the weights before they are rounded; they lie class by class, zeros behind each class."""
     from gistops.backends.triton import gradients as kernels
-    from gistops.backends.triton.problem import Problem
+    from gistops.backends.triton.launch_args import LaunchArgs
 
     tensors = Sample(21, 70, 23, 3, half, half, half).tensors(seed, requires_grad=False)
     saved = kernels.Saved(torch.randn(21, 70), *run_operator(tensors))
     result = kernels.route(
-        Problem.of(*tensors, allow_tf32=False), saved, kernels.Needs(True, True, True, True)
+        LaunchArgs.of(*tensors, allow_tf32=False), saved, kernels.Needs(True, True, True, True)
     )
     assert result.weights.dtype == half
     weights, slots = result.weights[:, :21].T.double(), saved.slots.long()

@@ -10,11 +10,11 @@ from .configs import Config, power_of_two
 from .configs import tiles as tiles_of
 from .grad_centers import grad_centers_kernel
 from .grad_epilogues import grad_displacements_epilogue_kernel, grad_input_epilogue_kernel
-from .problem import Problem, multiply
+from .launch_args import LaunchArgs, multiply
 from .routing import Needs, Routed, Saved, route
 
 
-def compute(p: Problem, saved: Saved, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def compute(p: LaunchArgs, saved: Saved, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients asked for, in the dtype of the problem or wider; others are empty."""
     routed = route(p, saved, needs)
     nothing = p.input.new_empty(0)
@@ -24,7 +24,7 @@ def compute(p: Problem, saved: Saved, needs: Needs) -> tuple[Tensor, Tensor, Ten
     return of_input, of_centers, of_displacements, routed.of_tau
 
 
-def input_gradient(p: Problem, saved: Saved, routed: Routed, dtype: torch.dtype | None = None) -> Tensor:
+def input_gradient(p: LaunchArgs, saved: Saved, routed: Routed, dtype: torch.dtype | None = None) -> Tensor:
     """∂f, from the product H'W by torch's own library: no epilogue of ours would save it a pass over memory."""
     B, K, d, M = p.sizes
     products = multiply(routed.weights[:, :B].t(), p.centers, p.input.new_empty(B, d, dtype=p.sums))
@@ -41,7 +41,7 @@ def input_gradient(p: Problem, saved: Saved, routed: Routed, dtype: torch.dtype 
     return out
 
 
-def centers_gradient(p: Problem, saved: Saved, routed: Routed, needs: Needs) -> tuple[Tensor, Tensor]:
+def centers_gradient(p: LaunchArgs, saved: Saved, routed: Routed, needs: Needs) -> tuple[Tensor, Tensor]:
     """∂w [K, d], and parts [class tiles, m, d] of ∂δ that sum over the classes; each empty where not needed."""
     B, K, d, M = p.sizes
     need_parts = needs.displacements and M > 1
@@ -77,7 +77,7 @@ def centers_gradient(p: Problem, saved: Saved, routed: Routed, needs: Needs) -> 
 
 
 def displacements_gradient(
-    p: Problem, routed: Routed, parts: Tensor, dtype: torch.dtype | None = None
+    p: LaunchArgs, routed: Routed, parts: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
     """∂δ [m, d]."""
     B, _, d, M = p.sizes

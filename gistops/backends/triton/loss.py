@@ -18,8 +18,8 @@ from . import configs, gradients, operators
 from .cancellation_lse import rescore_cancelled_lse_kernel
 from .configs import grouped, power_of_two
 from .configs import tiles as tiles_of
+from .launch_args import LaunchArgs, multiply, on_device
 from .lse import lse_kernel
-from .problem import Problem, multiply, on_device
 from .route_loss_grad import route_loss_grad_kernel
 from .routing import Needs, Parts, Routed, Saved, reduce_partials
 from .row_loss import reduce_loss_kernel, row_loss_kernel
@@ -48,14 +48,14 @@ class Chunk(NamedTuple):
     """Some classes: all, or as many as CHUNK_ELEMENTS allows."""
 
     first: int
-    p: Problem
+    p: LaunchArgs
     tile: tuple[int, int, int]  # classes, features, warps
     run: int  # class tiles a group
     groups: int
     first_group: int
 
 
-def chunks(p: Problem, size: int, tile: tuple[int, int, int]) -> Iterator[Chunk]:
+def chunks(p: LaunchArgs, size: int, tile: tuple[int, int, int]) -> Iterator[Chunk]:
     """The chunks of at most `size` classes."""
     B, K, d, M = p.sizes
     tile = tile[0], min(tile[1], power_of_two(max(B, 16))), tile[2]
@@ -68,12 +68,12 @@ def chunks(p: Problem, size: int, tile: tuple[int, int, int]) -> Iterator[Chunk]
         count += groups
 
 
-def chunk_size(p: Problem, held: bool) -> int:
+def chunk_size(p: LaunchArgs, held: bool) -> int:
     """Classes of a chunk."""
     return p.sizes[1] if held else max(64, CHUNK_ELEMENTS // max(padded(p.sizes[0]), 1) // 64 * 64)
 
 
-def loss_grad_tile(p: Problem) -> tuple[int, int, int]:
+def loss_grad_tile(p: LaunchArgs) -> tuple[int, int, int]:
     """Classes and features of a tile of route_loss_grad_kernel, and its warps."""
     return p.small.route_loss_grad if p.sizes[3] <= 32 else p.small.route_loss_grad_many
 
@@ -95,7 +95,7 @@ def forward(
     allow_tf32: bool = False,
 ) -> tuple[Tensor, ...]:
     """`cross_entropy.FORWARD_SCHEMA`."""
-    p = Problem.of(input, centers, displacements, tau, allow_tf32)
+    p = LaunchArgs.of(input, centers, displacements, tau, allow_tf32)
     B, K, _, M = p.sizes
     vectors = (_contiguous(class_bias), _contiguous(weight), _contiguous(margin))
     of = Loss(target.contiguous(), *vectors, margin_kind, reduction, ignore_index, label_smoothing)
@@ -172,7 +172,7 @@ def _score(
 
 
 def _finish(
-    p: Problem,
+    p: LaunchArgs,
     of: Loss,
     partials: Tensor,
     class_sums: Tensor,
@@ -232,7 +232,7 @@ def backward(
     allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`cross_entropy.BACKWARD_SCHEMA`."""
-    p = Problem.of(input, centers, displacements, tau, allow_tf32)
+    p = LaunchArgs.of(input, centers, displacements, tau, allow_tf32)
     arguments = (input, centers, displacements, tau, class_bias, margin)
     needs = Needs(
         need_input, need_centers, need_displacements, need_tau,
@@ -305,7 +305,12 @@ def _route(c: Chunk, saved: Saved, needs: Needs, routing: dict[str, Any]) -> Rou
 
 
 def _in_chunks(
-    p: Problem, of: Loss, needs: Needs, routing: dict[str, Any], center_rnorms: Tensor, input_rnorms: Tensor
+    p: LaunchArgs,
+    of: Loss,
+    needs: Needs,
+    routing: dict[str, Any],
+    center_rnorms: Tensor,
+    input_rnorms: Tensor,
 ) -> tuple[Tensor, ...]:
     """As `_gradients`, from scores made again; what is summed over chunks is summed in `p.sums`."""
     B, K, _, M = p.sizes

@@ -12,9 +12,9 @@ from . import configs, gradients
 from .cancellation import rescore_cancelled_kernel
 from .configs import Config, tiles
 from .forward import forward_kernel
+from .launch_args import LaunchArgs, multiply, on_device
 from .max_over_slots import max_over_slots_kernel
 from .norms import every_norm_kernel, whole_norm_kernel
-from .problem import Problem, multiply, on_device
 from .routing import Needs, Saved
 
 
@@ -22,7 +22,7 @@ def forward(
     input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor, allow_tf32: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logits [B, K], slots [B, K], center_rnorms [M, K], whose sign marks pairs that cancel, and input_rnorms [B]."""
-    p = Problem.of(input, centers, displacements, tau, allow_tf32)
+    p = LaunchArgs.of(input, centers, displacements, tau, allow_tf32)
     B, K, d, M = p.sizes
     new = p.input.new_empty
     logits, slots = new(B, K, dtype=p.sums), new(B, K, dtype=torch.uint8)
@@ -46,7 +46,7 @@ def forward(
 
 
 def around_product(
-    p: Problem, logits: Tensor, slots: Tensor, center_rnorms: Tensor, input_rnorms: Tensor, shifts: Tensor
+    p: LaunchArgs, logits: Tensor, slots: Tensor, center_rnorms: Tensor, input_rnorms: Tensor, shifts: Tensor
 ) -> None:
     """torch's product, and a kernel that pools."""
     B, K, _, M = p.sizes
@@ -61,7 +61,7 @@ def around_product(
 
 
 def fused(
-    p: Problem, logits: Tensor, slots: Tensor, center_rnorms: Tensor, input_rnorms: Tensor, shifts: Tensor
+    p: LaunchArgs, logits: Tensor, slots: Tensor, center_rnorms: Tensor, input_rnorms: Tensor, shifts: Tensor
 ) -> None:
     """One kernel that multiplies and pools."""
     B, K, d, M = p.sizes
@@ -75,7 +75,9 @@ def fused(
     launch(configs.choose("forward", p.input.device, p.kind, B, K, d, launch))
 
 
-def every_norm(p: Problem, shifts: Tensor, center_rnorms: Tensor | None, input_rnorms: Tensor | None) -> None:
+def every_norm(
+    p: LaunchArgs, shifts: Tensor, center_rnorms: Tensor | None, input_rnorms: Tensor | None
+) -> None:
     """Fill the norms of centres, or those of features and f·δ [M, B], or all in one launch."""
     B, K, d, M = p.sizes
     B, K = 0 if input_rnorms is None else B, 0 if center_rnorms is None else K
@@ -114,7 +116,7 @@ def backward(
     allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, centers, displacements and tau, each empty where not needed."""
-    p = Problem.of(input, centers, displacements, tau, allow_tf32)
+    p = LaunchArgs.of(input, centers, displacements, tau, allow_tf32)
     B, K, _, M = p.sizes
     for name, value, shape in (
         ("grad", grad, (B, K)),

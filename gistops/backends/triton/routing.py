@@ -11,7 +11,7 @@ from ...operators.cross_entropy import padded
 from . import configs
 from .configs import power_of_two
 from .configs import tiles as tiles_of
-from .problem import Problem
+from .launch_args import LaunchArgs
 from .reduce_partials import reduce_partials_kernel
 from .route_logits_grad import route_logits_grad_kernel
 
@@ -74,7 +74,7 @@ class Parts(NamedTuple):
     flags: Tensor  # [splits, groups]
 
     @classmethod
-    def of(cls, p: Problem, needs: Needs, splits: int, groups: int) -> Parts:
+    def of(cls, p: LaunchArgs, needs: Needs, splits: int, groups: int) -> Parts:
         B, K, _, M = p.sizes
         new, sums = p.input.new_empty, p.sums
         return cls(
@@ -94,7 +94,7 @@ class Parts(NamedTuple):
         }
 
 
-def route(p: Problem, saved: Saved, needs: Needs) -> Routed:
+def route(p: LaunchArgs, saved: Saved, needs: Needs) -> Routed:
     """H' and its sums, from the gradient of the logits."""
     B, K, _, M = p.sizes
     rows, classes, warps = p.small.route_logits_grad if M <= 32 else p.small.route_logits_grad_many
@@ -114,7 +114,7 @@ def route(p: Problem, saved: Saved, needs: Needs) -> Routed:
     return reduce_partials(p, parts, tiles * classes, rows)
 
 
-def reduce_partials(p: Problem, parts: Parts, group_classes: int, split_rows: int) -> Routed:
+def reduce_partials(p: LaunchArgs, parts: Parts, group_classes: int, split_rows: int) -> Routed:
     """The sums over the first dimension; one part is its own sum."""
     several = parts.shares, parts.moments, parts.bias, parts.margin
     due = [x.shape[0] > 1 for x in several]

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import configs
 
 
-class Problem(NamedTuple):
+class LaunchArgs(NamedTuple):
     """The arguments in one dtype, contiguous, and what follows from them.
 
     d is a multiple of 16, if need be by a copy with zeros behind each vector, which change no product and no norm.
@@ -35,7 +35,7 @@ class Problem(NamedTuple):
     @classmethod
     def of(
         cls, input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor, allow_tf32: bool
-    ) -> Problem:
+    ) -> LaunchArgs:
         shapes = input.shape, centers.shape, displacements.shape
         if any(len(s) != 2 or s[1] != shapes[0][-1] for s in shapes):
             raise RuntimeError(
