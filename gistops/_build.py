@@ -35,24 +35,28 @@ class Unit:
     cuda: bool = False  # of the backend for NVIDIA GPUs
 
 
-# The kernels are compiled once for each instruction set, and choose.cpp picks one when it runs, so that a
-# library built on one machine runs on every other of its architecture. For the same reason they include no
-# torch header, and a test looks for weak symbols in them: of an inline function the linker keeps one copy,
-# from whichever object file, and an AVX-512 copy would crash an older machine.
 COMMON = (
     Unit("schema", "schema.cpp", torch_headers=True),
-    Unit("cpu_ops", "cpu/ops.cpp", torch_headers=True),
-    Unit("cpu_streaming_ops", "cpu/streaming_ops.cpp", torch_headers=True),
-    Unit("cpu_choose", "cpu/choose.cpp"),
-    Unit("cpu_kernels_baseline", "cpu/kernels.cpp", ("-DGISTOPS_ISA=baseline",)),
+    Unit("cpu_logits_ops", "cpu/binding/logits_ops.cpp", torch_headers=True),
+    Unit("cpu_cross_entropy_ops", "cpu/binding/cross_entropy_ops.cpp", torch_headers=True),
+    Unit("cpu_dispatch", "cpu/dispatch.cpp"),
 )
+
+
+def _kernels(isa: str, *flags: str) -> Unit:
+    return Unit(f"cpu_kernels_{isa}", "cpu/isa/kernels.cpp", (f"-DGISTOPS_ISA={isa}", *flags))
+
+
+# The files in cpu/isa/ are compiled once per instruction set, and cpu/dispatch.cpp picks a copy at run time, so that
+# a library built on one machine runs on every other machine of its architecture. For the same reason they include
+# nothing from outside of their folder but C and C++ headers, and they define everything in an unnamed namespace: the
+# linker keeps one copy of an inline function, from any object file, and an AVX-512 copy would crash an older machine.
+# Tests check the includes and look for weak symbols.
+BASELINE = (_kernels("baseline"),)
 X86_64 = (
-    Unit("cpu_kernels_v3", "cpu/kernels.cpp", ("-DGISTOPS_ISA=v3", "-march=x86-64-v3")),
-    Unit(
-        "cpu_kernels_v4",
-        "cpu/kernels.cpp",
-        ("-DGISTOPS_ISA=v4", "-march=x86-64-v4", "-mprefer-vector-width=512"),
-    ),
+    *BASELINE,
+    _kernels("v3", "-march=x86-64-v3"),
+    _kernels("v4", "-march=x86-64-v4", "-mprefer-vector-width=512"),
 )
 CUDA = (
     Unit("cuda_ops", "cuda/ops.cpp", torch_headers=True, cuda=True),
@@ -69,7 +73,7 @@ def machine() -> str:
 
 def units(cuda: bool = False) -> tuple[Unit, ...]:
     """What is compiled on this architecture, with or without the backend for NVIDIA GPUs."""
-    cpu = COMMON + X86_64 if machine() == "x86_64" else COMMON
+    cpu = COMMON + (X86_64 if machine() == "x86_64" else BASELINE)
     return cpu + CUDA if cuda else cpu
 
 

@@ -6,7 +6,7 @@
 // and for free centres dw_kj = (H_j' f)_k - T[k, j] w_kj, g = sum_j H_j w_j, with H_j = H where j* = j, else 0.
 // Every sum over classes is made by one worker in order, and workers are added in order: the same bits each time.
 //
-// Where G and the logits come from is a Source's to know: saved tensors (below), or a loss (loss.h).
+// Where G and the logits come from is a Source's to know: saved tensors (below), or a loss (cross_entropy.h).
 #pragma once
 #include <optional>
 #include <utility>
@@ -91,7 +91,7 @@ class Worker {
     const T* w = source_.begin(k, n);
     const int64_t vectors = n * p_.stored();
     void* final = out_.centers ? at(out_.centers, p_.centers, k * p_.stored()) : nullptr;
-    // What is parked where the gradients go (loss.h) is read until the last row: sums are made aside then.
+    // What is parked where the gradients go (cross_entropy.h) is read until the last row: sums are made aside then.
     T* dw = !final ? nullptr : in_place_ && !Source::kParked ? static_cast<T*>(final) : dw_.get();
     const bool one_product = p_.B > 0 && p_.B <= kRows && !p_.free_slots;  // then dw is written once, by correct()
     if (dw && !one_product) std::fill_n(dw, vectors * p_.d, T(0));

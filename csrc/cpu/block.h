@@ -9,7 +9,7 @@
 #include <memory>
 #include <new>
 
-#include "kernels.h"
+#include "isa/kernels.h"
 
 namespace gistops {
 
@@ -81,7 +81,7 @@ struct Stored {
 
 // The arguments of the operator. A class has M = m + 1 slots, its centre and the centre with each displacement; or,
 // where it has free_slots > 0, that many centres of its own and no displacements (sub-centres); or, where it has
-// table_slots > 0, that many vectors by tables (tables.h), without displacements.
+// table_slots > 0, that many vectors by tables (isa/rotation.h), without displacements.
 template <class T>
 struct Problem {
   Stored input, centers;  // [B, d], [K, stored(), d]

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "block.h"
-#include "products.h"
+#include "gemm.h"
 
 namespace gistops {
 

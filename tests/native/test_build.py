@@ -105,7 +105,9 @@ def test_torch_is_found_behind_build_isolation(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_missing_sources(tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match=r"C\+\+ sources are missing: schema\.cpp, cpu/ops\.cpp"):
+    with pytest.raises(
+        BuildError, match=r"C\+\+ sources are missing: schema\.cpp, cpu/binding/logits_ops\.cpp"
+    ):
         _build.build(tmp_path, tmp_path / "_C.so", tmp_path)
 
 
@@ -114,17 +116,17 @@ def test_missing_sources(tmp_path: Path) -> None:
 
 @needs_compiler
 def test_a_compile_error_is_shown_with_its_command(cheap_sources: Path, tmp_path: Path) -> None:
-    (cheap_sources / "cpu" / "ops.cpp").write_text("int f() { return no_such_name; }\n")
+    (cheap_sources / "cpu" / "binding" / "logits_ops.cpp").write_text("int f() { return no_such_name; }\n")
     with pytest.raises(BuildError) as caught:
         _build.build(cheap_sources, tmp_path / "_C.so", tmp_path / "objects")
-    assert re.search(r"ops\.cpp:1:\d+: error: .*no_such_name", str(caught.value))
-    assert re.search(r"command: \S+ -std=c\+\+20 .*-c \S*ops\.cpp", str(caught.value))
+    assert re.search(r"logits_ops\.cpp:1:\d+: error: .*no_such_name", str(caught.value))
+    assert re.search(r"command: \S+ -std=c\+\+20 .*-c \S*logits_ops\.cpp", str(caught.value))
     assert len(str(caught.value)) < 3000
 
 
 @needs_compiler
 def test_a_missing_function_is_an_error_of_the_build(cheap_sources: Path, tmp_path: Path) -> None:
-    (cheap_sources / "cpu" / "choose.cpp").write_text(
+    (cheap_sources / "cpu" / "dispatch.cpp").write_text(
         "void nowhere_defined();\nvoid g() { nowhere_defined(); }\n"
     )
     with pytest.raises(BuildError, match=r"undefined reference to .*nowhere_defined|Undefined symbols"):
@@ -140,10 +142,10 @@ def test_odd_paths_the_record_and_a_second_build(cheap_sources: Path, tmp_path: 
     assert record.source_hash == _build.source_hash(cheap_sources)
     made = {path.name: path.stat().st_mtime_ns for path in objects.glob("*.o")}
     assert len(made) == len(_build.units())
-    (cheap_sources / "cpu" / "choose.cpp").write_text("namespace gistops { int x; }\n")
+    (cheap_sources / "cpu" / "dispatch.cpp").write_text("namespace gistops { int x; }\n")
     _build.build(cheap_sources, out, objects)
     changed = {path.name for path in objects.glob("*.o") if path.stat().st_mtime_ns != made[path.name]}
-    assert changed == {"cpu_choose.o"}
+    assert changed == {"cpu_dispatch.o"}
 
 
 def test_the_hash_follows_sources_and_flags(cheap_sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +157,15 @@ def test_the_hash_follows_sources_and_flags(cheap_sources: Path, monkeypatch: py
     assert after != before
     monkeypatch.setattr(_build, "compile_flags", lambda: ("-O0",))
     assert _build.source_hash(cheap_sources) != after
+
+
+def test_kernels_include_nothing_from_outside_their_folder() -> None:
+    folder = native.source_dir() / "cpu" / "isa"
+    allowed = {path.name for path in folder.iterdir()}
+    allowed |= {"cmath", "cstdint", "cstring", "limits", "immintrin.h"}
+    for path in folder.iterdir():
+        included = re.findall(r'^#\s*include [<"](.*)[>"]', path.read_text(encoding="utf-8"), re.M)
+        assert set(included) <= allowed, path.name
 
 
 @needs_compiler

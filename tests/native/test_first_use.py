@@ -181,7 +181,7 @@ def test_failures_are_told_not_raised(
     assert "set GISTOPS_CACHE to a folder that can be written" in status.reason
 
     monkeypatch.setenv("GISTOPS_CACHE", str(tmp_path / "cache"))
-    (cheap_sources / "cpu" / "choose.cpp").write_text("#error deliberately broken\n")
+    (cheap_sources / "cpu" / "dispatch.cpp").write_text("#error deliberately broken\n")
     status = native._find_and_load()
     assert not status.loaded
     assert "error: #error deliberately broken" in status.reason

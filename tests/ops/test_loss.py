@@ -16,7 +16,7 @@ from .loss_oracle import IGNORED, OPTIONS, Call, Options, gradients
 from .oracle import Sample, allowed, error, generator, routed, scores
 
 half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64
-# With d >= 320 the scores of all, or some, features wait in the memory of the centres' gradient (csrc/cpu/loss.h).
+# With d >= 320 the scores of all, or some, features wait in the memory of the centres' gradient (csrc/cpu/cross_entropy.h).
 SAMPLES = [
     Sample(37, 1043, 80, 4),
     Sample(300, 700, 64, 3),

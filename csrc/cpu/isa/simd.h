@@ -1,6 +1,4 @@
-// Vectors in GCC's and Clang's portable notation. Included by kernels.cpp alone, which is compiled once for each
-// instruction set: everything here is in an unnamed namespace, so that no copy compiled for a newer processor can be
-// taken by the linker for all.
+// Vectors, in the portable notation of GCC and Clang.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -1,5 +1,5 @@
 // Scores with two small tables: the vectors of class k are w_k + y0[j, k] a + y1[j, k] b_j with shared a and b_j, and
-// x[i, 0] = f_i . a, x[i, j] = f_i . b_j. Included by kernels.cpp alone (see simd.h).
+// x[i, 0] = f_i . a, x[i, j] = f_i . b_j.
 #pragma once
 #include "kernels.h"
 #include "simd.h"

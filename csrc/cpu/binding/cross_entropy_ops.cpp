@@ -4,9 +4,9 @@
 #include <optional>
 #include <tuple>
 
+#include "../cross_entropy.h"
+#include "../topk.h"
 #include "arguments.h"
-#include "loss.h"
-#include "topk.h"
 
 namespace gistops {
 namespace {

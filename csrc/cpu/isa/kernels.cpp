@@ -1,11 +1,13 @@
-// The vectorised inner loops, free of torch. Compiled once for each instruction set, with GISTOPS_ISA naming it
-// (gistops/_build.py); the baseline copy also holds the choice between them.
+// The vectorized inner loops. This folder is compiled once per instruction set, with GISTOPS_ISA as its name
+// (gistops/_build.py). It includes no header of torch, and all it defines is in an unnamed namespace or named after the
+// instruction set, so that the linker cannot use code for a newer processor in place of code for an older one.
 #include "kernels.h"
 
-#include "formats.h"
+#include "convert.h"
+#include "rotation.h"
 #include "simd.h"
 #include "softmax.h"
-#include "tables.h"
+#include "subcenter.h"
 
 #define GISTOPS_JOIN_(a, b) a##b
 #define GISTOPS_JOIN(a, b) GISTOPS_JOIN_(a, b)

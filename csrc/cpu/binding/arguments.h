@@ -8,9 +8,9 @@
 
 #include <optional>
 
-#include "backward.h"
-#include "block.h"
-#include "products.h"
+#include "../backward.h"
+#include "../block.h"
+#include "../gemm.h"
 
 namespace gistops {
 

@@ -1,5 +1,5 @@
-// The CPU kernels' interface: a table of functions, filled once for each instruction set (kernels.cpp is compiled once
-// for each) and picked at run time. All matrices are row-major; ld* are row strides in elements.
+// The interface of the CPU kernels: a table of functions, one per instruction set, picked at run time (dispatch.cpp).
+// All matrices are row-major; ld* are row strides in elements.
 #pragma once
 #include <cstdint>
 
@@ -11,7 +11,7 @@ constexpr double kMinNorm = 1e-12;
 // Storage formats of input and centers; computation is in float, or in double if any of them is double.
 enum class Format { f32, f64, f16, bf16 };
 
-// Rank-2 terms (tables.h) of some rows and classes: x [rows, slots], y0 and y1 [slots, n] with row stride ld.
+// Rank-2 terms (rotation.h) of some rows and classes: x [rows, slots], y0 and y1 [slots, n] with row stride ld.
 template <class T>
 struct Tables {
   const T *x, *y0, *y1;

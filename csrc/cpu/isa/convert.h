@@ -1,4 +1,4 @@
-// Conversions between storage formats and the format of computation. Included by kernels.cpp alone (see simd.h).
+// Conversions between storage formats and the format of computation.
 #pragma once
 #include <cstdint>
 #include <cstring>

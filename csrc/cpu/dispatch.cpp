@@ -1,8 +1,8 @@
-// Which copy of the kernels runs here. Compiled for the oldest processor, like everything but kernels.cpp.
+// The choice of the instruction set at run time. Compiled for the oldest processor, like everything outside of isa/.
 #include <cstdlib>
 #include <cstring>
 
-#include "kernels.h"
+#include "isa/kernels.h"
 
 namespace gistops {
 

@@ -4,9 +4,9 @@
 #include <string>
 #include <tuple>
 
+#include "../backward.h"
+#include "../forward.h"
 #include "arguments.h"
-#include "backward.h"
-#include "forward.h"
 
 namespace gistops {
 namespace {
