@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from train.config import DEFAULT_RECIPE
+from train.files import write_atomically
 from train.methods import FIRST_STAGES, METHODS
-from train.training.run_folder import write_aside
 from train.training.stopping import CODE as STOPPED
 
 from .gpu_train_env import compiled_env, pack, together_on_gpu, warm
@@ -111,7 +111,7 @@ def unpacked(data: Path | None, folder: Path, unpacker: Path | None) -> Path | N
             subprocess.run([sys.executable, str(tool), "unpack", str(data), str(named)], check=True)
             named.rename(aside)
 
-        write_aside(made, unpack)
+        write_atomically(made, unpack)
     return made
 
 
@@ -317,7 +317,7 @@ def main(words: Sequence[str] | None = None) -> int:
     def say(record: Record) -> None:
         lines.append(json.dumps(record))
         print(lines[-1], flush=True)
-        write_aside(args.folder / "results.jsonl", lambda path: path.write_text("\n".join(lines) + "\n"))
+        write_atomically(args.folder / "results.jsonl", lambda path: path.write_text("\n".join(lines) + "\n"))
 
     def ended(*_: object) -> None:
         raise KeyboardInterrupt

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from train.cli import from_command_line
 from train.config import Config, ConfigError, MethodName, check
+from train.console import say
 from train.data.dataset import Dataset
 from train.run import load
-from train.training.progress import say
 from train.training.trainer import Training
 
 from .hardware import hardware

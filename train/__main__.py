@@ -17,10 +17,10 @@ from .commands.ablation import Ablation, ablate
 from .commands.doctor import examine
 from .commands.features import Features, extract
 from .config import ConfigError
+from .console import say
 from .distributed import init_process_group, rank
 from .report.html import compare
 from .run import start
-from .training.progress import say
 from .training.stopping import CODE, Stopped, listening
 from .training.trainer import Diverged
 

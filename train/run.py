@@ -11,6 +11,7 @@ from rich.console import Console
 
 from . import distributed
 from .config import Config, ConfigError, source_of
+from .console import say
 from .data.dataset import Dataset
 from .data.errors import DataError
 from .data.load import load as load_data
@@ -21,7 +22,7 @@ from .report.html import read_records, write_page
 from .report.table import print_results
 from .training.engine import run
 from .training.first_stages import FirstStages
-from .training.progress import Display, say
+from .training.progress import Display
 from .training.run_folder import RunFolder
 from .training.trainer import own_parts, sizes_of
 

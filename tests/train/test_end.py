@@ -16,7 +16,6 @@ from train.data.dataset import load_arrays
 from train.evaluation.evaluate import evaluate
 from train.model.model import load_model
 from train.report.table import print_results
-from train.training.run_folder import write_aside
 
 from .conftest import shared
 
@@ -136,22 +135,6 @@ def test_a_runs_config_is_a_recipe(feature_file: Path, tmp_path: Path) -> None:
     assert main(again) == 0
     for name in ("model-gist.safetensors", "model-plain.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-
-
-def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_aside(path, lambda aside: aside.write_text("old"))
-
-    def fail(aside: Path) -> None:
-        aside.write_text("ne")
-        raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space left"):
-        write_aside(path, fail)
-    assert path.read_text() == "old"
-    write_aside(path, lambda aside: aside.write_text("new"))
-    assert path.read_text() == "new"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
 def test_the_table_counts_the_classes_of_each_group(capsys: pytest.CaptureFixture[str]) -> None:

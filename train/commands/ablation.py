@@ -19,11 +19,11 @@ from rich.console import Console
 from .. import distributed
 from ..cli import typed_value
 from ..config import Config, ConfigError, check
+from ..console import say
+from ..files import write_atomically
 from ..methods import TITLES
 from ..run import start
 from ..shot_groups import GROUPS
-from ..training.progress import say
-from ..training.run_folder import write_aside
 
 Result = dict[str, Any]
 Variant = dict[str, Any]  # options and their values
@@ -64,7 +64,7 @@ def ablate(ablation: Ablation, console: Console) -> int:
         results[name][seed] = start(config, console, folder / "first-stages")
         text = table(results, ablation)
         if distributed.rank() == 0:
-            write_aside(folder / "table.md", lambda path, text=text: path.write_text(text))  # type: ignore[misc]
+            write_atomically(folder / "table.md", lambda path, text=text: path.write_text(text))  # type: ignore[misc]
     say(console, text)
     say(console, f"written to {folder / 'table.md'}")
     return 0

@@ -11,11 +11,11 @@ import torch
 from rich.console import Console
 
 from ..config import Config, ConfigError, source_of
+from ..console import say
 from ..data.dataset import Dataset
 from ..data.errors import DataError
 from ..data.load import listings, load
 from ..shot_groups import SPLIT_RULES, split_classes
-from ..training.progress import say
 
 SHOWN = 10  # of each kind of trouble
 SPLITS = {"train": "training", "test": "test", "val": "validation"}

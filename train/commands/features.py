@@ -17,13 +17,13 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from ..config import Config, ConfigError, source_of
+from ..console import say
 from ..data.dataset import Dataset
 from ..data.errors import DataError
 from ..data.load import load
+from ..files import write_atomically
 from ..model.backbones import BackboneError, Timm, make_backbone
 from ..model.model import Model, Normalize, load_model
-from ..training.progress import say
-from ..training.run_folder import write_aside
 
 BATCH_SIZE = 500  # evaluation's, so that a head finds the very features that it was evaluated on
 
@@ -71,7 +71,7 @@ def extract(features: Features, console: Console) -> int:
         arrays[f"x_{part}"] = through(model, x, part, console)
         arrays[f"y_{part}"] = y
     metadata = {"classes": json.dumps(data.class_names)}
-    write_aside(out, lambda path: safetensors.torch.save_file(arrays, path, metadata))
+    write_atomically(out, lambda path: safetensors.torch.save_file(arrays, path, metadata))
     say(console, f"written to {out}")
     return 0
 

@@ -12,10 +12,10 @@ import jinja2
 from rich.console import Console
 
 from ..config import ConfigError
+from ..console import say
+from ..files import write_atomically
 from ..methods import TITLES
 from ..shot_groups import GROUPS
-from ..training.progress import say
-from ..training.run_folder import write_aside
 from . import figures
 from .table import percent
 
@@ -141,6 +141,6 @@ def compare(args: list[str], console: Console) -> int:
     about = "Runs: " + ", ".join(runs) + "."
     if not options.out.absolute().parent.is_dir():
         raise ConfigError("out", "a file in a folder that is there", str(options.out))
-    write_aside(options.out, lambda path: write_page(path, runs, "Comparison", about))
+    write_atomically(options.out, lambda path: write_page(path, runs, "Comparison", about))
     say(console, f"written to {options.out}")
     return 0

@@ -16,8 +16,9 @@ import torch
 
 from .. import distributed
 from ..config import STRUCTURE, Config, config_values
+from ..files import write_atomically
 from ..methods import FIRST_STAGES
-from .run_folder import PLACES, write_aside
+from .run_folder import PLACES
 from .trainer import Training
 
 Record = dict[str, Any]
@@ -84,7 +85,7 @@ class FirstStages:
         saved = {"training": training.state_dict(), "records": records}  # with others: of all processes
         if distributed.rank() == 0:
             self.folder.mkdir(exist_ok=True)
-            write_aside(self._file(kind), lambda path: torch.save(saved, path))
+            write_atomically(self._file(kind), lambda path: torch.save(saved, path))
 
     def clear(self) -> None:
         """Remove what no other run may want."""

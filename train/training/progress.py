@@ -12,11 +12,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 WINDOW = 30.0  # seconds
 
 
-def say(console: Console, line: str) -> None:
-    """Print a line as it is: no colours, no wrapping."""
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
 class Display:
     """Shows loss, rate and time left of a whole run, counted in images."""
 

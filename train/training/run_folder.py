@@ -6,7 +6,6 @@ But for lines at the end of metrics.jsonl and TensorBoard's logs, which a resume
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from .. import distributed
 from ..cli import load_recipe
 from ..config import Config, ConfigError, config_values
+from ..files import write_atomically
 from .tensorboard import Board
 
 #: Options that may change when a run goes on: where its data lies, whose content is compared, how often it is saved, and
@@ -25,20 +25,6 @@ PLACES = {
     *("data", "test_data", "val_data", "images", "path_prefixes"),
     *("checkpoint_steps", "checkpoint_seconds", "cuda_graph", "compile"),
 }
-
-
-def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` with a temporary path beside `path`, make its file durable, and move it into place."""
-    aside = path.with_name(f".{path.name}.tmp")
-    write(aside)
-    with open(aside, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # or a power cut could undo the move
-    finally:
-        os.close(folder)
 
 
 class RunFolder:
@@ -101,7 +87,7 @@ class RunFolder:
     def write(self, name: str, write: Callable[[Path], object]) -> None:
         """Let `write` make the file `name`, whole or not at all; in the first process alone."""
         if distributed.rank() == 0:
-            write_aside(self.path / name, write)
+            write_atomically(self.path / name, write)
 
     def save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.write(
