@@ -14,12 +14,12 @@ from rich.console import Console
 
 from .cli import from_command_line
 from .commands.ablation import Ablation, ablate
+from .commands.compare import compare
 from .commands.doctor import examine
 from .commands.features import Features, extract
 from .config import ConfigError
 from .console import say
 from .distributed import init_process_group, rank
-from .report.html import compare
 from .run import start
 from .training.stopping import CODE, Stopped, listening
 from .training.trainer import Diverged

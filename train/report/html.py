@@ -2,53 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 from pathlib import Path
-from typing import Any
 
 import jinja2
-from rich.console import Console
 
-from ..config import ConfigError
-from ..console import say
-from ..files import write_atomically
 from ..methods import TITLES
 from ..shot_groups import GROUPS
 from . import figures
+from .figures import Record
 from .table import percent
 
-Record = dict[str, Any]
-
-PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string("""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
-<style>
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .2rem .7rem; border-bottom: 1px solid #ddd }
-td + td, th + th { text-align: right } td.words { text-align: left }
-figure { display: inline-block; margin: .5rem; vertical-align: top } figcaption { font-size: 13px; color: #555 }
-</style>
-<h1>{{ title }}</h1>
-<p>{{ about }}</p>
-<table><tr><th></th><th>overall</th>{% for g in groups %}<th>{{ g }}</th>{% endfor %}<th>image passes</th></tr>
-{% for row in rows %}<tr><td>{{ row.name }}</td>{% for cell in row.cells %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table>
-{% macro show(figures) %}{% for f in figures %}<figure><img src="data:image/png;base64,{{ f.data }}" alt="{{ f.caption }}">
-<figcaption>{{ f.caption }}</figcaption></figure>{% endfor %}{% endmacro %}
-{{ show(overview) }}
-{% for section in sections %}
-<h2>{{ section.name }}</h2>
-{{ show(section.figures) }}
-{% if section.confusion %}<h3>Few-shot classes, and what their test samples are taken for</h3>
-<table><tr><th>class</th><th>training samples</th><th>accuracy</th><th>taken for</th></tr>
-{% for row in section.confusion %}<tr><td>{{ row['class'] }}</td><td>{{ row.training }}</td>
-<td>{{ '%.0f' % (100 * row.accuracy) }} %</td><td class="words">{% for name, share in row['taken for'] %}{{ name }}
-{{ '%.0f' % (100 * share) }} %{{ '' if loop.last else ', ' }}{% endfor %}</td></tr>
-{% endfor %}</table>{% endif %}
-{% endfor %}
-</html>
-""")
+TEMPLATE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+    Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+)
 
 CAPTIONS = {
     "by_size": "Accuracy of each class by its training samples; lines: means over tenths of the classes",
@@ -82,7 +50,7 @@ def write_page(path: Path, runs: dict[str, list[Record]], title: str, about: str
             epochs = [r for r in records if r["event"] == "epoch" and r["method"] == result["method"]]
             sections.append({"name": name, **_section(epochs, result.get("analysis"))})
     overview = _embed({"by_size": figures.accuracy_by_size(results)})
-    html = PAGE.render(
+    html = TEMPLATE.render(
         title=title, about=about, groups=GROUPS, rows=rows, overview=overview, sections=sections
     )
     path.write_text(html, encoding="utf-8")
@@ -116,31 +84,3 @@ def read_records(folder: Path) -> list[Record]:
         OSError, ValueError: there are none.
     """
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def compare(args: list[str], console: Console) -> int:
-    """`python -m train report RUN [RUN …] --out FILE`: several runs' folders in one page.
-
-    Raises:
-        ConfigError: a folder that is no run's.
-    """
-    parser = argparse.ArgumentParser(prog="python -m train report", description=compare.__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="runs' folders, such as runs/smoke")
-    parser.add_argument(
-        "--out", type=Path, default=Path("report.html"), help="the page (default: report.html)"
-    )
-    options = parser.parse_args(args)
-    runs: dict[str, list[Record]] = {}
-    for folder in options.folders:
-        try:
-            runs[str(folder)] = read_records(folder)
-        except (OSError, ValueError) as error:
-            raise ConfigError("folders", "the folders of runs", f"{folder} ({error})") from None
-        if not any(record["event"] == "result" for record in runs[str(folder)]):
-            raise ConfigError("folders", "runs that are finished", str(folder))
-    about = "Runs: " + ", ".join(runs) + "."
-    if not options.out.absolute().parent.is_dir():
-        raise ConfigError("out", "a file in a folder that is there", str(options.out))
-    write_atomically(options.out, lambda path: write_page(path, runs, "Comparison", about))
-    say(console, f"written to {options.out}")
-    return 0

@@ -1,0 +1,41 @@
+"""`python -m train report`: one HTML page that compares several runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from ..config import ConfigError
+from ..console import say
+from ..files import write_atomically
+from ..report.html import Record, read_records, write_page
+
+
+def compare(args: list[str], console: Console) -> int:
+    """`python -m train report RUN [RUN …] --out FILE`: several runs' folders in one page.
+
+    Raises:
+        ConfigError: a folder that is no run's.
+    """
+    parser = argparse.ArgumentParser(prog="python -m train report", description=compare.__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, help="runs' folders, such as runs/smoke")
+    parser.add_argument(
+        "--out", type=Path, default=Path("report.html"), help="the page (default: report.html)"
+    )
+    options = parser.parse_args(args)
+    runs: dict[str, list[Record]] = {}
+    for folder in options.folders:
+        try:
+            runs[str(folder)] = read_records(folder)
+        except (OSError, ValueError) as error:
+            raise ConfigError("folders", "the folders of runs", f"{folder} ({error})") from None
+        if not any(record["event"] == "result" for record in runs[str(folder)]):
+            raise ConfigError("folders", "runs that are finished", str(folder))
+    about = "Runs: " + ", ".join(runs) + "."
+    if not options.out.absolute().parent.is_dir():
+        raise ConfigError("out", "a file in a folder that is there", str(options.out))
+    write_atomically(options.out, lambda path: write_page(path, runs, "Comparison", about))
+    say(console, f"written to {options.out}")
+    return 0
