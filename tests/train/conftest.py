@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from train.data.dataset import Dataset, load_arrays
+from train.data.dataset import Dataset
+from train.data.sources.arrays import load_arrays
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COUNTS = (

@@ -12,10 +12,12 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from train.data.dataset import EMBEDDED, DataError, Dataset, load_arrays
+from train.data.dataset import Dataset
+from train.data.errors import DataError
 from train.data.fashion_mnist_lt.make import CLASSES
 from train.data.load import Source, load
 from train.data.longtail import long_tailed_counts, long_tailed_indices
+from train.data.sources.arrays import EMBEDDED, load_arrays
 from train.data.stream.augment import NUMBERS, Augmentation
 from train.data.stream.streams import RandomStream
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from train.__main__ import main
-from train.data.dataset import load_arrays
+from train.data.sources.arrays import load_arrays
 from train.evaluation.evaluate import evaluate
 from train.model.model import load_model
 from train.report.table import print_results

@@ -16,8 +16,9 @@ from torch import nn
 from train.__main__ import main
 from train.cli import from_command_line
 from train.commands.features import Features, network
-from train.data.dataset import Dataset, load_arrays
+from train.data.dataset import Dataset
 from train.data.errors import DataError
+from train.data.sources.arrays import load_arrays
 from train.evaluation.evaluate import evaluate
 from train.model.model import Model, load_model
 

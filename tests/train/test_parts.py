@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from train.config import Config
-from train.data.dataset import Dataset, load_arrays
+from train.data.dataset import Dataset
+from train.data.sources.arrays import load_arrays
 from train.training.trainer import Training
 
 from ..processes import in_group

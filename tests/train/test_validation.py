@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from train.__main__ import main
-from train.data.dataset import load_arrays
 from train.data.load import Source, load
+from train.data.sources.arrays import load_arrays
 
 OPTIONS = "--recipe smoke --num-classes 5 --classes-per-batch 4 --device cpu --methods plain"
 

@@ -10,7 +10,8 @@ from rich.console import Console
 from ..config import ConfigError
 from ..console import say
 from ..files import write_atomically
-from ..report.html import Record, read_records, write_page
+from ..report.figures import Record
+from ..report.html import read_records, write_page
 
 
 def compare(args: list[str], console: Console) -> int:

@@ -11,11 +11,12 @@ from typing import Literal
 import torch
 
 from .cache import cache_folder, shared
-from .dataset import EMBEDDED, Dataset, Splits, from_arrays, load_arrays, make_dataset
+from .dataset import Dataset, Splits, make_dataset
 from .errors import DataError
 from .glyphs.dataset import NAME as GLYPHS
 from .glyphs.dataset import load_glyphs
-from .longtail import long_tailed_counts, long_tailed_indices
+from .longtail import long_tailed
+from .sources.arrays import EMBEDDED, from_arrays, load_arrays
 from .sources.cifar import read_cifar
 from .sources.decode import load_images
 from .sources.listing import Listing, read_listing
@@ -62,28 +63,6 @@ def load(source: Source) -> Dataset:
             f".txt, .csv or .json, a folder of class folders, or {names}"
         )
     return data if source.imbalance_ratio == 1 else long_tailed(data, source.imbalance_ratio)
-
-
-def long_tailed(data: Dataset, ratio: float) -> Dataset:
-    """The same set with a long tail: the rule and the seed of CIFAR-LT.
-
-    Raises:
-        DataError: a class has fewer images than the rule gives it, or is given none.
-    """
-    largest = int(data.train_counts.max())
-    counts = long_tailed_counts(largest, data.num_classes, ratio)
-    if min(counts) == 0:
-        raise DataError(
-            f"--imbalance-ratio: expected at most {largest}, the largest class's samples, got {ratio:g}: "
-            f"{counts.count(0)} classes would have none"
-        )
-    try:
-        kept = torch.from_numpy(long_tailed_indices(data.y_train.numpy(), counts))
-    except ValueError as error:
-        raise DataError(f"--imbalance-ratio {ratio}: {error}") from None
-    return dataclasses.replace(
-        data, x_train=data.x_train[kept], y_train=data.y_train[kept], train_counts=torch.tensor(counts)
-    )
 
 
 def listings(source: Source) -> dict[str, Listing]:

@@ -2,7 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
+import torch
+
+from .dataset import Dataset
+from .errors import DataError
+
+
+def long_tailed(data: Dataset, ratio: float) -> Dataset:
+    """The same set with a long tail: the rule and the seed of CIFAR-LT.
+
+    Raises:
+        DataError: a class has fewer images than the rule gives it, or is given none.
+    """
+    largest = int(data.train_counts.max())
+    counts = long_tailed_counts(largest, data.num_classes, ratio)
+    if min(counts) == 0:
+        raise DataError(
+            f"--imbalance-ratio: expected at most {largest}, the largest class's samples, got {ratio:g}: "
+            f"{counts.count(0)} classes would have none"
+        )
+    try:
+        kept = torch.from_numpy(long_tailed_indices(data.y_train.numpy(), counts))
+    except ValueError as error:
+        raise DataError(f"--imbalance-ratio {ratio}: {error}") from None
+    return dataclasses.replace(
+        data, x_train=data.x_train[kept], y_train=data.y_train[kept], train_counts=torch.tensor(counts)
+    )
 
 
 def long_tailed_counts(largest: int, num_classes: int, imbalance_ratio: float) -> list[int]:
