@@ -1,4 +1,4 @@
-"""Seeds and methods side by side, in a limited time: `python -m bench.gpu_train`, tried on the CPU."""
+"""Tests of `python -m bench.gpu_train` on the CPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import gpu_train, gpu_train_env
-from bench.gpu_train import Job, jobs_of
+from bench.gpu_train import cli, environment, jobs, pool
+from bench.gpu_train.jobs import Job
 from train.cli import from_command_line
 
 from ..train.conftest import REPOSITORY
@@ -24,8 +24,10 @@ SMALL = "--recipe smoke --device cpu --threads 1 --precision float32 --no-graph"
 OPTIONS = "--num-classes 5 --classes-per-batch 4"
 
 
-def called(folder: Path, data: Path, words: str, options: str = OPTIONS) -> tuple[int, list[dict[str, Any]]]:
-    """The exit code and lines of a call, in a process of its own."""
+def run_command(
+    folder: Path, data: Path, words: str, options: str = OPTIONS
+) -> tuple[int, list[dict[str, Any]]]:
+    """Run the command in a new process and return its exit code and its records."""
     command = [sys.executable, "-m", "bench.gpu_train", "--data", str(data), "--folder", str(folder)]
     done = subprocess.run(
         [*command, *SMALL.split(), *words.split(), "--", *options.split()],
@@ -40,55 +42,54 @@ def called(folder: Path, data: Path, words: str, options: str = OPTIONS) -> tupl
 def test_methods_that_share_a_first_stage_are_one_job() -> None:
     methods = ("plain", "gist", "cos-balanced-softmax", "cos-gist")
     families = [("plain",), ("gist", "cos-gist"), ("cos-balanced-softmax",)]
-    assert jobs_of(methods, [4, 7]) == [Job(seed, family) for family in families for seed in (4, 7)]
+    assert jobs.make_jobs(methods, [4, 7]) == [Job(seed, family) for family in families for seed in (4, 7)]
 
 
-def test_words_of_a_job() -> None:
-    """As `python -m train` takes them."""
+def test_command_of_a_job_is_accepted_by_train() -> None:
     words = "--data some.npz --folder runs --epochs 101 --compile --device cpu -- --num-displacements 3"
-    args = gpu_train.parse(words.split())
-    config = from_command_line(gpu_train.command(Job(4, ("gist", "cos-gist")), args.data, args)[3:])
+    args = cli.parse(words.split())
+    config = from_command_line(jobs.train_command(Job(4, ("gist", "cos-gist")), args.data, args)[3:])
     assert (config.recipe, config.data, config.imbalance_ratio) == ("cifar100-lt", "some.npz", 1)
     assert (config.methods, config.seed, config.resume) == (("gist", "cos-gist"), 4, True)
     assert (config.stage1_epochs, config.stage2_epochs, config.num_displacements) == (50, 51, 3)
     assert (config.precision, config.cuda_graph, config.compile) == ("bf16", True, True)
-    without = gpu_train.command(Job(0, ("plain",)), None, gpu_train.parse(["--folder", "runs", "--no-graph"]))
+    without = jobs.train_command(Job(0, ("plain",)), None, cli.parse(["--folder", "runs", "--no-graph"]))
     assert not {"--data", "--compile", "--cuda-graph"} & set(without)
 
 
-def test_stopped_and_gone_on_with(image_file: Path, tmp_path: Path) -> None:
+def test_a_stopped_pool_resumes(image_file: Path, tmp_path: Path) -> None:
     words = ["--data", str(image_file), "--folder", str(tmp_path), "--epochs", "400", "--at-once", "0"]
-    args = gpu_train.parse([*words, *SMALL.split(), "--", *OPTIONS.split()])
-    jobs = [Job(seed, ("gist", "cos-gist")) for seed in (0, 1)]
+    args = cli.parse([*words, *SMALL.split(), "--", *OPTIONS.split()])
+    both = [Job(seed, ("gist", "cos-gist")) for seed in (0, 1)]
     epochs = [0, 0]
     for _ in range(2):
-        pool = gpu_train.Pool(jobs, image_file, args, dict(os.environ))
+        running = pool.Pool(both, image_file, args, dict(os.environ))
         before = epochs
         while not all(now > then for now, then in zip(epochs, before, strict=True)):
-            pool.turn()
-            assert len(pool.running) == 2, [gpu_train.said(tmp_path, job) for job in jobs]
+            running.poll()
+            assert len(running.running) == 2, [jobs.read_log(tmp_path, job) for job in both]
             time.sleep(0.1)
-            epochs = [gpu_train.unfinished(tmp_path, job, None)["epochs"] for job in jobs]
-        pool.stop(time.monotonic() + 100)
-        assert list(pool.codes.values()) == [75, 75]
-        for job in jobs:
-            assert "stopped in gist, after " in gpu_train.said(tmp_path, job)
+            epochs = [jobs.unfinished(tmp_path, job, None)["epochs"] for job in both]
+        running.stop(time.monotonic() + 100)
+        assert list(running.codes.values()) == [75, 75]
+        for job in both:
+            assert "stopped in gist, after " in jobs.read_log(tmp_path, job)
             assert (tmp_path / job.name / "checkpoint.pt").exists()
-    assert all("resuming after gist" in gpu_train.said(tmp_path, job) for job in jobs)
+    assert all("resuming after gist" in jobs.read_log(tmp_path, job) for job in both)
 
 
-def test_no_time_at_all(image_file: Path, tmp_path: Path) -> None:
+def test_a_time_limit_below_the_first_epoch(image_file: Path, tmp_path: Path) -> None:
     words = "--seeds 0 1 2 --methods plain --epochs 400 --at-once 2 --seconds 4"
-    code, lines = called(tmp_path / "runs", image_file, words)
+    code, lines = run_command(tmp_path / "runs", image_file, words)
     assert code == 0
     assert [(line["event"], line["seed"], line["epochs"]) for line in lines] == [
         ("unfinished", seed, 0) for seed in range(3)
     ]
 
 
-def test_finished_models_are_said_again(image_file: Path, tmp_path: Path) -> None:
+def test_finished_models_are_reported_by_every_call(image_file: Path, tmp_path: Path) -> None:
     words = "--seeds 3 --methods gist,plain --epochs 2 --at-once 0 --seconds 250"
-    code, lines = called(tmp_path / "runs", image_file, words)
+    code, lines = run_command(tmp_path / "runs", image_file, words)
     assert code == 0
     assert {(line["event"], line["method"], line["epochs"]) for line in lines} == {
         ("result", "gist", 2),
@@ -96,14 +97,14 @@ def test_finished_models_are_said_again(image_file: Path, tmp_path: Path) -> Non
     }
     assert all(line["accuracy"].keys() == {"overall", "many", "medium", "few"} for line in lines)
     assert all(line["images_per_second"] > 0 for line in lines)
-    code, again = called(tmp_path / "runs", image_file, words)
+    code, again = run_command(tmp_path / "runs", image_file, words)
     assert (code, len(again)) == (0, 2)
     assert all(line in lines for line in again)  # in the order of methods, not of their ends
 
 
-def test_a_process_that_fails_is_said(image_file: Path, tmp_path: Path) -> None:
+def test_a_failed_process_is_reported(image_file: Path, tmp_path: Path) -> None:
     words = "--seeds 0 --methods plain --epochs 2 --seconds 100"
-    code, (line,) = called(tmp_path / "runs", image_file, words, "--num-classes 6")
+    code, (line,) = run_command(tmp_path / "runs", image_file, words, "--num-classes 6")
     assert code == 1
     assert (line["event"], line["code"]) == ("failed", 2)
     assert "expected 6 classes" in line["said"]
@@ -116,17 +117,17 @@ def test_packed_data_is_unpacked_once(tmp_path: Path) -> None:
         "numpy.savez(sys.argv[3], x=numpy.frombuffer(open(sys.argv[2], 'rb').read(), numpy.uint8))\n"
     )
     packed.write_bytes(b"abc")
-    made = gpu_train.unpacked(packed, tmp_path, None)
+    made = jobs.unpack(packed, tmp_path, None)
     assert np.load(made)["x"].tobytes() == b"abc"
     tool.unlink()
-    assert gpu_train.unpacked(packed, tmp_path, None) == made
+    assert jobs.unpack(packed, tmp_path, None) == made
     made.unlink()
     with pytest.raises(SystemExit, match="--unpacker: expected the script"):
-        gpu_train.unpacked(packed, tmp_path, None)
-    assert gpu_train.unpacked(Path("other.npz"), tmp_path, None) == Path("other.npz")
+        jobs.unpack(packed, tmp_path, None)
+    assert jobs.unpack(Path("other.npz"), tmp_path, None) == Path("other.npz")
 
 
-def test_every_way_of_a_step_is_measured(image_file: Path, tmp_path: Path) -> None:
+def test_the_probe_measures_every_launch_mode(image_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "probe"
     command = [
         sys.executable,
@@ -149,33 +150,35 @@ def test_every_way_of_a_step_is_measured(image_file: Path, tmp_path: Path) -> No
     assert "there are none on cpu" in lines["graph"]["warned"][0]
 
 
-def test_one_process_compiles_and_the_others_find_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A compilation is waited for once; an archive of it spares that on another machine."""
-    monkeypatch.setattr(gpu_train_env, "COMPILED", tmp_path / "compiled")
+def test_one_process_compiles_and_the_others_reuse_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool waits for one compilation. With an archive of the cache another machine does not compile again."""
+    monkeypatch.setattr(environment, "CACHE", tmp_path / "compiled")
     archive = tmp_path / "compiled.tgz"
-    assert gpu_train_env.compiled_env(archive)["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
+    assert environment.compile_cache_env(archive)["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
     program = "import time\ntime.sleep(60)"
-    monkeypatch.setattr(gpu_train, "command", lambda *_: [sys.executable, "-c", program])
-    args = gpu_train.parse(["--folder", str(tmp_path), "--compile", "--at-once", "2"])
-    jobs = [Job(seed, ("plain",)) for seed in range(3)]
+    monkeypatch.setattr(pool, "train_command", lambda *_: [sys.executable, "-c", program])
+    args = cli.parse(["--folder", str(tmp_path), "--compile", "--at-once", "2"])
+    three = [Job(seed, ("plain",)) for seed in range(3)]
 
-    def running(pool: gpu_train.Pool) -> int:
-        pool.turn()
-        return len(pool.running)
+    def running(processes: pool.Pool) -> int:
+        processes.poll()
+        return len(processes.running)
 
-    cold = gpu_train.Pool(jobs, None, args, dict(os.environ))
+    cold = pool.Pool(three, None, args, dict(os.environ))
     assert [running(cold), running(cold)] == [1, 1]
-    (tmp_path / jobs[0].name).mkdir()
-    (tmp_path / jobs[0].name / "metrics.jsonl").write_text('{"event": "epoch", "method": "plain"}\n')
+    (tmp_path / three[0].name).mkdir()
+    (tmp_path / three[0].name / "metrics.jsonl").write_text('{"event": "epoch", "method": "plain"}\n')
     assert running(cold) == 2
     cold.stop(time.monotonic() + 20)
     made = tmp_path / "compiled" / "fxgraph" / "ab" / "graph"
     made.parent.mkdir(parents=True)
     made.write_bytes(b"code")
-    gpu_train_env.pack(archive)
+    environment.save_compile_cache(archive)
     shutil.rmtree(tmp_path / "compiled")
-    gpu_train_env.compiled_env(archive)
+    environment.compile_cache_env(archive)
     assert made.read_bytes() == b"code"
-    warm = gpu_train.Pool(jobs, None, args, dict(os.environ))
+    warm = pool.Pool(three, None, args, dict(os.environ))
     assert running(warm) == 2
     warm.stop(time.monotonic() + 20)
