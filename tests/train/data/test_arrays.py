@@ -21,7 +21,7 @@ from train.data.sources.arrays import EMBEDDED, load_arrays
 from train.data.stream.augment import NUMBERS, Augmentation
 from train.data.stream.streams import RandomStream
 
-from .conftest import COUNTS, shared
+from ..conftest import COUNTS, shared
 
 
 @pytest.mark.parametrize(

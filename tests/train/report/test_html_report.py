@@ -25,8 +25,8 @@ from train.report.figures import CHINESE, accuracy_by_size, by_size, chinese_fon
 from train.report.html import write_page
 from train.training.trainer import Training
 
-from .conftest import COUNTS
-from .test_engine import FEATURES, finish
+from ..conftest import COUNTS
+from ..test_engine import FEATURES, finish
 
 SHORT = "--stage1-epochs 1 --stage2-epochs 1 --classes-per-batch 3 --batch-size 50 --device cpu"
 

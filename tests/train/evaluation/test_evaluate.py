@@ -13,7 +13,7 @@ from train.evaluation.evaluate import Evaluation, evaluate
 from train.model.model import Model
 from train.shot_groups import GROUPS, split_classes
 
-from .conftest import shared
+from ..conftest import shared
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from train.data.errors import DataError
 from train.data.load import Source, load
 from train.data.sources.listing import read_listing
 
-from .conftest import COLOURS, check_colours, picture
+from ..conftest import COLOURS, check_colours, picture
 
 
 def entries(tree: Path, part: str) -> list[tuple[str, int]]:

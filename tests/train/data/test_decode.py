@@ -20,7 +20,7 @@ from train.data.load import Source, load
 from train.data.sources import decode as decoded
 from train.data.sources import image_files as pictures
 
-from .conftest import check_colours, picture
+from ..conftest import check_colours, picture
 
 
 def test_unreadable_images_are_named(tree: Path, cache: str) -> None:
