@@ -1,4 +1,7 @@
-"""What is made once, by several processes, and kept whole or not at all."""
+"""The cache of image arrays: folders that are complete or absent, written by several processes.
+
+This module does not import torch, so that worker processes start quickly.
+"""
 
 from __future__ import annotations
 
@@ -6,85 +9,70 @@ import glob
 import os
 import platform
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from .errors import DataError
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-
-def cache_folder(asked: str) -> Path:
-    """Where arrays made of images are kept: `--cache`, or a folder in the user's home."""
-    return Path(asked) if asked else Path.home() / ".cache" / "gistops" / "images"
-
-
-def shared(array: np.ndarray) -> Tensor:
-    """The array as a tensor. One that is mapped to be read alone stays so: writing to it ends the process.
-
-    A mapping that could be written to would count as memory, of which there may be less.
-    """
-    import torch  # not for the processes that draw and decode
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(array)
+def cache_folder(option: str) -> Path:
+    """Return the folder of `--cache`, or the default one in the user's home if the option is empty."""
+    return Path(option) if option else Path.home() / ".cache" / "gistops" / "images"
 
 
 @contextmanager
-def whole_folder(folder: Path, needed: int) -> Iterator[Path]:
-    """A new folder to write to, which takes the name `folder` when the block ends well and is removed otherwise.
+def atomic_folder(folder: Path, needed: int) -> Iterator[Path]:
+    """Yield a temporary folder, which becomes `folder` when the block succeeds and is removed otherwise.
 
     Args:
-        folder: the name; what is there is replaced.
+        folder: the final path; an existing folder is replaced.
         needed: bytes that will be written.
 
     Raises:
-        DataError: the disk has less free.
+        DataError: the disk has less free space.
     """
-    mine = f".{folder.name}.{platform.node()}."
-    for left in folder.parent.glob(f"{glob.escape(mine)}*"):  # by one that was killed
-        if not _alive(int(left.name.removeprefix(mine))):
-            shutil.rmtree(left, ignore_errors=True)
-    aside = folder.with_name(f"{mine}{os.getpid()}")
-    aside.mkdir(parents=True)
+    prefix = f".{folder.name}.{platform.node()}."
+    for leftover in folder.parent.glob(f"{glob.escape(prefix)}*"):  # from a process that was killed
+        if not _is_running(int(leftover.name.removeprefix(prefix))):
+            shutil.rmtree(leftover, ignore_errors=True)
+    temporary = folder.with_name(f"{prefix}{os.getpid()}")
+    temporary.mkdir(parents=True)
     try:
-        if (free := shutil.disk_usage(aside).free) < needed:
-            raise DataError(f"{folder.parent}: expected {needed:,} bytes free for images, got {free:,}")
-        yield aside
+        if (free := shutil.disk_usage(temporary).free) < needed:
+            raise DataError(
+                f"{folder.parent}: expected {needed:,} bytes free for images, got {free:,}; "
+                f"--cache names another folder"
+            )
+        yield temporary
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(aside, folder)
+        os.replace(temporary, folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _alive(process: int) -> bool:
-    """Whether there is another process of that number on this machine."""
+def _is_running(process: int) -> bool:
+    """Return whether another process on this machine has this id."""
     if process == os.getpid():
         return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # of another user
+    except PermissionError:  # the process of another user
         pass
     return True
 
 
 @contextmanager
-def mapping(few: bool, workers: int | None) -> Iterator[Callable[..., Iterator[Any]]]:
-    """`map`, over several processes unless there is too little to do; as many as processors if `workers` is None."""
-    if few:
+def process_map(workers: int | None, *, serial: bool) -> Iterator[Callable[..., Iterator[Any]]]:
+    """Yield a `map` over `workers` processes, by default one per processor; the built-in `map` if `serial`."""
+    if serial:
         yield map
     else:
-        # Not fork: a process with threads, as torch's are, may hang in it.
+        # Not fork: a fork of a process with threads, such as torch's, may deadlock.
         with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
             yield pool.map

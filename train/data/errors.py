@@ -1,5 +1,5 @@
-"""What is said of data that cannot be used."""
+"""The error of the data modules. This module does not import torch, so that worker processes start quickly."""
 
 
 class DataError(ValueError):
-    """Something that is no data set; the message says what was expected and what came."""
+    """Data that cannot be used. The message says what was expected and what was found."""

@@ -10,8 +10,9 @@ from typing import Literal
 
 import torch
 
-from .cache import cache_folder, shared
+from .cache import cache_folder
 from .dataset import Dataset, Splits, make_dataset
+from .dataset import read_only_tensor as shared
 from .errors import DataError
 from .glyphs.dataset import NAME as GLYPHS
 from .glyphs.dataset import load_glyphs

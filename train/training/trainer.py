@@ -223,7 +223,7 @@ class Training:
     def evaluate(self, final: bool = False) -> Record:
         """Accuracies on the validation samples, or the test samples where there are none; at the end on the test samples."""
         data, rule = self.data, self.config.split_rule
-        split, x, y = ("test", data.x_test, data.y_test) if final else data.watched
+        split, x, y = ("test", data.x_test, data.y_test) if final else data.eval_split
         found, readings = evaluate(self.model, x, y, data.num_classes, self.method.readings)
         record: Record = {"split": split, "accuracy": found.accuracy(data.train_counts, rule)}
         if readings:
@@ -240,7 +240,7 @@ class Training:
         """Which slots win, on about a thousand of the watched samples: for epochs that are not evaluated."""
         if not getattr(self.model.head, "num_displacements", 0):
             return {}
-        _, x, y = self.data.watched
+        _, x, y = self.data.eval_split
         every = max(1, len(y) // 1000)
         found, _ = evaluate(self.model, x[::every], y[::every], self.data.num_classes)
         return {} if found.slot_usage is None else {"slot_usage": found.slot_usage.tolist()}

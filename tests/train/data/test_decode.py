@@ -14,11 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from train.data.cache import whole_folder
+from train.data.cache import atomic_folder
 from train.data.errors import DataError
 from train.data.load import Source, load
-from train.data.sources import decode as decoded
-from train.data.sources import image_files as pictures
+from train.data.sources import decode, image_files
 
 from ..conftest import check_colours, picture
 
@@ -64,8 +63,8 @@ def test_a_file_that_the_disk_would_not_give_is_tried_again(tree: Path, cache: s
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     """But not what another is at work on."""
     script = (
-        "import os, signal, sys; from pathlib import Path; from train.data.cache import whole_folder\n"
-        "with whole_folder(Path(sys.argv[1]), 1) as aside:\n"
+        "import os, signal, sys; from pathlib import Path; from train.data.cache import atomic_folder\n"
+        "with atomic_folder(Path(sys.argv[1]), 1) as aside:\n"
         "    (aside / 'part').write_text('…'); print(flush=True); {then}"
     )
 
@@ -80,7 +79,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
     working = begin("input()")
     (left,) = tmp_path.iterdir()  # the second one's: it removed the first one's
-    with whole_folder(tmp_path / "made", 1):
+    with atomic_folder(tmp_path / "made", 1):
         assert left.is_dir()
     assert working.communicate("\n")[0] == ""
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
@@ -96,7 +95,7 @@ def test_images_are_decoded_once(tree: Path, cache: str, monkeypatch: pytest.Mon
         raise AssertionError("decoded again")
 
     with monkeypatch.context() as patched:
-        patched.setattr(decoded, "_make", never)
+        patched.setattr(decode, "_decode_all", never)
         again = load(source)
     assert torch.equal(first.x_train, again.x_train)
     assert first.fingerprint() == again.fingerprint()
@@ -127,13 +126,13 @@ def test_pictures_of_any_kind(tmp_path: Path) -> None:
     ):
         path = tmp_path / f"{mode.replace(';', '')}.tiff"
         Image.new(mode, (7, 50), colour).save(path)
-        assert pictures.decode(path, 12).shape == (12, 12, 3)
+        assert image_files.decode(path, 12).shape == (12, 12, 3)
     turned = Image.fromarray(
         np.repeat(np.array([[[255, 0, 0]], [[0, 0, 255]]], np.uint8), 20, 1).repeat(10, 0)
     )
     exif = turned.getexif()
     exif[0x0112] = 3  # upside down
     turned.save(tmp_path / "turned.png", exif=exif)
-    image = pictures.decode(tmp_path / "turned.png", 20)
+    image = image_files.decode(tmp_path / "turned.png", 20)
     assert image[2, 10, 2] > 200
     assert image[17, 10, 0] > 200

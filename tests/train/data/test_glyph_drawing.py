@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw
 
 from train.data.errors import DataError
 from train.data.glyphs.characters import character_frequencies
-from train.data.glyphs.dataset import HIGH, LOW
-from train.data.glyphs.drawing import MARGIN, Variation, fit, ink
-from train.data.glyphs.faces import FAMILIES, family_of, find_faces, survey
+from train.data.glyphs.drawing import MARGIN, Variation, fit_to_square, render_ink
+from train.data.glyphs.faces import FAMILIES, check_coverage, family_of, find_faces
+from train.data.glyphs.plan import VARIATION_HIGH, VARIATION_LOW
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 SIZE = 16
@@ -62,9 +62,9 @@ def test_frequencies_count_characters_in_words(tmp_path: Path) -> None:
 
 def test_boxes_and_blanks_are_dropped() -> None:
     [face] = find_faces([FONTS / "DejaVuSans.ttf"], ["DejaVu Sans"])
-    found = survey(face, "aβ中国\u2003Ж", 2 * SIZE)
+    found = check_coverage(face, "aβ中国\u2003Ж", 2 * SIZE)
     assert found.present == [True, True, False, False, False, True]
-    assert (found.boxes, found.blank) == (2, 1)
+    assert (found.num_boxes, found.num_blank) == (2, 1)
 
 
 def test_placeholders_that_a_font_lists_as_characters_are_dropped(tmp_path: Path) -> None:
@@ -89,21 +89,21 @@ def test_placeholders_that_a_font_lists_as_characters_are_dropped(tmp_path: Path
     builder.setupPost()
     builder.save(tmp_path / "tofu.ttf")
     [face] = find_faces([tmp_path / "tofu.ttf"], ["Tofu"])
-    found = survey(face, [*ideographs, "l", "I", "x"], 2 * SIZE)
+    found = check_coverage(face, [*ideographs, "l", "I", "x"], 2 * SIZE)
     assert found.present == [False] * 20 + [True, True, False]
 
 
 def test_ink_is_in_the_middle_as_large_as_fits() -> None:
     image = Image.new("L", (30, 10), 255)  # three times as wide as high
-    drawn = fit(image, 20, Variation())
+    drawn = fit_to_square(image, 20, Variation())
     rows, columns = np.flatnonzero(drawn.max(1) > 128), np.flatnonzero(drawn.max(0) > 128)
     assert (columns[0], columns[-1]) == (MARGIN, 19 - MARGIN)
     assert (rows[0], rows[-1]) == (7, 12)
     [face] = find_faces([FONTS / "DejaVuSans.ttf"], ["DejaVu Sans"])
     for character in "A,'jW—":
-        cut = ink(face.open(40), character)
-        assert cut is not None
-        drawn = fit(cut, 20, Variation()).astype(float)
+        ink = render_ink(face.open(40), character)
+        assert ink is not None
+        drawn = fit_to_square(ink, 20, Variation()).astype(float)
         for axis in (0, 1):
             there = np.flatnonzero(drawn.max(axis) > 20)
             assert abs(there[0] + there[-1] - 19) <= 1, character  # as far from both sides
@@ -113,7 +113,9 @@ def test_no_variation_cuts_the_ink(seed: int) -> None:
     rng = np.random.default_rng(seed)
     for _ in range(50):
         size = tuple(rng.integers(3, 60, 2).tolist())
-        drawn = fit(Image.new("L", size, 255), 20, Variation(*rng.uniform(LOW, HIGH).tolist()))
+        drawn = fit_to_square(
+            Image.new("L", size, 255), 20, Variation(*rng.uniform(VARIATION_LOW, VARIATION_HIGH).tolist())
+        )
         edges = [drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]]
         assert max(edge.max() for edge in edges) < 64, size
         assert drawn.max() > 100, size  # a thin bar may be less than a pixel wide
@@ -122,5 +124,5 @@ def test_no_variation_cuts_the_ink(seed: int) -> None:
 def test_weight_makes_strokes_bolder() -> None:
     image = Image.new("L", (40, 40))
     ImageDraw.Draw(image).line((5, 20, 35, 20), 255, 3)
-    light, plain, bold = (fit(image, 20, Variation(weight=w)).sum() for w in (-1.0, 0.0, 1.0))
+    light, plain, bold = (fit_to_square(image, 20, Variation(weight=w)).sum() for w in (-1.0, 0.0, 1.0))
     assert light < plain < bold

@@ -16,13 +16,14 @@ from PIL import Image
 
 from train.__main__ import main
 from train.data import load
-from train.data.cache import whole_folder
+from train.data.cache import atomic_folder
 from train.data.errors import DataError
 from train.data.glyphs import dataset as glyphs
 from train.data.glyphs.characters import character_frequencies, word_list
-from train.data.glyphs.dataset import Rule, load_glyphs, plan_training, training_counts
-from train.data.glyphs.drawing import FINER, Variation, fit, ink
+from train.data.glyphs.dataset import load_glyphs
+from train.data.glyphs.drawing import SUPERSAMPLING, Variation, fit_to_square, render_ink
 from train.data.glyphs.faces import FAMILIES, Face, find_faces, system_fonts
+from train.data.glyphs.plan import Rule, plan_training, training_counts
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 LETTERS = {chr(ord("A") + i): 1000 // (i + 1) ** 2 + 1 for i in range(26)}
@@ -69,8 +70,8 @@ def test_counts_follow_the_square_root_of_the_frequency() -> None:
 
 
 def test_few_images_are_of_different_families(seed: int) -> None:
-    drawn_by = [{"a": [0, 1], "b": [2], "c": [3, 4, 5]}, {"b": [2], "c": [3, 4, 5]}] * 50
-    plan = plan_training(np.full(100, 3), drawn_by, seed)
+    class_faces = [{"a": [0, 1], "b": [2], "c": [3, 4, 5]}, {"b": [2], "c": [3, 4, 5]}] * 50
+    plan = plan_training(np.full(100, 3), class_faces, seed)
     family = np.array(["a", "a", "b", "c", "c", "c"])[plan.faces].reshape(100, 3)
     assert all(set(row) == {"a", "b", "c"} for row in family[::2])
     assert all(set(row) == {"b", "c"} for row in family[1::2])  # no face that does not draw it
@@ -94,9 +95,9 @@ def test_the_set_is_what_its_rule_says(tmp_path: Path) -> None:
     # Plain images are of the family's first face: for the test, DejaVu Serif Bold.
     [face] = find_faces([FONTS / "DejaVuSerif-Bold.ttf"], ["DejaVu Serif"])
     for k, letter in enumerate(LETTERS):
-        cut = ink(face.open(FINER * SIZE), letter)
-        assert cut is not None
-        assert np.array_equal(made.arrays["x_test"][k, 0], fit(cut, SIZE, Variation()))
+        ink = render_ink(face.open(SUPERSAMPLING * SIZE), letter)
+        assert ink is not None
+        assert np.array_equal(made.arrays["x_test"][k, 0], fit_to_square(ink, SIZE, Variation()))
 
 
 def test_training_images_do_not_depend_on_held_out_fonts(tmp_path: Path) -> None:
@@ -124,8 +125,8 @@ def test_faces_that_draw_the_same_are_one(tmp_path: Path) -> None:
     shutil.copy(FONTS / "STIXGeneral.ttf", tmp_path / "again.ttf")
     first, twice = draw(tmp_path), draw(tmp_path, [*ALL, tmp_path / "again.ttf"])
     assert same(first, twice, "train", "val", "test")
-    assert any(note.startswith("left out: 0 faces") for note in first.notes), first.notes
-    assert any(note.startswith("left out: 1 faces") for note in twice.notes), twice.notes
+    assert any(note.startswith("left out: 0 duplicate faces") for note in first.notes), first.notes
+    assert any(note.startswith("left out: 1 duplicate faces") for note in twice.notes), twice.notes
 
 
 def test_drawn_once(tmp_path: Path) -> None:
@@ -144,14 +145,14 @@ def test_drawn_once(tmp_path: Path) -> None:
 
 def test_what_is_stopped_leaves_nothing(tmp_path: Path) -> None:
     def fail() -> None:
-        with whole_folder(tmp_path / "set", 10) as aside:
+        with atomic_folder(tmp_path / "set", 10) as aside:
             (aside / "x").write_text("half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         fail()
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(DataError, match="bytes free for images"), whole_folder(tmp_path / "set", 1 << 60):
+    with pytest.raises(DataError, match="bytes free for images"), atomic_folder(tmp_path / "set", 1 << 60):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -162,18 +163,22 @@ def test_what_is_stopped_leaves_nothing(tmp_path: Path) -> None:
         (
             {"test": ("TW-Kai",)},
             "AB",
-            "type families TW-Kai for test, got none of TW-Kai.*apt install fonts-cns11643-kai",
+            "at least 1 of the font families TW-Kai for the split test, got none of TW-Kai.*apt install fonts-cns11643-kai",
         ),
         (
             {"train": ("DejaVu Sans", "Unifont")},
             "AB",
-            "at least 2 of DejaVu Sans, Unifont for train.*fonts-unifont",
+            "at least 2 of the font families DejaVu Sans, Unifont for the split train.*fonts-unifont",
         ),
-        ({}, "AB中", "expected each character in 2 type families or more for train, got fewer for 1: 中"),
+        (
+            {},
+            "AB中",
+            r"expected 2 or more font families per character for the split train, got fewer for 中 \(1 in all\)",
+        ),
         (
             {"train": ("DejaVu Sans", "DejaVu Serif"), "test": ("STIXGeneral",)},
             "ABԚ",
-            "1 type families or more for val",
+            "1 or more font families per character for the split val",
         ),
     ],
 )
@@ -202,8 +207,8 @@ def test_doctor_and_a_run(
     said = capsys.readouterr().out
     for words in (
         "glyphs: 26 classes, samples [1, 16, 16]",
-        "type families, train: DejaVu Sans (8 faces), STIXGeneral (4 faces)",
-        "type families, test: DejaVu Serif (4 faces)",
+        "font families, train: DejaVu Sans (8 faces), STIXGeneral (4 faces)",
+        "font families, test: DejaVu Serif (4 faces)",
     ):
         assert words in said, said
     short = "--stage1-epochs 1 --stage2-epochs 1 --max-steps-per-epoch 1 --classes-per-batch 8 --methods gist"

@@ -101,7 +101,7 @@ def test_classes_of_all_lists_are_known_by_the_same(tree: Path, cache: str) -> N
         (by_number, by_name, r"Made_Up_train\.csv: expected classes by number, as .*, got classes by name"),
         (by_number, by_id, "expected classes by number, as in the training list, got classes by COCO id"),
         (by_id, by_number, "expected classes by COCO id, as in the training list, got classes by number"),
-        (by_name, by_number, "expected the training set's classes, got 0, 1, 2 too"),
+        (by_name, by_number, "expected only classes of the training list, got the classes 0, 1, 2 too"),
         (by_name, by_id, "expected classes by name, as in the training list, got classes by COCO id"),
     ):
         with pytest.raises(DataError, match=words):
@@ -119,8 +119,8 @@ def test_a_name_may_be_a_number(tmp_path: Path) -> None:
 WRONG: list[tuple[str, str, str]] = [
     ("a.txt", "one.jpg 3\ntwo.jpg\n", r"a\.txt, line 2: expected `relative/path\.jpg label`, got 'two\.jpg'"),
     ("a.txt", "one.jpg -3\n", r"line 1: expected"),
-    ("a.txt", "\n", "expected some images, got none"),
-    ("a.csv", "id,name\n1,x\n", r"a\.csv: expected a column named path, .* got id, name"),
+    ("a.txt", "\n", "expected at least one image, got none"),
+    ("a.csv", "id,name\n1,x\n", r"a\.csv: expected one of the columns path, .* got id, name"),
     ("a.csv", "path,label\nx.jpg,\n", r"a\.csv, line 2: expected a path and a label"),
     ("a.json", "{", r"a\.json: expected COCO's images .* got JSONDecodeError"),
     ("a.json", '{"images": [], "annotations": [{"image_id": 1, "category_id": 0}]}', "got none with id 1"),
@@ -136,10 +136,10 @@ def test_lists_that_are_none(name: str, content: str, words: str, tmp_path: Path
 
 
 def test_what_is_missing_is_said(tree: Path, cache: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere\.txt: there is no such file"):
+    with pytest.raises(DataError, match=r"nowhere\.txt: expected an existing file, got none"):
         read_listing("nowhere.txt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="expected a folder for each class with images in it"):
+    with pytest.raises(DataError, match="expected a folder with images for each class"):
         read_listing(str(tmp_path / "empty"))
     path = write_lists(tree, "txt")
     (tree / "Made_Up_val.txt").unlink()
@@ -151,7 +151,9 @@ def test_what_is_missing_is_said(tree: Path, cache: str, tmp_path: Path) -> None
         load(Source(str(path.rename(tree / "some.txt")), cache=cache))
     (tree / "val" / "dog").mkdir()
     picture(tree / "val" / "dog" / "0.png", (1, 1, 1))
-    with pytest.raises(DataError, match="expected the training set's classes, got dog too"):
+    with pytest.raises(
+        DataError, match="expected only classes of the training list, got the classes dog too"
+    ):
         load(Source(str(tree), cache=cache))
 
 

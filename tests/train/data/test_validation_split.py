@@ -79,7 +79,7 @@ def test_found_beside_train_and_test(kind: str, tmp_path: Path) -> None:
     assert data.y_val is not None
     assert [x[0, 0, 0, 0].item() for x in (data.x_train, data.x_test, data.x_val)] == [0, 60, 120]
     assert torch.bincount(data.y_val).tolist() == [1, 1]
-    assert data.watched[0] == "validation"
+    assert data.eval_split[0] == "validation"
 
 
 def test_val_alone_is_the_test_split_and_may_be_named(tmp_path: Path) -> None:

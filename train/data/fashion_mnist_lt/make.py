@@ -1,10 +1,10 @@
-"""Makes `fashion_mnist_lt100.npz` from the four original files of Fashion-MNIST.
+"""Make `fashion_mnist_lt100.npz` from the four original files of Fashion-MNIST.
 
     apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb fm
     python -m train.data.fashion_mnist_lt.make fm/usr/share/datasets/fashion-mnist
 
-The training set is long-tailed by the rule of CIFAR-LT: imbalance ratio 100, 1,000 images in the most frequent class,
-numpy seed 0, classes in their own order. The test set is the first 400 images of each class of the original test set.
+The training set is made long-tailed by the rule of CIFAR-LT: imbalance ratio 100, 1,000 images in the most frequent class,
+NumPy seed 0, classes in their original order. The test set is the first 400 images of each class of the original test set.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OUT = Path(__file__).with_name("fashion_mnist_lt100.npz")
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An array from an idx file: two zero bytes, the type (8: uint8), the rank, the sizes, the data."""
+    """Read an array from an idx file: two zero bytes, the type (8: uint8), the rank, the sizes, the data."""
     raw = gzip.decompress(path.read_bytes())
     rank = raw[3]
     shape = np.frombuffer(raw, ">u4", rank, offset=4)

@@ -1,4 +1,4 @@
-"""Chinese characters by how often they are written, from the word list of the package jieba."""
+"""Frequencies of Chinese characters, from the word list of the package jieba."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ from ..errors import DataError
 
 
 def word_list() -> Path:
-    """jieba's list of words; the package is only looked for, as importing it takes a second.
+    """Return the path of jieba's word list. The package is not imported, as that takes a second.
 
     Raises:
-        DataError: it is not installed.
+        DataError: jieba is not installed.
     """
-    found = importlib.util.find_spec("jieba")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("jieba")
+    if spec is None or spec.origin is None:
         raise DataError(
-            "glyphs: expected jieba, whose word list says how frequent characters are; to install it: pip install jieba"
+            "glyphs: expected the package jieba, whose word list gives the characters' frequencies, got none; "
+            "install it with: pip install jieba"
         )
-    return Path(found.origin).with_name("dict.txt")
+    return Path(spec.origin).with_name("dict.txt")
 
 
 def character_frequencies(words: Path, limit: int) -> dict[str, int]:
-    """The most frequent characters, the most frequent first; of equals the one with the lower code point.
+    """Return the most frequent characters, in descending order. Ties are broken by the lower code point.
 
     Args:
-        words: lines of a word, its frequency, and anything more, in UTF-8.
-        limit: how many characters.
+        words: a UTF-8 file with a word, its frequency and possibly more on each line.
+        limit: the number of characters.
 
     Returns:
         For each character the sum over words of the word's frequency times the character's occurrences in it.
 
     Raises:
-        DataError: the file cannot be read as such, or holds fewer ideographs.
+        DataError: the file is not such a list, or it has fewer different characters.
     """
     frequencies: Counter[str] = Counter()
     try:

@@ -1,8 +1,8 @@
-"""glyphs: the 8,141 most frequent Chinese characters, drawn with the system's fonts; a long tail that is no artefact.
+"""The glyphs dataset: the 8,141 most frequent Chinese characters, rendered with the system's fonts.
 
-Rendered once into the cache, which later runs only open. Training, validation and test images are of different type
-families, so that what is tested is a character's form, not a font's. Without torch, so that the processes that draw
-start at once.
+The long tail follows how often the characters are used. Training, validation and test images have different font
+families, so that a classifier must recognize the character's form and not the font. The images are rendered once into
+the cache, which later runs open. This module does not import torch, so that worker processes start quickly.
 """
 
 from __future__ import annotations
@@ -11,66 +11,42 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..cache import mapping, whole_folder
+from ..cache import atomic_folder, process_map
 from ..errors import DataError
 from .characters import character_frequencies, word_list
-from .drawing import FINER, Variation, fit, ink
-from .faces import FAMILIES, PACKAGES, Face, Survey, find_faces, survey, system_fonts
+from .drawing import SUPERSAMPLING, Variation, fit_to_square, render_ink
+from .faces import PACKAGES, Coverage, Face, check_coverage, find_faces, system_fonts
+from .plan import ClassFaces, Plan, Rule, plan_evaluation, plan_training, training_counts
 
 NAME = "glyphs"
-VERSION = 1  # of how images are made: another gives other images, so that cached ones are made anew
-BATCH = 1000  # images that a process draws at a time
-#: Limits of the variations that training images draw uniformly: angle, shear, stretch, shrink, weight.
-LOW = Variation(-0.12, -0.12, -0.15, -0.2, -1.0)
-HIGH = Variation(0.12, 0.12, 0.15, 0.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What the set is made of.
-
-    A character has largest · sqrt(f / f_max) training images, where f is how often it is written and f_max how often the
-    most frequent one is, but no fewer than `smallest`. The square root is the field's usual compromise between
-    sampling by frequency and alike (Mahajan et al., ECCV 2018): by frequency itself seven classes of eight would have
-    `smallest`. Each image has a family in turn, a face of it at random, and a variation of its own. Of validation and
-    test there is a plain image for every family.
-    """
-
-    num_classes: int = 8141
-    largest: int = 300
-    smallest: int = 3
-    families: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: FAMILIES)
-    fewest_families: int = 3  # in training that draw a character
-    seed: int = 0
+VERSION = 1  # of the images' content; a change makes cached images obsolete
+BATCH = 1000  # images per task of a worker process
 
 
 @dataclass(frozen=True)
 class Glyphs:
-    """Images [n, 1, size, size] uint8 (memory-mapped), white on black, and classes [n] int64 of each part: x_train,
-    y_train, x_val, y_val, x_test, y_test. Characters in the order of the classes. What was used and left out, in words."""
+    """The dataset.
+
+    Attributes:
+        arrays: x_train, y_train, x_val, y_val, x_test, y_test: images [n, 1, size, size] uint8 (memory-mapped), white
+            on black, and classes [n] int64.
+        characters: the character of each class.
+        notes: sentences on the fonts that were used and left out.
+    """
 
     arrays: dict[str, np.ndarray]
     characters: list[str]
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The images of a part to draw: class [n], index of the face [n], variation [n, 5]."""
-
-    labels: np.ndarray
-    faces: np.ndarray
-    variations: np.ndarray
-
-
-class Task(NamedTuple):
-    """Images of one face that a process draws: their rows [n], n characters, variations [n, 5]."""
+class DrawTask(NamedTuple):
+    """Images of one face for a worker process to draw: their rows [n], n characters, deformations [n, 5]."""
 
     face: Face
     rows: np.ndarray
@@ -86,19 +62,19 @@ def load_glyphs(
     rule: Rule | None = None,
     workers: int | None = None,
 ) -> Glyphs:
-    """The set at `size` pixels a side, drawn if it is not in the cache yet.
+    """Open the dataset at `size` pixels per side, and draw it first if it is not in the cache.
 
     Args:
-        size: side of the images, 8 or more.
-        cache: where images are kept. Those there are used if characters, rule, and the font files' names, sizes and times
-            are the same.
-        frequencies: characters and how often they are written, the most frequent first; jieba's if None.
-        fonts: font files; the system's if None.
-        rule: the default `Rule()` if None.
-        workers: processes; as many as there are processors if None.
+        size: side of the images, at least 8.
+        cache: the folder of cached images. They are reused if characters, rule, and the font files' names, sizes and
+            times are unchanged.
+        frequencies: characters and their frequencies in descending order; from jieba if None.
+        fonts: font files; all of the system if None.
+        rule: the parameters of the dataset; `Rule()` if None.
+        workers: number of processes; one per processor if None.
 
     Raises:
-        DataError: jieba or fonts are missing, or too few of them draw a character; the message says what to install.
+        DataError: jieba or fonts are missing, or too few fonts draw a character. The message says what to install.
     """
     if size < 8:
         raise DataError(f"--image-size: expected at least 8 for glyphs, got {size}")
@@ -106,55 +82,23 @@ def load_glyphs(
     if frequencies is None:
         frequencies = character_frequencies(word_list(), rule.num_classes)
     fonts = system_fonts() if fonts is None else fonts
-    folder = cache / f"{NAME}-{_key(size, frequencies, fonts, rule)}-{size}"
+    folder = cache / f"{NAME}-{_cache_key(size, frequencies, fonts, rule)}-{size}"
     if not (folder / "done.json").is_file():
-        _make(size, folder, frequencies, find_faces(fonts, sum(rule.families.values(), ())), rule, workers)
+        _draw_dataset(
+            size, folder, frequencies, find_faces(fonts, sum(rule.families.values(), ())), rule, workers
+        )
     arrays = {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
     notes = json.loads((folder / "done.json").read_text(encoding="utf-8"))["notes"]
     return Glyphs(arrays, list(frequencies), tuple(notes))
 
 
-def training_counts(frequencies: Sequence[int], rule: Rule) -> np.ndarray:
-    """Training images of each class, [K], by the rule that `Rule` states."""
-    share = np.sqrt(np.asarray(frequencies, dtype=np.float64) / max(frequencies))
-    return np.maximum(np.round(rule.largest * share), rule.smallest).astype(np.int64)
-
-
-def plan_training(counts: np.ndarray, drawn_by: Sequence[Mapping[str, list[int]]], seed: int) -> Plan:
-    """Choose for each image a face and a variation.
-
-    Args:
-        counts: images of each class, [K].
-        drawn_by: for each class, the indices of the faces that draw it, by family.
-        seed: of all choices.
-    """
-    rng = np.random.default_rng(seed)
-    faces: list[int] = []
-    for count, families in zip(counts.tolist(), drawn_by, strict=True):
-        order = rng.permutation(len(families))  # so that a few images are of as many families
-        choices = [list(families.values())[i] for i in order]
-        places = rng.random(count)
-        for image, place in enumerate(places.tolist()):
-            choice = choices[image % len(choices)]
-            faces.append(choice[int(place * len(choice))])
-    labels = np.repeat(np.arange(len(counts)), counts)
-    return Plan(labels, np.array(faces), rng.uniform(LOW, HIGH, (len(labels), len(LOW))))
-
-
-def plan_plain(drawn_by: Sequence[Mapping[str, list[int]]]) -> Plan:
-    """One image of each class for every family that draws it, with the first of the family's faces that do."""
-    pairs = [(k, choice[0]) for k, families in enumerate(drawn_by) for choice in families.values()]
-    labels, faces = np.array(pairs, dtype=np.int64).T
-    return Plan(labels, faces, np.zeros((len(labels), len(LOW))))
-
-
-def _key(size: int, frequencies: Mapping[str, int], fonts: Sequence[Path], rule: Rule) -> str:
+def _cache_key(size: int, frequencies: Mapping[str, int], fonts: Sequence[Path], rule: Rule) -> str:
     files = [(str(file), (status := file.stat()).st_size, status.st_mtime_ns) for file in fonts]
-    said = json.dumps([VERSION, size, list(frequencies.items()), files, asdict(rule)])
-    return hashlib.sha256(said.encode()).hexdigest()[:16]
+    content = json.dumps([VERSION, size, list(frequencies.items()), files, asdict(rule)])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _make(
+def _draw_dataset(
     size: int,
     folder: Path,
     frequencies: Mapping[str, int],
@@ -165,72 +109,73 @@ def _make(
     _check_families(found, rule)
     characters = list(frequencies)
     counts = training_counts(list(frequencies.values()), rule)
-    most = int(counts.sum()) + len(counts) * len(sum(rule.families.values(), ()))
+    most_images = int(counts.sum()) + len(counts) * len(sum(rule.families.values(), ()))
     with (
-        whole_folder(folder, most * size * size) as aside,
-        mapping(len(characters) * len(found) <= BATCH, workers) as each,
+        atomic_folder(folder, most_images * size * size) as temporary,
+        process_map(workers, serial=len(characters) * len(found) <= BATCH) as each,
     ):
-        look = functools.partial(survey, characters=characters, em=FINER * size)
-        surveys = dict(zip(found, each(look, found), strict=True))
-        faces, notes = _choose(surveys, rule, len(characters))
-        for part, families in rule.families.items():
-            drawn_by = _drawn_by(faces, surveys, families, len(characters))
-            _check_cover(part, drawn_by, characters, rule)
-            plan = plan_plain(drawn_by) if part != "train" else plan_training(counts, drawn_by, rule.seed)
-            file = aside / f"x_{part}.npy"
+        check = functools.partial(check_coverage, characters=characters, em=SUPERSAMPLING * size)
+        coverage = dict(zip(found, each(check, found), strict=True))
+        faces, notes = _select_faces(coverage, rule, len(characters))
+        for split, families in rule.families.items():
+            class_faces = _faces_by_class(faces, coverage, families, len(characters))
+            _check_class_faces(split, class_faces, characters, rule)
+            training = split == "train"
+            plan = plan_training(counts, class_faces, rule.seed) if training else plan_evaluation(class_faces)
+            file = temporary / f"x_{split}.npy"
             np.lib.format.open_memmap(file, "w+", np.uint8, (len(plan.labels), 1, size, size))
-            np.save(aside / f"y_{part}.npy", plan.labels)
+            np.save(temporary / f"y_{split}.npy", plan.labels)
             list(each(functools.partial(_draw_into, file, size), _tasks(plan, faces, characters)))
-        (aside / "done.json").write_text(json.dumps({"notes": notes}), encoding="utf-8")
+        (temporary / "done.json").write_text(json.dumps({"notes": notes}), encoding="utf-8")
 
 
-def _choose(surveys: Mapping[Face, Survey], rule: Rule, total: int) -> tuple[list[Face], list[str]]:
-    """The faces to draw with, and what is to be said of all: no repeats, none with less than half of the characters."""
+def _select_faces(coverage: Mapping[Face, Coverage], rule: Rule, total: int) -> tuple[list[Face], list[str]]:
+    """Leave out duplicate faces and those with less than half of the characters; return the others, and notes."""
     faces: list[Face] = []
-    seen: dict[str, Face] = {}
-    repeats, poor, blank, boxes = 0, [], 0, 0
-    for face, looked in surveys.items():
-        if looked.digest in seen:
-            repeats += 1
-        elif sum(looked.present) < total / 2:
-            poor.append(f"{face.name} {face.style} ({sum(looked.present):,})")
+    seen: set[str] = set()
+    duplicates, incomplete, blank, boxes = 0, [], 0, 0
+    for face, covered in coverage.items():
+        if covered.digest in seen:
+            duplicates += 1
+        elif sum(covered.present) < total / 2:
+            incomplete.append(f"{face.name} {face.style} ({sum(covered.present):,})")
         else:
             faces.append(face)
-            blank, boxes = blank + looked.blank, boxes + looked.boxes
-        seen.setdefault(looked.digest, face)
+            blank, boxes = blank + covered.num_blank, boxes + covered.num_boxes
+        seen.add(covered.digest)
     notes = []
-    for part, families in rule.families.items():
+    for split, families in rule.families.items():
         numbers = [(name, sum(face.family == name for face in faces)) for name in families]
-        said = (f"{name} ({n} faces)" if n > 1 else name for name, n in numbers if n)
-        notes.append(f"type families, {part}: {', '.join(said)}")
+        used = (f"{name} ({n} faces)" if n > 1 else name for name, n in numbers if n)
+        notes.append(f"font families, {split}: {', '.join(used)}")
         if absent := [name for name, n in numbers if not n]:
-            notes.append(f"not installed: {', '.join(absent)} ({_install(absent)})")
+            notes.append(f"not installed: {', '.join(absent)} ({_install_command(absent)})")
     notes.append(
-        f"left out: {repeats} faces that draw the same as another; {blank:,} blank glyphs; {boxes:,} boxes"
+        f"left out: {duplicates} duplicate faces; {blank:,} blank glyphs; {boxes:,} placeholder boxes"
     )
-    if poor:
-        notes.append(f"left out, as they have less than half of {total:,} characters: {', '.join(poor)}")
+    if incomplete:
+        notes.append(f"left out (less than half of the {total:,} characters): {', '.join(incomplete)}")
     return faces, notes
 
 
-def _drawn_by(
-    faces: list[Face], surveys: Mapping[Face, Survey], families: Sequence[str], total: int
+def _faces_by_class(
+    faces: list[Face], coverage: Mapping[Face, Coverage], families: Sequence[str], total: int
 ) -> list[dict[str, list[int]]]:
-    """For each class, the indices of the faces that draw it, by family."""
+    """Return, for each class, the indices of the faces that draw it, by family."""
     result: list[dict[str, list[int]]] = [{} for _ in range(total)]
     for index, face in enumerate(faces):
         if face.family in families:
-            for k in np.flatnonzero(surveys[face].present):
+            for k in np.flatnonzero(coverage[face].present):
                 result[k].setdefault(face.family, []).append(index)
     return result
 
 
-def _tasks(plan: Plan, faces: list[Face], characters: list[str]) -> list[Task]:
+def _tasks(plan: Plan, faces: list[Face], characters: list[str]) -> list[DrawTask]:
     by_face = np.argsort(plan.faces, kind="stable")
     groups = np.split(by_face, np.flatnonzero(np.diff(plan.faces[by_face])) + 1)
     batches = [group[start : start + BATCH] for group in groups for start in range(0, len(group), BATCH)]
     return [
-        Task(
+        DrawTask(
             faces[plan.faces[rows[0]]],
             rows,
             "".join(characters[k] for k in plan.labels[rows]),
@@ -240,43 +185,39 @@ def _tasks(plan: Plan, faces: list[Face], characters: list[str]) -> list[Task]:
     ]
 
 
-def _draw_into(array: Path, size: int, task: Task) -> None:
+def _draw_into(array: Path, size: int, task: DrawTask) -> None:
     images = np.load(array, mmap_mode="r+")
-    font = task.face.open(FINER * size)
+    font = task.face.open(SUPERSAMPLING * size)
     for row, character, variation in zip(task.rows, task.text, task.variations.tolist(), strict=True):
-        drawn = ink(font, character)
-        assert drawn is not None  # the survey saw it
-        images[row, 0] = fit(drawn, size, Variation(*variation))
+        ink = render_ink(font, character)
+        assert ink is not None  # check_coverage found it
+        images[row, 0] = fit_to_square(ink, size, Variation(*variation))
     images.flush()
 
 
 def _check_families(found: list[Face], rule: Rule) -> None:
-    there = {face.family for face in found}
-    for part, families in rule.families.items():
-        absent = [family for family in families if family not in there]
-        fewest = rule.fewest_families if part == "train" else len(families)
+    installed = {face.family for face in found}
+    for split, families in rule.families.items():
+        absent = [family for family in families if family not in installed]
+        fewest = rule.fewest_families if split == "train" else len(families)
         if len(families) - len(absent) < fewest:
-            expected = (
-                f"at least {fewest} of {', '.join(families)}" if part == "train" else ", ".join(families)
-            )
             raise DataError(
-                f"glyphs: expected fonts of the type families {expected} for {part}, "
-                f"got none of {', '.join(absent)}; to install them: {_install(absent)}"
+                f"glyphs: expected at least {fewest} of the font families {', '.join(families)} for the split "
+                f"{split}, got none of {', '.join(absent)}; install them with: {_install_command(absent)}"
             )
 
 
-def _check_cover(
-    part: str, drawn_by: Sequence[Mapping[str, list[int]]], characters: list[str], rule: Rule
-) -> None:
-    fewest = rule.fewest_families if part == "train" else 1
-    poor = [characters[k] for k, families in enumerate(drawn_by) if len(families) < fewest]
-    if poor:
+def _check_class_faces(split: str, class_faces: ClassFaces, characters: list[str], rule: Rule) -> None:
+    fewest = rule.fewest_families if split == "train" else 1
+    lacking = [characters[k] for k, families in enumerate(class_faces) if len(families) < fewest]
+    if lacking:
         raise DataError(
-            f"glyphs: expected each character in {fewest} type families or more for {part}, got fewer for {len(poor):,}: "
-            f"{''.join(poor[:10])}; all families: {_install(rule.families[part])}"
+            f"glyphs: expected {fewest} or more font families per character for the split {split}, got fewer for "
+            f"{''.join(lacking[:10])} ({len(lacking):,} in all); "
+            f"install all families with: {_install_command(rule.families[split])}"
         )
 
 
-def _install(families: Sequence[str]) -> str:
+def _install_command(families: Sequence[str]) -> str:
     packages = sorted({PACKAGES.get(family, family) for family in families})
     return f"apt install {' '.join(packages)}"

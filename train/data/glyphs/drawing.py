@@ -1,4 +1,7 @@
-"""Characters as small pictures: white on black, the ink's box in the middle. Without torch, as pictures.py."""
+"""Rendering of characters as small grayscale images: white on black, centered.
+
+This module does not import torch, so that worker processes start quickly.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,22 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-MARGIN = 1  # pixels without ink on each side
-FINER = 2  # drawn so many times larger, then averaged
+MARGIN = 1  # empty pixels on each side
+SUPERSAMPLING = 2  # images are rendered at this multiple of their size, then averaged
 
 
 class Variation(NamedTuple):
-    """How a picture departs from the plain one; each 0 for not at all."""
+    """A deformation of an image. With all values 0 the image is the plain one."""
 
     angle: float = 0.0  # radians
-    shear: float = 0.0  # of x by y
-    stretch: float = 0.0  # log of width over height
-    shrink: float = 0.0  # log of how much smaller than what fits
-    weight: float = 0.0  # -1 to 1, thinner to bolder strokes
+    shear: float = 0.0  # horizontal shift per unit of height
+    stretch: float = 0.0  # log(width / height)
+    shrink: float = 0.0  # log of the scale relative to the largest one that fits
+    weight: float = 0.0  # stroke weight, from -1 (thinner) to 1 (bolder)
 
 
-def ink(font: ImageFont.FreeTypeFont, character: str) -> Image.Image | None:
-    """The character cut out at its ink, greyscale; None if there is none."""
+def render_ink(font: ImageFont.FreeTypeFont, character: str) -> Image.Image | None:
+    """Render a character in grayscale, cropped to its ink; return None if it has no ink."""
     left, top, right, bottom = font.getbbox(character)
     left, top, right, bottom = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
     if right <= left or bottom <= top:
@@ -34,8 +37,12 @@ def ink(font: ImageFont.FreeTypeFont, character: str) -> Image.Image | None:
     return image.crop(box) if box else None
 
 
-def fit(image: Image.Image, size: int, variation: Variation) -> np.ndarray:
-    """The ink at the centre of a square, as large as fits within its margin, [size, size] uint8."""
+def fit_to_square(image: Image.Image, size: int, variation: Variation) -> np.ndarray:
+    """Deform the ink and center it in a square, as large as fits within the margin.
+
+    Returns:
+        The image, [size, size] uint8.
+    """
     if variation.weight:
         blurred = image.filter(ImageFilter.GaussianBlur(0.8))
         image = blurred.point(
@@ -43,12 +50,14 @@ def fit(image: Image.Image, size: int, variation: Variation) -> np.ndarray:
         )
     cos, sin = math.cos(variation.angle), math.sin(variation.angle)
     wide, high = math.exp(variation.stretch / 2), math.exp(-variation.stretch / 2)
-    move = np.array([[cos, -sin], [sin, cos]]) @ [[1.0, variation.shear], [0.0, 1.0]] @ np.diag([wide, high])
-    extent = np.abs(move) @ image.size  # of the box after the move
-    move *= math.exp(variation.shrink) * FINER * (size - 2 * MARGIN) / extent.max()
-    back = np.linalg.inv(move)  # PIL asks where a pixel comes from
-    side = FINER * size
-    shift = np.array(image.size) / 2 - back @ [side / 2, side / 2]
-    data = (back[0, 0], back[0, 1], shift[0], back[1, 0], back[1, 1], shift[1])
+    forward = (
+        np.array([[cos, -sin], [sin, cos]]) @ [[1.0, variation.shear], [0.0, 1.0]] @ np.diag([wide, high])
+    )
+    extent = np.abs(forward) @ image.size  # of the bounding box after the map
+    forward *= math.exp(variation.shrink) * SUPERSAMPLING * (size - 2 * MARGIN) / extent.max()
+    inverse = np.linalg.inv(forward)  # PIL takes the map from output pixels to input pixels
+    side = SUPERSAMPLING * size
+    shift = np.array(image.size) / 2 - inverse @ [side / 2, side / 2]
+    data = (inverse[0, 0], inverse[0, 1], shift[0], inverse[1, 0], inverse[1, 1], shift[1])
     placed = image.transform((side, side), Image.Transform.AFFINE, data, Image.Resampling.BILINEAR)
-    return np.asarray(placed.reduce(FINER))
+    return np.asarray(placed.reduce(SUPERSAMPLING))

@@ -1,4 +1,4 @@
-"""Type faces of the system, in families of one design, and the characters that each can really draw."""
+"""Font faces that are installed on the system: their families, and the characters that each face draws."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 
 from PIL import ImageFont
 
-from .drawing import ink
+from .drawing import render_ink
 
-#: Families by what their faces are for: three styles (regular script, sans serif, serif) are tested on designs of which
-#: no image is trained on. Others of the system are not used: they may be copies of these under another name.
+#: The font families of each split. The test split has three styles (regular script, sans serif, serif), in designs that
+#: are not trained on. Other families of the system are not used: they may be copies of these under another name.
 FAMILIES = {
     "train": ("LXGW WenKai", "Noto Sans CJK", "Noto Serif CJK", "TW-Sung", "Unifont", "WenQuanYi Micro Hei"),
     "val": ("HanaMin",),
     "test": ("BabelStone Han", "TW-Kai", "WenQuanYi Zen Hei"),
 }
 
-#: Debian's packages that bring them.
+#: The Debian package of each family.
 PACKAGES = {
     "BabelStone Han": "fonts-babelstone-han",
     "HanaMin": "fonts-hanazono",
@@ -37,15 +37,16 @@ PACKAGES = {
 
 WEIGHTS = "Thin|ExtraLight|Light|DemiLight|Regular|Medium|SemiBold|Bold|Black|Heavy"
 REGIONS = "JP|KR|SC|TC|HK|CN|TW"
-SAME_DESIGN = re.compile(rf"[ -](?:Mono|Sharp|{WEIGHTS}|{REGIONS})\b|(?<=[a-z])[A-Z]$")
+#: The parts of a face's name that do not change its design.
+STYLE_SUFFIX = re.compile(rf"[ -](?:Mono|Sharp|{WEIGHTS}|{REGIONS})\b|(?<=[a-z])[A-Z]$")
 
-ABSENT = "\U0010ffff\ufdd0\u0378"  # two that never will be characters, one that is none yet
-SHARED = 8  # characters that look the same in one face, at most; more than that is a placeholder
+UNASSIGNED = "\U0010ffff\ufdd0\u0378"  # two noncharacters and an unassigned code point
+MAX_LOOKALIKES = 8  # if more characters than this look the same in a face, their image is a placeholder
 
 
 @dataclass(frozen=True, order=True)
 class Face:
-    """One face; their order is the same wherever the files are."""
+    """One font face. The order of faces does not depend on where their files are."""
 
     family: str
     name: str
@@ -54,65 +55,72 @@ class Face:
     file: Path
 
     def open(self, em: int) -> ImageFont.FreeTypeFont:
-        """At `em` pixels a font unit square; the basic layout, as shaping changes nothing here and is not everywhere."""
+        """Open the face at `em` pixels per font unit square.
+
+        The basic layout engine is used: shaping changes nothing here, and is not available everywhere.
+        """
         return ImageFont.truetype(str(self.file), em, self.index, layout_engine=ImageFont.Layout.BASIC)
 
 
 @dataclass(frozen=True)
-class Survey:
-    """Which characters a face draws: present [n], counts of the others, and what is equal for faces that draw the same."""
+class Coverage:
+    """The characters that a face draws."""
 
-    present: list[bool]
-    blank: int
-    boxes: int
-    digest: str
+    present: list[bool]  # for each character
+    num_blank: int
+    num_boxes: int
+    digest: str  # equal for faces whose images are all equal
 
 
 def family_of(name: str) -> str:
-    """A face's name without weights, regions, widths, and the letter of a part: 'Noto Sans CJK' of 'Noto Sans Mono CJK JP'."""
-    return SAME_DESIGN.sub("", name)
+    """Return a face's name without weight, region, width and part letter.
+
+    For example, "Noto Sans Mono CJK JP" is of the family "Noto Sans CJK".
+    """
+    return STYLE_SUFFIX.sub("", name)
 
 
 def system_fonts() -> list[Path]:
-    """Font files that are installed, each once."""
-    # Here, as processes that draw have no need of it and it takes half a second.
+    """Return the font files that are installed, each once."""
+    # Imported here because it takes half a second, and worker processes do not need it.
     from matplotlib.font_manager import findSystemFonts
 
     return sorted(file for file in {Path(name).resolve() for name in findSystemFonts()} if file.is_file())
 
 
 def find_faces(files: Iterable[Path], families: Iterable[str]) -> list[Face]:
-    """All faces of these families in the files, in order. A file that is no font is passed over."""
-    wanted, found = set(families), []
+    """Return all faces of these families in the files, sorted. Files that are not fonts are skipped."""
+    wanted, faces = set(families), []
     for file in files:
         for index in range(256):
             try:
                 font = ImageFont.truetype(str(file), 16, index)
-            except OSError:  # no font, or no more faces in it
+            except OSError:  # not a font, or no more faces in the file
                 break
-            name, style = (said or "" for said in font.getname())
+            name, style = (text or "" for text in font.getname())
             if family_of(name) in wanted:
-                found.append(Face(family_of(name), name, style, index, file))
-    return sorted(found)
+                faces.append(Face(family_of(name), name, style, index, file))
+    return sorted(faces)
 
 
-def survey(face: Face, characters: Sequence[str], em: int) -> Survey:
-    """Draw all characters and look at them: fonts list characters that they draw as nothing, or as a box.
+def check_coverage(face: Face, characters: Sequence[str], em: int) -> Coverage:
+    """Draw all characters and check each image, as fonts list characters that they draw blank or as a box.
 
-    A box is what also stands for a character that cannot be there, or for more than `SHARED` different ones.
+    An image is a box if it equals the image of an unassigned character, or if more than `MAX_LOOKALIKES` different
+    characters share it.
     """
     font = face.open(em)
-    drawn = [_look(font, character) for character in characters]
-    absent = {_look(font, character) for character in ABSENT}
-    times = Counter(drawn)
-    blank = [look == b"" for look in drawn]
-    boxes = [bool(look) and (look in absent or times[look] > SHARED) for look in drawn]
+    images = [_image_digest(font, character) for character in characters]
+    missing = {_image_digest(font, character) for character in UNASSIGNED}
+    frequency = Counter(images)
+    blank = [image == b"" for image in images]
+    boxes = [bool(image) and (image in missing or frequency[image] > MAX_LOOKALIKES) for image in images]
     present = [not (a or b) for a, b in zip(blank, boxes, strict=True)]
-    return Survey(present, sum(blank), sum(boxes), hashlib.sha256(b"".join(drawn)).hexdigest())
+    return Coverage(present, sum(blank), sum(boxes), hashlib.sha256(b"".join(images)).hexdigest())
 
 
-def _look(font: ImageFont.FreeTypeFont, character: str) -> bytes:
-    image = ink(font, character)
+def _image_digest(font: ImageFont.FreeTypeFont, character: str) -> bytes:
+    image = render_ink(font, character)
     if image is None:
         return b""
     return hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()

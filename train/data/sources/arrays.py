@@ -17,18 +17,18 @@ from ..errors import DataError
 
 EMBEDDED = {"fashion-mnist-lt": Path(__file__).parents[1] / "fashion_mnist_lt" / "fashion_mnist_lt100.npz"}
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
-VALIDATION = ("x_val", "y_val")  # there or not
+VALIDATION = ("x_val", "y_val")  # optional
 
 
 def load_arrays(source: str, num_classes: int | None = None) -> Dataset:
-    """Read a `.npz` or `.safetensors` file, or a set that comes with the package, and check every array in it.
+    """Read a `.npz` or `.safetensors` file, or a dataset that comes with the package, and check all its arrays.
 
     Args:
         source: a path, or a name in `EMBEDDED`.
-        num_classes: the classes there must be; the largest label of the training set says it if None.
+        num_classes: the expected number of classes; not checked if None.
 
     Raises:
-        DataError: the file or an array in it is not as expected.
+        DataError: the file or an array in it is invalid.
     """
     path = EMBEDDED.get(source, Path(source))
     return from_arrays(path, _read(path), num_classes)
@@ -37,7 +37,7 @@ def load_arrays(source: str, num_classes: int | None = None) -> Dataset:
 def from_arrays(
     path: Path, arrays: Mapping[str, np.ndarray | Tensor], num_classes: int | None = None
 ) -> Dataset:
-    """Check arrays that were read from `path`. Raises as `load_arrays`."""
+    """Make a dataset of arrays that were read from `path`. The arrays and errors are as for `load_arrays`."""
     missing = [name for name in ARRAYS if name not in arrays]
     if missing:
         raise DataError(f"{path}: expected the arrays {', '.join(ARRAYS)}, got {', '.join(arrays) or 'none'}")
@@ -45,7 +45,9 @@ def from_arrays(
     splits = ("train", "test", "val") if any(name in arrays for name in VALIDATION) else ("train", "test")
     missing = [f"{kind}_{split}" for split in splits for kind in "xy" if f"{kind}_{split}" not in arrays]
     if missing:
-        raise DataError(f"{path}: expected {missing[0]} beside {VALIDATION[missing[0] == 'x_val']}, got none")
+        raise DataError(
+            f"{path}: expected {missing[0]} in addition to {VALIDATION[missing[0] == 'x_val']}, got none"
+        )
     try:
         checked = {
             split: (
@@ -54,7 +56,7 @@ def from_arrays(
             )
             for split in splits
         }
-        _check_fit(checked)
+        _check_shapes(checked)
         return make_dataset(checked, names, num_classes)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
@@ -66,7 +68,7 @@ def _read(path: Path) -> dict[str, np.ndarray | Tensor]:
             f"{path}: expected a file named .npz or .safetensors, or one of {', '.join(EMBEDDED)}"
         )
     if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
+        raise DataError(f"{path}: expected an existing file, got none")
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
@@ -77,7 +79,7 @@ def _read(path: Path) -> dict[str, np.ndarray | Tensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray | Tensor]:
-    """The format has no strings in tensors: names of classes are a JSON list in its metadata."""
+    """Read the tensors, and the class names: a JSON list in the metadata, as the format has no tensors of strings."""
     with safetensors.safe_open(path, framework="pt") as file:
         arrays: dict[str, np.ndarray | Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         names = (file.metadata() or {}).get("classes")
@@ -86,17 +88,17 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray | Tensor]:
     return arrays
 
 
-def _say(array: np.ndarray | Tensor) -> str:
+def _describe(array: np.ndarray | Tensor) -> str:
     return f"{str(array.dtype).removeprefix('torch.')} {list(array.shape)}"
 
 
 def _samples(name: str, array: np.ndarray | Tensor) -> Tensor:
-    got = _say(array)
+    got = _describe(array)
     if array.ndim == 2 and got.startswith(("float", "bfloat")):
         features = torch.as_tensor(array).float()
         if not features.isfinite().all():
             raise DataError(
-                f"{name}: expected finite features, got {int((~features.isfinite()).sum())} that are not"
+                f"{name}: expected finite features, got {int((~features.isfinite()).sum())} values that are not finite"
             )
         return features
     if got.startswith("uint8") and (array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3))):
@@ -108,22 +110,22 @@ def _samples(name: str, array: np.ndarray | Tensor) -> Tensor:
 
 
 def _labels(name: str, array: np.ndarray | Tensor) -> Tensor:
-    got = _say(array)
+    got = _describe(array)
     if array.ndim != 1 or not got.startswith(("int", "uint")):
         raise DataError(f"{name}: expected integer labels [n], got {got}")
     labels = torch.as_tensor(array.astype(np.int64) if isinstance(array, np.ndarray) else array.long())
     if len(labels) and int(labels.min()) < 0:
-        raise DataError(f"{name}: expected labels from 0 on, got {int(labels.min())}")
+        raise DataError(f"{name}: expected labels of at least 0, got {int(labels.min())}")
     return labels
 
 
-def _check_fit(splits: Splits) -> None:
+def _check_shapes(splits: Splits) -> None:
     shape = list(splits["train"][0].shape[1:])
     for split, (x, y) in splits.items():
         if len(x) == 0:
-            raise DataError(f"x_{split}: expected some samples, got none")
+            raise DataError(f"x_{split}: expected at least one sample, got none")
         if len(x) != len(y):
             raise DataError(f"y_{split}: expected {len(x)} labels to match x_{split}, got {len(y)}")
         if list(x.shape[1:]) != shape:
-            got = f"{list(x.shape[1:])}, not {shape}"
-            raise DataError(f"x_{split}: expected samples of the same shape as x_train's, got {got}")
+            got = list(x.shape[1:])
+            raise DataError(f"x_{split}: expected samples of x_train's shape {shape}, got {got}")

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from the archives that their authors publish."""
+"""CIFAR-10 and CIFAR-100, read from the archives that their authors publish."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import DataError
 
-#: Folder in the archive -> training files, test file, file of names; keys of labels and of names.
+#: Folder in the archive -> training files, test file, file of class names, key of the labels, key of the class names.
 LAYOUTS: dict[str, tuple[list[str], str, str, bytes, bytes]] = {
     "cifar-100-python": (["train"], "test", "meta", b"fine_labels", b"fine_label_names"),
     "cifar-10-batches-py": (
@@ -25,7 +25,7 @@ LAYOUTS: dict[str, tuple[list[str], str, str, bytes, bytes]] = {
 }
 
 
-#: What an array in a pickle asks for, by old and new names.
+#: The only globals that unpickling an array needs, under their old and new names.
 ALLOWED = {
     "numpy.ndarray",
     "numpy.dtype",
@@ -36,42 +36,43 @@ ALLOWED = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Takes arrays and plain values, and runs nothing: a pickle from the network may hold anything."""
+    """An unpickler that accepts arrays and plain values only: a downloaded pickle may run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" in ALLOWED:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"a pickle that uses {module}.{name}")
 
 
 def read_cifar(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of `cifar-100-python.tar.gz` or `cifar-10-python.tar.gz`, as `arrays.ARRAYS` names them, and classes.
+    """Read `cifar-100-python.tar.gz` or `cifar-10-python.tar.gz`.
+
+    Returns:
+        The arrays that `arrays.ARRAYS` names, and `classes`.
 
     Raises:
-        DataError: it is neither.
+        DataError: the file is not one of these archives.
     """
     try:
         with tarfile.open(path) as archive:
             folder = next((name.split("/")[0] for name in archive.getnames() if "/" in name), "")
             if folder not in LAYOUTS:
                 raise DataError(
-                    f"{path}: expected the folder {' or '.join(LAYOUTS)} in it, got {folder or 'none'}"
+                    f"{path}: expected an archive with the folder {' or '.join(LAYOUTS)}, got {folder or 'none'}"
                 )
             training, test, meta, labels, names = LAYOUTS[folder]
-            parts = [_unpickle(archive, f"{folder}/{name}") for name in training]
-            tested = _unpickle(archive, f"{folder}/{test}")
+            batches = [_unpickle(archive, f"{folder}/{name}") for name in training]
+            test_batch = _unpickle(archive, f"{folder}/{test}")
             classes = [name.decode() for name in _unpickle(archive, f"{folder}/{meta}")[names]]
     except (OSError, EOFError, tarfile.TarError) as error:
         raise DataError(f"{path}: expected a readable tar archive, got {error}") from None
     except (KeyError, pickle.UnpicklingError) as error:
-        raise DataError(
-            f"{path}: expected the files and keys that its authors publish, got {error}"
-        ) from None
+        raise DataError(f"{path}: expected the files and keys of CIFAR's archive, got {error}") from None
     return {
-        "x_train": np.concatenate([_images(part) for part in parts]),
-        "y_train": np.concatenate([np.asarray(part[labels], dtype=np.int64) for part in parts]),
-        "x_test": _images(tested),
-        "y_test": np.asarray(tested[labels], dtype=np.int64),
+        "x_train": np.concatenate([_images(batch) for batch in batches]),
+        "y_train": np.concatenate([np.asarray(batch[labels], dtype=np.int64) for batch in batches]),
+        "x_test": _images(test_batch),
+        "y_test": np.asarray(test_batch[labels], dtype=np.int64),
         "classes": np.asarray(classes),
     }
 
@@ -84,5 +85,5 @@ def _unpickle(archive: tarfile.TarFile, name: str) -> dict[bytes, Any]:
     return content
 
 
-def _images(part: dict[bytes, Any]) -> np.ndarray:
-    return np.ascontiguousarray(part[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+def _images(batch: dict[bytes, Any]) -> np.ndarray:
+    return np.ascontiguousarray(batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))

@@ -1,4 +1,4 @@
-"""Image files, decoded once into memory-mapped uint8 arrays of one size, which later runs only open."""
+"""Lists of image files as arrays: decoded once into the cache, memory-mapped by later runs."""
 
 from __future__ import annotations
 
@@ -10,82 +10,87 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ..cache import mapping, shared, whole_folder
-from .image_files import decode_into, why_unreadable
+from ..cache import atomic_folder, process_map
+from ..dataset import read_only_tensor
+from .image_files import decode_into, decoding_error
 from .listing import Listing
 
-BATCH = 64  # images a worker takes at a time
-RETRIED = 20  # of the files that could not be read, those that are tried again before that is believed
+BATCH = 64  # images per task of a worker process
+RETRIES = 20  # at most this many unreadable files are tried again when the cache is opened
 
 
 def load_images(
     listing: Listing, size: int, cache: Path, workers: int | None = None
 ) -> tuple[Tensor, list[int], list[str]]:
-    """All images of a list.
+    """Load all images of a list, and decode them first if they are not in the cache.
 
     Args:
         listing: the files.
-        size: side of the squares that they become.
-        cache: where decoded arrays are kept. A file that is there is used if files' names, sizes and times are those of
-            the list; a run that is stopped leaves nothing that another would take for whole.
-        workers: processes; as many as there are processors if None.
+        size: side of the square images.
+        cache: the folder of decoded arrays. An array is reused if the files' names, sizes and times are unchanged. A run
+            that is stopped leaves no incomplete array there.
+        workers: number of processes; one per processor if None.
 
     Returns:
-        images [n, 3, size, size] uint8, memory-mapped, not to be written to; their places in the list; and what was said
-        of each file that could not be read, which has no image.
+        images [n, 3, size, size] uint8, memory-mapped and read-only; their rows in the list; and the error of each file
+        that cannot be decoded, which has no image.
     """
-    folder = cache / f"{_key(listing, size)}-{size}"
+    folder = cache / f"{_cache_key(listing, size)}-{size}"
     if not (folder / "done.json").is_file():
-        _make(listing, size, folder, workers)
-    elif any(not why_unreadable(listing.files[row], size) for row, _ in _unreadable(folder)[:RETRIED]):
-        _make(listing, size, folder, workers)  # the trouble was the disk's, and is over
-    unreadable = _unreadable(folder)
-    left_out = {row for row, _ in unreadable}
+        _decode_all(listing, size, folder, workers)
+    elif any(not decoding_error(listing.files[row], size) for row, _ in _read_errors(folder)[:RETRIES]):
+        _decode_all(listing, size, folder, workers)  # the errors were temporary, as of a network drive
+    errors = _read_errors(folder)
+    left_out = {row for row, _ in errors}
     rows = [row for row in range(len(listing)) if row not in left_out]
     if rows:
         images = np.memmap(folder / "images.u8", np.uint8, "r", shape=(len(rows), size, size, 3))
     else:
-        images = np.empty((0, size, size, 3), np.uint8)  # type: ignore[assignment]  # a file of nothing has no mapping
-    return shared(images).permute(0, 3, 1, 2), rows, [why for _, why in unreadable]
+        images = np.empty((0, size, size, 3), np.uint8)  # type: ignore[assignment]  # an empty file cannot be mapped
+    return read_only_tensor(images).permute(0, 3, 1, 2), rows, [error for _, error in errors]
 
 
-def _unreadable(folder: Path) -> list[tuple[int, str]]:
-    return [(row, why) for row, why in json.loads((folder / "done.json").read_text())["unreadable"]]
+def _read_errors(folder: Path) -> list[tuple[int, str]]:
+    return [(row, error) for row, error in json.loads((folder / "done.json").read_text())["unreadable"]]
 
 
-def _make(listing: Listing, size: int, folder: Path, workers: int | None) -> None:
+def _decode_all(listing: Listing, size: int, folder: Path, workers: int | None) -> None:
     total = len(listing)
     needed = total * size * size * 3
-    with whole_folder(folder, needed) as aside, mapping(total <= BATCH, workers) as each:
-        with open(aside / "images.u8", "wb") as file:
+    with (
+        atomic_folder(folder, needed) as temporary,
+        process_map(workers, serial=total <= BATCH) as each,
+    ):
+        array = temporary / "images.u8"
+        with open(array, "wb") as file:
             file.truncate(needed)
         starts = range(0, total, BATCH)
-        parts = [listing.files[start : start + BATCH] for start in starts]
-        decode = functools.partial(decode_into, aside / "images.u8", total, size)
-        unreadable = [pair for some in each(decode, starts, parts) for pair in some]
-        if unreadable:
-            _close_up(aside / "images.u8", total, size, {row for row, _ in unreadable})
-        (aside / "done.json").write_text(json.dumps({"unreadable": unreadable}))
+        batches = [listing.files[start : start + BATCH] for start in starts]
+        results = each(functools.partial(decode_into, array, total, size), starts, batches)
+        errors = [pair for batch_errors in results for pair in batch_errors]
+        if errors:
+            _remove_rows(array, total, size, {row for row, _ in errors})
+        (temporary / "done.json").write_text(json.dumps({"unreadable": errors}))
 
 
-def _close_up(array: Path, total: int, size: int, left_out: set[int]) -> None:
-    """Take rows out of the file, so that nobody needs to copy what is left."""
+def _remove_rows(array: Path, total: int, size: int, left_out: set[int]) -> None:
+    """Remove rows from the file in-place, so that readers can map the file as it is."""
     images = np.memmap(array, np.uint8, "r+", shape=(total, size, size, 3))
-    place = 0
+    kept = 0
     for row in range(total):
         if row in left_out:
             continue
-        if row != place:
-            images[place] = images[row]
-        place += 1
+        if row != kept:
+            images[kept] = images[row]
+        kept += 1
     images.flush()
     del images
     with open(array, "rb+") as file:
-        file.truncate(place * size * size * 3)
+        file.truncate(kept * size * size * 3)
 
 
-def _key(listing: Listing, size: int) -> str:
-    digest = hashlib.sha256(f"2 {size}".encode())  # 2: without rows for files that cannot be read
+def _cache_key(listing: Listing, size: int) -> str:
+    digest = hashlib.sha256(f"2 {size}".encode())  # version 2: unreadable files have no rows
     for file in listing.files:
         try:
             status = file.stat()

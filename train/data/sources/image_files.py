@@ -1,4 +1,4 @@
-"""Image files to arrays. Without torch, so that the processes that do it start at once."""
+"""Decoding of single image files. This module does not import torch, so that worker processes start quickly."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def decode(file: Path, size: int) -> np.ndarray:
-    """The image, its shorter side resized to `size` and the middle cut out, [size, size, 3] uint8.
+    """Decode an image, resize its shorter side to `size` and crop the center, [size, size, 3] uint8.
 
     Raises:
-        OSError, ValueError, SyntaxError: it is no image, or a broken one.
+        OSError, ValueError, SyntaxError: the file is not an image, or is damaged.
     """
     with Image.open(file) as image:
-        image.draft("RGB", (2 * size, 2 * size))  # of a JPEG, decodes no more than that needs
+        image.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded at a reduced size
         upright = ImageOps.exif_transpose(image).convert("RGB")
         return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR))
 
 
-def why_unreadable(file: Path, size: int) -> str:
-    """What is wrong with the file; empty if nothing is."""
+def decoding_error(file: Path, size: int) -> str:
+    """Return the error of decoding the file, or an empty string if there is none."""
     try:
         decode(file, size)
     except UNREADABLE as error:
@@ -32,13 +32,23 @@ def why_unreadable(file: Path, size: int) -> str:
 
 
 def decode_into(array: Path, total: int, size: int, start: int, files: list[Path]) -> list[tuple[int, str]]:
-    """Fill rows from `start` on; returns those that could not be read, and why."""
+    """Decode files into the rows of an array from `start` on.
+
+    Args:
+        array: the file of the array [total, size, size, 3] uint8.
+        total, size: its shape.
+        start: the row of the first file.
+        files: the image files.
+
+    Returns:
+        The row and the error of each file that cannot be decoded.
+    """
     images = np.memmap(array, np.uint8, "r+", shape=(total, size, size, 3))
-    unreadable = []
+    errors = []
     for row, file in enumerate(files, start):
         try:
             images[row] = decode(file, size)
         except UNREADABLE as error:
-            unreadable.append((row, f"{file}: {str(error) or type(error).__name__}"))
+            errors.append((row, f"{file}: {str(error) or type(error).__name__}"))
     images.flush()
-    return unreadable
+    return errors
