@@ -1,4 +1,4 @@
-"""Options, the interleaved timing, and the tables at the end of `pytest bench/`."""
+"""Options, paired timing and tables of `pytest bench/`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ import torch
 
 from gistops.backends import native
 
-from .forms import SIZES, Size
+from .cpu.logits import SIZES
 from .hardware import hardware
+from .problem import Size
+
+#: Returns the ratio, milliseconds and the number of pairs: see the fixture `paired`.
+Paired = Callable[..., tuple[float, float, int]]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,13 +27,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="comma-separated BxKxd or BxKxdxm; default: " + ", ".join(map(str, SIZES)),
     )
-    group.addoption(
-        "--seconds", type=float, default=5.0, help="time to spend on each row of a table (at least 3 rounds)"
-    )
+    group.addoption("--seconds", type=float, default=5.0, help="time per row of a table (at least 3 rounds)")
 
 
-class Rows:
-    """What was measured: table -> row -> column -> text."""
+class Tables:
+    """The results: table -> row -> column -> text."""
 
     def __init__(self) -> None:
         self.tables: dict[str, dict[str, dict[str, str]]] = {}
@@ -38,11 +40,11 @@ class Rows:
         self.tables.setdefault(table, {}).setdefault(row, {})[column] = value
 
 
-ROWS = pytest.StashKey[Rows]()
+TABLES = pytest.StashKey[Tables]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = Rows()
+    config.stash[TABLES] = Tables()
 
 
 def sizes(config: pytest.Config) -> tuple[Size, ...]:
@@ -56,43 +58,43 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def rows(request: pytest.FixtureRequest) -> Rows:
-    return request.config.stash[ROWS]
+def tables(request: pytest.FixtureRequest) -> Tables:
+    return request.config.stash[TABLES]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_backend() -> None:
+def require_compiled_operators() -> None:
     status = native.load()
-    assert status.loaded, f"there is nothing to measure: {status.reason}"
-    return
+    assert status.loaded, f"the compiled operators are not available: {status.reason}"
 
 
 @pytest.fixture
-def paired(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., tuple[float, float, int]]:
-    """Times `run` with pytest-benchmark, and `limit` just before each round.
+def paired(benchmark: Any, request: pytest.FixtureRequest) -> Paired:
+    """Return a function that times a call in pairs with a baseline call.
 
-    Both see the same state of the machine, so that the median of the ratios of pairs can be trusted where the
-    times themselves cannot. Returns that ratio, the median time of `run` in ms, and the number of pairs.
+    pytest-benchmark times `run`, and each round times `baseline` just before. Both calls of a pair see the same state of
+    the machine, so that the median ratio of the pairs is reliable even if the times themselves are not. The function
+    returns this ratio, the median time of `run` in milliseconds, and the number of pairs.
     """
     seconds: float = request.config.getoption("--seconds")
 
-    def measure(run: Callable[[], Any], limit: Callable[[], Any]) -> tuple[float, float, int]:
-        for function in (limit, run):  # compile, allocate
+    def measure(run: Callable[[], Any], baseline: Callable[[], Any]) -> tuple[float, float, int]:
+        for function in (baseline, run):  # the first calls compile and allocate
             function()
         begin = time.perf_counter()
-        limit()
+        baseline()
         run()
         rounds = min(max(3, int(seconds / (time.perf_counter() - begin))), 200)
-        limits: list[float] = []
+        baselines: list[float] = []
 
         def setup() -> None:
             begin = time.perf_counter()
-            limit()
-            limits.append(time.perf_counter() - begin)
+            baseline()
+            baselines.append(time.perf_counter() - begin)
 
         benchmark.pedantic(run, setup=setup, rounds=rounds, iterations=1, warmup_rounds=0)
         times: list[float] = benchmark.stats.stats.data
-        ratio = statistics.median(a / b for a, b in zip(times, limits[-rounds:], strict=True))
+        ratio = statistics.median(a / b for a, b in zip(times, baselines[-rounds:], strict=True))
         benchmark.extra_info["ratio to F.linear"] = ratio
         return ratio, statistics.median(times) * 1e3, rounds
 
@@ -100,7 +102,7 @@ def paired(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., tupl
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    tables = config.stash[ROWS].tables
+    tables = config.stash[TABLES].tables
     if not tables:
         return
     write = terminalreporter.write_line

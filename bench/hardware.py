@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""The hardware and the versions that a measurement belongs to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def processor() -> str:
-    """The CPU's name."""
+    """Return the CPU's name."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
@@ -20,7 +20,7 @@ def processor() -> str:
 
 
 def hardware() -> str:
-    """The CPU and its threads, the GPU if there is one, and versions, in a line."""
+    """Return the CPU, its threads, the GPU if there is one, and the versions, on one line."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return (
         f"{processor()}, {torch.get_num_threads()} threads{gpu}, torch {torch.__version__}, "

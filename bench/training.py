@@ -33,8 +33,8 @@ from train.data.dataset import Dataset
 from train.run import load
 from train.training.trainer import Training
 
+from .cpu.memory import read_status, reset_peak
 from .hardware import hardware
-from .memory import reset_peak, status
 
 PARTS = ("input", "backbone forward", "head", "backbone backward", "optimizer")
 UNMEASURED = {"precision": "float32", "accumulate": 1, "compile": False, "batch_norm": "joint"}
@@ -77,13 +77,13 @@ class Parts:
         if on_gpu:
             torch.cuda.synchronize()
         self.seconds[part].append(time.perf_counter() - begin)
-        peak = torch.cuda.max_memory_allocated() if on_gpu else status("VmHWM")
+        peak = torch.cuda.max_memory_allocated() if on_gpu else read_status("VmHWM")
         self.peaks[part] = max(self.peaks[part], peak - self.resting)
         return result
 
     def rest(self) -> None:
         """Between two steps."""
-        self.resting = torch.cuda.memory_allocated() if self.device.type == "cuda" else status("VmRSS")
+        self.resting = torch.cuda.memory_allocated() if self.device.type == "cuda" else read_status("VmRSS")
 
     def forget(self) -> None:
         """The steps so far do not count."""

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import forms
-from ..forms import Tensors
+from .. import baselines
+from ..problem import Tensors, make_labels
 from .variants import TABLE
 
 #: Precision -> the largest relative error, ‖out − ref‖ / ‖ref‖, of logits, of gradients, and of the loss. bf16
@@ -34,7 +34,7 @@ def logits_error(logits: Tensor, arguments: Tensors) -> float:
     x, w, delta, tau = (argument.detach() for argument in arguments)
     with torch.no_grad():
         doubles = (x.double(), w[:CHECKED_CLASSES].double(), delta.double(), tau.double())
-        return relative_error(logits[:, :CHECKED_CLASSES], forms.direct(*doubles))
+        return relative_error(logits[:, :CHECKED_CLASSES], baselines.direct(*doubles))
 
 
 def reference_gradients(arguments: Tensors) -> tuple[Tensor, ...] | None:
@@ -46,7 +46,7 @@ def reference_gradients(arguments: Tensors) -> tuple[Tensor, ...] | None:
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     try:
-        loss = F.cross_entropy(forms.split(*singles), forms.labels_of(arguments))
+        loss = F.cross_entropy(baselines.split(*singles), make_labels(arguments))
         return torch.autograd.grad(loss, singles)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before

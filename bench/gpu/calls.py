@@ -11,8 +11,8 @@ from torch import Tensor
 
 import gistops
 
-from .. import forms
-from ..forms import Tensors
+from .. import baselines
+from ..problem import Tensors, make_labels
 from . import settings
 from .variants import NARROW, TABLE, Variant
 
@@ -71,7 +71,9 @@ def _head(variant: Variant) -> Callable[..., Tensor]:
             return gistops.constellation_logits(x, w, delta, tau, backend=variant.backend)
 
         return head
-    function = forms.PLAIN["linear" if variant.name == NARROW else variant.name.removesuffix(" compiled")]
+    function = baselines.LOGITS[
+        "linear" if variant.name == NARROW else variant.name.removesuffix(" compiled")
+    ]
     return torch.compile(function, fullgraph=True, dynamic=False) if variant.compiled else function
 
 
@@ -88,7 +90,7 @@ def gistops_loss(backend: str, cosine: bool = False) -> Callable[..., Tensor]:
 
 
 def _loss_step(loss: Callable[..., Tensor], arguments: Tensors) -> Call:
-    labels = forms.labels_of(arguments)
+    labels = make_labels(arguments)
 
     def run() -> Tensor:
         for argument in arguments:
@@ -102,10 +104,7 @@ def _loss_step(loss: Callable[..., Tensor], arguments: Tensors) -> Call:
 
 def _library(name: str) -> Loss:
     if name == "torch linear_cross_entropy":
-        # Without options it is F.linear and F.cross_entropy, one after the other.
-        return lambda x, w, labels: F.linear_cross_entropy(
-            x, w, labels, options=torch.nn.LinearCrossEntropyOptions()
-        )
+        return baselines.torch_linear_cross_entropy
     if name == "CCE":
         from cut_cross_entropy import linear_cross_entropy  # type: ignore[import-not-found]
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..forms import tensors
+from ..problem import MAIN, Size, make_tensors
 from . import timing
-from .plan import MAIN, Case, Size, shrink_for_cpu
+from .plan import Case, shrink_for_cpu
 from .timing import Run, Timer
 
 #: Name -> unit; in the order in which they are measured.
@@ -121,7 +121,7 @@ class DeviceConstants:
 
     def _linear(self, kind: str, K: int) -> Measured:
         size = Size(self.size.B, K if self.device == "cuda" else self.size.K, self.size.d)
-        x, w, _, _ = tensors(size, torch.bfloat16, self.device)
+        x, w, _, _ = make_tensors(size, torch.bfloat16, self.device)
         labels = torch.arange(size.B, device=self.device) % size.K
 
         def step() -> None:
@@ -138,7 +138,7 @@ class DeviceConstants:
         """A product in half precision whose sums stay in float32, into rows as long as given."""
         if self.device != "cuda":
             return {"skipped": "needs a GPU"}
-        x, w, _, _ = (a.detach() for a in tensors(self.size, torch.bfloat16, self.device))
+        x, w, _, _ = (a.detach() for a in make_tensors(self.size, torch.bfloat16, self.device))
         if layout == "class-major":
             x, w = w, x
         stride = -(-len(w) // 16) * 16 if layout == "ld 8144" else len(w)

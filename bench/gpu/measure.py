@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..forms import Tensors
+from ..problem import Tensors
 from . import accuracy, calls, timing
 from .plan import Case
 from .roofline import WIDTHS, floor_ms, work

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..forms import Size, tensors
+from ..problem import Size, make_tensors
 from .subprocesses import python_command, run_command
 
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy")
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("kind")
     parser.add_argument("size", type=Size.parse)
     options = parser.parse_args()
-    run = make_call(options.variant, options.kind, tensors(options.size, torch.bfloat16, "cuda"), "bf16")
+    run = make_call(options.variant, options.kind, make_tensors(options.size, torch.bfloat16, "cuda"), "bf16")
     run()
     torch.cuda.synchronize()
     torch.cuda.cudart().cudaProfilerStart()

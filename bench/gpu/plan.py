@@ -8,12 +8,10 @@ from itertools import product
 from math import prod
 from typing import Any
 
-from ..forms import Size
+from ..problem import MAIN, Size
 from .roofline import WIDTHS
 from .variants import KINDS, TABLE, Variant
 
-#: The size of the stated targets: iNaturalist 2018's classes, ResNet-50's features.
-MAIN = Size(256, 8142, 2048)
 SIZES = (MAIN, Size(256, 100_000, 512), Size(1024, 8142, 2048), Size(128, 1000, 512))
 #: Of the smoke runs: larger than a tile and a multiple of none; one row; fewer classes than a row of a tile;
 #: no displacements; more than the fused kernels hold; a length that is no whole number of vectors.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..problem import MAIN
 from . import device_constants, selection_rule, targets
-from .plan import MAIN, Case
+from .plan import Case
 from .targets import Document, Found, cases, merged
 from .variants import KINDS, TABLE
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..forms import Size
+from ..problem import Size
 from .variants import TABLE
 
 #: Precision -> bytes of an element of input and centres. "float32" is torch's default, without tf32.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import gistops
 
-from ..forms import Size, labels_of, tensors
+from ..problem import Size, make_labels, make_tensors
 from .measure import precision
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32, "float16": torch.float16}
@@ -36,8 +36,8 @@ def main() -> None:
 
 def run(size: Size, dtype: torch.dtype, backend: str, device: str, everything: bool) -> None:
     """Logits and losses; with `everything` the other functions too."""
-    arguments = tensors(size, dtype, device)
-    labels = labels_of(arguments)
+    arguments = make_tensors(size, dtype, device)
+    labels = make_labels(arguments)
     x, w, _, tau = arguments
     F.cross_entropy(gistops.constellation_logits(*arguments, backend=backend).float(), labels).backward()
     gistops.constellation_cross_entropy(*arguments, labels, backend=backend).backward()  # type: ignore[union-attr]

@@ -13,8 +13,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from ..forms import Size
-from .plan import MAIN, SIZES, Case, shrink_for_cpu
+from ..problem import MAIN, Size
+from .plan import SIZES, Case, shrink_for_cpu
 from .variants import CANDIDATES, KINDS, PRECISIONS, SIMPLICITY, TABLE
 
 CLOSE = 1.03

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..problem import MAIN
 from . import (
     concurrent_jobs,
     device_constants,
@@ -23,7 +24,7 @@ from . import (
 from .budget import CONCURRENT, Budget
 from .concurrent_jobs import Job, Report
 from .output import Output
-from .plan import MAIN, Case
+from .plan import Case
 from .subprocesses import python_command, run_command
 from .supervisor import GRACE, Supervisor
 from .variants import TABLE

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import gistops
 
-from ..forms import Size, Tensors, labels_of, tensors
+from ..problem import Size, Tensors, make_labels, make_tensors
 from . import accuracy, calls
 from .plan import supports
 from .variants import TABLE
@@ -56,7 +56,7 @@ class Oracle:
         x, w, delta, tau = doubles
         delta = delta.detach()[:0] if cosine else delta
         logits = gistops.constellation_logits(x, w, delta, tau, backend="reference")
-        value = F.cross_entropy(logits, labels_of(arguments))
+        value = F.cross_entropy(logits, make_labels(arguments))
         self.kept = [n for n, a in enumerate(doubles) if a.numel() and not (cosine and n == 2)]
         self.gradients = torch.autograd.grad(value, [doubles[n] for n in self.kept])
         self.logits, self.loss = logits.detach(), value.detach()
@@ -74,7 +74,7 @@ class Oracle:
 
 def make_inputs(size: Size, dtype: torch.dtype, device: str) -> Tensors:
     """Of a smoke run."""
-    return tensors(size, dtype, device, SEED)
+    return make_tensors(size, dtype, device, SEED)
 
 
 def run_smoke_check(

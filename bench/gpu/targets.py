@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .plan import MAIN, Case
+from ..problem import MAIN
+from .plan import Case
 from .variants import TABLE
 
 Document = dict[str, Any]

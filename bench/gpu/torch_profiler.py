@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ..forms import Tensors
+from ..problem import Tensors
 from . import calls
 from .plan import supports
 from .variants import TABLE

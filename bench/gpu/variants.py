@@ -11,11 +11,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-
 from gistops import backends
 
+from ..baselines import why_no_torch_linear_cross_entropy
 from . import settings
 
 #: What of a form is timed: its logits without gradients; logits, F.cross_entropy and backward; its own loss and backward.
@@ -197,8 +195,8 @@ def why_not(name: str, device: str) -> str | None:
         if (variant.backend == "cpu") != (device == "cpu") and variant.backend != "triton":
             return f"backend {variant.backend!r} serves no tensors on {device!r}"
         return backends.why_not(variant.backend, device) or settings.why_not(variant.settings)
-    if name.startswith("torch linear_cross_entropy") and not hasattr(F, "linear_cross_entropy"):
-        return f"torch {torch.__version__} has none; 2.13 brought it"
+    if name.startswith("torch linear_cross_entropy"):
+        return why_no_torch_linear_cross_entropy()
     for start, module in (("CCE", "cut_cross_entropy"), ("Liger", "liger_kernel")):
         if name.startswith(start) and importlib.util.find_spec(module) is None:
             return f"{module} is not installed"

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..forms import Tensors, tensors
+from ..problem import Tensors, make_tensors
 from . import calls, device_constants, smoke_checks, torch_profiler, variants
 from .measure import Measure, give_up, precision
 from .plan import Case, supports
@@ -64,7 +64,7 @@ class Worker:
         key = (case.precision, case.size)
         if self._arguments is None or self._arguments[0] != key:
             self._arguments = None  # first let go
-            made = tensors(case.size, DTYPES[case.precision], self.device, smoke_checks.SEED)
+            made = make_tensors(case.size, DTYPES[case.precision], self.device, smoke_checks.SEED)
             self._arguments = key, made
         return self._arguments[1]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from bench.forms import Size
 from bench.gpu import plan, settings, variants, worker
-from bench.gpu.plan import MAIN, SIZES, Case, Filter
+from bench.gpu.plan import SIZES, Case, Filter
 from bench.gpu.roofline import Work, floor_ms, work
 from bench.gpu.variants import KINDS, TABLE
+from bench.problem import MAIN, Size
 
 from .clock import Clock
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu import output, report, selection_rule, targets, torch_profiler
-from bench.gpu.plan import MAIN, SIZES, Case, timed_cases
+from bench.gpu.plan import SIZES, Case, timed_cases
 from bench.gpu.variants import TABLE
+from bench.problem import MAIN
 
 
 def found(ms: float, ratio: float, **more: Any) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench import forms as plain
-from bench.forms import Size, tensors
+from bench import baselines
 from bench.gpu import accuracy, calls, device_constants, smoke_checks, variants, worker, worker_pool
 from bench.gpu.plan import Case
 from bench.gpu.supervisor import Supervisor, read_events
 from bench.gpu.timing import HostTimer, Sample, interleave, quartiles
+from bench.problem import Size, make_tensors
 
 from .clock import Clock
 
@@ -119,7 +119,7 @@ def test_a_variant_s_kernels_are_profiled() -> None:
 
 
 def test_wrong_results_are_told_from_right_ones() -> None:
-    arguments = tensors(Size(6, 40, 24))
+    arguments = make_tensors(Size(6, 40, 24))
     right = calls.make_call("direct", "forward", arguments, "float32")()
     assert accuracy.logits_error(right, arguments) < 1e-5
     assert (
@@ -153,7 +153,7 @@ def test_smoke_runs_find_what_is_not_written_and_what_changes(monkeypatch: pytes
 
     def unwritten(*arguments: Any, **options: Any) -> torch.Tensor:
         out = torch.empty(5, 7)  # of which the last class is never written
-        out[:, :6] = plain.direct(*arguments)[:, :6]
+        out[:, :6] = baselines.direct(*arguments)[:, :6]
         return out
 
     monkeypatch.setattr("gistops.constellation_logits", unwritten)
@@ -163,7 +163,7 @@ def test_smoke_runs_find_what_is_not_written_and_what_changes(monkeypatch: pytes
     turns = iter(range(100))
 
     def unstable(*arguments: Any, **options: Any) -> torch.Tensor:
-        return plain.direct(*arguments) * (1 + 1e-6 * next(turns))
+        return baselines.direct(*arguments) * (1 + 1e-6 * next(turns))
 
     monkeypatch.setattr("gistops.constellation_logits", unstable)
     found = smoke_checks.run_smoke_check("cpu", "float32", arguments, oracle, "cpu")

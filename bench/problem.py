@@ -1,0 +1,57 @@
+"""The problem that all benches measure: its sizes, and tensors of a size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Size:
+    """B rows of d dimensions, K classes, and m displacements."""
+
+    B: int
+    K: int
+    d: int
+    m: int = 4
+
+    @classmethod
+    def parse(cls, text: str) -> Size:
+        """Parse `256x8142x2048`, or with m at the end `256x8142x2048x4`."""
+        try:
+            return cls(*(int(part) for part in text.split("x")))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"--sizes: expected BxKxd or BxKxdxm, such as 256x8142x2048, got {text!r}"
+            ) from None
+
+    def __str__(self) -> str:
+        return f"{self.B}×{self.K}×{self.d}" + ("" if self.m == 4 else f", m={self.m}")
+
+
+#: The size of the stated targets: the classes of iNaturalist 2018, the features of ResNet-50.
+MAIN = Size(256, 8142, 2048)
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def make_tensors(
+    size: Size, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+) -> Tensors:
+    """Return input, centers, displacements (a third of the centers' length) and tau, which all require grad."""
+    scale = size.d**-0.5
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(rows: int, factor: float) -> Tensor:
+        values = torch.randn(rows, size.d, generator=generator, device=device).mul_(factor)
+        return values.to(dtype).requires_grad_()
+
+    x, w, delta = normal(size.B, 1.0), normal(size.K, scale), normal(size.m, scale / 3)
+    return x, w, delta, torch.tensor(16.0, device=device, requires_grad=True)
+
+
+def make_labels(arguments: Tensors) -> Tensor:
+    """Return a label per row. The labels cycle through the classes."""
+    batch, classes = arguments[0].shape[0], arguments[1].shape[0]
+    return torch.arange(batch, device=arguments[0].device) % classes
