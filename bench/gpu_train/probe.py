@@ -93,7 +93,7 @@ def _start_last_stage(method: str, config: Any, data: Dataset) -> Training:
 def _step(training: Training) -> torch.Tensor:
     if training.step_of_epoch == training.steps_per_epoch - 1:  # skip the epoch's last step: its size differs
         training.step_of_epoch = 0
-        training.batches.next_drawn()
+        training.batches.next_draws()
     return training.step()
 
 

@@ -95,15 +95,15 @@ def test_the_balanced_stream_alone_is_displaced(seed: int) -> None:
     directions = F.normalize(torch.randn(7, 33), dim=1)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         features = (3 * torch.randn(50, 33)).to(dtype)
-        chance = torch.rand(50)
-        chance[:2] = torch.tensor([0.0, 1 - 2**-12])
-        found = displaced(features, directions.to(features.dtype), 0.8, 30, chance)
+        uniforms = torch.rand(50)
+        uniforms[:2] = torch.tensor([0.0, 1 - 2**-12])
+        found = displaced(features, directions.to(features.dtype), 0.8, 30, uniforms)
         assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         wide = features.to(found.dtype)
         assert torch.equal(found[30:], wide[30:])
         moved = found[:30] - wide[:30] / wide[:30].norm(dim=1, keepdim=True)
         nearest = F.cosine_similarity(moved[:, None], directions, dim=2).argmax(1)
-        assert torch.equal(nearest, (7 * chance[:30]).long())
+        assert torch.equal(nearest, (7 * uniforms[:30]).long())
         torch.testing.assert_close(moved, 0.8 * directions[nearest].to(moved), atol=5e-3, rtol=0)
         assert nearest[:2].tolist() == [0, 6]
 
@@ -116,8 +116,8 @@ def test_a_step_is_of_displaced_features_in_the_second_stage_alone(features: Dat
             training = Training("gist", config, features)
             training.begin_stage(stage)
             (part,) = training.batches.next()
-            assert 0 <= part.chance.min() < 0.2 < 0.8 < part.chance.max() < 1
-            losses.append(training.losses(part.x, part.y, part.num_balanced, part.chance))
+            assert 0 <= part.transfer_uniforms.min() < 0.2 < 0.8 < part.transfer_uniforms.max() < 1
+            losses.append(training.losses(part.x, part.y, part.num_balanced, part.transfer_uniforms))
         displaced_loss, loss = losses
         assert displaced_loss["loss_random"].equal(loss["loss_random"])
         assert displaced_loss["loss_balanced"].equal(loss["loss_balanced"]) == (stage == 0)

@@ -126,15 +126,23 @@ def test_made_ahead_goes_on_with_graphs(features: Dataset) -> None:
     training = Training("gist", CONFIG, features)
     made = training.batches
     ahead = type(made)(
-        made.x, made.y, made.random, made.balanced, made.sizes, made.augment, made.generator, ahead=True
+        made.x,
+        made.y,
+        made.random,
+        made.balanced,
+        made.sizes,
+        made.augment,
+        made.generator,
+        made.transfer_generator,
+        ahead=True,
     )
     for _ in range(3):
         ahead.next()
     state, (fourth,) = ahead.state_dict(), ahead.next()
     made.load_state_dict(state)
-    (drawn,) = made.next_drawn()
-    assert torch.equal(made.made(drawn).x, fourth.x)
-    assert torch.equal(made.made(drawn).chance, fourth.chance)
+    (drawn,) = made.next_draws()
+    assert torch.equal(made.materialize(drawn).x, fourth.x)
+    assert torch.equal(made.materialize(drawn).transfer_uniforms, fourth.transfer_uniforms)
 
 
 def test_the_network_is_compiled_once_for_the_usual_size(

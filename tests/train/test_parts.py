@@ -209,11 +209,19 @@ def test_steps_made_ahead_are_the_same_and_go_on(images: Dataset) -> None:
     def batches(ahead: bool) -> Any:
         made = Training("gist", UNEVEN, images).batches
         return type(made)(
-            made.x, made.y, made.random, made.balanced, made.sizes, made.augment, made.generator, ahead=ahead
+            made.x,
+            made.y,
+            made.random,
+            made.balanced,
+            made.sizes,
+            made.augment,
+            made.generator,
+            made.transfer_generator,
+            ahead=ahead,
         )
 
     def taken(source: Any, count: int) -> list[Any]:
-        return [(p.x, p.y, p.num_balanced, p.shares) for _ in range(count) for p in source.next()]
+        return [(p.x, p.y, p.num_balanced, p.loss_weights) for _ in range(count) for p in source.next()]
 
     expected = taken(batches(False), 13)
     first = batches(True)

@@ -82,7 +82,7 @@ def _fit(head: ConstellationClassifier, config: Config, counts: Tensor, sample: 
 
 
 def displaced(
-    features: Tensor, directions: Tensor, length: float, num_balanced: int, chance: Tensor
+    features: Tensor, directions: Tensor, length: float, num_balanced: int, uniforms: Tensor
 ) -> Tensor:
     """Features [b, d] of which the first, the balanced stream's, are of unit length and moved by one of the directions.
 
@@ -91,9 +91,9 @@ def displaced(
         directions: unit vectors, [n, d].
         length: of the move.
         num_balanced: how many are the balanced stream's.
-        chance: which direction, as numbers from 0 to below 1, [b].
+        uniforms: random numbers in [0, 1) that select the directions, [b].
     """
-    chosen = directions[(chance[:num_balanced] * len(directions)).long()]
+    chosen = directions[(uniforms[:num_balanced] * len(directions)).long()]
     wide = features.to(torch.promote_types(features.dtype, torch.float32))
     balanced, random = wide.tensor_split([num_balanced])
     return torch.cat([F.normalize(balanced, dim=1) + length * chosen, random])

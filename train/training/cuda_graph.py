@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..data.stream.batches import Batches, Drawn, Part
+from ..data.stream.batches import Batches, MicroBatch, MicroBatchDraw
 
 WARM_UP = 3  # steps before one is captured: lazily loaded kernels, workspaces, the optimizer's momentum
 
@@ -32,7 +32,7 @@ class Trained(Protocol):
     def optimizer(self) -> torch.optim.Optimizer:
         """Whose groups have rates, as numbers."""
 
-    def optimize(self, parts: list[Part]) -> Tensor:
+    def optimize(self, parts: list[MicroBatch]) -> Tensor:
         """Take a step on these samples, without the CPU waiting for anything; returns the loss."""
 
 
@@ -53,7 +53,7 @@ class GraphedSteps:
         self._warm = 0
         self._given_up = False
         self._replay: Step | None = None
-        self._inputs: list[Drawn] = []
+        self._inputs: list[MicroBatchDraw] = []
         self._rates: list[Tensor] = []
         self._aside = torch.cuda.Stream(training.device) if training.device.type == "cuda" else None
 
@@ -62,7 +62,7 @@ class GraphedSteps:
         """True if steps are replayed by now."""
         return self._replay is not None
 
-    def step(self, drawn: list[Drawn], size: tuple[int, int]) -> Tensor:
+    def step(self, drawn: list[MicroBatchDraw], size: tuple[int, int]) -> Tensor:
         """Take a step on what was drawn, of so many samples of each stream; returns the loss, until the next one's."""
         if size != self._usual or self._given_up:
             return self._launch(drawn)
@@ -72,16 +72,16 @@ class GraphedSteps:
         if self._replay is None and not self._record(drawn):
             return self._launch(drawn)
         assert self._replay is not None
-        for own, new in zip(self._inputs, drawn, strict=True):
-            for to, value in ((own.indices, new.indices), (own.numbers, new.numbers)):
+        for static, new in zip(self._inputs, drawn, strict=True):
+            for to, value in zip(static.tensors, new.tensors, strict=True):
                 to.copy_(value.pin_memory() if to.is_cuda else value, non_blocking=True)
         self._set_rates()
         return self._replay()
 
-    def _launch(self, drawn: list[Drawn]) -> Tensor:
-        return self._training.optimize([self._training.batches.made(part) for part in drawn])
+    def _launch(self, drawn: list[MicroBatchDraw]) -> Tensor:
+        return self._training.optimize([self._training.batches.materialize(part) for part in drawn])
 
-    def _beside(self, drawn: list[Drawn]) -> Tensor:
+    def _beside(self, drawn: list[MicroBatchDraw]) -> Tensor:
         """On another stream, as PyTorch asks of steps before a capture."""
         if self._aside is None:
             return self._launch(drawn)
@@ -92,10 +92,11 @@ class GraphedSteps:
         here.wait_stream(self._aside)
         return loss
 
-    def _record(self, drawn: list[Drawn]) -> bool:
+    def _record(self, drawn: list[MicroBatchDraw]) -> bool:
         """Capture a step, which takes none; returns whether it could be."""
         device = self._training.device
-        self._inputs = [_copied(part.to(device)) for part in drawn]
+        on_device = [draw.to(device) for draw in drawn]
+        self._inputs = [draw.with_tensors(*(t.clone() for t in draw.tensors)) for draw in on_device]
         self._rates = [
             torch.zeros((), dtype=torch.float32, device=device) for _ in self._training.optimizer.param_groups
         ]
@@ -118,10 +119,6 @@ class GraphedSteps:
     def _set_rates(self) -> None:
         for rate, group in zip(self._rates, self._training.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
-
-
-def _copied(part: Drawn) -> Drawn:
-    return Drawn(part.indices.clone(), part.numbers.clone(), part.num_balanced, part.shares)
 
 
 @contextmanager

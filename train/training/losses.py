@@ -39,12 +39,14 @@ class Losses(nn.Module):
         self.model, self.method, self.features = model, method, features
         self.split, self.transfer_length = config.batch_norm == "split", config.transfer_length
 
-    def forward(self, x: Tensor, y: Tensor, num_balanced: int, chance: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, x: Tensor, y: Tensor, num_balanced: int, transfer_uniforms: Tensor
+    ) -> dict[str, Tensor]:
         if self.split and 0 < num_balanced < len(x):
             streams = x.tensor_split([num_balanced])
             features = torch.cat([self.features(stream) for stream in streams])
         else:
             features = self.features(x)
         if (directions := getattr(self.model.head, TRANSFER, None)) is not None:
-            features = displaced(features, directions, self.transfer_length, num_balanced, chance)
+            features = displaced(features, directions, self.transfer_length, num_balanced, transfer_uniforms)
         return self.method.losses(self.model.head, features, y, num_balanced)

@@ -20,7 +20,7 @@ from .. import distributed
 from ..config import Config
 from ..data.dataset import Dataset
 from ..data.stream.augment import Augmentation
-from ..data.stream.batches import Batches, Part, sizes_of_steps
+from ..data.stream.batches import Batches, MicroBatch, sizes_of_steps
 from ..data.stream.streams import BalancedStream, RandomStream
 from ..evaluation.evaluate import evaluate
 from ..methods import METHODS
@@ -60,7 +60,7 @@ class Training:
         self.batches = self._make_batches()
         self.features: Callable[[Tensor], Tensor] = self.model.features
         if config.compile:
-            self.features = CompiledFeatures(self.model, self.batches.part_sizes())
+            self.features = CompiledFeatures(self.model, self.batches.micro_batch_sizes())
         self.steps_per_epoch = len(self.batches.sizes)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.images = 0
@@ -89,6 +89,7 @@ class Training:
                 config.color_jitter,
             ),
             generator,
+            torch.Generator().manual_seed(-1 - config.seed),
             own_parts(config),
             ahead=self.device.type != "cpu",  # where the CPU has nothing else to do
         )
@@ -123,7 +124,7 @@ class Training:
         """One step of SGD on one batch of both streams; returns this process's estimate of the loss."""
         begin, size = time.perf_counter(), self.batches.sizes[self.step_of_epoch]
         if self.graphed:
-            drawn = self.batches.next_drawn()
+            drawn = self.batches.next_draws()
             self.waited += time.perf_counter() - begin
             loss = self.graphed.step(drawn, size)
         else:
@@ -136,7 +137,7 @@ class Training:
         self.step_of_epoch += 1
         return loss
 
-    def optimize(self, parts: list[Part]) -> Tensor:
+    def optimize(self, parts: list[MicroBatch]) -> Tensor:
         """Gradients of all parts, and the optimizer's step: on a GPU no more than launches, which a CUDA graph can hold."""
         self.optimizer.zero_grad()
         total = sum(self._backward(part, i == len(parts) - 1) for i, part in enumerate(parts))
@@ -165,7 +166,7 @@ class Training:
                 return False
         return True
 
-    def _backward(self, part: Part, last: bool) -> Tensor:
+    def _backward(self, part: MicroBatch, last: bool) -> Tensor:
         """Add a part's share of the gradients, with the last one those of all processes; returns its share of the loss."""
         together = contextlib.nullcontext()
         if distributed.is_initialized() and not last:
@@ -174,8 +175,8 @@ class Training:
             with torch.autocast(
                 self.device.type, HALF.get(self.config.precision), self.config.precision in HALF
             ):
-                losses = self.losses(part.x, part.y, part.num_balanced, part.chance)
-            shares = {name: part.shares[name] * loss for name, loss in losses.items()}
+                losses = self.losses(part.x, part.y, part.num_balanced, part.transfer_uniforms)
+            shares = {name: part.loss_weights[name] * loss for name, loss in losses.items()}
             loss = torch.stack([self.method.weights[name] * share for name, share in shares.items()]).sum()
             # DistributedDataParallel takes the mean over processes, of which each has a part of the sum.
             self.scaler.scale(loss * distributed.world_size()).backward()

@@ -1,4 +1,4 @@
-"""The steps of training: what each draws, the same in all processes, and this process's parts of it, ready to use."""
+"""The mini-batches of training, drawn the same in all processes, and the micro-batches of this process."""
 
 from __future__ import annotations
 
@@ -9,45 +9,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .augment import ACROSS, NUMBERS, Augmentation
+from .augment import NUMBERS, Augmentation
 from .streams import BalancedStream, RandomStream
 
-Draw = dict[
-    str, Tensor
-]  # of a step: indices [n], numbers [n, NUMBERS]; and num_balanced [], which come first
+#: The draw of one step, as a checkpoint stores it: indices [n], the first num_balanced [] of them from the balanced stream,
+#: numbers [n, NUMBERS] for the augmentation, and transfer_uniforms [n]. The random numbers are uniform in [0, 1).
+StepDraw = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """The ingredients of a part, drawn on the CPU; once on the device, the part is made without the CPU."""
+class MicroBatchDraw:
+    """The samples and random numbers of a micro-batch, before images are read and augmented."""
 
-    indices: Tensor  # of samples, [b], the balanced stream's first
-    numbers: Tensor  # [b, NUMBERS]
+    indices: Tensor  # samples [b], those of the balanced stream first
+    augment_uniforms: Tensor  # [b, NUMBERS]
+    transfer_uniforms: Tensor  # [b]
     num_balanced: int
-    shares: dict[str, float]  # as a part's
+    loss_weights: dict[str, float]
 
-    def to(self, device: torch.device) -> Drawn:
-        return replace(self, indices=sent(self.indices, device), numbers=sent(self.numbers, device))
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.indices, self.augment_uniforms, self.transfer_uniforms
+
+    def with_tensors(
+        self, indices: Tensor, augment_uniforms: Tensor, transfer_uniforms: Tensor
+    ) -> MicroBatchDraw:
+        """Return the draw with other tensors of the same shapes."""
+        return replace(
+            self, indices=indices, augment_uniforms=augment_uniforms, transfer_uniforms=transfer_uniforms
+        )
+
+    def to(self, device: torch.device) -> MicroBatchDraw:
+        return self.with_tensors(*(to_device(tensor, device) for tensor in self.tensors))
 
 
 @dataclass(frozen=True)
-class Part:
-    """Samples [b, …] and classes [b] that go through the model together, the balanced stream's first."""
+class MicroBatch:
+    """Samples [b, …] and classes [b] that go through the model together, those of the balanced stream first."""
 
     x: Tensor
     y: Tensor
     num_balanced: int
-    #: Of each stream's samples in the step, how many are in this part: by what a mean over them counts in the step's.
-    shares: dict[str, float]
-    #: A number from 0 to below 1 for each sample, [b], for what is left to chance beyond the input.
-    chance: Tensor
+    #: The fraction of each stream's samples of the step that are in this micro-batch: the weight of its mean loss.
+    loss_weights: dict[str, float]
+    #: One random number per sample, uniform in [0, 1), [b]: selects the direction of a feature transfer.
+    transfer_uniforms: Tensor
 
 
 class Batches:
-    """Endless steps of both streams, of which this process takes every part that is its own.
+    """An endless sequence of steps, each with samples of both streams, split into micro-batches.
 
-    A step's samples are divided into as many parts as there are processes times micro-batches, each stream in equal
-    ones. What is drawn does not depend on how it is divided.
+    A step is split into world size × accumulate micro-batches with equal numbers of samples of each stream. This process
+    gets its own ones. The draws do not depend on the split.
 
     Args:
         x: samples [n, …], on the device or the CPU.
@@ -56,9 +69,10 @@ class Batches:
         balanced: the balanced stream.
         sizes: samples from the balanced and from the random stream in each step; begins again at its end.
         augment: what happens to images, on the device.
-        generator: of the augmentation's numbers.
-        parts: this process's parts and how many there are.
-        ahead: make a step while the one before is in use, in a thread. What is drawn is the same.
+        generator: draws the random numbers of the augmentation.
+        transfer_generator: draws `MicroBatch.transfer_uniforms`. It is separate, so that they do not change other draws.
+        micro_batches: the indices of this process's micro-batches, and the number of all micro-batches of a step.
+        ahead: prepare the next step in a thread while the current one is in use. The draws are the same.
     """
 
     def __init__(
@@ -70,95 +84,113 @@ class Batches:
         sizes: list[tuple[int, int]],
         augment: Augmentation,
         generator: torch.Generator,
-        parts: tuple[range, int] = (range(1), 1),
+        transfer_generator: torch.Generator,
+        micro_batches: tuple[range, int] = (range(1), 1),
         ahead: bool = False,
     ) -> None:
         self.x, self.y, self.random, self.balanced, self.sizes = x, y, random, balanced, sizes
-        self.augment, self.generator = augment, generator
-        self.own, self.num_parts = parts
+        self.augment, self.generator, self.transfer_generator = augment, generator, transfer_generator
+        self.local_indices, self.num_micro_batches = micro_batches
         self._executor = ThreadPoolExecutor(1) if ahead else None
-        self._pending: tuple[Draw, Future[list[Part]] | None] | None = None
+        self._pending: tuple[StepDraw, Future[list[MicroBatch]] | None] | None = None
         self._drawn = 0
 
-    def next(self) -> list[Part]:
-        """This process's parts of the next step."""
+    def next(self) -> list[MicroBatch]:
+        """Return this process's micro-batches of the next step."""
         if self._executor is None:
-            return [self.made(drawn) for drawn in self.next_drawn()]
-        parts = (self._pending and self._pending[1]) or self._begin(self._next_draw())
-        made = parts.result()
+            return [self.materialize(draw) for draw in self.next_draws()]
+        prepared = (self._pending and self._pending[1]) or self._prepare(self._next_draw())
+        micro_batches = prepared.result()
         draw = self._draw()
-        self._pending = draw, self._begin(draw)
-        return made
+        self._pending = draw, self._prepare(draw)
+        return micro_batches
 
-    def next_drawn(self) -> list[Drawn]:
-        """The ingredients of this process's parts of the next step, on the CPU: for who makes them, with `made`."""
-        return self._divided(self._next_draw())
+    def next_draws(self) -> list[MicroBatchDraw]:
+        """Return the draws of this process's micro-batches of the next step, on the CPU, for `materialize`."""
+        return self._split(self._next_draw())
 
-    def made(self, drawn: Drawn) -> Part:
-        """The part. If `drawn` and the samples are on the device, nothing waits for the CPU, nor the CPU for it."""
+    def materialize(self, draw: MicroBatchDraw) -> MicroBatch:
+        """Read and augment the samples of a draw. The host does not wait if the draw and the samples are on the device."""
         device = self.y.device
-        on_device = drawn.to(device)
-        indices, numbers = on_device.indices, on_device.numbers
-        x = self.x[indices] if self.x.device == device else sent(self.x[drawn.indices], device)
-        # Of a number of 24 bits the lower twelve: augmentation looks at the upper ones.
-        chance = (numbers[:, ACROSS] * 4096).frac()
-        return Part(self.augment(x, numbers), self.y[indices], drawn.num_balanced, drawn.shares, chance)
+        on_device = draw.to(device)
+        x = self.x[on_device.indices] if self.x.device == device else to_device(self.x[draw.indices], device)
+        return MicroBatch(
+            self.augment(x, on_device.augment_uniforms),
+            self.y[on_device.indices],
+            draw.num_balanced,
+            draw.loss_weights,
+            on_device.transfer_uniforms,
+        )
 
-    def _next_draw(self) -> Draw:
-        """The one that was made ahead, or is from a checkpoint, if there is one."""
+    def _next_draw(self) -> StepDraw:
+        """Return the pending draw, which was prepared ahead or comes from a checkpoint, or a new one."""
         if self._pending is None:
             return self._draw()
         draw, self._pending = self._pending[0], None
         return draw
 
-    def _draw(self) -> Draw:
+    def _draw(self) -> StepDraw:
         num_balanced, num_random = self.sizes[self._drawn % len(self.sizes)]
         self._drawn += 1
         indices = torch.cat([self.balanced.take(num_balanced), self.random.take(num_random)])
-        numbers = torch.rand(len(indices), NUMBERS, generator=self.generator)
-        return {"indices": indices, "numbers": numbers, "num_balanced": torch.tensor(num_balanced)}
+        return {
+            "indices": indices,
+            "numbers": torch.rand(len(indices), NUMBERS, generator=self.generator),
+            "transfer_uniforms": self._transfer_uniforms(len(indices)),
+            "num_balanced": torch.tensor(num_balanced),
+        }
 
-    def _begin(self, draw: Draw) -> Future[list[Part]]:
+    def _transfer_uniforms(self, count: int) -> Tensor:
+        return torch.rand(count, generator=self.transfer_generator)
+
+    def _prepare(self, draw: StepDraw) -> Future[list[MicroBatch]]:
         assert self._executor is not None
-        return self._executor.submit(lambda: [self.made(drawn) for drawn in self._divided(draw)])
+        return self._executor.submit(lambda: [self.materialize(part) for part in self._split(draw)])
 
-    def _divided(self, draw: Draw) -> list[Drawn]:
+    def _split(self, draw: StepDraw) -> list[MicroBatchDraw]:
+        return [self._micro_batch_draw(draw, index) for index in self.local_indices]
+
+    def _micro_batch_draw(self, draw: StepDraw, index: int) -> MicroBatchDraw:
         num_balanced = int(draw["num_balanced"])
         num_random = len(draw["indices"]) - num_balanced
-        return [self._part(draw, part, num_balanced, num_random) for part in self.own]
-
-    def _part(self, draw: Draw, part: int, num_balanced: int, num_random: int) -> Drawn:
-        first_balanced, last_balanced = self._bounds(part, num_balanced)
-        first_random, last_random = self._bounds(part, num_random)
+        first_balanced, last_balanced = self._bounds(index, num_balanced)
+        first_random, last_random = self._bounds(index, num_random)
         rows = torch.cat(
             [
                 torch.arange(first_balanced, last_balanced),
                 torch.arange(num_balanced + first_random, num_balanced + last_random),
             ]
         )
-        own_balanced, own_random = last_balanced - first_balanced, last_random - first_random
-        shares = {
-            "loss_balanced": own_balanced / max(1, num_balanced),
-            "loss_random": own_random / max(1, num_random),
+        local_balanced, local_random = last_balanced - first_balanced, last_random - first_random
+        loss_weights = {
+            "loss_balanced": local_balanced / max(1, num_balanced),
+            "loss_random": local_random / max(1, num_random),
         }
-        return Drawn(draw["indices"][rows], draw["numbers"][rows], own_balanced, shares)
+        return MicroBatchDraw(
+            draw["indices"][rows],
+            draw["numbers"][rows],
+            draw["transfer_uniforms"][rows],
+            local_balanced,
+            loss_weights,
+        )
 
-    def part_sizes(self, step: int = 0) -> list[tuple[int, int]]:
-        """Of this process's parts of a step of an epoch, the samples of the balanced and of the random stream."""
-        bounds = [[self._bounds(part, count) for count in self.sizes[step]] for part in self.own]
+    def micro_batch_sizes(self, step: int = 0) -> list[tuple[int, int]]:
+        """Return the numbers of balanced and random samples in each of this process's micro-batches of a step."""
+        bounds = [[self._bounds(index, count) for count in self.sizes[step]] for index in self.local_indices]
         return [(balanced[1] - balanced[0], random[1] - random[0]) for balanced, random in bounds]
 
-    def _bounds(self, part: int, count: int) -> tuple[int, int]:
-        return count * part // self.num_parts, count * (part + 1) // self.num_parts
+    def _bounds(self, index: int, count: int) -> tuple[int, int]:
+        return count * index // self.num_micro_batches, count * (index + 1) // self.num_micro_batches
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, the same in all processes: `next` goes on with the step after the last one it gave."""
+        """Return the state, the same in all processes: `next` continues with the step after the last one it returned."""
         return {
             "drawn": self._drawn,
             "pending": self._pending[0] if self._pending else None,
             "random": self.random.state_dict(),
             "balanced": self.balanced.state_dict(),
             "generator": self.generator.get_state(),
+            "transfer_generator": self.transfer_generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -166,13 +198,17 @@ class Batches:
         self.random.load_state_dict(state["random"])
         self.balanced.load_state_dict(state["balanced"])
         self.generator.set_state(state["generator"])
+        if "transfer_generator" in state:  # absent from older checkpoints
+            self.transfer_generator.set_state(state["transfer_generator"])
         self._pending = None
         if pending := state["pending"]:
-            self._pending = pending, self._begin(pending) if self._executor else None
+            if "transfer_uniforms" not in pending:
+                pending |= {"transfer_uniforms": self._transfer_uniforms(len(pending["indices"]))}
+            self._pending = pending, self._prepare(pending) if self._executor else None
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`; to a GPU by way of memory that it copies from on its own, while the CPU goes on."""
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to `device`; to a GPU asynchronously, from pinned memory."""
     if tensor.device == device or device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
