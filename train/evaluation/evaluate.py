@@ -1,4 +1,4 @@
-"""Accuracy by class, and by groups of classes: many-, medium- and few-shot."""
+"""Accuracy per class and per group of classes (many-, medium- and few-shot), and slot usage."""
 
 from __future__ import annotations
 
@@ -14,24 +14,30 @@ from .. import distributed
 from ..model.model import Model
 from ..shot_groups import split_classes
 
+#: (head, features, the head's logits) -> logits of other ways to use the head, by name.
+AlternativeScores = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Test images and correct ones of each class, [K]; the share of images that each slot of their class won, [M]."""
+    """The number of correct samples and of all samples of each class, [K], and the share that each slot wins, [M].
+
+    A slot wins a sample if it is the best slot of the sample's own class.
+    """
 
     correct: Tensor
     total: Tensor
     slot_usage: Tensor | None
 
     def per_class(self) -> list[float | None]:
-        """Accuracy of each class; None for a class without test images."""
+        """Return the accuracy of each class; None for a class without samples."""
         pairs = zip(self.correct.tolist(), self.total.tolist(), strict=True)
         return [correct / total if total else None for correct, total in pairs]
 
     def accuracy(self, train_counts: Tensor, rule: str) -> dict[str, float | None]:
-        """The share of images classified correctly, and for each group the mean of its classes' accuracies.
+        """Return the overall accuracy and, for each group of classes, the mean of the classes' accuracies.
 
-        None for a group without classes.
+        The value is None for a group without classes.
         """
         result: dict[str, float | None] = {"overall": float(self.correct.sum()) / float(self.total.sum())}
         for group, mask in split_classes(train_counts, rule).items():
@@ -42,8 +48,8 @@ class Evaluation:
         return result
 
 
-def samples_at_once(num_classes: int) -> int:
-    """500, or as many as have logits of 256 MiB if those are fewer."""
+def eval_batch_size(num_classes: int) -> int:
+    """Return 500, or fewer samples if the logits of 500 exceed 256 MiB."""
     return max(1, min(500, 2**26 // num_classes))
 
 
@@ -53,52 +59,53 @@ def evaluate(
     x: Tensor,
     y: Tensor,
     num_classes: int,
-    readings: Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]] | None = None,
+    alternative_scores: AlternativeScores | None = None,
     batch_size: int | None = None,
 ) -> tuple[Evaluation, dict[str, Evaluation]]:
-    """Classify all of `x` in evaluation mode; the model is left in training mode.
+    """Classify all samples in evaluation mode. The model is left in training mode.
 
-    Each process takes a part of the samples; all get the counts of the whole.
+    Each process takes a part of the samples. All processes return the counts of all samples.
 
     Args:
         model: the network.
-        x: images or features, [n, …].
-        y: their classes, [n]; as x, anywhere.
+        x: images or features, [n, …], on any device.
+        y: their labels, [n], on any device.
         num_classes: K.
-        readings: (head, features, the head's logits) -> logits of other ways to use the head, by name.
-        batch_size: samples at a time; `samples_at_once` if None.
+        alternative_scores: other ways to use the head, which are evaluated too.
+        batch_size: samples per batch; `eval_batch_size` if None.
 
     Returns:
-        The evaluation of the head's own logits, and one for each of `readings`.
+        The evaluation of the head's own logits, and the evaluation of each alternative by its name.
     """
     model.eval()
-    batch_size = batch_size or samples_at_once(num_classes)
+    batch_size = batch_size or eval_batch_size(num_classes)
     device = next(model.parameters()).device
     x, y = (tensor.tensor_split(distributed.world_size())[distributed.rank()] for tensor in (x, y))
     y = y.to(device)
     usage = SlotUsage(model.head) if isinstance(model.head, ConstellationClassifier) else None
     predicted: dict[str, list[Tensor]] = {"": []}
-    for part, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        features = model.features(part.to(device))
+    for samples, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        features = model.features(samples.to(device))
         if usage is None:
             logits = model.head(features)
         else:
             logits, slots = model.head(features, return_slots=True)
             usage.update_slots(slots, labels)
         predicted[""].append(logits.argmax(1))
-        for name, scores in (readings(model.head, features, logits) if readings else {}).items():
+        alternatives = alternative_scores(model.head, features, logits) if alternative_scores else {}
+        for name, scores in alternatives.items():
             predicted.setdefault(name, []).append(scores.argmax(1))
     model.train()
-    shares = None
+    slot_usage = None
     if usage is not None:
         usage.counts = distributed.all_reduce_sum(usage.counts)
-        shares = usage.shares().cpu()
+        slot_usage = usage.shares().cpu()
 
-    def counted(labels: Tensor) -> Tensor:
+    def count_per_class(labels: Tensor) -> Tensor:
         return distributed.all_reduce_sum(torch.bincount(labels, minlength=num_classes)).cpu()
 
-    total, made = counted(y), {}
-    for name, parts in predicted.items():
-        correct = counted(y[torch.cat(parts) == y])
-        made[name] = Evaluation(correct, total, None if name else shares)
-    return made.pop(""), made
+    total, evaluations = count_per_class(y), {}
+    for name, batches in predicted.items():
+        correct = count_per_class(y[torch.cat(batches) == y])
+        evaluations[name] = Evaluation(correct, total, None if name else slot_usage)
+    return evaluations.pop(""), evaluations

@@ -14,7 +14,7 @@ from typing import Any
 from .. import distributed
 from ..config import Config
 from ..data.dataset import Dataset
-from ..evaluation.analysis import analyse
+from ..evaluation.analysis import analyze
 from ..model.model import save_model
 from .first_stages import FirstStages
 from .progress import Display
@@ -116,7 +116,7 @@ def train(
     )
     result = {"event": "result", "method": training.name, "images": training.images}
     result |= training.method.describe(training.model.head) | training.evaluate(final=True)
-    write(result | {"analysis": analyse(training.model, training.data, config.split_rule, config.seed)})
+    write(result | {"analysis": analyze(training.model, training.data, config.split_rule, config.seed)})
 
 
 def speeds(images: int, seconds: float, waited: float) -> Record:

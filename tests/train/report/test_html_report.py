@@ -19,7 +19,7 @@ from PIL import Image
 
 from train.__main__ import main
 from train.data.dataset import Dataset
-from train.evaluation.analysis import BINS, analyse, calibration, common_slot, confusion, feature_map
+from train.evaluation.analysis import BINS, analyze, calibration, common_slot, confusion, feature_map
 from train.methods import TITLES
 from train.report.figures import CHINESE, accuracy_by_size, by_size, chinese_fonts, picture
 from train.report.html import write_page
@@ -55,7 +55,7 @@ def test_of_many_few_shot_classes_the_most_confused_are_listed(
     predicted = features.y_test.clone()
     predicted[(features.y_test == 4).nonzero().flatten()[:5]] = 0
     predicted[(features.y_test == 3).nonzero().flatten()[:3]] = 0
-    monkeypatch.setattr("train.evaluation.analysis.LISTED", 1)
+    monkeypatch.setattr("train.evaluation.analysis.LISTED_CLASSES", 1)
     assert [row["class"] for row in confusion(predicted, features, "standard")] == ["4"]
 
 
@@ -105,7 +105,7 @@ def test_analysis_leaves_training_as_it_was(features: Dataset) -> None:
     before = training.state_dict()["model"]
     rng = torch.get_rng_state()
     before = {name: value.clone() for name, value in before.items()}
-    analyse(training.model, features, "standard", 0)
+    analyze(training.model, features, "standard", 0)
     assert training.model.training
     assert torch.equal(rng, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in training.state_dict()["model"].items())
