@@ -1,4 +1,4 @@
-"""`python -m train report`: one HTML page that compares several runs."""
+"""`report`: writes an HTML page that compares several runs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from ..report.html import read_records, write_page
 
 
 def compare(args: list[str], console: Console) -> int:
-    """`python -m train report RUN [RUN …] --out FILE`: several runs' folders in one page.
+    """Write an HTML page that compares several runs.
 
     Raises:
-        ConfigError: a folder that is no run's.
+        ConfigError: a folder does not hold a finished run, or the page cannot be written.
     """
-    parser = argparse.ArgumentParser(prog="python -m train report", description=compare.__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="runs' folders, such as runs/smoke")
+    parser = argparse.ArgumentParser(
+        prog="python -m train report", description="Writes an HTML page that compares several runs."
+    )
+    parser.add_argument("folders", nargs="+", type=Path, help="folders of finished runs, such as runs/smoke")
     parser.add_argument(
         "--out", type=Path, default=Path("report.html"), help="the page (default: report.html)"
     )
@@ -31,12 +33,12 @@ def compare(args: list[str], console: Console) -> int:
         try:
             runs[str(folder)] = read_records(folder)
         except (OSError, ValueError) as error:
-            raise ConfigError("folders", "the folders of runs", f"{folder} ({error})") from None
+            raise ConfigError("folders", "folders of finished runs", f"{folder} ({error})") from None
         if not any(record["event"] == "result" for record in runs[str(folder)]):
-            raise ConfigError("folders", "runs that are finished", str(folder))
+            raise ConfigError("folders", "folders of finished runs", f"{folder}, which has no result yet")
     about = "Runs: " + ", ".join(runs) + "."
     if not options.out.absolute().parent.is_dir():
-        raise ConfigError("out", "a file in a folder that is there", str(options.out))
+        raise ConfigError("out", "a file in an existing folder", str(options.out))
     write_atomically(options.out, lambda path: write_page(path, runs, "Comparison", about))
     say(console, f"written to {options.out}")
     return 0

@@ -1,4 +1,4 @@
-"""What a run ends with on the terminal: a table of accuracies, a few lines about the constellation."""
+"""The summary that a run prints: a table of accuracies, and a line on each constellation."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from ..shot_groups import GROUPS, split_classes
 
 
 def percent(value: float | None) -> str:
+    """Return a share as a percentage with one decimal, or a dash for None."""
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def num_classes(count: int) -> str:
+def count_classes(count: int) -> str:
+    """Return "1 class" or "N classes"."""
     return f"{count} class" if count == 1 else f"{count} classes"
 
 
 def print_results(console: Console, results: list[dict[str, Any]], train_counts: Tensor, rule: str) -> None:
-    """Print the table and, for GistNet, slot usage, temperatures and the size of the displacements."""
-    sizes = {group: num_classes(int(mask.sum())) for group, mask in split_classes(train_counts, rule).items()}
+    """Print the table and, for heads with slots, the slot usage, temperatures and norms of the displacements."""
+    sizes = {
+        group: count_classes(int(mask.sum())) for group, mask in split_classes(train_counts, rule).items()
+    }
     table = Table(title=f"Test accuracy in %, split rule {rule}")
     table.add_column("", no_wrap=True)
-    table.add_column(f"overall\n{num_classes(len(train_counts))}", justify="right")
+    table.add_column(f"overall\n{count_classes(len(train_counts))}", justify="right")
     for group in GROUPS:
         table.add_column(f"{group}\n{sizes[group]}", justify="right")
     table.add_column("image\npasses", justify="right")
@@ -42,13 +46,13 @@ def print_results(console: Console, results: list[dict[str, Any]], train_counts:
 
 
 def constellation_line(result: dict[str, Any]) -> str:
-    """Slot usage, τ's and ‖δ‖ in words."""
+    """Return a sentence on the slot usage, the temperatures and the norms."""
     usage = " / ".join(percent(share) for share in result["slot_usage"])
     norms = ", ".join(f"{norm:.2f}" for norm in result["displacement_norms"]) or "none"
     tau = f"τ {result['tau_balanced']:.2f}"
     if "tau_random" in result:
-        tau += f", of the random head {result['tau_random']:.2f}"
+        tau += f" (random head {result['tau_random']:.2f})"
     return (
-        f"{TITLES[result['method']]}: slot usage on test images, centre first: {usage} %;  {tau};  "
-        f"‖δ‖ {norms} beside a mean ‖w‖ of {result['mean_center_norm']:.2f}"
+        f"{TITLES[result['method']]}: slot usage on the test split, center first: {usage} %;  {tau};  "
+        f"‖δ‖ {norms}, mean ‖w‖ {result['mean_center_norm']:.2f}"
     )

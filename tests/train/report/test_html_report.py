@@ -21,7 +21,13 @@ from train.__main__ import main
 from train.data.dataset import Dataset
 from train.evaluation.analysis import BINS, analyze, calibration, common_slot, confusion, feature_map
 from train.methods import TITLES
-from train.report.figures import CHINESE, accuracy_by_size, by_size, chinese_fonts, picture
+from train.report.figures import (
+    CJK_FONTS,
+    accuracy_by_size,
+    installed_cjk_fonts,
+    mean_accuracy_by_size,
+    render,
+)
 from train.report.html import write_page
 from train.training.trainer import Training
 
@@ -134,26 +140,26 @@ def test_a_page_of_a_run_before_counts_were_recorded(tmp_path: Path) -> None:
 
 def test_accuracy_by_class_size_by_hand() -> None:
     few = {"train_counts": [5, 80, 20], "accuracy_per_class": [0.25, 1.0, None]}
-    assert by_size(few) == [(80, 100), (5, 25)]
+    assert mean_accuracy_by_size(few) == [(80, 100), (5, 25)]
     counts = list(range(1, 26))  # ten parts, of two or three: 25 and 24, 23 to 21, …, 3 to 1
     many = {"train_counts": counts, "accuracy_per_class": [count / 25 for count in counts]}
     expected = [(size, 4 * size) for size in (24.5, 22, 19.5, 17, 14.5, 12, 9.5, 7, 4.5, 2)]
-    assert [value for pair in by_size(many) for value in pair] == pytest.approx(
+    assert [value for pair in mean_accuracy_by_size(many) for value in pair] == pytest.approx(
         [value for pair in expected for value in pair]
     )
 
 
 def test_names_of_classes_may_be_chinese(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with fonts that were installed after matplotlib made its list."""
-    there = [file for file in findSystemFonts() if Path(file).name in CHINESE.values()]
+    there = [file for file in findSystemFonts() if Path(file).name in CJK_FONTS.values()]
     if not there:
-        pytest.skip(f"none of {', '.join(CHINESE.values())} is installed")
+        pytest.skip(f"none of {', '.join(CJK_FONTS.values())} is installed")
     monkeypatch.setattr(fontManager, "ttflist", [f for f in fontManager.ttflist if f.fname not in there])
-    chinese_fonts.cache_clear()
+    installed_cjk_fonts.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # matplotlib warns of what a font does not have
-        picture(lambda axes: axes.plot([0, 1], label="一 is a class"))
-    chinese_fonts.cache_clear()
+        render(lambda axes: axes.plot([0, 1], label="一 is a class"))
+    installed_cjk_fonts.cache_clear()
 
 
 class Page(HTMLParser):
@@ -210,4 +216,4 @@ def test_a_runs_page_and_a_comparison(
     assert both.images[0] != accuracy_by_size(dict(list(results.items())[:2]))
     assert re.search(r"two: COS\+GIST", both.words)
     assert main(["report", str(tmp_path)]) == 2
-    assert "--folders: expected the folders of runs" in capsys.readouterr().err
+    assert "--folders: expected folders of finished runs" in capsys.readouterr().err
