@@ -1,92 +1,106 @@
-// The operators' schemas, once for every device. Fake kernels, autograd and autocast: gistops/operators/.
+// The schemas of the ops, for every device. Fake kernels, autograd and autocast: gistops/operators/, whose records hold
+// the same arguments; a test compares the two.
 #include <torch/csrc/stable/library.h>
 
-// Letters as in the paper and csrc/README.md: B features of length d, K classes, M = m + 1 slots.
+// Letters as in the paper and csrc/README.md: B rows of length d, K classes, M = m + 1 slots per class. Slot 0 is the
+// bare center w_k, slot j is w_k + delta_j.
 STABLE_TORCH_LIBRARY(gistops, m) {
-  // input [B, d], centers [K, d], displacements [m, d], tau [1 element]; or free centres: centers [K, M, d] and
-  // displacements [0, d]
+  // input [B, d], centers [K, d], displacements [m, d], tau [1 element]
   //   -> logits [B, K], slots [B, K] uint8, center_rnorms R [M, K], input_rnorms 1/|f| [B]
-  // allow_tf32: float32 products may be rounded to tf32, on a GPU that has it. On GPUs a negative R marks a pair whose
-  // norm was computed from w + delta itself.
+  // allow_tf32: a GPU may round float32 products to tf32. On GPUs a negative R marks a pair whose norm was computed
+  // from w + delta itself.
   m.def(
-      "constellation_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau,"
-      " bool allow_tf32=False)"
+      "logits_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau, bool allow_tf32=False)"
       " -> (Tensor logits, Tensor slots, Tensor center_rnorms, Tensor input_rnorms)");
-  // Gradients in the order of the arguments, each in its argument's shape and dtype; an empty tensor where not needed.
+  // Every backward op returns each gradient in its argument's shape and dtype, or an empty tensor if it is not needed.
   m.def(
-      "constellation_backward(Tensor grad, Tensor input, Tensor centers, Tensor displacements, Tensor tau,"
-      " Tensor logits, Tensor slots, Tensor center_rnorms, Tensor input_rnorms,"
-      " bool need_input, bool need_centers, bool need_displacements, bool need_tau,"
-      " bool allow_tf32=False)"
-      " -> (Tensor, Tensor, Tensor, Tensor)");
+      "logits_backward(Tensor grad, Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor logits,"
+      " Tensor slots, Tensor center_rnorms, Tensor input_rnorms, bool need_input, bool need_centers,"
+      " bool need_displacements, bool need_tau, bool allow_tf32=False)"
+      " -> (Tensor grad_input, Tensor grad_centers, Tensor grad_displacements, Tensor grad_tau)");
 
-  // The same where the vectors of class k in slot j >= 1 are w_k + y[0, j, k] a + y[1, j, k] b_j, all as long as w_k,
-  // with a and b_j shared by the classes: a rotation. feature_table x [B, M]: f.a, and f.b_j for j >= 1; class_tables y
-  // [2, M, K], 0 in slot 0.
+  // The same for sub-centers: centers [K, M, d].
   m.def(
-      "tabled_forward(Tensor input, Tensor centers, Tensor tau, Tensor feature_table, Tensor class_tables,"
-      " bool allow_tf32=False)"
+      "subcenter_forward(Tensor input, Tensor centers, Tensor tau, bool allow_tf32=False)"
       " -> (Tensor logits, Tensor slots, Tensor center_rnorms, Tensor input_rnorms)");
-  // Gradients of input, centers, tau, feature_table and class_tables; the last two are always made.
   m.def(
-      "tabled_backward(Tensor grad, Tensor input, Tensor centers, Tensor tau, Tensor feature_table,"
-      " Tensor class_tables, Tensor logits, Tensor slots, Tensor center_rnorms, Tensor input_rnorms,"
-      " bool need_input, bool need_centers, bool need_tau, bool allow_tf32=False)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "subcenter_backward(Tensor grad, Tensor input, Tensor centers, Tensor tau, Tensor logits, Tensor slots,"
+      " Tensor center_rnorms, Tensor input_rnorms, bool need_input, bool need_centers, bool need_tau,"
+      " bool allow_tf32=False) -> (Tensor grad_input, Tensor grad_centers, Tensor grad_tau)");
 
-  // The parts of a cross-entropy, without logits [B, K]: of z the logits, lse_i = log sum over k != y_i of
-  // e^(z + class_bias), target_logits z[i, y_i] (0 where the target y is ignore_index, which hides no class), and
-  // sums_i = sum over k of weight_k z_ik ([0] without weight). class_bias [K], target [B] int64, weight [K]. Both
-  // tables or none, and no displacements with them.
+  // The same for rotations: slot j >= 1 of class k is w_k + y[0, j, k] a + y[1, j, k] b_j, as long as w_k, with a and
+  // b_j shared by the classes. input_coeffs x [B, M]: f.a in slot 0, f.b_j in slot j >= 1; class_coeffs y [2, M, K], 0
+  // in slot 0.
   m.def(
-      "constellation_lse_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias,"
-      " Tensor? feature_table, Tensor? class_tables, Tensor target, Tensor? weight, int ignore_index,"
-      " bool allow_tf32=False) -> (Tensor lse, Tensor target_logits, Tensor sums)");
-  // Gradients of input, centers, displacements, tau, class_bias, and of the tables, if there are any.
+      "rotation_forward(Tensor input, Tensor centers, Tensor tau, Tensor input_coeffs, Tensor class_coeffs,"
+      " bool allow_tf32=False) -> (Tensor logits, Tensor slots, Tensor center_rnorms, Tensor input_rnorms)");
+  // The gradients of input_coeffs and class_coeffs are always computed, in the dtype of grad.
   m.def(
-      "constellation_lse_backward(Tensor grad_lse, Tensor grad_target, Tensor grad_sums, Tensor input, Tensor centers,"
-      " Tensor displacements, Tensor tau, Tensor? class_bias, Tensor? feature_table, Tensor? class_tables,"
-      " Tensor target, Tensor? weight, int ignore_index, Tensor lse, bool need_input, bool need_centers,"
-      " bool need_displacements, bool need_tau, bool need_bias, bool allow_tf32=False)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // On the CPU, the same with the scores parked between the two in `parked`, like centers, which then becomes the
-  // gradient of centers.
+      "rotation_backward(Tensor grad, Tensor input, Tensor centers, Tensor tau, Tensor input_coeffs,"
+      " Tensor class_coeffs, Tensor logits, Tensor slots, Tensor center_rnorms, Tensor input_rnorms, bool need_input,"
+      " bool need_centers, bool need_tau, bool allow_tf32=False)"
+      " -> (Tensor grad_input, Tensor grad_centers, Tensor grad_tau, Tensor grad_input_coeffs,"
+      " Tensor grad_class_coeffs)");
+
+  // The parts of a cross-entropy of logits z that are never materialized. For a row with target y:
+  //   lse_others = log sum over k != y of e^(z_k + class_bias_k), target_logits = z_y,
+  //   weighted_sums = sum over k of weight_k z_k, [0] without weight.
+  // Where y is ignore_index, lse_others includes every class and target_logits is 0. class_bias [K], target [B] int64,
+  // weight [K]. Sub-centers [K, M, d] and rotations (both coefficients or neither) take no displacements: [0, d].
   m.def(
-      "constellation_parked_lse_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau,"
-      " Tensor? class_bias, Tensor? feature_table, Tensor? class_tables, Tensor target, Tensor? weight,"
-      " int ignore_index, Tensor(a!) parked) -> (Tensor lse, Tensor target_logits, Tensor sums)");
+      "cross_entropy_parts_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias,"
+      " Tensor? input_coeffs, Tensor? class_coeffs, Tensor target, Tensor? weight, int ignore_index,"
+      " bool allow_tf32=False) -> (Tensor lse_others, Tensor target_logits, Tensor weighted_sums)");
   m.def(
-      "constellation_parked_lse_backward(Tensor grad_lse, Tensor grad_target, Tensor grad_sums, Tensor input,"
-      " Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias, Tensor? feature_table,"
-      " Tensor? class_tables, Tensor target, Tensor? weight, int ignore_index, Tensor lse, bool need_input,"
-      " bool need_displacements, bool need_tau, bool need_bias, Tensor(a!) parked)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // On GPUs, the whole loss: gistops/operators/cross_entropy.py says what the arguments hold.
+      "cross_entropy_parts_backward(Tensor grad_lse_others, Tensor grad_target_logits, Tensor grad_weighted_sums,"
+      " Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias, Tensor? input_coeffs,"
+      " Tensor? class_coeffs, Tensor target, Tensor? weight, int ignore_index, Tensor lse_others, bool need_input,"
+      " bool need_centers, bool need_displacements, bool need_tau, bool need_bias, bool allow_tf32=False)"
+      " -> (Tensor grad_input, Tensor grad_centers, Tensor grad_displacements, Tensor grad_tau,"
+      " Tensor grad_class_bias, Tensor grad_input_coeffs, Tensor grad_class_coeffs)");
+  // The same on the CPU, where the forward stores the scores in `stash`, a buffer like centers, and the backward
+  // overwrites it with the gradient of centers.
   m.def(
-      "constellation_cross_entropy_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau,"
-      " Tensor target, Tensor? class_bias, Tensor? weight, Tensor? margin, int margin_kind, int reduction,"
-      " int ignore_index, float label_smoothing, bool keep, bool allow_tf32=False)"
-      " -> (Tensor loss, Tensor lse, Tensor inside, Tensor scores, Tensor slots, Tensor center_rnorms,"
+      "stashed_cross_entropy_parts_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau,"
+      " Tensor? class_bias, Tensor? input_coeffs, Tensor? class_coeffs, Tensor target, Tensor? weight,"
+      " int ignore_index, Tensor(a!) stash) -> (Tensor lse_others, Tensor target_logits, Tensor weighted_sums)");
+  m.def(
+      "stashed_cross_entropy_parts_backward(Tensor grad_lse_others, Tensor grad_target_logits,"
+      " Tensor grad_weighted_sums, Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias,"
+      " Tensor? input_coeffs, Tensor? class_coeffs, Tensor target, Tensor? weight, int ignore_index,"
+      " Tensor lse_others, bool need_input, bool need_displacements, bool need_tau, bool need_bias, Tensor(a!) stash)"
+      " -> (Tensor grad_input, Tensor grad_displacements, Tensor grad_tau, Tensor grad_class_bias,"
+      " Tensor grad_input_coeffs, Tensor grad_class_coeffs)");
+
+  // The whole loss, on GPUs: gistops/operators/cross_entropy.py describes the arguments.
+  m.def(
+      "cross_entropy_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor target,"
+      " Tensor? class_bias, Tensor? weight, Tensor? margin, int margin_kind, int reduction, int ignore_index,"
+      " float label_smoothing, bool keep_scores, bool allow_tf32=False)"
+      " -> (Tensor loss, Tensor lse, Tensor in_range, Tensor scores, Tensor slots, Tensor center_rnorms,"
       " Tensor input_rnorms, Tensor rows, Tensor scalars)");
   m.def(
-      "constellation_cross_entropy_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor input, Tensor centers,"
-      " Tensor displacements, Tensor tau, Tensor target, Tensor? class_bias, Tensor? weight, Tensor? margin,"
-      " Tensor lse, Tensor scores, Tensor slots, Tensor center_rnorms, Tensor input_rnorms, Tensor rows,"
-      " Tensor scalars, int margin_kind, int reduction, int ignore_index, float label_smoothing, bool need_input,"
-      " bool need_centers, bool need_displacements, bool need_tau, bool need_bias, bool need_margin,"
-      " bool allow_tf32=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // The k largest of z + class_bias of each row, largest first, the lowest class of equals; lse over all classes ([0]
-  // unless need_lse). values [B, k], classes [B, k] int64, slots [B, k] uint8.
+      "cross_entropy_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor input, Tensor centers, Tensor displacements,"
+      " Tensor tau, Tensor target, Tensor? class_bias, Tensor? weight, Tensor? margin, Tensor lse, Tensor scores,"
+      " Tensor slots, Tensor center_rnorms, Tensor input_rnorms, Tensor rows, Tensor scalars, int margin_kind,"
+      " int reduction, int ignore_index, float label_smoothing, bool need_input, bool need_centers,"
+      " bool need_displacements, bool need_tau, bool need_bias, bool need_margin, bool allow_tf32=False)"
+      " -> (Tensor grad_input, Tensor grad_centers, Tensor grad_displacements, Tensor grad_tau,"
+      " Tensor grad_class_bias, Tensor grad_margin)");
+
+  // The k largest z + class_bias of each row, in descending order, ties by the lower class: values [B, k], classes [B,
+  // k] int64, slots [B, k] uint8. lse [B] over all classes, [0] unless need_lse. norms: from center_norms, CPU only.
   m.def(
-      "constellation_topk(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias,"
-      " Tensor? feature_table, Tensor? class_tables, int k, bool need_lse=False, bool allow_tf32=False,"
-      " Tensor? norms=None) -> (Tensor values, Tensor classes, Tensor slots, Tensor lse)");
-  // On the CPU, R of centres and displacements that do not change, for the two that take it; what is negative marks a
+      "topk(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias, Tensor? input_coeffs,"
+      " Tensor? class_coeffs, int k, bool need_lse=False, bool allow_tf32=False, Tensor? norms=None)"
+      " -> (Tensor values, Tensor classes, Tensor slots, Tensor lse)");
+
+  // CPU only: R of frozen centers and displacements, computed once for frozen_logits and topk. A negative entry marks a
   // class to be scored from w + delta itself.
-  m.def("constellation_norms(Tensor centers, Tensor displacements) -> Tensor norms");
+  m.def("center_norms(Tensor centers, Tensor displacements) -> Tensor");
   m.def(
-      "constellation_frozen_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor norms)"
+      "frozen_logits(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor norms)"
       " -> (Tensor logits, Tensor slots)");
-  // The instruction set and the matrix products that the CPU backend uses here, as in `python -m gistops.info`.
+  // The instruction set and the matrix-product library that the CPU backend uses here.
   m.def("cpu_capability() -> str");
 }

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import sys
 from numbers import Integral, Real
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from ._classifier import Classifier, LossOptions, no_displacements
 
 MAX_SLOTS = 256  # slots are stored as uint8
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -34,12 +37,20 @@ def _shape(value: Tensor) -> str:
     return str(list(value.shape))
 
 
-def check_constellation(input: object, centers: object, displacements: object, tau: object) -> Tensor:
-    """Check the arguments of a constellation operator; return tau as a tensor.
+def check_constellation(
+    input: object,
+    centers: object,
+    displacements: object,
+    tau: object,
+    transform: Literal["translation", "rotation", "mlp"] = "translation",
+    axis: Tensor | None = None,
+    mlp: tuple[Tensor, Tensor] | None = None,
+) -> Classifier:
+    """Check the arguments of a constellation's logits; return all but input.
 
     Raises:
-        TypeError: not a dense floating-point tensor, or a DTensor.
-        ValueError: a shape or device that does not fit the others.
+        TypeError: an argument is not a dense floating-point tensor, or is a DTensor.
+        ValueError: a shape or device does not fit the others.
     """
     input = _floating("input", input)
     centers = _floating("centers", centers)
@@ -60,11 +71,13 @@ def check_constellation(input: object, centers: object, displacements: object, t
         raise ValueError(
             f"displacements: expected at most {MAX_SLOTS - 1} rows (slots are uint8), got {_shape(displacements)}"
         )
-    return _tau(tau, input)
+    tau = _tau(tau, input)
+    _check_transform(transform, axis, mlp, input)
+    return Classifier(centers, displacements, tau, transform, axis, mlp)
 
 
-def check_subcenters(input: object, centers: object, tau: object) -> Tensor:
-    """Check the arguments of an operator on free centres [K, M, d]; return tau as a tensor. Raises as above."""
+def check_subcenters(input: object, centers: object, tau: object) -> Classifier:
+    """Check the arguments of the logits of sub-centers [K, M, d]; return all but input. Raises as above."""
     input = _floating("input", input)
     centers = _floating("centers", centers)
     if input.dim() != 2 or input.shape[1] == 0:
@@ -80,14 +93,14 @@ def check_subcenters(input: object, centers: object, tau: object) -> Tensor:
         )
     if centers.device != input.device:
         raise ValueError(f"centers: expected device {input.device} to match input, got {centers.device}")
-    return _tau(tau, input)
+    return Classifier(centers, no_displacements(centers), _tau(tau, input), "subcenters")
 
 
-def check_tensors(input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor) -> Tensor:
-    """`check_subcenters` for centers [K, M, d], otherwise `check_constellation`."""
-    if centers.dim() == 3:
-        return check_subcenters(input, centers, tau)
-    return check_constellation(input, centers, displacements, tau)
+def check_classifier(input: Tensor, classifier: Classifier) -> Classifier:
+    """Check the arguments of any logits. Raises as above."""
+    if classifier.transform == "subcenters":
+        return check_subcenters(input, classifier.centers, classifier.tau)
+    return check_constellation(input, *classifier)  # type: ignore[arg-type]
 
 
 def _tau(tau: object, input: Tensor) -> Tensor:
@@ -127,22 +140,16 @@ def check_some_classes(centers: Tensor) -> int:
     return centers.shape[0]
 
 
-def check_loss(
-    target: object,
-    input: Tensor,
-    classes: int,
-    margin_kind: str,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
-    """Check what a loss takes beyond the logits' arguments; return the target as int64.
+def check_loss(input: Tensor, classifier: Classifier, target: object, options: LossOptions) -> Tensor:
+    """Check the arguments of a loss besides those of the logits; return the target as int64.
 
     Raises:
-        TypeError: target is no int64 or int32 tensor.
-        ValueError: a shape, a device, or an option out of its range.
-        IndexError: on the CPU, in eager mode, a target out of range.
+        TypeError: target is not an int64 or int32 tensor, or an option has the wrong type.
+        ValueError: a shape or device does not fit, or an option is out of its range.
+        IndexError: on the CPU, in eager mode, a target is out of range.
     """
+    classes = check_some_classes(classifier.centers)
+    ignore_index = options.ignore_index
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a torch.Tensor, got {type(target).__name__}")
     if target.dtype not in (torch.int64, torch.int32):
@@ -159,15 +166,15 @@ def check_loss(
     if target.device != input.device:
         raise ValueError(f"target: expected device {input.device} to match input, got {target.device}")
     for name, value, choices in (
-        ("margin_kind", margin_kind, ("logit", "cosine", "angle")),
-        ("reduction", reduction, ("mean", "sum", "none")),
+        ("margin_kind", options.margin_kind, ("logit", "cosine", "angle")),
+        ("reduction", options.reduction, ("mean", "sum", "none")),
     ):
         if value not in choices:
             raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
         raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: expected 0 to 1, got {label_smoothing}")
+    if not 0.0 <= options.label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: expected 0 to 1, got {options.label_smoothing}")
     if target.device.type == "cpu" and type(target) is Tensor and not torch.compiler.is_compiling():
         outside = (target != ignore_index) & ((target < 0) | (target >= classes))
         if outside.any():
@@ -176,11 +183,17 @@ def check_loss(
                 f"target: expected 0 to {classes - 1} or ignore_index {ignore_index}, "
                 f"got {int(target[position])} at position {position}"
             )
+    for name, value in (("class_bias", options.class_bias), ("weight", options.weight)):
+        if value is not None:
+            check_class_vector(name, value, classes, input)
+    if options.weight is not None and options.weight.requires_grad:
+        raise ValueError("weight: expected a tensor that needs no gradient; call .detach() first")
+    if isinstance(options.margin, Tensor) and options.margin.dim() > 0:
+        check_class_vector("margin", options.margin, classes, input)
     return target.long()
 
 
-def check_transform(transform: str, axis: object, mlp: object, input: Tensor) -> None:
-    """Check what a displacement does, the axis of a rotation, and the weights of an MLP. Raises as above."""
+def _check_transform(transform: str, axis: object, mlp: object, input: Tensor) -> None:
     if transform not in ("translation", "rotation", "mlp"):
         raise ValueError(f"transform: expected 'translation', 'rotation' or 'mlp', got {transform!r}")
     if transform != "rotation" and axis is not None:

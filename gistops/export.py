@@ -9,13 +9,14 @@ ONNX and other formats know nothing of gistops' operators. Exporting takes two s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backends import native
+from .operators.logits import Logits, LogitsForward, RotationForward, SubcenterForward
 from .operators.registry import compute_dtype
 
 
@@ -30,69 +31,78 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     status = native.load()
     if not status.loaded:
         raise RuntimeError(f"gistops.export needs the compiled operators: {status.reason}")
-    operators = torch.ops.gistops
+    ops = torch.ops.gistops
     table = dict(torch.export.default_decompositions().items())
-    table[operators.constellation_forward.default] = _forward
-    table[operators.constellation_frozen_forward.default] = _frozen_forward
-    table[operators.tabled_forward.default] = _tabled_forward
+    table[ops.logits_forward.default] = _logits_forward
+    table[ops.subcenter_forward.default] = _subcenter_forward
+    table[ops.rotation_forward.default] = _rotation_forward
+    table[ops.frozen_logits.default] = _frozen_logits
     return table
 
 
-def _forward(
-    input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor, allow_tf32: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """csrc/README.md's split form, one slot after the other; norms from the vectors themselves."""
-    dtype = compute_dtype(input, centers, displacements)
-    f, w, delta = input.to(dtype), centers.to(dtype), displacements.to(dtype)
-    rnorm = f.square().sum(1).sqrt().clamp(min=1e-12).reciprocal()
-    rnorms = []
-    product = None if w.dim() == 3 else f @ w.T
-    best = slot = None
-    for j in range(delta.shape[0] + 1 if w.dim() == 2 else w.shape[1]):
-        if product is None:
-            vectors, score = w[:, j], f @ w[:, j].T
-        elif j == 0:
-            vectors, score = w, product
-        else:
-            vectors, score = w + delta[j - 1], product + f @ delta[j - 1][:, None]
-        rnorms.append(vectors.square().sum(1).sqrt().clamp(min=1e-12).reciprocal())
-        score = score * rnorms[-1]
-        best, slot = _better(score, j, best, slot)
-    assert best is not None
-    assert slot is not None
-    logits = best * (tau.to(dtype) * rnorm[:, None])
-    return logits, slot.to(torch.uint8), torch.stack(rnorms), rnorm
-
-
-def _better(score: Tensor, j: int, best: Tensor | None, slot: Tensor | None) -> tuple[Tensor, Tensor]:
-    if best is None or slot is None:
-        return score, torch.zeros_like(score, dtype=torch.int32)
-    wins = score > best
-    return torch.where(wins, score, best), torch.where(wins, j, slot)
-
-
-def _frozen_forward(
-    input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor, norms: Tensor
-) -> tuple[Tensor, Tensor]:
-    logits, slots, _, _ = _forward(input, centers, displacements, tau)
-    return logits, slots
-
-
-def _tabled_forward(
-    input: Tensor,
-    centers: Tensor,
-    tau: Tensor,
-    feature_table: Tensor,
-    class_tables: Tensor,
-    allow_tf32: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(input, centers)
-    f, w, x, y = (t.to(dtype) for t in (input, centers, feature_table, class_tables))
-    rnorm, center_rnorm = (t.square().sum(1).sqrt().clamp(min=1e-12).reciprocal() for t in (f, w))
+def _logits_forward(*arguments: Any) -> Logits:
+    """Return the split form of csrc/README.md, one slot after the other, with the norms of the vectors themselves."""
+    a = LogitsForward(*arguments)
+    dtype = compute_dtype(a.input, a.centers, a.displacements)
+    f, w, delta = a.input.to(dtype), a.centers.to(dtype), a.displacements.to(dtype)
     product = f @ w.T
-    best, slot = _better(product, 0, None, None)
+
+    def slots() -> Iterator[tuple[Tensor, Tensor]]:
+        yield product, w
+        for j in range(delta.shape[0]):
+            yield product + f @ delta[j][:, None], w + delta[j]
+
+    return _best_slot(slots(), f, a.tau.to(dtype))
+
+
+def _subcenter_forward(*arguments: Any) -> Logits:
+    a = SubcenterForward(*arguments)
+    dtype = compute_dtype(a.input, a.centers)
+    f, w = a.input.to(dtype), a.centers.to(dtype)
+    slots = ((f @ w[:, j].T, w[:, j]) for j in range(w.shape[1]))
+    return _best_slot(slots, f, a.tau.to(dtype))
+
+
+def _frozen_logits(*arguments: Any) -> tuple[Tensor, Tensor]:
+    input, centers, displacements, tau, _ = arguments
+    if centers.dim() == 3:
+        return _subcenter_forward(input, centers, tau)[:2]
+    return _logits_forward(input, centers, displacements, tau)[:2]
+
+
+def _rotation_forward(*arguments: Any) -> Logits:
+    a = RotationForward(*arguments)
+    dtype = compute_dtype(a.input, a.centers)
+    f, w, x, y = (t.to(dtype) for t in (a.input, a.centers, a.input_coeffs, a.class_coeffs))
+    rnorm, center_rnorm = _rnorm(f), _rnorm(w)
+    product = f @ w.T
+    best, slot = product, torch.zeros_like(product, dtype=torch.int32)
     for j in range(1, x.shape[1]):
         score = product + x[:, :1] * y[0, j] + x[:, j : j + 1] * y[1, j]
-        best, slot = _better(score, j, best, slot)
-    logits = best * (tau.to(dtype) * rnorm[:, None] * center_rnorm)
-    return logits, slot.to(torch.uint8), center_rnorm.expand(x.shape[1], -1), rnorm
+        best, slot = _running_max(score, j, best, slot)
+    logits = best * (a.tau.to(dtype) * rnorm[:, None] * center_rnorm)
+    return Logits(logits, slot.to(torch.uint8), center_rnorm.expand(x.shape[1], -1), rnorm)
+
+
+def _best_slot(slots: Iterable[tuple[Tensor, Tensor]], f: Tensor, tau: Tensor) -> Logits:
+    """Return the outputs of a forward op from the products and vectors of each slot."""
+    rnorm, rnorms = _rnorm(f), []
+    best = slot = f
+    for j, (product, vectors) in enumerate(slots):
+        rnorms.append(_rnorm(vectors))
+        score = product * rnorms[-1]
+        if j == 0:
+            best, slot = score, torch.zeros_like(score, dtype=torch.int32)
+        else:
+            best, slot = _running_max(score, j, best, slot)
+    return Logits(best * (tau * rnorm[:, None]), slot.to(torch.uint8), torch.stack(rnorms), rnorm)
+
+
+def _rnorm(vectors: Tensor) -> Tensor:
+    return vectors.square().sum(1).sqrt().clamp(min=1e-12).reciprocal()
+
+
+def _running_max(score: Tensor, j: int, best: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+    """Include one more slot in the maximum. Unlike the ops, NaN does not win: ONNX runtimes differ there."""
+    wins = score > best
+    return torch.where(wins, score, best), torch.where(wins, j, slot)

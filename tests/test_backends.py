@@ -10,7 +10,8 @@ import torch
 import gistops
 from gistops import BackendUnavailable, backends
 from gistops.backends import native, triton
-from gistops.operators import logits, loss, tabled, topk
+from gistops.operators import cross_entropy, cross_entropy_parts, logits, topk
+from gistops.operators.registry import Op
 
 x, w, delta, tau = torch.randn(3, 8), torch.randn(5, 8), torch.randn(2, 8), torch.tensor(16.0)
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -76,14 +77,13 @@ def test_the_reference_serves_where_nothing_else_does_and_says_so(monkeypatch: p
 
 
 def test_the_python_schemas_are_those_of_the_library() -> None:
-    schemas = {"forward": logits.FORWARD_SCHEMA, "backward": logits.BACKWARD_SCHEMA, "topk": topk.SCHEMA}
-    schemas |= {"lse_forward": loss.FORWARD_SCHEMA, "lse_backward": loss.BACKWARD_SCHEMA}
-    for name, schema in schemas.items():
-        compiled = getattr(torch.ops.gistops, f"constellation_{name}").default._schema
-        assert torch._C.parse_schema(f"gistops::constellation_{name}{schema}") == compiled
-    for name, schema in (("forward", tabled.FORWARD_SCHEMA), ("backward", tabled.BACKWARD_SCHEMA)):
-        compiled = getattr(torch.ops.gistops, f"tabled_{name}").default._schema
-        assert torch._C.parse_schema(f"gistops::tabled_{name}{schema}") == compiled
+    modules = (logits, cross_entropy_parts, cross_entropy, topk)
+    ops = [value for module in modules for value in vars(module).values() if isinstance(value, Op)]
+    assert len(ops) == 13
+    for op in ops:
+        compiled = getattr(torch.ops.gistops, op.name).default._schema
+        assert torch._C.parse_schema(f"gistops::{op.schema()}") == compiled
+        assert str(torch._C.parse_schema(f"gistops::{op.schema()}")) == str(compiled)
 
 
 def test_importing_gistops_imports_no_triton() -> None:
@@ -98,6 +98,6 @@ def test_tf32_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         for setting in ("tf32", "ieee"):
             torch.backends.cuda.matmul.fp32_precision = setting
-            assert backends.allow_tf32() == (setting == "tf32")
+            assert backends.allow_tf32("cuda") == (setting == "tf32")
     finally:
         torch.backends.cuda.matmul.fp32_precision = before

@@ -145,6 +145,6 @@ LossGradients cross_entropy_backward(Optional grad_loss, Optional grad_lse, cons
 }  // namespace gistops::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(gistops, CUDA, m) {
-  m.impl("constellation_cross_entropy_forward", TORCH_BOX(&gistops::cuda::cross_entropy_forward));
-  m.impl("constellation_cross_entropy_backward", TORCH_BOX(&gistops::cuda::cross_entropy_backward));
+  m.impl("cross_entropy_forward", TORCH_BOX(&gistops::cuda::cross_entropy_forward));
+  m.impl("cross_entropy_backward", TORCH_BOX(&gistops::cuda::cross_entropy_backward));
 }

@@ -5,9 +5,9 @@
 namespace gistops::cuda {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_forward(const Tensor& input, const Tensor& centers,
-                                                                 const Tensor& displacements, const Tensor& tau,
-                                                                 bool /*allow_tf32*/) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> logits_forward(const Tensor& input, const Tensor& centers,
+                                                          const Tensor& displacements, const Tensor& tau,
+                                                          bool /*allow_tf32*/) {
   const Call call(input, centers, displacements, tau);
   const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
   const Tensor logits = like(input, {B, K}, call.sums), slots = like(input, {B, K}, ScalarType::Byte);
@@ -22,10 +22,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_forward(const Tensor& i
   return {logits, slots, center_rnorms, input_rnorms};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
-    const Tensor& grad, const Tensor& input, const Tensor& centers, const Tensor& displacements, const Tensor& tau,
-    const Tensor& logits, const Tensor& slots, const Tensor& center_rnorms, const Tensor& input_rnorms, bool need_input,
-    bool need_centers, bool need_displacements, bool need_tau, bool /*allow_tf32*/) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> logits_backward(const Tensor& grad, const Tensor& input,
+                                                           const Tensor& centers, const Tensor& displacements,
+                                                           const Tensor& tau, const Tensor& logits, const Tensor& slots,
+                                                           const Tensor& center_rnorms, const Tensor& input_rnorms,
+                                                           bool need_input, bool need_centers, bool need_displacements,
+                                                           bool need_tau, bool /*allow_tf32*/) {
   const Call call(input, centers, displacements, tau);
   const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
   const auto saved = [&](const Tensor& x, std::vector<int64_t> sizes, ScalarType dtype, const char* name) {
@@ -63,6 +65,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> constellation_backward(
 }  // namespace gistops::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(gistops, CUDA, m) {
-  m.impl("constellation_forward", TORCH_BOX(&gistops::cuda::constellation_forward));
-  m.impl("constellation_backward", TORCH_BOX(&gistops::cuda::constellation_backward));
+  m.impl("logits_forward", TORCH_BOX(&gistops::cuda::logits_forward));
+  m.impl("logits_backward", TORCH_BOX(&gistops::cuda::logits_backward));
 }

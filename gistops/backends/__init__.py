@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -72,15 +73,24 @@ def choose(device_type: str, requested: str | None) -> str:
     return "reference"
 
 
-def allow_tf32() -> bool:
-    """Whether float32 products on a GPU may be rounded to tf32, as torch's own are: its setting for matmul."""
+def ops(backend: str) -> Any:
+    """Return the namespace that holds the ops of a fused backend."""
+    return torch.ops.gistops_triton if backend == "triton" else torch.ops.gistops
+
+
+def allow_tf32(backend: str) -> bool:
+    """Return True if float32 products may be rounded to tf32: torch's setting for matmul on GPUs, False on the CPU."""
+    return backend != "cpu" and _cuda_allows_tf32()
+
+
+def _cuda_allows_tf32() -> bool:
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 # torch.compile takes the answers as constants and leaves the looks at files and settings out of its graph. What
 # torch.compiler.assume_constant_result does, without its import of torch._dynamo (over a second at start-up).
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
-allow_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_cuda_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _warned: set[str] = set()
 

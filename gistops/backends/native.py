@@ -16,6 +16,10 @@ import torch
 
 from .. import _build
 from .._toolchain import BuildError, Tools
+from ..operators import registry
+from ..operators.cross_entropy import CROSS_ENTROPY_BACKWARD, CROSS_ENTROPY_FORWARD
+from ..operators.logits import CENTER_NORMS, FROZEN_LOGITS, LOGITS_BACKWARD, LOGITS_FORWARD
+from .chunked import ChunkedOps
 
 PACKAGE = Path(__file__).resolve().parent.parent
 LIBRARY = "_C.so"
@@ -70,8 +74,8 @@ def _load_error(path: Path) -> str | None:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         return f"{path} does not load: {error.__cause__ or error}"  # torch's own words name only the path
-    if not hasattr(torch.ops.gistops, "constellation_forward"):
-        return f"{path} loads, but does not define gistops::constellation_forward"
+    if not hasattr(torch.ops.gistops, "logits_forward"):
+        return f"{path} loads, but does not define gistops::logits_forward"
     return None
 
 
@@ -176,6 +180,25 @@ def _find_and_load() -> Status:
     )
 
 
+def _complete(cuda: bool) -> None:
+    """Complete the compiled ops: fake kernels, autograd, autocast, and on CUDA the ops that have no compiled kernel."""
+    ops = torch.ops.gistops
+    chunked_kernels = ChunkedOps(ops).kernels()
+    for op in (
+        LOGITS_FORWARD,
+        LOGITS_BACKWARD,
+        CROSS_ENTROPY_FORWARD,
+        CROSS_ENTROPY_BACKWARD,
+        *chunked_kernels,
+        CENTER_NORMS,
+        FROZEN_LOGITS,
+    ):
+        registry.complete(ops, op)
+    if cuda:
+        for op, kernel in chunked_kernels.items():
+            registry.implement(ops, op, kernel, "CUDA")
+
+
 _status: Status | None = None
 _once = threading.Lock()
 
@@ -188,9 +211,7 @@ def load() -> Status:
             try:
                 _status = _find_and_load()
                 if _status.loaded:
-                    from .. import operators
-
-                    operators.complete_compiled(cuda=_status.cuda.startswith("sm_"))
+                    _complete(cuda=_status.cuda.startswith("sm_"))
             except Exception as error:  # whatever is broken here, the reference backend must stay usable
                 why = f"{type(error).__name__}: {error}"
                 _status = Status(False, why, error=why)

@@ -6,18 +6,32 @@ form, so that a mistake in one cannot hide in the other.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .._checks import on_device
-from ..operators.registry import knows_autocast
+from .._classifier import Classifier, LossOptions
+from ..operators.registry import compute_dtype, no_autocast
 
 #: Upper bound on the elements of one chunk's [k, M, d] vectors and [B, k, M] scores (64 MiB in float32).
 CHUNK_ELEMENTS = 1 << 24
+
+
+def best_cosine(unit: Tensor, centers: Tensor, structure: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `max_j cos(f_i, w_k + δ_j)` and the lowest slot j that attains it, [B, K] each.
+
+    Args:
+        unit: f_i / |f_i|, [B, d].
+        centers: w_k, [K, d].
+        structure: δ_j, [M, d]; row 0 is zero, so that slot 0 is the bare center and slot j is w_k + δ_j.
+    """
+    vectors = centers[:, None, :] + structure  # [K, M, d]
+    vectors = F.normalize(vectors, dim=2, eps=1e-12)
+    scores = unit @ vectors.flatten(0, 1).T  # [B, K·M]
+    best, slots = scores.unflatten(1, vectors.shape[:2]).max(dim=2)
+    return best, slots.to(torch.uint8)
 
 
 def constellation_logits(
@@ -36,11 +50,8 @@ def constellation_logits(
     Returns:
         logits [B, K] in float64 if any argument but tau is float64, otherwise float32; slots [B, K] uint8.
     """
-    dtype = torch.float32
-    if torch.float64 in (input.dtype, centers.dtype, displacements.dtype):
-        dtype = torch.float64
-    device = input.device.type
-    with torch.autocast(device, enabled=False) if knows_autocast(device) else nullcontext():
+    dtype = compute_dtype(input, centers, displacements)
+    with no_autocast(input.device.type):
         unit = F.normalize(input.to(dtype), dim=1, eps=1e-12)
         structure = F.pad(displacements.to(dtype), (0, 0, 1, 0))  # [M, d], row 0 the bare centre
         scale = tau.to(dtype).reshape(())
@@ -63,20 +74,10 @@ def constellation_logits(
         return torch.cat(logits, dim=1), torch.cat(slots, dim=1)
 
 
-def best_cosine(unit: Tensor, centers: Tensor, structure: Tensor) -> tuple[Tensor, Tensor]:
-    """The direct form: unit features [B, d], centers [k, d], δ_0..δ_m [M, d] -> best cosine and its slot, [B, k]."""
-    vectors = centers[:, None, :] + structure  # [k, M, d]
-    vectors = F.normalize(vectors, dim=2, eps=1e-12)
-    scores = unit @ vectors.flatten(0, 1).T  # [B, k·M]
-    best, slot = scores.unflatten(1, vectors.shape[:2]).max(dim=2)
-    return best, slot.to(torch.uint8)
-
-
 def subcenter_logits(input: Tensor, centers: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     """`τ · max_j cos(f_i, w_kj)` of free centres [K, M, d], and the lowest j; otherwise as `constellation_logits`."""
-    dtype = torch.float64 if torch.float64 in (input.dtype, centers.dtype) else torch.float32
-    device = input.device.type
-    with torch.autocast(device, enabled=False) if knows_autocast(device) else nullcontext():
+    dtype = compute_dtype(input, centers)
+    with no_autocast(input.device.type):
         unit = F.normalize(input.to(dtype), dim=1, eps=1e-12)
         vectors = F.normalize(centers.to(dtype), dim=2, eps=1e-12)
         scores = (unit @ vectors.flatten(0, 1).T).unflatten(1, centers.shape[:2])
@@ -88,8 +89,7 @@ def rotated_logits(
     input: Tensor, centers: Tensor, displacements: Tensor, axis: Tensor, tau: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Logits of centres [K, d] and their rotations from `axis` to each displacement, each written out as a matrix."""
-    wide = torch.float64 in (input.dtype, centers.dtype, displacements.dtype)
-    dtype = torch.float64 if wide else torch.float32
+    dtype = compute_dtype(input, centers, displacements)
     w = centers.to(dtype)
     u = F.normalize(axis.to(dtype), dim=0, eps=1e-12)
     vectors = [w]
@@ -107,10 +107,8 @@ def mlp_logits(
     input: Tensor, centers: Tensor, displacements: Tensor, mlp: tuple[Tensor, Tensor], tau: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Logits of centres [K, d] and of w + B relu(A [ŵ; δ_j]), with A [h, 2d] and B [d, h]."""
-    wide = torch.float64 in (input.dtype, centers.dtype, displacements.dtype, mlp[0].dtype, mlp[1].dtype)
-    dtype = torch.float64 if wide else torch.float32
-    device = input.device.type
-    with torch.autocast(device, enabled=False) if knows_autocast(device) else nullcontext():
+    dtype = compute_dtype(input, centers, displacements, *mlp)
+    with no_autocast(input.device.type):
         w, first, second = centers.to(dtype), mlp[0].to(dtype), mlp[1].to(dtype)
         unit = F.normalize(w, dim=1, eps=1e-12)
         vectors = [w]
@@ -120,45 +118,27 @@ def mlp_logits(
     return subcenter_logits(input, torch.stack(vectors, 1), tau)
 
 
-def logits(
-    input: Tensor,
-    centers: Tensor,
-    displacements: Tensor,
-    tau: Tensor,
-    axis: Tensor | None = None,
-    mlp: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """logits and slots, whatever the displacements do."""
+def logits(input: Tensor, classifier: Classifier) -> tuple[Tensor, Tensor]:
+    """Return logits and slots of any classifier."""
+    centers, displacements, tau, transform, axis, mlp = classifier
+    if transform == "subcenters":
+        return subcenter_logits(input, centers, tau)
     if axis is not None:
         return rotated_logits(input, centers, displacements, axis, tau)
     if mlp is not None:
         return mlp_logits(input, centers, displacements, mlp, tau)
-    if centers.dim() == 3:
-        return subcenter_logits(input, centers, tau)
     return constellation_logits(input, centers, displacements, tau)
 
 
 def cross_entropy(
-    input: Tensor,
-    centers: Tensor,
-    displacements: Tensor,
-    tau: Tensor,
-    target: Tensor,
-    class_bias: Tensor | None,
-    weight: Tensor | None,
-    margin: Tensor | float | None,
-    margin_kind: str,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    axis: Tensor | None = None,
-    mlp: tuple[Tensor, Tensor] | None = None,
+    input: Tensor, classifier: Classifier, target: Tensor, options: LossOptions
 ) -> tuple[Tensor, Tensor]:
-    """`F.cross_entropy` of logits that are held, and their log-sum-exp [B]; arguments as the public function's."""
-    scores, _ = logits(input, centers, displacements, tau, axis, mlp)
+    """Return `F.cross_entropy` of materialized logits, and their log-sum-exp [B]."""
+    scores, _ = logits(input, classifier)
+    margin, ignore_index = options.margin, options.ignore_index
     if margin is not None:
-        own = F.one_hot(torch.where(target == ignore_index, 0, target), centers.shape[0]).bool()
-        scale = tau.to(scores.dtype).reshape(())
+        is_target = F.one_hot(torch.where(target == ignore_index, 0, target), scores.shape[1]).bool()
+        scale = classifier.tau.to(scores.dtype).reshape(())
         cosine_limit = 1 - torch.finfo(scores.dtype).eps  # acos has no finite derivative at 1
         angle = (scores / scale).clamp(-cosine_limit, cosine_limit).acos()
         if not isinstance(margin, Tensor):
@@ -172,33 +152,26 @@ def cross_entropy(
                 scores - scale * margin * margin.sin(),
                 scale * (angle + margin).cos(),
             ),
-        }[margin_kind]()
-        scores = torch.where(own & (target != ignore_index)[:, None], lowered, scores)
-    if class_bias is not None:
-        scores = scores + class_bias.to(scores.dtype)
+        }[options.margin_kind]()
+        scores = torch.where(is_target & (target != ignore_index)[:, None], lowered, scores)
+    if options.class_bias is not None:
+        scores = scores + options.class_bias.to(scores.dtype)
     loss = F.cross_entropy(
         scores,
         target,
-        None if weight is None else weight.to(scores.dtype),
-        reduction=reduction,
+        None if options.weight is None else options.weight.to(scores.dtype),
+        reduction=options.reduction,
         ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
+        label_smoothing=options.label_smoothing,
     )
     return loss, scores.logsumexp(1)
 
 
 def topk(
-    input: Tensor,
-    centers: Tensor,
-    displacements: Tensor,
-    tau: Tensor,
-    class_bias: Tensor | None,
-    k: int,
-    axis: Tensor | None = None,
-    mlp: tuple[Tensor, Tensor] | None = None,
+    input: Tensor, classifier: Classifier, class_bias: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The k largest logits of each row, their classes and slots, and the log-sum-exp of all."""
-    scores, slots = logits(input, centers, displacements, tau, axis, mlp)
+    """Return the k largest logits of each row, their classes and slots, and the log-sum-exp over all classes."""
+    scores, slots = logits(input, classifier)
     if class_bias is not None:
         scores = scores + class_bias.to(scores.dtype)
     order = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]

@@ -1,7 +1,7 @@
 """The public operators."""
 
+from .cross_entropy import constellation_cross_entropy, subcenter_cross_entropy
 from .logits import constellation_logits, subcenter_logits
-from .loss import constellation_cross_entropy, subcenter_cross_entropy
 from .topk import constellation_topk, subcenter_topk
 
 __all__ = [

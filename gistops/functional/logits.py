@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._checks import check_constellation, check_subcenters, check_transform
+from .._checks import check_constellation, check_subcenters
+from .._classifier import Classifier, Transform
 from ..backends import reference
-from . import mlp as networks
-from . import rotation
-from .fused import allow_tf32, fused, no_displacements
-
-Transform = Literal["translation", "rotation", "mlp"]
+from .transforms import mlp as mlp_transform
+from .transforms import rotation
 
 
 @overload
@@ -101,20 +99,8 @@ def constellation_logits(
         ValueError: shapes or devices do not fit, or an unknown backend; the message names the argument.
         gistops.BackendUnavailable: the backend asked for cannot serve here.
     """
-    tau = check_constellation(input, centers, displacements, tau)
-    check_transform(transform, axis, mlp, input)
-    chosen = backends.choose(input.device.type, backend)
-    if chosen == "reference":
-        logits, slots = reference.logits(input, centers, displacements, tau, axis, mlp)
-    elif mlp is not None:
-        logits, slots = networks.logits(chosen, input, centers, displacements, tau, mlp)
-    elif axis is not None:
-        prefix = "triton_" if chosen == "triton" else ""
-        forward = getattr(torch.ops.gistops, f"{prefix}tabled_forward").default
-        both = rotation.tables(input, centers, displacements, axis)
-        logits, slots = forward(input, centers, tau, *both, allow_tf32(chosen))[:2]
-    else:
-        logits, slots = fused(chosen, input, centers, displacements, tau)
+    classifier = check_constellation(input, centers, displacements, tau, transform, axis, mlp)
+    logits, slots = _logits(input, classifier, backend)
     return (logits, slots) if return_slots else logits
 
 
@@ -146,25 +132,37 @@ def subcenter_logits(
     Raises:
         TypeError, ValueError, gistops.BackendUnavailable: as `constellation_logits`.
     """
-    tau = check_subcenters(input, centers, tau)
-    chosen = backends.choose(input.device.type, backend)
-    if chosen == "reference":
-        logits, slots = reference.subcenter_logits(input, centers, tau)
-    else:
-        logits, slots = fused(chosen, input, centers, no_displacements(input), tau)
+    logits, slots = _logits(input, check_subcenters(input, centers, tau), backend)
     return (logits, slots) if return_slots else logits
 
 
-def center_norms(centers: Tensor, displacements: Tensor) -> Tensor:
-    """What the `cpu` backend needs of centres that do not change, [M, K]; for `frozen_logits` and `frozen_topk`."""
-    norms: Tensor = torch.ops.gistops.constellation_norms.default(centers.detach(), displacements.detach())
+def _logits(input: Tensor, classifier: Classifier, backend: str | None) -> tuple[Tensor, Tensor]:
+    chosen = backends.choose(input.device.type, backend)
+    if chosen == "reference":
+        return reference.logits(input, classifier)
+    ops, allow_tf32 = backends.ops(chosen), backends.allow_tf32(chosen)
+    centers, displacements, tau = classifier[:3]
+    if classifier.transform == "translation":
+        outputs = ops.logits_forward.default(input, centers, displacements, tau, allow_tf32)
+    elif classifier.transform == "subcenters":
+        outputs = ops.subcenter_forward.default(input, centers, tau, allow_tf32)
+    elif classifier.transform == "rotation":
+        coefficients = rotation.coefficients(input, classifier)
+        outputs = ops.rotation_forward.default(input, centers, tau, *coefficients, allow_tf32)
+    else:
+        outputs = mlp_transform.logits(ops, input, classifier, allow_tf32)
+    return outputs[0], outputs[1]
+
+
+def center_norms(classifier: Classifier) -> Tensor:
+    """Return the norms [M, K] of frozen centers on the CPU, for `frozen_logits` and for top-k."""
+    centers, displacements = classifier.centers.detach(), classifier.displacements.detach()
+    norms: Tensor = torch.ops.gistops.center_norms.default(centers, displacements)
     return norms
 
 
-def frozen_logits(
-    input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor, norms: Tensor
-) -> tuple[Tensor, Tensor]:
-    """logits and slots of the `cpu` backend with norms made before: the same bits, and no gradient."""
-    operator = torch.ops.gistops.constellation_frozen_forward.default
-    logits, slots = operator(input, centers.detach(), displacements.detach(), tau.detach(), norms)
+def frozen_logits(input: Tensor, classifier: Classifier, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits and slots by the `cpu` backend from `center_norms`: the same bits, but not differentiable."""
+    tensors = (t.detach() for t in classifier[:3])
+    logits, slots = torch.ops.gistops.frozen_logits.default(input, *tensors, norms)
     return logits, slots

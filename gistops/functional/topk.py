@@ -12,13 +12,11 @@ from .._checks import (
     check_integer,
     check_some_classes,
     check_subcenters,
-    check_transform,
 )
+from .._classifier import Classifier, Transform, no_displacements
 from ..backends import reference
-from . import mlp as networks
-from . import rotation
-from .fused import allow_tf32, family, no_displacements
-from .logits import Transform
+from .transforms import mlp as mlp_transform
+from .transforms import rotation
 
 
 @torch.no_grad()
@@ -54,9 +52,8 @@ def constellation_topk(
     Raises:
         TypeError, ValueError, gistops.BackendUnavailable: as `constellation_logits`; the message names the argument.
     """
-    tau = check_constellation(input, centers, displacements, tau)
-    check_transform(transform, axis, mlp, input)
-    return topk(input, centers, displacements, tau, k, class_bias, return_lse, backend, axis=axis, mlp=mlp)
+    classifier = check_constellation(input, centers, displacements, tau, transform, axis, mlp)
+    return topk(input, classifier, k, class_bias, return_lse, backend)
 
 
 @torch.no_grad()
@@ -71,41 +68,37 @@ def subcenter_topk(
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """`constellation_topk` for the free centres [K, M, d] of `subcenter_logits`."""
-    tau = check_subcenters(input, centers, tau)
-    return topk(input, centers, no_displacements(input), tau, k, class_bias, return_lse, backend)
+    return topk(input, check_subcenters(input, centers, tau), k, class_bias, return_lse, backend)
 
 
 def topk(
     input: Tensor,
-    centers: Tensor,
-    displacements: Tensor,
-    tau: Tensor,
+    classifier: Classifier,
     k: int,
     class_bias: Tensor | None,
     return_lse: bool,
     backend: str | None,
     norms: Tensor | None = None,
-    axis: Tensor | None = None,
-    mlp: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Arguments that were checked; norms: of `center_norms`, for the `cpu` backend."""
+    """Return the top k of a checked classifier; norms: from `center_norms`, for the `cpu` backend."""
+    centers, displacements, tau = classifier[:3]
     classes = check_some_classes(centers)
     k = check_integer("k", k, 1, classes)
     if class_bias is not None:
         check_class_vector("class_bias", class_bias, classes, input)
     chosen = backends.choose(input.device.type, backend)
+    ops, allow_tf32 = backends.ops(chosen), backends.allow_tf32(chosen)
     if chosen == "reference":
-        made = reference.topk(input, centers, displacements, tau, class_bias, k, axis, mlp)
-    elif mlp is not None:
-        made = networks.topk(chosen, input, centers, displacements, tau, mlp, class_bias, k, return_lse)
+        outputs = reference.topk(input, classifier, class_bias, k)
+    elif classifier.mlp is not None:
+        outputs = mlp_transform.topk(ops, input, classifier, class_bias, k, return_lse, allow_tf32)
     else:
-        operator = getattr(torch.ops.gistops, f"{family(chosen)}_topk").default
-        both: tuple[Tensor | None, Tensor | None] = (None, None)
-        if axis is not None:
-            both = rotation.tables(input, centers, displacements, axis)
+        coefficients: tuple[Tensor | None, Tensor | None] = (None, None)
+        if classifier.transform == "rotation":
+            coefficients = rotation.coefficients(input, classifier)
             displacements = no_displacements(input)
-        made = operator(
-            input, centers, displacements, tau, class_bias, *both, k, return_lse, allow_tf32(chosen), norms
+        outputs = ops.topk.default(
+            input, centers, displacements, tau, class_bias, *coefficients, k, return_lse, allow_tf32, norms
         )
-    values, best, slots, lse = made
+    values, best, slots, lse = outputs
     return (values, best, slots, lse) if return_lse else (values, best, slots)

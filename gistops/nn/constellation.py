@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import MAX_SLOTS, check_integer, check_positive
+from .._classifier import Classifier, Transform
 from ..functional import constellation_cross_entropy, constellation_logits
-from ..functional.logits import Transform
 from .head import MaxCosineHead, compute_dtype, inverse_softplus
 from .usage import SlotUsage
 
@@ -175,8 +175,11 @@ class ConstellationClassifier(MaxCosineHead):
 
     loss.__doc__ = MaxCosineHead.loss.__doc__
 
-    def _displacements(self, input: Tensor) -> Tensor:
+    def _displacements(self) -> Tensor:
         return self.displacements
+
+    def _classifier(self) -> Classifier:
+        return Classifier(self.centers, self.displacements, self.tau, **self._transform())
 
     def _transform(self) -> dict[str, Any]:
         if not self.num_displacements or self.transform == "translation":

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
-from .._checks import FLOAT_DTYPES, check_integer, check_positive, check_tensors
+from .._checks import FLOAT_DTYPES, check_classifier, check_integer, check_positive
+from .._classifier import Classifier
 from ..functional.logits import center_norms, frozen_logits
 from ..functional.topk import topk
 
@@ -79,20 +80,16 @@ class MaxCosineHead(nn.Module):
         """
         raise NotImplementedError
 
-    def _displacements(self, input: Tensor) -> Tensor:
+    def _displacements(self) -> Tensor:
         raise NotImplementedError
 
-    def _transform(self) -> dict[str, Any]:
-        """Arguments that say what a displacement does, where it is no translation."""
-        return {}
+    def _classifier(self) -> Classifier:
+        """Return the arguments of the logits besides input, unchecked."""
+        raise NotImplementedError
 
     def _topk(self, input: Tensor, k: int, class_bias: Tensor | None, return_lse: bool) -> tuple[Tensor, ...]:
-        displacements = self._displacements(input)
-        tau = check_tensors(input, self.centers, displacements, self.tau)
-        arguments = (input, self.centers, displacements, tau, k, class_bias, return_lse, self.backend)
-        transform = self._transform()
-        transform.pop("transform", None)
-        return topk(*arguments, self._known_norms(input), **transform)
+        classifier, norms = check_classifier(input, self._classifier()), self._known_norms(input)
+        return topk(input, classifier, k, class_bias, return_lse, self.backend, norms)
 
     def freeze(self) -> MaxCosineHead:
         """Make the head ready for inference: eval mode, no gradients, and norms made once. Returns itself.
@@ -114,19 +111,19 @@ class MaxCosineHead(nn.Module):
         return self
 
     def _make_norms(self) -> None:
-        displacements = self._displacements(self.centers)
         self._norms = None
         cpu = not self.centers.is_meta and backends.choose(self.centers.device.type, self.backend) == "cpu"
-        if cpu and not self._transform():
-            self._norms = center_norms(self.centers, displacements)
-        self._versions = self.centers._version, displacements._version
+        classifier = self._classifier()
+        if cpu and classifier.transform in ("translation", "subcenters"):
+            self._norms = center_norms(classifier)
+        self._versions = self.centers._version, self._displacements()._version
 
     def _known_norms(self, input: Tensor) -> Tensor | None:
         """The norms of a frozen head; None where there are none, or a gradient is wanted."""
         if not self.frozen or (torch.is_grad_enabled() and input.requires_grad):
             return None
         if not torch.compiler.is_compiling():
-            now = self.centers._version, self._displacements(self.centers)._version
+            now = self.centers._version, self._displacements()._version
             if now != self._versions:
                 self._make_norms()
         return self._norms
@@ -136,9 +133,7 @@ class MaxCosineHead(nn.Module):
         norms = self._known_norms(input)
         if norms is None:
             return None
-        displacements = self._displacements(input)
-        tau = check_tensors(input, self.centers, displacements, self.tau)
-        return frozen_logits(input, self.centers, displacements, tau, norms)
+        return frozen_logits(input, check_classifier(input, self._classifier()), norms)
 
     def _apply(self, *args: Any, **kwargs: Any) -> MaxCosineHead:
         self._norms = None  # of another device or dtype

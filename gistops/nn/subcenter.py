@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import MAX_SLOTS, check_integer
+from .._classifier import Classifier, no_displacements
 from ..functional import subcenter_cross_entropy, subcenter_logits
-from ..functional.fused import no_displacements
 from .head import MaxCosineHead, inverse_softplus
 
 
@@ -76,8 +76,11 @@ class SubcenterClassifier(MaxCosineHead):
 
     loss.__doc__ = MaxCosineHead.loss.__doc__
 
-    def _displacements(self, input: Tensor) -> Tensor:
-        return no_displacements(input)
+    def _displacements(self) -> Tensor:
+        return no_displacements(self.centers)
+
+    def _classifier(self) -> Classifier:
+        return Classifier(self.centers, self._displacements(), self.tau, "subcenters")
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, num_classes={self.num_classes}"

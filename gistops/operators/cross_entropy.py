@@ -1,255 +1,182 @@
-"""The operators `<family>_cross_entropy_forward` and `_backward`: the whole loss, for families with kernels for it.
+"""The ops `cross_entropy_forward` and `cross_entropy_backward`: the whole loss, for GPUs.
 
-Eager mode does not go through them, but through a `torch.autograd.Function` over the same kernels: the dispatcher's
-layers in Python take longer than a small step. Graphs (torch.compile, export) hold the operators.
+Graphs (torch.compile, export) hold these ops; eager mode calls their kernels directly (`backends/eager_loss.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import registry
+from .registry import Op, compute_dtype, no_double_backward
 
-#: As in csrc/schema.cpp. margin_kind: 0 logit, 1 cosine, 2 angle; reduction: 0 none, 1 mean, 2 sum. margin has one
-#: element or K. ldB is B rounded up to a multiple of 16. `keep`: scores [K, ldB] and slots [K, ldB], class by class, are
-#: returned for the backward, columns from B on undefined; otherwise they are empty, and the backward makes them again.
-#: lse has bias and margin in it. inside: one element, whether all targets are in range. rows [n, B] and scalars [2] are
-#: the forward's notes for the backward.
-FORWARD_SCHEMA = (
-    "(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor target, Tensor? class_bias,"
-    " Tensor? weight, Tensor? margin, int margin_kind, int reduction, int ignore_index, float label_smoothing,"
-    " bool keep, bool allow_tf32=False) -> (Tensor loss, Tensor lse, Tensor inside, Tensor scores, Tensor slots,"
-    " Tensor center_rnorms, Tensor input_rnorms, Tensor rows, Tensor scalars)"
-)
-BACKWARD_SCHEMA = (
-    "(Tensor? grad_loss, Tensor? grad_lse, Tensor input, Tensor centers, Tensor displacements, Tensor tau,"
-    " Tensor target, Tensor? class_bias, Tensor? weight, Tensor? margin, Tensor lse, Tensor scores, Tensor slots,"
-    " Tensor center_rnorms, Tensor input_rnorms, Tensor rows, Tensor scalars, int margin_kind, int reduction,"
-    " int ignore_index, float label_smoothing, bool need_input, bool need_centers, bool need_displacements,"
-    " bool need_tau, bool need_bias, bool need_margin, bool allow_tf32=False)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 MARGIN_KINDS = {"logit": 0, "cosine": 1, "angle": 2}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-#: Memory that scores and slots may take from the forward to the backward. A constant: to ask the device how much is
-#: free would make the answer depend on what else runs.
-HELD_BYTES = 2 << 30
-Kernel = Callable[..., tuple[Tensor, ...]]
-#: The kernels of families that have them in Python; others are called through their operators.
-_kernels: dict[str, tuple[Kernel, Kernel]] = {}
-#: The families that have these operators.
-families: set[str] = set()
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def define(family: str, forward: Kernel, backward: Kernel, devices: Sequence[str]) -> None:
-    """Make the operators of a family from Python kernels, and complete them."""
-    registry.define(f"{family}_cross_entropy_forward", FORWARD_SCHEMA, forward, devices)
-    registry.define(f"{family}_cross_entropy_backward", BACKWARD_SCHEMA, backward, devices)
-    _kernels[family] = forward, backward
-    complete(family)
+class CrossEntropyForward(NamedTuple):
+    """Arguments of `cross_entropy_forward`."""
+
+    input: Tensor
+    centers: Tensor
+    displacements: Tensor
+    tau: Tensor
+    target: Tensor
+    class_bias: Tensor | None
+    weight: Tensor | None
+    margin: Tensor | None  # one element, or K
+    margin_kind: int  # a value of MARGIN_KINDS
+    reduction: int  # a value of REDUCTIONS
+    ignore_index: int
+    label_smoothing: float
+    keep_scores: (
+        bool  # return scores and slots for the backward; if False, they are empty and recomputed there
+    )
+    allow_tf32: bool = False
 
 
-def complete(family: str) -> None:
-    """Add fake kernels, autograd and autocast to the operators of a family that has been defined."""
-    forward, backward = (f"gistops::{family}_cross_entropy_{which}" for which in ("forward", "backward"))
-    torch.library.register_fake(forward, _forward_fake)
-    torch.library.register_fake(backward, _backward_fake)
-    torch.library.register_autograd(forward, _backward_of(family), setup_context=_save)
-    torch.library.register_autograd(backward, registry.double_backward)
-    registry.autocast(f"{family}_cross_entropy_forward")
-    families.add(family)
+class CrossEntropy(NamedTuple):
+    """Outputs of `cross_entropy_forward`."""
+
+    loss: Tensor
+    lse: Tensor  # [B], with bias and margin
+    in_range: Tensor  # [1], True if every target is in range
+    scores: Tensor  # [K, padded_rows(B)]; undefined in columns from B on
+    slots: Tensor  # [K, padded_rows(B)]
+    center_rnorms: Tensor
+    input_rnorms: Tensor
+    rows: Tensor  # [n, B], saved for the backward
+    scalars: Tensor  # [2], saved for the backward
 
 
-def cross_entropy(
-    family: str,
-    input: Tensor,
-    centers: Tensor,
-    displacements: Tensor,
-    tau: Tensor,
-    target: Tensor,
-    class_bias: Tensor | None,
-    weight: Tensor | None,
-    margin: Tensor | None,
-    margin_kind: str,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    allow_tf32: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """loss, lse and inside (`FORWARD_SCHEMA`), differentiable once."""
-    tensors: tuple[Tensor | None, ...]
-    tensors = (input, centers, displacements, tau, target, class_bias, weight, margin)
-    graph = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    itemsize = registry.compute_dtype(input, centers, displacements).itemsize
-    keep = graph and input.shape[0] * centers.shape[0] * (itemsize + 1) <= HELD_BYTES
-    options = (
-        MARGIN_KINDS[margin_kind], REDUCTIONS[reduction], ignore_index, label_smoothing, keep, allow_tf32
-    )  # fmt: skip
-    made: tuple[Tensor, ...]
-    plain = not input.is_meta and all(x is None or type(x) in _PLAIN for x in tensors)
-    if torch.compiler.is_compiling() or not plain:
-        operator = getattr(torch.ops.gistops, f"{family}_cross_entropy_forward").default
-        made = operator(*tensors, *options)
-        return made[0], made[1], made[2]
-    device = input.device.type
-    if device == "cuda" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        cast = (x if x.dtype == torch.float64 else x.to(dtype) for x in (input, centers, displacements))
-        tensors = (*cast, *tensors[3:])
-    if not graph:
-        made = _kernel(family, 0, *tensors, *options)
-        return made[0], made[1], made[2]
-    made = CrossEntropy.apply(family, *tensors, *options)  # type: ignore[no-untyped-call]
-    return made[0], made[1], made[2]
+class CrossEntropyBackward(NamedTuple):
+    """Arguments of `cross_entropy_backward`."""
+
+    grad_loss: Tensor | None
+    grad_lse: Tensor | None
+    input: Tensor
+    centers: Tensor
+    displacements: Tensor
+    tau: Tensor
+    target: Tensor
+    class_bias: Tensor | None
+    weight: Tensor | None
+    margin: Tensor | None
+    lse: Tensor
+    scores: Tensor
+    slots: Tensor
+    center_rnorms: Tensor
+    input_rnorms: Tensor
+    rows: Tensor
+    scalars: Tensor
+    margin_kind: int
+    reduction: int
+    ignore_index: int
+    label_smoothing: float
+    need_input: bool
+    need_centers: bool
+    need_displacements: bool
+    need_tau: bool
+    need_bias: bool
+    need_margin: bool
+    allow_tf32: bool = False
 
 
-class CrossEntropy(torch.autograd.Function):
-    """The operators' kernels in eager mode."""
+class CrossEntropyGradients(NamedTuple):
+    """Outputs of `cross_entropy_backward`."""
 
-    @staticmethod
-    def forward(ctx: Any, family: str, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = _kernel(family, 0, *inputs)
-        ctx.family = family
-        _save(ctx, inputs, output, output[2:3])
-        return output[0], output[1], output[2]
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, _: None
-    ) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad
-        needs = (*needed[1:5], needed[6], needed[8])
-        if torch.is_grad_enabled():  # the operator knows what to say of second derivatives
-            operator = getattr(torch.ops.gistops, f"{ctx.family}_cross_entropy_backward").default
-            return None, *_gradients(operator, ctx, grad_loss, grad_lse, needs)
-
-        def kernel(*arguments: Any) -> tuple[Tensor, ...]:
-            return _kernel(ctx.family, 1, *arguments)
-
-        return None, *_gradients(kernel, ctx, grad_loss, grad_lse, needs)
+    grad_input: Tensor
+    grad_centers: Tensor
+    grad_displacements: Tensor
+    grad_tau: Tensor
+    grad_class_bias: Tensor
+    grad_margin: Tensor
 
 
-def _kernel(family: str, which: int, *arguments: Any) -> tuple[Tensor, ...]:
-    """The forward (0) or backward (1) kernel itself, or the operator without the layers above it."""
-    if family in _kernels:
-        return _kernels[family][which](*arguments)
-    operator = getattr(torch.ops.gistops, f"{family}_cross_entropy_{('forward', 'backward')[which]}").default
-    with torch._C._AutoDispatchBelowAutograd():
-        made: tuple[Tensor, ...] = operator(*arguments)
-    return made
+def padded_rows(batch: int) -> int:
+    """Return the row length of class-major scores: the batch size rounded up to a multiple of 16."""
+    return -(-batch // 16) * 16
 
 
-def _save(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], fixed: tuple[Tensor, ...] | None = None
-) -> None:
-    ctx.options, ctx.allow_tf32 = inputs[8:12], inputs[13]
-    ctx.mark_non_differentiable(*(output[2:] if fixed is None else fixed))
+def _forward_fake(a: CrossEntropyForward) -> CrossEntropy:
+    dtype = compute_dtype(a.input, a.centers, a.displacements)
+    B, K = a.input.shape[0], a.centers.shape[0]
+    kept = (K, padded_rows(B)) if a.keep_scores else (0, 0)
+    new = a.input.new_empty
+    return CrossEntropy(
+        loss=new((B,) if a.reduction == 0 else (), dtype=dtype),
+        lse=new(B, dtype=dtype),
+        in_range=new(1, dtype=torch.bool),
+        scores=new(kept, dtype=dtype),
+        slots=new(kept, dtype=torch.uint8),
+        center_rnorms=new(a.displacements.shape[0] + 1, K, dtype=dtype),
+        input_rnorms=new(B, dtype=dtype),
+        rows=new(2 if a.margin is None else 5, B, dtype=dtype),
+        scalars=new(2, dtype=dtype),
+    )
+
+
+def _backward_fake(a: CrossEntropyBackward) -> CrossEntropyGradients:
+    def empty(argument: Tensor | None, needed: bool) -> Tensor:
+        return argument.new_empty(argument.shape) if argument is not None and needed else a.lse.new_empty(0)
+
+    return CrossEntropyGradients(
+        empty(a.input, a.need_input),
+        empty(a.centers, a.need_centers),
+        empty(a.displacements, a.need_displacements),
+        empty(a.tau, a.need_tau),
+        empty(a.class_bias, a.need_bias),
+        empty(a.margin, a.need_margin),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[2:])
+    save(ctx, CrossEntropyForward(*inputs), CrossEntropy(*output))
+
+
+def save(ctx: Any, a: CrossEntropyForward, output: CrossEntropy) -> None:
+    """Save for `gradients` what the backward takes."""
+    ctx.options, ctx.allow_tf32 = a[8:12], a.allow_tf32
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:8], output[1], *output[3:])
+    ctx.save_for_backward(*a[:8], output.lse, *output[3:])
 
 
-def _backward_of(family: str) -> Callable[..., tuple[Tensor | None, ...]]:
-    operator = getattr(torch.ops.gistops, f"{family}_cross_entropy_backward").default
-
-    def backward(
-        ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, *_: None
-    ) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad
-        return _gradients(operator, ctx, grad_loss, grad_lse, (*needed[:4], needed[5], needed[7]))
-
-    return backward
+def _backward(
+    ops: Any, ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    return gradients(ops.cross_entropy_backward.default, ctx, grad_loss, grad_lse, ctx.needs_input_grad)
 
 
-def _gradients(
-    kernel: Callable[..., tuple[Tensor, ...]],
+def gradients(
+    backward: Callable[..., tuple[Tensor, ...]],
     ctx: Any,
     grad_loss: Tensor | None,
     grad_lse: Tensor | None,
-    needs: tuple[bool, ...],
+    needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Of the forward's arguments."""
+    """Return a gradient or None for each argument of the forward.
+
+    Args:
+        backward: takes the fields of `CrossEntropyBackward`.
+        ctx: the context that `save` filled.
+        grad_loss, grad_lse: gradients of the outputs; None where an output was not used.
+        needed: per argument of the forward, True if it needs a gradient.
+    """
     if grad_loss is None and grad_lse is None:
         return (None,) * 14
-    made = kernel(grad_loss, grad_lse, *ctx.saved_tensors, *ctx.options, *needs, ctx.allow_tf32)
-    of = [g if need else None for g, need in zip(made, needs, strict=True)]
-    return *of[:4], None, of[4], None, of[5], *(None,) * 6
+    needs = (*needed[:4], needed[5], needed[7])
+    computed = backward(grad_loss, grad_lse, *ctx.saved_tensors, *ctx.options, *needs, ctx.allow_tf32)
+    *others, bias, margin = [g if need else None for g, need in zip(computed, needs, strict=True)]
+    return *others, None, bias, None, margin, *(None,) * 6
 
 
-def _forward_fake(
-    input: Tensor,
-    centers: Tensor,
-    displacements: Tensor,
-    tau: Tensor,
-    target: Tensor,
-    class_bias: Tensor | None,
-    weight: Tensor | None,
-    margin: Tensor | None,
-    margin_kind: int,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    keep: bool,
-    allow_tf32: bool = False,
-) -> tuple[Tensor, ...]:
-    dtype = registry.compute_dtype(input, centers, displacements)
-    B, K = input.shape[0], centers.shape[0]
-    held = (K, padded(B)) if keep else (0, 0)
-    return (
-        input.new_empty((B,) if reduction == 0 else (), dtype=dtype),
-        input.new_empty(B, dtype=dtype),
-        input.new_empty(1, dtype=torch.bool),
-        input.new_empty(held, dtype=dtype),
-        input.new_empty(held, dtype=torch.uint8),
-        input.new_empty(displacements.shape[0] + 1, K, dtype=dtype),
-        input.new_empty(B, dtype=dtype),
-        input.new_empty(2 if margin is None else 5, B, dtype=dtype),
-        input.new_empty(2, dtype=dtype),
-    )
-
-
-def _backward_fake(
-    grad_loss: Tensor | None,
-    grad_lse: Tensor | None,
-    input: Tensor,
-    centers: Tensor,
-    displacements: Tensor,
-    tau: Tensor,
-    target: Tensor,
-    class_bias: Tensor | None,
-    weight: Tensor | None,
-    margin: Tensor | None,
-    lse: Tensor,
-    scores: Tensor,
-    slots: Tensor,
-    center_rnorms: Tensor,
-    input_rnorms: Tensor,
-    rows: Tensor,
-    scalars: Tensor,
-    margin_kind: int,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    need_input: bool,
-    need_centers: bool,
-    need_displacements: bool,
-    need_tau: bool,
-    need_bias: bool,
-    need_margin: bool,
-    allow_tf32: bool = False,
-) -> tuple[Tensor, ...]:
-    arguments = (input, centers, displacements, tau, class_bias, margin)
-    needs = (need_input, need_centers, need_displacements, need_tau, need_bias, need_margin)
-    return tuple(
-        x.new_empty(x.shape) if x is not None and needed else lse.new_empty(0)
-        for x, needed in zip(arguments, needs, strict=True)
-    )
-
-
-def padded(features: int) -> int:
-    """ldB: what a row of class-major scores takes."""
-    return -(-features // 16) * 16
+CROSS_ENTROPY_FORWARD = Op(
+    "cross_entropy_forward", CrossEntropyForward, CrossEntropy, _forward_fake, _backward, _save, autocast=3
+)
+CROSS_ENTROPY_BACKWARD = Op(
+    "cross_entropy_backward", CrossEntropyBackward, CrossEntropyGradients, _backward_fake, no_double_backward
+)

@@ -1,61 +1,179 @@
-"""The operators `<family>_forward` and `<family>_backward`, which make and take logits."""
+"""Ops that return logits [B, K] and the slots that attain them: of translations, sub-centers and rotations.
+
+`csrc/schema.cpp` describes the arguments.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import registry
-
-#: As in csrc/schema.cpp, which has the shapes; a test compares them.
-FORWARD_SCHEMA = (
-    "(Tensor input, Tensor centers, Tensor displacements, Tensor tau, bool allow_tf32=False)"
-    " -> (Tensor logits, Tensor slots, Tensor center_rnorms, Tensor input_rnorms)"
-)
-BACKWARD_SCHEMA = (
-    "(Tensor grad, Tensor input, Tensor centers, Tensor displacements, Tensor tau,"
-    " Tensor logits, Tensor slots, Tensor center_rnorms, Tensor input_rnorms,"
-    " bool need_input, bool need_centers, bool need_displacements, bool need_tau,"
-    " bool allow_tf32=False)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
-)
-Kernel = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+from .registry import Op, compute_dtype, needed_gradients, no_double_backward
 
 
-def define(family: str, forward: Kernel, backward: Kernel, devices: Sequence[str]) -> None:
-    """Make the operators of a family from Python kernels, and complete them.
+class Logits(NamedTuple):
+    """Outputs of the forward ops."""
 
-    Args:
-        family: the operators' name.
-        forward: takes and returns what `FORWARD_SCHEMA` says.
-        backward: takes and returns what `BACKWARD_SCHEMA` says; an empty tensor for each gradient not needed.
-        devices: dispatch keys that the kernels serve: "CUDA", "CPU".
-    """
-    registry.define(f"{family}_forward", FORWARD_SCHEMA, forward, devices)
-    registry.define(f"{family}_backward", BACKWARD_SCHEMA, backward, devices)
-    complete(family)
+    logits: Tensor
+    slots: Tensor
+    center_rnorms: Tensor
+    input_rnorms: Tensor
 
 
-def complete(family: str) -> None:
-    """Add fake kernels, autograd and autocast to the operators of a family that has been defined."""
-    forward, backward = f"gistops::{family}_forward", f"gistops::{family}_backward"
-    torch.library.register_fake(forward, _forward_fake)
-    torch.library.register_fake(backward, _backward_fake)
-    torch.library.register_autograd(forward, _backward_of(family), setup_context=_save)
-    torch.library.register_autograd(backward, registry.double_backward)
-    registry.autocast(f"{family}_forward")
+class LogitsForward(NamedTuple):
+    """Arguments of `logits_forward`."""
+
+    input: Tensor
+    centers: Tensor
+    displacements: Tensor
+    tau: Tensor
+    allow_tf32: bool = False
 
 
-def _forward_fake(
-    input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor, allow_tf32: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class LogitsBackward(NamedTuple):
+    """Arguments of `logits_backward`."""
+
+    grad: Tensor
+    input: Tensor
+    centers: Tensor
+    displacements: Tensor
+    tau: Tensor
+    logits: Tensor
+    slots: Tensor
+    center_rnorms: Tensor
+    input_rnorms: Tensor
+    need_input: bool
+    need_centers: bool
+    need_displacements: bool
+    need_tau: bool
+    allow_tf32: bool = False
+
+
+class LogitsGradients(NamedTuple):
+    """Outputs of `logits_backward`."""
+
+    grad_input: Tensor
+    grad_centers: Tensor
+    grad_displacements: Tensor
+    grad_tau: Tensor
+
+
+class SubcenterForward(NamedTuple):
+    """Arguments of `subcenter_forward`."""
+
+    input: Tensor
+    centers: Tensor
+    tau: Tensor
+    allow_tf32: bool = False
+
+
+class SubcenterBackward(NamedTuple):
+    """Arguments of `subcenter_backward`."""
+
+    grad: Tensor
+    input: Tensor
+    centers: Tensor
+    tau: Tensor
+    logits: Tensor
+    slots: Tensor
+    center_rnorms: Tensor
+    input_rnorms: Tensor
+    need_input: bool
+    need_centers: bool
+    need_tau: bool
+    allow_tf32: bool = False
+
+
+class SubcenterGradients(NamedTuple):
+    """Outputs of `subcenter_backward`."""
+
+    grad_input: Tensor
+    grad_centers: Tensor
+    grad_tau: Tensor
+
+
+class RotationForward(NamedTuple):
+    """Arguments of `rotation_forward`."""
+
+    input: Tensor
+    centers: Tensor
+    tau: Tensor
+    input_coeffs: Tensor
+    class_coeffs: Tensor
+    allow_tf32: bool = False
+
+
+class RotationBackward(NamedTuple):
+    """Arguments of `rotation_backward`."""
+
+    grad: Tensor
+    input: Tensor
+    centers: Tensor
+    tau: Tensor
+    input_coeffs: Tensor
+    class_coeffs: Tensor
+    logits: Tensor
+    slots: Tensor
+    center_rnorms: Tensor
+    input_rnorms: Tensor
+    need_input: bool
+    need_centers: bool
+    need_tau: bool
+    allow_tf32: bool = False
+
+
+class RotationGradients(NamedTuple):
+    """Outputs of `rotation_backward`."""
+
+    grad_input: Tensor
+    grad_centers: Tensor
+    grad_tau: Tensor
+    grad_input_coeffs: Tensor
+    grad_class_coeffs: Tensor
+
+
+class CenterNorms(NamedTuple):
+    """Arguments of `center_norms`."""
+
+    centers: Tensor
+    displacements: Tensor
+
+
+class FrozenLogits(NamedTuple):
+    """Arguments of `frozen_logits`."""
+
+    input: Tensor
+    centers: Tensor
+    displacements: Tensor
+    tau: Tensor
+    norms: Tensor
+
+
+class LogitsAndSlots(NamedTuple):
+    """Outputs of `frozen_logits`."""
+
+    logits: Tensor
+    slots: Tensor
+
+
+def _logits_fake(a: LogitsForward) -> Logits:
+    dtype = compute_dtype(a.input, a.centers, a.displacements)
+    return _fake(a.input, a.centers, a.displacements.shape[0] + 1, dtype)
+
+
+def _subcenter_fake(a: SubcenterForward) -> Logits:
+    return _fake(a.input, a.centers, a.centers.shape[1], compute_dtype(a.input, a.centers))
+
+
+def _rotation_fake(a: RotationForward) -> Logits:
+    return _fake(a.input, a.centers, a.input_coeffs.shape[1], compute_dtype(a.input, a.centers))
+
+
+def _fake(input: Tensor, centers: Tensor, slots: int, dtype: torch.dtype) -> Logits:
     batch, classes = input.shape[0], centers.shape[0]
-    slots = displacements.shape[0] + 1 if centers.dim() == 2 else centers.shape[1]
-    dtype = registry.compute_dtype(input, centers, displacements)
-    return (
+    return Logits(
         input.new_empty(batch, classes, dtype=dtype),
         input.new_empty(batch, classes, dtype=torch.uint8),
         input.new_empty(slots, classes, dtype=dtype),
@@ -63,25 +181,50 @@ def _forward_fake(
     )
 
 
-def _backward_fake(
-    grad: Tensor,
-    input: Tensor,
-    centers: Tensor,
-    displacements: Tensor,
-    tau: Tensor,
-    logits: Tensor,
-    slots: Tensor,
-    center_rnorms: Tensor,
-    input_rnorms: Tensor,
-    need_input: bool,
-    need_centers: bool,
-    need_displacements: bool,
-    need_tau: bool,
-    allow_tf32: bool = False,
-) -> tuple[Tensor, ...]:
-    arguments = (input, centers, displacements, tau)
-    needs = (need_input, need_centers, need_displacements, need_tau)
-    return tuple(x.new_empty(x.shape if needed else (0,)) for x, needed in zip(arguments, needs, strict=True))
+def _logits_backward_fake(a: LogitsBackward) -> LogitsGradients:
+    return LogitsGradients(
+        empty_gradient(a.input, a.need_input),
+        empty_gradient(a.centers, a.need_centers),
+        empty_gradient(a.displacements, a.need_displacements),
+        empty_gradient(a.tau, a.need_tau),
+    )
+
+
+def _subcenter_backward_fake(a: SubcenterBackward) -> SubcenterGradients:
+    return SubcenterGradients(
+        empty_gradient(a.input, a.need_input),
+        empty_gradient(a.centers, a.need_centers),
+        empty_gradient(a.tau, a.need_tau),
+    )
+
+
+def _rotation_backward_fake(a: RotationBackward) -> RotationGradients:
+    return RotationGradients(
+        empty_gradient(a.input, a.need_input),
+        empty_gradient(a.centers, a.need_centers),
+        empty_gradient(a.tau, a.need_tau),
+        a.input_coeffs.new_empty(a.input_coeffs.shape, dtype=a.logits.dtype),
+        a.class_coeffs.new_empty(a.class_coeffs.shape, dtype=a.logits.dtype),
+    )
+
+
+def empty_gradient(argument: Tensor, needed: bool) -> Tensor:
+    """Return an uninitialized gradient of an argument, or an empty tensor if it is not needed."""
+    return argument.new_empty(argument.shape if needed else (0,))
+
+
+def _center_norms_fake(a: CenterNorms) -> Tensor:
+    slots = a.displacements.shape[0] + 1 if a.centers.dim() == 2 else a.centers.shape[1]
+    dtype = compute_dtype(a.centers, a.displacements)
+    return a.centers.new_empty(slots, a.centers.shape[0], dtype=dtype)
+
+
+def _frozen_logits_fake(a: FrozenLogits) -> LogitsAndSlots:
+    batch, classes = a.input.shape[0], a.centers.shape[0]
+    dtype = compute_dtype(a.input, a.centers, a.displacements)
+    return LogitsAndSlots(
+        a.input.new_empty(batch, classes, dtype=dtype), a.input.new_empty(batch, classes, dtype=torch.uint8)
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -91,14 +234,50 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*tensors, *output)
 
 
-def _backward_of(family: str) -> Callable[..., tuple[Tensor | None, ...]]:
-    operator = getattr(torch.ops.gistops, f"{family}_backward").default
+def _logits_backward(ops: Any, ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None, None
+    needs = ctx.needs_input_grad[:4]
+    saved = ctx.saved_tensors  # read once, for torch.utils.checkpoint
+    gradients = ops.logits_backward.default(grad, *saved, *needs, ctx.allow_tf32)
+    return *needed_gradients(gradients, saved, needs), None
 
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return None, None, None, None, None
-        needs = ctx.needs_input_grad[:4]
-        gradients = operator(grad, *ctx.saved_tensors, *needs, ctx.allow_tf32)
-        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None
 
-    return backward
+def _subcenter_backward(ops: Any, ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None
+    needs = ctx.needs_input_grad[:3]
+    saved = ctx.saved_tensors  # read once, for torch.utils.checkpoint
+    gradients = ops.subcenter_backward.default(grad, *saved, *needs, ctx.allow_tf32)
+    return *needed_gradients(gradients, saved, needs), None
+
+
+def _rotation_backward(ops: Any, ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None, None, None
+    needs = ctx.needs_input_grad[:5]
+    saved = ctx.saved_tensors  # read once, for torch.utils.checkpoint
+    gradients = ops.rotation_backward.default(grad, *saved, *needs[:3], ctx.allow_tf32)
+    return *needed_gradients(gradients, saved, needs), None
+
+
+LOGITS_FORWARD = Op(
+    "logits_forward", LogitsForward, Logits, _logits_fake, _logits_backward, _save, autocast=3
+)
+LOGITS_BACKWARD = Op(
+    "logits_backward", LogitsBackward, LogitsGradients, _logits_backward_fake, no_double_backward
+)
+SUBCENTER_FORWARD = Op(
+    "subcenter_forward", SubcenterForward, Logits, _subcenter_fake, _subcenter_backward, _save, autocast=2
+)
+SUBCENTER_BACKWARD = Op(
+    "subcenter_backward", SubcenterBackward, SubcenterGradients, _subcenter_backward_fake, no_double_backward
+)
+ROTATION_FORWARD = Op(
+    "rotation_forward", RotationForward, Logits, _rotation_fake, _rotation_backward, _save, autocast=2
+)
+ROTATION_BACKWARD = Op(
+    "rotation_backward", RotationBackward, RotationGradients, _rotation_backward_fake, no_double_backward
+)
+CENTER_NORMS = Op("center_norms", CenterNorms, Tensor, _center_norms_fake)
+FROZEN_LOGITS = Op("frozen_logits", FrozenLogits, LogitsAndSlots, _frozen_logits_fake)

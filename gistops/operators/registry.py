@@ -1,79 +1,160 @@
-"""What all operators need of the dispatcher."""
+"""Registration of ops: schema, kernels, fake kernel, autograd formula and autocast rule.
+
+An op's arguments are the fields of one NamedTuple, its record, which the fake kernel and all Python kernels take. Ops
+have the same names in every namespace: `torch.ops.gistops` holds the compiled ones, `torch.ops.gistops_triton` Triton's.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 _libraries: list[torch.library.Library] = []  # kept alive: registrations end with them
+_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "int", float: "float"}
 
 
-def define(name: str, schema: str, kernel: Callable[..., Any], devices: Sequence[str]) -> None:
-    """Make the operator `gistops::name` from a Python kernel that serves these dispatch keys ("CUDA", "CPU")."""
-    library = torch.library.Library("gistops", "FRAGMENT")
+class Op(NamedTuple):
+    """An op, for any namespace.
+
+    Args:
+        name: the op's name.
+        arguments: record of the arguments, a NamedTuple.
+        returns: record of the outputs, or Tensor.
+        fake: the fake kernel; takes the record of the arguments.
+        backward: autograd formula, `backward(ops, ctx, *grads)`, where `ops` is the namespace; None: not differentiable.
+        save: `setup_context` of the formula.
+        autocast: number of leading tensors that autocast casts on a GPU; None: the op has no autocast rule.
+    """
+
+    name: str
+    arguments: type[Any]
+    returns: type[Any]
+    fake: Callable[[Any], Any]
+    backward: Callable[..., Any] | None = None
+    save: Callable[..., None] | None = None
+    autocast: int | None = None
+
+    def schema(self) -> str:
+        """Return the schema in torch's notation, with the name but without a namespace."""
+        fields = ", ".join(_fields(self.arguments))
+        returns = "Tensor" if self.returns is Tensor else f"({', '.join(_fields(self.returns))})"
+        return f"{self.name}({fields}) -> {returns}"
+
+
+def _fields(record: type[Any]) -> list[str]:
+    defaults = record._field_defaults
+    return [
+        f"{_SCHEMA_TYPES[kind]} {name}" + (f"={defaults[name]}" if name in defaults else "")
+        for name, kind in get_type_hints(record).items()
+    ]
+
+
+def define(ops: Any, op: Op, kernel: Callable[[Any], Any], devices: Sequence[str]) -> None:
+    """Define an op with a Python kernel and complete it.
+
+    Args:
+        ops: the namespace, such as `torch.ops.gistops_triton`.
+        op: the op.
+        kernel: takes the record of the arguments.
+        devices: dispatch keys that the kernel serves, "CUDA" or "CPU".
+    """
+    library = torch.library.Library(ops.name, "FRAGMENT")
     _libraries.append(library)
-    library.define(f"{name}{schema}")
+    library.define(op.schema())
     for device in devices:
-        library.impl(name, kernel, device)
+        implement(ops, op, kernel, device)
+    complete(ops, op)
 
 
-def implement(name: str, kernel: Callable[..., Any], key: str) -> None:
-    """Give an operator that has been defined a kernel for a dispatch key."""
-    library = torch.library.Library("gistops", "IMPL")
+def implement(ops: Any, op: Op, kernel: Callable[[Any], Any], key: str) -> None:
+    """Register a Python kernel of a defined op for a dispatch key."""
+    _register(ops, op.name, lambda *arguments: kernel(op.arguments(*arguments)), key)
+
+
+def complete(ops: Any, op: Op) -> None:
+    """Register the fake kernel, the autograd formula and the autocast rule of a defined op."""
+    name = f"{ops.name}::{op.name}"
+    torch.library.register_fake(name, lambda *arguments: op.fake(op.arguments(*arguments)))
+    if op.backward is not None:
+        backward = functools.partial(op.backward, ops)
+        torch.library.register_autograd(name, backward, setup_context=op.save)
+    if op.autocast is not None:
+        for device in ("CPU", "CUDA"):
+            _register(ops, op.name, _autocast(ops, op, device.lower()), f"Autocast{device}")
+
+
+def _register(ops: Any, name: str, kernel: Callable[..., Any], key: str) -> None:
+    library = torch.library.Library(ops.name, "IMPL")
     _libraries.append(library)
     library.impl(name, kernel, key)
 
 
-def autocast(name: str, operands: int = 3) -> None:
-    """Give an operator whose first arguments are input, centers and (3 operands) displacements its rule under autocast.
+def _autocast(ops: Any, op: Op, device: str) -> Callable[..., Any]:
+    """Return the autocast kernel of an op, which follows torch's matrix products: low precision where it is faster.
 
-    As torch's own matrix products: low precision where it is faster. A GPU multiplies in the autocast dtype. The CPU
-    kernels compute in float32 from any mix of dtypes, so a cast there would lose bits and gain no time. What comes out
-    is float32 either way, and tau is never cast.
+    A GPU multiplies in the autocast dtype. The CPU kernels compute in float32 from any mix of dtypes, so a cast there
+    would lose bits and gain no time. The outputs are float32 either way, and tau is never cast.
     """
-    for device in ("CPU", "CUDA"):
-        implement(name, _autocast(name, device.lower(), operands), f"Autocast{device}")
-
-
-def _autocast(name: str, device: str, operands: int) -> Callable[..., Any]:
-    operator = getattr(torch.ops.gistops, name).default
+    operator = getattr(ops, op.name).default
+    operands = op.autocast
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
     def kernel(*arguments: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(keys):
             if device == "cuda":
-                dtype = torch.get_autocast_dtype(device)
-                cast = (x if x.dtype == torch.float64 else x.to(dtype) for x in arguments[:operands])
-                arguments = (*cast, *arguments[operands:])
+                arguments = (*cast_operands(arguments[:operands]), *arguments[operands:])
             return operator(*arguments)
 
     return kernel
 
 
+def cast_operands(operands: Sequence[Tensor]) -> list[Tensor]:
+    """Cast tensors on a GPU to the dtype of autocast, float64 tensors excepted."""
+    dtype = torch.get_autocast_dtype("cuda")
+    return [x if x.dtype == torch.float64 else x.to(dtype) for x in operands]
+
+
 def below_autocast() -> Any:
-    """A context in which operators do not cast: for kernels that call operators, as a backward may run inside autocast."""
+    """Return a context in which ops are not cast, for kernels that call ops: a backward may run inside autocast."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
     return torch._C._ExcludeDispatchKeyGuard(keys.add(torch._C.DispatchKey.AutocastCUDA))
 
 
-def knows_autocast(device: str) -> bool:
-    """True if there is autocast for a type of device; torch.compile takes the answer as a constant."""
-    return bool(torch.amp.is_autocast_available(device))
+def no_autocast(device_type: str) -> Any:
+    """Return a context without autocast on a device type; unlike `below_autocast`, torch.compile can trace it."""
+    if _has_autocast(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
-knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch 2.11 cannot trace it
+def _has_autocast(device_type: str) -> bool:
+    return bool(torch.amp.is_autocast_available(device_type))
+
+
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch 2.11 cannot trace it
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of logits, norms and all sums: float64 if any argument is float64, otherwise float32."""
+    """Return the dtype of logits, norms and sums: float64 if any argument is float64, otherwise float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def double_backward(ctx: Any, *grads: Tensor) -> None:
-    """The autograd formula of all backward operators."""
+def needed_gradients(
+    gradients: Sequence[Tensor], arguments: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return the gradients of those arguments that need one, in the arguments' dtypes, and None for the others."""
+    return [
+        g.to(x.dtype) if needed else None for g, x, needed in zip(gradients, arguments, needs, strict=False)
+    ]
+
+
+def no_double_backward(ops: Any, ctx: Any, *grads: Tensor) -> None:
+    """Raise: the autograd formula of every backward op."""
     raise NotImplementedError(
         "the operators of gistops are differentiable once; for second derivatives use backend='reference'"
     )

@@ -1,45 +1,49 @@
-"""The operator `<family>_topk`, the best classes of each row without logits [B, K]."""
+"""The op `topk`: the best classes of each row, without logits [B, K]. `csrc/schema.cpp` describes the arguments."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import registry
-
-#: As in csrc/schema.cpp, which says what it means; a test compares them.
-SCHEMA = (
-    "(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias,"
-    " Tensor? feature_table, Tensor? class_tables, int k, bool need_lse=False, bool allow_tf32=False,"
-    " Tensor? norms=None)"
-    " -> (Tensor values, Tensor classes, Tensor slots, Tensor lse)"
-)
+from .registry import Op, compute_dtype
 
 
-def complete(family: str) -> None:
-    """Add the fake kernel and autocast to the operator of a family; it has no gradient."""
-    torch.library.register_fake(f"gistops::{family}_topk", _fake)
-    registry.autocast(f"{family}_topk")
+class Topk(NamedTuple):
+    """Arguments of `topk`."""
+
+    input: Tensor
+    centers: Tensor
+    displacements: Tensor
+    tau: Tensor
+    class_bias: Tensor | None
+    input_coeffs: Tensor | None
+    class_coeffs: Tensor | None
+    k: int
+    need_lse: bool = False
+    allow_tf32: bool = False
+    norms: Tensor | None = None
 
 
-def _fake(
-    input: Tensor,
-    centers: Tensor,
-    displacements: Tensor,
-    tau: Tensor,
-    class_bias: Tensor | None,
-    feature_table: Tensor | None,
-    class_tables: Tensor | None,
-    k: int,
-    need_lse: bool = False,
-    allow_tf32: bool = False,
-    norms: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = registry.compute_dtype(input, centers, displacements)
-    batch = input.shape[0]
-    return (
-        input.new_empty(batch, k, dtype=dtype),
-        input.new_empty(batch, k, dtype=torch.int64),
-        input.new_empty(batch, k, dtype=torch.uint8),
-        input.new_empty(batch if need_lse else 0, dtype=dtype),
+class Best(NamedTuple):
+    """Outputs of `topk`."""
+
+    values: Tensor
+    classes: Tensor
+    slots: Tensor
+    lse: Tensor
+
+
+def _fake(a: Topk) -> Best:
+    dtype = compute_dtype(a.input, a.centers, a.displacements)
+    batch = a.input.shape[0]
+    return Best(
+        a.input.new_empty(batch, a.k, dtype=dtype),
+        a.input.new_empty(batch, a.k, dtype=torch.int64),
+        a.input.new_empty(batch, a.k, dtype=torch.uint8),
+        a.input.new_empty(batch if a.need_lse else 0, dtype=dtype),
     )
+
+
+TOPK = Op("topk", Topk, Best, _fake, autocast=3)

@@ -114,18 +114,18 @@ def test_variants_are_picked_by_patterns() -> None:
 
 def test_a_variant_whose_setting_is_not_there_is_absent_with_the_reason() -> None:
     assert settings.why_not({"slow": 1}) == "nothing can force 'slow' yet"
-    gone = settings._attribute("operators.chunks", "NO_SUCH_THING")
-    assert gone.why_not(1) == "gistops.operators.chunks has no NO_SUCH_THING"
+    gone = settings._attribute("backends.chunked.scorers", "NO_SUCH_THING")
+    assert gone.why_not(1) == "gistops.backends.chunked.scorers has no NO_SUCH_THING"
     assert "serves no tensors" in str(variants.why_not("cpu", "cuda"))
 
 
 def test_settings_hold_in_the_with_and_no_longer() -> None:
-    from gistops.operators import chunks
+    from gistops.backends.chunked import scorers
 
-    before = chunks.CHUNK_ELEMENTS
+    before = scorers.CHUNK_ELEMENTS
     with settings.applied({"chunk": 77}, "bf16"):
-        assert chunks.CHUNK_ELEMENTS == 77
-    assert before == chunks.CHUNK_ELEMENTS
+        assert scorers.CHUNK_ELEMENTS == 77
+    assert before == scorers.CHUNK_ELEMENTS
 
 
 def test_smoke_runs_hold_every_kind_of_size() -> None:

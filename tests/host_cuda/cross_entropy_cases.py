@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gistops._classifier import Classifier, LossOptions
 from gistops.backends import reference
 from tests.ops.oracle import Sample, allowed, error, leaves, plain, scores
 
@@ -57,17 +58,9 @@ def truth(
     vectors = [options.get(name) for name in ("class_bias", "weight", "margin")]
     bias, weight, margin = (None if v is None else v.double() for v in vectors)
     learned = [v.requires_grad_() for v in (bias, margin) if v is not None]
-    loss, lse = reference.cross_entropy(
-        *wide,
-        target,
-        bias,
-        weight,
-        margin,
-        options.get("margin_kind", "logit"),
-        options.get("reduction", "mean"),
-        -100,
-        options.get("label_smoothing", 0.0),
-    )
+    x, *rest = wide
+    loss_options = LossOptions(**options | {"class_bias": bias, "weight": weight, "margin": margin})
+    loss, lse = reference.cross_entropy(x, Classifier(*rest), target, loss_options)
     return loss, lse, [*wide, *learned]
 
 

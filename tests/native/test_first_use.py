@@ -154,7 +154,7 @@ def test_a_library_with_a_wrong_record(start: Start, site: Path, cheap_sources: 
     record(cheap_sources, torch.__version__).write(library)
     status, _ = result(start())
     assert status["origin"] == "first use"
-    assert "does not define gistops::constellation_forward" in status["error"]
+    assert "does not define gistops::logits_forward" in status["error"]
 
 
 def test_a_library_of_the_same_sources_serves_and_no_other(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gistops import backends
 from gistops.backends import reference
 
 #: How many times the error of the plain PyTorch form in the same dtype a backend's error may be. The fused form sums
@@ -55,10 +56,9 @@ def generator(seed: int) -> torch.Generator:
 
 
 def operators(backend: str) -> tuple[Any, Any]:
-    """The forward and backward operator of a fused backend."""
-    family = "triton" if backend == "triton" else "constellation"
-    space = torch.ops.gistops
-    return getattr(space, f"{family}_forward").default, getattr(space, f"{family}_backward").default
+    """Return `logits_forward` and `logits_backward` of a fused backend."""
+    ops = backends.ops(backend)
+    return ops.logits_forward.default, ops.logits_backward.default
 
 
 half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import gistops
+from gistops.backends.chunked.scorers import make_scorer
 from gistops.operators import registry
-from gistops.operators.chunks import scorer
-from gistops.operators.logits import FORWARD_SCHEMA
+from gistops.operators.logits import LOGITS_FORWARD, Logits, LogitsForward
 
 from .oracle import Sample, generator
 
@@ -98,20 +98,15 @@ def test_chunks_call_their_kernels_below_autocast() -> None:
     """A backward inside autocast must not have the scores that it makes again cast."""
     excluded = []
 
-    def forward(
-        x: Tensor, w: Tensor, delta: Tensor, tau: Tensor, allow_tf32: bool = False
-    ) -> tuple[Tensor, ...]:
+    def forward(a: LogitsForward) -> Logits:
         excluded.extend(torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in AUTOCAST_KEYS)
-        batch, classes = x.shape[0], w.shape[0]
-        return (
-            x.new_zeros(batch, classes),
-            x.new_zeros(batch, classes),
-            x.new_zeros(1, classes),
-            x.new_zeros(batch),
-        )
+        batch, classes = a.input.shape[0], a.centers.shape[0]
+        new = a.input.new_zeros
+        return Logits(new(batch, classes), new(batch, classes), new(1, classes), new(batch))
 
-    registry.define("autocast_probe_forward", FORWARD_SCHEMA, forward, ("CPU",))
+    ops = torch.ops.gistops_autocast_probe
+    registry.define(ops, LOGITS_FORWARD, forward, ("CPU",))
     tensors = (torch.ones(2, 4), torch.ones(3, 4), torch.ones(0, 4), torch.ones(()))
     with torch.autocast("cpu", bf16):
-        scorer("autocast_probe", *tensors, None, None, False).forward(slice(0, 3))
+        make_scorer(ops, LogitsForward(*tensors)).forward(slice(0, 3))
     assert excluded == [True, True]

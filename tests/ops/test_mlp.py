@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gistops
-from gistops.functional import mlp as networks
+from gistops.functional.transforms import mlp as mlp_transform
 
 from .oracle import Sample, generator
 
@@ -20,7 +20,7 @@ SIZES = Sample(21, 90, 12, 3, f64, f64, f64)
 
 @pytest.fixture(params=[12 * 4 * 25, 1 << 24], ids=["four chunks", "one chunk"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(networks, "CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(mlp_transform, "CHUNK_ELEMENTS", request.param)
 
 
 def leaves_of(seed: int, dtype: torch.dtype = f64, sample: Sample = SIZES) -> list[Tensor]:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gistops
-from gistops.functional.rotation import plane
+from gistops import backends
+from gistops.functional.transforms.rotation import plane
 
 from .oracle import Sample, error, generator
 
@@ -149,14 +150,13 @@ def test_opcheck_gradcheck_and_compile(fused: str, seed: int) -> None:
     sample = Sample(37, 130, 20, 3)
     x, w, delta, tau = sample.tensors(seed)
     axis = axis_of(sample, seed)
-    name = ("triton_" if fused == "triton" else "") + "tabled"
-    forward = getattr(torch.ops.gistops, f"{name}_forward").default
-    backward = getattr(torch.ops.gistops, f"{name}_backward").default
-    tables = [torch.randn(37, 4, requires_grad=True), torch.randn(2, 4, 130, requires_grad=True)]
+    ops = backends.ops(fused)
+    forward, backward = ops.rotation_forward.default, ops.rotation_backward.default
+    coeffs = [torch.randn(37, 4, requires_grad=True), torch.randn(2, 4, 130, requires_grad=True)]
     with torch.no_grad():
-        tables[1][:, 0] = 0
-    torch.library.opcheck(forward, (x, w, tau, *tables))
-    frozen = [t.detach() for t in (x, w, tau, *tables)]
+        coeffs[1][:, 0] = 0
+    torch.library.opcheck(forward, (x, w, tau, *coeffs))
+    frozen = [t.detach() for t in (x, w, tau, *coeffs)]
     saved = forward(*frozen)
     for needs in ((True, True, True), (False, True, False)):
         torch.library.opcheck(backward, (torch.randn_like(saved[0]), *frozen, *saved, *needs))

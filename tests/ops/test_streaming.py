@@ -1,4 +1,4 @@
-"""What GPUs use: the streaming operators made of a family's logits, chunk by chunk, against the CPU's own kernels."""
+"""Tests of the chunked ops, which GPUs use, against the CPU's own kernels."""
 
 from __future__ import annotations
 
@@ -8,47 +8,55 @@ import pytest
 import torch
 from torch import Tensor
 
-from gistops.operators import chunks
-from gistops.operators.streaming import Streaming
+from gistops.backends.chunked import ChunkedOps, scorers
+from gistops.operators.cross_entropy_parts import PartsBackward, PartsForward
+from gistops.operators.logits import (
+    RotationBackward,
+    RotationForward,
+    SubcenterBackward,
+    SubcenterForward,
+)
+from gistops.operators.topk import Topk
 
 from .oracle import generator
 
 pytestmark = pytest.mark.cpu  # compares with the CPU's kernels, on the CPU
-KINDS = ("shared", "free", "tabled")
+KINDS = ("translation", "subcenters", "rotation")
 f64 = torch.float64
 
 
 @pytest.fixture(params=[1, 64 * 5, 1 << 22], ids=["chunks of 64", "uneven chunks", "one chunk"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CPU_CHUNK_ELEMENTS", 37 * request.param)
+    monkeypatch.setattr(scorers, "CPU_CHUNK_ELEMENTS", 37 * request.param)
 
 
 @pytest.fixture
-def family(fused: str) -> str:
-    return "constellation"
+def ops(fused: str) -> Any:
+    """The namespace whose logits kernels are called in chunks."""
+    return torch.ops.gistops
 
 
 def arguments(kind: str, dtype: torch.dtype, seed: int, bias: bool = True) -> tuple[Tensor | None, ...]:
-    """input, centers, displacements, tau, class_bias, feature_table, class_tables."""
+    """Return input, centers, displacements, tau, class_bias, input_coeffs, class_coeffs."""
     source = generator(seed)
     B, K, d, m = 37, 431, 24, 3
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=source).to(dtype)
 
-    tables = (random(B, m), 0.3 * random(2, m, K)) if kind == "tabled" else (None, None)
-    x, w = random(B, d), random(K, m, d) if kind == "free" else random(K, d)
+    coeffs = (random(B, m), 0.3 * random(2, m, K)) if kind == "rotation" else (None, None)
+    x, w = random(B, d), random(K, m, d) if kind == "subcenters" else random(K, d)
     if dtype == f64:  # zero vectors, whose gradients are of the size 1e12
         w[5], x[3] = 0, 0
-    if tables[0] is not None and tables[1] is not None:
-        tables[0][3], tables[1][:, :, 5], tables[1][:, 0] = 0, 0, 0
+    if coeffs[0] is not None and coeffs[1] is not None:
+        coeffs[0][3], coeffs[1][:, :, 5], coeffs[1][:, 0] = 0, 0, 0
     return (
         x,
         w,
-        0.3 * random(m if kind == "shared" else 0, d),
+        0.3 * random(m if kind == "translation" else 0, d),
         torch.tensor(9.0, dtype=dtype),
         random(K) if bias else None,
-        *tables,
+        *coeffs,
     )
 
 
@@ -68,20 +76,22 @@ def same(made: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch.dt
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, f64])
 @pytest.mark.parametrize("options", [False, True], ids=["bare", "bias and weight"])
-def test_loss(kind: str, dtype: torch.dtype, options: bool, chunk: None, family: str, seed: int) -> None:
+def test_loss(kind: str, dtype: torch.dtype, options: bool, chunk: None, ops: Any, seed: int) -> None:
     tensors = arguments(kind, dtype, seed, options)
     target = torch.randint(0, 431, (37,), generator=generator(seed))
     target[::5] = -100
     weight = torch.rand(431, generator=generator(seed)).to(dtype) if options else None
-    ours, space = Streaming(family), torch.ops.gistops
-    made = ours.lse_forward(*tensors, target, weight, -100)
-    expected = space.constellation_lse_forward.default(*tensors, target, weight, -100)
+    ours = ChunkedOps(ops)
+    made = ours.cross_entropy_parts_forward(PartsForward(*tensors, target, weight, -100))
+    expected = ops.cross_entropy_parts_forward.default(*tensors, target, weight, -100)
     same(made, expected, dtype)
     grads = [torch.randn(t.shape, generator=generator(seed + i)).to(dtype) for i, t in enumerate(made)]
     for needs in ((True,) * 5, (True, False, False, False, False), (False, True, True, True, options)):
         same(
-            ours.lse_backward(*grads, *tensors, target, weight, -100, expected[0], *needs),
-            space.constellation_lse_backward.default(
+            ours.cross_entropy_parts_backward(
+                PartsBackward(*grads, *tensors, target, weight, -100, expected[0], *needs)
+            ),
+            ops.cross_entropy_parts_backward.default(
                 *grads, *tensors, target, weight, -100, expected[0], *needs
             ),
             dtype,
@@ -90,61 +100,63 @@ def test_loss(kind: str, dtype: torch.dtype, options: bool, chunk: None, family:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", [1, 20, 431])
-def test_topk(kind: str, k: int, chunk: None, family: str, seed: int) -> None:
+def test_topk(kind: str, k: int, chunk: None, ops: Any, seed: int) -> None:
     tensors = arguments(kind, f64, seed)
-    made = Streaming(family).topk(*tensors, k, True)
-    same(made, torch.ops.gistops.constellation_topk.default(*tensors, k, True), f64)
+    made = ChunkedOps(ops).topk(Topk(*tensors, k, True))
+    same(made, ops.topk.default(*tensors, k, True), f64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, f64])
-def test_topk_of_equals(dtype: torch.dtype, chunk: None, family: str, seed: int) -> None:
+def test_topk_of_equals(dtype: torch.dtype, chunk: None, ops: Any, seed: int) -> None:
     """Keys hold score and place: equals, both zeros, NaNs and infinities come in the CPU's order."""
     some = torch.tensor([0.0, -0.0, 1.0, 1.0, -1.0, torch.nan, -torch.nan, torch.inf, -torch.inf, 1e-40])
     bias = some[torch.randint(0, len(some), (431,), generator=generator(seed))].to(dtype)
     zeros = (torch.zeros(3, 4, dtype=dtype), torch.ones(431, 4, dtype=dtype), torch.empty(0, 4, dtype=dtype))
     tensors = (*zeros, torch.tensor(1.0), bias, None, None)
     for k in (1, 100, 431):
-        made = Streaming(family).topk(*tensors, k)
-        expected = torch.ops.gistops.constellation_topk.default(*tensors, k)
+        made = ChunkedOps(ops).topk(Topk(*tensors, k))
+        expected = ops.topk.default(*tensors, k)
         assert torch.equal(made[1], expected[1])
         torch.testing.assert_close(made[0], expected[0], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, f64])
-def test_free_logits(dtype: torch.dtype, chunk: None, family: str, seed: int) -> None:
-    x, w, none, tau = arguments("free", dtype, seed)[:4]
-    ours, space = Streaming(family), torch.ops.gistops
-    made = ours.free_forward(x, w, none, tau)
-    expected = space.constellation_forward.default(x, w, none, tau)
+def test_subcenter_logits(dtype: torch.dtype, chunk: None, ops: Any, seed: int) -> None:
+    x, w, _, tau = arguments("subcenters", dtype, seed)[:4]
+    ours = ChunkedOps(ops)
+    made = ours.subcenter_forward(SubcenterForward(x, w, tau))
+    expected = ops.subcenter_forward.default(x, w, tau)
     same(made, expected, dtype)
     grad = torch.randn(made[0].shape, generator=generator(seed)).to(dtype)
-    for needs in ((True,) * 4, (True, False, False, False), (False, True, False, True)):
+    for needs in ((True,) * 3, (True, False, False), (False, True, True)):
         same(
-            ours.free_backward(grad, x, w, none, tau, *expected, *needs),
-            space.constellation_backward.default(grad, x, w, none, tau, *expected, *needs),
+            ours.subcenter_backward(SubcenterBackward(grad, x, w, tau, *expected, *needs)),
+            ops.subcenter_backward.default(grad, x, w, tau, *expected, *needs),
             dtype,
         )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, f64])
-def test_tabled_logits(dtype: torch.dtype, chunk: None, family: str, seed: int) -> None:
-    x, w, _, tau, _, *tables = arguments("tabled", dtype, seed)
-    ours, space = Streaming(family), torch.ops.gistops
-    made = ours.tabled_forward(x, w, tau, *tables)
-    expected = space.tabled_forward.default(x, w, tau, *tables)
+def test_rotation_logits(dtype: torch.dtype, chunk: None, ops: Any, seed: int) -> None:
+    x, w, _, tau, _, *coeffs = arguments("rotation", dtype, seed)
+    ours = ChunkedOps(ops)
+    made = ours.rotation_forward(RotationForward(x, w, tau, *coeffs))
+    expected = ops.rotation_forward.default(x, w, tau, *coeffs)
     same(made, expected, dtype)
     grad = torch.randn(made[0].shape, generator=generator(seed)).to(dtype)
     for needs in ((True,) * 3, (True, False, False), (False, True, False)):
         same(
-            ours.tabled_backward(grad, x, w, tau, *tables, *expected, *needs),
-            space.tabled_backward.default(grad, x, w, tau, *tables, *expected, *needs),
+            ours.rotation_backward(RotationBackward(grad, x, w, tau, *coeffs, *expected, *needs)),
+            ops.rotation_backward.default(grad, x, w, tau, *coeffs, *expected, *needs),
             dtype,
         )
 
 
-def test_chunks_bound_the_scores(monkeypatch: pytest.MonkeyPatch, family: str, seed: int) -> None:
+def test_chunks_bound_the_scores(monkeypatch: pytest.MonkeyPatch, ops: Any, seed: int) -> None:
     """No tensor of a chunk has more scores than CPU_CHUNK_ELEMENTS says."""
-    monkeypatch.setattr(chunks, "CPU_CHUNK_ELEMENTS", 37 * 100)
-    x, w, delta, tau = arguments("shared", torch.float32, seed)[:4]
-    parts = list(chunks.scorer(family, x, w, delta, tau, None, None, False).parts())
-    assert [(p.start, p.stop) for p in parts] == [(s, min(s + 100, 431)) for s in range(0, 431, 100)]
+    monkeypatch.setattr(scorers, "CPU_CHUNK_ELEMENTS", 37 * 100)
+    x, w, delta, tau = arguments("translation", torch.float32, seed)[:4]
+    scorer = scorers.make_scorer(ops, Topk(x, w, delta, tau, None, None, None, 1))
+    assert [(c.start, c.stop) for c in scorer.chunks()] == [
+        (s, min(s + 100, 431)) for s in range(0, 431, 100)
+    ]

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gistops
+from gistops import backends
 
 from .loss_oracle import OPTIONS, Call, Options
 from .loss_oracle import gradients as loss_gradients
-from .oracle import Sample, allowed, allowed_of_tau, error, generator, operators
+from .oracle import Sample, allowed, allowed_of_tau, error, generator
 
 half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64
 
@@ -159,18 +160,13 @@ def test_same_bits_and_layouts(fused: str, seed: int) -> None:
 def test_opcheck_gradcheck_and_compile(fused: str, seed: int) -> None:
     tensors = Free(37, 130, 3, 20).tensors(seed)
     x, w, tau = tensors
-    none = torch.empty(0, 20)
-    if fused == "cpu":
-        forward, backward = operators(fused)
-    else:
-        space = torch.ops.gistops
-        forward = getattr(space, f"{fused}_free_forward").default
-        backward = getattr(space, f"{fused}_free_backward").default
-    torch.library.opcheck(forward, (x, w, none, tau))
+    ops = backends.ops(fused)
+    forward, backward = ops.subcenter_forward.default, ops.subcenter_backward.default
+    torch.library.opcheck(forward, (x, w, tau))
     with torch.no_grad():
-        saved = forward(x, w, none, tau)
-    frozen = [x.detach(), w.detach(), none, tau.detach()]
-    for needs in ((True,) * 4, (True, False, False, True), (False, True, False, False)):
+        saved = forward(x, w, tau)
+    frozen = [x.detach(), w.detach(), tau.detach()]
+    for needs in ((True,) * 3, (True, False, True), (False, True, False)):
         torch.library.opcheck(backward, (torch.randn_like(saved[0]), *frozen, *saved, *needs))
 
     small = [t.detach().double().requires_grad_() for t in Free(3, 5, 2, 4).tensors(seed)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import gistops
+from gistops._classifier import Classifier
 from gistops.functional.logits import center_norms
 from gistops.functional.topk import topk as checked_topk
 
@@ -97,7 +98,9 @@ def test_same_bits_as_the_logits(fused: str, seed: int) -> None:
     values, classes, best = gistops.constellation_topk(*tensors, 50)
     assert torch.equal(logits.gather(1, classes), values)
     assert torch.equal(slots.gather(1, classes), best)
-    frozen = checked_topk(*tensors, 50, None, False, None, norms=center_norms(*tensors[1:3]))
+    x, *rest = tensors
+    classifier = Classifier(*rest)
+    frozen = checked_topk(x, classifier, 50, None, False, None, norms=center_norms(classifier))
     assert all(torch.equal(a, b) for a, b in zip(frozen, (values, classes, best), strict=True))
     for threads in (1, 3, 7):
         before = torch.get_num_threads()

@@ -139,7 +139,7 @@ def test_autocast_on_the_cpu(dtype: torch.dtype, backend: str, seed: int) -> Non
 
 def test_autocast_is_registered_for_both_devices(fused: str) -> None:
     for key in ("AutocastCPU", "AutocastCUDA"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key("gistops::constellation_forward", key)
+        assert torch._C._dispatch_has_kernel_for_dispatch_key("gistops::logits_forward", key)
 
 
 def refuse_a_distributed_tensor(rank: int, seed: int) -> None:

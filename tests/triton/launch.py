@@ -17,6 +17,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from gistops.backends.triton import configs, loss, operators
+from gistops.operators.cross_entropy import CrossEntropyBackward, CrossEntropyForward
+from gistops.operators.logits import LogitsBackward, LogitsForward
 
 
 class Driver:
@@ -59,12 +61,13 @@ def main() -> None:
         (torch.float16, 5, 7, 33, 20),
     ):
         tensors = [torch.randn(n, d, dtype=dtype) for n in (B, K, m)] + [torch.tensor(3.0)]
-        saved = operators.forward(*tensors)
-        made = operators.backward(torch.randn(B, K), *tensors, *saved, True, True, True, True)
+        saved = operators.forward(LogitsForward(*tensors))
+        made: tuple[torch.Tensor, ...]
+        made = operators.backward(LogitsBackward(torch.randn(B, K), *tensors, *saved, True, True, True, True))
         assert all(g.shape == t.shape and g.dtype == t.dtype for g, t in zip(made, tensors, strict=True))
         with configs.forced(product="fused", centers_product="cublas"):
-            saved = operators.forward(*tensors)
-            operators.backward(torch.randn(B, K), *tensors, *saved, False, True, False, False)
+            saved = operators.forward(LogitsForward(*tensors))
+            operators.backward(LogitsBackward(torch.randn(B, K), *tensors, *saved, False, True, False, False))
         arguments = (
             *tensors,
             torch.zeros(B, dtype=torch.int64),
@@ -74,8 +77,10 @@ def main() -> None:
         )
         options = (2, 1, -100, 0.1)
         for keep in (True, False):
-            value, lse, _, *kept = loss.forward(*arguments, *options, keep)
-            made = loss.backward(value, lse, *arguments, lse, *kept, *options, *[True] * 6)
+            value, lse, _, *kept = loss.forward(CrossEntropyForward(*arguments, *options, keep))
+            made = loss.backward(
+                CrossEntropyBackward(value, lse, *arguments, lse, *kept, *options, *[True] * 6)
+            )
             expected = (*tensors, arguments[5], arguments[7])
             assert all(g.shape == t.shape and g.dtype == t.dtype for g, t in zip(made, expected, strict=True))
 

@@ -213,7 +213,7 @@ def test_layouts(seed: int) -> None:
 
 def run_operator(tensors: list[Tensor]) -> tuple[Tensor, ...]:
     gistops.constellation_logits(*tensors, backend="triton")  # defines the operators
-    return tuple(torch.ops.gistops.triton_forward(*tensors))
+    return tuple(torch.ops.gistops_triton.logits_forward(*tensors))
 
 
 @pytest.mark.parametrize("tiles", ["small"], indirect=True)
@@ -239,7 +239,7 @@ def test_only_the_gradients_asked_for(cancelled: bool, seed: int) -> None:
     saved = run_operator(tensors)
     assert (saved[2] < 0).any() == cancelled
     grad = torch.randn(9, 20)
-    backward = torch.ops.gistops.triton_backward
+    backward = torch.ops.gistops_triton.logits_backward
     every = backward(grad, *tensors, *saved, True, True, True, True)
     for needs in itertools.product([False, True], repeat=4):
         some = backward(grad, *tensors, *saved, *needs)
@@ -253,11 +253,11 @@ def test_only_the_gradients_asked_for(cancelled: bool, seed: int) -> None:
 def test_opcheck(sample: Sample, seed: int) -> None:
     tensors = sample.tensors(seed)
     saved = run_operator([t.detach() for t in tensors])
-    torch.library.opcheck(torch.ops.gistops.triton_forward.default, tuple(tensors))
+    torch.library.opcheck(torch.ops.gistops_triton.logits_forward.default, tuple(tensors))
     frozen = [t.detach() for t in tensors]
     for needs in ((True, True, True, True), (True, False, True, False)):
         arguments = (torch.randn_like(saved[0]), *frozen, *saved, *needs)
-        torch.library.opcheck(torch.ops.gistops.triton_backward.default, arguments)
+        torch.library.opcheck(torch.ops.gistops_triton.logits_backward.default, arguments)
 
 
 def test_gradcheck(seed: int) -> None:
@@ -287,7 +287,7 @@ def test_compile_without_a_graph_break(seed: int) -> None:
 def test_operators_called_without_the_checks_stay_safe(seed: int) -> None:
     tensors = Sample(3, 5, 8, 2).tensors(seed, requires_grad=False)
     saved = run_operator(tensors)
-    forward, backward = torch.ops.gistops.triton_forward, torch.ops.gistops.triton_backward
+    forward, backward = torch.ops.gistops_triton.logits_forward, torch.ops.gistops_triton.logits_backward
     with pytest.raises(RuntimeError, match="expected input"):
         forward(tensors[0], tensors[1][:, :7], *tensors[2:])
     with pytest.raises(RuntimeError, match="tau of one element"):

@@ -25,8 +25,8 @@ if not INTERPRETED:
 
 from triton.runtime.interpreter import InterpretedFunction
 
+from gistops.backends import eager_loss
 from gistops.backends.triton import loss as kernels
-from gistops.operators import cross_entropy
 
 bf16, f64 = torch.bfloat16, torch.float64
 #: aten calls that launch nothing.
@@ -83,7 +83,9 @@ def test_a_step_takes_few_launches(
     used = [*leaves[:4], *([leaves[4]] if options.bias else []), *([leaves[5]] if options.margin else [])]
     call = dataclasses.replace(call, target=target, weight=weight)
     # Checks of a target on the CPU are not what a GPU sees.
-    monkeypatch.setattr("gistops.functional.loss.check_loss", lambda target, *_: target)
+    monkeypatch.setattr(
+        "gistops.functional.cross_entropy.check_loss", lambda input, classifier, target, options: target
+    )
     with Launches(monkeypatch) as launches:
         made = call.ours(leaves, "triton", return_lse=False)
         torch.autograd.grad(made, used, torch.ones_like(made))
@@ -96,7 +98,7 @@ def test_a_step_takes_few_launches(
 @pytest.mark.parametrize("options", [OPTIONS[4], OPTIONS[8]], ids=lambda o: o.id)
 def test_scores_made_again(options: Options, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Chunks of 64 classes, the least, in both directions."""
-    monkeypatch.setattr(cross_entropy, "HELD_BYTES", 0)
+    monkeypatch.setattr(eager_loss, "HELD_BYTES", 0)
     monkeypatch.setattr(kernels, "CHUNK_ELEMENTS", 1)
     loss.compare(Call.of(Sample(21, 150, 20, 3), options, seed), "triton", seed)
 
@@ -120,7 +122,7 @@ def cancelling(call: Call) -> Call:
 @pytest.mark.parametrize("held", [True, False])
 def test_pairs_that_cancel(held: bool, tiles: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     if not held:
-        monkeypatch.setattr(cross_entropy, "HELD_BYTES", 0)
+        monkeypatch.setattr(eager_loss, "HELD_BYTES", 0)
         monkeypatch.setattr(kernels, "CHUNK_ELEMENTS", 1)
     call = cancelling(Call.of(Sample(37, 70, 20, 3), OPTIONS[6], seed))
     leaves = call.leaves()
@@ -167,7 +169,9 @@ def test_contract(seed: int) -> None:
 
 def test_a_target_out_of_range_on_the_device(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """If nobody looks at targets beforehand, the assertion that runs beside the kernels finds them."""
-    monkeypatch.setattr("gistops.functional.loss.check_loss", lambda target, *_: target)
+    monkeypatch.setattr(
+        "gistops.functional.cross_entropy.check_loss", lambda input, classifier, target, options: target
+    )
     tensors = Sample(6, 12, 20, 2).tensors(seed)
     for value in (12, -1):
         target = torch.zeros(6, dtype=torch.int64)
@@ -184,9 +188,9 @@ def test_opcheck(optional: bool, keep: bool, seed: int) -> None:
     x, w, delta, tau, bias, margin = call.leaves()
     extra = (bias, call.weight, margin) if optional else (None, None, None)
     options = (1, 0 if optional else 1, -100, 0.1 if optional else 0.0)
-    operators = torch.ops.gistops
+    ops = torch.ops.gistops_triton
     arguments = (x, w, delta, tau, call.target.long(), *extra)
-    forward = operators.triton_cross_entropy_forward.default
+    forward = ops.cross_entropy_forward.default
     torch.library.opcheck(forward, (*arguments, *options, keep))
     with torch.no_grad():
         made = forward(*arguments, *options, keep)
@@ -194,9 +198,7 @@ def test_opcheck(optional: bool, keep: bool, seed: int) -> None:
     grads = (torch.randn_like(made[0]), torch.randn_like(made[1]) if optional else None)
     saved = (made[1], *made[3:])
     for needs in ((True,) * 6, (False, True, False, False, False, True)):
-        torch.library.opcheck(
-            operators.triton_cross_entropy_backward.default, (*grads, *frozen, *saved, *options, *needs)
-        )
+        torch.library.opcheck(ops.cross_entropy_backward.default, (*grads, *frozen, *saved, *options, *needs))
 
 
 def test_the_operators_in_pytorch(seed: int) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gistops.functional import mlp as networks
-from gistops.operators import chunks
+from gistops.backends.chunked import scorers
+from gistops.functional.transforms import mlp as mlp_transform
 from tests.ops import test_autocast as autocast
 from tests.ops import test_device as device
 from tests.ops import test_loss as loss
@@ -30,7 +30,7 @@ half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 64 classes, the least."""
-    monkeypatch.setattr(chunks, "CPU_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(scorers, "CPU_CHUNK_ELEMENTS", 1)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=[o.id for o in OPTIONS])
@@ -125,7 +125,7 @@ def test_rotations_in_pytorch(seed: int) -> None:
 
 
 def test_vectors_of_a_network(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    monkeypatch.setattr(networks, "CHUNK_ELEMENTS", 12 * 4 * 40)
+    monkeypatch.setattr(mlp_transform, "CHUNK_ELEMENTS", 12 * 4 * 40)
     mlp.test_logits(None, "triton", seed)
     mlp.test_loss(True, "none", None, "triton", seed)
     mlp.test_topk(None, "triton", seed)

@@ -54,8 +54,8 @@ struct Arguments {
   std::optional<Tensor> x, y;  // tables [B, M] and [2, M, K], in the type of computation
 
   Arguments(const Tensor& f, const Tensor& w, const Tensor& delta, const Tensor& t,
-            const std::optional<Tensor>& feature_table = std::nullopt,
-            const std::optional<Tensor>& class_tables = std::nullopt)
+            const std::optional<Tensor>& input_coeffs = std::nullopt,
+            const std::optional<Tensor>& class_coeffs = std::nullopt)
       : input(torch::stable::contiguous(f)), centers(torch::stable::contiguous(w)), displacements(delta), tau(t),
         wide(is_double(f) || is_double(w) || is_double(delta)), compute(wide ? ScalarType::Double : ScalarType::Float) {
     STD_TORCH_CHECK(blas_available(),
@@ -70,12 +70,12 @@ struct Arguments {
     STD_TORCH_CHECK(f.is_cpu() && w.is_cpu() && delta.is_cpu() && t.is_cpu(), "gistops: expected tensors on the CPU");
     displacements = torch::stable::contiguous(torch::stable::to(displacements, compute));
     tau = torch::stable::to(tau, compute);
-    if (!feature_table || !class_tables) return;
-    const int64_t slots = feature_table->dim() == 2 ? feature_table->size(1) : 0;
+    if (!input_coeffs || !class_coeffs) return;
+    const int64_t slots = input_coeffs->dim() == 2 ? input_coeffs->size(1) : 0;
     STD_TORCH_CHECK(w.dim() == 2 && delta.size(0) == 0 && slots >= 1 && slots <= 256,
                     "gistops: expected tables of 1 to 256 slots without displacements");
-    x = checked(torch::stable::to(*feature_table, compute), {B(), slots}, compute, "feature_table");
-    y = checked(torch::stable::to(*class_tables, compute), {2, slots, K()}, compute, "class_tables");
+    x = checked(torch::stable::to(*input_coeffs, compute), {B(), slots}, compute, "input_coeffs");
+    y = checked(torch::stable::to(*class_coeffs, compute), {2, slots, K()}, compute, "class_coeffs");
   }
 
   int64_t B() const { return input.size(0); }

@@ -49,7 +49,7 @@ struct Terms {
 void check_parked(const Arguments& a, const Tensor& parked) {
   STD_TORCH_CHECK(parked.is_cpu() && parked.is_contiguous() && parked.numel() == a.centers.numel() &&
                       parked.scalar_type() == a.centers.scalar_type(),
-                  "gistops: parked: expected a contiguous tensor of the shape and dtype of centers");
+                  "gistops: stash: expected a contiguous tensor of the shape and dtype of centers");
 }
 
 template <class T>
@@ -88,10 +88,10 @@ struct Call {
   LseGradients backward(const Tensor& grad_lse, const Tensor& grad_target, const Tensor& grad_sums, const Tensor& lse,
                         bool need_input, bool need_centers, bool need_displacements, bool need_tau, bool need_bias,
                         const Tensor* parked) const {
-    const Tensor of_lse = a.checked(grad_lse, {a.B()}, a.compute, "grad_lse"),
-                 of_target = a.checked(grad_target, {a.B()}, a.compute, "grad_target"),
-                 of_sums = a.checked(grad_sums, {t.weight ? a.B() : 0}, a.compute, "grad_sums"),
-                 sums = a.checked(lse, {a.B()}, a.compute, "lse");
+    const Tensor of_lse = a.checked(grad_lse, {a.B()}, a.compute, "grad_lse_others"),
+                 of_target = a.checked(grad_target, {a.B()}, a.compute, "grad_target_logits"),
+                 of_sums = a.checked(grad_sums, {t.weight ? a.B() : 0}, a.compute, "grad_weighted_sums"),
+                 sums = a.checked(lse, {a.B()}, a.compute, "lse_others");
     if (parked) check_parked(a, *parked);
     const GradientTensors g(a, need_input, need_centers, need_displacements, need_tau, parked);
     const Tensor of_bias = like(a.input, {need_bias && *bias ? a.K() : 0}, a.compute);
@@ -111,47 +111,49 @@ struct Call {
   }
 };
 
-Lse lse_forward(const Tensor& input, const Tensor& centers, const Tensor& displacements, const Tensor& tau,
-                Optional class_bias, Optional feature_table, Optional class_tables, const Tensor& target,
-                Optional weight, int64_t ignore_index, bool /*allow_tf32*/) {
-  return Call(input, centers, displacements, tau, class_bias, feature_table, class_tables, target, weight, ignore_index)
+Lse cross_entropy_parts_forward(const Tensor& input, const Tensor& centers, const Tensor& displacements,
+                                const Tensor& tau, Optional class_bias, Optional input_coeffs, Optional class_coeffs,
+                                const Tensor& target, Optional weight, int64_t ignore_index, bool /*allow_tf32*/) {
+  return Call(input, centers, displacements, tau, class_bias, input_coeffs, class_coeffs, target, weight, ignore_index)
       .forward(nullptr);
 }
 
-Lse parked_lse_forward(const Tensor& input, const Tensor& centers, const Tensor& displacements, const Tensor& tau,
-                       Optional class_bias, Optional feature_table, Optional class_tables, const Tensor& target,
-                       Optional weight, int64_t ignore_index, const Tensor& parked) {
-  return Call(input, centers, displacements, tau, class_bias, feature_table, class_tables, target, weight, ignore_index)
+Lse stashed_cross_entropy_parts_forward(const Tensor& input, const Tensor& centers, const Tensor& displacements,
+                                        const Tensor& tau, Optional class_bias, Optional input_coeffs,
+                                        Optional class_coeffs, const Tensor& target, Optional weight,
+                                        int64_t ignore_index, const Tensor& parked) {
+  return Call(input, centers, displacements, tau, class_bias, input_coeffs, class_coeffs, target, weight, ignore_index)
       .forward(&parked);
 }
 
-LseGradients lse_backward(const Tensor& grad_lse, const Tensor& grad_target, const Tensor& grad_sums,
-                          const Tensor& input, const Tensor& centers, const Tensor& displacements, const Tensor& tau,
-                          Optional class_bias, Optional feature_table, Optional class_tables, const Tensor& target,
-                          Optional weight, int64_t ignore_index, const Tensor& lse, bool need_input, bool need_centers,
-                          bool need_displacements, bool need_tau, bool need_bias, bool /*allow_tf32*/) {
-  return Call(input, centers, displacements, tau, class_bias, feature_table, class_tables, target, weight, ignore_index)
+LseGradients cross_entropy_parts_backward(const Tensor& grad_lse, const Tensor& grad_target, const Tensor& grad_sums,
+                                          const Tensor& input, const Tensor& centers, const Tensor& displacements,
+                                          const Tensor& tau, Optional class_bias, Optional input_coeffs,
+                                          Optional class_coeffs, const Tensor& target, Optional weight,
+                                          int64_t ignore_index, const Tensor& lse, bool need_input, bool need_centers,
+                                          bool need_displacements, bool need_tau, bool need_bias, bool /*allow_tf32*/) {
+  return Call(input, centers, displacements, tau, class_bias, input_coeffs, class_coeffs, target, weight, ignore_index)
       .backward(grad_lse, grad_target, grad_sums, lse, need_input, need_centers, need_displacements, need_tau,
                 need_bias, nullptr);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> parked_lse_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> stashed_cross_entropy_parts_backward(
     const Tensor& grad_lse, const Tensor& grad_target, const Tensor& grad_sums, const Tensor& input,
-    const Tensor& centers, const Tensor& displacements, const Tensor& tau, Optional class_bias, Optional feature_table,
-    Optional class_tables, const Tensor& target, Optional weight, int64_t ignore_index, const Tensor& lse,
+    const Tensor& centers, const Tensor& displacements, const Tensor& tau, Optional class_bias, Optional input_coeffs,
+    Optional class_coeffs, const Tensor& target, Optional weight, int64_t ignore_index, const Tensor& lse,
     bool need_input, bool need_displacements, bool need_tau, bool need_bias, const Tensor& parked) {
   const auto [of_input, of_centers, of_displacements, of_tau, of_bias, of_x, of_y] =
-      Call(input, centers, displacements, tau, class_bias, feature_table, class_tables, target, weight, ignore_index)
+      Call(input, centers, displacements, tau, class_bias, input_coeffs, class_coeffs, target, weight, ignore_index)
           .backward(grad_lse, grad_target, grad_sums, lse, need_input, true, need_displacements, need_tau, need_bias,
                     &parked);
   return {of_input, of_displacements, of_tau, of_bias, of_x, of_y};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> best(const Tensor& input, const Tensor& centers, const Tensor& displacements,
-                                                const Tensor& tau, Optional class_bias, Optional feature_table,
-                                                Optional class_tables, int64_t k, bool need_lse, bool /*allow_tf32*/,
-                                                Optional norms) {
-  const Arguments a(input, centers, displacements, tau, feature_table, class_tables);
+std::tuple<Tensor, Tensor, Tensor, Tensor> topk_op(const Tensor& input, const Tensor& centers,
+                                                   const Tensor& displacements, const Tensor& tau, Optional class_bias,
+                                                   Optional input_coeffs, Optional class_coeffs, int64_t k,
+                                                   bool need_lse, bool /*allow_tf32*/, Optional norms) {
+  const Arguments a(input, centers, displacements, tau, input_coeffs, class_coeffs);
   const Optional bias = of_classes(a, class_bias, "class_bias");
   STD_TORCH_CHECK(k >= 1 && k <= a.K(), "gistops: expected 1 <= k <= ", a.K(), ", got ", k);
   const Tensor of_best = like(input, {a.B(), k}, a.compute), classes = like(input, {a.B(), k}, ScalarType::Long),
@@ -170,9 +172,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> best(const Tensor& input, const Tenso
 }  // namespace gistops
 
 STABLE_TORCH_LIBRARY_IMPL(gistops, CPU, m) {
-  m.impl("constellation_lse_forward", TORCH_BOX(&gistops::lse_forward));
-  m.impl("constellation_lse_backward", TORCH_BOX(&gistops::lse_backward));
-  m.impl("constellation_parked_lse_forward", TORCH_BOX(&gistops::parked_lse_forward));
-  m.impl("constellation_parked_lse_backward", TORCH_BOX(&gistops::parked_lse_backward));
-  m.impl("constellation_topk", TORCH_BOX(&gistops::best));
+  m.impl("cross_entropy_parts_forward", TORCH_BOX(&gistops::cross_entropy_parts_forward));
+  m.impl("cross_entropy_parts_backward", TORCH_BOX(&gistops::cross_entropy_parts_backward));
+  m.impl("stashed_cross_entropy_parts_forward", TORCH_BOX(&gistops::stashed_cross_entropy_parts_forward));
+  m.impl("stashed_cross_entropy_parts_backward", TORCH_BOX(&gistops::stashed_cross_entropy_parts_backward));
+  m.impl("topk", TORCH_BOX(&gistops::topk_op));
 }

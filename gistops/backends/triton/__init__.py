@@ -5,8 +5,16 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from ...operators import registry
+from ...operators.cross_entropy import CROSS_ENTROPY_BACKWARD, CROSS_ENTROPY_FORWARD
+from ...operators.logits import LOGITS_BACKWARD, LOGITS_FORWARD
+from ..chunked import ChunkedOps
+from ..eager_loss import python_kernels
 
 
 def why_not(device_type: str) -> str | None:
@@ -23,13 +31,20 @@ def why_not(device_type: str) -> str | None:
 
 @functools.cache
 def _define() -> str | None:
-    """Import the kernels and define the family `triton`, once; why not, if that fails."""
+    """Import the kernels and define the ops in `torch.ops.gistops_triton`, once; return why not, if that fails."""
     try:
         from . import loss, operators
     except ImportError as error:
         return f"Triton does not load: {error}"
-    from ... import operators as dispatcher
-
-    dispatcher.define("triton", operators.forward, operators.backward, ("CUDA", "CPU"))
-    dispatcher.cross_entropy.define("triton", loss.forward, loss.backward, ("CUDA", "CPU"))
+    ops = torch.ops.gistops_triton
+    kernels: dict[registry.Op, Callable[[Any], Any]] = {
+        LOGITS_FORWARD: operators.forward,
+        LOGITS_BACKWARD: operators.backward,
+        CROSS_ENTROPY_FORWARD: loss.forward,
+        CROSS_ENTROPY_BACKWARD: loss.backward,
+        **ChunkedOps(ops).kernels(),
+    }
+    for op, kernel in kernels.items():
+        registry.define(ops, op, kernel, ("CUDA", "CPU"))
+    python_kernels[ops.name] = loss.forward, loss.backward
     return None

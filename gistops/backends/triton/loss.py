@@ -1,4 +1,4 @@
-"""`gistops::triton_cross_entropy_forward` and `_backward`: tensors in, kernels launched, tensors out.
+"""`cross_entropy_forward` and `_backward` of `torch.ops.gistops_triton`: tensors in, kernels launched, tensors out.
 
 A loss takes six launches beside the product W f', its gradients six beside the product HW. Scores and slots are held
 for the backward (`keep`), class by class; otherwise both directions work in chunks of classes, and the backward makes
@@ -8,12 +8,18 @@ the scores again. Nothing waits for the GPU.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from ...operators.cross_entropy import padded
+from ...operators.cross_entropy import (
+    CrossEntropy,
+    CrossEntropyBackward,
+    CrossEntropyForward,
+    CrossEntropyGradients,
+    padded_rows,
+)
 from . import configs, gradients, operators
 from .cancellation_lse import rescore_cancelled_lse_kernel
 from .configs import grouped, power_of_two
@@ -24,24 +30,8 @@ from .route_loss_grad import route_loss_grad_kernel
 from .routing import Needs, Parts, Routed, Saved, reduce_partials
 from .row_loss import reduce_loss_kernel, row_loss_kernel
 
+Loss = TypeVar("Loss", CrossEntropyForward, CrossEntropyBackward)
 CHUNK_ELEMENTS = 1 << 25  # scores in a chunk at most, where they are not held
-
-
-class Loss(NamedTuple):
-    """The arguments of a loss beside those of the logits; tensors contiguous."""
-
-    target: Tensor
-    bias: Tensor | None
-    weight: Tensor | None
-    margin: Tensor | None
-    margin_kind: int
-    reduction: int
-    ignore_index: int
-    smoothing: float
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 class Chunk(NamedTuple):
@@ -70,7 +60,7 @@ def chunks(p: LaunchArgs, size: int, tile: tuple[int, int, int]) -> Iterator[Chu
 
 def chunk_size(p: LaunchArgs, held: bool) -> int:
     """Classes of a chunk."""
-    return p.sizes[1] if held else max(64, CHUNK_ELEMENTS // max(padded(p.sizes[0]), 1) // 64 * 64)
+    return p.sizes[1] if held else max(64, CHUNK_ELEMENTS // max(padded_rows(p.sizes[0]), 1) // 64 * 64)
 
 
 def loss_grad_tile(p: LaunchArgs) -> tuple[int, int, int]:
@@ -78,44 +68,42 @@ def loss_grad_tile(p: LaunchArgs) -> tuple[int, int, int]:
     return p.small.route_loss_grad if p.sizes[3] <= 32 else p.small.route_loss_grad_many
 
 
-def forward(
-    input: Tensor,
-    centers: Tensor,
-    displacements: Tensor,
-    tau: Tensor,
-    target: Tensor,
-    class_bias: Tensor | None,
-    weight: Tensor | None,
-    margin: Tensor | None,
-    margin_kind: int,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    keep: bool,
-    allow_tf32: bool = False,
-) -> tuple[Tensor, ...]:
-    """`cross_entropy.FORWARD_SCHEMA`."""
-    p = LaunchArgs.of(input, centers, displacements, tau, allow_tf32)
+def _contiguous(a: Loss) -> Loss:
+    """Make the loss's own tensors contiguous."""
+
+    def contiguous(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.contiguous()
+
+    return a._replace(
+        target=a.target.contiguous(),
+        class_bias=contiguous(a.class_bias),
+        weight=contiguous(a.weight),
+        margin=contiguous(a.margin),
+    )
+
+
+def forward(a: CrossEntropyForward) -> CrossEntropy:
+    """Return the outputs of `cross_entropy_forward`."""
+    a, keep = _contiguous(a), a.keep_scores
+    p = LaunchArgs.of(a.input, a.centers, a.displacements, a.tau, a.allow_tf32)
     B, K, _, M = p.sizes
-    vectors = (_contiguous(class_bias), _contiguous(weight), _contiguous(margin))
-    of = Loss(target.contiguous(), *vectors, margin_kind, reduction, ignore_index, label_smoothing)
     new = p.input.new_empty
     lse, inside = new(B, dtype=p.sums), new(1, dtype=torch.bool)
-    loss = new((B,) if reduction == 0 else (), dtype=p.sums)
+    loss = new((B,) if a.reduction == 0 else (), dtype=p.sums)
     center_rnorms, input_rnorms = new(M, K, dtype=p.sums), new(B, dtype=p.sums)
-    rows, scalars = new(2 if margin is None else 5, B, dtype=p.sums), new(2, dtype=p.sums)
+    rows, scalars = new(2 if a.margin is None else 5, B, dtype=p.sums), new(2, dtype=p.sums)
     every = list(chunks(p, chunk_size(p, keep), p.small.lse))
-    shape = (max(c.p.sizes[1] for c in every), padded(B))
+    shape = (max(c.p.sizes[1] for c in every), padded_rows(B))
     scores, slots = new(shape, dtype=p.sums), new(shape if keep else (0, 0), dtype=torch.uint8)
     if B == 0:
-        loss.fill_(torch.nan if reduction == 1 else 0.0)
+        loss.fill_(torch.nan if a.reduction == 1 else 0.0)
         inside.fill_(True)
         center_rnorms.zero_()
         scalars.zero_()
-        return loss, lse, inside, scores, slots, center_rnorms, input_rnorms, rows, scalars
+        return CrossEntropy(loss, lse, inside, scores, slots, center_rnorms, input_rnorms, rows, scalars)
     groups = every[-1].first_group + every[-1].groups
     target_logits = new(B, dtype=p.sums)
-    partials = new(2 + (label_smoothing > 0), groups, B, dtype=p.sums)
+    partials = new(2 + (a.label_smoothing > 0), groups, B, dtype=p.sums)
     class_sums = new(2, groups, dtype=p.sums)
     with on_device(p.input.device):
         shifts = new(M, B, dtype=p.sums)
@@ -123,18 +111,18 @@ def forward(
             rnorms = center_rnorms if c.groups == groups else new(M, c.p.sizes[1], dtype=p.sums)
             operators.every_norm(c.p, shifts, rnorms, input_rnorms if c.first == 0 else None)
             z, slot = (scores, slots) if keep else (scores[: c.p.sizes[1]], None)
-            _score(c, of, z, slot, rnorms, input_rnorms, shifts, target_logits, partials, class_sums, groups)
+            _score(c, a, z, slot, rnorms, input_rnorms, shifts, target_logits, partials, class_sums, groups)
             if rnorms is not center_rnorms:
                 center_rnorms[:, c.first : c.first + c.p.sizes[1]] = rnorms
-        _finish(p, of, partials, class_sums, target_logits, loss, lse, inside, rows, scalars)
+        _finish(p, a, partials, class_sums, target_logits, loss, lse, inside, rows, scalars)
     if not keep:
         scores = scores.new_empty(0, 0)
-    return loss, lse, inside, scores, slots, center_rnorms, input_rnorms, rows, scalars
+    return CrossEntropy(loss, lse, inside, scores, slots, center_rnorms, input_rnorms, rows, scalars)
 
 
 def _score(
     c: Chunk,
-    of: Loss,
+    a: Loss,
     scores: Tensor,
     slots: Tensor | None,
     rnorms: Tensor,
@@ -150,30 +138,30 @@ def _score(
     B, K, d, M = p.sizes
     part = slice(c.first, c.first + K)
     multiply(p.centers, p.input.t(), scores[:, :B])
-    sums = of.smoothing > 0
+    sums = a.label_smoothing > 0
     options: dict[str, Any] = {
-        "PARK": slots is not None, "HAS_BIAS": of.bias is not None,
-        "HAS_WEIGHT": of.weight is not None and sums, "SUMS": sums, **p.constants("ACC"),
+        "PARK": slots is not None, "HAS_BIAS": a.class_bias is not None,
+        "HAS_WEIGHT": a.weight is not None and sums, "SUMS": sums, **p.constants("ACC"),
     }  # fmt: skip
-    bias, weight = (None if x is None else x[part] for x in (of.bias, of.weight))
+    bias, weight = (None if x is None else x[part] for x in (a.class_bias, a.weight))
     lse_kernel[(c.groups * tiles_of(B, c.tile[1]),)](
-        scores, slots, rnorms, shifts, input_rnorms, p.tau, of.target, bias, weight, target_logits, partials,
-        class_sums, B, K, scores.shape[1], M, c.run, c.first, c.first_group, groups, of.ignore_index,
+        scores, slots, rnorms, shifts, input_rnorms, p.tau, a.target, bias, weight, target_logits, partials,
+        class_sums, B, K, scores.shape[1], M, c.run, c.first, c.first_group, groups, a.ignore_index,
         BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], COUNT=configs.few(M), num_warps=c.tile[2], **options,
     )  # fmt: skip
     if M > 1:
         classes, rows, dims = p.small.rescore
         classes = min(classes, c.tile[0])
         rescore_cancelled_lse_kernel[(c.groups,)](
-            p.input, p.centers, p.displacements, p.tau, input_rnorms, scores, slots, rnorms, of.target, bias, weight,
+            p.input, p.centers, p.displacements, p.tau, input_rnorms, scores, slots, rnorms, a.target, bias, weight,
             target_logits, partials, B, K, d, scores.shape[1], M, c.run * (c.tile[0] // classes), c.first,
-            c.first_group, groups, of.ignore_index, BLOCK_C=classes, BLOCK_B=rows, BLOCK_D=dims, **options,
+            c.first_group, groups, a.ignore_index, BLOCK_C=classes, BLOCK_B=rows, BLOCK_D=dims, **options,
         )  # fmt: skip
 
 
 def _finish(
     p: LaunchArgs,
-    of: Loss,
+    a: Loss,
     partials: Tensor,
     class_sums: Tensor,
     target_logits: Tensor,
@@ -189,88 +177,59 @@ def _finish(
     programs = tiles_of(B, height)
     parts = p.input.new_empty(3, programs, dtype=p.sums)
     row_loss_kernel[(programs,)](
-        partials, class_sums, target_logits, of.target, of.bias, of.weight, of.margin, p.tau,
-        loss, lse, rows, parts, scalars, B, K, partials.shape[1], of.ignore_index, BLOCK_R=height, BLOCK_T=run,
-        MARGIN=0 if of.margin is None else of.margin_kind + 1,
-        MARGIN_EACH=of.margin is not None and of.margin.numel() > 1,
-        SMOOTHING=of.smoothing, REDUCED=of.reduction > 0,
-        HAS_BIAS=of.bias is not None, HAS_WEIGHT=of.weight is not None,
+        partials, class_sums, target_logits, a.target, a.class_bias, a.weight, a.margin, p.tau,
+        loss, lse, rows, parts, scalars, B, K, partials.shape[1], a.ignore_index, BLOCK_R=height, BLOCK_T=run,
+        MARGIN=0 if a.margin is None else a.margin_kind + 1,
+        MARGIN_EACH=a.margin is not None and a.margin.numel() > 1,
+        SMOOTHING=a.label_smoothing, REDUCED=a.reduction > 0,
+        HAS_BIAS=a.class_bias is not None, HAS_WEIGHT=a.weight is not None,
     )  # fmt: skip
     reduce_loss_kernel[(1,)](
-        parts, loss, scalars, inside, programs, BLOCK=long, REDUCED=of.reduction > 0, MEAN=of.reduction == 1
+        parts, loss, scalars, inside, programs, BLOCK=long, REDUCED=a.reduction > 0, MEAN=a.reduction == 1
     )
 
 
-def backward(
-    grad_loss: Tensor | None,
-    grad_lse: Tensor | None,
-    input: Tensor,
-    centers: Tensor,
-    displacements: Tensor,
-    tau: Tensor,
-    target: Tensor,
-    class_bias: Tensor | None,
-    weight: Tensor | None,
-    margin: Tensor | None,
-    lse: Tensor,
-    scores: Tensor,
-    slots: Tensor,
-    center_rnorms: Tensor,
-    input_rnorms: Tensor,
-    rows: Tensor,
-    scalars: Tensor,
-    margin_kind: int,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    need_input: bool,
-    need_centers: bool,
-    need_displacements: bool,
-    need_tau: bool,
-    need_bias: bool,
-    need_margin: bool,
-    allow_tf32: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`cross_entropy.BACKWARD_SCHEMA`."""
-    p = LaunchArgs.of(input, centers, displacements, tau, allow_tf32)
-    arguments = (input, centers, displacements, tau, class_bias, margin)
+def backward(a: CrossEntropyBackward) -> CrossEntropyGradients:
+    """Return the outputs of `cross_entropy_backward`."""
+    a = _contiguous(a)
+    p = LaunchArgs.of(a.input, a.centers, a.displacements, a.tau, a.allow_tf32)
+    arguments = (a.input, a.centers, a.displacements, a.tau, a.class_bias, a.margin)
     needs = Needs(
-        need_input, need_centers, need_displacements, need_tau,
-        need_bias and class_bias is not None, need_margin and margin is not None,
+        a.need_input, a.need_centers, a.need_displacements, a.need_tau,
+        a.need_bias and a.class_bias is not None, a.need_margin and a.margin is not None,
     )  # fmt: skip
     if p.sizes[0] == 0 or not any(needs):
-        empty = [
-            torch.zeros_like(x) if x is not None and n else lse.new_empty(0)
-            for x, n in zip(arguments, needs, strict=True)
-        ]
-        return empty[0], empty[1], empty[2], empty[3], empty[4], empty[5]
-    vectors = (_contiguous(class_bias), _contiguous(weight), _contiguous(margin))
-    of = Loss(target.contiguous(), *vectors, margin_kind, reduction, ignore_index, label_smoothing)
+        return CrossEntropyGradients(
+            *(
+                torch.zeros_like(x) if x is not None and n else a.lse.new_empty(0)
+                for x, n in zip(arguments, needs, strict=True)
+            )
+        )
+    grad_loss, grad_lse = a.grad_loss, a.grad_lse
     routing: dict[str, Any] = {
         "grad_loss": grad_loss, "grad_stride": grad_loss.stride(0) if grad_loss is not None and grad_loss.dim() else 0,
         "grad_lse": grad_lse, "lse_stride": 0 if grad_lse is None else grad_lse.stride(0),
-        "saved": rows, "scalars": scalars, "target": of.target, "class_bias": of.bias, "class_weight": of.weight,
-        "every_class": p.sizes[1], "ignore_index": ignore_index, "SMOOTHING": label_smoothing,
-        "MEAN": reduction == 1, "HAS_LOSS": grad_loss is not None, "HAS_LSE": grad_lse is not None,
-        "HAS_BIAS": class_bias is not None, "HAS_WEIGHT": weight is not None, "HAS_MARGIN": margin is not None,
+        "saved": a.rows, "scalars": a.scalars, "target": a.target, "class_bias": a.class_bias, "class_weight": a.weight,
+        "every_class": p.sizes[1], "ignore_index": a.ignore_index, "SMOOTHING": a.label_smoothing,
+        "MEAN": a.reduction == 1, "HAS_LOSS": grad_loss is not None, "HAS_LSE": grad_lse is not None,
+        "HAS_BIAS": a.class_bias is not None, "HAS_WEIGHT": a.weight is not None, "HAS_MARGIN": a.margin is not None,
     }  # fmt: skip
     with on_device(p.input.device):
-        if scores.numel():
+        if a.scores.numel():
             (c,) = chunks(p, p.sizes[1], loss_grad_tile(p))
-            saved = Saved(scores, scores, slots, center_rnorms, input_rnorms, True)
+            saved = Saved(a.scores, a.scores, a.slots, a.center_rnorms, a.input_rnorms, True)
             made = _gradients(c, saved, needs, routing, p.products)
         else:
-            made = _in_chunks(p, of, needs, routing, center_rnorms, input_rnorms)
+            made = _in_chunks(p, a, needs, routing, a.center_rnorms, a.input_rnorms)
     *others, of_margin = made
-    if needs.margin and margin is not None and margin.numel() == 1:
+    if needs.margin and a.margin is not None and a.margin.numel() == 1:
         of_margin = of_margin.sum()
-    gradients_of = [
-        operators._like(x, g) if needed and x is not None else lse.new_empty(0)
-        for g, x, needed in zip((*others, of_margin), arguments, needs, strict=True)
-    ]
-    return (
-        gradients_of[0], gradients_of[1], gradients_of[2], gradients_of[3], gradients_of[4], gradients_of[5]
-    )  # fmt: skip
+    return CrossEntropyGradients(
+        *(
+            operators._like(x, g) if needed and x is not None else a.lse.new_empty(0)
+            for g, x, needed in zip((*others, of_margin), arguments, needs, strict=True)
+        )
+    )
 
 
 def _gradients(
@@ -306,7 +265,7 @@ def _route(c: Chunk, saved: Saved, needs: Needs, routing: dict[str, Any]) -> Rou
 
 def _in_chunks(
     p: LaunchArgs,
-    of: Loss,
+    a: Loss,
     needs: Needs,
     routing: dict[str, Any],
     center_rnorms: Tensor,
@@ -318,7 +277,7 @@ def _in_chunks(
     shifts = new(M, B, dtype=p.sums)
     operators.every_norm(p, shifts, None, new(B, dtype=p.sums))
     size = min(chunk_size(p, False), K)
-    memory, slots = new(size, padded(B), dtype=p.sums), new(size, padded(B), dtype=torch.uint8)
+    memory, slots = new(size, padded_rows(B), dtype=p.sums), new(size, padded_rows(B), dtype=torch.uint8)
     target_logits = new(B, dtype=p.sums)
     sums: list[Tensor] = []
     for score, route in zip(chunks(p, size, p.small.lse), chunks(p, size, loss_grad_tile(p)), strict=True):
@@ -330,7 +289,7 @@ def _in_chunks(
         alone = score._replace(first_group=0)
         _score(
             alone,
-            of,
+            a,
             *parked,
             rnorms,
             input_rnorms,

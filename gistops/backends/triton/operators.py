@@ -1,4 +1,4 @@
-"""`gistops::triton_forward` and `triton_backward`: tensors in, kernels launched, tensors out.
+"""`logits_forward` and `logits_backward` of `torch.ops.gistops_triton`: tensors in, kernels launched, tensors out.
 
 Nothing here waits for the GPU: tau is read on the device, and whether any pair cancels is decided there.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...operators.logits import Logits, LogitsBackward, LogitsForward, LogitsGradients
 from . import configs, gradients
 from .cancellation import rescore_cancelled_kernel
 from .configs import Config, tiles
@@ -18,31 +19,29 @@ from .norms import every_norm_kernel, whole_norm_kernel
 from .routing import Needs, Saved
 
 
-def forward(
-    input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor, allow_tf32: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logits [B, K], slots [B, K], center_rnorms [M, K], whose sign marks pairs that cancel, and input_rnorms [B]."""
-    p = LaunchArgs.of(input, centers, displacements, tau, allow_tf32)
+def forward(a: LogitsForward) -> Logits:
+    """Return the outputs of `logits_forward`; the sign of center_rnorms marks pairs that cancel."""
+    p = LaunchArgs.of(a.input, a.centers, a.displacements, a.tau, a.allow_tf32)
     B, K, d, M = p.sizes
     new = p.input.new_empty
     logits, slots = new(B, K, dtype=p.sums), new(B, K, dtype=torch.uint8)
     center_rnorms, input_rnorms = new(M, K, dtype=p.sums), new(B, dtype=p.sums)
+    output = Logits(logits, slots, center_rnorms, input_rnorms)
     if B + K == 0:
-        return logits, slots, center_rnorms, input_rnorms
-    made = logits, slots, center_rnorms, input_rnorms
+        return output
     with on_device(p.input.device):
         shifts = new(M, B, dtype=p.sums)
         every_norm(p, shifts, center_rnorms, input_rnorms)
         if B > 0 and K > 0:
             scored = around_product if configs.product("forward", p.kind) == "cublas" else fused
-            scored(p, *made, shifts)  # but for pairs that cancel
+            scored(p, *output, shifts)  # but for pairs that cancel
         if M > 1 and K > 0:
             classes, rows, dims = p.small.rescore
             rescore_cancelled_kernel[(tiles(K, classes),)](
                 p.input, p.centers, p.displacements, p.tau, input_rnorms, logits, slots, center_rnorms, B, K, d, M,
                 BLOCK_C=classes, BLOCK_B=rows, BLOCK_D=dims, **p.constants("ACC"),
             )  # fmt: skip
-    return made
+    return output
 
 
 def around_product(
@@ -99,49 +98,35 @@ def every_norm(
     )  # fmt: skip
 
 
-def backward(
-    grad: Tensor,
-    input: Tensor,
-    centers: Tensor,
-    displacements: Tensor,
-    tau: Tensor,
-    logits: Tensor,
-    slots: Tensor,
-    center_rnorms: Tensor,
-    input_rnorms: Tensor,
-    need_input: bool,
-    need_centers: bool,
-    need_displacements: bool,
-    need_tau: bool,
-    allow_tf32: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of input, centers, displacements and tau, each empty where not needed."""
-    p = LaunchArgs.of(input, centers, displacements, tau, allow_tf32)
+def backward(a: LogitsBackward) -> LogitsGradients:
+    """Return the gradients of input, centers, displacements and tau, each empty where not needed."""
+    p = LaunchArgs.of(a.input, a.centers, a.displacements, a.tau, a.allow_tf32)
     B, K, _, M = p.sizes
     for name, value, shape in (
-        ("grad", grad, (B, K)),
-        ("logits", logits, (B, K)),
-        ("slots", slots, (B, K)),
-        ("center_rnorms", center_rnorms, (M, K)),
-        ("input_rnorms", input_rnorms, (B,)),
+        ("grad", a.grad, (B, K)),
+        ("logits", a.logits, (B, K)),
+        ("slots", a.slots, (B, K)),
+        ("center_rnorms", a.center_rnorms, (M, K)),
+        ("input_rnorms", a.input_rnorms, (B,)),
     ):
         if tuple(value.shape) != shape:
             raise RuntimeError(f"{name}: expected the forward's shape {list(shape)}, got {list(value.shape)}")
-    arguments = (input, centers, displacements, tau)
-    needs = Needs(need_input, need_centers, need_displacements, need_tau)
+    arguments = (a.input, a.centers, a.displacements, a.tau)
+    needs = Needs(a.need_input, a.need_centers, a.need_displacements, a.need_tau)
     if B == 0 or K == 0 or not any(needs):
-        made = tuple(torch.zeros_like(x) for x in arguments)
+        computed = tuple(torch.zeros_like(x) for x in arguments)
     else:
-        made_before = (logits, slots, center_rnorms, input_rnorms)
-        z, winners, rnorms, input_rnorms = (x.contiguous() for x in made_before)
-        saved = Saved(grad.to(p.sums).contiguous(), z, winners, rnorms, input_rnorms)
+        forward_output = (a.logits, a.slots, a.center_rnorms, a.input_rnorms)
+        z, winners, rnorms, input_rnorms = (x.contiguous() for x in forward_output)
+        saved = Saved(a.grad.to(p.sums).contiguous(), z, winners, rnorms, input_rnorms)
         with on_device(p.input.device):
-            made = gradients.compute(p, saved, needs)
-    input, centers, displacements, tau = (
-        _like(x, g) if needed else x.new_empty(0)
-        for g, x, needed in zip(made, arguments, needs[:4], strict=True)
+            computed = gradients.compute(p, saved, needs)
+    return LogitsGradients(
+        *(
+            _like(x, g) if needed else x.new_empty(0)
+            for g, x, needed in zip(computed, arguments, needs[:4], strict=True)
+        )
     )
-    return input, centers, displacements, tau
 
 
 def _like(argument: Tensor, gradient: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...operators.cross_entropy import padded
+from ...operators.cross_entropy import padded_rows
 from . import configs
 from .configs import power_of_two
 from .configs import tiles as tiles_of
@@ -78,7 +78,7 @@ class Parts(NamedTuple):
         B, K, _, M = p.sizes
         new, sums = p.input.new_empty, p.sums
         return cls(
-            new((K, padded(B)) if needs.input or needs.centers else (0, 0), dtype=p.products),
+            new((K, padded_rows(B)) if needs.input or needs.centers else (0, 0), dtype=p.products),
             new((groups if needs.input or needs.displacements else 0, M, B), dtype=sums),
             new((splits if needs.centers or needs.displacements else 0, M, K), dtype=sums),
             new((splits, groups) if needs.tau else (0, 0), dtype=sums),
@@ -107,7 +107,7 @@ def route(p: LaunchArgs, saved: Saved, needs: Needs) -> Routed:
     del switches["NEED_BIAS"], switches["NEED_MARGIN"]
     route_logits_grad_kernel[(splits * groups,)](
         saved.grad, saved.logits, saved.slots, saved.center_rnorms, saved.input_rnorms, p.tau,
-        *parts[:4], parts.flags, B, K, padded(B), M, tiles, BLOCK_B=rows, BLOCK_C=classes, SLOTS=power_of_two(M), COUNT=configs.few(M),
+        *parts[:4], parts.flags, B, K, padded_rows(B), M, tiles, BLOCK_B=rows, BLOCK_C=classes, SLOTS=power_of_two(M), COUNT=configs.few(M),
         LARGEST=65504.0 if p.dtype == torch.float16 else 0.0,
         num_warps=warps, **switches,
     )  # fmt: skip

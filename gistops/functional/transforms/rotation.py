@@ -1,28 +1,27 @@
-"""Rotations of class centres, as tables for the operators (GistNet, equations 8 and 9).
+"""Rotations of class centers, as coefficients for the ops (GistNet, equations 8 and 9).
 
-The paper's g turns a centre in the plane of a shared direction u and a displacement. Read so that it is a rotation, with δ̂
-the unit vector of δ_j: c = u·δ̂, v the unit vector of δ̂ - c u, s = √(1 - c²), the angle from u to δ̂,
+The paper's g turns a center in the plane of a shared direction u and a displacement. Read as a rotation by the angle from u
+to δ̂, the unit vector of δ_j, with c = u·δ̂, v the unit vector of δ̂ - c u, and s = √(1 - c²):
 
     R_j = I + (c - 1)(u uᵀ + v vᵀ) + s (v uᵀ - u vᵀ)
 
     f·R_j w = f·w + (f·u) A + (f·v) B,   A = (c - 1)(w·u) - s (w·v),   B = (c - 1)(w·v) + s (w·u),   |R_j w| = |w|
 
-so that no vector but w is ever multiplied with all features.
+so that w is the only vector per class that is multiplied with the input.
 """
 
 from __future__ import annotations
-
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..operators.registry import compute_dtype, knows_autocast
+from ..._classifier import Classifier
+from ...operators.registry import compute_dtype, no_autocast
 
 
 def plane(displacements: Tensor, axis: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """u [d], v [m, d], cosines c [m] and sines s [m] of the rotations."""
+    """Return u [d], v [m, d], cosines c [m] and sines s [m] of the rotations."""
     u = F.normalize(axis, dim=0, eps=1e-12)
     directions = F.normalize(displacements, dim=1, eps=1e-12)
     c = directions @ u
@@ -31,11 +30,12 @@ def plane(displacements: Tensor, axis: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     return u, rest / s.clamp(min=1e-12)[:, None], c, s
 
 
-def tables(input: Tensor, centers: Tensor, displacements: Tensor, axis: Tensor) -> tuple[Tensor, Tensor]:
-    """feature_table [B, M] and class_tables [2, M, K] of `tabled_forward`; differentiable in all arguments."""
+def coefficients(input: Tensor, classifier: Classifier) -> tuple[Tensor, Tensor]:
+    """Return input_coeffs [B, M] and class_coeffs [2, M, K] of `rotation_forward`; differentiable in all arguments."""
+    centers, displacements, axis = classifier.centers, classifier.displacements, classifier.axis
+    assert axis is not None
     dtype = compute_dtype(input, centers, displacements)
-    device = input.device.type
-    with torch.autocast(device, enabled=False) if knows_autocast(device) else nullcontext():
+    with no_autocast(input.device.type):
         u, v, c, s = plane(displacements.to(dtype), axis.to(dtype))
         directions = torch.cat([u[None], v])  # [M, d]
         x = input.to(dtype) @ directions.T

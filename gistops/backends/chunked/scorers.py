@@ -1,0 +1,244 @@
+"""Logits and gradients of one chunk of classes, from a namespace's `logits_forward` and `logits_backward`.
+
+A scorer holds the arguments of one call. `forward(chunk)` returns the logits of the classes in a slice; `backward(chunk,
+grad, output, needs)` returns gradients, those of the centers and class coefficients for the slice alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...operators.logits import Logits
+from ...operators.registry import below_autocast, compute_dtype
+
+#: Maximum number of scores in a chunk: 128 MiB in float32, so that 256 rows and 100,000 classes are one chunk. The
+#: temporaries of a chunk take half a GiB at most. On the CPU, where caches are small and launches are free, 16 MiB.
+CHUNK_ELEMENTS = 1 << 25
+CPU_CHUNK_ELEMENTS = 1 << 22
+
+
+class Needs(NamedTuple):
+    """The gradients that the caller asks for; those of coefficients are always computed."""
+
+    input: bool
+    centers: bool
+    displacements: bool
+    tau: bool
+
+
+class Gradients(NamedTuple):
+    """Gradients of the arguments, None if not needed."""
+
+    input: Tensor | None
+    centers: Tensor | None
+    displacements: Tensor | None
+    tau: Tensor | None
+    input_coeffs: Tensor | None = None
+    class_coeffs: Tensor | None = None
+
+
+@dataclass
+class TranslationScorer:
+    """Centers [K, d] and displacements [m, d]."""
+
+    ops: Any  # the namespace
+    input: Tensor
+    centers: Tensor
+    displacements: Tensor
+    tau: Tensor
+    allow_tf32: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return compute_dtype(self.input, self.centers, self.displacements)
+
+    def chunks(self) -> Iterator[slice]:
+        """Yield the chunks of classes."""
+        vectors = self.centers.shape[1] if self.centers.dim() == 3 else 1
+        elements = CHUNK_ELEMENTS if self.input.device.type == "cuda" else CPU_CHUNK_ELEMENTS
+        size = max(64, elements // (max(self.input.shape[0], 1) * vectors))
+        classes = self.centers.shape[0]
+        return (slice(start, min(start + size, classes)) for start in range(0, classes, size))
+
+    def forward(self, chunk: slice) -> Logits:
+        return self._forward(self.centers[chunk], self.tau)
+
+    def backward(self, chunk: slice, grad: Tensor, output: Logits, needs: Needs) -> Gradients:
+        return self._backward(grad, self.centers[chunk], self.tau, output, needs)
+
+    def _forward(self, centers: Tensor, tau: Tensor) -> Logits:
+        forward = self.ops.logits_forward.default
+        with below_autocast():
+            return Logits(*forward(self.input, centers, self.displacements, tau, self.allow_tf32))
+
+    def _backward(
+        self, grad: Tensor, centers: Tensor, tau: Tensor, output: Logits, needs: Needs
+    ) -> Gradients:
+        backward = self.ops.logits_backward.default
+        arguments = (self.input, centers, self.displacements, tau)
+        with below_autocast():
+            gradients = backward(grad, *arguments, *output, *needs, self.allow_tf32)
+        return Gradients(*(g if needed else None for g, needed in zip(gradients, needs, strict=True)))
+
+
+class SubcenterScorer(TranslationScorer):
+    """Sub-centers [K, M, d]: a cosine classifier of K·M classes, and the maximum over every M."""
+
+    def forward(self, chunk: slice) -> Logits:
+        count = self.centers.shape[1]
+        z, _, r, input_rnorms = self._forward(self.centers[chunk].flatten(0, 1), self.tau)
+        scores = z.unflatten(1, (-1, count))
+        best, slots = first_slot(scores[:, :, 0])
+        for j in range(1, count):
+            best, slots = running_max(scores[:, :, j], j, best, slots)
+        return Logits(best, slots, r.unflatten(1, (-1, count))[0].T, input_rnorms)
+
+    def backward(self, chunk: slice, grad: Tensor, output: Logits, needs: Needs) -> Gradients:
+        centers = self.centers[chunk]
+        z = output.logits[:, :, None].expand(-1, -1, centers.shape[1])
+        scattered = torch.zeros_like(z, memory_format=torch.contiguous_format)
+        scattered = scattered.scatter_(2, output.slots[:, :, None].long(), grad[:, :, None])
+        flat = Logits(
+            z.flatten(1),
+            torch.zeros_like(scattered, dtype=torch.uint8).flatten(1),
+            output.center_rnorms.T.reshape(1, -1),
+            output.input_rnorms,
+        )
+        gradients = self._backward(scattered.flatten(1), centers.flatten(0, 1), self.tau, flat, needs)
+        if gradients.centers is None:
+            return gradients
+        return gradients._replace(centers=gradients.centers.reshape(centers.shape))
+
+
+@dataclass
+class RotationScorer(TranslationScorer):
+    """Centers [K, d] and rotations given by coefficients: `rotation_forward` in csrc/schema.cpp."""
+
+    input_coeffs: Tensor  # [B, M]
+    class_coeffs: Tensor  # [2, M, K]
+
+    def forward(self, chunk: slice) -> Logits:
+        unrotated = self._forward(self.centers[chunk], torch.ones_like(self.tau))
+        best, slots = first_slot(unrotated.logits)
+        for j in range(1, self.input_coeffs.shape[1]):
+            score = unrotated.logits + self._term(chunk, j) * _inverse_norms(unrotated)
+            best, slots = running_max(score, j, best, slots)
+        rnorms = unrotated.center_rnorms.expand(self.input_coeffs.shape[1], -1)
+        return Logits(best * self.tau.to(best.dtype), slots, rnorms, unrotated.input_rnorms)
+
+    def backward(self, chunk: slice, grad: Tensor, output: Logits, needs: Needs) -> Gradients:
+        tau = self.tau.to(grad.dtype)
+        centers, one = self.centers[chunk], torch.ones_like(self.tau)
+        unrotated = self._forward(centers, one)
+        weight = grad * tau * _inverse_norms(unrotated)
+        x, y = self.input_coeffs, self.class_coeffs[:, :, chunk]
+        grad_x, grad_y = torch.zeros_like(x), torch.zeros_like(y)
+        moment = torch.zeros_like(weight)
+        for j in range(1, x.shape[1]):
+            slot_weight = torch.where(output.slots == j, weight, 0)
+            grad_x[:, 0] += (slot_weight * y[0, j]).sum(1)
+            grad_x[:, j] = (slot_weight * y[1, j]).sum(1)
+            grad_y[0, j] = (slot_weight * x[:, :1]).sum(0)
+            grad_y[1, j] = (slot_weight * x[:, j : j + 1]).sum(0)
+            moment += slot_weight * self._term(chunk, j)
+        gradients = self._backward(
+            grad * tau, centers, one, unrotated, needs._replace(displacements=False, tau=False)
+        )
+        return Gradients(
+            _subtract_norm_term(gradients.input, self.input, moment.sum(1), unrotated.input_rnorms),
+            _subtract_norm_term(gradients.centers, centers, moment.sum(0), unrotated.center_rnorms[0]),
+            torch.zeros_like(self.displacements) if needs.displacements else None,
+            ((grad * output.logits).sum() / tau).reshape(self.tau.shape) if needs.tau else None,
+            grad_x,
+            grad_y,
+        )
+
+    def _term(self, chunk: slice, j: int) -> Tensor:
+        x, y = self.input_coeffs, self.class_coeffs
+        return x[:, :1] * y[0, j, chunk] + x[:, j : j + 1] * y[1, j, chunk]
+
+
+def make_scorer(ops: Any, a: Any) -> TranslationScorer:
+    """Return the scorer for the record `a` of an op's arguments, over the kernels of a namespace."""
+    displacements = getattr(a, "displacements", None)
+    if displacements is None:
+        displacements = a.input.new_empty(0, a.input.shape[1])
+    arguments = (ops, a.input, a.centers, displacements, a.tau, a.allow_tf32)
+    coeffs = getattr(a, "input_coeffs", None), getattr(a, "class_coeffs", None)
+    if coeffs[0] is not None and coeffs[1] is not None:
+        dtype = compute_dtype(a.input, a.centers)
+        return RotationScorer(*arguments, coeffs[0].to(dtype), coeffs[1].to(dtype))
+    return SubcenterScorer(*arguments) if a.centers.dim() == 3 else TranslationScorer(*arguments)
+
+
+class GradientAccumulator:
+    """Gradients from chunks: those of centers and class coefficients are put together, the others are summed."""
+
+    def __init__(self, scorer: TranslationScorer, needs: Needs) -> None:
+        self.scorer = scorer
+        arguments = {name: getattr(scorer, name, None) for name in Gradients._fields}
+        self.needed = {
+            name: x for name, x in arguments.items() if x is not None and getattr(needs, name, True)
+        }
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, chunk: slice, gradients: Gradients) -> None:
+        if chunk.stop - chunk.start == self.scorer.centers.shape[0]:  # the only chunk
+            self.sums = {name: getattr(gradients, name) for name in self.needed}
+            return
+        self._begin()
+        for name, total in self.sums.items():
+            gradient = getattr(gradients, name)
+            if name == "centers":
+                total[chunk] = gradient
+            elif name == "class_coeffs":
+                total[:, :, chunk] = gradient
+            else:
+                total += gradient
+
+    def _begin(self) -> None:
+        if not self.sums:
+            dtype = self.scorer.dtype
+            self.sums = {
+                name: torch.zeros_like(x, dtype=x.dtype if name == "centers" else dtype)
+                for name, x in self.needed.items()
+            }
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        """Return the fields of `Gradients` in their arguments' dtypes, an empty tensor where there is no gradient."""
+        self._begin()  # there may have been no chunk
+        scorer = self.scorer
+        return tuple(
+            self.sums[name].to(getattr(scorer, name).dtype)
+            if name in self.sums
+            else scorer.input.new_empty(0, dtype=scorer.dtype)
+            for name in Gradients._fields
+        )
+
+
+def first_slot(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Start a `running_max` with the scores of slot 0."""
+    return scores, torch.zeros_like(scores, dtype=torch.uint8)
+
+
+def running_max(scores: Tensor, slot: int, best: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Include the scores of one more slot in the maximum. The lowest of equal slots wins, and NaN is the largest."""
+    wins = (scores > best) | (scores.isnan() & ~best.isnan())
+    return torch.where(wins, scores, best), torch.where(wins, slot, slots)
+
+
+def _inverse_norms(output: Logits) -> Tensor:
+    return output.input_rnorms[:, None] * output.center_rnorms
+
+
+def _subtract_norm_term(gradient: Tensor | None, x: Tensor, moment: Tensor, rnorm: Tensor) -> Tensor | None:
+    """Subtract the gradient of the norm from the coefficients' terms; a norm that is clamped is constant."""
+    if gradient is None:
+        return None
+    along = torch.where(rnorm >= 1e12, 0, moment * rnorm * rnorm)
+    return gradient - along[:, None] * x

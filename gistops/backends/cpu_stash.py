@@ -1,0 +1,55 @@
+"""The parts of a cross-entropy on the CPU, with scores stashed where the gradient of the centers will lie.
+
+This saves the backward one matrix product. The buffer is held from the forward on and can be used once; a second backward
+of the same graph recomputes the scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..operators.registry import needed_gradients
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def can_stash(centers: Tensor, *others: Tensor | None) -> bool:
+    """Return True for plain CPU tensors in eager mode, if the centers need a gradient."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and centers.requires_grad
+        and all(t is None or (type(t) in _PLAIN and t.device.type == "cpu") for t in (centers, *others))
+    )
+
+
+class StashedCrossEntropyParts(torch.autograd.Function):
+    """`cross_entropy_parts_forward` with a stash; takes the fields of `PartsForward` but allow_tf32."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *tensors, ctx.ignore_index = arguments
+        stash = torch.empty_like(tensors[1], memory_format=torch.contiguous_format)
+        output = torch.ops.gistops.stashed_cross_entropy_parts_forward.default(*arguments, stash)
+        ctx.save_for_backward(*tensors, output[0])
+        ctx.stash = [stash]
+        return output[0], output[1], output[2]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, lse_others = ctx.saved_tensors
+        arguments = (*(g.contiguous() for g in grads), *tensors, ctx.ignore_index, lse_others)
+        needs = ctx.needs_input_grad[:7]
+        ops = torch.ops.gistops
+        stash = ctx.stash.pop() if ctx.stash else None
+        if stash is not None and needs[1] and not torch.is_grad_enabled():
+            gradients = ops.stashed_cross_entropy_parts_backward.default(
+                *arguments, needs[0], *needs[2:5], stash
+            )
+            gradients = (gradients[0], stash, *gradients[1:])
+        else:  # the op raises the error for second derivatives
+            gradients = ops.cross_entropy_parts_backward.default(*arguments, *needs[:5])
+        return *needed_gradients(gradients, tensors, needs), None, None, None

@@ -1,0 +1,104 @@
+"""The whole loss in eager mode, past the dispatcher, whose layers in Python take longer than a small training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import on_device
+from .._classifier import Classifier, LossOptions
+from ..operators.cross_entropy import (
+    MARGIN_KINDS,
+    REDUCTIONS,
+    CrossEntropy,
+    CrossEntropyBackward,
+    CrossEntropyForward,
+    CrossEntropyGradients,
+    gradients,
+    save,
+)
+from ..operators.registry import cast_operands, compute_dtype
+
+#: Memory that scores and slots may take from the forward to the backward. A constant: to ask the device how much is
+#: free would make the answer depend on what else runs.
+HELD_BYTES = 2 << 30
+Forward = Callable[[CrossEntropyForward], CrossEntropy]
+Backward = Callable[[CrossEntropyBackward], CrossEntropyGradients]
+#: Namespace -> Python kernels of the loss. The compiled ones are called through their ops.
+python_kernels: dict[str, tuple[Forward, Backward]] = {}
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def cross_entropy(
+    ops: Any, input: Tensor, classifier: Classifier, target: Tensor, options: LossOptions, allow_tf32: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return loss, lse and in_range of `CrossEntropy` for translations; differentiable once.
+
+    Args:
+        ops: the namespace of a backend that has the ops of the whole loss.
+    """
+    centers, displacements, tau = classifier[:3]
+    dtype = compute_dtype(input, centers, displacements)
+    margin = options.margin
+    if margin is not None and not isinstance(margin, Tensor):
+        margin = on_device(margin, dtype, input.device)
+    tensors: tuple[Any, ...]
+    tensors = (input, centers, displacements, tau, target, options.class_bias, options.weight, margin)
+    graph = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    keep_scores = graph and input.shape[0] * centers.shape[0] * (dtype.itemsize + 1) <= HELD_BYTES
+    values = (
+        MARGIN_KINDS[options.margin_kind], REDUCTIONS[options.reduction], int(options.ignore_index),
+        float(options.label_smoothing), keep_scores, allow_tf32,
+    )  # fmt: skip
+    plain = not input.is_meta and all(x is None or type(x) in _PLAIN for x in tensors)
+    if torch.compiler.is_compiling() or not plain:
+        output = ops.cross_entropy_forward.default(*tensors, *values)
+        return output[0], output[1], output[2]
+    if input.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        tensors = (*cast_operands(tensors[:3]), *tensors[3:])
+    if graph:
+        loss, lse, in_range = _Function.apply(ops, *tensors, *values)  # type: ignore[no-untyped-call]
+        return loss, lse, in_range
+    return _forward(ops, CrossEntropyForward._make((*tensors, *values)))[:3]
+
+
+class _Function(torch.autograd.Function):
+    """The kernels of `cross_entropy_forward` and `cross_entropy_backward`, without their ops."""
+
+    @staticmethod
+    def forward(ctx: Any, ops: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        arguments = CrossEntropyForward(*inputs)
+        output = _forward(ops, arguments)
+        ctx.ops = ops
+        ctx.mark_non_differentiable(output.in_range)
+        save(ctx, arguments, output)
+        return output[:3]
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        def kernel(*arguments: Any) -> tuple[Tensor, ...]:
+            return _backward(ctx.ops, CrossEntropyBackward(*arguments))
+
+        if torch.is_grad_enabled():  # the op raises the error for second derivatives
+            kernel = ctx.ops.cross_entropy_backward.default
+        return None, *gradients(kernel, ctx, grad_loss, grad_lse, ctx.needs_input_grad[1:])
+
+
+def _forward(ops: Any, arguments: CrossEntropyForward) -> CrossEntropy:
+    if ops.name in python_kernels:
+        return python_kernels[ops.name][0](arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return CrossEntropy(*ops.cross_entropy_forward.default(*arguments))
+
+
+def _backward(ops: Any, arguments: CrossEntropyBackward) -> tuple[Tensor, ...]:
+    if ops.name in python_kernels:
+        return python_kernels[ops.name][1](arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        output: tuple[Tensor, ...] = ops.cross_entropy_backward.default(*arguments)
+    return output

@@ -1,0 +1,209 @@
+"""Cross-entropy, without logits [B, K]."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends
+from .._checks import check_constellation, check_loss, check_subcenters, on_device
+from .._classifier import Classifier, LossOptions, MarginKind, Transform, no_displacements
+from ..backends import eager_loss, reference
+from ..backends.cpu_stash import StashedCrossEntropyParts, can_stash
+from .transforms import mlp as mlp_transform
+from .transforms import rotation
+
+
+def constellation_cross_entropy(
+    input: Tensor,
+    centers: Tensor,
+    displacements: Tensor,
+    tau: Tensor | float,
+    target: Tensor,
+    *,
+    transform: Transform = "translation",
+    axis: Tensor | None = None,
+    mlp: tuple[Tensor, Tensor] | None = None,
+    class_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    margin: Tensor | float | None = None,
+    margin_kind: MarginKind = "logit",
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy of `constellation_logits`, which are never held: names and meaning of `F.cross_entropy`.
+
+    A step's memory beyond the gradients does not grow with B·K, but for translations on GPUs, where scores are held from
+    the forward to the backward as long as they take less than 2 GiB. On the CPU it takes the three matrix products of a
+    linear layer, as long as B is below 0.8 d (the scores wait where the gradient of the centres will lie); otherwise,
+    and on GPUs where scores are not held, four. The sums are exact: no probability is left out. Differentiable once, in
+    input, centers, displacements, tau, axis, mlp, class_bias, and a margin given as a tensor.
+
+    Args:
+        input, centers, displacements, tau, transform, axis, mlp, backend: as in `constellation_logits`.
+        target: classes, [B], int64 or int32, 0 to K - 1 or `ignore_index`.
+        class_bias: added to the logits, [K], floating. With log class frequencies this is the balanced softmax (Ren et
+            al., NeurIPS 2020), or logit adjustment (Menon et al., ICLR 2021).
+        weight: weights of the classes, [K], floating, not negative; takes no gradient.
+        margin: what makes the target's logit smaller, a number or one for each class, [K].
+        margin_kind: "logit": logit - margin; "cosine": τ (cos θ - margin), CosFace (Wang et al., CVPR 2018), and LDAM (Cao
+            et al., NeurIPS 2019) with margins of n_k^-1/4; "angle": τ cos(θ + margin), ArcFace (Deng et al., CVPR 2019),
+            and where θ + margin exceeds π, τ (cos θ - margin sin margin), as in its authors' code.
+        reduction: "mean" (weighted by `weight` of the targets, as in `F.cross_entropy`), "sum" or "none".
+        ignore_index: rows with this target count for nothing; a mean over no other row is NaN.
+        label_smoothing: 0 to 1, the share of the target distribution that is spread evenly over all classes.
+        return_lse: also return the log-sum-exp of each row's logits, with bias and margin, [B]; differentiable.
+
+    Returns:
+        the loss, a scalar, or [B] with `reduction="none"`, in the dtype of the logits; with `return_lse` also lse [B].
+
+    Raises:
+        TypeError, ValueError, gistops.BackendUnavailable: as `constellation_logits`; the message names the argument.
+        IndexError: a target is out of range; the message names its position. On a GPU, where looking would make the
+            host wait, and in a compiled graph, it is a RuntimeError instead: on a GPU that of a device-side assertion,
+            which comes later, and does not know the position.
+    """
+    classifier = check_constellation(input, centers, displacements, tau, transform, axis, mlp)
+    options = LossOptions(class_bias, weight, margin, margin_kind, reduction, ignore_index, label_smoothing)
+    loss, lse = _cross_entropy(input, classifier, target, options, backend)
+    return (loss, lse) if return_lse else loss
+
+
+def subcenter_cross_entropy(
+    input: Tensor,
+    centers: Tensor,
+    tau: Tensor | float,
+    target: Tensor,
+    *,
+    class_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    margin: Tensor | float | None = None,
+    margin_kind: MarginKind = "logit",
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`constellation_cross_entropy` for the free centres [K, M, d] of `subcenter_logits`."""
+    options = LossOptions(class_bias, weight, margin, margin_kind, reduction, ignore_index, label_smoothing)
+    loss, lse = _cross_entropy(input, check_subcenters(input, centers, tau), target, options, backend)
+    return (loss, lse) if return_lse else loss
+
+
+def _cross_entropy(
+    input: Tensor, classifier: Classifier, target: Tensor, options: LossOptions, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Return the loss and the log-sum-exp [B]."""
+    target = check_loss(input, classifier, target, options)
+    chosen = backends.choose(input.device.type, backend)
+    if chosen == "reference":
+        return reference.cross_entropy(input, classifier, target, options)
+    if chosen in ("cuda", "triton") and classifier.transform == "translation":
+        ops, allow_tf32 = backends.ops(chosen), backends.allow_tf32(chosen)
+        loss, lse, in_range = eager_loss.cross_entropy(ops, input, classifier, target, options, allow_tf32)
+        _assert_in_range(in_range, classifier, options)
+        return loss, lse
+    return _loss_from_parts(chosen, input, classifier, target, options)
+
+
+def _loss_from_parts(
+    backend: str, input: Tensor, classifier: Classifier, target: Tensor, options: LossOptions
+) -> tuple[Tensor, Tensor]:
+    """Return the loss and the log-sum-exp [B] from `cross_entropy_parts_forward`, which has neither margin nor reduction."""
+    classes, smoothing = classifier.centers.shape[0], options.label_smoothing
+    ignored = target == options.ignore_index
+    row = torch.where(ignored, 0, target)
+    shares = None  # of the classes in the smoothed part of the target distribution
+    if smoothing > 0:
+        weight = options.weight
+        shares = input.new_ones(classes, dtype=torch.float32) if weight is None else weight
+    lse_others, logit, sums = _parts(backend, input, classifier, target, options, shares)
+    dtype = logit.dtype
+    lowered = logit
+    if options.margin is not None:
+        tau = classifier.tau.to(dtype).reshape(())
+        lowered = _apply_margin(logit, tau, options.margin, options.margin_kind, row)
+    bias = None if options.class_bias is None else options.class_bias.to(dtype)
+    score = lowered if bias is None else lowered + bias[row]
+    loss = -F.logsigmoid(score - lse_others)  # log(1 + Σ e^z / e^score): exact however small
+    lse = torch.where(ignored, lse_others, score + loss)
+    scale = None if options.weight is None else options.weight.to(dtype)[row]
+    if scale is not None:
+        loss = scale * loss
+    if shares is not None:
+        shares = shares.to(dtype)
+        total = sums + (lowered - logit if scale is None else scale * (lowered - logit))
+        if bias is not None:
+            total = total + (shares * bias).sum()
+        spread = lse * shares.sum() - total
+        loss = (1 - smoothing) * loss + smoothing / classes * spread
+    loss = torch.where(ignored, 0, loss)
+    if options.reduction == "sum":
+        loss = loss.sum()
+    elif options.reduction == "mean":
+        counted = (~ignored).to(dtype) if scale is None else torch.where(ignored, 0, scale)
+        loss = loss.sum() / counted.sum()
+    return loss, lse
+
+
+def _parts(
+    backend: str,
+    input: Tensor,
+    classifier: Classifier,
+    target: Tensor,
+    options: LossOptions,
+    weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the outputs of `cross_entropy_parts_forward`."""
+    centers, displacements, tau = classifier[:3]
+    class_bias, ignore_index = options.class_bias, options.ignore_index
+    coefficients: tuple[Tensor | None, Tensor | None] = (None, None)
+    if classifier.transform == "rotation":
+        coefficients = rotation.coefficients(input, classifier)
+        displacements = no_displacements(input)
+    arguments = (input, centers, displacements, tau, class_bias, *coefficients, target, weight)
+    if backend == "cpu" and classifier.mlp is None and can_stash(centers, *arguments):
+        parts: tuple[Tensor, Tensor, Tensor]
+        parts = StashedCrossEntropyParts.apply(*arguments, ignore_index)  # type: ignore[no-untyped-call]
+        return parts
+    if target.device.type == "cuda":
+        in_range = (target == ignore_index) | ((target >= 0) & (target < centers.shape[0]))
+        _assert_in_range(in_range.all(), classifier, options)
+    ops, allow_tf32 = backends.ops(backend), backends.allow_tf32(backend)
+    if classifier.mlp is not None:
+        return mlp_transform.cross_entropy_parts(
+            ops, input, classifier, class_bias, target, weight, ignore_index, allow_tf32
+        )
+    parts = ops.cross_entropy_parts_forward.default(*arguments, ignore_index, allow_tf32)
+    return parts
+
+
+def _assert_in_range(in_range: Tensor, classifier: Classifier, options: LossOptions) -> None:
+    last = classifier.centers.shape[0] - 1
+    torch._assert_async(in_range, f"target: expected 0 to {last} or ignore_index {options.ignore_index}")
+
+
+def _apply_margin(
+    logit: Tensor, tau: Tensor, margin: Tensor | float, kind: MarginKind, row: Tensor
+) -> Tensor:
+    """Return the target's logits [B] with their margins; row: the class of each."""
+    if not isinstance(margin, Tensor):
+        margin = on_device(margin, logit.dtype, logit.device)
+    margin = margin.to(logit)
+    margin = margin[row] if margin.dim() > 0 else margin
+    if kind == "logit":
+        return logit - margin
+    if kind == "cosine":
+        return logit - tau * margin
+    cosine = logit / tau
+    sine = (1 - cosine * cosine).clamp(min=torch.finfo(logit.dtype).tiny).sqrt()
+    rotated = cosine * margin.cos() - sine * margin.sin()
+    beyond = cosine < (math.pi - margin).cos()
+    return tau * torch.where(beyond, cosine - margin * margin.sin(), rotated)

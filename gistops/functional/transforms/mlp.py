@@ -1,0 +1,144 @@
+"""Centers moved by a small network (GistNet's MLP g), as sub-centers, one chunk of classes at a time.
+
+    v_k0 = w_k,    v_kj = w_k + B relu(A [ŵ_k; δ_j])
+
+with ŵ_k the unit vector of w_k, A [h, 2d] and B [d, h]. The backward recomputes the vectors of a chunk. An MLP takes M
+matrix products where a translation or a rotation takes one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..._classifier import Classifier, no_displacements
+from ...backends.chunked.best import join_best
+from ...operators.registry import compute_dtype, no_autocast
+
+#: Maximum number of elements in the vectors of a chunk: 64 MiB in float32.
+CHUNK_ELEMENTS = 1 << 24
+
+
+def vectors(centers: Tensor, displacements: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Return v [k, m + 1, d] of centers [k, d]; the hidden layer's term of ŵ is computed once for all slots."""
+    dtype = compute_dtype(centers, displacements, first, second)
+    with no_autocast(centers.device.type):
+        w, a = centers.to(dtype), first.to(dtype)
+        weight_center, weight_displacement = a.split(centers.shape[1], dim=1)
+        center_term = F.linear(F.normalize(w, dim=1, eps=1e-12), weight_center)
+        hidden = (center_term[:, None] + F.linear(displacements.to(dtype), weight_displacement)).relu()
+        return torch.cat([w[:, None], w[:, None] + F.linear(hidden, second.to(dtype))], dim=1)
+
+
+def logits(ops: Any, input: Tensor, classifier: Classifier, allow_tf32: bool) -> tuple[Tensor, Tensor]:
+    """Return logits and slots [B, K] by the ops of a namespace."""
+
+    def chunk_logits(input: Tensor, tau: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = ops.subcenter_forward.default(input, v, tau, allow_tf32)
+        return outputs[0], outputs[1]
+
+    outputs = [_recomputed(chunk_logits, input, classifier, chunk) for chunk in _chunks(classifier)]
+    return torch.cat([best for best, _ in outputs], 1), torch.cat([slots for _, slots in outputs], 1)
+
+
+def cross_entropy_parts(
+    ops: Any,
+    input: Tensor,
+    classifier: Classifier,
+    class_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the outputs of `cross_entropy_parts_forward`."""
+
+    def chunk_parts(
+        input: Tensor, tau: Tensor, v: Tensor, target: Tensor, bias: Tensor | None, weight: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        arguments = (
+            input,
+            v,
+            no_displacements(input),
+            tau,
+            bias,
+            None,
+            None,
+            target,
+            weight,
+            -100,
+            allow_tf32,
+        )
+        return tuple(ops.cross_entropy_parts_forward.default(*arguments))
+
+    outputs = []
+    for chunk in _chunks(classifier):
+        in_chunk = (target >= chunk.start) & (target < chunk.stop) & (target != ignore_index)
+        local_target = torch.where(in_chunk, target - chunk.start, -100)
+        class_vectors = [None if x is None else x[chunk] for x in (class_bias, weight)]
+        outputs.append(_recomputed(chunk_parts, input, classifier, chunk, local_target, *class_vectors))
+    lse_others, target_logits, weighted_sums = zip(*outputs, strict=True)
+    if len(outputs) == 1:
+        return lse_others[0], target_logits[0], weighted_sums[0]
+    return (
+        torch.stack(lse_others).logsumexp(0),
+        torch.stack(target_logits).sum(0),
+        torch.stack(weighted_sums).sum(0),
+    )
+
+
+def topk(
+    ops: Any,
+    input: Tensor,
+    classifier: Classifier,
+    class_bias: Tensor | None,
+    k: int,
+    need_lse: bool,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the outputs of `topk`."""
+    centers, displacements, tau = classifier[:3]
+    best: tuple[Tensor, ...] = ()
+    lse_of_chunks = []
+    for chunk in _chunks(classifier):
+        bias = None if class_bias is None else class_bias[chunk]
+        assert classifier.mlp is not None
+        v = vectors(centers[chunk], displacements, *classifier.mlp)
+        count = min(k, chunk.stop - chunk.start)
+        values, classes, slots, lse = ops.topk.default(
+            input, v, no_displacements(input), tau, bias, None, None, count, need_lse, allow_tf32, None
+        )
+        best = join_best(best, (values, classes + chunk.start, slots), k)
+        lse_of_chunks.append(lse)
+    values, classes, slots = best
+    return values, classes, slots, torch.stack(lse_of_chunks).logsumexp(0) if need_lse else lse_of_chunks[0]
+
+
+def _chunks(classifier: Classifier) -> Iterator[slice]:
+    """Yield chunks of classes; one empty chunk if there is no class."""
+    classes, d = classifier.centers.shape
+    size = max(1, CHUNK_ELEMENTS // ((classifier.displacements.shape[0] + 1) * d))
+    return (slice(start, min(start + size, classes)) for start in range(0, max(classes, 1), size))
+
+
+def _recomputed(
+    function: Callable[..., Any], input: Tensor, classifier: Classifier, chunk: slice, *rest: Tensor | None
+) -> Any:
+    """Return function(input, tau, vectors, *rest) of a chunk; the backward recomputes the vectors."""
+    assert classifier.mlp is not None
+
+    def compute(
+        input: Tensor, tau: Tensor, w: Tensor, delta: Tensor, a: Tensor, b: Tensor, *rest: Any
+    ) -> Any:
+        return function(input, tau, vectors(w, delta, a, b), *rest)
+
+    centers, displacements, tau = classifier[:3]
+    arguments: tuple[Any, ...] = (input, tau, centers[chunk], displacements, *classifier.mlp, *rest)
+    if not torch.is_grad_enabled():
+        return compute(*arguments)
+    return checkpoint(compute, *arguments, use_reentrant=False, preserve_rng_state=False)
