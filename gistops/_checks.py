@@ -1,4 +1,4 @@
-"""Argument checks, in one place, so that every backend says the same; each message names the argument."""
+"""Argument checks of the public functions. Every message names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def check_subcenters(input: object, centers: object, tau: object) -> Classifier:
         )
     if not 1 <= centers.shape[1] <= MAX_SLOTS:
         raise ValueError(
-            f"centers: expected 1 to {MAX_SLOTS} centres a class (slots are uint8), got {_shape(centers)}"
+            f"centers: expected 1 to {MAX_SLOTS} sub-centers per class (slots are uint8), got {_shape(centers)}"
         )
     if centers.device != input.device:
         raise ValueError(f"centers: expected device {input.device} to match input, got {centers.device}")
@@ -115,25 +115,25 @@ def _tau(tau: object, input: Tensor) -> Tensor:
 
 
 def on_device(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number as a tensor, filled where it lies: a copy from the host would wait, and fit into no CUDA graph."""
+    """Return a number as a tensor filled on its device: a copy from the host would wait and break a CUDA graph."""
     return torch.full((), float(number), dtype=dtype, device=device)
 
 
 def check_class_vector(name: str, value: object, classes: int, input: Tensor) -> Tensor:
-    """Check a floating tensor [K] on input's device. Raises as above."""
+    """Check a floating-point tensor [K] on the device of input. Raises as above."""
     value = _floating(name, value)
     if value.shape != (classes,):
-        raise ValueError(f"{name}: expected shape [{classes}], one for each class, got {_shape(value)}")
+        raise ValueError(f"{name}: expected shape [{classes}], one element per class, got {_shape(value)}")
     if value.device != input.device:
         raise ValueError(f"{name}: expected device {input.device} to match input, got {value.device}")
     return value
 
 
 def check_some_classes(centers: Tensor) -> int:
-    """K, which is not 0.
+    """Return the number of classes K.
 
     Raises:
-        ValueError: it is.
+        ValueError: K is 0.
     """
     if centers.shape[0] == 0:
         raise ValueError(f"centers: expected at least one class, got shape {_shape(centers)}")
@@ -223,11 +223,11 @@ def _check_transform(transform: str, axis: object, mlp: object, input: Tensor) -
 
 
 def check_integer(name: str, value: object, low: int, high: int | None = None) -> int:
-    """`value` as an int.
+    """Return `value` as an int.
 
     Raises:
-        TypeError: it is no integer.
-        ValueError: it is below `low` or above `high`.
+        TypeError: `value` is not an integer.
+        ValueError: `value` is below `low` or above `high`.
     """
     expected = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -239,11 +239,11 @@ def check_integer(name: str, value: object, low: int, high: int | None = None) -
 
 
 def check_positive(name: str, value: object) -> float:
-    """`value` as a finite float above zero.
+    """Return `value` as a float.
 
     Raises:
-        TypeError: it is no real number.
-        ValueError: it is not finite, or not above zero.
+        TypeError: `value` is not a real number.
+        ValueError: `value` is not finite or not above 0.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number above 0, got {value!r} of type {type(value).__name__}")

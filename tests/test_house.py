@@ -18,7 +18,8 @@ TEXT = CODE | {".md", ".toml", ".html"}
 #: Rooms of each package, lowest floor first. A module may import its own room and rooms before it.
 FLOORS = {
     "gistops": [
-        "_toolchain", "_build", "operators", "backends", "_checks", "functional", "export", "nn", "sampling", "info",
+        "_toolchain", "_build", "_classifier", "_checks", "operators", "backends", "functional", "export", "nn",
+        "sampling", "info",
     ],
     "train": [
         "files", "distributed", "console", "shot_groups", "data", "config", "model", "evaluation", "methods", "cli",

@@ -1,4 +1,4 @@
-"""The backends of the operators, and which of them serves a call."""
+"""The backends, and the choice of the backend that serves a call."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from . import native, triton
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 
-#: Backend -> the device types that it serves, and a function of one of them that says why it cannot here, or None.
+#: Backend -> the device types that it serves, and a function of a device type that returns why it cannot serve, or None.
 _JUDGES: dict[str, tuple[tuple[str, ...], Callable[[str], str | None]]] = {
     "cpu": (("cpu", "meta"), native.why_not_cpu),
     "cuda": (("cuda", "meta"), native.why_not_cuda),
     "triton": (("cuda", "cpu", "meta"), triton.why_not),
 }
 
-#: Device type -> the backends that serve it unasked, the first that can. "cuda" is also what torch calls AMD's GPUs.
+#: Device type -> the backends to choose from by default, in order of preference. AMD GPUs have type "cuda" in torch, too.
 _PREFERRED = {"cpu": ("cpu",), "meta": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was asked for by name and cannot serve; the message says why and how to get it."""
+    """Raised if a backend is requested by name and cannot serve; the message says why and how to get it."""
 
 
 def why_not(name: str, device_type: str | None = None) -> str | None:
-    """Why the backend cannot serve here, and how to get it; None if it can.
+    """Return why a backend cannot serve here and how to get it, or None if it can.
 
     Args:
         name: one of `NAMES`.
-        device_type: the tensors' device type; None for the backend's own.
+        device_type: device type of the tensors; by default the first type that the backend serves.
     """
     if name == "reference":
         return None
@@ -41,10 +41,10 @@ def why_not(name: str, device_type: str | None = None) -> str | None:
 
 
 def choose(device_type: str, requested: str | None) -> str:
-    """The backend that serves tensors on `device_type`: the one requested, or the best that is there.
+    """Return the backend for tensors on `device_type`: the requested backend, or the preferred one that is available.
 
     Raises:
-        ValueError: `requested` is no backend's name, or serves another device.
+        ValueError: `requested` is not the name of a backend, or the backend does not serve the device type.
         BackendUnavailable: the requested backend cannot serve here.
     """
     if requested is not None:
@@ -68,7 +68,7 @@ def choose(device_type: str, requested: str | None) -> str:
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")
-    why = "; ".join(reasons) or "none is written for it"
+    why = "; ".join(reasons) or "no backend supports it"
     _warn_once(f"gistops: no fused backend is available for {device_type!r} ({why}); ")
     return "reference"
 
@@ -87,8 +87,8 @@ def _cuda_allows_tf32() -> bool:
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
-# torch.compile takes the answers as constants and leaves the looks at files and settings out of its graph. What
-# torch.compiler.assume_constant_result does, without its import of torch._dynamo (over a second at start-up).
+# torch.compile takes the results as constants and keeps the access to files and settings out of its graph. This is
+# torch.compiler.assume_constant_result without its import of torch._dynamo, which takes over a second at start-up.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _cuda_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
@@ -99,8 +99,8 @@ def _warn_once(why: str) -> None:
     if why not in _warned:
         _warned.add(why)
         warnings.warn(
-            why + "the reference backend serves instead: same results, about ten times slower. "
-            "`python -m gistops.info` says more; backend='reference' silences this.",
+            why + "the reference backend is used instead: same results, about ten times slower. "
+            "`python -m gistops.info` shows details; backend='reference' silences this warning.",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -1,7 +1,7 @@
-"""The reference backend: the definition of the operator, in plain PyTorch.
+"""The reference backend: the definition of the ops, in plain PyTorch.
 
-Every other backend is judged by it. It scores each vector `w_k + δ_j` directly and shares no algebra with the fused
-form, so that a mistake in one cannot hide in the other.
+Every other backend is tested against it. It scores each vector `w_k + δ_j` directly and shares no algebra with the fused
+kernels, so that a mistake in the kernels cannot hide in the reference.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .._checks import on_device
 from .._classifier import Classifier, LossOptions
 from ..operators.registry import compute_dtype, no_autocast
 
-#: Upper bound on the elements of one chunk's [k, M, d] vectors and [B, k, M] scores (64 MiB in float32).
+#: Maximum number of elements in the vectors [k, M, d] and in the scores [B, k, M] of a chunk: 64 MiB in float32.
 CHUNK_ELEMENTS = 1 << 24
 
 
@@ -37,26 +37,18 @@ def best_cosine(unit: Tensor, centers: Tensor, structure: Tensor) -> tuple[Tenso
 def constellation_logits(
     input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`τ · max_j cos(f_i, w_k + δ_j)` with `δ_0 = 0`, and the lowest `j` that attains it.
+    """Return the logits `τ · max_j cos(f_i, w_k + δ_j)` and the slots, one chunk of classes at a time.
 
-    Memory beyond the outputs is bounded by `CHUNK_ELEMENTS`, in the backward too (chunks are recomputed there).
-
-    Args:
-        input: features f, [B, d].
-        centers: class centres w, [K, d].
-        displacements: shared displacements δ_1..δ_m, [m, d].
-        tau: temperature τ, a tensor of one element.
-
-    Returns:
-        logits [B, K] in float64 if any argument but tau is float64, otherwise float32; slots [B, K] uint8.
+    `CHUNK_ELEMENTS` bounds the memory beyond the outputs, in the backward too, which recomputes the chunks. Arguments and
+    outputs are those of `gistops.constellation_logits`.
     """
     dtype = compute_dtype(input, centers, displacements)
     with no_autocast(input.device.type):
         unit = F.normalize(input.to(dtype), dim=1, eps=1e-12)
-        structure = F.pad(displacements.to(dtype), (0, 0, 1, 0))  # [M, d], row 0 the bare centre
+        structure = F.pad(displacements.to(dtype), (0, 0, 1, 0))  # [M, d]; row 0 is zero
         scale = tau.to(dtype).reshape(())
         slots_count, d = structure.shape
-        # A graph must hold for any batch: there the batch has no say in the chunks.
+        # A compiled graph serves any batch size, so there the chunks do not depend on the batch.
         rows = d if torch.compiler.is_compiling() else max(d, input.shape[0])
         chunk = max(1, CHUNK_ELEMENTS // (slots_count * rows))
         logits, slots = [], []
@@ -75,7 +67,7 @@ def constellation_logits(
 
 
 def subcenter_logits(input: Tensor, centers: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """`τ · max_j cos(f_i, w_kj)` of free centres [K, M, d], and the lowest j; otherwise as `constellation_logits`."""
+    """Return `τ · max_j cos(f_i, w_kj)` of sub-centers [K, M, d] and the lowest slot j that attains it."""
     dtype = compute_dtype(input, centers)
     with no_autocast(input.device.type):
         unit = F.normalize(input.to(dtype), dim=1, eps=1e-12)
@@ -88,7 +80,7 @@ def subcenter_logits(input: Tensor, centers: Tensor, tau: Tensor) -> tuple[Tenso
 def rotated_logits(
     input: Tensor, centers: Tensor, displacements: Tensor, axis: Tensor, tau: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Logits of centres [K, d] and their rotations from `axis` to each displacement, each written out as a matrix."""
+    """Return logits and slots of centers [K, d] and of their rotations from `axis` to each displacement, as matrices."""
     dtype = compute_dtype(input, centers, displacements)
     w = centers.to(dtype)
     u = F.normalize(axis.to(dtype), dim=0, eps=1e-12)
@@ -98,23 +90,25 @@ def rotated_logits(
         rest = delta - c * u
         s = rest.norm()
         v = rest / s.clamp(min=1e-12)
-        turn = (c - 1) * (torch.outer(u, u) + torch.outer(v, v)) + s * (torch.outer(v, u) - torch.outer(u, v))
-        vectors.append(w + w @ turn.T)
+        rotation = (c - 1) * (torch.outer(u, u) + torch.outer(v, v)) + s * (
+            torch.outer(v, u) - torch.outer(u, v)
+        )
+        vectors.append(w + w @ rotation.T)
     return subcenter_logits(input, torch.stack(vectors, 1), tau)
 
 
 def mlp_logits(
     input: Tensor, centers: Tensor, displacements: Tensor, mlp: tuple[Tensor, Tensor], tau: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Logits of centres [K, d] and of w + B relu(A [ŵ; δ_j]), with A [h, 2d] and B [d, h]."""
+    """Return logits and slots of centers w [K, d] and of w + B relu(A [ŵ; δ_j]), with A [h, 2d] and B [d, h]."""
     dtype = compute_dtype(input, centers, displacements, *mlp)
     with no_autocast(input.device.type):
         w, first, second = centers.to(dtype), mlp[0].to(dtype), mlp[1].to(dtype)
         unit = F.normalize(w, dim=1, eps=1e-12)
         vectors = [w]
         for delta in displacements.to(dtype):
-            both = torch.cat([unit, delta.expand_as(unit)], dim=1)
-            vectors.append(w + (both @ first.T).relu() @ second.T)
+            mlp_input = torch.cat([unit, delta.expand_as(unit)], dim=1)
+            vectors.append(w + (mlp_input @ first.T).relu() @ second.T)
     return subcenter_logits(input, torch.stack(vectors, 1), tau)
 
 

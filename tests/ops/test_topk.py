@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 import gistops
+from gistops import backends
 from gistops._classifier import Classifier
 from gistops.functional.logits import center_norms
 from gistops.functional.topk import topk as checked_topk
 
 from .oracle import SAMPLES, Sample, allowed, error, generator, plain, scores
-from .test_loss_torch import family
 
 Case = tuple[Sample, int]
 #: k of one, some, more than a block of classes (512), and all.
@@ -127,7 +127,7 @@ def test_opcheck_and_compile(free: bool, fused: str, seed: int) -> None:
     x, w, delta, tau = Sample(37, 130, 20, 0 if free else 3).tensors(seed, requires_grad=False)
     if free:
         w = torch.randn(130, 2, 20)
-    operator = family(fused, "topk")
+    operator = backends.ops(fused).topk.default
     for bias, lse in ((None, True), (torch.randn(130), False)):
         torch.library.opcheck(operator, (x, w, delta, tau, bias, None, None, 7, lse))
 
