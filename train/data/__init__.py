@@ -1,1 +1,0 @@
-"""Training data: sets from files of arrays, and the random stream of batches."""

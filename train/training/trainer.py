@@ -20,7 +20,7 @@ from .. import distributed
 from ..config import Config
 from ..data.dataset import Dataset
 from ..data.stream.augment import Augmentation
-from ..data.stream.batches import Batches, MicroBatch, sizes_of_steps
+from ..data.stream.batches import Batches, MicroBatch, step_sizes
 from ..data.stream.streams import BalancedStream, RandomStream
 from ..evaluation.evaluate import evaluate
 from ..methods import METHODS
@@ -316,4 +316,4 @@ def sizes_of(config: Config, data: Dataset) -> list[tuple[int, int]]:
     balanced = config.classes_per_batch * config.samples_per_class
     # Batch normalisation needs two samples at least.
     least = own_parts(config)[1] * (2 if config.batch_norm == "split" else 1)
-    return sizes_of_steps(len(data.y_train), config.batch_size, balanced, config.max_steps_per_epoch, least)
+    return step_sizes(len(data.y_train), config.batch_size, balanced, config.max_steps_per_epoch, least)

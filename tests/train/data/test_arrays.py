@@ -18,7 +18,7 @@ from train.data.fashion_mnist_lt.make import CLASSES
 from train.data.load import Source, load
 from train.data.longtail import long_tailed_counts, long_tailed_indices
 from train.data.sources.arrays import EMBEDDED, load_arrays
-from train.data.stream.augment import NUMBERS, Augmentation
+from train.data.stream.augment import NUM_UNIFORMS, Augmentation
 from train.data.stream.streams import RandomStream
 
 from ..conftest import COUNTS, shared
@@ -204,7 +204,7 @@ def test_random_stream_passes_over_all_samples(seed: int) -> None:
 
 def test_augmentation_against_one_image_at_a_time(seed: int) -> None:
     images = torch.randint(0, 256, (64, 3, 9, 7), dtype=torch.uint8)
-    out = Augmentation(2, True)(images, torch.rand(len(images), NUMBERS))
+    out = Augmentation(2, True)(images, torch.rand(len(images), NUM_UNIFORMS))
     assert out.shape == images.shape
     padded = F.pad(images, (2, 2, 2, 2))
     crops = {
@@ -218,7 +218,7 @@ def test_augmentation_against_one_image_at_a_time(seed: int) -> None:
         places += found
     assert len({place[:2] for place in places}) > 10
     assert {place[2] for place in places} == {0, 1}
-    assert Augmentation()(images, torch.rand(len(images), NUMBERS)) is images
+    assert Augmentation()(images, torch.rand(len(images), NUM_UNIFORMS)) is images
 
 
 def test_a_tail_longer_than_the_largest_class_allows(image_file: Path) -> None:

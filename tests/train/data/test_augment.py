@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from train.__main__ import main
-from train.data.stream.augment import NUMBERS, Augmentation
+from train.data.stream.augment import NUM_UNIFORMS, Augmentation
 from train.model.backbones import BackboneError, make_backbone
 from train.model.model import Normalize
 
 
 def augmented(images: torch.Tensor, **options: Any) -> torch.Tensor:
-    return Augmentation(**options)(images, torch.rand(len(images), NUMBERS))
+    return Augmentation(**options)(images, torch.rand(len(images), NUM_UNIFORMS))
 
 
 def ramp(b: int, h: int, w: int) -> torch.Tensor:
@@ -91,7 +91,7 @@ def test_jitter_changes_brightness_contrast_and_saturation(seed: int) -> None:
 )
 def test_the_numbers_alone_decide_image_by_image(options: dict[str, Any], seed: int) -> None:
     images = torch.randint(0, 256, (5, 3, 12, 12), dtype=torch.uint8)
-    augment, numbers = Augmentation(**options), torch.rand(5, NUMBERS)
+    augment, numbers = Augmentation(**options), torch.rand(5, NUM_UNIFORMS)
     whole = augment(images, numbers)
     assert torch.equal(augment(images, numbers), whole)
     assert not torch.equal(augment(images, numbers.flip(0)), whole)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .augment import NUMBERS, Augmentation
+from .augment import NUM_UNIFORMS, Augmentation
 from .streams import BalancedStream, RandomStream
 
 #: The draw of one step, as a checkpoint stores it: indices [n], the first num_balanced [] of them from the balanced stream,
-#: numbers [n, NUMBERS] for the augmentation, and transfer_uniforms [n]. The random numbers are uniform in [0, 1).
+#: numbers [n, NUM_UNIFORMS] for the augmentation, and transfer_uniforms [n]. The random numbers are uniform in [0, 1).
 StepDraw = dict[str, Tensor]
 
 
@@ -22,7 +22,7 @@ class MicroBatchDraw:
     """The samples and random numbers of a micro-batch, before images are read and augmented."""
 
     indices: Tensor  # samples [b], those of the balanced stream first
-    augment_uniforms: Tensor  # [b, NUMBERS]
+    augment_uniforms: Tensor  # [b, NUM_UNIFORMS]
     transfer_uniforms: Tensor  # [b]
     num_balanced: int
     loss_weights: dict[str, float]
@@ -45,7 +45,7 @@ class MicroBatchDraw:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples [b, …] and classes [b] that go through the model together, those of the balanced stream first."""
+    """Samples [b, …] and labels [b] that go through the model together, those of the balanced stream first."""
 
     x: Tensor
     y: Tensor
@@ -59,16 +59,16 @@ class MicroBatch:
 class Batches:
     """An endless sequence of steps, each with samples of both streams, split into micro-batches.
 
-    A step is split into world size × accumulate micro-batches with equal numbers of samples of each stream. This process
-    gets its own ones. The draws do not depend on the split.
+    A step is split into world size × accumulate micro-batches with equal numbers of samples of each stream. Each process
+    materializes its own micro-batches. The draws do not depend on the split.
 
     Args:
         x: samples [n, …], on the device or the CPU.
-        y: their classes [n], on the device.
+        y: their labels [n], on the device.
         random: the random stream.
         balanced: the balanced stream.
-        sizes: samples from the balanced and from the random stream in each step; begins again at its end.
-        augment: what happens to images, on the device.
+        sizes: for each step of an epoch, the numbers of samples from the balanced and the random stream. Repeats.
+        augment: the augmentation of images, on the device.
         generator: draws the random numbers of the augmentation.
         transfer_generator: draws `MicroBatch.transfer_uniforms`. It is separate, so that they do not change other draws.
         micro_batches: the indices of this process's micro-batches, and the number of all micro-batches of a step.
@@ -135,7 +135,7 @@ class Batches:
         indices = torch.cat([self.balanced.take(num_balanced), self.random.take(num_random)])
         return {
             "indices": indices,
-            "numbers": torch.rand(len(indices), NUMBERS, generator=self.generator),
+            "numbers": torch.rand(len(indices), NUM_UNIFORMS, generator=self.generator),
             "transfer_uniforms": self._transfer_uniforms(len(indices)),
             "num_balanced": torch.tensor(num_balanced),
         }
@@ -214,15 +214,16 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def sizes_of_steps(
-    num_samples: int, batch_size: int, balanced: int, most: int | None, least: int = 1
+def step_sizes(
+    num_samples: int, batch_size: int, num_balanced: int, max_steps: int | None, min_batch: int = 1
 ) -> list[tuple[int, int]]:
-    """For each step of an epoch, one pass of the random stream: samples of the balanced and of the random stream.
+    """Return the numbers of samples from the balanced and the random stream for each step of an epoch.
 
-    A last batch of fewer than `least` samples goes with the one before; no epoch has more than `most` steps.
+    An epoch is one pass of the random stream, but at most `max_steps` steps. If the last step would have fewer than
+    `min_batch` samples of the random stream, it is merged into the previous step.
     """
     full, rest = divmod(num_samples, batch_size)
     sizes = [batch_size] * full + [rest] * (rest > 0)
-    if 0 < rest < least and full:
+    if 0 < rest < min_batch and full:
         sizes[-2:] = [batch_size + rest]
-    return [(balanced, random) for random in sizes[:most]]
+    return [(num_balanced, num_random) for num_random in sizes[:max_steps]]

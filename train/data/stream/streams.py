@@ -11,7 +11,7 @@ from gistops.sampling import ClassBalancedBatchSampler
 
 
 class RandomStream:
-    """Endless passes over `size` samples, each in a new random order drawn from `generator`."""
+    """An endless sequence of passes over `size` samples, each in a new random order drawn from `generator`."""
 
     def __init__(self, size: int, generator: torch.Generator) -> None:
         self._generator = generator
@@ -19,7 +19,7 @@ class RandomStream:
         self._position = 0
 
     def take(self, count: int) -> Tensor:
-        """The indices of the next `count` samples, [count]; a new pass begins where the last one ends."""
+        """Return the indices of the next `count` samples, [count]. A new pass begins where the last one ends."""
         parts = [self._order[:0]]
         while count > 0:
             if self._position == len(self._order):
@@ -32,7 +32,7 @@ class RandomStream:
         return torch.cat(parts)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the pass stands; the generator's state is its owner's to keep."""
+        """Return the order and position of the current pass. The caller stores the generator's state."""
         return {"order": self._order, "position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -40,7 +40,7 @@ class RandomStream:
 
 
 class BalancedStream:
-    """The samples of a class-balanced sampler one after another, in runs of any length."""
+    """An endless sequence of samples from a class-balanced sampler, taken in any numbers."""
 
     def __init__(self, sampler: ClassBalancedBatchSampler) -> None:
         self.sampler = sampler
@@ -48,14 +48,14 @@ class BalancedStream:
         self._rest: list[int] = []  # of the last batch
 
     def take(self, count: int) -> Tensor:
-        """The indices of the next `count` samples, [count]."""
+        """Return the indices of the next `count` samples, [count]."""
         while len(self._rest) < count:
             self._rest += next(self._batches)
         taken, self._rest = self._rest[:count], self._rest[count:]
         return torch.tensor(taken, dtype=torch.int64)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands."""
+        """Return the state of the sampler, and the rest of its last batch."""
         return {"sampler": self.sampler.state_dict(), "rest": list(self._rest)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
