@@ -21,27 +21,27 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
     """Endless batches of `classes_per_batch` distinct classes with `samples_per_class` images each.
 
     GistNet (Liu, Li, Kang, Hua, Vasconcelos, ICCV 2021) draws 32 classes x 4 images for its balanced loss.
-    Classes come from an endless sequence of shuffled cycles over all classes, and the images of a class from
-    an endless sequence of shuffled cycles over its images. Hence, at any moment and counted over all
-    replicas, the visits of any two classes differ by at most one, and so do those of any two images of a
-    class. Classes in a batch are distinct; images of a class in a batch are distinct if it has
-    `samples_per_class` of them, otherwise they repeat. Classes without images are left out.
+    The classes come from an endless sequence of shuffled cycles over all classes. The images of a class come from
+    an endless sequence of shuffled cycles over its images. Hence, at any moment and counted over all replicas, the
+    numbers of visits of any two classes differ by at most one, and so do the visits of any two images of a class.
+    The classes in a batch are distinct. The images of a class in a batch are distinct if the class has at least
+    `samples_per_class` images; otherwise they repeat. Classes without images are skipped.
 
         sampler = ClassBalancedBatchSampler(dataset.targets)
         loader = DataLoader(dataset, batch_sampler=sampler, num_workers=4, persistent_workers=True)
 
-    Replicas: all walk the same sequence of batches, and of each group of `num_replicas` batches, replica r
-    takes batch r; so they never draw the same place. If there are `num_replicas * classes_per_batch` classes
-    or more, no class is in two batches of a group; with fewer that cannot be.
+    Replicas: all replicas follow the same sequence of batches. Replica r takes batch r of each group of
+    `num_replicas` batches, so that no position is drawn twice. With at least `num_replicas * classes_per_batch`
+    classes, no class occurs in two batches of a group.
 
-    The sequence depends on the arguments alone, not on the versions of numpy and torch, and has no length. A
-    new iterator goes on where the last one stopped. A batch costs some microseconds a class, however many
-    classes and images there are.
+    The sequence depends on the arguments alone, not on the versions of numpy and torch. It is endless, so the sampler
+    has no length. A new iterator continues at the position of the last one. A batch takes a few microseconds per
+    class in the batch, independently of the numbers of classes and images.
 
     Args:
-        labels: the class of each image, integers of at least 0: a list, a numpy array or a tensor, [N].
-        classes_per_batch: at least 1, at most the number of classes that have images.
-        samples_per_class: at least 1.
+        labels: class of each image, integers of at least 0: a list, a numpy array or a tensor, [N].
+        classes_per_batch: distinct classes per batch, at least 1 and at most the number of classes with images.
+        samples_per_class: images per class and batch, at least 1.
         seed: at least 0; the same for all replicas.
         num_replicas: number of processes that share the sequence.
         rank: this process, 0 to num_replicas - 1.
@@ -65,7 +65,7 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         self.seed = check_integer("seed", seed, 0)
         self.num_replicas = check_integer("num_replicas", num_replicas, 1)
         self.rank = check_integer("rank", rank, 0, self.num_replicas - 1)
-        # Images sorted by class, and where each class begins and ends there: one sort serves all classes.
+        # The images sorted by class, and the bounds of each class there: one sort serves all classes.
         self._order = np.argsort(array, kind="stable")
         ends = np.flatnonzero(np.diff(array[self._order], append=-1)) + 1
         self._bounds = np.concatenate(([0], ends))
@@ -80,21 +80,21 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         group = self.num_replicas * self.classes_per_batch
         window = group if group <= self.num_classes else self.classes_per_batch
         self._classes = _ShuffledCycles(self.num_classes, window, self._key, 0)
-        self._images: dict[int, _ShuffledCycles] = {}  # of the classes met so far
+        self._images: dict[int, _ShuffledCycles] = {}  # of the classes drawn so far
         self._batches = 0
 
     def __iter__(self) -> Iterator[list[int]]:
         while True:
-            index = self._batches * self.num_replicas + self.rank  # in the sequence that all replicas share
+            index = self._batches * self.num_replicas + self.rank  # in the shared sequence of all replicas
             self._batches += 1
             yield self._batch(index)
 
     def _batch(self, index: int) -> list[int]:
-        """Batch number `index` of the shared sequence, a function of the arguments and `index` alone."""
+        """Return batch `index` of the shared sequence: a function of the arguments and `index` alone."""
         start = index * self.classes_per_batch
         images = []
         for place, label in enumerate(self._classes.take(start, self.classes_per_batch).tolist(), start):
-            # A class is met once in each cycle of classes: the cycle's number counts its earlier visits.
+            # Each cycle visits a class once, so the cycle's number counts the earlier visits of the class.
             visit = place // self.num_classes
             low, high = int(self._bounds[label]), int(self._bounds[label + 1])
             if label not in self._images:
@@ -106,11 +106,11 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         return result
 
     def state_dict(self) -> dict[str, int]:
-        """Where the sequence stands, in plain integers; `torch.load(weights_only=True)` reads it.
+        """Return the position of the sequence as plain integers, which `torch.load(weights_only=True)` reads.
 
-        `batches` counts the batches that this replica has drawn. A `DataLoader` with workers draws some ahead
-        of training: to resume at the batch after the last one trained on, set `batches` to the number of
-        batches trained on since the sampler was made.
+        `batches` counts the batches that this replica has drawn. A `DataLoader` with workers draws batches ahead of
+        training. To resume at the batch after the last one that was trained on, set `batches` to the number of
+        batches trained on since the sampler was created.
         """
         return {
             "batches": self._batches,
@@ -122,14 +122,14 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on where `state` was taken, with the very same batches; iterators that exist follow.
+        """Continue at the position of `state`, with the same batches. Existing iterators follow.
 
-        With another number of replicas than the state's it goes on at the same place of another sequence: as
-        balanced, but not with the same batches.
+        If the number of replicas differs from the state's, the sampler continues at the same position of another
+        sequence, which is as balanced but has other batches.
 
         Raises:
             KeyError: the state lacks an entry.
-            ValueError: the state is of a sampler with other labels or arguments.
+            ValueError: the state belongs to a sampler with other labels or arguments.
         """
         own = self.state_dict()
         if missing := own.keys() - state.keys():
@@ -146,13 +146,13 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
 
 
 class _ShuffledCycles:
-    """Endless shuffled cycles over 0..n-1, without repeats in any aligned window of `window` places.
+    """An endless sequence of shuffled cycles over 0..n-1, without repeats in any aligned window of positions.
 
-    Every cycle is a permutation, so visits of any two items differ by at most one at any place; a window is
-    the places from a multiple of `window` to the next, and `window <= n`. A cycle is a function of (key,
-    stream, its number), and of the cycle before it if a window lies across the two. Since windows and cycles
-    end together every `window / gcd(n, window)` cycles, any cycle can be made without those before that
-    point: there is no state to keep.
+    Every cycle is a permutation, so that the visits of any two items differ by at most one at any position. A window
+    is the positions from a multiple of `window` to the next, and `window <= n`. A cycle is a function of (key,
+    stream, its number), and of the previous cycle if a window spans both. Windows and cycles end together every
+    `window / gcd(n, window)` cycles, so that any cycle is computed without the cycles before this point, and no state
+    is kept.
     """
 
     __slots__ = ("_cycle", "_key", "_n", "_number", "_span", "_stream", "_window")
@@ -160,11 +160,11 @@ class _ShuffledCycles:
     def __init__(self, n: int, window: int, key: npt.NDArray[np.uint64], stream: int) -> None:
         self._n, self._window, self._key, self._stream = n, window, key, stream
         self._span = window // gcd(n, window)
-        self._number = -1  # of the cycle at hand
+        self._number = -1  # of the cached cycle
         self._cycle: Integers = np.zeros(0, np.int64)
 
     def take(self, start: int, count: int) -> Integers:
-        """Items at places start..start+count-1, [count]."""
+        """Return the items at positions start..start+count-1, [count]."""
         number, offset = divmod(start, self._n)
         part = self._get(number)[offset : offset + count]
         if len(part) == count:
@@ -178,24 +178,24 @@ class _ShuffledCycles:
 
     def _get(self, number: int) -> Integers:
         if number != self._number:
-            first = number - number % self._span  # a cycle that no window joins to the one before
+            first = number - number % self._span  # no window spans this cycle and the previous one
             for i in range(self._number + 1 if first <= self._number < number else first, number + 1):
                 self._cycle = self._make(i)
                 self._number = i
         return self._cycle
 
     def _make(self, number: int) -> Integers:
-        """Cycle `number`; the one before it must be at hand if a window joins them."""
+        """Return cycle `number`. The previous cycle must be cached if a window spans both."""
         if self._n == 1:
             return np.zeros(1, np.int64)
-        # Raw words of a counter-based generator: numpy keeps them the same for ever, unlike its permutations.
+        # Raw words of a counter-based generator: numpy guarantees them across versions, unlike its permutations.
         words = np.random.Philox(key=self._key, counter=np.array([0, 0, number, self._stream], np.uint64))
         order = np.argsort(words.random_raw(self._n), kind="stable")
-        used = number * self._n % self._window  # places taken already of the window across the boundary
+        used = number * self._n % self._window  # positions of the spanning window in the previous cycle
         if not used:
             return order
-        # A uniform draw from the permutations that fit: the window's other places from the items not in it
-        # yet, then all that remain, shuffled anew (they were not uniform given the first).
+        # A uniform draw from the valid permutations: the window's other positions get items that it does not hold yet.
+        # The remaining items are shuffled again, because their order is not uniform given the first ones.
         free = np.ones(self._n, bool)
         free[self._cycle[self._n - used :]] = False
         head = order[free[order]][: self._window - used]

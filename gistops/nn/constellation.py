@@ -1,9 +1,8 @@
-"""One constellation head."""
+"""A constellation head: one set of centers, and displacements that all classes share."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, get_args
 
 import torch
@@ -14,31 +13,31 @@ from .._checks import MAX_SLOTS, check_integer, check_positive
 from .._classifier import Classifier, Transform
 from ..functional import constellation_cross_entropy, constellation_logits
 from .head import MaxCosineHead, compute_dtype, inverse_softplus
-from .usage import SlotUsage
+from .usage import SlotUsage, warn_if_zero
 
 
 class ConstellationClassifier(MaxCosineHead):
     """A classifier whose classes are constellations: logits `τ · max_j cos(f, w_k + δ_j)`, with `δ_0 = 0`.
 
-    GistNet (Liu, Li, Kang, Hua, Vasconcelos, ICCV 2021), equations 4 to 7. The displacements δ are shared by
-    all classes. With `num_displacements=0` it is the plain cosine classifier. To train it as the paper does,
-    use `GistClassifier`, whose `export()` gives one of these.
+    GistNet (Liu, Li, Kang, Hua, Vasconcelos, ICCV 2021), equations 4 to 7. All classes share the displacements δ.
+    With `num_displacements=0` the module is a plain cosine classifier. `GistClassifier` trains a constellation head
+    as the paper does, and its `export()` returns a `ConstellationClassifier`.
 
     Parameters of the module:
         centers: w, [num_classes, in_features]; entries N(0, 1/in_features), so that a row's norm is about 1.
         displacements: δ, [num_displacements, in_features]; random directions, each of norm
-            `displacement_scale` times the mean norm of a centre. Never zero: at zero all slots tie, slot 0
-            wins, and δ gets no gradient.
-        raw_tau: [1], τ = softplus(raw_tau), so that τ is positive whatever the optimiser does. Where τ is
-            large the two are equal and move alike. (Of log τ, a step of SGD would move τ some τ² times as far,
-            at 16 until it runs away.) Keep it out of weight decay, which would pull τ down: it has one
-            dimension, so the usual rule "no decay below two dimensions" does. (FSDP takes no scalars.)
-        axis: with `transform="rotation"`, the direction u that all rotations start from, [in_features]; random.
+            `displacement_scale` times the mean norm of a center. They are never zero: at zero all slots tie,
+            slot 0 wins, and δ gets no gradient.
+        raw_tau: [1]; τ = softplus(raw_tau), so that τ stays positive. For large τ the two are almost equal, and
+            so are their gradients. (With τ = exp(raw_tau), a step of SGD would change τ about τ² times as much,
+            and τ = 16 diverges.) Exclude raw_tau from weight decay, which would shrink τ: the usual rule "no
+            decay below two dimensions" excludes it. It has one dimension because FSDP accepts no scalars.
+        axis: with `transform="rotation"`, the direction u from which all rotations start, [in_features]; random.
         mlp_in, mlp_out: with `transform="mlp"`, A [hidden_features, 2 in_features] and B [in_features,
-            hidden_features]; random. Displacements then start at the centres' norm.
+            hidden_features]; random. The displacements then start at the centers' norm.
 
-    A module cast to bfloat16 or float16 computes as exactly as one in float32 from rounded parameters, but
-    small steps of an optimiser are lost in such parameters, in `raw_tau` above all: for training keep the
+    A module cast to bfloat16 or float16 computes with the accuracy of float32 from its rounded parameters. But
+    small optimizer steps are lost in half-precision parameters, in `raw_tau` above all. For training, keep the
     module in float32 and use autocast.
 
     Args:
@@ -46,11 +45,11 @@ class ConstellationClassifier(MaxCosineHead):
         num_classes: number of classes K.
         num_displacements: number m of displacements, 0 to 255; the paper's best is 4.
         tau: initial temperature, above 0.
-        displacement_scale: initial norm of a displacement relative to a centre's, above 0. Of an MLP, how far
-            it moves a centre at first.
-        transform: what a displacement does to a centre: "translation", "rotation" or "mlp", as in
+        displacement_scale: initial norm of a displacement relative to a center's norm, above 0. For an MLP, the
+            initial distance by which it moves a center, relative to the center's norm.
+        transform: effect of a displacement on a center: "translation", "rotation" or "mlp", as in
             `gistops.constellation_logits`.
-        hidden_features: width of the MLP's hidden layer; by default a quarter of `in_features`.
+        hidden_features: width of the MLP's hidden layer; default: a quarter of `in_features`.
         device, dtype: of the parameters, as in `torch.nn.Linear`.
         backend: as in `gistops.constellation_logits`.
 
@@ -62,7 +61,7 @@ class ConstellationClassifier(MaxCosineHead):
     axis: nn.Parameter
     mlp_in: nn.Parameter
     mlp_out: nn.Parameter
-    _warned = False  # of displacements that do nothing
+    _warned = False  # set by gistops.nn.usage
 
     def __init__(
         self,
@@ -111,7 +110,7 @@ class ConstellationClassifier(MaxCosineHead):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, from the default generator of their device."""
+        """Redraw all parameters from the default generator of their device."""
         nn.init.normal_(self.centers, std=self.in_features**-0.5)
         nn.init.constant_(self.raw_tau, inverse_softplus(self.initial_tau))
         directions = torch.randn_like(self.displacements, dtype=torch.float32)
@@ -123,44 +122,45 @@ class ConstellationClassifier(MaxCosineHead):
         return 1.0 if self.transform == "mlp" else self.displacement_scale
 
     def _reset_transform(self, generator: torch.Generator | None) -> None:
-        """Draw what belongs to the transform; `generator`: on its own device, else the parameters' default one."""
+        """Draw the parameters of the transform on the device of `generator`; default: the parameters' device."""
         hidden, d = self.hidden_features, self.in_features
-        # Of a sum of two unit vectors' products; and so that B relu(...) is displacement_scale of a centre's norm.
+        # The input of A is two unit vectors. With this spread of B, the norm of B relu(A ...) is about displacement_scale
+        # times the centers' norm.
         spread = {"mlp_out": self.displacement_scale * self._mean_norm() / math.sqrt(hidden * d)}
         for name in self._transform_shapes():
-            if (own := getattr(self, name, None)) is not None:
-                device = own.device if generator is None else generator.device
-                drawn = torch.randn(own.shape, generator=generator, device=device)
-                own.copy_(drawn.to(own.device) * spread.get(name, 1.0))
+            if (parameter := getattr(self, name, None)) is not None:
+                device = parameter.device if generator is None else generator.device
+                values = torch.randn(parameter.shape, generator=generator, device=device)
+                parameter.copy_(values.to(parameter.device) * spread.get(name, 1.0))
 
     def _mean_norm(self) -> Tensor:
         centers = self.centers.detach()
         norm = torch.linalg.vector_norm(centers, dim=1, dtype=compute_dtype(centers)).mean()
-        return torch.where(norm > 0, norm, 1.0)  # centres at zero must not make displacements of zero
+        return torch.where(norm > 0, norm, 1.0)  # displacements stay nonzero if all centers are zero
 
     def _scaled(self, directions: Tensor, scale: float) -> Tensor:
-        """`directions` [m, d] at norms of `scale` times the centres' mean norm, on the centres' device."""
+        """Scale `directions` [m, d] to `scale` times the centers' mean norm, on the centers' device."""
         norm = self._mean_norm()
         return F.normalize(directions.to(norm.device), dim=1) * (scale * norm)
 
     @property
     def num_displacements(self) -> int:
-        """Number m of displacements; there are m + 1 slots."""
+        """The number m of displacements; a class has m + 1 slots."""
         return self.displacements.shape[0]
 
     def forward(self, input: Tensor, return_slots: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits of all classes.
+        """Compute the logits of all classes.
 
         Args:
-            input: features, [B, in_features], float32, float16, bfloat16 or float64; not normalised.
-            return_slots: also return which vector of each class won.
+            input: features, [B, in_features], float32, float16, bfloat16 or float64; they need not be normalized.
+            return_slots: also return the winning slot of each class.
 
         Returns:
             logits [B, num_classes], float32 (float64 for float64); with `return_slots` also slots
-            [B, num_classes], uint8, 0 for the bare centre.
+            [B, num_classes], uint8; slot 0 is the bare center.
 
         Raises:
-            TypeError, ValueError, gistops.BackendUnavailable: as `gistops.constellation_logits`.
+            TypeError, ValueError, gistops.BackendUnavailable: as for `gistops.constellation_logits`.
         """
         if frozen := self._frozen_logits(input):
             return frozen if return_slots else frozen[0]
@@ -197,22 +197,22 @@ class ConstellationClassifier(MaxCosineHead):
         scale: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Give a head made with `num_displacements=0` its displacements: the paper's second stage.
+        """Add displacements to a head created with `num_displacements=0`: the paper's second stage.
 
-        All other parameters stay as they are. `displacements` becomes a new trainable parameter, on the
-        device and in the dtype of the old one, and so do those of a rotation or an MLP: make the optimiser (and a DDP or FSDP wrapper) anew
-        afterwards, or it will not be trained.
+        All other parameters keep their values. `displacements`, and the parameters of a rotation or an MLP, become
+        new trainable parameters on the device and in the dtype of the old `displacements`. Create the optimizer (and
+        a DDP or FSDP wrapper) anew afterwards: otherwise the new parameters are not trained.
 
         Args:
             num: number of displacements, 1 to 255.
-            values: initial displacements, [m, in_features], floating; m then counts instead of `num`. Without
-                them random directions are drawn, of norm `scale` times the mean norm of the centres.
-            scale: above 0; by default what a new module's displacements have.
-            generator: draws all values, on its own device; by default the CPU's default generator, so
-                that the values do not depend on the module's device.
+            values: initial displacements, [m, in_features], floating-point; `num` is then ignored. By default
+                random directions, of norm `scale` times the mean norm of the centers.
+            scale: above 0; default: the relative norm of a new module's displacements.
+            generator: draws all values, on its own device. By default the CPU's default generator, so that the
+                values do not depend on the module's device.
 
         Raises:
-            RuntimeError: the head has displacements.
+            RuntimeError: the head has displacements already.
             TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
         """
         if self.num_displacements:
@@ -240,14 +240,14 @@ class ConstellationClassifier(MaxCosineHead):
         self.displacements = nn.Parameter(values.detach().to(old.device, old.dtype, copy=True))
         self._make_parameters(self._transform_shapes(), old.device, old.dtype)
         self._reset_transform(generator)
-        self._warn_if_zero()
+        warn_if_zero(self)
 
     def slot_usage(self, input: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Share of the samples won by each slot of their own class; over many batches use `SlotUsage`.
+        """Return the share of samples whose own class is won by each slot. For many batches use `SlotUsage`.
 
         Args:
             input: features, [B, in_features].
-            labels: classes, [B], integer; without them a sample's own class is the predicted one.
+            labels: classes, [B], integer. By default a sample's own class is the predicted one.
 
         Returns:
             shares [num_displacements + 1], float32, which sum to 1.
@@ -264,19 +264,3 @@ class ConstellationClassifier(MaxCosineHead):
         if self.transform == "mlp":
             text += f", hidden_features={self.hidden_features}"
         return text if self.backend is None else f"{text}, backend={self.backend!r}"
-
-    def _warn_if_zero(self) -> None:
-        # A parameter of another type has no values to look at: fake, functional or distributed tensors.
-        known = type(self.displacements) is nn.Parameter and not self.displacements.is_meta
-        if known and not self._warned and self.num_displacements and not self.displacements.detach().any():
-            self._warn(
-                "displacements are exactly zero: all slots tie, slot 0 wins every tie, and the displacements "
-                "never get a gradient. Give them other values before training: as this module draws them, "
-                "random ones of about a tenth of the centres' norm."
-            )
-
-    def _warn(self, what: str) -> None:
-        """Warn, once a module."""
-        if not self._warned:
-            self._warned = True
-            warnings.warn(f"{type(self).__name__}: {what}", RuntimeWarning, stacklevel=4)

@@ -1,4 +1,4 @@
-"""GistNet's head for training: two streams, one set of displacements."""
+"""GistNet's head for training: two streams of samples, and displacements that both streams share."""
 
 from __future__ import annotations
 
@@ -11,34 +11,37 @@ from torch import Tensor, nn
 from ..functional import constellation_cross_entropy, constellation_logits
 from .constellation import ConstellationClassifier
 from .head import inverse_softplus, positive
+from .usage import warn_if_zero
 
 
 class GistClassifier(ConstellationClassifier):
     """GistNet's two-stream head (Liu, Li, Kang, Hua, Vasconcelos, ICCV 2021): train with `losses()`.
 
-    A class-balanced stream trains the centres w that are kept for inference; a random stream, in which the
-    frequent classes dominate, trains centres v of its own and the displacements δ, which the few-shot classes
-    then share. The gradients are routed, and what is blocked is exactly zero:
+    The class-balanced stream trains the centers w, which are kept for inference. The random stream, in which the
+    frequent classes dominate, trains centers v of its own and the displacements δ. Through δ the few-shot classes
+    profit from the frequent ones.
 
-    | parameter | shape | gets gradient from |
+    Routing of the gradients (a blocked gradient is exactly zero, by a `detach()` in `losses()`):
+
+    | parameter | shape | gets its gradient from |
     |---|---|---|
     | `centers` (w) | [num_classes, in_features] | balanced loss |
     | `random_centers` (v) | [num_classes, in_features] | random loss |
-    | `displacements` (δ) | [num_displacements, in_features] | random loss; detached in the balanced one |
-    | `axis`; `mlp_in`, `mlp_out` | of a rotation; of an MLP | as δ |
+    | `displacements` (δ) | [num_displacements, in_features] | random loss; detached in the balanced loss |
+    | `axis`, or `mlp_in` and `mlp_out` | as in `ConstellationClassifier` | random loss; detached in the balanced loss |
     | `raw_tau` | [1] | balanced loss |
     | `raw_random_tau` | [1] | random loss |
 
-    and the features of each stream from its own loss. `forward()` gives w's logits and routes nothing: a loss
-    of them would train the displacements too. Training goes in two stages: the first without displacements
-    (`num_displacements=0`), the second after `add_displacements()`.
+    The features of each stream get their gradient from the stream's own loss. `forward()` computes the logits of w
+    and blocks no gradient: a loss of these logits would train the displacements too. Training has two stages, the
+    first without displacements (`num_displacements=0`), the second after `add_displacements()`.
 
-    Initial values, weight decay, arguments and errors: as `ConstellationClassifier`.
+    Initial values, weight decay, arguments and errors are those of `ConstellationClassifier`.
     """
 
     random_centers: nn.Parameter
     raw_random_tau: nn.Parameter
-    _looked = False  # whether the displacements are zero
+    _checked_for_zero = False
 
     def _parameter_shapes(self, num_displacements: int) -> dict[str, tuple[int, ...]]:
         return {
@@ -49,18 +52,18 @@ class GistClassifier(ConstellationClassifier):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, from the default generator of their device."""
+        """Redraw all parameters from the default generator of their device."""
         super().reset_parameters()
         nn.init.normal_(self.random_centers, std=self.in_features**-0.5)
         nn.init.constant_(self.raw_random_tau, inverse_softplus(self.initial_tau))
 
     @property
     def random_tau(self) -> Tensor:
-        """The random stream's temperature, like `tau`."""
+        """The temperature of the random stream, as `tau`."""
         return positive(self.raw_random_tau)
 
     def random_logits(self, input: Tensor) -> Tensor:
-        """Logits of the random stream's centres v, [B, num_classes]; input as in `forward`."""
+        """Compute the logits of the random stream's centers v, [B, num_classes]; input as in `forward`."""
         tensors = (input, self.random_centers, self.displacements, self.random_tau)
         logits: Tensor = constellation_logits(*tensors, backend=self.backend, **self._transform())
         return logits
@@ -68,27 +71,27 @@ class GistClassifier(ConstellationClassifier):
     def losses(
         self, x_balanced: Tensor, y_balanced: Tensor, x_random: Tensor, y_random: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropies of the two streams, with the gradients routed as the class describes.
+        """Compute the mean cross-entropy of each stream. The class's docstring describes the routing of gradients.
 
-        The paper minimises `loss_random + 0.5 * loss_balanced`. Under DDP call it in the `forward` of the
-        module that is wrapped, because DDP sees to gradients of calls to `forward` only.
+        The paper minimizes `loss_random + 0.5 * loss_balanced`. Under DDP call this method in the `forward` of the
+        wrapped module, because DDP synchronizes the gradients of calls to `forward` alone.
 
         Args:
             x_balanced: features of a class-balanced batch, [B, in_features], as in `forward`.
-            y_balanced: their classes, [B], int64 or int32; or class probabilities, [B, num_classes], floating.
+            y_balanced: classes, [B], int64 or int32; or class probabilities, [B, num_classes], floating-point.
             x_random: features of a random batch, [B', in_features].
-            y_random: their classes, [B'], or class probabilities, [B', num_classes].
+            y_random: classes, [B'], or class probabilities, [B', num_classes].
 
         Returns:
             (loss_balanced, loss_random), scalars, float32 (float64 for float64); NaN for an empty batch.
 
         Raises:
-            TypeError, ValueError, gistops.BackendUnavailable: as `gistops.constellation_logits`, or targets
-                that do not fit.
+            TypeError, ValueError, gistops.BackendUnavailable: as for `gistops.constellation_logits`, or the
+                targets do not fit.
         """
-        if not torch.compiler.is_compiling() and not self._looked:
-            self._looked = True  # once, because on a GPU the host must wait for the answer
-            self._warn_if_zero()
+        if not torch.compiler.is_compiling() and not self._checked_for_zero:
+            self._checked_for_zero = True  # once, because the check synchronizes with a GPU
+            warn_if_zero(self)
         transform = self._transform()
         balanced = (self.centers, self.displacements.detach(), self.tau)
         random = (self.random_centers, self.displacements, self.random_tau)
@@ -106,7 +109,7 @@ class GistClassifier(ConstellationClassifier):
         transform: dict[str, Any],
     ) -> Tensor:
         _check_target(name, target, input.shape[0], self.num_classes)
-        if target.is_floating_point():  # probabilities are as large as logits: hold both
+        if target.is_floating_point():  # probabilities are as large as the logits, so these may be too
             logits = constellation_logits(input, *tensors, backend=self.backend, **transform)
             return F.cross_entropy(logits, target.to(logits.dtype))
         return constellation_cross_entropy(  # type: ignore[return-value]
@@ -114,10 +117,10 @@ class GistClassifier(ConstellationClassifier):
         )
 
     def export(self) -> ConstellationClassifier:
-        """The head for inference alone: a `ConstellationClassifier` with copies of w, δ and τ.
+        """Return the head for inference: a `ConstellationClassifier` with copies of w, δ and τ, without v.
 
-        v and its temperature are left out. The result's logits are those of `forward`, bit for bit; it draws
-        no random numbers, and `torch.export.export` takes it.
+        Its logits are those of `forward`, bit for bit. `torch.export.export` accepts it. This method draws no random
+        numbers.
         """
         head = ConstellationClassifier(
             self.in_features,
@@ -131,19 +134,20 @@ class GistClassifier(ConstellationClassifier):
             backend=self.backend,
         )
         for name, _ in list(head.named_parameters()):
-            own = getattr(self, name)
-            setattr(head, name, nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad))
+            parameter = getattr(self, name)
+            copy = parameter.detach().clone()
+            setattr(head, name, nn.Parameter(copy, requires_grad=parameter.requires_grad))
         return head.eval()
 
 
 def _detached(transform: dict[str, Any]) -> dict[str, Any]:
-    """The same, with its tensors detached."""
-    made = dict(transform)
-    if "axis" in made:
-        made["axis"] = made["axis"].detach()
-    if "mlp" in made:
-        made["mlp"] = tuple(t.detach() for t in made["mlp"])
-    return made
+    """Return the arguments of a transform with its tensors detached."""
+    detached = dict(transform)
+    if "axis" in detached:
+        detached["axis"] = detached["axis"].detach()
+    if "mlp" in detached:
+        detached["mlp"] = tuple(t.detach() for t in detached["mlp"])
+    return detached
 
 
 def _check_target(name: str, target: object, batch: int, classes: int) -> None:

@@ -1,4 +1,4 @@
-"""What all max-cosine heads have in common: temperature, loss, prediction."""
+"""The base class of the heads: temperature, loss, prediction, frozen norms."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from ..functional.topk import topk
 
 
 class Prediction(NamedTuple):
-    """The best classes of each sample, the best first, [B, k] each."""
+    """The top classes per sample, in descending order; all tensors [B, k]."""
 
     probabilities: Tensor  # over all classes, in the dtype of the logits
     classes: Tensor  # int64
-    slots: Tensor  # uint8, which of the class's vectors won
+    slots: Tensor  # uint8, the winning slot of the class
 
 
 class MaxCosineHead(nn.Module):
-    """A classifier by the best cosine over the vectors of each class. For subclasses.
+    """The base class of classifiers whose logits are the highest cosine over the vectors of each class.
 
     Parameters of the module:
-        centers: [num_classes, ...]; its subclass says what else there is.
-        raw_tau: [1], τ = softplus(raw_tau), so that τ is positive whatever the optimiser does.
+        centers: [num_classes, ...]; the subclasses add more parameters.
+        raw_tau: [1]; τ = softplus(raw_tau), so that τ stays positive.
     """
 
     centers: nn.Parameter
     raw_tau: nn.Parameter
-    _norms: Tensor | None  # of a frozen head on the CPU
-    _versions: tuple[int, ...] = ()  # of the parameters that they were made from
+    _norms: Tensor | None  # the norms of a frozen head on the CPU
+    _versions: tuple[int, ...] = ()  # versions of the parameters from which _norms was computed
     frozen = False
 
     def __init__(self, in_features: int, num_classes: int, tau: float, backend: str | None) -> None:
@@ -56,7 +56,7 @@ class MaxCosineHead(nn.Module):
             raise TypeError(f"dtype: expected float32, float16, bfloat16 or float64, got {dtype}")
         for name, shape in shapes.items():
             value = torch.empty(shape, device=device, dtype=dtype)
-            # No gradient for no displacements: FSDP does not take an empty one.
+            # An empty parameter requires no grad: FSDP does not accept its gradient.
             setattr(self, name, nn.Parameter(value, requires_grad=value.numel() > 0))
 
     @property
@@ -65,10 +65,10 @@ class MaxCosineHead(nn.Module):
         return positive(self.raw_tau)
 
     def loss(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
-        """Cross-entropy of the logits, which are never held.
+        """Compute the cross-entropy without materializing the logits.
 
-        Under DDP call it in the `forward` of the module that is wrapped, because DDP sees to gradients of calls to
-        `forward` only.
+        Under DDP call this method in the `forward` of the wrapped module, because DDP synchronizes the gradients of
+        calls to `forward` alone.
 
         Args:
             input: features, [B, in_features].
@@ -76,7 +76,7 @@ class MaxCosineHead(nn.Module):
             options: class_bias, weight, margin, margin_kind, reduction, ignore_index, label_smoothing and return_lse,
                 as in `gistops.constellation_cross_entropy`.
 
-        Returns, raises: as that.
+        Returns, raises: as for `gistops.constellation_cross_entropy`.
         """
         raise NotImplementedError
 
@@ -92,10 +92,10 @@ class MaxCosineHead(nn.Module):
         return topk(input, classifier, k, class_bias, return_lse, self.backend, norms)
 
     def freeze(self) -> MaxCosineHead:
-        """Make the head ready for inference: eval mode, no gradients, and norms made once. Returns itself.
+        """Prepare the head for inference: eval mode, no gradients, norms computed once. Returns the head.
 
-        Results stay the same, bit for bit. On GPUs, where the norms are made in the pass that makes the products, they
-        are not kept; nor for rotations and networks. `unfreeze()` ends it; parameters that are changed or moved meanwhile are noticed.
+        The results keep their bits. Norms are kept on the CPU alone (on GPUs the matmul's pass computes them), and not
+        for rotations and MLPs. The norms are recomputed when parameters change or move. `unfreeze()` undoes it.
         """
         self.frozen = True
         self.eval().requires_grad_(False)
@@ -103,7 +103,7 @@ class MaxCosineHead(nn.Module):
         return self
 
     def unfreeze(self) -> MaxCosineHead:
-        """Undo `freeze()`: all parameters that are not empty take gradients again. Returns itself, in eval mode."""
+        """Undo `freeze()`: all nonempty parameters require grad again. Returns the head, still in eval mode."""
         self.frozen = False
         self._norms = None
         for parameter in self.parameters():
@@ -119,7 +119,7 @@ class MaxCosineHead(nn.Module):
         self._versions = self.centers._version, self._displacements()._version
 
     def _known_norms(self, input: Tensor) -> Tensor | None:
-        """The norms of a frozen head; None where there are none, or a gradient is wanted."""
+        """Return the norms of a frozen head. None if there are none, or if a gradient is needed."""
         if not self.frozen or (torch.is_grad_enabled() and input.requires_grad):
             return None
         if not torch.compiler.is_compiling():
@@ -129,14 +129,14 @@ class MaxCosineHead(nn.Module):
         return self._norms
 
     def _frozen_logits(self, input: Tensor) -> tuple[Tensor, Tensor] | None:
-        """logits and slots by the norms of a frozen head, if it has them."""
+        """Compute logits and slots from the norms of a frozen head. None if it has none."""
         norms = self._known_norms(input)
         if norms is None:
             return None
         return frozen_logits(input, check_classifier(input, self._classifier()), norms)
 
     def _apply(self, *args: Any, **kwargs: Any) -> MaxCosineHead:
-        self._norms = None  # of another device or dtype
+        self._norms = None  # their device or dtype may change
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         if self.frozen:
             self._make_norms()
@@ -144,34 +144,43 @@ class MaxCosineHead(nn.Module):
 
     @torch.no_grad()
     def predict(self, input: Tensor, *, class_bias: Tensor | None = None) -> Tensor:
-        """The class with the largest logit, [B], int64, without logits [B, K]; of equals the lowest.
+        """Return the class with the largest logit, [B], int64. Ties are broken by the lower class index.
+
+        The logits [B, K] are not materialized.
 
         Args:
             input: features, [B, in_features].
-            class_bias: added to the logits, [num_classes]; minus a log prior adjusts a model after training.
+            class_bias: added to the logits, [num_classes]. The negative log prior adjusts a trained model.
 
         Raises:
-            TypeError, ValueError, gistops.BackendUnavailable: as `gistops.constellation_topk`.
+            TypeError, ValueError, gistops.BackendUnavailable: as for `gistops.constellation_topk`.
         """
         return self._topk(input, 1, class_bias, return_lse=False)[1][:, 0]
 
     @torch.no_grad()
     def predict_topk(self, input: Tensor, k: int, *, class_bias: Tensor | None = None) -> Prediction:
-        """The k most probable classes, with their probabilities over all classes, without logits [B, K].
+        """Return the k most probable classes. The probabilities are normalized over all classes.
 
-        Args and raises: as `predict`; k, 1 to num_classes.
+        The logits [B, K] are not materialized.
+
+        Args:
+            input, class_bias: as in `predict`.
+            k: number of classes, 1 to num_classes.
+
+        Raises:
+            TypeError, ValueError, gistops.BackendUnavailable: as for `gistops.constellation_topk`.
         """
         values, classes, slots, lse = self._topk(input, k, class_bias, return_lse=True)
         return Prediction((values - lse[:, None]).exp(), classes, slots)
 
 
 def positive(raw: Tensor) -> Tensor:
-    """softplus of a parameter [1] as a scalar, float32 (float64 for float64): bfloat16 is too coarse."""
+    """Return softplus of a parameter [1] as a scalar, in float32 (float64 for float64): bfloat16 is too coarse."""
     return F.softplus(raw.to(compute_dtype(raw))).reshape(())
 
 
 def inverse_softplus(value: float) -> float:
-    """The number whose softplus is `value`, above 0."""
+    """Return the number whose softplus is `value`, which is above 0."""
     return value + math.log(-math.expm1(-value))
 
 

@@ -1,4 +1,4 @@
-"""A head of free centres."""
+"""A head with sub-centers: each class has vectors of its own."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .head import MaxCosineHead, inverse_softplus
 
 
 class SubcenterClassifier(MaxCosineHead):
-    """A classifier whose classes have centres of their own: logits `τ · max_j cos(f, w_kj)`.
+    """A classifier whose classes have sub-centers of their own: logits `τ · max_j cos(f, w_kj)`.
 
-    Sub-centre ArcFace (Deng, Guo, Liu, Gong, Zafeiriou, ECCV 2020), which takes 3 centres a class and an angular margin:
-    `loss(x, y, margin=0.5, margin_kind="angle")`, with τ = 64.
+    Sub-center ArcFace (Deng, Guo, Liu, Gong, Zafeiriou, ECCV 2020) uses 3 sub-centers per class, τ = 64 and an angular
+    margin: `loss(x, y, margin=0.5, margin_kind="angle")`.
 
     Parameters of the module:
         centers: w, [num_classes, num_subcenters, in_features]; entries N(0, 1/in_features).
-        raw_tau: [1], τ = softplus(raw_tau). Keep it out of weight decay.
+        raw_tau: [1]; τ = softplus(raw_tau). Exclude it from weight decay.
 
     Args:
         in_features: dimension d of the features.
         num_classes: number of classes K.
-        num_subcenters: centres a class M, 1 to 256.
+        num_subcenters: number of sub-centers per class M, 1 to 256.
         tau: initial temperature, above 0.
         device, dtype: of the parameters, as in `torch.nn.Linear`.
         backend: as in `gistops.constellation_logits`.
@@ -54,14 +54,14 @@ class SubcenterClassifier(MaxCosineHead):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, from the default generator of their device."""
+        """Redraw all parameters from the default generator of their device."""
         nn.init.normal_(self.centers, std=self.in_features**-0.5)
         nn.init.constant_(self.raw_tau, inverse_softplus(self.initial_tau))
 
     def forward(self, input: Tensor, return_slots: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits of all classes, [B, num_classes]; with `return_slots` also which centre won, uint8.
+        """Compute the logits [B, num_classes]; with `return_slots` also the winning sub-centers, uint8.
 
-        Args and errors: as `gistops.subcenter_logits`.
+        Args and errors: as for `gistops.subcenter_logits`.
         """
         if frozen := self._frozen_logits(input):
             return frozen if return_slots else frozen[0]

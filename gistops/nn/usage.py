@@ -1,24 +1,35 @@
-"""Which vectors of the constellations are in use."""
+"""Statistics of the winning slots, and warnings about displacements that do not learn."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import warnings
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from .constellation import ConstellationClassifier
+from torch import Tensor, nn
 
 #: Samples per slot below which an unused slot proves nothing.
-ENOUGH = 100
+MIN_SAMPLES_PER_SLOT = 100
+
+
+class ConstellationHead(Protocol):
+    """The part of a `ConstellationClassifier` that this module needs."""
+
+    num_classes: int
+    displacements: nn.Parameter
+    _warned: bool
+
+    @property
+    def num_displacements(self) -> int: ...
+
+    def __call__(self, input: Tensor, /, *, return_slots: bool) -> Any: ...
 
 
 class SlotUsage:
-    """Histogram of winning slots: share of samples won by each slot of their own class, batch by batch.
+    """A histogram over batches: the share of samples whose own class is won by each slot.
 
-    For its five slots the paper reports 25/23/18/17/17 % (GistNet, ICCV 2021). Feed it features, or, at no
-    cost, the slots of a forward pass that is made anyway:
+    The paper reports 25/23/18/17/17 % for its five slots (GistNet, ICCV 2021). `update()` takes features and computes
+    the logits. `update_slots()` takes the slots of a forward pass that is computed anyway, at no further cost:
 
         usage = SlotUsage(head)
         for features, labels in batches:
@@ -26,14 +37,14 @@ class SlotUsage:
             usage.update_slots(slots, labels)
         print(usage.shares())
 
-    `counts` is an int64 tensor [num_displacements + 1] on the head's device; several processes may sum theirs
-    (`torch.distributed.all_reduce(usage.counts)`) before they ask for shares.
+    `counts` is an int64 tensor [num_displacements + 1] on the head's device. With several processes, sum it before
+    `shares()`: `torch.distributed.all_reduce(usage.counts)`.
 
     Args:
-        head: a `ConstellationClassifier` or `GistClassifier`, whose displacements it also warns about.
+        head: a `ConstellationClassifier` or `GistClassifier`. `shares()` also warns about its displacements.
     """
 
-    def __init__(self, head: ConstellationClassifier) -> None:
+    def __init__(self, head: ConstellationHead) -> None:
         self.head = head
         self.counts = torch.zeros(
             head.num_displacements + 1, dtype=torch.int64, device=head.displacements.device
@@ -45,25 +56,25 @@ class SlotUsage:
 
         Args:
             input: features, [B, in_features].
-            labels: their classes, [B], integer; without them a sample's own class is the predicted one.
+            labels: classes, [B], integer. By default a sample's own class is the predicted one.
 
         Raises:
-            TypeError, ValueError: as `gistops.constellation_logits`, or the labels do not fit.
+            TypeError, ValueError: as for `gistops.constellation_logits`, or the labels do not fit.
         """
         logits, slots = self.head(input, return_slots=True)
         self.update_slots(slots, logits.argmax(dim=1) if labels is None else labels)
 
     @torch.no_grad()
     def update_slots(self, slots: Tensor, labels: Tensor) -> None:
-        """Add samples whose slots are known.
+        """Add samples by their winning slots.
 
         Args:
-            slots: as `head(input, return_slots=True)` gives them, [B, num_classes], uint8.
-            labels: their classes, [B], integer.
+            slots: slots that `head(input, return_slots=True)` returned, [B, num_classes], uint8.
+            labels: classes, [B], integer.
 
         Raises:
-            TypeError: labels are no integer tensor.
-            ValueError: shapes do not fit.
+            TypeError: labels is not an integer tensor.
+            ValueError: the shapes do not fit.
         """
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
             got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
@@ -73,32 +84,51 @@ class SlotUsage:
         if labels.shape != slots.shape[:1]:
             raise ValueError(f"labels: expected shape [{slots.shape[0]}], got {list(labels.shape)}")
         won = slots.gather(1, labels.to(slots.device, torch.int64)[:, None])  # [B, 1]
-        # Not bincount, which makes the host wait for a GPU.
+        # bincount would synchronize with the GPU.
         self.counts += (won == torch.arange(len(self.counts), device=slots.device)).sum(dim=0)
 
     def shares(self) -> Tensor:
-        """Share of the samples won by each slot, [num_displacements + 1], float32; NaN without samples.
+        """Return the share of the samples won by each slot, [num_displacements + 1], float32; NaN without samples.
 
-        Warns, once for each head, if its displacements are exactly zero, or if one of them has won none of
-        the samples, of which there must be 100 a slot. (That slot 0 wins none is no loss: it has no
-        parameters.)
+        Warns once per head if the displacements are exactly zero, or if a displacement has won none of at least
+        100 samples per slot. (An unused slot 0 is fine: it has no parameters.)
         """
         shares = (self.counts.double() / self.counts.sum()).float()
-        self.head._warn_if_zero()
+        warn_if_zero(self.head)
         counts = self.counts.tolist()
         unused = [slot for slot, count in enumerate(counts) if slot and not count]
-        if unused and sum(counts) >= ENOUGH * len(counts):
-            self.head._warn(_advice(unused, counts))
+        if unused and sum(counts) >= MIN_SAMPLES_PER_SLOT * len(counts):
+            _warn_once(self.head, _unused_advice(unused, counts))
         return shares
 
 
-def _advice(unused: list[int], counts: list[int]) -> str:
+def warn_if_zero(head: ConstellationHead) -> None:
+    """Warn once per head if its displacements are exactly zero. Synchronizes with a GPU."""
+    displacements = head.displacements
+    # Fake, functional and distributed tensors, which are of other types, have no values to read.
+    readable = type(displacements) is nn.Parameter and not displacements.is_meta
+    if readable and not head._warned and head.num_displacements and not displacements.detach().any():
+        _warn_once(
+            head,
+            "displacements are exactly zero: all slots tie, slot 0 wins every tie, and the displacements "
+            "never get a gradient. Give them other values before training: by default this module draws "
+            "random ones of about a tenth of the centers' norm.",
+        )
+
+
+def _warn_once(head: ConstellationHead, message: str) -> None:
+    if not head._warned:
+        head._warned = True
+        warnings.warn(f"{type(head).__name__}: {message}", RuntimeWarning, stacklevel=4)
+
+
+def _unused_advice(unused: list[int], counts: list[int]) -> str:
     displacements = len(counts) - 1
-    which = f"slots {', '.join(map(str, unused))} won none of {sum(counts)} samples"
+    finding = f"slots {', '.join(map(str, unused))} won none of {sum(counts)} samples"
     if len(unused) == displacements:
-        which = f"slot 0, the bare centre, won all of {sum(counts)} samples"
+        finding = f"slot 0, the bare center, won all of {sum(counts)} samples"
     return (
-        f"displacements are unused: {which}. Start them again at about a tenth of the centres' norm and "
+        f"displacements are unused: {finding}. Start them again at about a tenth of the centers' norm and "
         "train them at a lower learning rate, or start them from residuals of features against their class "
-        f"means (add_displacements(values=...)), or do with num_displacements={displacements - len(unused)}."
+        f"means (add_displacements(values=...)), or use num_displacements={displacements - len(unused)}."
     )

@@ -1,4 +1,4 @@
-"""What the tests of the modules share: sizes, heads, batches, and the definition in float64."""
+"""Sizes, heads, batches and the float64 definition, for the tests of the heads."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Head = TypeVar("Head", bound=ConstellationClassifier)
 
 
 def reference_logits(input: Tensor, centers: Tensor, displacements: Tensor, raw_tau: Tensor) -> Tensor:
-    """The definition in float64."""
+    """Compute the logits by definition in float64."""
     return reference.constellation_logits(
         input.double(), centers.double(), displacements.double(), raw_tau.double().exp().log1p()
     )[0]
 
 
 def spread(head: Head) -> Head:
-    """Displacements as long as centres, and temperatures that differ, so that every slot and stream tells."""
+    """Lengthen the displacements and draw distinct temperatures, so that every slot and stream affects the result."""
     with torch.no_grad():
         for name, parameter in head.named_parameters():
             if name == "displacements":
@@ -35,4 +35,5 @@ def spread(head: Head) -> Head:
 
 
 def batch(classes: int = K, size: int = B) -> tuple[Tensor, Tensor]:
+    """Draw features and labels."""
     return torch.randn(size, D, requires_grad=True), torch.randint(classes, (size,))
