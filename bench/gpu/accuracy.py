@@ -15,7 +15,7 @@ from ..problem import Tensors, make_labels
 from .variants import TABLE
 
 #: Precision -> the largest relative error, ‖out − ref‖ / ‖ref‖, of logits, of gradients, and of the loss. bf16
-#: arguments are exact in the reference, so that this is the error of what is computed from them. The forms of plain
+#: arguments are exact in the reference, so that this is the error of what is computed from them. The variants of plain
 #: PyTorch that compute in bf16 throughout err by some 1e-2 in the logits, and their routing by more.
 TOLERANCE = {"bf16": (3e-2, 5e-2, 2e-2), "float32": (1e-4, 2e-3, 1e-4), "tf32": (5e-3, 0.2, 5e-3)}
 CHECKED_CLASSES = 512

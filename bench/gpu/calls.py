@@ -63,7 +63,7 @@ def _call(variant: Variant, kind: str, arguments: Tensors) -> Call:
 
 
 def _head(variant: Variant) -> Callable[..., Tensor]:
-    """The logits. A compiled form is compiled for the sizes it meets; the caller clears what was kept before."""
+    """The logits. A compiled variant is compiled for the sizes it meets; the caller clears what was kept before."""
     if variant.ours:
 
         def head(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 It needs torch, triton, pytest and nvcc (or a library built before) there, no network, and no installed gistops: it runs
 from the repository. The files go to $OUT if that is set, else to bench/results/<gpu>-<date>/, and are written anew every
 half minute: a run that is killed leaves what it had. bench/README.md says what they hold. Nothing is asserted of the
-times. The exit status is 1 where a test failed, a sanitizer complained or a form crashed, and 2 where there is no GPU.
+times. The exit status is 1 where a test failed, a sanitizer complained or a variant crashed, and 2 where there is no GPU.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class Measure:
             arguments: its tensors.
             timer: of the device.
             ceilings: of constants.ceilings; empty where they are not known.
-            says: told which form is about to run.
+            says: told which variant is about to run.
             blame: an error in a line.
         """
         self.case, self.arguments, self.timer = case, arguments, timer
@@ -70,11 +70,11 @@ class Measure:
         self.spins: dict[str, float] = {}
 
     def run(self) -> dict[str, Found]:
-        """form -> what was measured, or `failed` or `skipped` and the reason."""
+        """variant -> what was measured, or `failed` or `skipped` and the reason."""
         if self.case.compiles:
             torch._dynamo.reset()  # a loop over sizes would reach the limit of recompilations
         wanted = accuracy.reference_gradients(self.arguments) if self.case.kind != "forward" else None
-        for name in self.case.forms:
+        for name in self.case.variants:
             self.says(name)
             self.results[name] = {}
             try:
@@ -131,7 +131,7 @@ class Measure:
             name: functools.partial(self.timer.measure, run, self.spins[name])
             for name, run in self.calls.items()
         }
-        # A round that does not count: reading one form's peak gave back the memory that torch kept for the others.
+        # A round that does not count: reading one variant's peak gave back the memory that torch kept for the others.
         for name, measure in list(measures.items()):
             try:
                 measure()

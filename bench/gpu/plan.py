@@ -35,7 +35,7 @@ class Case:
     precision: str  # one of WIDTHS
     size: Size
     kind: str  # one of variants.KINDS; or "smoke", "warm", "constants", "profile"
-    forms: tuple[str, ...]
+    variants: tuple[str, ...]
     seconds: float = 1.0  # to spend on the timed rounds
     graph: bool = False  # replays of a CUDA graph: what is left without the launches
 
@@ -51,30 +51,30 @@ class Case:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Case:
         """The inverse of `to_json`."""
-        return cls(**{**values, "size": Size(**values["size"]), "forms": tuple(values["forms"])})
+        return cls(**{**values, "size": Size(**values["size"]), "variants": tuple(values["variants"])})
 
-    def without(self, forms: Sequence[str]) -> Case:
-        """The same case with fewer forms."""
-        return replace(self, forms=tuple(form for form in self.forms if form not in forms))
+    def without(self, variants: Sequence[str]) -> Case:
+        """The same case with fewer variants."""
+        return replace(self, variants=tuple(variant for variant in self.variants if variant not in variants))
 
     @property
     def compiles(self) -> int:
-        """The number of its forms that torch.compile makes."""
-        return sum(TABLE[form].compiled for form in self.forms if form in TABLE)
+        """The number of its variants that torch.compile makes."""
+        return sum(TABLE[variant].compiled for variant in self.variants if variant in TABLE)
 
     def estimate(self) -> float:
         """Seconds that it will take, roughly: to make tensors, to compile, to warm up, to measure."""
         if self.kind not in KINDS:
             return 0.5
-        calls = sum(self._call(form) for form in self.forms)
-        return 0.2 + 0.03 * len(self.forms) + 7 * calls + self.seconds + COMPILE_SECONDS * self.compiles
+        calls = sum(self._call(variant) for variant in self.variants)
+        return 0.2 + 0.03 * len(self.variants) + 7 * calls + self.seconds + COMPILE_SECONDS * self.compiles
 
-    def _call(self, form: str) -> float:
-        """Seconds of one call at a third of what a large GPU can do; the direct form makes m + 1 vectors a class."""
+    def _call(self, variant: str) -> float:
+        """Seconds of one call at a third of what a large GPU can do; the direct variant makes m + 1 vectors a class."""
         size, passes = self.size, 1 if self.kind == "forward" else 3
-        vectors = size.m + 1 if form.startswith("direct") else 1
+        vectors = size.m + 1 if variant.startswith("direct") else 1
         products = 2 * size.B * size.K * size.d * vectors / (2.5e14 if self.precision == "bf16" else 2e13)
-        copies = 6 if form.startswith("direct") else 1
+        copies = 6 if variant.startswith("direct") else 1
         moved = WIDTHS[self.precision] * size.K * (size.d + size.B) * vectors * copies / 1.5e12
         return passes * (products + moved)
 
@@ -84,38 +84,38 @@ def supports(variant: Variant, precision: str, kind: str) -> bool:
     return kind in variant.kinds and precision in variant.precisions
 
 
-def timed_cases(forms: Sequence[str], seconds: float = 0.5, grid: bool = False) -> list[Case]:
+def timed_cases(variants: Sequence[str], seconds: float = 0.5, grid: bool = False) -> list[Case]:
     """The timed cases.
 
     Args:
-        forms: the variants asked for.
+        variants: the variants asked for.
         seconds: of the rounds of each.
         grid: with all other sizes too, for a day without a limit.
     """
     sizes = [(precision, SIZES[n]) for precision, n in ORDER]
     sizes += [(p, s) for p in ("tf32", "float32") for s in SIZES if (p, s) not in sizes]
-    cases = [_case(p, s, kind, forms, seconds) for p, s in sizes for kind in KINDS]
+    cases = [_case(p, s, kind, variants, seconds) for p, s in sizes for kind in KINDS]
     for size in (MAIN, SIZES[3]):
-        cases += [replace(_case("bf16", size, kind, forms, seconds / 2), graph=True) for kind in KINDS]
-    compiled = [n for n in forms if TABLE[n].compiled]
+        cases += [replace(_case("bf16", size, kind, variants, seconds / 2), graph=True) for kind in KINDS]
+    compiled = [n for n in variants if TABLE[n].compiled]
     for size in SIZES[:2]:
         cases += [Case("bf16", size, k, ("linear", *compiled), seconds) for k in ("forward", "step")]
     if grid:
         others = sorted(product(BATCHES, CLASSES, LENGTHS), key=prod)  # so that the most of them fit
         more = [(p, Size(*s)) for p in ("bf16", "float32") for s in others if Size(*s) not in SIZES]
-        cases += [_case(p, s, kind, forms, seconds) for p, s in more for kind in KINDS]
-    return [case for case in cases if len(case.forms) > 1]
+        cases += [_case(p, s, kind, variants, seconds) for p, s in more for kind in KINDS]
+    return [case for case in cases if len(case.variants) > 1]
 
 
-def _case(precision: str, size: Size, kind: str, forms: Sequence[str], seconds: float) -> Case:
-    kept = [n for n in forms if supports(TABLE[n], precision, kind) and not TABLE[n].compiled]
+def _case(precision: str, size: Size, kind: str, variants: Sequence[str], seconds: float) -> Case:
+    kept = [n for n in variants if supports(TABLE[n], precision, kind) and not TABLE[n].compiled]
     return Case(precision, size, kind, tuple(kept), seconds)
 
 
-def smoke_cases(forms: Sequence[str], cases: Sequence[Case]) -> list[Case]:
+def smoke_cases(variants: Sequence[str], cases: Sequence[Case]) -> list[Case]:
     """Small odd sizes for each precision that is measured, against float64."""
     precisions = list(dict.fromkeys(case.precision for case in cases))
-    kept = [n for n in forms if TABLE[n].ours]
+    kept = [n for n in variants if TABLE[n].ours]
     return [
         Case(p, size, "smoke", tuple(n for n in kept if p in TABLE[n].precisions))
         for p in precisions
@@ -123,17 +123,17 @@ def smoke_cases(forms: Sequence[str], cases: Sequence[Case]) -> list[Case]:
     ]
 
 
-def warm_up_cases(forms: Sequence[str], cases: Sequence[Case]) -> list[Case]:
+def warm_up_cases(variants: Sequence[str], cases: Sequence[Case]) -> list[Case]:
     """One call of all that Triton compiles for the sizes that are measured: others find it in Triton's cache."""
-    names = [n for n in forms if TABLE[n].backend == "triton"]
+    names = [n for n in variants if TABLE[n].backend == "triton"]
     sizes = dict.fromkeys((case.precision, case.size) for case in cases)
     return [Case(p, s, "warm", tuple(n for n in names if p in TABLE[n].precisions)) for p, s in sizes]
 
 
-def profile_cases(forms: Sequence[str], cases: Sequence[Case]) -> list[Case]:
+def profile_cases(variants: Sequence[str], cases: Sequence[Case]) -> list[Case]:
     """Each of ours, kernel by kernel, at the first two sizes that are measured."""
     sizes = list(dict.fromkeys((case.precision, case.size) for case in cases))[:2]
-    return [Case(p, s, "profile", tuple(n for n in forms if TABLE[n].ours)) for p, s in sizes]
+    return [Case(p, s, "profile", tuple(n for n in variants if TABLE[n].ours)) for p, s in sizes]
 
 
 class Filter:
@@ -164,10 +164,10 @@ class Filter:
             for p, s, k in self.terms
         )
 
-    def own(self, forms: Sequence[str], seconds: float) -> list[Case]:
+    def own(self, variants: Sequence[str], seconds: float) -> list[Case]:
         """Cases of sizes that the plan does not have."""
         return [
-            _case(p, s, k, forms, seconds)
+            _case(p, s, k, variants, seconds)
             for precision, s, kind in self.terms
             if s is not None and s not in SIZES
             for p in ([precision] if precision else ["bf16"])

@@ -12,12 +12,12 @@ from .variants import KINDS, TABLE
 
 NAMES = {"linear": "`F.linear`", "cuda": "gistops, cuda", "triton": "gistops, triton"}
 HOW = (
-    "Medians of rounds in which every form of a size is timed once, with a cold L2, between CUDA events, and with the "
+    "Medians of rounds in which every variant of a size is timed once, with a cold L2, between CUDA events, and with the "
     "queue kept full, so that launches are not in the times; the events' own time is, and is not taken off. A cell: "
-    "ratio to `F.linear` (and `F.cross_entropy`) in the same rounds (ms; n rounds; share of the form's roofline; peak "
+    "ratio to `F.linear` (and `F.cross_entropy`) in the same rounds (ms; n rounds; share of the variant's roofline; peak "
     "memory beyond the arguments; the CPU's time to launch it). *: the GPU waited for the CPU in over a tenth of the rounds. !: the results are less "
     "exact than they should be. m = 4 displacements. forward: logits without gradients. step: logits, F.cross_entropy "
-    "and backward to all arguments. loss: the form's own loss without logits, and backward; the libraries' are those "
+    "and backward to all arguments. loss: the variant's own loss without logits, and backward; the libraries' are those "
     "of a plain linear layer, or of cosines."
 )
 
@@ -58,12 +58,12 @@ def line(result: dict[str, Found]) -> str:
     if "skipped" in result:
         return f"{case.name}: {result['skipped']}"
     said = []
-    for form, found in result["forms"].items():
+    for variant, found in result["variants"].items():
         if "ratio" in found:
-            said.append(f"{form} {found['ratio']['median']:.2f}" + ("!" if "inexact" in found else ""))
+            said.append(f"{variant} {found['ratio']['median']:.2f}" + ("!" if "inexact" in found else ""))
         elif "value" in found:
-            said.append(f"{form} {found['value']:.4g}")
-    failed = [form for form, found in result["forms"].items() if "failed" in found]
+            said.append(f"{variant} {found['value']:.4g}")
+    failed = [variant for variant, found in result["variants"].items() if "failed" in found]
     text = ", ".join(said) + (f"; failed: {', '.join(failed)}" if failed else "")
     return f"{case.name}: {text} ({result['seconds']:.1f} s)"
 
@@ -99,7 +99,7 @@ def _tables(document: Document) -> Iterator[str]:
     for precision, kind in dict.fromkeys((p, k) for p, _, k in found):
         columns = [size for p, size, k in found if (p, k) == (precision, kind)]
         table = {
-            size: {n: cell(form) for n, form in found[precision, size, kind].items()} for size in columns
+            size: {n: cell(entry) for n, entry in found[precision, size, kind].items()} for size in columns
         }
         rows = [name for name in TABLE if any(table[c].get(name, "–") != "–" for c in columns)]
         for start in range(0, len(columns), 6):  # a page is only so wide
@@ -113,7 +113,7 @@ def _tables(document: Document) -> Iterator[str]:
 
 
 def cell(found: Found) -> str:
-    """One form at one size: `1.08 (0.021 ms; 100; 74 %; 9.8 MiB)`."""
+    """One variant at one size: `1.08 (0.021 ms; 100; 74 %; 9.8 MiB)`."""
     if "failed" in found:
         return "failed"
     if "ms" not in found:
@@ -134,22 +134,22 @@ def _graphs(document: Document) -> Iterator[str]:
     """The cost of launches: the CPU's time to queue a call, calls in a loop, and replays of a CUDA graph."""
     found = merged(document)
     rows = [
-        (case, form, f)
-        for case, forms in cases(document)
+        (case, variant, entry)
+        for case, variants in cases(document)
         if case.graph
-        for form, f in forms.items()
-        if "loop_ms" in f
+        for variant, entry in variants.items()
+        if "loop_ms" in entry
     ]
     if not rows:
         return
     yield from ("## Launches: milliseconds a call, bf16", "")
-    yield "| B×K×d | kind | form | queued by the CPU in | calls in a loop | replays in a loop | replay, cold L2 |"
+    yield "| B×K×d | kind | variant | queued by the CPU in | calls in a loop | replays in a loop | replay, cold L2 |"
     yield "|---|---|---|---|---|---|---|"
-    for case, form, replay in rows:
-        eager = found.get((case.precision, str(case.size), case.kind), {}).get(form, {})
+    for case, variant, replay in rows:
+        eager = found.get((case.precision, str(case.size), case.kind), {}).get(variant, {})
         numbers = (eager.get("host_ms"), eager.get("loop_ms"), replay["loop_ms"], replay["ms"]["median"])
         cells = " | ".join("–" if n is None else f"{n:.3g}" for n in numbers)
-        yield f"| {case.size} | {case.kind} | {NAMES.get(form, form)} | {cells} |"
+        yield f"| {case.size} | {case.kind} | {NAMES.get(variant, variant)} | {cells} |"
     yield ""
 
 
@@ -158,16 +158,16 @@ def _kernels(document: Document) -> Iterator[str]:
     rows = []
     for result in document.get("profiles", []):
         case = Case.from_json(result["case"])
-        for form, found in result["forms"].items():
+        for variant, found in result["variants"].items():
             for kind in KINDS:
                 if kernels := found.get("kernels", {}).get(kind):
                     total, count = (sum(k[key] for k in kernels) for key in ("us", "launches"))
                     first = ", ".join(f"{_cell(k['kernel'])[:48]} {k['us']:.1f}" for k in kernels[:4])
-                    rows.append(f"| {case.size} | {kind} | {form} | {count:.0f} | {total:.0f} | {first} |")
+                    rows.append(f"| {case.size} | {kind} | {variant} | {count:.0f} | {total:.0f} | {first} |")
     if rows:
         yield from ("## Kernels (torch.profiler), µs a call", "")
         yield from (
-            "| B×K×d | kind | form | launches | all | longest |",
+            "| B×K×d | kind | variant | launches | all | longest |",
             "|---|---|---|---|---|---|",
             *rows,
             "",
@@ -180,17 +180,17 @@ def _left_out(document: Document) -> Iterator[str]:
     for name, reason in document.get("absent", {}).items():
         reasons.setdefault(f"absent: {reason}", []).append(name)
     for what, wrong in document.get("out", {}).items():
-        for form, reason in wrong.items():
-            reasons.setdefault(f"{form}, out after its smoke run: {reason}", []).append(what)
+        for variant, reason in wrong.items():
+            reasons.setdefault(f"{variant}, out after its smoke run: {reason}", []).append(what)
     for result in (*document.get("cases", []), *document.get("profiles", [])):
         name = Case.from_json(result["case"]).name
         if "skipped" in result:
             reasons.setdefault(result["skipped"], []).append(name)
-        for form, found in result["forms"].items():
+        for variant, found in result["variants"].items():
             if why := found.get("failed") or found.get("skipped"):
-                reasons.setdefault(f"{form}: {why}", []).append(name)
+                reasons.setdefault(f"{variant}: {why}", []).append(name)
             elif "inexact" in found:
-                reasons.setdefault(f"{form}, inexact: {found['inexact']}", []).append(name)
+                reasons.setdefault(f"{variant}, inexact: {found['inexact']}", []).append(name)
     for skipped in document.get("skipped", []):
         reasons.setdefault(skipped["reason"], []).append(Case.from_json(skipped["case"]).name)
     if reasons:

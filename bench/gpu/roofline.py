@@ -22,8 +22,8 @@ class Work(NamedTuple):
 def work(name: str, size: Size, kind: str, width: int) -> list[Work] | None:
     """The phases of one variant; None for the libraries' losses.
 
-    Every form of the constellation is held against the same count, that of the fused algebra: one large product and
-    thin ones. A form that does more work than that is further from its roofline, as it should be.
+    Every variant of the constellation is held against the same count, that of the fused algebra: one large product and
+    thin ones. A variant that does more work than that is further from its roofline, as it should be.
 
     Args:
         name: of the variant.

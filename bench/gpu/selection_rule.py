@@ -31,9 +31,9 @@ def ratios(document: dict[str, Any], precision: str, kind: str) -> Ratios:
         case = Case.from_json(result["case"])
         if case.graph or (case.precision, case.kind) != (precision, kind) or str(case.size) not in wanted:
             continue
-        for name, form in result["forms"].items():
-            if "ratio" in form and "inexact" not in form:
-                found.setdefault(name, {})[str(case.size)] = form["ratio"]["median"]
+        for name, entry in result["variants"].items():
+            if "ratio" in entry and "inexact" not in entry:
+                found.setdefault(name, {})[str(case.size)] = entry["ratio"]["median"]
     return found
 
 
@@ -55,8 +55,8 @@ def excluded_variants(document: dict[str, Any], precision: str, kind: str) -> di
     for result in document.get("cases", []):
         case = result["case"]
         if (case["precision"], case["kind"]) == (precision, kind):
-            for name, form in result["forms"].items():
-                if why := form.get("failed") or form.get("inexact"):
+            for name, entry in result["variants"].items():
+                if why := entry.get("failed") or entry.get("inexact"):
                     found.setdefault(name, f"{Case.from_json(case).name}: {why}")
     return found
 
@@ -93,7 +93,7 @@ def choose(document: dict[str, Any], precision: str, kind: str) -> dict[str, Any
 
 def _smoked(document: dict[str, Any], name: str, precision: str) -> bool:
     results = document.get("smoke", [])
-    return any(name in r["forms"] and r["case"]["precision"] == precision for r in results)
+    return any(name in r["variants"] and r["case"]["precision"] == precision for r in results)
 
 
 def worth_hand_written(document: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def worth_hand_written(document: dict[str, Any]) -> dict[str, Any]:
     for result in document.get("cases", []):
         case = Case.from_json(result["case"])
         if (case.precision, case.kind, case.size, case.graph) == ("bf16", "forward", main, False):
-            ms = result["forms"].get(winner, {}).get("ms", {}).get("median")
+            ms = result["variants"].get(winner, {}).get("ms", {}).get("median")
             if ms and aligned:
                 ratio = ms / aligned
                 return {"ratio to F.linear at K = 8192": ratio, "worth filing": ratio > BY_HAND}

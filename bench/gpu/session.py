@@ -39,7 +39,7 @@ class SessionOptions:
     only: list[str]
     minutes: float
     device: str = "cuda"
-    forms: list[str] = field(default_factory=lambda: list(TABLE))
+    variants: list[str] = field(default_factory=lambda: list(TABLE))
     cases: plan.Filter | None = None
     grid: bool = False
     train: Path | None = None
@@ -67,9 +67,9 @@ class Session:
     def _cases(self) -> list[Case]:
         measure = self.budget.seconds("measure") if "measure" in self.budget.parts else 60.0
         seconds = min(max(measure / 150, 0.15), 1.0)
-        cases = plan.timed_cases(self.options.forms, seconds, self.options.grid)
+        cases = plan.timed_cases(self.options.variants, seconds, self.options.grid)
         if asked := self.options.cases:
-            cases = [*asked.own(self.options.forms, seconds), *filter(asked, cases)]
+            cases = [*asked.own(self.options.variants, seconds), *filter(asked, cases)]
         return self._sized(cases)
 
     def _sized(self, cases: Sequence[Case]) -> list[Case]:
@@ -133,12 +133,12 @@ class Session:
     def _pool(
         self, families: Callable[[str], bool], processes: int, seconds: float
     ) -> worker_pool.WorkerPool:
-        forms = [n for n in self.options.forms if TABLE[n].ours and families(TABLE[n].backend)]
-        smoked, warmed = plan.smoke_cases(forms, self.cases), plan.warm_up_cases(forms, self.cases)
+        variants = [n for n in self.options.variants if TABLE[n].ours and families(TABLE[n].backend)]
+        smoked, warmed = plan.smoke_cases(variants, self.cases), plan.warm_up_cases(variants, self.cases)
         precisions = dict.fromkeys(case.precision for case in smoked)
         ordered = [case for p in precisions for case in (*smoked, *warmed) if case.precision == p]
         asked = worker_pool.WorkerPool(
-            self._sized(ordered), forms, processes, time.time() + seconds, self.device, self.smoked
+            self._sized(ordered), variants, processes, time.time() + seconds, self.device, self.smoked
         )
         self.compiling.append(asked)
         return asked
@@ -168,7 +168,7 @@ class Session:
             if not ran:
                 found["problem"] = f"none was run: {late_ones[0]['reason']}"
         self.document["smoke"] = [
-            r | {"forms": {n: f for n, f in r["forms"].items() if "skipped" not in f}} for r in ran
+            r | {"variants": {n: f for n, f in r["variants"].items() if "skipped" not in f}} for r in ran
         ]
         if self.document.get("out"):
             wrong = dict.fromkeys(name for names in self.document["out"].values() for name in names)
@@ -198,8 +198,8 @@ class Session:
             "constants": self._sized(
                 [Case("bf16", MAIN, "constants", (n,)) for n in device_constants.CONSTANTS]
             ),
-            "measure": [case for case in timed if len(case.forms) > 1],
-            "profile": plan.profile_cases([n for n in self.options.forms if n not in wrong], self.cases),
+            "measure": [case for case in timed if len(case.variants) > 1],
+            "profile": plan.profile_cases([n for n in self.options.variants if n not in wrong], self.cases),
         }
         asked = [part for part in cases if part in self.options.only]
         if not asked:
@@ -250,8 +250,10 @@ class Session:
 
     def _keep(self, found: dict[str, list[dict[str, Any]]]) -> None:
         if "constants" in found:
-            made = {name: form for result in found["constants"] for name, form in result["forms"].items()}
-            self.document["constants"] = made
+            constants = {
+                name: entry for result in found["constants"] for name, entry in result["variants"].items()
+            }
+            self.document["constants"] = constants
         if "measure" in found:
             self.document["cases"] = found["measure"]
         if "profile" in found:
@@ -276,7 +278,7 @@ class Session:
         ]
         wanted = [*picks, ("cuda", "step"), ("triton", "step")]
         begin, runs = time.time(), {}
-        for variant, kind in dict.fromkeys((v, k) for v, k in wanted if v in self.options.forms):
+        for variant, kind in dict.fromkeys((v, k) for v, k in wanted if v in self.options.variants):
             left = seconds - (time.time() - begin)
             if left < ENOUGH:
                 break

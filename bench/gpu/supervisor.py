@@ -1,4 +1,4 @@
-"""Drives bench/gpu/worker.py: starts it anew where a form has taken its process down, and goes on without that form."""
+"""Drives bench/gpu/worker.py: starts it anew where a variant has taken its process down, and goes on without that variant."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SILENCE = 25.0  # seconds without an event after which a kernel hangs
 STARTING = 90.0  # the same while the process starts, or makes the tensors of a case
 GRACE = 8.0  # seconds beyond the deadline, for a case that was begun in time
 STARTS = 8  # of the worker at most
-CRASHES = 2  # of a form, after which it is left out of all other cases
+CRASHES = 2  # of a variant, after which it is left out of all other cases
 
 
 def read_events(
@@ -98,7 +98,7 @@ class Supervisor:
         self.results: list[dict[str, Any]] = []
         self.skipped: list[dict[str, Any]] = []
         self.problems: list[str] = []
-        self._crashed: dict[int, dict[str, str]] = {}  # case -> form -> how
+        self._crashed: dict[int, dict[str, str]] = {}  # case -> variant -> how
         self._crashes: dict[str, int] = {}
 
     def run(self) -> None:
@@ -116,14 +116,17 @@ class Supervisor:
         self.changed()
 
     def _document(self) -> dict[str, Any]:
-        tired = [form for form, count in self._crashes.items() if count >= CRASHES]
+        tired = [variant for variant, count in self._crashes.items() if count >= CRASHES]
         cases = [(n, c.without([*tired, *self._crashed.get(n, {})]).to_json()) for n, c in self.left.items()]
         return {
             "device": self.device,
             "deadline": self.deadline,
             "deadlines": self.deadlines,
             "constants": {
-                n: f for r in self.results if r["case"]["kind"] == "constants" for n, f in r["forms"].items()
+                n: f
+                for r in self.results
+                if r["case"]["kind"] == "constants"
+                for n, f in r["variants"].items()
             },
             "cases": cases,
         }
@@ -131,7 +134,7 @@ class Supervisor:
     def _run_worker(self) -> bool:
         """One worker, from start to end; whether another could do more."""
         number: int | None = None
-        form: str | None = None
+        variant: str | None = None
         reason = ""
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
             process = subprocess.Popen(
@@ -152,16 +155,16 @@ class Supervisor:
                 self._patience = STARTING
                 for event in read_events(process.stdout, self.deadline + GRACE, lambda: self._patience):
                     if event["event"] == "begin":
-                        number, form, self._patience = event["number"], None, STARTING
-                    elif event["event"] == "form":
-                        form = event["form"]
+                        number, variant, self._patience = event["number"], None, STARTING
+                    elif event["event"] == "variant":
+                        variant = event["variant"]
                         self._patience = event.get("patience") or self.silence
                     elif event["event"] == "lost":
                         reason = event["reason"]
                     elif self._take(event):
                         return False
                     elif event["event"] == "case":
-                        number = form = None
+                        number = variant = None
             except TimeoutError as error:
                 reason = str(error)
             finally:
@@ -172,17 +175,17 @@ class Supervisor:
                 errors.seek(0)
                 tail = errors.read().strip().splitlines()[-3:]
                 reason = f"its process ended with {process.returncode}: {' '.join(tail)[-400:]}"
-        return self._blame(number, form, reason)
+        return self._blame(number, variant, reason)
 
     def _take(self, event: dict[str, Any]) -> bool:
         """Keep what an event brings; whether it was the last."""
         if event["event"] == "case":
             case, number = self.left.pop(event["number"]), event["number"]
-            found = event["result"]["forms"]
-            for form in case.forms:
-                if form not in found and "skipped" not in event["result"]:
-                    how = self._crashed.get(number, {}).get(form, "left out after it crashed twice")
-                    found[form] = {"failed": how}
+            found = event["result"]["variants"]
+            for variant in case.variants:
+                if variant not in found and "skipped" not in event["result"]:
+                    how = self._crashed.get(number, {}).get(variant, "left out after it crashed twice")
+                    found[variant] = {"failed": how}
             self.results.append(event["result"] | {"seconds": event["seconds"]})
         elif event["event"] == "skipped":
             self._skip(self.left.pop(event["number"]), event["reason"])
@@ -191,7 +194,7 @@ class Supervisor:
         self.changed()
         return False
 
-    def _blame(self, number: int | None, form: str | None, reason: str) -> bool:
+    def _blame(self, number: int | None, variant: str | None, reason: str) -> bool:
         """Note whose fault it was that the worker ended early; whether it is worth to start another."""
         if number is None or number not in self.left:
             self.problems.append(f"the worker failed before its first case: {reason}")
@@ -199,14 +202,14 @@ class Supervisor:
         if reason == "the time was up":
             self._skip(self.left.pop(number), "the time was up while it was measured")
             return False
-        if form is None:  # all forms were timed in turn: any of them, and none can be named
+        if variant is None:  # all variants were timed in turn: any of them, and none can be named
             case = self.left.pop(number)
             self.problems.append(f"{case.name}: {reason}")
-            self._skip(case, f"while its forms were timed: {reason}")
+            self._skip(case, f"while its variants were timed: {reason}")
             return True
-        self.problems.append(f"{self.left[number].name}, {form}: {reason}")
-        self._crashed.setdefault(number, {})[form] = reason
-        self._crashes[form] = self._crashes.get(form, 0) + 1
+        self.problems.append(f"{self.left[number].name}, {variant}: {reason}")
+        self._crashed.setdefault(number, {})[variant] = reason
+        self._crashes[variant] = self._crashes.get(variant, 0) + 1
         return True
 
     def _skip(self, case: Case, reason: str) -> None:

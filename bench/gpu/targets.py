@@ -10,7 +10,7 @@ from .plan import Case
 from .variants import TABLE
 
 Document = dict[str, Any]
-Found = dict[str, Any]  # one form of one case: what was measured, or `skipped` or `failed` and the reason
+Found = dict[str, Any]  # one variant of one case: what was measured, or `skipped` or `failed` and the reason
 
 
 class Target(NamedTuple):
@@ -18,7 +18,7 @@ class Target(NamedTuple):
 
     text: str
     kind: str
-    of: str  # "ratio", "roofline", "memory", or the form that ours is to be faster than
+    of: str  # "ratio", "roofline", "memory", or the variant that ours is to be faster than
     bound: float
     least: bool  # the bound is a least value, not a most
 
@@ -48,11 +48,11 @@ class Verdict(NamedTuple):
     elsewhere: str  # at how many of the other sizes, bf16 and float32, it is met
 
 
-def _value(target: Target, backend: str, forms: dict[str, Found]) -> float | str:
+def _value(target: Target, backend: str, variants: dict[str, Found]) -> float | str:
     """The number to hold against the bound, or why there is none."""
 
     def missing(name: str) -> str | None:
-        found = forms.get(name)
+        found = variants.get(name)
         if found is None:
             return f"{name} was not measured"
         if why := found.get("failed") or found.get("skipped"):
@@ -61,7 +61,7 @@ def _value(target: Target, backend: str, forms: dict[str, Found]) -> float | str
 
     if why := missing(backend):
         return why
-    ours = forms[backend]
+    ours = variants[backend]
     if "inexact" in ours:
         return f"its results are wrong, relative error of {ours['inexact']}"
     if target.of == "roofline":
@@ -72,12 +72,12 @@ def _value(target: Target, backend: str, forms: dict[str, Found]) -> float | str
     if target.of == "ratio":
         return float(ours["ratio"]["median"]) if "ratio" in ours else "it shared no round with F.linear"
     if target.of == "memory":
-        if not ours.get("memory") or not forms["linear"].get("memory"):
+        if not ours.get("memory") or not variants["linear"].get("memory"):
             return "memory was not read"
-        return float(ours["memory"] / forms["linear"]["memory"])
-    if "ratio" not in ours or "ratio" not in forms[other]:
+        return float(ours["memory"] / variants["linear"]["memory"])
+    if "ratio" not in ours or "ratio" not in variants[other]:
         return "it shared no round with F.linear"
-    return float(forms[other]["ratio"]["median"] / ours["ratio"]["median"])  # they may be of two cases
+    return float(variants[other]["ratio"]["median"] / ours["ratio"]["median"])  # they may be of two cases
 
 
 def judged_variants(document: Document) -> list[str]:
@@ -94,10 +94,10 @@ def verdicts(document: Document) -> list[Verdict]:
         for target in TARGETS:
             main: float | str = "the case was not measured"
             met = measured = 0
-            for (precision, size, kind), forms in merged(document).items():
+            for (precision, size, kind), variants in merged(document).items():
                 if kind != target.kind or precision == "tf32":
                     continue
-                value = _value(target, backend, forms)
+                value = _value(target, backend, variants)
                 if (precision, size) == ("bf16", str(MAIN)):
                     main = value
                 elif not isinstance(value, str):
@@ -118,20 +118,20 @@ def _met(target: Target, value: float) -> bool:
 
 
 def cases(document: Document) -> Iterator[tuple[Case, dict[str, Found]]]:
-    """The cases, and what was found of each form."""
+    """The cases, and what was found of each variant."""
     for result in document.get("cases", []):
-        yield Case.from_json(result["case"]), result["forms"]
+        yield Case.from_json(result["case"]), result["variants"]
 
 
 def merged(document: Document) -> dict[tuple[str, str, str], dict[str, Found]]:
-    """(precision, size, kind) -> form -> what was found: one visit of a size adds to another."""
+    """(precision, size, kind) -> variant -> what was found: one visit of a size adds to another."""
     found: dict[tuple[str, str, str], dict[str, Found]] = {}
-    for case, forms in cases(document):
+    for case, variants in cases(document):
         if not case.graph:
             row = found.setdefault((case.precision, str(case.size), case.kind), {})
-            for name, form in forms.items():
-                if "ms" in form or name not in row:
-                    row.setdefault(name, form)
+            for name, entry in variants.items():
+                if "ms" in entry or name not in row:
+                    row.setdefault(name, entry)
                     if "ms" not in row[name]:
-                        row[name] = form
+                        row[name] = entry
     return found

@@ -1,4 +1,4 @@
-"""Times on a GPU: CUDA events, a cold L2, a queue that never runs dry, forms in turn."""
+"""Times on a GPU: CUDA events, a cold L2, a queue that never runs dry, variants in turn."""
 
 from __future__ import annotations
 
@@ -128,16 +128,16 @@ def interleave(
 ) -> dict[str, dict[int, Sample]]:
     """Call each measure once in each round, so that all see the same state of the machine.
 
-    The order turns with the rounds, so that none is always the one that follows a certain other. A form that has had
+    The order turns with the rounds, so that none is always the one that follows a certain other. A variant that has had
     its share of the time and its minimum of rounds rests, so that slow ones do not take the fast ones' rounds.
 
     Args:
         measures: name -> one timed call.
         seconds: to spend in all, beyond the minimum of rounds.
-        failed: called with a name and what its measure raised; the form is then left out.
-        limit: the form that the others are compared with, which never rests.
+        failed: called with a name and what its measure raised; the variant is then left out.
+        limit: the variant that the others are compared with, which never rests.
         clock: seconds.
-        minimum: rounds of each form at least.
+        minimum: rounds of each variant at least.
         maximum: rounds at most.
 
     Returns:

@@ -55,7 +55,7 @@ def kernels_csv(results: list[dict[str, Any]]) -> str:
 def _rows(results: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
     for result in results:
         size = "x".join(str(n) for n in result["case"]["size"].values())
-        for variant, found in result["forms"].items():
+        for variant, found in result["variants"].items():
             for kind, rows in found.get("kernels", {}).items():
                 for row in rows:
                     each = row["us"] / max(row["launches"], 1e-9)

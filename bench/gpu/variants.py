@@ -1,4 +1,4 @@
-"""Every form that `bench.gpu` can run, by name: one table. Later work adds rows here, and nothing else.
+"""Every variant that `bench.gpu` can run, by name: one table. Later work adds rows here, and nothing else.
 
 A row whose code, library or setting is not there is absent, with the reason.
 """
@@ -16,7 +16,7 @@ from gistops import backends
 from ..baselines import why_no_torch_linear_cross_entropy
 from . import settings
 
-#: What of a form is timed: its logits without gradients; logits, F.cross_entropy and backward; its own loss and backward.
+#: What of a variant is timed: its logits without gradients; logits, F.cross_entropy and backward; its own loss and backward.
 KINDS = ("forward", "step", "loss")
 PRECISIONS = ("bf16", "float32", "tf32")
 #: The rule prefers the simpler one where times are as good as the same. "cublas": products by torch's library alone.
@@ -28,7 +28,7 @@ NARROW = "linear, loss in bf16"
 
 @dataclass(frozen=True)
 class Variant:
-    """One form."""
+    """One variant."""
 
     name: str
     family: str  # one of SIMPLICITY: ours; "torch" for plain PyTorch, "peer" for other libraries

@@ -69,13 +69,13 @@ class Worker:
         return self._arguments[1]
 
     def able(self, case: Case) -> tuple[Case, dict[str, str]]:
-        """The case with the forms that can run here, and why not the others."""
+        """The case with the variants that can run here, and why not the others."""
         reasons = {}
-        for form in case.forms if case.kind != "constants" else ():
-            if form not in self._reasons:
-                self._reasons[form] = variants.why_not(form, self.device)
-            if reason := self._reasons[form]:
-                reasons[form] = reason
+        for variant in case.variants if case.kind != "constants" else ():
+            if variant not in self._reasons:
+                self._reasons[variant] = variants.why_not(variant, self.device)
+            if reason := self._reasons[variant]:
+                reasons[variant] = reason
         return case.without(list(reasons)), reasons
 
     def blame(self, error: Exception) -> str:
@@ -92,12 +92,12 @@ class Worker:
             torch.cuda.empty_cache()
         return _short(error)
 
-    def says(self, form: str | None, patience: float | None = None) -> None:
+    def says(self, variant: str | None, patience: float | None = None) -> None:
         """Announces who runs from here on, and for how long it may be silent, if that is longer than a kernel ever may."""
-        self.emit({"event": "form", "form": form, "patience": patience})
+        self.emit({"event": "variant", "variant": variant, "patience": patience})
 
     def run(self, case: Case) -> dict[str, Any]:
-        """One case: form -> what was found, or `failed` or `skipped` and the reason."""
+        """One case: variant -> what was found, or `failed` or `skipped` and the reason."""
         with precision(case.precision):
             if case.kind in KINDS:
                 timed = Measure(
@@ -105,16 +105,18 @@ class Worker:
                     self.arguments(case),
                     self.timer,
                     device_constants.roofline_ceilings(self.constants),
-                    lambda form: self.says(form, COMPILING if form and TABLE[form].compiled else None),
+                    lambda variant: self.says(
+                        variant, COMPILING if variant and TABLE[variant].compiled else None
+                    ),
                     self.blame,
                 )
                 found = timed.run()
             else:
                 found = self._each(case)
-        return {"case": case.to_json(), "forms": found}
+        return {"case": case.to_json(), "variants": found}
 
     def _each(self, case: Case) -> dict[str, Any]:
-        """The steps that are taken with one form after another."""
+        """The steps that are taken with one variant after another."""
         results: dict[str, dict[str, Any]] = {}
         do = {
             "smoke": self._smoke,
@@ -122,7 +124,7 @@ class Worker:
             "profile": self._profile,
             "constants": self._constant,
         }[case.kind]
-        for name in case.forms:
+        for name in case.variants:
             self._before(name, case)
             results[name] = {}
             try:
@@ -182,9 +184,9 @@ def work_through(
         except Lost:
             raise
         except Exception as error:  # as where the arguments themselves do not fit the memory
-            result = {"case": case.to_json(), "forms": {}, "skipped": worker.blame(error)}
-        for form, reason in reasons.items():
-            result["forms"][form] = {"skipped": reason}
+            result = {"case": case.to_json(), "variants": {}, "skipped": worker.blame(error)}
+        for variant, reason in reasons.items():
+            result["variants"][variant] = {"skipped": reason}
         worker.emit({"event": "case", "number": number, "seconds": clock() - begin, "result": result})
 
 

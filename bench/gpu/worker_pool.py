@@ -14,19 +14,19 @@ from .variants import TABLE
 Result = dict[str, Any]
 
 
-def split_variants(forms: Sequence[str], processes: int) -> list[list[str]]:
-    """The forms dealt out: one after another, so that each gets some of the slow ones."""
-    dealt = [list(forms[n::processes]) for n in range(processes)]
+def split_variants(variants: Sequence[str], processes: int) -> list[list[str]]:
+    """The variants dealt out: one after another, so that each gets some of the slow ones."""
+    dealt = [list(variants[n::processes]) for n in range(processes)]
     return [share for share in dealt if share]
 
 
 class WorkerPool:
-    """Runs the same cases over all forms, each process with its share of the forms."""
+    """Runs the same cases over all variants, each process with its share of the variants."""
 
     def __init__(
         self,
         cases: Sequence[Case],
-        forms: Sequence[str],
+        variants: Sequence[str],
         processes: int,
         deadline: float,
         device: str,
@@ -36,16 +36,18 @@ class WorkerPool:
 
         Args:
             cases: of kind "smoke" or "warm".
-            forms: that this pool runs.
+            variants: that this pool runs.
             processes: at most.
             deadline: in seconds of time.time.
             device: "cuda" or "cpu".
             changed: called after each result.
         """
         self.supervisors = []
-        for share in split_variants(forms, max(1, processes)):
-            mine = [case.without([form for form in case.forms if form not in share]) for case in cases]
-            mine = [case for case in mine if case.forms]
+        for share in split_variants(variants, max(1, processes)):
+            mine = [
+                case.without([variant for variant in case.variants if variant not in share]) for case in cases
+            ]
+            mine = [case for case in mine if case.variants]
             self.supervisors.append(Supervisor(mine, deadline, changed, device))
 
     def start(self) -> list[threading.Thread]:
@@ -73,7 +75,7 @@ def wrong_variants(results: Sequence[Result]) -> dict[str, dict[str, str]]:
         case = Case.from_json(result["case"])
         if case.kind != "smoke":
             continue
-        for name, kinds in result["forms"].items():
+        for name, kinds in result["variants"].items():
             if "skipped" in kinds and "out of memory" not in kinds["skipped"].lower():
                 continue  # it is not there
             whole = kinds.get("failed") or kinds.get("skipped")
@@ -87,7 +89,7 @@ def absent_variants(results: Sequence[Result]) -> dict[str, str]:
     """Variant -> why it is not there."""
     found = {}
     for result in results:
-        for name, kinds in result["forms"].items():
+        for name, kinds in result["variants"].items():
             if "skipped" in kinds and "out of memory" not in kinds["skipped"].lower():
                 found[name] = kinds["skipped"]
     return found

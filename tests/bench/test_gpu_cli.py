@@ -146,7 +146,7 @@ def test_the_whole_sequence_runs_on_a_cpu(tmp_path: Path) -> None:
     assert "cuda" in document["absent"]
     assert document["constants"]["copy"]["value"] > 0
     assert [result["case"]["kind"] for result in document["cases"]] == ["forward", "step", "loss"]
-    assert all(result["forms"]["cpu"]["roofline"] > 0 for result in document["cases"])
+    assert all(result["variants"]["cpu"]["roofline"] > 0 for result in document["cases"])
     assert document["rule"]["bf16 forward"]["winner"] == "cpu"
     assert document["rule"]["tf32 forward"] == {"none": "nothing was measured"}
     rows = list(csv.DictReader((tmp_path / "kernels.csv").open(encoding="utf-8")))

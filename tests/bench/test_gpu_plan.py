@@ -30,8 +30,8 @@ def test_work_of_a_forward_is_counted_by_hand() -> None:
 
 
 def test_work_of_a_step_has_three_phases_and_three_products() -> None:
-    for form in ("linear", "cuda", "direct", "triton, m=0"):
-        phases = work(form, Size(256, 8142, 2048), "step", 2)
+    for variant in ("linear", "cuda", "direct", "triton, m=0"):
+        phases = work(variant, Size(256, 8142, 2048), "step", 2)
         assert phases is not None
         assert len(phases) == 3
         product = 2 * 256 * 8142 * 2048
@@ -40,8 +40,8 @@ def test_work_of_a_step_has_three_phases_and_three_products() -> None:
 
 
 def test_a_loss_of_ours_has_three_products_and_no_logits() -> None:
-    for form in ("cuda", "triton, m=0"):
-        phases = work(form, Size(256, 8142, 2048), "loss", 2)
+    for variant in ("cuda", "triton, m=0"):
+        phases = work(variant, Size(256, 8142, 2048), "loss", 2)
         assert phases is not None
         product = 2 * 256 * 8142 * 2048
         assert 3 * product <= sum(phase.flops for phase in phases) < 3.1 * product
@@ -72,7 +72,7 @@ def test_every_size_precision_and_kind_is_measured_the_most_important_first() ->
     assert len(plain) == len(set(plain)) == 3 * 4 * 3
     assert set(plain) == {(p, s, k) for p in variants.PRECISIONS for s in SIZES for k in KINDS}
     assert plain[:3] == [("bf16", MAIN, kind) for kind in KINDS]
-    assert all(case.forms[0] == "linear" for case in CASES)
+    assert all(case.variants[0] == "linear" for case in CASES)
     assert max(n for n, c in enumerate(CASES) if not c.compiles) < min(
         n for n, c in enumerate(CASES) if c.compiles
     )
@@ -135,7 +135,7 @@ def test_smoke_runs_hold_every_kind_of_size() -> None:
     assert {0, 4, 12} == {s.m for s in sizes}
     assert any(s.d % 8 for s in sizes)
     assert {case.precision for case in cases} == set(variants.PRECISIONS)
-    assert all(TABLE[n].ours for case in cases for n in case.forms)
+    assert all(TABLE[n].ours for case in cases for n in case.variants)
 
 
 def test_cases_beyond_the_deadline_are_skipped_with_the_reason() -> None:
@@ -145,7 +145,7 @@ def test_cases_beyond_the_deadline_are_skipped_with_the_reason() -> None:
 
     def run(case: Case) -> dict[str, Any]:
         clock.now += 30
-        return {"case": case.to_json(), "forms": {}}
+        return {"case": case.to_json(), "variants": {}}
 
     fake.run = run  # type: ignore[method-assign]
     worker.work_through(fake, list(enumerate(CASES[:4])), deadline=lambda case: 60.0, clock=clock)

@@ -21,18 +21,18 @@ def found(ms: float, ratio: float, **more: Any) -> dict[str, Any]:
     return {"ms": quarters, "n": 9, "ratio": ratios, "behind": 0.0, **more}
 
 
-def result(case: Case, **forms: Any) -> dict[str, Any]:
-    return {"case": case.to_json(), "forms": forms, "seconds": 1.0}
+def result(case: Case, **variants: Any) -> dict[str, Any]:
+    return {"case": case.to_json(), "variants": variants, "seconds": 1.0}
 
 
-def document(**forms: Any) -> dict[str, Any]:
+def document(**variants: Any) -> dict[str, Any]:
     return {
         "header": {"gpu": "NVIDIA Something", "driver": None, "torch": "2.11.0"},
         "parts": {
             "build": {},
             "test": {"problem": "3 failed", "runs": {"operators": {"counts": {"failed": 3}}}},
         },
-        "cases": [result(Case("bf16", MAIN, "forward", tuple(forms)), **forms)],
+        "cases": [result(Case("bf16", MAIN, "forward", tuple(variants)), **variants)],
         "skipped": [{"case": timed_cases(list(TABLE))[9].to_json(), "reason": "the time was up"}],
     }
 
@@ -83,8 +83,8 @@ def sizes(kind: str = "forward", **of: list[float]) -> dict[str, Any]:
     """Ratios of each variant at the four sizes."""
     cases = []
     for n, size in enumerate(SIZES):
-        forms = {name.replace("_", " "): found(r[n], r[n]) for name, r in of.items()}
-        cases.append(result(Case("bf16", size, kind, tuple(forms)), **forms))
+        variants = {name.replace("_", " "): found(r[n], r[n]) for name, r in of.items()}
+        cases.append(result(Case("bf16", size, kind, tuple(variants)), **variants))
     return {"header": {"gpu": "x"}, "parts": {}, "cases": cases}
 
 
@@ -116,9 +116,9 @@ def test_what_is_wrong_complained_of_or_incomplete_does_not_win() -> None:
     written["parts"]["sanitize"] = {"runs": {"cuda memcheck": {"problem": "ERROR SUMMARY: 2 errors"}}}
     assert selection_rule.choose(written, "bf16", "forward")["winner"] == "triton"
     written = sizes(linear=ONES, cuda=[1.0] * 4, triton=[2.0] * 4)
-    del written["cases"][3]["forms"]["cuda"]
+    del written["cases"][3]["variants"]["cuda"]
     assert selection_rule.choose(written, "bf16", "forward")["winner"] == "triton"
-    written["cases"][0]["forms"]["triton"] = {"failed": "illegal address"}
+    written["cases"][0]["variants"]["triton"] = {"failed": "illegal address"}
     assert selection_rule.choose(written, "bf16", "forward") == {"none": "none was measured at every size"}
 
 
@@ -178,10 +178,10 @@ def test_files_are_moved_into_place_and_nothing_else_is_left(tmp_path: Path) -> 
         log = made.logs["tests.log"].part("pytest a")
         log.write_text("1 passed\n", encoding="utf-8")
         made.texts["kernels.csv"] = "a,b\n"
-        written["cases"][0]["forms"]["linear"] = found(1.0, 1.3)
+        written["cases"][0]["variants"]["linear"] = found(1.0, 1.3)
         made.write()
         read = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        assert read["cases"][0]["forms"]["linear"]["ratio"]["median"] == 1.3
+        assert read["cases"][0]["variants"]["linear"]["ratio"]["median"] == 1.3
         assert "===== pytest a\n1 passed" in (folder / "tests.log").read_text(encoding="utf-8")
     names = sorted(p.name for p in folder.iterdir())
     assert names == ["kernels.csv", "result.json", "table.md", "tests.log"]

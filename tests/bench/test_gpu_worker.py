@@ -85,13 +85,13 @@ def test_a_case_is_measured_on_the_cpu_with_ratios_of_pairs() -> None:
         case = Case("float32", Size(5, 33, 17), kind, ("linear", "cpu", "cuda"), 0.02)
         able, reasons = mine.able(case)
         assert list(reasons) == ["cuda"]  # it serves no tensors on a CPU
-        found = mine.run(able)["forms"]
+        found = mine.run(able)["variants"]
         assert found["linear"]["ratio"]["median"] == 1.0
         assert found["linear"]["n"] >= 5
         assert found["cpu"]["roofline"] > 0
         assert max(found["cpu"]["error"].values()) < 1e-4
         assert "inexact" not in found["cpu"]
-    assert {"event": "form", "form": "cpu", "patience": None} in events
+    assert {"event": "variant", "variant": "cpu", "patience": None} in events
 
 
 def test_every_constant_is_measured_or_says_why_not() -> None:
@@ -110,7 +110,7 @@ def test_every_constant_is_measured_or_says_why_not() -> None:
 
 def test_a_variant_s_kernels_are_profiled() -> None:
     mine = worker.Worker("cpu", lambda event: None, {})
-    found = mine.run(Case("bf16", Size(4, 9, 8), "profile", ("cpu",)))["forms"]["cpu"]["kernels"]
+    found = mine.run(Case("bf16", Size(4, 9, 8), "profile", ("cpu",)))["variants"]["cpu"]["kernels"]
     assert set(found) == set(variants.KINDS)
     assert all(row["us"] > 0 for row in found["step"])
 
@@ -177,7 +177,7 @@ def test_what_smoke_runs_find_is_out_by_precision_and_kind() -> None:
         "triton": {"failed": "illegal address"},
         "cpu": {"skipped": "it is not there"},
     }
-    results = [{"case": case, "forms": found}]
+    results = [{"case": case, "variants": found}]
     out = worker_pool.wrong_variants(results)
     assert out["bf16 step"] == {"cuda": "5×7×8: gradients: nan", "triton": "5×7×8: illegal address"}
     assert out["bf16 forward"] == {"triton": "5×7×8: illegal address"}
@@ -196,11 +196,11 @@ def fake_worker(body: str) -> tuple[str, ...]:
         def emit(**event): print(json.dumps(event), flush=True)
         def case(number, values):
             emit(event="begin", number=number)
-            for form in values["forms"]:
-                emit(event="form", form=form)
+            for variant in values["variants"]:
+                emit(event="variant", variant=variant)
                 BODY
-            forms = {form: {} for form in values["forms"]}
-            emit(event="case", number=number, seconds=0.1, result={"case": values, "forms": forms})
+            variants = {variant: {} for variant in values["variants"]}
+            emit(event="case", number=number, seconds=0.1, result={"case": values, "variants": variants})
         for number, values in asked["cases"]: case(number, values)
         emit(event="done")
     """
@@ -216,24 +216,24 @@ def test_a_crash_costs_the_form_and_not_the_run() -> None:
         CASES,
         time.time() + 60,
         lambda: written.append(1),
-        worker=fake_worker("if form == 'cuda': os._exit(7)"),
+        worker=fake_worker("if variant == 'cuda': os._exit(7)"),
     )
     bench.run()
     assert [result["case"]["size"]["d"] for result in bench.results] == [1, 2, 3]
-    assert all({"linear", "direct"} <= set(result["forms"]) for result in bench.results)
-    assert "ended with 7" in bench.results[0]["forms"]["cuda"]["failed"]
-    assert bench.results[2]["forms"]["cuda"]["failed"] == "left out after it crashed twice"
+    assert all({"linear", "direct"} <= set(result["variants"]) for result in bench.results)
+    assert "ended with 7" in bench.results[0]["variants"]["cuda"]["failed"]
+    assert bench.results[2]["variants"]["cuda"]["failed"] == "left out after it crashed twice"
     assert len(bench.problems) == 2
     assert len(written) >= 3
 
 
 def test_a_lost_device_is_blamed_on_the_form_that_was_run() -> None:
-    body = "if form == 'cuda' and number == 1: emit(event='lost', reason='illegal address'); os._exit(1)"
+    body = "if variant == 'cuda' and number == 1: emit(event='lost', reason='illegal address'); os._exit(1)"
     bench = Supervisor(CASES, time.time() + 60, lambda: None, worker=fake_worker(body))
     bench.run()
     assert len(bench.results) == 3
-    assert bench.results[1]["forms"]["cuda"] == {"failed": "illegal address"}
-    assert bench.results[2]["forms"]["cuda"] == {}
+    assert bench.results[1]["variants"]["cuda"] == {"failed": "illegal address"}
+    assert bench.results[2]["variants"]["cuda"] == {}
 
 
 def test_a_worker_that_does_not_start_is_no_endless_loop() -> None:
@@ -247,11 +247,11 @@ def test_a_worker_that_does_not_start_is_no_endless_loop() -> None:
 
 def test_a_hang_costs_the_form_and_not_the_run() -> None:
     begin = time.monotonic()
-    hangs = fake_worker("if form == 'cuda': import time; time.sleep(60)")
+    hangs = fake_worker("if variant == 'cuda': import time; time.sleep(60)")
     bench = Supervisor(CASES[:2], time.time() + 60, lambda: None, worker=hangs, silence=1.0)
     bench.run()
     assert time.monotonic() - begin < 40
-    assert bench.results[0]["forms"]["cuda"]["failed"] == "it hung for 1 s"
+    assert bench.results[0]["variants"]["cuda"]["failed"] == "it hung for 1 s"
     assert len(bench.results) == 2
 
 
@@ -264,8 +264,8 @@ def test_the_worker_itself_measures_on_a_cpu() -> None:
     bench = Supervisor(cases, time.time() + 120, lambda: None, "cpu", {"profile": 0.0})
     bench.run()
     assert bench.problems == []
-    assert bench.results[0]["forms"]["empty"]["value"] > 0
-    found = bench.results[1]["forms"]
+    assert bench.results[0]["variants"]["empty"]["value"] > 0
+    found = bench.results[1]["variants"]
     assert found["direct"]["n"] >= 5
     assert "skipped" in found["cuda"]
     assert [skipped["case"]["kind"] for skipped in bench.skipped] == ["profile"]  # its own deadline was over
