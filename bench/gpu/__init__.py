@@ -1,1 +1,1 @@
-"""`python -m bench.gpu`: one command for a machine with a GPU. bench/README.md says how to use it and read it."""
+"""`python -m bench.gpu`: one command that checks and measures gistops on a machine with a GPU. See bench/README.md."""

@@ -1,4 +1,4 @@
-"""Runs the command."""
+"""The entry point of `python -m bench.gpu`."""
 
 from __future__ import annotations
 

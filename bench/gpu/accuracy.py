@@ -1,4 +1,4 @@
-"""Checks of what a variant computes: against the definition in float64, or the algebra in float32 at large sizes."""
+"""The accuracy of a variant's results: logits against the float64 definition, gradients against float32 at large sizes."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from .. import baselines
 from ..problem import Tensors, make_labels
 from .variants import TABLE
 
-#: Precision -> the largest relative error, ‖out − ref‖ / ‖ref‖, of logits, of gradients, and of the loss. bf16
-#: arguments are exact in the reference, so that this is the error of what is computed from them. The variants of plain
-#: PyTorch that compute in bf16 throughout err by some 1e-2 in the logits, and their routing by more.
+#: Precision -> largest relative error ‖out − ref‖ / ‖ref‖ of the logits, the gradients and the loss. The reference uses
+#: the same bf16 arguments, so that the error is that of the computation. PyTorch code that computes in bf16 throughout
+#: has an error of about 1e-2 in the logits, and more in the gradients.
 TOLERANCE = {"bf16": (3e-2, 5e-2, 2e-2), "float32": (1e-4, 2e-3, 1e-4), "tf32": (5e-3, 0.2, 5e-3)}
 CHECKED_CLASSES = 512
-#: Largest B·K·M for the check of gradients, which holds that many scores in float32 several times.
+#: Largest B·K·M whose gradients are checked: the check materializes several float32 tensors of this size.
 CHECKED_SCORES = 1 << 26
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """‖got − wanted‖ / ‖wanted‖. A single number, as ∂τ, may be near 0 by chance: at least 0.01 then."""
+    """Return ‖got − wanted‖ / ‖wanted‖. For a scalar such as ∂τ, which may be near 0, the divisor is at least 0.01."""
     difference = got.detach().to(wanted.dtype) - wanted
     return float(difference.norm() / wanted.norm().clamp(min=1e-30 if wanted.numel() > 1 else 1e-2))
 
 
 def logits_error(logits: Tensor, arguments: Tensors) -> float:
-    """Relative error of the first classes' logits, against the definition in float64."""
+    """Return the relative error of the first classes' logits against the float64 definition."""
     x, w, delta, tau = (argument.detach() for argument in arguments)
     with torch.no_grad():
         doubles = (x.double(), w[:CHECKED_CLASSES].double(), delta.double(), tau.double())
@@ -38,7 +38,7 @@ def logits_error(logits: Tensor, arguments: Tensors) -> float:
 
 
 def reference_gradients(arguments: Tensors) -> tuple[Tensor, ...] | None:
-    """Gradients of a step in float32 by the algebra in plain PyTorch; None where they would take too much memory."""
+    """Compute the gradients of a step in float32 in plain PyTorch. None if they would need too much memory."""
     x, w, delta, _ = arguments
     if x.shape[0] * w.shape[0] * (delta.shape[0] + 1) > CHECKED_SCORES:
         return None
@@ -53,7 +53,7 @@ def reference_gradients(arguments: Tensors) -> tuple[Tensor, ...] | None:
 
 
 def gradients_error(arguments: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """The largest relative error of the gradients that a step has left in its arguments."""
+    """Return the largest relative error of the gradients in `arguments`."""
     errors = [
         math.inf if argument.grad is None else relative_error(argument.grad, gradient)
         for argument, gradient in zip(arguments, wanted, strict=True)
@@ -62,31 +62,34 @@ def gradients_error(arguments: Sequence[Tensor], wanted: Sequence[Tensor]) -> fl
 
 
 def check_call(
-    name: str, kind: str, precision: str, made: Tensor, arguments: Tensors, wanted: Any
+    name: str, kind: str, precision: str, output: Tensor, arguments: Tensors, wanted: Any
 ) -> dict[str, Any]:
-    """`error` by what was checked, and `inexact` in words where it is too large. Nothing for other functions than ours.
+    """Check the result of a call. Variants that compute another function are not checked.
 
     Args:
-        name: of a variant.
-        kind: of the call.
-        precision: one of TOLERANCE.
-        made: what the call returned.
-        arguments: with the gradients that it left.
-        wanted: the gradients, or None where they are not known.
+        name: name of a variant.
+        kind: kind of the call.
+        precision: a key of TOLERANCE.
+        output: return value of the call.
+        arguments: arguments of the call, with the gradients that it left.
+        wanted: the expected gradients, or None if they are not known.
+
+    Returns:
+        `error` per checked quantity; `inexact` describes the errors above the tolerance.
     """
     if TABLE[name].cosine:
         return {}
     if kind == "forward":
-        errors = {"logits": logits_error(made, arguments)}
+        errors = {"logits": logits_error(output, arguments)}
     else:
         errors = {"gradients": gradients_error(arguments, wanted)} if wanted is not None else {}
     return check_errors(errors, precision)
 
 
 def check_errors(errors: dict[str, float], precision: str) -> dict[str, Any]:
-    """The errors as JSON can hold them, and what of them is too much."""
+    """Return the errors in a form that JSON can hold, and a description of those above the tolerance."""
     most = dict(zip(("logits", "gradients", "loss"), TOLERANCE[precision], strict=True))
-    # `not <=`, so that NaN is wrong too.
+    # `not <=` includes NaN.
     wrong = [f"{what}: {error:.1e}" for what, error in errors.items() if not error <= most[what]]
     found: dict[str, Any] = {"error": {k: v if math.isfinite(v) else str(v) for k, v in errors.items()}}
     return found | ({"inexact": ", ".join(wrong)} if wrong else {})

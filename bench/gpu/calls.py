@@ -1,4 +1,4 @@
-"""The calls of each variant: one call of its forward, step or loss step on given tensors."""
+"""The call of a variant: its forward, step or loss step on given tensors."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Call = Callable[[], Any]
 
 
 def make_call(name: str, kind: str, arguments: Tensors, precision: str) -> Call:
-    """A call of a variant: of its logits, or of a step that leaves gradients in the arguments and returns the loss.
+    """Return a call of a variant: its logits, or a step that leaves gradients in the arguments and returns the loss.
 
     Args:
-        name: of a variant.
+        name: name of a variant.
         kind: one of variants.KINDS.
         arguments: input, centers, displacements, tau.
-        precision: one of plan.WIDTHS.
+        precision: a key of roofline.WIDTHS.
     """
     variant = TABLE[name]
     plain = _call(variant, kind, arguments)
@@ -54,7 +54,7 @@ def _call(variant: Variant, kind: str, arguments: Tensors) -> Call:
                 return head(*arguments)
 
         return forward
-    # Logits in half precision are widened, as autocast does, but in the row that shows what that costs.
+    # Half-precision logits are converted to float32 as autocast does, except in the variant that measures this cost.
     widen = variant.name != NARROW
     return _loss_step(
         lambda *given: F.cross_entropy(head(*given[:4]).float() if widen else head(*given[:4]), given[4]),
@@ -63,7 +63,7 @@ def _call(variant: Variant, kind: str, arguments: Tensors) -> Call:
 
 
 def _head(variant: Variant) -> Callable[..., Tensor]:
-    """The logits. A compiled variant is compiled for the sizes it meets; the caller clears what was kept before."""
+    """Return the logits function. Compiled variants have static shapes; the caller resets the compile cache."""
     if variant.ours:
 
         def head(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def _head(variant: Variant) -> Callable[..., Tensor]:
 
 
 def gistops_loss(backend: str, cosine: bool = False) -> Callable[..., Tensor]:
-    """The mean loss of the constellation, without its logits."""
+    """Return the mean constellation loss without materialized logits."""
 
     def loss(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor, labels: Tensor) -> Tensor:
         delta = delta.detach()[:0] if cosine else delta
@@ -118,7 +118,7 @@ def _library(name: str) -> Loss:
 
 
 def _peer(name: str) -> Callable[..., Tensor]:
-    """A library's loss of a linear layer, or of cosines."""
+    """Return a library's loss of a linear layer, or of a cosine classifier."""
     loss = _library(name.removesuffix(", cosine"))
     if not name.endswith(", cosine"):
         return lambda x, w, delta, tau, labels: loss(x, w, labels)

@@ -1,9 +1,9 @@
-"""One command for a machine with a GPU: `python -m bench.gpu --day` builds, checks, measures, profiles, tests, trains.
+"""Build, check, measure, profile, test and train gistops on a machine with a GPU: `python -m bench.gpu --day`.
 
-It needs torch, triton, pytest and nvcc (or a library built before) there, no network, and no installed gistops: it runs
-from the repository. The files go to $OUT if that is set, else to bench/results/<gpu>-<date>/, and are written anew every
-half minute: a run that is killed leaves what it had. bench/README.md says what they hold. Nothing is asserted of the
-times. The exit status is 1 where a test failed, a sanitizer complained or a variant crashed, and 2 where there is no GPU.
+The command runs from the repository. It needs torch, triton, pytest and nvcc (or a library that was built before), no
+network and no installed gistops. The files go to $OUT if it is set, otherwise to bench/results/<gpu>-<date>/. They are
+rewritten every half minute, so that a killed run leaves its results. bench/README.md describes them. Times are not
+asserted. The exit status is 1 if a test failed, a sanitizer reported an error or a variant crashed, and 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .subprocesses import ROOT, kill_all
 
 
 def parts(text: str) -> list[str]:
-    """`build,measure` as the parts in their order."""
+    """Parse names of parts such as `build,measure`, and sort them in the order of execution."""
     asked = [part.strip() for part in text.split(",")]
     if wrong := [part for part in asked if part not in PARTS]:
         raise argparse.ArgumentTypeError(f"expected some of {', '.join(PARTS)}, got {wrong[0]!r}")
@@ -41,7 +41,7 @@ def parts(text: str) -> list[str]:
 
 
 def minutes(text: str) -> float:
-    """A positive number of minutes."""
+    """Parse a positive number of minutes."""
     try:
         value = float(text)
     except ValueError:
@@ -52,7 +52,7 @@ def minutes(text: str) -> float:
 
 
 def names(text: str) -> list[str]:
-    """`triton*,cuda` as names of variants."""
+    """Parse patterns of variants such as `triton*,cuda`."""
     try:
         return variants.chosen([pattern.strip() for pattern in text.split(",")])
     except ValueError as error:
@@ -60,7 +60,7 @@ def names(text: str) -> list[str]:
 
 
 def cases(text: str) -> plan.Filter:
-    """`bf16:256x8142x2048,loss` as a filter of cases."""
+    """Parse a filter of cases such as `bf16:256x8142x2048,loss`."""
     try:
         return plan.Filter(text)
     except ValueError as error:
@@ -68,7 +68,7 @@ def cases(text: str) -> plan.Filter:
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -76,32 +76,37 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--day",
         action="store_true",
-        help="everything at the four sizes; else no training, and all sizes of the grid",
+        help="all parts at the four sizes; without it: no training, and all sizes of the grid",
     )
-    add("--minutes", type=minutes, default=8.0, help="at most, for all parts (8); a fraction is fine")
-    add("--only", type=parts, metavar="PARTS", help="some of " + ",".join(PARTS))
+    add("--minutes", type=minutes, default=8.0, help="time limit of all parts together; default: 8")
+    add("--only", type=parts, metavar="PARTS", help="parts, separated by commas: " + ",".join(PARTS))
     add(
         "--variants",
         type=names,
         metavar="NAMES",
-        help="patterns of names, such as 'triton*,cuda'; see bench/gpu/variants.py",
+        help="patterns of names such as 'triton*,cuda'; see bench/gpu/variants.py",
     )
     add(
         "--cases",
         type=cases,
-        help="such as bf16:256x8142x2048,loss: precision, size and kind joined by colons",
+        help="cases such as bf16:256x8142x2048,loss: precision, size and kind, joined by colons",
     )
-    add("--train", type=Path, metavar="FILE", help="an .npz to train on; without it, the project's own data")
-    add("--train-arguments", type=shlex.split, default=[], help="more options of bench.gpu_train, in quotes")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trainings (0 1 2)")
+    add("--train", type=Path, metavar="FILE", help=".npz to train on; default: the project's own data")
+    add(
+        "--train-arguments",
+        type=shlex.split,
+        default=[],
+        help="more options of bench.gpu_train, as one quoted string",
+    )
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the training runs; default: 0 1 2")
     add(
         "--library",
         type=Path,
         metavar="FOLDER",
-        help="GISTOPS_CACHE with operators compiled before; nothing is built then",
+        help="GISTOPS_CACHE with compiled operators; nothing is built then",
     )
-    add("--output", type=Path, metavar="FOLDER", help="where the files go")
-    # To try this command without a GPU: little of what it measures there means anything.
+    add("--output", type=Path, metavar="FOLDER", help="folder of the files")
+    # "cpu" tries this command without a GPU. Its figures mean little.
     add("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.only is None:
@@ -110,7 +115,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def no_gpu() -> str | None:
-    """The reason why there is nothing to measure on, in a sentence, or None."""
+    """Return a sentence that says why there is no GPU to measure, or None."""
     if torch.version.cuda is None:
         return f"bench.gpu needs an NVIDIA GPU, and torch {torch.__version__} is built without CUDA."
     if not torch.cuda.is_available():
@@ -118,8 +123,8 @@ def no_gpu() -> str | None:
     return None
 
 
-def _said(*asked: str) -> str | None:
-    """The output of a command, where it is there and succeeds."""
+def _output(*asked: str) -> str | None:
+    """Return the output of a command, or None if it is missing or fails."""
     if shutil.which(asked[0]) is None:
         return None
     try:
@@ -137,14 +142,14 @@ def _version(package: str) -> str | None:
 
 
 def header(device: str) -> dict[str, Any]:
-    """The facts that the numbers belong to: machine, versions, commit, date."""
-    commit = _said("git", "rev-parse", "HEAD")
-    if commit and _said("git", "status", "--porcelain"):
-        commit += " and changes that are not committed"
-    facts: dict[str, Any] = {"gpu": "no GPU (a trial of the bench itself)"}
+    """Return the machine, the versions, the commit and the date of the session."""
+    commit = _output("git", "rev-parse", "HEAD")
+    if commit and _output("git", "status", "--porcelain"):
+        commit += " and uncommitted changes"
+    facts: dict[str, Any] = {"gpu": "no GPU (a trial of the bench)"}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         facts = {
             "gpu": properties.name,
             "memory": f"{properties.total_memory / 2**30:.0f} GiB",
@@ -164,7 +169,7 @@ def header(device: str) -> dict[str, Any]:
 
 
 def default_output(gpu: str) -> Path:
-    """$OUT, or bench/results/<gpu>-<date>/."""
+    """Return $OUT, or bench/results/<gpu>-<date>/."""
     if out := os.environ.get("OUT"):
         return Path(out)
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
@@ -172,7 +177,7 @@ def default_output(gpu: str) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the parts asked for; the exit status."""
+    """Run the session and return the exit status."""
     options = arguments(argv)
     if options.device == "cuda" and (why := no_gpu()):
         print(why, file=sys.stderr)
@@ -197,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.seeds,
         options.train_arguments,
     )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # then what was found is still written
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the results are still written
     try:
         with Output(folder, document, report.render) as output:
             try:

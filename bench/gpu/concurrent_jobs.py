@@ -1,4 +1,4 @@
-"""The parts that may share the GPU, and so come last, side by side: tests of each backend, sanitizers, training."""
+"""The parts of a session that may share the GPU: tests per backend, sanitizers, training. They run concurrently, last."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from .output import Logs
 from .subprocesses import ROOT, CommandResult, python_command, run_command
 
 Report = dict[str, Any]
-Job = tuple[str, str, Callable[[], Report]]  # part, name, what to do
+Job = tuple[str, str, Callable[[], Report]]  # part, name, function
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-#: Reach every shape of tile, a d that is no whole number of vectors, and more displacements than the fused kernels hold.
+#: They reach every tile shape, a d that is not a multiple of the vector width, and more displacements than the fused
+#: kernels hold.
 SANITIZED_SIZES = ("300x200x136", "100x200x33", "130x200x136x12")
 PYTEST = ("-q", "--maxfail=30", "--continue-on-collection-errors", "-p", "no:cacheprovider", "--tb=short")
-#: Where trainings lie, for a second call to go on with; git ignores it.
+#: The folder of the training runs, which a second call resumes. git ignores it.
 RUNS = ROOT / "runs" / "gpu-day"
 
 
 def parse_pytest_counts(output: str) -> dict[str, int]:
-    """Counts of pytest's last line: `3 failed, 10 passed in 2.1s`."""
+    """Parse the counts in pytest's last line, such as `3 failed, 10 passed in 2.1s`."""
     for line in reversed(output.splitlines()):
         found = re.findall(r"(\d+) (passed|failed|errors?|skipped|xfailed|xpassed|deselected)", line)
         if found and " in " in line:
@@ -37,20 +38,20 @@ def parse_pytest_counts(output: str) -> dict[str, int]:
 
 
 def pytest_arguments(device: str, backends: Sequence[str]) -> dict[str, list[str]]:
-    """Name -> pytest's arguments: a process group for each backend, so that a dead one does not hide the other."""
-    device_ = ["--device", device]
-    # What belongs to no backend runs with the first.
+    """Return pytest's arguments by name. Each backend has a process, so that a crash does not hide the others."""
+    device_options = ["--device", device]
+    # Tests that belong to no backend run with the first backend.
     others = [["-k", f"not {' and not '.join(backends[1:])}"], *(["-k", b] for b in backends[1:])]
     selected = dict(zip(backends, others if backends[1:] else [[]], strict=False))
     return {
-        **{f"operators, {b}": ["tests/ops", *device_, *only] for b, only in selected.items()},
-        "heads": ["tests/nn", *device_],
-        "large": ["tests/ops", *device_, "-m", "large"],
+        **{f"operators, {b}": ["tests/ops", *device_options, *only] for b, only in selected.items()},
+        "heads": ["tests/nn", *device_options],
+        "large": ["tests/ops", *device_options, "-m", "large"],
     }
 
 
 def run_pytest(name: str, arguments: Sequence[str], workers: int, seconds: float, logs: Logs) -> Report:
-    """One pytest."""
+    """Run pytest once."""
     parallel = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") else []
     asked = python_command("-m", "pytest", *PYTEST, *parallel, *arguments)
     done = run_command(asked, seconds, logs.part(f"{name}: {' '.join(asked[1:])}"))
@@ -63,8 +64,8 @@ def run_pytest(name: str, arguments: Sequence[str], workers: int, seconds: float
     }
     if done.code is None:
         report["problem"] = f"stopped after {seconds:.0f} s"
-    elif done.code == 5:  # no test was selected
-        report["not run"] = "there are none"
+    elif done.code == 5:  # pytest's code for an empty selection
+        report["not run"] = "no test was selected"
     elif done.code != 0:
         bad = {word: n for word, n in report["counts"].items() if word in ("failed", "error")}
         report["problem"] = (
@@ -74,23 +75,26 @@ def run_pytest(name: str, arguments: Sequence[str], workers: int, seconds: float
 
 
 def find_sanitizer() -> Path | None:
-    """compute-sanitizer: on PATH, or in CUDA's folder."""
+    """Find compute-sanitizer on PATH or in CUDA's folder."""
     if path := shutil.which("compute-sanitizer"):
         return Path(path)
     nvcc = find_nvcc()
     homes = [nvcc.resolve().parent.parent] if nvcc else []
     for home in (*homes, Path("/usr/local/cuda")):
-        for path_ in (home / "bin" / "compute-sanitizer", home / "compute-sanitizer" / "compute-sanitizer"):
-            if path_.is_file():
-                return path_
+        for candidate in (
+            home / "bin" / "compute-sanitizer",
+            home / "compute-sanitizer" / "compute-sanitizer",
+        ):
+            if candidate.is_file():
+                return candidate
     return None
 
 
 def run_sanitizer(program: Path, backend: str, tool: str, seconds: float, logs: Logs) -> Report:
-    """One tool over small forwards and backwards of one backend."""
+    """Run one sanitizer over small forwards and backwards of one backend."""
     asked = [str(program), "--tool", tool, "--target-processes", "application-only", "--error-exitcode", "9"]
     asked += python_command("-m", "bench.gpu.sanitizer_case", backend, *SANITIZED_SIZES)
-    # Without torch's cache of memory each tensor is an allocation of its own, whose bounds are watched.
+    # Without torch's caching allocator each tensor is a separate allocation, whose bounds the sanitizer checks.
     done = run_command(
         asked, seconds, logs.part(f"{backend} {tool}"), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     )
@@ -98,7 +102,7 @@ def run_sanitizer(program: Path, backend: str, tool: str, seconds: float, logs: 
 
 
 def parse_sanitizer(done: CommandResult, seconds: float) -> Report:
-    """The words of a sanitizer."""
+    """Parse the output of a sanitizer."""
     said = [line.strip("= ") for line in done.output.splitlines() if line.startswith("=========")]
     summary = [line for line in said if "SUMMARY" in line]
     run: Report = {"seconds": done.seconds, "summary": summary[-1] if summary else None}
@@ -116,9 +120,9 @@ def parse_sanitizer(done: CommandResult, seconds: float) -> Report:
 def run_training(
     data: Path | None, seeds: Sequence[int], device: str, more: Sequence[str], seconds: float, log: Path
 ) -> Report:
-    """Trainings side by side in folders that a second call goes on with: bench/gpu_train.py."""
+    """Run `bench.gpu_train` in a folder that a second call resumes."""
     if importlib.util.find_spec("bench.gpu_train") is None:
-        return {"not run": "bench/gpu_train.py is not there"}
+        return {"not run": "bench/gpu_train is missing"}
     asked = python_command(
         "-m", "bench.gpu_train", "--folder", str(RUNS), "--seconds", f"{max(seconds - 5, 1):.0f}"
     )
@@ -137,7 +141,7 @@ def run_training(
 
 
 def parse_models(output: str) -> list[Any]:
-    """The lines that are JSON: one for each model that was finished."""
+    """Parse the lines that are JSON: one per finished model."""
     found = []
     for line in output.splitlines():
         if line.startswith("{"):
@@ -151,13 +155,13 @@ def parse_models(output: str) -> list[Any]:
 def run_concurrently(
     jobs: Sequence[Job], document: dict[str, Any], changed: Callable[[], None], most: int | None = None
 ) -> None:
-    """Run jobs at the same time, and note each where it belongs as it ends: document["parts"][part]["runs"][name]."""
+    """Run jobs concurrently. Each result goes to document["parts"][part]["runs"][name] when its job ends."""
 
     def run(job: Job) -> None:
         part, name, do = job
         try:
             found = do()
-        except Exception as error:  # the others still tell something
+        except Exception as error:  # the other jobs continue
             found = {"problem": f"{type(error).__name__}: {error}"}
         runs = document["parts"].setdefault(part, {}).setdefault("runs", {})
         runs[name] = found
@@ -175,5 +179,5 @@ def run_concurrently(
 
 
 def num_cores() -> int:
-    """Processors that this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

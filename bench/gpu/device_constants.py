@@ -1,4 +1,4 @@
-"""The machine's limits, measured: the numbers that paper figures assume, and F.linear at aligned and odd K."""
+"""Measured constants of the device: bandwidth, matmul rate, launch overhead, and F.linear at aligned and odd K."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ from . import timing
 from .plan import Case, shrink_for_cpu
 from .timing import Run, Timer
 
-#: Name -> unit; in the order in which they are measured.
+#: Name -> unit, in the order of measurement.
 CONSTANTS = {
-    "empty": "ms between two events with nothing between them: in every time, never taken off",
-    "copy": "bytes/s read and written",
+    "empty": "ms between two adjacent events: included in every time, never subtracted",
+    "copy": "bytes/s, read plus written",
     "mm bf16": "flop/s",
     "mm tf32": "flop/s",
     "mm float32": "flop/s",
-    "launch gap": "ms from one of two dependent kernels to the next, in a full queue",
-    "launch gap, graph": "ms, the same replayed from a CUDA graph",
-    "L2 read": "bytes/s that all multiprocessors together read of 16 MiB again and again",
+    "launch gap": "ms per kernel in a chain of dependent kernels, with a full queue",
+    "launch gap, graph": "ms, the same chain replayed from a CUDA graph",
+    "L2 read": "bytes/s, all multiprocessors together reading the same 16 MiB repeatedly",
     **{
         f"linear {kind} K={K}": "ms, bf16, F.linear" + (" and F.cross_entropy" if kind == "step" else "")
         for kind in ("forward", "step")
         for K in (8142, 8144, 8192)
     },
-    "mm float32 out": "ms, bf16 product of 256×2048×8142 with float32 output",
-    "mm float32 out, ld 8144": "ms, the same into rows of 8144",
-    "mm float32 out, class-major": "ms, the same product transposed, [8142, 256]",
+    "mm float32 out": "ms, bf16 matmul of 256×2048×8142 with float32 output",
+    "mm float32 out, ld 8144": "ms, the same matmul into rows of 8144 elements",
+    "mm float32 out, class-major": "ms, the same matmul transposed, [8142, 256]",
 }
 Measured = dict[str, Any]
 
 
 class DeviceConstants:
-    """Measures them one by one on one device."""
+    """Measures the constants of one device."""
 
     def __init__(self, timer: Timer, device: str) -> None:
         """Prepare.
 
         Args:
-            timer: of the device.
+            timer: timer of the device.
             device: "cuda", or "cpu" for a trial with tiny tensors.
         """
         self.timer, self.device = timer, device
         self.size = MAIN if device == "cuda" else shrink_for_cpu(Case("bf16", MAIN, "constants", ())).size
 
     def measure(self, name: str) -> Measured:
-        """`value` in the unit that `CONSTANTS` names, and `ms` where it was timed; or `skipped`."""
+        """Measure a constant. Returns `value` in the unit of CONSTANTS and `ms`, or `skipped` with the reason."""
         if name in ("launch gap, graph", "L2 read") and self.device != "cuda":
             return {"skipped": "needs a GPU"}
         if name == "empty":
@@ -65,7 +65,7 @@ class DeviceConstants:
             _, kind, K = name.split()
             return self._linear(kind, int(K.removeprefix("K=")))
         if name.startswith("mm float32 out"):
-            return self._wide(name.removeprefix("mm float32 out").strip(", "))
+            return self._float32_output(name.removeprefix("mm float32 out").strip(", "))
         return self._product(name.removeprefix("mm "))
 
     def _ms(self, run: Run, count: int = 20) -> float:
@@ -86,7 +86,7 @@ class DeviceConstants:
         return {"ms": ms, "value": 2e3 * count / ms}
 
     def _product(self, precision: str) -> Measured:
-        """Random matrices, for a product of zeros can run faster."""
+        """Time a matmul of random matrices; a matmul of zeros may be faster."""
         side = 8192 if self.device == "cuda" else 64
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         a, b = (torch.randn(side, side, device=self.device).to(dtype) for _ in range(2))
@@ -100,7 +100,7 @@ class DeviceConstants:
         return {"ms": ms, "value": 2e3 * side**3 / ms}
 
     def _gap(self, graph: bool) -> Measured:
-        """Two hundred kernels of one element, each on what the one before has made."""
+        """Time a chain of 200 one-element kernels, each of which depends on the previous kernel."""
         count, x = 200, torch.zeros(1, device=self.device)
 
         def run() -> None:
@@ -134,8 +134,8 @@ class DeviceConstants:
 
         return self._plain(step if kind == "step" else forward, 30)
 
-    def _wide(self, layout: str) -> Measured:
-        """A product in half precision whose sums stay in float32, into rows as long as given."""
+    def _float32_output(self, layout: str) -> Measured:
+        """Time a half-precision matmul with float32 output."""
         if self.device != "cuda":
             return {"skipped": "needs a GPU"}
         x, w, _, _ = (a.detach() for a in make_tensors(self.size, torch.bfloat16, self.device))
@@ -147,13 +147,13 @@ class DeviceConstants:
 
 
 def roofline_ceilings(found: dict[str, Measured]) -> dict[str, float]:
-    """The constants that rooflines need, in their names there."""
+    """Return the constants of the roofline by the names that roofline.py uses."""
     names = {"bandwidth": "copy", "events_ms": "empty"} | {p: f"mm {p}" for p in ("bf16", "tf32", "float32")}
     return {name: found[c]["value"] for name, c in names.items() if "value" in found.get(c, {})}
 
 
 def summary(found: dict[str, Measured]) -> Iterator[str]:
-    """A line for each constant."""
+    """Yield a line per constant."""
     units: dict[str, Callable[[float], str]] = {
         "bytes": lambda v: f"{v / 1e9:.0f} GB/s",
         "flop/": lambda v: f"{v / 1e12:.1f} TFLOP/s",

@@ -1,4 +1,4 @@
-"""A Triton kernel that does nothing but read: how fast the multiprocessors get what lies in the L2."""
+"""A Triton kernel that only reads, to measure the bandwidth of the L2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BLOCK = 8192
 
 @triton.jit
 def read_kernel(source, out, BLOCKS, TURNS, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Each program reads all blocks in turn, from a start of its own, so that none finds another's in its L1."""
+    """Each program reads all blocks, from a different start, so that programs do not share blocks in an L1."""
     program = tl.program_id(0)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for turn in range(TURNS):
@@ -23,7 +23,7 @@ def read_kernel(source, out, BLOCKS, TURNS, BLOCK: tl.constexpr):  # type: ignor
 
 
 def make_l2_reader(size: int) -> tuple[Callable[[], object], int]:
-    """A call that reads `size` bytes many times, and how many bytes it reads in all."""
+    """Return a call that reads `size` bytes many times, and the total number of bytes."""
     blocks = size // 4 // BLOCK
     source = torch.randn(blocks * BLOCK, device="cuda")
     programs = 4 * torch.cuda.get_device_properties().multi_processor_count

@@ -1,4 +1,4 @@
-"""Measures one case: variants checked, warmed up, and then timed in turn with one another."""
+"""The measurement of one case: its variants are checked, warmed up and then timed in alternating rounds."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .timing import LONGEST_SPIN, NoCollection, Run, Sample, Timer
 from .variants import TABLE
 
 Found = dict[str, Any]
-SLOW = 0.05  # seconds of a call
+SLOW = 0.05  # seconds per call
 
 
 @contextlib.contextmanager
 def precision(name: str) -> Iterator[None]:
-    """tf32 is allowed in the `with` where that is the precision."""
+    """Allow tf32 in the `with` if it is the precision."""
     before = torch.backends.cuda.matmul.fp32_precision
     if name == "tf32":
         torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -35,14 +35,14 @@ def precision(name: str) -> Iterator[None]:
 
 
 def give_up(result: Found, reason: str) -> None:
-    """Leave in a result only why there is none."""
+    """Replace a result by the reason why there is none."""
     kept = {key: result[key] for key in ("compile_s",) if key in result}
     result.clear()
     result |= kept | {"skipped" if "out of memory" in reason.lower() else "failed": reason}
 
 
 class Measure:
-    """The state of one case."""
+    """The measurement of one case."""
 
     def __init__(
         self,
@@ -50,32 +50,32 @@ class Measure:
         arguments: Tensors,
         timer: Timer,
         ceilings: dict[str, float],
-        says: Callable[[str | None], None],
+        announce: Callable[[str | None], None],
         blame: Callable[[Exception], str],
     ) -> None:
         """Prepare.
 
         Args:
-            case: what to measure.
+            case: the case.
             arguments: its tensors.
-            timer: of the device.
-            ceilings: of constants.ceilings; empty where they are not known.
-            says: told which variant is about to run.
-            blame: an error in a line.
+            timer: timer of the device.
+            ceilings: result of device_constants.roofline_ceilings; empty if not measured.
+            announce: called with the name of the variant that is about to run.
+            blame: formats an error.
         """
         self.case, self.arguments, self.timer = case, arguments, timer
-        self.ceilings, self.says, self.blame = ceilings, says, blame
+        self.ceilings, self.announce, self.blame = ceilings, announce, blame
         self.results: dict[str, Found] = {}
         self.calls: dict[str, Run] = {}
         self.spins: dict[str, float] = {}
 
     def run(self) -> dict[str, Found]:
-        """variant -> what was measured, or `failed` or `skipped` and the reason."""
+        """Return the measurements per variant, or `failed` or `skipped` with the reason."""
         if self.case.compiles:
-            torch._dynamo.reset()  # a loop over sizes would reach the limit of recompilations
+            torch._dynamo.reset()  # avoids the limit of recompilations
         wanted = accuracy.reference_gradients(self.arguments) if self.case.kind != "forward" else None
         for name in self.case.variants:
-            self.says(name)
+            self.announce(name)
             self.results[name] = {}
             try:
                 self._warm_up(name, wanted)
@@ -99,20 +99,20 @@ class Measure:
             argument.grad = None
 
     def _warm_up(self, name: str, wanted: Any) -> None:
-        """Compile, check what is computed, read the peak of memory and the CPU's time."""
+        """Compile, check the result, measure the peak memory and the CPU's launch time."""
         case, result = self.case, self.results[name]
         run: Run = calls.make_call(name, case.kind, self.arguments, case.precision)
         begin = time.perf_counter()
-        made: Any = run()
+        output: Any = run()
         self.timer.synchronize()
         if TABLE[name].compiled:
             result["compile_s"] = time.perf_counter() - begin
-        result |= accuracy.check_call(name, case.kind, case.precision, made, self.arguments, wanted)
-        del made
+        result |= accuracy.check_call(name, case.kind, case.precision, output, self.arguments, wanted)
+        del output
         self._clear()
         begin = time.perf_counter()
         result["memory"] = self.timer.peak(run)
-        # A call this long needs no measuring to know that the CPU will be ahead.
+        # In a call this long the CPU stays ahead of the GPU.
         slow = time.perf_counter() - begin > SLOW
         self.calls[name] = run = timing.captured(run) if case.graph else run
         if slow:
@@ -123,15 +123,15 @@ class Measure:
 
     def _rounds(self) -> dict[str, dict[int, Sample]]:
         def failed(name: str, error: Exception) -> None:
-            self.says(name)  # whom to blame if the device is lost
+            self.announce(name)  # names the variant if the device is lost
             give_up(self.results[name], self.blame(error))
 
-        self.says(None)
+        self.announce(None)
         measures: dict[str, Callable[[], Sample]] = {
             name: functools.partial(self.timer.measure, run, self.spins[name])
             for name, run in self.calls.items()
         }
-        # A round that does not count: reading one variant's peak gave back the memory that torch kept for the others.
+        # An unmeasured round: measuring a variant's peak emptied the allocator's cache of the other variants.
         for name, measure in list(measures.items()):
             try:
                 measure()

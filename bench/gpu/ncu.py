@@ -1,4 +1,4 @@
-"""Nsight Compute over one step of a variant, where it is found: what each of our kernels waits for."""
+"""Nsight Compute over one step of a variant: the stall reasons and the utilization of each kernel."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..problem import Size, make_tensors
 from .subprocesses import python_command, run_command
 
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy")
-KERNELS = 8  # of a step at most, each replayed some dozens of times
+KERNELS = 8  # at most; each is replayed dozens of times
 
 
 def find() -> Path | None:
-    """The program: on PATH, or in CUDA's or Nsight's folder."""
+    """Find ncu on PATH, in CUDA's folder or in Nsight's folder."""
     if path := shutil.which("ncu"):
         return Path(path)
     places = (
@@ -28,7 +28,7 @@ def find() -> Path | None:
 def profile(
     program: Path, variant: str, kind: str, size: Size, seconds: float, log: Path
 ) -> tuple[str, dict[str, Any]]:
-    """ncu's table, and what became of the run."""
+    """Run ncu and return its table and a report of the run."""
     asked = [
         str(program),
         "--clock-control",
@@ -48,12 +48,12 @@ def profile(
     start = next((n for n, line in enumerate(lines) if line.startswith('"ID"')), None)
     report: dict[str, Any] = {"variant": variant, "kind": kind, "size": text, "seconds": done.seconds}
     if start is None:
-        return "", report | {"not run": f"no table; it said: {done.tail(4)}"}
+        return "", report | {"not run": f"ncu printed no table: {done.tail(4)}"}
     return "\n".join(line for line in lines[start:] if line.startswith('"')) + "\n", report
 
 
 def main() -> None:
-    """One warm step, and one that is watched."""
+    """Run one warm-up step and one profiled step."""
     import torch
 
     from .calls import make_call

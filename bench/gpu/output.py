@@ -1,4 +1,4 @@
-"""The files of a day: written aside and moved into place, again every half minute, so that a kill never costs more."""
+"""The files of a session. They are rewritten atomically every half minute, so that a killed run keeps its results."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-EVERY = 30.0  # seconds between two writes at most
-SOON = 2.0  # seconds between two writes at least
-MOST = 15 << 20  # bytes of a file
-SMALL = 1 << 20  # bytes of a file that goes into runs.tgz
+MAX_INTERVAL = 30.0  # seconds between two writes
+MIN_INTERVAL = 2.0
+MAX_BYTES = 15 << 20  # of a file
+MAX_ARCHIVED_BYTES = 1 << 20  # of a file in runs.tgz
 
 
 def save(path: Path, content: str | bytes) -> None:
-    """Write a file aside and move it into place, so that a reader, or a killed run, never has half of one.
+    """Write a file atomically: a reader never sees a partial file, and a killed run never leaves one.
 
-    Aside is the folder's parent where that can be: only whole files ever lie in the folder.
+    The temporary file lies in the folder's parent if possible, so that the folder holds complete files alone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode("utf-8", "replace") if isinstance(content, str) else content
@@ -32,15 +32,15 @@ def save(path: Path, content: str | bytes) -> None:
     with tempfile.NamedTemporaryFile("wb", dir=folder, prefix=f".{path.name}.", delete=False) as file:
         file.write(data)
     try:
-        os.chmod(file.name, 0o644)  # a temporary file is its owner's alone
+        os.chmod(file.name, 0o644)  # temporary files are readable by their owner alone
         os.replace(file.name, path)
     except BaseException:
         os.unlink(file.name)
         raise
 
 
-def cut(text: str, most: int = MOST) -> str:
-    """A log that fits: its beginning and its end."""
+def cut(text: str, most: int = MAX_BYTES) -> str:
+    """Shorten a log to its beginning and its end."""
     if len(text) <= most:
         return text
     half = most // 2 - 100
@@ -48,23 +48,23 @@ def cut(text: str, most: int = MOST) -> str:
 
 
 class Logs:
-    """Parts of one log file, each a file that a process writes into, put together under headings."""
+    """A log file with a heading per part. A process writes each part into a file of its own."""
 
     def __init__(self, scratch: Path) -> None:
-        """Prepare; the parts lie in `scratch`."""
+        """Create a log whose parts lie in `scratch`."""
         self.scratch = scratch
         self.parts: dict[str, Path] = {}
 
     def part(self, name: str) -> Path:
-        """The file that a process of this name writes."""
+        """Return the file of a new part."""
         path = self.scratch / f"{len(self.parts):03d}.{os.urandom(4).hex()}.log"
         path.touch()
         self.parts[name] = path
         return path
 
     def text(self) -> str:
-        """All of them."""
-        most = MOST // max(1, len(self.parts)) // 2  # characters may take more than a byte
+        """Join all parts."""
+        most = MAX_BYTES // max(1, len(self.parts)) // 2  # characters may take more than a byte
         said = [
             f"===== {name}\n{cut(path.read_text(encoding='utf-8', errors='replace'), most)}\n"
             for name, path in list(self.parts.items())
@@ -72,20 +72,20 @@ class Logs:
         return "\n".join(said)
 
 
-def packed(folder: Path) -> bytes:
-    """A .tgz of the small files of a folder, newest first as long as they fit."""
+def pack(folder: Path) -> bytes:
+    """Pack the small files of a folder into a .tgz, newest first, up to the size limit."""
     files = [p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
     facts = sorted(((p, p.stat()) for p in files), key=lambda fact: -fact[1].st_mtime)
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz") as tar:
         for path, fact in facts:
-            if fact.st_size <= SMALL and out.tell() + fact.st_size < MOST:
+            if fact.st_size <= MAX_ARCHIVED_BYTES and out.tell() + fact.st_size < MAX_BYTES:
                 tar.add(path, path.relative_to(folder.parent), recursive=False)
     return out.getvalue()
 
 
 class Output:
-    """One folder of at most eight files."""
+    """The folder of a session's files, of which there are at most eight."""
 
     def __init__(
         self, folder: Path, document: dict[str, Any], render: Callable[[dict[str, Any]], str]
@@ -93,20 +93,20 @@ class Output:
         """Prepare.
 
         Args:
-            folder: where the files go.
-            document: result.json; it changes as the day goes on.
-            render: the document as table.md.
+            folder: folder of the files.
+            document: content of result.json; it grows during the session.
+            render: formats the document as table.md.
         """
         self.folder, self.document, self.render = folder, document, render
         self._scratch = tempfile.TemporaryDirectory(prefix="bench-gpu-")
         self.scratch = Path(self._scratch.name)
         self.logs = {name: Logs(self.scratch) for name in ("build.log", "tests.log", "sanitize.log")}
-        self.runs: Path | None = None  # the folder of the trainings
+        self.runs: Path | None = None  # folder of the training runs
         self.texts: dict[str, str] = {}  # kernels.csv, ncu.csv
         self._lock = threading.Lock()
         self._written = 0.0
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._again, daemon=True)
+        self._thread = threading.Thread(target=self._write_periodically, daemon=True)
 
     def __enter__(self) -> Output:
         self.write()
@@ -119,17 +119,17 @@ class Output:
         self.write()
         self._scratch.cleanup()
 
-    def _again(self) -> None:
-        while not self._over.wait(EVERY):
+    def _write_periodically(self) -> None:
+        while not self._over.wait(MAX_INTERVAL):
             self.write()
 
     def changed(self) -> None:
-        """Write, unless that was done a moment ago."""
-        if time.monotonic() - self._written > SOON:
+        """Write the files unless they were written less than MIN_INTERVAL seconds ago."""
+        if time.monotonic() - self._written > MIN_INTERVAL:
             self.write()
 
     def write(self) -> None:
-        """Write all files anew. What cannot be written is noted in the document and ends nothing."""
+        """Write all files. A file that cannot be written is noted in the document and raises nothing."""
         with self._lock:
             self._written = time.monotonic()
             files: dict[str, Callable[[], str | bytes]] = {
@@ -138,18 +138,18 @@ class Output:
             files |= {name: (lambda text=text: cut(text)) for name, text in list(self.texts.items())}  # type: ignore[misc]
             if self.runs is not None and self.runs.is_dir():
                 runs = self.runs
-                files["runs.tgz"] = lambda: packed(runs)
+                files["runs.tgz"] = lambda: pack(runs)
             files["table.md"] = lambda: self.render(self.document)
             files["result.json"] = lambda: json.dumps(self.document, indent=1, ensure_ascii=False) + "\n"
-            for name, made in files.items():
-                self._save(name, made)
+            for name, content in files.items():
+                self._save(name, content)
 
-    def _save(self, name: str, made: Callable[[], str | bytes]) -> None:
+    def _save(self, name: str, content: Callable[[], str | bytes]) -> None:
         for left in (2, 1, 0):
             try:
-                save(self.folder / name, made())
+                save(self.folder / name, content())
                 return
-            except Exception as error:  # another thread may be changing what is written
+            except Exception as error:  # another thread may change the document meanwhile
                 if left == 0:
                     self.document.setdefault("not written", {})[name] = f"{type(error).__name__}: {error}"
                 time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""table.md: the document of a day as a page."""
+"""table.md: the results of a session as a page."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from .targets import Document, Found, cases, merged
 from .variants import KINDS, TABLE
 
 NAMES = {"linear": "`F.linear`", "cuda": "gistops, cuda", "triton": "gistops, triton"}
-HOW = (
-    "Medians of rounds in which every variant of a size is timed once, with a cold L2, between CUDA events, and with the "
-    "queue kept full, so that launches are not in the times; the events' own time is, and is not taken off. A cell: "
-    "ratio to `F.linear` (and `F.cross_entropy`) in the same rounds (ms; n rounds; share of the variant's roofline; peak "
-    "memory beyond the arguments; the CPU's time to launch it). *: the GPU waited for the CPU in over a tenth of the rounds. !: the results are less "
-    "exact than they should be. m = 4 displacements. forward: logits without gradients. step: logits, F.cross_entropy "
-    "and backward to all arguments. loss: the variant's own loss without logits, and backward; the libraries' are those "
-    "of a plain linear layer, or of cosines."
+LEGEND = (
+    "Medians over rounds. A round times every variant of a size once, between CUDA events, with a cold L2 and a full queue, "
+    "so that the times exclude launches; the time of the events is included. A cell: ratio to `F.linear` (and "
+    "`F.cross_entropy`) in the same rounds (ms; n rounds; share of the variant's roofline; peak memory beyond the "
+    "arguments; launch time of the CPU). *: the GPU waited for the CPU in more than a tenth of the rounds. !: the results "
+    "exceed the tolerance. m = 4 displacements. forward: logits without gradients. step: logits, F.cross_entropy and "
+    "backward to all arguments. loss: the variant's loss without materialized logits, and backward; the losses of other "
+    "libraries are those of a linear layer or of a cosine classifier."
 )
 
 
 def render(document: Document) -> str:
-    """The page."""
+    """Format the page."""
     lines = [
         summary(document),
-        HOW,
+        LEGEND,
         "",
         *_tables(document),
         *_graphs(document),
@@ -37,14 +37,14 @@ def render(document: Document) -> str:
 
 
 def summary(document: Document) -> str:
-    """The head of the page: the machine, what became of each part, constants, the rule's choices, the targets."""
+    """Format the head of the page: machine, parts, constants, selected variants, targets."""
     lines = [f"# gistops on {document['header']['gpu']}", ""]
     lines += [f"- {name}: {value}" for name, value in document["header"].items() if value]
     lines += ["", *_parts(document)]
     if found := document.get("constants"):
         lines += ["## Constants", "", *device_constants.summary(found), ""]
     if chosen := document.get("rule"):
-        lines += ["## What the rule chooses", "", *selection_rule.summary(chosen), ""]
+        lines += ["## Selected variants", "", *selection_rule.summary(chosen), ""]
     lines += [f"## Targets, bf16, {MAIN}", "", "| variant | target | verdict | measured | other sizes |"]
     lines.append("|---|---|---|---|---|")
     for verdict in targets.verdicts(document):
@@ -53,7 +53,7 @@ def summary(document: Document) -> str:
 
 
 def line(result: dict[str, Found]) -> str:
-    """One case in a line, as the run goes on."""
+    """Format one case as a line, for the output during the session."""
     case = Case.from_json(result["case"])
     if "skipped" in result:
         return f"{case.name}: {result['skipped']}"
@@ -94,7 +94,7 @@ def _parts(document: Document) -> Iterator[str]:
 
 
 def _tables(document: Document) -> Iterator[str]:
-    """One table for each precision and kind: a row a variant, a column a size."""
+    """Yield a table per precision and kind, with a row per variant and a column per size."""
     found = merged(document)
     for precision, kind in dict.fromkeys((p, k) for p, _, k in found):
         columns = [size for p, size, k in found if (p, k) == (precision, kind)]
@@ -102,7 +102,7 @@ def _tables(document: Document) -> Iterator[str]:
             size: {n: cell(entry) for n, entry in found[precision, size, kind].items()} for size in columns
         }
         rows = [name for name in TABLE if any(table[c].get(name, "–") != "–" for c in columns)]
-        for start in range(0, len(columns), 6):  # a page is only so wide
+        for start in range(0, len(columns), 6):  # limits the width
             part = columns[start : start + 6]
             yield from (f"## {kind.capitalize()}, {precision}, B×K×d", "")
             yield f"| | {' | '.join(part)} |"
@@ -113,7 +113,7 @@ def _tables(document: Document) -> Iterator[str]:
 
 
 def cell(found: Found) -> str:
-    """One variant at one size: `1.08 (0.021 ms; 100; 74 %; 9.8 MiB)`."""
+    """Format one variant at one size: `1.08 (0.021 ms; 100; 74 %; 9.8 MiB)`."""
     if "failed" in found:
         return "failed"
     if "ms" not in found:
@@ -131,7 +131,7 @@ def cell(found: Found) -> str:
 
 
 def _graphs(document: Document) -> Iterator[str]:
-    """The cost of launches: the CPU's time to queue a call, calls in a loop, and replays of a CUDA graph."""
+    """Yield the cost of launches: launch time of the CPU, calls in a loop, replays of a CUDA graph."""
     found = merged(document)
     rows = [
         (case, variant, entry)
@@ -142,8 +142,8 @@ def _graphs(document: Document) -> Iterator[str]:
     ]
     if not rows:
         return
-    yield from ("## Launches: milliseconds a call, bf16", "")
-    yield "| B×K×d | kind | variant | queued by the CPU in | calls in a loop | replays in a loop | replay, cold L2 |"
+    yield from ("## Launches: milliseconds per call, bf16", "")
+    yield "| B×K×d | kind | variant | launch time of the CPU | calls in a loop | replays in a loop | replay, cold L2 |"
     yield "|---|---|---|---|---|---|---|"
     for case, variant, replay in rows:
         eager = found.get((case.precision, str(case.size), case.kind), {}).get(variant, {})
@@ -154,7 +154,7 @@ def _graphs(document: Document) -> Iterator[str]:
 
 
 def _kernels(document: Document) -> Iterator[str]:
-    """Launches and GPU time of each profiled variant, and its longest kernels; all of them are in kernels.csv."""
+    """Yield launches, GPU time and the longest kernels of each profiled variant. kernels.csv lists all kernels."""
     rows = []
     for result in document.get("profiles", []):
         case = Case.from_json(result["case"])
@@ -165,7 +165,7 @@ def _kernels(document: Document) -> Iterator[str]:
                     first = ", ".join(f"{_cell(k['kernel'])[:48]} {k['us']:.1f}" for k in kernels[:4])
                     rows.append(f"| {case.size} | {kind} | {variant} | {count:.0f} | {total:.0f} | {first} |")
     if rows:
-        yield from ("## Kernels (torch.profiler), µs a call", "")
+        yield from ("## Kernels (torch.profiler), µs per call", "")
         yield from (
             "| B×K×d | kind | variant | launches | all | longest |",
             "|---|---|---|---|---|---|",
@@ -175,13 +175,13 @@ def _kernels(document: Document) -> Iterator[str]:
 
 
 def _left_out(document: Document) -> Iterator[str]:
-    """The cases that were not measured, and why: one line a reason."""
+    """Yield a line per reason for which cases were not measured."""
     reasons: dict[str, list[str]] = {}
     for name, reason in document.get("absent", {}).items():
         reasons.setdefault(f"absent: {reason}", []).append(name)
     for what, wrong in document.get("out", {}).items():
         for variant, reason in wrong.items():
-            reasons.setdefault(f"{variant}, out after its smoke run: {reason}", []).append(what)
+            reasons.setdefault(f"{variant}, excluded by its smoke check: {reason}", []).append(what)
     for result in (*document.get("cases", []), *document.get("profiles", [])):
         name = Case.from_json(result["case"]).name
         if "skipped" in result:
@@ -194,10 +194,10 @@ def _left_out(document: Document) -> Iterator[str]:
     for skipped in document.get("skipped", []):
         reasons.setdefault(skipped["reason"], []).append(Case.from_json(skipped["case"]).name)
     if reasons:
-        yield from ("## Not measured, or measured and wrong", "")
+        yield from ("## Not measured, or inaccurate", "")
         for reason, names in reasons.items():
-            some = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-            yield f"- {_cell(reason)} ({some})"
+            shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+            yield f"- {_cell(reason)} ({shown})"
 
 
 def _cell(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The work that a variant must do at least, counted, and the least time that physics allows for it."""
+"""The roofline: the minimal work of a variant, and the minimal time for this work."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import NamedTuple
 from ..problem import Size
 from .variants import TABLE
 
-#: Precision -> bytes of an element of input and centres. "float32" is torch's default, without tf32.
+#: Precision -> bytes per element of input and centers. "float32" is torch's default, without tf32.
 WIDTHS = {"bf16": 2, "float32": 4, "tf32": 4}
 
 
 class Work(NamedTuple):
-    """The work that a phase must do at least. A phase begins when the one before has ended, as the loss needs all logits."""
+    """The minimal work of a phase. A phase begins after the previous phase: the loss needs all logits."""
 
-    flops: int  # of matrix products, a multiplication and an addition counted as two
-    bytes: int  # each input read once, each output written once
+    flops: int  # of matmuls; a multiply-add counts as two
+    bytes: int  # each input is read once, each output written once
 
 
 def work(name: str, size: Size, kind: str, width: int) -> list[Work] | None:
-    """The phases of one variant; None for the libraries' losses.
+    """Count the phases of a variant. None for the losses of other libraries.
 
-    Every variant of the constellation is held against the same count, that of the fused algebra: one large product and
-    thin ones. A variant that does more work than that is further from its roofline, as it should be.
+    All constellation variants have the same count, that of the fused algebra: one large matmul and thin ones. A variant
+    that does more work is further from its roofline.
 
     Args:
-        name: of the variant.
+        name: name of the variant.
         size: B, K, d, m.
         kind: "forward", "step" or "loss".
-        width: bytes of an element of input, centres and displacements.
+        width: bytes per element of input, centers and displacements.
     """
     variant = TABLE[name]
     if variant.family == "peer":
@@ -43,9 +43,9 @@ def work(name: str, size: Size, kind: str, width: int) -> list[Work] | None:
         backward = Work(2 * main, logits + 2 * arguments)
         loss = Work(0, 2 * logits)
     else:
-        thin = 2 * (B + K) * (m + 1) * d  # with the bare centre's and the feature's own norms
+        thin = 2 * (B + K) * (m + 1) * d  # including the norms of the centers and of the input
         arguments, logits, slots = width * d * (B + K + m), 4 * B * K, B * K
-        if kind == "loss":  # no logits to read or write
+        if kind == "loss":  # no logits are read or written
             return [Work(main + thin, arguments), Work(2 * main + 2 * thin, 2 * arguments)]
         forward = Work(main + thin, arguments + logits + slots)
         backward = Work(2 * main + 2 * thin, 2 * logits + slots + 2 * arguments)
@@ -54,11 +54,11 @@ def work(name: str, size: Size, kind: str, width: int) -> list[Work] | None:
 
 
 def floor_ms(phases: Sequence[Work], flops: float, bandwidth: float) -> float:
-    """The roofline: milliseconds that the phases take at the measured ceilings.
+    """Return the milliseconds of the phases at the measured ceilings.
 
     Args:
-        phases: what is done, one after another.
-        flops: per second, of a large matrix product in this precision.
-        bandwidth: bytes per second, read and written.
+        phases: the phases, one after another.
+        flops: flop per second of a large matmul in this precision.
+        bandwidth: bytes per second, read plus written.
     """
     return 1e3 * sum(max(phase.flops / flops, phase.bytes / bandwidth) for phase in phases)

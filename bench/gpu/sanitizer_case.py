@@ -1,6 +1,6 @@
-"""Small forwards and backwards of each operator, for compute-sanitizer to watch.
+"""Small forwards and backwards of each op, to run under compute-sanitizer.
 
-`python -m bench.gpu.sanitizer_case cuda 300x200x136`. What it computes is not judged here.
+`python -m bench.gpu.sanitizer_case cuda 300x200x136`. The results are not checked here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float3
 
 
 def main() -> None:
-    """Run it and say so."""
+    """Run the functions at each size and in each dtype."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.sanitizer_case", description=__doc__)
     parser.add_argument("backend", choices=gistops.backends.NAMES)
     parser.add_argument("sizes", type=Size.parse, nargs="+")
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def run(size: Size, dtype: torch.dtype, backend: str, device: str, everything: bool) -> None:
-    """Logits and losses; with `everything` the other functions too."""
+    """Run logits and losses; with `everything` also top-k, rotations and sub-centers."""
     arguments = make_tensors(size, dtype, device)
     labels = make_labels(arguments)
     x, w, _, tau = arguments
@@ -44,11 +44,11 @@ def run(size: Size, dtype: torch.dtype, backend: str, device: str, everything: b
     if not everything:
         return
     gistops.constellation_topk(*arguments, 10, backend=backend)
-    turn = {"transform": "rotation", "axis": x.detach()[0], "backend": backend}
-    gistops.constellation_cross_entropy(*arguments, labels, **turn).backward()
-    gistops.constellation_topk(*arguments, 10, **turn)
-    free = torch.stack([w, w.roll(1, 0)], dim=1)
-    gistops.subcenter_cross_entropy(x, free, tau, labels, backend=backend).backward()
+    rotation = {"transform": "rotation", "axis": x.detach()[0], "backend": backend}
+    gistops.constellation_cross_entropy(*arguments, labels, **rotation).backward()
+    gistops.constellation_topk(*arguments, 10, **rotation)
+    subcenters = torch.stack([w, w.roll(1, 0)], dim=1)
+    gistops.subcenter_cross_entropy(x, subcenters, tau, labels, backend=backend).backward()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The rule that picks the winner, written before any measurement.
+"""The rule that selects the best variants. It was written before any measurement.
 
-A variant that fails its smoke run, gives other bits when run again, or has a sanitizer's error is out. For each of
-forward, step and loss, and each precision, the one with the least geometric mean of time / F.linear over the sizes;
-within 3 % of it the simpler one: cuBLAS before Triton before CUDA, and then the earlier row of the table, which is the
-default. Another one for a single size only if it gains more than 10 % there. A kernel written by hand with TMA is worth
-filing only if the chosen forward takes more than 1.2 times F.linear at K = 8192, where cuBLAS has its best.
+A variant is excluded if it fails its smoke check, gives different bits when run again, or has a sanitizer error. For
+forward, step and loss in each precision, the variant with the lowest geometric mean of time / F.linear over the sizes
+wins. Among the variants within 3 % the simplest wins: cuBLAS before Triton before CUDA, then the earlier row of the table
+(the default). Another variant is selected for a single size only if it is more than 10 % faster there. A hand-written TMA
+kernel is worth an issue only if the selected forward takes more than 1.2 times F.linear at K = 8192, cuBLAS's best case.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ..problem import MAIN, Size
 from .plan import SIZES, Case, shrink_for_cpu
 from .variants import CANDIDATES, KINDS, PRECISIONS, SIMPLICITY, TABLE
 
-CLOSE = 1.03
-WORTH = 1.10
-BY_HAND = 1.2
+TIE = 1.03
+WORTH_AN_EXCEPTION = 1.10
+WORTH_HAND_WRITING = 1.2
 Ratios = dict[str, dict[str, float]]  # variant -> size -> time / F.linear
 
 
 def ratios(document: dict[str, Any], precision: str, kind: str) -> Ratios:
-    """The right measurements, of the four sizes."""
+    """Return the measurements at the four sizes whose results are accurate."""
     wanted = [str(size) for size in _sizes(document)]
     found: Ratios = {}
     for result in document.get("cases", []):
@@ -44,7 +44,7 @@ def _sizes(document: dict[str, Any]) -> list[Size]:
 
 
 def excluded_variants(document: dict[str, Any], precision: str, kind: str) -> dict[str, str]:
-    """Variant -> why it is no candidate."""
+    """Return variant -> the reason why it is excluded."""
     found: dict[str, str] = dict(document.get("out", {}).get(f"{precision} {kind}", {}))
     for run, report in document.get("parts", {}).get("sanitize", {}).get("runs", {}).items():
         backend, tool = run.split()
@@ -62,7 +62,7 @@ def excluded_variants(document: dict[str, Any], precision: str, kind: str) -> di
 
 
 def choose(document: dict[str, Any], precision: str, kind: str) -> dict[str, Any]:
-    """The winner and why, or `none` and why."""
+    """Return the winner with its figures, or `none` with the reason."""
     found = ratios(document, precision, kind)
     excluded = excluded_variants(document, precision, kind)
     sizes = list(found.get("linear", {}))
@@ -74,7 +74,7 @@ def choose(document: dict[str, Any], precision: str, kind: str) -> dict[str, Any
         name: math.exp(sum(math.log(all_[s]) for s in sizes) / len(sizes)) for name, all_ in whole.items()
     }
     least = min(means.values())
-    close = [name for name, mean in means.items() if mean <= CLOSE * least]
+    close = [name for name, mean in means.items() if mean <= TIE * least]
     order = list(TABLE)
     winner = min(close, key=lambda name: (SIMPLICITY[TABLE[name].family], order.index(name)))
     picked: dict[str, Any] = {"winner": winner, "mean": means[winner], "at": whole[winner], "means": means}
@@ -82,12 +82,12 @@ def choose(document: dict[str, Any], precision: str, kind: str) -> dict[str, Any
         picked["of sizes"] = f"{len(sizes)} of {len(SIZES)}"
     for size in sizes:
         best = min((name for name in ours if size in ours[name]), key=lambda name: ours[name][size])
-        if whole[winner][size] > WORTH * ours[best][size]:
+        if whole[winner][size] > WORTH_AN_EXCEPTION * ours[best][size]:
             picked.setdefault("but", {})[size] = {"variant": best, "ratio": ours[best][size]}
     if excluded:
         picked["out"] = excluded
     if not _smoked(document, winner, precision):
-        picked["unchecked"] = "its smoke runs were not made"
+        picked["unchecked"] = "its smoke checks did not run"
     return picked
 
 
@@ -97,7 +97,7 @@ def _smoked(document: dict[str, Any], name: str, precision: str) -> bool:
 
 
 def worth_hand_written(document: dict[str, Any]) -> dict[str, Any]:
-    """True if a forward written by hand is worth filing."""
+    """Compare the selected forward with the threshold for a hand-written kernel."""
     winner = choose(document, "bf16", "forward").get("winner")
     aligned = document.get("constants", {}).get("linear forward K=8192", {}).get("ms")
     main = _sizes(document)[SIZES.index(MAIN)]
@@ -107,25 +107,25 @@ def worth_hand_written(document: dict[str, Any]) -> dict[str, Any]:
             ms = result["variants"].get(winner, {}).get("ms", {}).get("median")
             if ms and aligned:
                 ratio = ms / aligned
-                return {"ratio to F.linear at K = 8192": ratio, "worth filing": ratio > BY_HAND}
+                return {"ratio to F.linear at K = 8192": ratio, "worth filing": ratio > WORTH_HAND_WRITING}
     return {"not known": "the chosen forward or F.linear at K = 8192 was not measured"}
 
 
 def choose_all(document: dict[str, Any]) -> dict[str, Any]:
-    """All choices: `<precision> <kind>` -> the winner; and whether a kernel by hand is worth filing."""
+    """Return all selections, `<precision> <kind>` -> winner, and the comparison for a hand-written kernel."""
     chosen: dict[str, Any] = {f"{p} {kind}": choose(document, p, kind) for p in PRECISIONS for kind in KINDS}
     return chosen | {"by hand": worth_hand_written(document)}
 
 
 def summary(chosen: dict[str, Any]) -> Iterator[str]:
-    """The choices in words."""
+    """Yield a line per selection."""
     for what, pick in chosen.items():
         if "winner" in pick:
             but = "; ".join(
                 f"at {size} {b['variant']} ({b['ratio']:.2f})" for size, b in pick.get("but", {}).items()
             )
-            some = f" over {pick['of sizes']} sizes" if "of sizes" in pick else ""
-            yield f"- {what}: **{pick['winner']}** ({pick['mean']:.2f} × F.linear{some})" + (
+            coverage = f" over {pick['of sizes']} sizes" if "of sizes" in pick else ""
+            yield f"- {what}: **{pick['winner']}** ({pick['mean']:.2f} × F.linear{coverage})" + (
                 f"; but {but}" if but else ""
             )
         elif "none" in pick:

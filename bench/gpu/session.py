@@ -1,4 +1,4 @@
-"""The day: every part in its order, each within its time, each leaving what it found in the document at once."""
+"""A session: all parts in order, each within its time limit. Each part writes its results to the document at once."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from .subprocesses import python_command, run_command
 from .supervisor import GRACE, Supervisor
 from .variants import TABLE
 
-ENOUGH = 10.0  # seconds that ncu needs at least
+MIN_NCU_SECONDS = 10.0
 
 
 @dataclass
 class SessionOptions:
-    """The options asked for."""
+    """The options of a session."""
 
     only: list[str]
     minutes: float
@@ -48,39 +48,39 @@ class SessionOptions:
 
 
 class Session:
-    """Runs the parts."""
+    """Runs the parts of a session."""
 
     def __init__(self, options: SessionOptions, budget: Budget, output: Output) -> None:
         """Prepare.
 
         Args:
-            options: what was asked for.
-            budget: of time, already running.
-            output: the files; its document is filled here.
+            options: the options.
+            budget: the time budget, already running.
+            output: the files. The session fills its document.
         """
         self.options, self.budget, self.output = options, budget, output
         self.document = output.document
         self.device = options.device
         self.cases = self._cases()
-        self.compiling: list[worker_pool.WorkerPool] = []
+        self.pools: list[worker_pool.WorkerPool] = []
 
     def _cases(self) -> list[Case]:
         measure = self.budget.seconds("measure") if "measure" in self.budget.parts else 60.0
         seconds = min(max(measure / 150, 0.15), 1.0)
         cases = plan.timed_cases(self.options.variants, seconds, self.options.grid)
         if asked := self.options.cases:
-            cases = [*asked.own(self.options.variants, seconds), *filter(asked, cases)]
+            cases = [*asked.extra_cases(self.options.variants, seconds), *filter(asked, cases)]
         return self._sized(cases)
 
     def _sized(self, cases: Sequence[Case]) -> list[Case]:
         return [plan.shrink_for_cpu(c) for c in cases if not c.graph] if self.device == "cpu" else list(cases)
 
     def run(self) -> None:
-        """All parts that were asked for."""
+        """Run the selected parts."""
         early = self._compile_early()
         self._part("build", self.build)
         self._part("smoke", lambda seconds: self.smoke(seconds, early))
-        self._alone()
+        self._exclusive()
         self._part("ncu", self.ncu)
         self._concurrent()
 
@@ -92,7 +92,7 @@ class Session:
         begin = self.budget.clock()
         try:
             found = run(seconds)
-        except Exception as error:  # the other parts still tell something
+        except Exception as error:  # the other parts continue
             found = {"problem": f"{type(error).__name__}: {error}"}
         self.document["parts"][name] = {"seconds": self.budget.clock() - begin} | found
         if "problem" in found:
@@ -100,37 +100,39 @@ class Session:
         self.changed()
 
     def changed(self) -> None:
-        """Something was found."""
+        """Update the selected variants and the files after a new result."""
         self.document["rule"] = selection_rule.choose_all(self.document)
         self.output.changed()
 
-    # Build and smoke
+    # Build and smoke checks
 
     def build(self, seconds: float) -> Report:
-        """Compile the operators as the first use does, in a process of its own, and say what is there and why."""
+        """Compile the operators in a new process, as the first use does, and report the available backends."""
         done = run_command(
             python_command("-m", "gistops.info"), seconds, self.output.logs["build.log"].part("gistops.info")
         )
         rows = re.findall(r"^(cpu|cuda|triton|reference)\s+(yes|no)\s+(.*)$", done.output, re.M)
-        there: dict[str, Any] = {name: {"available": yes == "yes", "reason": why} for name, yes, why in rows}
-        found: Report = {"backends": there}
+        available: dict[str, Any] = {
+            name: {"available": yes == "yes", "reason": why} for name, yes, why in rows
+        }
+        found: Report = {"backends": available}
         if done.code != 0:
             how = f"did not end within {seconds:.0f} s" if done.code is None else f"ended with {done.code}"
             found["problem"] = f"`python -m gistops.info` {how}: {done.tail(3)}"
-            os.environ["GISTOPS_JIT"] = "0"  # no later process tries again
+            os.environ["GISTOPS_JIT"] = "0"  # later processes do not compile again
         elif self.device == "cuda" and (
-            missing := [n for n in ("cuda", "triton") if not there[n]["available"]]
+            missing := [n for n in ("cuda", "triton") if not available[n]["available"]]
         ):
             found["problem"] = f"not available: {', '.join(missing)}"
         return found
 
     def backends(self) -> list[str]:
-        """Those worth to test: those that the build has found, or all where it was not run."""
+        """Return the backends to test: those that the build found, or all without a build."""
         names = ["cuda", "triton"] if self.device == "cuda" else ["cpu"]
         built = self.document["parts"].get("build", {}).get("backends", {})
         return [n for n in names if built.get(n, {"available": True})["available"]]
 
-    def _pool(
+    def _make_pool(
         self, families: Callable[[str], bool], processes: int, seconds: float
     ) -> worker_pool.WorkerPool:
         variants = [n for n in self.options.variants if TABLE[n].ours and families(TABLE[n].backend)]
@@ -138,35 +140,40 @@ class Session:
         precisions = dict.fromkeys(case.precision for case in smoked)
         ordered = [case for p in precisions for case in (*smoked, *warmed) if case.precision == p]
         asked = worker_pool.WorkerPool(
-            self._sized(ordered), variants, processes, time.time() + seconds, self.device, self.smoked
+            self._sized(ordered),
+            variants,
+            processes,
+            time.time() + seconds,
+            self.device,
+            self.record_smoke_results,
         )
-        self.compiling.append(asked)
+        self.pools.append(asked)
         return asked
 
     def _compile_early(self) -> list[Any]:
-        """Triton's variants need no nvcc: their kernels are compiled while that runs."""
+        """Compile Triton's kernels while the build runs nvcc, which they do not need."""
         if "smoke" not in self.options.only or self.device == "cpu":
             return []
         seconds = sum(self.budget.seconds(p) for p in ("build", "smoke") if p in self.budget.parts)
-        return self._pool(
+        return self._make_pool(
             lambda b: b == "triton", max(2, concurrent_jobs.num_cores() * 3 // 4), seconds
         ).start()
 
     def smoke(self, seconds: float, early: list[Any]) -> Report:
-        """Every variant of ours at small odd sizes; and what Triton compiles for the sizes that are measured."""
-        late = self._pool(
+        """Check every gistops variant at small odd sizes, and compile Triton's kernels for the measured sizes."""
+        late = self._make_pool(
             lambda b: b != "triton" or not early, max(1, concurrent_jobs.num_cores() // 4), seconds
         ).start()
         for thread in (*early, *late):
             thread.join()
-        self.smoked()
-        results = [r for p in self.compiling for r in p.results]
+        self.record_smoke_results()
+        results = [r for p in self.pools for r in p.results]
         ran = [r for r in results if r["case"]["kind"] == "smoke"]
         found: Report = {"cases": len(ran), "warmed": len(results) - len(ran)}
-        if late_ones := [c for p in self.compiling for b in p.supervisors for c in b.skipped]:
-            found["late"] = len(late_ones)
+        if late_cases := [c for p in self.pools for b in p.supervisors for c in b.skipped]:
+            found["late"] = len(late_cases)
             if not ran:
-                found["problem"] = f"none was run: {late_ones[0]['reason']}"
+                found["problem"] = f"none was run: {late_cases[0]['reason']}"
         self.document["smoke"] = [
             r | {"variants": {n: f for n, f in r["variants"].items() if "skipped" not in f}} for r in ran
         ]
@@ -175,22 +182,22 @@ class Session:
             found["problem"] = f"wrong: {', '.join(wrong)}"
         return found
 
-    def smoked(self) -> None:
-        """Note what smoke runs have found so far."""
-        results = [r for p in self.compiling for r in p.results]
+    def record_smoke_results(self) -> None:
+        """Write the smoke results so far to the document."""
+        results = [r for p in self.pools for r in p.results]
         self.document["out"] = worker_pool.wrong_variants(results)
         self.document.setdefault("absent", {}).update(worker_pool.absent_variants(results))
-        self._crashes([problem for p in self.compiling for problem in p.problems])
+        self._record_problems([problem for p in self.pools for problem in p.problems])
         self.output.changed()
 
-    def _crashes(self, problems: Sequence[str]) -> None:
+    def _record_problems(self, problems: Sequence[str]) -> None:
         known = self.document.setdefault("problems", [])
         known += [problem for problem in problems if problem not in known]
 
-    # What needs the GPU alone
+    # Parts that need the GPU alone
 
-    def _alone(self) -> None:
-        """Constants, measurements, profiles: one after another in one process, as long as that lives."""
+    def _exclusive(self) -> None:
+        """Measure constants and cases and profile them, one after another in one worker (more after a crash)."""
         out = self.document.get("out", {})
         wrong = {name for names in out.values() for name in names}
         timed = [case.without(list(out.get(f"{case.precision} {case.kind}", {}))) for case in self.cases]
@@ -212,41 +219,43 @@ class Session:
             f"=== {', '.join(asked)} (at most {seconds:.0f} s; {self.budget.left():.0f} s are left)",
             flush=True,
         )
-        # Constants are few and come first: whatever starting the process takes is not taken from them.
+        # The constants have no deadline of their own: they are few, and the start of the process delays them.
         deadlines = {c.kind: ends[p] for p in asked if p != "constants" for c in cases[p]}
         everything = [case for part in asked for case in cases[part]]
-        bench = Supervisor(everything, max(ends.values()), lambda: None, self.device, deadlines)
-        self._measure(bench, {case.kind: part for part in asked for case in cases[part]})
+        supervisor = Supervisor(everything, max(ends.values()), lambda: None, self.device, deadlines)
+        self._measure(supervisor, {case.kind: part for part in asked for case in cases[part]})
 
-    def _measure(self, bench: Supervisor, part_of: dict[str, str]) -> None:
-        """Run the cases; each result is printed, and put where it belongs."""
-        said = 0
+    def _measure(self, supervisor: Supervisor, part_of: dict[str, str]) -> None:
+        """Run the cases. Each result is printed and written to the document."""
+        num_printed = 0
 
         def changed() -> None:
-            nonlocal said
-            for result in bench.results[said:]:
+            nonlocal num_printed
+            for result in supervisor.results[num_printed:]:
                 print(report.line(result), flush=True)
                 if result["case"]["kind"] != "constants":
                     self.document.setdefault("absent", {}).update(worker_pool.absent_variants([result]))
-            said = len(bench.results)
+            num_printed = len(supervisor.results)
             found: dict[str, list[dict[str, Any]]] = {part: [] for part in part_of.values()}
-            for result in bench.results:
+            for result in supervisor.results:
                 found[part_of[result["case"]["kind"]]].append(result)
             for part, results in found.items():
-                late = sum(part_of[skipped["case"]["kind"]] == part for skipped in bench.skipped)
+                late = sum(part_of[skipped["case"]["kind"]] == part for skipped in supervisor.skipped)
                 self.document["parts"][part] = {"done": len(results), "skipped": late}
                 if late and not results:
-                    self.document["parts"][part]["problem"] = f"none was run: {bench.skipped[-1]['reason']}"
+                    self.document["parts"][part]["problem"] = (
+                        f"none was run: {supervisor.skipped[-1]['reason']}"
+                    )
             self._keep(found)
-            self.document["skipped"] = list(bench.skipped)
-            self._crashes(bench.problems)
+            self.document["skipped"] = list(supervisor.skipped)
+            self._record_problems(supervisor.problems)
             self.changed()
 
-        bench.changed = changed
-        bench.run()
-        if bench.problems:
+        supervisor.changed = changed
+        supervisor.run()
+        if supervisor.problems:
             part = "measure" if "measure" in self.document["parts"] else list(part_of.values())[-1]
-            self.document["parts"][part]["problem"] = "; ".join(bench.problems[:3])
+            self.document["parts"][part]["problem"] = "; ".join(supervisor.problems[:3])
 
     def _keep(self, found: dict[str, list[dict[str, Any]]]) -> None:
         if "constants" in found:
@@ -261,9 +270,9 @@ class Session:
             self.output.texts["kernels.csv"] = torch_profiler.kernels_csv(found["profile"])
 
     def ncu(self, seconds: float) -> Report:
-        """Nsight Compute over the rule's choices and the backends as they are, as far as the time goes."""
+        """Run Nsight Compute over the selected and the default variants until the time is up."""
         program = ncu.find()
-        if self.device == "cpu" or program is None or seconds < ENOUGH:
+        if self.device == "cpu" or program is None or seconds < MIN_NCU_SECONDS:
             why = (
                 "needs a GPU"
                 if self.device == "cpu"
@@ -280,7 +289,7 @@ class Session:
         begin, runs = time.time(), {}
         for variant, kind in dict.fromkeys((v, k) for v, k in wanted if v in self.options.variants):
             left = seconds - (time.time() - begin)
-            if left < ENOUGH:
+            if left < MIN_NCU_SECONDS:
                 break
             text, runs[f"{variant} {kind}"] = ncu.profile(
                 program, variant, kind, MAIN, left, self.output.scratch / f"ncu-{len(runs)}.log"
@@ -288,13 +297,13 @@ class Session:
             self.output.texts["ncu.csv"] = self.output.texts.get("ncu.csv", "") + text
         return {"runs": runs}
 
-    # What may share the GPU
+    # Parts that share the GPU
 
     def _concurrent(self) -> None:
         asked = [part for part in CONCURRENT if part in self.options.only]
         if not asked:
             return
-        print(f"=== {', '.join(asked)}, side by side (at most {self.budget.left():.0f} s)", flush=True)
+        print(f"=== {', '.join(asked)}, concurrently (at most {self.budget.left():.0f} s)", flush=True)
         jobs: list[Job] = []
         if "train" in asked:
             jobs.append(("train", "models", self._train))

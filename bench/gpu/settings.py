@@ -1,7 +1,7 @@
-"""The settings that a variant can force, by name: how to force it for the calls in a `with`, and why it cannot be forced here.
+"""The settings that a variant forces: how each is applied in a `with`, and why it may not be available.
 
-A setting of code that is not there yet makes its variants absent, with the reason; it is never an error. Every
-setting holds for the whole process, for the backward runs in autograd's own thread.
+If a setting does not exist in gistops, its variants are absent with the reason, and no error is raised. A setting
+applies to the whole process, because the backward runs in autograd's thread.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 
 class Setting(NamedTuple):
-    """One thing to force."""
+    """A value that can be forced."""
 
     why_not: Callable[[Any], str | None]
     apply: Callable[[Any, str], contextlib.AbstractContextManager[Any]]  # value, precision
@@ -24,7 +24,7 @@ def _module(name: str) -> Any:
 
 
 def _attribute(module: str, name: str) -> Setting:
-    """A number or a switch of a module."""
+    """Return the setting of a module's attribute."""
 
     def why_not(value: Any) -> str | None:
         try:
@@ -49,7 +49,7 @@ def _attribute(module: str, name: str) -> Setting:
 def _forced(
     name: str, make: Callable[[Any, Any, str], Any] = lambda configs, value, precision: value
 ) -> Setting:
-    """A choice of Triton's: an argument of `gistops.backends.triton.configs.forced`."""
+    """Return the setting of an argument of `gistops.backends.triton.configs.forced`."""
 
     def why_not(value: Any) -> str | None:
         try:
@@ -75,7 +75,7 @@ def _forced(
 
 
 def _tile(loop: str) -> Callable[[Any, Any, str], Any]:
-    """A tile as for half precision: in float32 as many bytes in rows of what the loop goes over, its `loop` dimension."""
+    """Return a function that converts a bf16 tile: in float32 its `loop` dimension is halved, for the same bytes."""
 
     def make(configs: Any, value: tuple[int, int, int, int, int], precision: str) -> Any:
         tile = dict(zip(("classes", "rows", "dims", "warps", "stages"), value, strict=True))
@@ -107,10 +107,10 @@ SETTINGS: dict[str, Setting] = {
 
 
 def why_not(settings: Mapping[str, Any]) -> str | None:
-    """The reason why these settings cannot be forced here, or None."""
+    """Return the reason why the settings cannot be forced here, or None."""
     for name, value in settings.items():
         if name not in SETTINGS:
-            return f"nothing can force {name!r} yet"
+            return f"no setting is named {name!r}"
         if reason := SETTINGS[name].why_not(value):
             return reason
     return None
@@ -118,11 +118,11 @@ def why_not(settings: Mapping[str, Any]) -> str | None:
 
 @contextlib.contextmanager
 def applied(settings: Mapping[str, Any], precision: str) -> Iterator[None]:
-    """Force them.
+    """Force the settings in the `with`.
 
     Args:
         settings: name -> value.
-        precision: one of plan.WIDTHS; tiles are given for bf16.
+        precision: a key of roofline.WIDTHS; tiles are given for bf16.
     """
     with contextlib.ExitStack() as stack:
         for name, value in settings.items():

@@ -1,4 +1,4 @@
-"""Small runs against the reference in float64, on memory full of NaN, twice: what is wrong is not measured."""
+"""Small runs on memory full of NaN, compared with float64 and repeated. A variant that fails is not measured."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from .plan import supports
 from .variants import TABLE
 
 SEED = 20211011
-#: Blocks that are filled and freed: torch serves what is made next from them, up to these many bytes each.
+#: Bytes and number of the blocks that are filled and freed: torch's allocator reuses them for the next tensors.
 POISON = ((1 << 9, 64), (1 << 14, 32), (1 << 18, 32), (1 << 21, 8), (1 << 24, 4))
 
 
 @contextlib.contextmanager
 def poisoned(device: str) -> Iterator[None]:
-    """All memory that is handed out in the `with` holds ones in every bit at first, which is NaN in every float type.
+    """Fill all memory that is allocated in the `with` with ones in every bit, which is NaN in every float type.
 
-    On a GPU by filling blocks that torch's allocator then hands out again, so that nothing is launched that is not
-    launched in earnest; on the CPU, which keeps no blocks, by torch's own switch.
+    On a GPU this function fills blocks that torch's allocator then reuses, so that no additional kernel is launched in
+    the `with`. The CPU's allocator caches no blocks: there torch's own option fills new tensors.
     """
     if device == "cuda":
-        torch.cuda.empty_cache()  # no other block is left
-        made = [
+        torch.cuda.empty_cache()  # so that no other block is reused
+        blocks = [
             torch.full((n,), 255, dtype=torch.uint8, device=device)
             for n, count in POISON
             for _ in range(count)
         ]
-        del made
+        del blocks
         yield
         return
     before = torch.are_deterministic_algorithms_enabled()
@@ -48,10 +48,10 @@ def poisoned(device: str) -> Iterator[None]:
 
 
 class Oracle:
-    """Logits, loss and gradients of arguments by the reference backend in float64."""
+    """Logits, loss and gradients of the reference backend in float64."""
 
     def __init__(self, arguments: Tensors, cosine: bool) -> None:
-        """Compute them; with `cosine`, without displacements."""
+        """Compute the results, with `cosine` without displacements."""
         doubles = [argument.detach().double().requires_grad_() for argument in arguments]
         x, w, delta, tau = doubles
         delta = delta.detach()[:0] if cosine else delta
@@ -61,19 +61,19 @@ class Oracle:
         self.gradients = torch.autograd.grad(value, [doubles[n] for n in self.kept])
         self.logits, self.loss = logits.detach(), value.detach()
 
-    def errors(self, kind: str, made: Tensor, arguments: Tensors) -> dict[str, float]:
-        """The errors of a call."""
+    def errors(self, kind: str, output: Tensor, arguments: Tensors) -> dict[str, float]:
+        """Return the relative errors of a call."""
         if kind == "forward":
-            return {"logits": accuracy.relative_error(made, self.logits)}
+            return {"logits": accuracy.relative_error(output, self.logits)}
         kept = [arguments[n] for n in self.kept]
         return {
-            "loss": accuracy.relative_error(made, self.loss),
+            "loss": accuracy.relative_error(output, self.loss),
             "gradients": accuracy.gradients_error(kept, self.gradients),
         }
 
 
 def make_inputs(size: Size, dtype: torch.dtype, device: str) -> Tensors:
-    """Of a smoke run."""
+    """Return the tensors of a smoke check."""
     return make_tensors(size, dtype, device, SEED)
 
 
@@ -85,14 +85,14 @@ def run_smoke_check(
     device: str,
     before: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """kind -> what was found: `error`, `inexact`, and `unstable` where the second run gave other bits.
+    """Check a gistops variant. Returns per kind `error`, `inexact`, and `unstable` if a second run gave other bits.
 
     Args:
-        name: of a variant of ours.
-        precision: its.
-        arguments: its inputs.
-        oracle: what is right.
-        device: where.
+        name: name of the variant.
+        precision: precision of the arguments.
+        arguments: input tensors.
+        oracle: the expected results.
+        device: "cuda" or "cpu".
         before: called before each kind.
     """
     found: dict[str, Any] = {}
@@ -117,10 +117,10 @@ def _results(call: Any, arguments: Tensors, device: str) -> list[Tensor | None]:
     for argument in arguments:
         argument.grad = None
     with poisoned(device):
-        made = call()
-    return [made.clone(), *(None if a.grad is None else a.grad.clone() for a in arguments)]
+        output = call()
+    return [output.clone(), *(None if a.grad is None else a.grad.clone() for a in arguments)]
 
 
 def objection(found: dict[str, Any]) -> str:
-    """The objections to a kind's result, in words, or nothing."""
+    """Return the objection to a result, or an empty string."""
     return str(found.get("failed") or found.get("inexact") or found.get("unstable") or "")

@@ -1,4 +1,4 @@
-"""Commands in the repository, within seconds that they are given, their output in a file from the first word on."""
+"""Commands that run in the repository with a time limit and write their output to a file."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ _lock = threading.Lock()
 
 @dataclass
 class CommandResult:
-    """A command that has ended, or has been ended."""
+    """The result of a command that has ended or was killed."""
 
-    code: int | None  # None where the time was up
+    code: int | None  # None if the time was up
     output: str
     seconds: float
 
     def tail(self, lines: int = 25) -> str:
-        """The end of what it said."""
+        """Return the last lines of the output."""
         return "\n".join(self.output.splitlines()[-lines:])
 
 
 def python_command(*arguments: str) -> list[str]:
-    """A command of this Python."""
+    """Return a command for this Python interpreter."""
     return [sys.executable, *arguments]
 
 
 def die_with_parent(arguments: Sequence[str]) -> list[str]:
-    """The same, ended by the kernel if this process is killed, where there is a tool for that."""
+    """Wrap a command so that the kernel kills it if this process dies (needs setpriv; otherwise unchanged)."""
     tool = shutil.which("setpriv")
     return [tool, "--pdeathsig", "KILL", *arguments] if tool else list(arguments)
 
@@ -46,13 +46,13 @@ def die_with_parent(arguments: Sequence[str]) -> list[str]:
 def run_command(
     arguments: Sequence[str], seconds: float, log: Path, environment: Mapping[str, str] | None = None
 ) -> CommandResult:
-    """Run a command for at most `seconds`: somewhat before, it is asked to stop, and at the end made to.
+    """Run a command for at most `seconds`. It gets SIGINT shortly before the limit and SIGKILL at the limit.
 
     Args:
         arguments: the command.
-        seconds: that it may take.
-        log: the file that it writes into.
-        environment: variables to set beside those that are set.
+        seconds: time limit.
+        log: file of the output.
+        environment: variables added to the current environment.
     """
     begin = time.monotonic()
     grace = min(8.0, seconds / 5)
@@ -64,7 +64,7 @@ def run_command(
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that what it starts ends with it
+            start_new_session=True,  # so that its children end with it
         )
         with _lock:
             _running.add(process.pid)
@@ -73,7 +73,7 @@ def run_command(
             process.wait(max(seconds - grace, 0.5))
         except subprocess.TimeoutExpired:
             late = True
-            process.send_signal(signal.SIGINT)  # pytest then still says how many tests have passed
+            process.send_signal(signal.SIGINT)  # pytest still prints its counts
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(grace)
         finally:
@@ -86,13 +86,13 @@ def run_command(
 
 
 def kill_group(group: int) -> None:
-    """End a command and all that it has started."""
+    """Kill a command and its children."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
 
 
 def kill_all() -> None:
-    """End every command that still runs: this process is about to end."""
+    """Kill all running commands, because this process is about to exit."""
     with _lock:
         for group in _running:
             kill_group(group)

@@ -1,4 +1,4 @@
-"""Drives bench/gpu/worker.py: starts it anew where a variant has taken its process down, and goes on without that variant."""
+"""The supervisor of bench/gpu/worker.py: it restarts the worker after a crash and continues without the variant at fault."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from typing import IO, Any
 from .plan import Case
 from .subprocesses import ROOT, die_with_parent
 
-SILENCE = 25.0  # seconds without an event after which a kernel hangs
-STARTING = 90.0  # the same while the process starts, or makes the tensors of a case
-GRACE = 8.0  # seconds beyond the deadline, for a case that was begun in time
-STARTS = 8  # of the worker at most
-CRASHES = 2  # of a variant, after which it is left out of all other cases
+SILENCE = 25.0  # seconds without an event after which a kernel counts as hung
+STARTING = 90.0  # the same while the process starts, or creates the tensors of a case
+GRACE = 8.0  # seconds beyond the deadline, for a case that began in time
+MAX_STARTS = 8  # of the worker
+MAX_CRASHES = 2  # of a variant, which is then excluded from all other cases
 
 
 def read_events(
     lines: IO[str], until: float, silence: Callable[[], float], clock: Callable[[], float] = time.time
 ) -> Iterator[dict[str, Any]]:
-    """The events as they come.
+    """Yield the events of a worker.
 
     Args:
-        lines: of the worker.
-        until: when the time is up.
-        silence: seconds that may pass before the next event.
-        clock: seconds.
+        lines: output of the worker.
+        until: end of the time, in seconds of `clock`.
+        silence: returns the seconds that may pass before the next event.
+        clock: returns seconds.
 
     Raises:
-        TimeoutError: none came for that long, or it is past `until`.
+        TimeoutError: no event came for too long, or `until` has passed.
     """
     waiting: queue.Queue[str | None] = queue.Queue()
 
@@ -63,7 +63,7 @@ def read_events(
 
 
 class Supervisor:
-    """The state of the measurements: what is done, what crashed, what is left."""
+    """Runs cases in workers, and keeps the results, the crashes and the remaining cases."""
 
     def __init__(
         self,
@@ -78,37 +78,37 @@ class Supervisor:
         """Prepare.
 
         Args:
-            cases: what to measure, the most important first.
-            deadline: of the last case's begin, in seconds of `time.time`.
+            cases: the cases, the most important first.
+            deadline: latest start of a case, in seconds of `time.time`.
             changed: called after each result.
-            device: "cuda", or "cpu" to try the bench itself.
-            deadlines: kind -> an earlier one for the cases of that kind.
-            worker: the command.
-            silence: seconds after which a kernel hangs; None for the usual ones.
+            device: "cuda", or "cpu" for a trial of the bench.
+            deadlines: kind -> an earlier deadline for the cases of this kind.
+            worker: command of the worker.
+            silence: seconds without an event after which a kernel counts as hung; None for the default.
         """
         self.left: dict[int, Case] = dict(enumerate(cases))
         self.deadline = deadline
         self.changed = changed
         self.device = device
         self.worker = worker
-        # Triton's interpreter, in a trial on the CPU, is slower than any kernel.
+        # In a trial on the CPU, Triton's interpreter is slower than any kernel.
         self.silence = silence or (SILENCE if device == "cuda" else 4 * SILENCE)
         self._patience = STARTING
         self.deadlines = deadlines or {}
         self.results: list[dict[str, Any]] = []
         self.skipped: list[dict[str, Any]] = []
         self.problems: list[str] = []
-        self._crashed: dict[int, dict[str, str]] = {}  # case -> variant -> how
+        self._crashed: dict[int, dict[str, str]] = {}  # case -> variant -> reason
         self._crashes: dict[str, int] = {}
 
     def run(self) -> None:
-        """Measure until nothing is left, or the time is up."""
-        for _ in range(STARTS):
+        """Run the cases until none is left or the time is up."""
+        for _ in range(MAX_STARTS):
             if not self.left or time.time() >= self.deadline:
                 break
             if not self._run_worker():
                 break
-        reason = self.problems[-1] if self.problems else "the worker ended without a word"
+        reason = self.problems[-1] if self.problems else "the worker ended without a message"
         late = time.time() >= self.deadline
         for case in self.left.values():
             self._skip(case, "the time was up" if late else reason)
@@ -116,8 +116,10 @@ class Supervisor:
         self.changed()
 
     def _document(self) -> dict[str, Any]:
-        tired = [variant for variant, count in self._crashes.items() if count >= CRASHES]
-        cases = [(n, c.without([*tired, *self._crashed.get(n, {})]).to_json()) for n, c in self.left.items()]
+        excluded = [variant for variant, count in self._crashes.items() if count >= MAX_CRASHES]
+        cases = [
+            (n, c.without([*excluded, *self._crashed.get(n, {})]).to_json()) for n, c in self.left.items()
+        ]
         return {
             "device": self.device,
             "deadline": self.deadline,
@@ -132,7 +134,7 @@ class Supervisor:
         }
 
     def _run_worker(self) -> bool:
-        """One worker, from start to end; whether another could do more."""
+        """Run one worker to its end. Returns True if another worker could do more."""
         number: int | None = None
         variant: str | None = None
         reason = ""
@@ -144,12 +146,14 @@ class Supervisor:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                start_new_session=True,  # torch.compile has helpers, which must end with it
+                start_new_session=True,  # so that the helper processes of torch.compile end with it
             )
             assert process.stdin is not None
             assert process.stdout is not None
             try:
-                with contextlib.suppress(BrokenPipeError):  # it has ended already; why, its stderr says
+                with contextlib.suppress(
+                    BrokenPipeError
+                ):  # the worker has ended already; its stderr has the reason
                     process.stdin.write(json.dumps(self._document()))
                     process.stdin.close()
                 self._patience = STARTING
@@ -178,13 +182,13 @@ class Supervisor:
         return self._blame(number, variant, reason)
 
     def _take(self, event: dict[str, Any]) -> bool:
-        """Keep what an event brings; whether it was the last."""
+        """Keep the result of an event. Returns True if the event is the last."""
         if event["event"] == "case":
             case, number = self.left.pop(event["number"]), event["number"]
             found = event["result"]["variants"]
             for variant in case.variants:
                 if variant not in found and "skipped" not in event["result"]:
-                    how = self._crashed.get(number, {}).get(variant, "left out after it crashed twice")
+                    how = self._crashed.get(number, {}).get(variant, "excluded after it crashed twice")
                     found[variant] = {"failed": how}
             self.results.append(event["result"] | {"seconds": event["seconds"]})
         elif event["event"] == "skipped":
@@ -195,14 +199,14 @@ class Supervisor:
         return False
 
     def _blame(self, number: int | None, variant: str | None, reason: str) -> bool:
-        """Note whose fault it was that the worker ended early; whether it is worth to start another."""
+        """Attribute an early end of the worker. Returns True if another worker could do more."""
         if number is None or number not in self.left:
             self.problems.append(f"the worker failed before its first case: {reason}")
             return False
         if reason == "the time was up":
             self._skip(self.left.pop(number), "the time was up while it was measured")
             return False
-        if variant is None:  # all variants were timed in turn: any of them, and none can be named
+        if variant is None:  # during the timed rounds the variant at fault is unknown
             case = self.left.pop(number)
             self.problems.append(f"{case.name}: {reason}")
             self._skip(case, f"while its variants were timed: {reason}")

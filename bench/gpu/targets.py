@@ -1,4 +1,4 @@
-"""The stated targets that are met, by each backend as it is by default and by what the rule chose."""
+"""The stated targets, and whether the default variants and the selected variants meet them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from .plan import Case
 from .variants import TABLE
 
 Document = dict[str, Any]
-Found = dict[str, Any]  # one variant of one case: what was measured, or `skipped` or `failed` and the reason
+Found = dict[str, Any]  # one variant of one case: its measurements, or `skipped` or `failed` with the reason
 
 
 class Target(NamedTuple):
-    """A bound on a number that is read off one case."""
+    """A bound on a figure of one case."""
 
     text: str
     kind: str
-    of: str  # "ratio", "roofline", "memory", or the variant that ours is to be faster than
+    figure: str  # "ratio", "roofline", "memory", or the variant for a speedup over it
     bound: float
-    least: bool  # the bound is a least value, not a most
+    is_minimum: bool
 
 
 TARGETS = (
@@ -39,17 +39,17 @@ TARGETS = (
 
 
 class Verdict(NamedTuple):
-    """The verdict on a target, for one variant."""
+    """The verdict on a target for one variant."""
 
     variant: str
     target: str
     verdict: str  # "met", "missed", "not measured"
-    detail: str  # the number at the main size, or why there is none
-    elsewhere: str  # at how many of the other sizes, bf16 and float32, it is met
+    detail: str  # the figure at the main size, or the reason why there is none
+    elsewhere: str  # number of the other sizes, in bf16 and float32, that meet it
 
 
 def _value(target: Target, backend: str, variants: dict[str, Found]) -> float | str:
-    """The number to hold against the bound, or why there is none."""
+    """Return the figure, or the reason why there is none."""
 
     def missing(name: str) -> str | None:
         found = variants.get(name)
@@ -64,31 +64,33 @@ def _value(target: Target, backend: str, variants: dict[str, Found]) -> float | 
     ours = variants[backend]
     if "inexact" in ours:
         return f"its results are wrong, relative error of {ours['inexact']}"
-    if target.of == "roofline":
+    if target.figure == "roofline":
         return float(ours["roofline"]) if "roofline" in ours else "the ceilings were not measured"
-    other = target.of if target.of in TABLE else "linear"
+    other = target.figure if target.figure in TABLE else "linear"
     if why := missing(other):
         return why
-    if target.of == "ratio":
+    if target.figure == "ratio":
         return float(ours["ratio"]["median"]) if "ratio" in ours else "it shared no round with F.linear"
-    if target.of == "memory":
+    if target.figure == "memory":
         if not ours.get("memory") or not variants["linear"].get("memory"):
             return "memory was not read"
         return float(ours["memory"] / variants["linear"]["memory"])
     if "ratio" not in ours or "ratio" not in variants[other]:
         return "it shared no round with F.linear"
-    return float(variants[other]["ratio"]["median"] / ours["ratio"]["median"])  # they may be of two cases
+    return float(
+        variants[other]["ratio"]["median"] / ours["ratio"]["median"]
+    )  # the two may come from different cases
 
 
 def judged_variants(document: Document) -> list[str]:
-    """The backends, and the rule's choices beside them."""
+    """Return the default variants and the selected variants."""
     picks = document.get("rule", {})
     winners = [picks.get(f"bf16 {kind}", {}).get("winner") for kind in ("forward", "step")]
     return list(dict.fromkeys(["cuda", "triton", *(name for name in winners if name)]))
 
 
 def verdicts(document: Document) -> list[Verdict]:
-    """Each target: at the main size in bf16, and a count over the other sizes."""
+    """Judge each target at the main size in bf16, and count the other sizes that meet it."""
     judged = []
     for backend in judged_variants(document):
         for target in TARGETS:
@@ -107,24 +109,24 @@ def verdicts(document: Document) -> list[Verdict]:
                 verdict, detail = "not measured", main
             else:
                 verdict = "met" if _met(target, main) else "missed"
-                detail = f"{main:.0%}" if target.of == "roofline" else f"{main:.2f} ×"
+                detail = f"{main:.0%}" if target.figure == "roofline" else f"{main:.2f} ×"
             elsewhere = f"{met} of {measured}" if measured else "–"
             judged.append(Verdict(backend, target.text, verdict, detail, elsewhere))
     return judged
 
 
 def _met(target: Target, value: float) -> bool:
-    return value >= target.bound if target.least else value <= target.bound
+    return value >= target.bound if target.is_minimum else value <= target.bound
 
 
 def cases(document: Document) -> Iterator[tuple[Case, dict[str, Found]]]:
-    """The cases, and what was found of each variant."""
+    """Yield the cases with the results per variant."""
     for result in document.get("cases", []):
         yield Case.from_json(result["case"]), result["variants"]
 
 
 def merged(document: Document) -> dict[tuple[str, str, str], dict[str, Found]]:
-    """(precision, size, kind) -> variant -> what was found: one visit of a size adds to another."""
+    """Merge the results per (precision, size, kind) and variant, over all cases of a size."""
     found: dict[tuple[str, str, str], dict[str, Found]] = {}
     for case, variants in cases(document):
         if not case.graph:

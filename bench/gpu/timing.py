@@ -1,4 +1,4 @@
-"""Times on a GPU: CUDA events, a cold L2, a queue that never runs dry, variants in turn."""
+"""Timing on a GPU: CUDA events, a cold L2, a full queue, variants in alternating rounds."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ class Sample(NamedTuple):
 
     ms: float
     behind: (
-        bool  # the GPU began before the CPU had queued the whole call, so that launches may be in the time
+        bool  # the GPU began before the CPU had queued the whole call, so that the time may include launches
     )
 
 
 class Timer(Protocol):
-    """How one device is timed."""
+    """The timer of a device."""
 
     def synchronize(self) -> None:
-        """Wait for the device; raises what a kernel has done wrong."""
+        """Wait for the device. Raises the errors of its kernels."""
 
     def host_ms(self, run: Run) -> float:
-        """Milliseconds that the CPU takes to queue a call."""
+        """Return the milliseconds that the CPU takes to queue a call."""
 
     def measure(self, run: Run, spin: float) -> Sample:
         """Time one call, with a cold cache."""
 
     def peak(self, run: Run) -> int | None:
-        """Bytes that one call adds at its peak, results included; None where that is not known."""
+        """Return the peak memory of a call in bytes, including its results; None if unknown."""
 
 
 class CudaTimer:
-    """Times calls on the current CUDA device."""
+    """The timer of the current CUDA device."""
 
     def __init__(self) -> None:
         cache = max(torch.cuda.get_device_properties().L2_cache_size, 16 << 20)
@@ -76,8 +76,8 @@ class CudaTimer:
     def measure(self, run: Run, spin: float) -> Sample:
         """Time one call between two events.
 
-        The L2 is flushed by writing a buffer of twice its size. A second one is read after it: else the timed call
-        would have to write back what the first left in the cache. Then the GPU spins while the CPU queues the call.
+        Writing a buffer of twice the L2's size flushes the L2. Reading a second buffer then evicts the dirty lines, which
+        the timed call would otherwise write back. Then the GPU spins while the CPU queues the call.
         """
         self._dirty.zero_()
         torch.sum(self._clean, dim=0, out=self._sum)
@@ -100,10 +100,10 @@ class CudaTimer:
 
 
 class HostTimer:
-    """Times calls on the CPU, so that the bench itself can be tried and tested without a GPU."""
+    """The timer of the CPU, for trials and tests of the bench without a GPU."""
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing: calls on the CPU are synchronous."""
 
     def host_ms(self, run: Run) -> float:
         return 0.0
@@ -126,22 +126,22 @@ def interleave(
     minimum: int = 5,
     maximum: int = 100,
 ) -> dict[str, dict[int, Sample]]:
-    """Call each measure once in each round, so that all see the same state of the machine.
+    """Time each variant once per round, so that all variants see the same state of the machine.
 
-    The order turns with the rounds, so that none is always the one that follows a certain other. A variant that has had
-    its share of the time and its minimum of rounds rests, so that slow ones do not take the fast ones' rounds.
+    The order rotates with the rounds, so that no variant always follows the same other one. A variant rests when it has
+    used its share of the time and has its minimum of rounds, so that slow variants leave time to fast ones.
 
     Args:
-        measures: name -> one timed call.
-        seconds: to spend in all, beyond the minimum of rounds.
-        failed: called with a name and what its measure raised; the variant is then left out.
-        limit: the variant that the others are compared with, which never rests.
-        clock: seconds.
-        minimum: rounds of each variant at least.
-        maximum: rounds at most.
+        measures: name -> function that times one call.
+        seconds: total time, beyond the minimum of rounds.
+        failed: called with a name and the exception of its measure; the variant is then excluded.
+        limit: name of the baseline variant, which never rests.
+        clock: returns seconds.
+        minimum: minimal number of rounds per variant.
+        maximum: maximal number of rounds.
 
     Returns:
-        name -> round -> sample: pairs of one round can be compared.
+        name -> round -> sample: the samples of one round can be compared.
     """
     samples: dict[str, dict[int, Sample]] = {name: {} for name in measures}
     spent = dict.fromkeys(measures, 0.0)
@@ -168,7 +168,7 @@ def interleave(
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """First quartile, median, third quartile."""
+    """Return the first quartile, the median and the third quartile."""
     if len(values) < 2:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -176,12 +176,12 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def loop_ms(timer: Timer, run: Run, ms: float) -> float:
-    """Milliseconds a call where calls follow one another as the CPU can launch them: what small problems take.
+    """Return the milliseconds per call in a loop: small calls are limited by the CPU's launches.
 
     Args:
-        timer: of the device.
+        timer: timer of the device.
         run: the call.
-        ms: what it takes at least, on the GPU or to be launched.
+        ms: lower bound of its time, on the GPU or for its launches.
     """
     calls = int(min(max(3.0, 50.0 / max(ms, 1e-3)), 50.0))
     timer.synchronize()
@@ -193,10 +193,10 @@ def loop_ms(timer: Timer, run: Run, ms: float) -> float:
 
 
 def captured(run: Run) -> Run:
-    """Replays of a CUDA graph of `run`."""
+    """Capture `run` in a CUDA graph and return its replay."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what is made at the first calls must not be made in the capture
+    with torch.cuda.stream(side):  # first calls may compile and allocate, which a capture forbids
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(side)
@@ -207,12 +207,12 @@ def captured(run: Run) -> Run:
 
 
 def spin_for(host_ms: float) -> float:
-    """Milliseconds for which the device is kept busy while a call is queued; bounded, for a call that waits for it."""
+    """Return the milliseconds of spinning while the CPU queues a call. Bounded, because a call may synchronize."""
     return min(2 * host_ms + 0.05, LONGEST_SPIN)
 
 
 class NoCollection:
-    """Keeps Python's garbage collector from running among timed calls."""
+    """Disables Python's garbage collector in the `with`."""
 
     def __enter__(self) -> None:
         gc.collect()

@@ -1,4 +1,4 @@
-"""torch.profiler over a few steps of a variant: which kernels it launches, how often, and how long they take."""
+"""torch.profiler over a few calls of a variant: its kernels, their launches and their times."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .plan import supports
 from .variants import TABLE
 
 CALLS = 5
-COLUMNS = ("precision", "size", "kind", "variant", "us_each", "us_a_call", "launches_a_call", "kernel")
+COLUMNS = ("precision", "size", "kind", "variant", "us_each", "us_per_call", "launches_per_call", "kernel")
 
 
 def profile_kernels(name: str, precision: str, arguments: Tensors, device: str) -> dict[str, Any]:
-    """kind -> kernels, the longest first: name, launches and µs for each call of the variant."""
+    """Return per kind the kernels, the longest first: name, launches per call and µs per call."""
     found: dict[str, Any] = {}
     on_gpu = device == "cuda"
     for kind in TABLE[name].kinds:
@@ -29,13 +29,13 @@ def profile_kernels(name: str, precision: str, arguments: Tensors, device: str) 
         run = calls.make_call(name, kind, arguments, precision)
         for _ in range(2):
             run()
-        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
+        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
             for _ in range(CALLS):
                 run()
             if on_gpu:
                 torch.cuda.synchronize()
         rows = []
-        for event in profiled.key_averages():
+        for event in profiler.key_averages():
             us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             if us > 0 and not (on_gpu and event.device_type == torch.autograd.DeviceType.CPU):
                 rows.append({"kernel": event.key, "launches": event.count / CALLS, "us": us / CALLS})
@@ -44,7 +44,7 @@ def profile_kernels(name: str, precision: str, arguments: Tensors, device: str) 
 
 
 def kernels_csv(results: list[dict[str, Any]]) -> str:
-    """kernels.csv."""
+    """Format kernels.csv."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(COLUMNS)

@@ -1,6 +1,6 @@
-"""Every variant that `bench.gpu` can run, by name: one table. Later work adds rows here, and nothing else.
+"""The table of all variants that `bench.gpu` can run. A new idea is a new row.
 
-A row whose code, library or setting is not there is absent, with the reason.
+A row whose code, library or setting is missing is absent, with the reason.
 """
 
 from __future__ import annotations
@@ -16,33 +16,34 @@ from gistops import backends
 from ..baselines import why_no_torch_linear_cross_entropy
 from . import settings
 
-#: What of a variant is timed: its logits without gradients; logits, F.cross_entropy and backward; its own loss and backward.
+#: The timed calls: the logits without gradients; logits, F.cross_entropy and backward; the variant's loss and backward.
 KINDS = ("forward", "step", "loss")
 PRECISIONS = ("bf16", "float32", "tf32")
-#: The rule prefers the simpler one where times are as good as the same. "cublas": products by torch's library alone.
+#: Family -> rank. Among variants of about the same time the selection rule prefers the lowest rank. "cublas": all matmuls
+#: are torch's.
 SIMPLICITY = {"cublas": 0, "triton": 1, "cuda": 2, "cpu": 3}
 
-
+#: The variant whose logits stay in bf16.
 NARROW = "linear, loss in bf16"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant."""
+    """A row of the table."""
 
     name: str
     family: str  # one of SIMPLICITY: ours; "torch" for plain PyTorch, "peer" for other libraries
     kinds: tuple[str, ...] = KINDS
-    backend: str = ""  # of ours
+    backend: str = ""  # of gistops; empty for other code
     settings: dict[str, Any] = field(default_factory=dict)  # see settings.py
-    cosine: bool = False  # computes no displacements: m = 0, or a linear layer
-    compiled: bool = False  # by torch.compile, which takes seconds for each size
+    cosine: bool = False  # has no displacements: m = 0, or a linear layer
+    compiled: bool = False  # by torch.compile, which takes seconds per size
     precisions: tuple[str, ...] = PRECISIONS
-    sizes: int | None = None  # it runs at the first few sizes only
+    sizes: int | None = None  # number of the first sizes at which it runs; None for all
 
     @property
     def ours(self) -> bool:
-        """True if it is gistops."""
+        """True for variants of gistops."""
         return bool(self.backend)
 
 
@@ -62,13 +63,13 @@ def _tiles(what: str, kind: str, *tiles: tuple[int, int, int, int, int]) -> list
 
 
 VARIANTS = (
-    # The limit: F.linear, and after it F.cross_entropy of float32 logits, as autocast has it; and without that widening.
+    # The baseline: F.linear and F.cross_entropy of float32 logits, as under autocast; then of bf16 logits.
     Variant("linear", "torch", cosine=True),
     Variant(NARROW, "torch", ("step", "loss"), cosine=True, precisions=("bf16",)),
     Variant("cuda", "cuda", backend="cuda"),
     Variant("triton", "triton", backend="triton"),
-    Variant("cpu", "cpu", backend="cpu"),  # for trials of the bench itself
-    # Who multiplies: torch's library between kernels of ours, or one kernel of ours.
+    Variant("cpu", "cpu", backend="cpu"),  # for trials of the bench
+    # The matmul: torch's between kernels of gistops, or one fused kernel.
     Variant("triton F cublas", "cublas", ("forward",), "triton", {"product": "cublas"}),
     Variant("triton F fused", "triton", ("forward",), "triton", {"product": "fused"}),
     Variant("triton dW cublas", "cublas", ("step", "loss"), "triton", {"centers product": "cublas"}),
@@ -92,7 +93,7 @@ VARIANTS = (
         (128, 64, 128, 8, 3),
         (128, 128, 128, 8, 2),
     ),
-    # The kernels around the products.
+    # The kernels around the matmuls.
     *(
         Variant(
             f"triton dW cublas {'x'.join(map(str, tile))}",
@@ -149,12 +150,12 @@ VARIANTS = (
     *(
         Variant(f"{name} loss {mode}", name, ("loss",), name, {"held bytes": most})
         for name in ("cuda", "triton")
-        for mode, most in (("parked", 1 << 40), ("recomputed", 0))
+        for mode, most in (("stashed", 1 << 40), ("recomputed", 0))
     ),
     Variant(
         "triton loss chunk 2^22", "triton", ("loss",), "triton", {"held bytes": 0, "triton chunk": 1 << 22}
     ),
-    # At m = 0 ours is a cosine classifier; the libraries' losses are those of linear layers and of cosines.
+    # At m = 0 gistops is a cosine classifier. Other libraries have the losses of linear layers and cosine classifiers.
     Variant("cuda, m=0", "cuda", backend="cuda", cosine=True),
     Variant("triton, m=0", "triton", backend="triton", cosine=True),
     *(
@@ -167,18 +168,18 @@ VARIANTS = (
     Variant("direct compiled", "torch", ("forward", "step"), compiled=True, sizes=2),
 )
 TABLE = {variant.name: variant for variant in VARIANTS}
-#: What the rule chooses among: ours, with displacements.
+#: The candidates of the selection rule: gistops with displacements.
 CANDIDATES = tuple(v for v in VARIANTS if v.ours and not v.cosine)
 
 
 def chosen(patterns: Sequence[str] | None) -> list[str]:
-    """The names that a list of patterns means, in the table's order; `linear` is always among them.
+    """Return the names that match a list of patterns, in the table's order. `linear` is always included.
 
     Args:
-        patterns: as a shell's, such as `triton*`; None for all.
+        patterns: shell patterns such as `triton*`; None for all variants.
 
     Raises:
-        ValueError: one fits none.
+        ValueError: a pattern matches no variant.
     """
     if patterns is None:
         return list(TABLE)
@@ -189,7 +190,7 @@ def chosen(patterns: Sequence[str] | None) -> list[str]:
 
 
 def why_not(name: str, device: str) -> str | None:
-    """The reason why a variant cannot run on a device here, or None."""
+    """Return the reason why a variant cannot run on a device, or None."""
     variant = TABLE[name]
     if variant.ours:
         if (variant.backend == "cpu") != (device == "cpu") and variant.backend != "triton":

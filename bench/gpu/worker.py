@@ -1,7 +1,7 @@
-"""Runs cases in a process of its own: a kernel that goes wrong takes the CUDA context with it, and nothing else.
+"""The process that runs cases: a kernel that crashes takes down the CUDA context of this process alone.
 
-Reads one JSON document from stdin, {"device", "deadline", "deadlines", "constants", "cases"}, and writes events to stdout, one JSON
-document a line: what it is about to do, so that the reader knows whom to blame, and each result.
+It reads one JSON document from stdin, {"device", "deadline", "deadlines", "constants", "cases"}. It writes one JSON event per
+line to stdout: each variant that it is about to run, so that the supervisor can attribute a crash, and each result.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ from .variants import KINDS, TABLE
 Emit = Callable[[dict[str, Any]], None]
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
 
+COMPILE_PATIENCE = 90.0  # seconds; the longest torch.compile takes less
+FIRST_CALL_PATIENCE = 40.0  # seconds of a first call, for which Triton compiles kernels
 
-COMPILING = 90.0  # seconds: the longest torch.compile takes less
-FIRST_CALLS = 40.0  # of a kind of a variant, for which Triton compiles some kernels
 
-
-class Lost(Exception):
-    """The device answers no more in this process."""
+class DeviceLost(Exception):
+    """The device does not respond to this process any more."""
 
 
 def _short(error: BaseException) -> str:
@@ -42,7 +41,7 @@ def _short(error: BaseException) -> str:
 
 
 class Worker:
-    """The state that is kept from case to case."""
+    """Runs cases, and keeps the timer, the tensors and the constants between them."""
 
     def __init__(self, device: str, emit: Emit, known: dict[str, Any]) -> None:
         self.device = device
@@ -54,22 +53,22 @@ class Worker:
 
     @property
     def timer(self) -> Timer:
-        """Made when it is needed: it takes memory."""
+        """The timer, created on first use because it allocates memory."""
         if self._timer is None:
             self._timer = CudaTimer() if self.device == "cuda" else HostTimer()
         return self._timer
 
     def arguments(self, case: Case) -> Tensors:
-        """The case's tensors, kept for the next case if that has the same ones."""
+        """Return the tensors of a case. They are kept for the next case of the same size and precision."""
         key = (case.precision, case.size)
         if self._arguments is None or self._arguments[0] != key:
-            self._arguments = None  # first let go
-            made = make_tensors(case.size, DTYPES[case.precision], self.device, smoke_checks.SEED)
-            self._arguments = key, made
+            self._arguments = None  # frees their memory first
+            arguments = make_tensors(case.size, DTYPES[case.precision], self.device, smoke_checks.SEED)
+            self._arguments = key, arguments
         return self._arguments[1]
 
-    def able(self, case: Case) -> tuple[Case, dict[str, str]]:
-        """The case with the variants that can run here, and why not the others."""
+    def available(self, case: Case) -> tuple[Case, dict[str, str]]:
+        """Return the case with the variants that can run here, and the reasons for the other variants."""
         reasons = {}
         for variant in case.variants if case.kind != "constants" else ():
             if variant not in self._reasons:
@@ -79,25 +78,25 @@ class Worker:
         return case.without(list(reasons)), reasons
 
     def blame(self, error: Exception) -> str:
-        """The error in a line.
+        """Format an error.
 
         Raises:
-            Lost: the device has failed, and all that follows here would too.
+            DeviceLost: the device has failed, so that every later call in this process would fail.
         """
         if self.device == "cuda":
             try:
                 torch.cuda.synchronize()
             except Exception as lost:
-                raise Lost(_short(error)) from lost
+                raise DeviceLost(_short(error)) from lost
             torch.cuda.empty_cache()
         return _short(error)
 
-    def says(self, variant: str | None, patience: float | None = None) -> None:
-        """Announces who runs from here on, and for how long it may be silent, if that is longer than a kernel ever may."""
+    def announce(self, variant: str | None, patience: float | None = None) -> None:
+        """Announce the variant that runs next, and how long it may be silent if that is longer than usual."""
         self.emit({"event": "variant", "variant": variant, "patience": patience})
 
     def run(self, case: Case) -> dict[str, Any]:
-        """One case: variant -> what was found, or `failed` or `skipped` and the reason."""
+        """Run a case and return the results per variant, or `failed` or `skipped` with the reason."""
         with precision(case.precision):
             if case.kind in KINDS:
                 timed = Measure(
@@ -105,8 +104,8 @@ class Worker:
                     self.arguments(case),
                     self.timer,
                     device_constants.roofline_ceilings(self.constants),
-                    lambda variant: self.says(
-                        variant, COMPILING if variant and TABLE[variant].compiled else None
+                    lambda variant: self.announce(
+                        variant, COMPILE_PATIENCE if variant and TABLE[variant].compiled else None
                     ),
                     self.blame,
                 )
@@ -116,7 +115,7 @@ class Worker:
         return {"case": case.to_json(), "variants": found}
 
     def _each(self, case: Case) -> dict[str, Any]:
-        """The steps that are taken with one variant after another."""
+        """Run the variants one after another, for the kinds that are not timed in rounds."""
         results: dict[str, dict[str, Any]] = {}
         do = {
             "smoke": self._smoke,
@@ -143,7 +142,7 @@ class Worker:
 
     def _before(self, name: str, case: Case) -> None:
         first = case.kind in ("smoke", "warm") and TABLE[name].backend == "triton"
-        self.says(name, FIRST_CALLS if first else None)
+        self.announce(name, FIRST_CALL_PATIENCE if first else None)
 
     def _warm(self, name: str, case: Case) -> dict[str, Any]:
         begin = time.perf_counter()
@@ -169,21 +168,21 @@ def work_through(
     deadline: Callable[[Case], float],
     clock: Callable[[], float] = time.time,
 ) -> None:
-    """Run the cases in order, as far as the time goes."""
+    """Run the cases in order until the time is up."""
     for number, case in cases:
         worker.emit({"event": "begin", "number": number})
-        chosen, reasons = worker.able(case)
+        chosen, reasons = worker.available(case)
         left = deadline(chosen) - clock()
         if (needed := chosen.estimate()) > left:
-            why = f"it takes about {needed:.0f} s, and {max(left, 0):.0f} s of the budget were left"
+            why = f"it takes about {needed:.0f} s; {max(left, 0):.0f} s of the budget were left"
             worker.emit({"event": "skipped", "number": number, "case": case.to_json(), "reason": why})
             continue
         begin = clock()
         try:
             result = worker.run(chosen)
-        except Lost:
+        except DeviceLost:
             raise
-        except Exception as error:  # as where the arguments themselves do not fit the memory
+        except Exception as error:  # for example, the arguments do not fit the memory
             result = {"case": case.to_json(), "variants": {}, "skipped": worker.blame(error)}
         for variant, reason in reasons.items():
             result["variants"][variant] = {"skipped": reason}
@@ -191,8 +190,8 @@ def work_through(
 
 
 def main() -> int:
-    """Read the document, measure, and say so."""
-    # What others print must not come between the events.
+    """Read the document, run its cases and write the events."""
+    # stdout carries events alone: other output goes to stderr.
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
         os.dup2(2, 1)
 
@@ -205,7 +204,7 @@ def main() -> int:
         cases = [(number, Case.from_json(case)) for number, case in asked["cases"]]
         try:
             work_through(worker, cases, lambda case: asked["deadlines"].get(case.kind, asked["deadline"]))
-        except Lost as lost:
+        except DeviceLost as lost:
             emit({"event": "lost", "reason": str(lost)})
             return 1
         emit({"event": "done"})

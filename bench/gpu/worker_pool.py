@@ -1,4 +1,4 @@
-"""Smoke runs and the compiling of Triton's kernels in several processes at once: Triton's cache on disk is common to all."""
+"""Smoke checks and warm-ups in several concurrent workers, which share Triton's cache on disk."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Result = dict[str, Any]
 
 
 def split_variants(variants: Sequence[str], processes: int) -> list[list[str]]:
-    """The variants dealt out: one after another, so that each gets some of the slow ones."""
-    dealt = [list(variants[n::processes]) for n in range(processes)]
-    return [share for share in dealt if share]
+    """Distribute the variants round-robin, so that each process gets some of the slow ones."""
+    shares = [list(variants[n::processes]) for n in range(processes)]
+    return [share for share in shares if share]
 
 
 class WorkerPool:
-    """Runs the same cases over all variants, each process with its share of the variants."""
+    """Runs the same cases in several workers, each with a share of the variants."""
 
     def __init__(
         self,
@@ -35,10 +35,10 @@ class WorkerPool:
         """Prepare.
 
         Args:
-            cases: of kind "smoke" or "warm".
-            variants: that this pool runs.
-            processes: at most.
-            deadline: in seconds of time.time.
+            cases: cases of kind "smoke" or "warm".
+            variants: names of the variants.
+            processes: maximal number of workers.
+            deadline: end of the time, in seconds of `time.time`.
             device: "cuda" or "cpu".
             changed: called after each result.
         """
@@ -51,7 +51,7 @@ class WorkerPool:
             self.supervisors.append(Supervisor(mine, deadline, changed, device))
 
     def start(self) -> list[threading.Thread]:
-        """Begin; the threads end when all is done or the time is up."""
+        """Start the workers. The returned threads end when all cases are done or the time is up."""
         threads = [threading.Thread(target=bench.run, daemon=True) for bench in self.supervisors]
         for thread in threads:
             thread.start()
@@ -59,17 +59,17 @@ class WorkerPool:
 
     @property
     def results(self) -> list[Result]:
-        """The findings so far."""
+        """The results so far."""
         return [result for bench in self.supervisors for result in bench.results]
 
     @property
     def problems(self) -> list[str]:
-        """The faults so far: crashes, hangs."""
+        """The crashes and hangs so far."""
         return [problem for bench in self.supervisors for problem in bench.problems]
 
 
 def wrong_variants(results: Sequence[Result]) -> dict[str, dict[str, str]]:
-    """`<precision> <kind>` -> variant -> what is wrong with it, first found."""
+    """Return `<precision> <kind>` -> variant -> the first objection."""
     found: dict[str, dict[str, str]] = {}
     for result in results:
         case = Case.from_json(result["case"])
@@ -77,7 +77,7 @@ def wrong_variants(results: Sequence[Result]) -> dict[str, dict[str, str]]:
             continue
         for name, kinds in result["variants"].items():
             if "skipped" in kinds and "out of memory" not in kinds["skipped"].lower():
-                continue  # it is not there
+                continue  # not available
             whole = kinds.get("failed") or kinds.get("skipped")
             for kind in TABLE[name].kinds:
                 if why := whole or objection(kinds.get(kind, {})):
@@ -86,7 +86,7 @@ def wrong_variants(results: Sequence[Result]) -> dict[str, dict[str, str]]:
 
 
 def absent_variants(results: Sequence[Result]) -> dict[str, str]:
-    """Variant -> why it is not there."""
+    """Return variant -> the reason why it is not available."""
     found = {}
     for result in results:
         for name, kinds in result["variants"].items():

@@ -99,9 +99,9 @@ def test_cases_are_picked_by_precision_size_and_kind() -> None:
     found = [c for c in CASES if asked(c)]
     assert {c.precision for c in found} == {"bf16", "tf32"}
     assert {(c.size, c.kind) for c in found if c.precision == "bf16"} == {(MAIN, "loss")}
-    own = Filter("float32:64x500x128").own(EVERY, 0.1)
+    own = Filter("float32:64x500x128").extra_cases(EVERY, 0.1)
     assert [(c.precision, c.size, c.kind) for c in own] == [("float32", Size(64, 500, 128), k) for k in KINDS]
-    assert Filter("bf16").own(EVERY, 0.1) == []
+    assert Filter("bf16").extra_cases(EVERY, 0.1) == []
 
 
 def test_variants_are_picked_by_patterns() -> None:
@@ -113,7 +113,7 @@ def test_variants_are_picked_by_patterns() -> None:
 
 
 def test_a_variant_whose_setting_is_not_there_is_absent_with_the_reason() -> None:
-    assert settings.why_not({"slow": 1}) == "nothing can force 'slow' yet"
+    assert settings.why_not({"slow": 1}) == "no setting is named 'slow'"
     gone = settings._attribute("backends.chunked.scorers", "NO_SUCH_THING")
     assert gone.why_not(1) == "gistops.backends.chunked.scorers has no NO_SUCH_THING"
     assert "serves no tensors" in str(variants.why_not("cpu", "cuda"))

@@ -164,7 +164,7 @@ def test_kernels_are_listed_for_each_call() -> None:
     profile = result(Case("bf16", MAIN, "profile", ("cuda",)), cuda={"kernels": {"step": rows}})
     (row,) = csv.DictReader(io.StringIO(torch_profiler.kernels_csv([profile])))
     assert row["kernel"] == "gemm, big"
-    assert (row["us_each"], row["us_a_call"], row["launches_a_call"]) == ("15.00", "30.00", "2")
+    assert (row["us_each"], row["us_per_call"], row["launches_per_call"]) == ("15.00", "30.00", "2")
     assert "| step | cuda | 2 | 30 | gemm, big 30.0 |" in report.render(document() | {"profiles": [profile]})
 
 
@@ -206,6 +206,6 @@ def test_logs_and_runs_stay_small(tmp_path: Path) -> None:
     assert cut.endswith("bbb")
     (tmp_path / "seed0").mkdir()
     (tmp_path / "seed0" / "log.jsonl").write_text("{}\n", encoding="utf-8")
-    (tmp_path / "seed0" / "model.pt").write_bytes(b"x" * (output.SMALL + 1))
-    with tarfile.open(fileobj=io.BytesIO(output.packed(tmp_path))) as tar:
+    (tmp_path / "seed0" / "model.pt").write_bytes(b"x" * (output.MAX_ARCHIVED_BYTES + 1))
+    with tarfile.open(fileobj=io.BytesIO(output.pack(tmp_path))) as tar:
         assert [name.split("/", 1)[1] for name in tar.getnames()] == ["seed0/log.jsonl"]

@@ -83,7 +83,7 @@ def test_a_case_is_measured_on_the_cpu_with_ratios_of_pairs() -> None:
     mine = worker.Worker("cpu", events.append, known)
     for kind in variants.KINDS:
         case = Case("float32", Size(5, 33, 17), kind, ("linear", "cpu", "cuda"), 0.02)
-        able, reasons = mine.able(case)
+        able, reasons = mine.available(case)
         assert list(reasons) == ["cuda"]  # it serves no tensors on a CPU
         found = mine.run(able)["variants"]
         assert found["linear"]["ratio"]["median"] == 1.0
@@ -222,7 +222,7 @@ def test_a_crash_costs_the_form_and_not_the_run() -> None:
     assert [result["case"]["size"]["d"] for result in bench.results] == [1, 2, 3]
     assert all({"linear", "direct"} <= set(result["variants"]) for result in bench.results)
     assert "ended with 7" in bench.results[0]["variants"]["cuda"]["failed"]
-    assert bench.results[2]["variants"]["cuda"]["failed"] == "left out after it crashed twice"
+    assert bench.results[2]["variants"]["cuda"]["failed"] == "excluded after it crashed twice"
     assert len(bench.problems) == 2
     assert len(written) >= 3
 
