@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .._checks import MAX_SLOTS, check_integer, check_positive
 from .._classifier import Classifier, Transform
 from ..functional import constellation_cross_entropy, constellation_logits
-from .head import MaxCosineHead, compute_dtype, inverse_softplus
+from ..operators.registry import compute_dtype
+from .head import MaxCosineHead, inverse_softplus
 from .usage import SlotUsage, warn_if_zero
 
 

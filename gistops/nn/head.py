@@ -14,6 +14,7 @@ from .._checks import FLOAT_DTYPES, check_classifier, check_integer, check_posit
 from .._classifier import Classifier
 from ..functional.logits import center_norms, frozen_logits
 from ..functional.topk import topk
+from ..operators.registry import compute_dtype
 
 
 class Prediction(NamedTuple):
@@ -182,8 +183,3 @@ def positive(raw: Tensor) -> Tensor:
 def inverse_softplus(value: float) -> float:
     """Return the number whose softplus is `value`, which is above 0."""
     return value + math.log(-math.expm1(-value))
-
-
-def compute_dtype(value: Tensor) -> torch.dtype:
-    """The dtype of what is made of a parameter: float64 for float64, otherwise float32."""
-    return torch.promote_types(value.dtype, torch.float32)
