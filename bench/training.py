@@ -1,13 +1,13 @@
-"""Steps of training taken apart: what the input, the backbone and the head cost, with each of several backends.
+"""Time and memory of the parts of a training step: input, backbone, head and optimizer, for several backends.
 
     python -m bench.training --recipe cifar100-lt --data FILE --backends auto reference
     python -m bench.training --recipe features --data counts.json --made-up-features 2048
 
-The first takes the options of `python -m train`, but for those of precision, parts and compilation. The second makes
-features up, normal ones, for a set with the class counts that a JSON file lists under "counts": a load test of the head
-alone. Heads take steps in turn, in one process; times are medians of the steps. The step is that of train/training.py,
-but that the features' gradient halts between the head and the backbone. What a part adds to memory at its peak is told
-apart; what is held between steps is of all heads together, and what each head's training added when it was made.
+The first command takes the options of `python -m train`, except precision, accumulation and compilation. The second
+draws normal features for a dataset whose class counts a JSON file lists under "counts": a load test of the head alone.
+The backends take alternating steps in one process, and times are medians over the steps. The step is that of
+train/training/trainer.py, except that the backward runs in two parts, of the head and of the backbone. Peak memory is
+reported per part, above the memory that the process holds between steps. This baseline includes all trainings.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ BackendName = Literal["auto", "cpu", "cuda", "triton", "reference"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured(Config):
-    """Every option of a run, and what is measured of it."""
+    """The options of a run, and the options of the measurement."""
 
     backends: tuple[BackendName, ...] = ("auto", "reference")
-    """The heads' backends, each in turn."""
+    """The backends to compare."""
     steps: int = 20
-    """Steps of each that count, after three that do not."""
+    """Timed steps per backend, after three warm-up steps."""
     method: MethodName = "gist"
-    """What is trained, in its last stage."""
+    """The method, in its last stage."""
     made_up_features: int | None = None
-    """Length of features that are made up, for the class counts in the JSON file --data."""
+    """Length of random features, drawn for the class counts in the JSON file --data."""
 
 
 class Parts:
-    """Seconds of each part of a step, and bytes that it adds at its peak to what the process holds between steps."""
+    """Seconds per part of a step, and its peak memory above the memory that the process holds between steps."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -64,8 +64,8 @@ class Parts:
         self.peaks: dict[str, int] = dict.fromkeys(PARTS, 0)
         self.resting = 0
 
-    def take(self, part: str, run: Callable[[], Any]) -> Any:
-        """What `run` returns, timed."""
+    def measure(self, part: str, run: Callable[[], Any]) -> Any:
+        """Time `run` and return its result."""
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize()
@@ -81,41 +81,41 @@ class Parts:
         self.peaks[part] = max(self.peaks[part], peak - self.resting)
         return result
 
-    def rest(self) -> None:
-        """Between two steps."""
+    def record_resting_memory(self) -> None:
+        """Record the memory that is held between two steps."""
         self.resting = torch.cuda.memory_allocated() if self.device.type == "cuda" else read_status("VmRSS")
 
-    def forget(self) -> None:
-        """The steps so far do not count."""
+    def reset(self) -> None:
+        """Discard the steps so far."""
         self.__init__(self.device)  # type: ignore[misc]
-        self.rest()
+        self.record_resting_memory()
 
     def medians(self) -> dict[str, float]:
         return {part: statistics.median(seconds) for part, seconds in self.seconds.items()}
 
 
 def step(training: Training, parts: Parts) -> None:
-    """One step of training, part by part."""
-    (part,) = parts.take("input", training.batches.next)
+    """Take one training step, part by part."""
+    (part,) = parts.measure("input", training.batches.next)
     training.optimizer.zero_grad()
-    features: Tensor = parts.take("backbone forward", lambda: training.model.features(part.x))
-    halted = features.detach().requires_grad_()
+    features: Tensor = parts.measure("backbone forward", lambda: training.model.features(part.x))
+    detached = features.detach().requires_grad_()
 
     def head() -> None:
-        losses = training.method.losses(training.model.head, halted, part.y, part.num_balanced)
+        losses = training.method.losses(training.model.head, detached, part.y, part.num_balanced)
         torch.stack([training.method.weights[name] * loss for name, loss in losses.items()]).sum().backward()
 
-    parts.take("head", head)
+    parts.measure("head", head)
     if features.requires_grad:
-        parts.take("backbone backward", lambda: features.backward(halted.grad))
+        parts.measure("backbone backward", lambda: features.backward(detached.grad))
     else:
-        parts.take("backbone backward", lambda: None)
-    parts.take("optimizer", training.optimizer.step)
-    parts.rest()
+        parts.measure("backbone backward", lambda: None)
+    parts.measure("optimizer", training.optimizer.step)
+    parts.record_resting_memory()
 
 
-def made_up(counts: Tensor, features: int, seed: int) -> Dataset:
-    """Normal features [n, d] with as many samples of each class; a few to test with."""
+def random_features(counts: Tensor, features: int, seed: int) -> Dataset:
+    """Draw normal features with the given number of samples per class, and a few test samples."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.repeat_interleave(torch.arange(len(counts)), counts)
     x = torch.randn(len(labels), features, generator=generator)
@@ -123,34 +123,36 @@ def made_up(counts: Tensor, features: int, seed: int) -> Dataset:
     return Dataset(x, labels, x[:10], labels[:10], names, counts)
 
 
-def data_of(config: Measured) -> Dataset:
+def load_data(config: Measured) -> Dataset:
     if config.made_up_features is None:
         return load(config)
     try:
         counts = torch.tensor(json.loads(Path(config.data).read_text())["counts"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError("data", "a JSON file with class counts", f"{config.data} ({error})") from None
-    return made_up(counts, config.made_up_features, config.seed)
+    return random_features(counts, config.made_up_features, config.seed)
 
 
 def measure(config: Measured) -> dict[str, Parts]:
-    """Parts of the steps with each backend."""
+    """Measure the parts of a step with each backend."""
     for option, plain in UNMEASURED.items():
         if getattr(config, option) != plain:
-            raise ConfigError(option, f"{plain}, as steps are taken apart", repr(getattr(config, option)))
-    data = data_of(config)
+            raise ConfigError(
+                option, f"{plain}, because steps are measured in parts", repr(getattr(config, option))
+            )
+    data = load_data(config)
     trainings: dict[str, tuple[Training, Parts]] = {}
     for backend in config.backends:
-        own = dataclasses.replace(config, backend=backend)
-        check(own)
-        training = Training(config.method, own, data)
+        backend_config = dataclasses.replace(config, backend=backend)
+        check(backend_config)
+        training = Training(config.method, backend_config, data)
         training.begin_stage(len(training.method.stages) - 1)
         trainings[backend] = training, Parts(training.device)
     for count in range(3 + config.steps):
         for training, parts in trainings.values():
             if count == 3:
-                parts.forget()
-            parts.rest()
+                parts.reset()
+            parts.record_resting_memory()
             step(training, parts)
     return {backend: parts for backend, (_, parts) in trainings.items()}
 

@@ -11,25 +11,23 @@ from gistops.backends import native
 
 RUN_SEED = secrets.randbits(31)
 
-#: What is tested on each device: a test run without it would prove little, so it must be there.
+#: Device -> fused backends under test. They must be available, because a run without them would prove little.
 FUSED = {"cpu": ["cpu"], "cuda": ["cuda", "triton"]}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--seed", type=int, default=RUN_SEED, help="seed of the random inputs; random by default"
-    )
+    parser.addoption("--seed", type=int, default=RUN_SEED, help="seed of the random inputs; default: random")
     parser.addoption(
         "--device",
         choices=tuple(FUSED),
         default="cpu",
-        help="where operators and modules are tested; cuda: `pytest tests/ops tests/nn --device cuda`",
+        help="device of the tests of ops and modules; cuda: `pytest tests/ops tests/nn --device cuda`",
     )
     parser.addoption(
         "--backend",
         choices=FUSED["cuda"],
-        help="with --device cuda: this backend alone, which then also is what modules choose. One run for each, so that "
-        "one that does not work cannot hide the other",
+        help="with --device cuda: test this backend alone; modules choose it too. One run per backend, so that a failing "
+        "backend does not hide the other",
     )
 
 
@@ -47,18 +45,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `cpu`, and those marked `cuda`, run where they belong."""
+    """Deselect tests that are marked for the other device."""
     other = "cpu" if config.getoption("--device") == "cuda" else "cuda"
-    away = [item for item in items if item.get_closest_marker(other)]
-    if away:
-        config.hook.pytest_deselected(items=away)
+    deselected = [item for item in items if item.get_closest_marker(other)]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if not item.get_closest_marker(other)]
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     lines = [f"gistops: random inputs of this run: --seed={config.getoption('--seed')}"]
     if config.getoption("--backend") == "triton":
-        return lines  # which needs no compiled operators
+        return lines  # Triton needs no compiled ops
     status = native.load()
     return [
         *lines,
@@ -68,7 +66,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """A fresh seed for each test and each run, set again by --seed (printed in the header)."""
+    """A new seed per test and run. --seed, printed in the header, repeats a run."""
     value = zlib.crc32(f"{request.config.getoption('--seed')} {request.node.nodeid}".encode())
     torch.manual_seed(value)
     return value

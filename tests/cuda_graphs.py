@@ -7,26 +7,26 @@ from typing import TypeVar
 
 import torch
 
-Made = TypeVar("Made")
+Output = TypeVar("Output")
 
 
 def captured(
-    function: Callable[[], Made], before: Callable[[], object] = lambda: None
-) -> tuple[Callable[[], None], Made]:
-    """A call that replays `function`, and what it returned when it was captured, which each replay overwrites.
+    function: Callable[[], Output], before: Callable[[], object] = lambda: None
+) -> tuple[Callable[[], None], Output]:
+    """Capture `function` and return its replay and its output, which each replay overwrites.
 
     Args:
-        function: runs three times first, so that nothing is loaded, compiled or tuned while it is captured.
-        before: called between these and the capture.
+        function: runs three times first, so that the capture loads, compiles and tunes nothing.
+        before: called between the warm-up and the capture.
     """
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         for _ in range(3):
             function()
-    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.current_stream().wait_stream(stream)
     before()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        made = function()
-    return graph.replay, made
+        output = function()
+    return graph.replay, output

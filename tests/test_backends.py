@@ -1,4 +1,4 @@
-"""Which backend serves which tensors, and what is said where one cannot."""
+"""Tests of the choice of a backend, and of the reasons why a backend is not available."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_cpu_is_served_by_the_compiled_operators() -> None:
     assert backends.why_not("reference") is None
 
 
-def test_a_backend_for_another_device() -> None:
+def test_a_backend_for_another_device_raises() -> None:
     with pytest.raises(ValueError, match="backend: 'cuda' serves tensors on 'cuda', got tensors on 'cpu'"):
         gistops.constellation_logits(x, w, delta, tau, backend="cuda")
     with pytest.raises(ValueError, match="backend: 'cpu' serves tensors on 'cpu', got tensors on 'cuda'"):
@@ -32,31 +32,31 @@ def test_a_backend_for_another_device() -> None:
 
 @no_gpu
 @pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_what_is_missing_is_said(name: str) -> None:
+def test_an_unavailable_backend_raises_with_its_reason(name: str) -> None:
     with pytest.raises(BackendUnavailable, match=f"backend: '{name}' is not available: .+"):
         backends.choose("cuda", name)
     if torch.version.cuda is None:
         assert "is built without CUDA; pytorch.org" in str(backends.why_not("cuda"))
 
 
-def test_triton_on_the_cpu_says_how_it_could() -> None:
+def test_triton_on_the_cpu_names_its_interpreter() -> None:
     with pytest.raises(BackendUnavailable, match=r"TRITON_INTERPRET=1|Triton is not installed; `pip install"):
         gistops.constellation_logits(x, w, delta, tau, backend="triton")
 
 
-def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_triton_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
     assert triton.why_not("cuda") == "Triton is not installed; `pip install triton` brings it (Linux)"
 
 
-def test_a_library_without_cuda_kernels_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_without_cuda_kernels_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     status = native.Status(True, "", native.PACKAGE, cuda="nvcc was not found")
     monkeypatch.setattr(native, "load", lambda: status)
     assert str(native.why_not_cuda("cuda")).endswith("holds no CUDA kernels: nvcc was not found")
 
 
-def test_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_gpu_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(native, "load", lambda: native.Status(True, "", cuda="sm_80"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -68,7 +68,7 @@ def test_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @no_gpu
-def test_the_reference_serves_where_nothing_else_does_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_is_the_fallback_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_warned", set())
     with pytest.warns(RuntimeWarning, match=r"no fused backend is available for 'cuda' \(cuda: .*; triton: "):
         assert backends.choose("cuda", None) == "reference"

@@ -1,4 +1,4 @@
-"""torch.export and ONNX, judged by running what was exported."""
+"""Tests of torch.export and ONNX: the exported programs are run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ HEADS = {
     "frozen": lambda: ConstellationClassifier(24, 53).freeze(),
     "rotation": lambda: ConstellationClassifier(24, 53, transform="rotation"),
     "mlp": lambda: ConstellationClassifier(24, 53, transform="mlp"),
-    "free centres": lambda: SubcenterClassifier(24, 53),
-    "frozen free centres": lambda: SubcenterClassifier(24, 53).freeze(),
+    "subcenters": lambda: SubcenterClassifier(24, 53),
+    "frozen subcenters": lambda: SubcenterClassifier(24, 53).freeze(),
 }
 
 
@@ -28,7 +28,7 @@ def program(head: MaxCosineHead) -> torch.export.ExportedProgram:
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_decompositions_leave_no_operator_of_ours(name: str, seed: int) -> None:
+def test_decompositions_remove_all_ops_of_gistops(name: str, seed: int) -> None:
     head = HEADS[name]()
     exported = program(head)
     assert "gistops" in str(exported.graph)
@@ -41,7 +41,9 @@ def test_decompositions_leave_no_operator_of_ours(name: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_onnx(name: str, seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_onnx_runtime_has_the_logits_of_the_head(
+    name: str, seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
     pytest.importorskip("onnxscript", reason="needs onnxscript")
     caplog.set_level(logging.ERROR)

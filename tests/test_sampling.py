@@ -1,4 +1,4 @@
-"""ClassBalancedBatchSampler: balance, distinctness, replicas, resuming, and the work it does."""
+"""Tests of ClassBalancedBatchSampler: balance, distinctness, replicas, resuming, cost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gistops.sampling import ClassBalancedBatchSampler
 
 
 def long_tailed(classes: int, largest: int, seed: int, smallest: int = 1) -> np.ndarray:
-    """Shuffled labels [N] of `classes` classes (ids with gaps), `largest` to `smallest` images."""
+    """Draw shuffled labels [N] of `classes` classes (ids with gaps) with `largest` to `smallest` images."""
     rng = np.random.default_rng(seed)
     counts = np.geomspace(largest, smallest, classes).round().astype(int)
     ids = np.sort(rng.choice(3 * classes, classes, replace=False))
@@ -80,8 +80,8 @@ def test_replicas_share_one_sequence(sizes: tuple[int, int, int, int], seed: int
         assert max(visits) - min(visits) <= 1
 
 
-def test_seeds_cycles_and_places_are_shuffled_evenly(seed: int) -> None:
-    """At every place of a cycle every class is as likely as any other, also across windows."""
+def test_cycles_are_uniformly_shuffled(seed: int) -> None:
+    """At every position of a cycle all classes are equally likely, also across windows."""
     classes, cycles = 7, 6000
     sampler = ClassBalancedBatchSampler(np.arange(classes), 5, 1, seed=seed)
     drawn = np.array(draw(sampler, classes * cycles // 5)).reshape(cycles, classes)
@@ -90,8 +90,8 @@ def test_seeds_cycles_and_places_are_shuffled_evenly(seed: int) -> None:
         counts = np.bincount(drawn[:, place], minlength=classes)
         assert np.abs(counts - expected).max() < 6 * deviation, (place, counts)
     assert len({tuple(cycle) for cycle in drawn[:50].tolist()}) > 45  # of 5040 permutations
-    # Cycles 2, 7, 12, .. begin with one place of a window whose other places are the last 4 of the cycle before:
-    # those items may be at any place but the first, each as likely as the next.
+    # Cycles 2, 7, 12, .. begin with one position of a window whose other positions are the last 4 of the previous cycle.
+    # These items are uniformly distributed over all positions but the first.
     pairs = [(drawn[i - 1, 3:], drawn[i]) for i in range(2, cycles, 5)]
     places = np.array([[cycle.tolist().index(item) for item in last] for last, cycle in pairs])
     expected, deviation = len(pairs) / 6, (len(pairs) / 6 * (1 - 1 / 6)) ** 0.5
@@ -103,14 +103,14 @@ def test_seeds_cycles_and_places_are_shuffled_evenly(seed: int) -> None:
     assert draw(other, 20) != drawn.reshape(-1, 5)[:20].tolist()
 
 
-def test_images_of_two_classes_are_shuffled_apart(seed: int) -> None:
+def test_images_of_two_classes_are_shuffled_independently(seed: int) -> None:
     sampler = ClassBalancedBatchSampler(np.repeat([0, 1], 50), 2, 50, seed=seed)
     orders = {tuple(image % 50 for image in batch[i : i + 50]) for batch in draw(sampler, 3) for i in (0, 50)}
     assert len(orders) == 6
 
 
 def test_the_sequence_is_the_same_on_every_machine() -> None:
-    """A run that is resumed under other versions of numpy and torch must go on with the same batches."""
+    """A run that resumes under other versions of numpy and torch must continue with the same batches."""
     labels = [0, 0, 0, 2, 2, 2, 2, 2, 5, 7, 7]
     batches = draw(ClassBalancedBatchSampler(labels, 3, 2, seed=11), 5)
     assert batches == RECORDED
@@ -137,15 +137,17 @@ def test_resumes_with_the_same_batches(at: int, replicas: int, seed: int) -> Non
     expected = draw(first, 30)
     file.seek(0)
     second = ClassBalancedBatchSampler(torch.from_numpy(labels), rank=replicas - 1, **arguments)
-    iterator = iter(second)  # made before the state comes, and follows it
+    iterator = iter(second)  # created before the state is loaded, and follows it
     draw(second, 3)
     second.load_state_dict(torch.load(file, weights_only=True))
     assert list(itertools.islice(iterator, 30)) == expected
-    second.load_state_dict({**first.state_dict(), "batches": at + 4})  # where training was, not prefetching
+    second.load_state_dict(
+        {**first.state_dict(), "batches": at + 4}
+    )  # the position of training, not of prefetching
     assert draw(second, 26) == expected[4:]
 
 
-def test_goes_on_at_the_same_place_with_other_replicas(seed: int) -> None:
+def test_another_number_of_replicas_continues_at_the_same_position(seed: int) -> None:
     labels = long_tailed(31, 40, seed)
     state = draw_state(ClassBalancedBatchSampler(labels, 3, seed=seed, num_replicas=4), 25)
     sampler = ClassBalancedBatchSampler(labels, 3, seed=seed, num_replicas=3)
@@ -159,7 +161,7 @@ def draw_state(sampler: ClassBalancedBatchSampler, batches: int) -> dict[str, in
     return sampler.state_dict()
 
 
-def test_a_new_iterator_goes_on(seed: int) -> None:
+def test_a_new_iterator_continues(seed: int) -> None:
     labels = long_tailed(20, 30, seed)
     whole = draw(ClassBalancedBatchSampler(labels, 6, seed=seed), 10)
     sampler = ClassBalancedBatchSampler(labels, 6, seed=seed)
@@ -167,7 +169,7 @@ def test_a_new_iterator_goes_on(seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["list", "int16", "uint8", "tensor"])
-def test_kinds_of_labels(kind: str, seed: int) -> None:
+def test_labels_of_any_integer_type_give_the_same_batches(kind: str, seed: int) -> None:
     labels = long_tailed(20, 30, seed)
     same = {"list": labels.tolist(), "tensor": torch.from_numpy(labels)}.get(kind)
     same = labels.astype(kind) if same is None else same
@@ -177,7 +179,7 @@ def test_kinds_of_labels(kind: str, seed: int) -> None:
     assert {type(image) for batch in batches for image in batch} == {int}
 
 
-class Labelled(Dataset[tuple[int, int]]):
+class LabeledDataset(Dataset[tuple[int, int]]):
     def __init__(self, labels: np.ndarray) -> None:
         self.labels = labels
 
@@ -190,7 +192,7 @@ def test_data_loader(workers: int, seed: int) -> None:
     labels = long_tailed(20, 30, seed)
     sampler = ClassBalancedBatchSampler(labels, 6, 3, seed=seed)
     loader = DataLoader(
-        Labelled(labels), batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0
+        LabeledDataset(labels), batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0
     )
     expected = draw(ClassBalancedBatchSampler(labels, 6, 3, seed=seed), 12)
     batches = [images.tolist() for images, _ in itertools.islice(loader, 12)]
@@ -199,8 +201,8 @@ def test_data_loader(workers: int, seed: int) -> None:
     assert not any(batch in expected for batch in again)
 
 
-def work(classes: int, largest: int) -> tuple[int, list[int], int]:
-    """Bytecodes executed by the constructor, by each of some batches, and by one far on, on such labels."""
+def count_bytecodes(classes: int, largest: int) -> tuple[int, list[int], int]:
+    """Count the bytecodes of the constructor, of each of ten batches, and of one batch far ahead."""
     labels = long_tailed(classes, largest, 0, smallest=2)
     executed = 0
 
@@ -224,17 +226,17 @@ def work(classes: int, largest: int) -> tuple[int, list[int], int]:
     setup = count(lambda: made.append(ClassBalancedBatchSampler(labels)))
     iterator = iter(made[0])
     batches = [count(lambda: next(iterator)) for _ in range(10)]
-    assert len(made[0]._images) <= 10 * 32  # nothing is made for classes that were not met
+    assert len(made[0]._images) <= 10 * 32  # no state for classes that were not drawn
     made[0].load_state_dict({**made[0].state_dict(), "batches": 1_000_003})
     return setup, batches, count(lambda: next(iterator))
 
 
-def test_work_does_not_grow_with_classes_and_images() -> None:
-    """As many bytecodes for 8,142 classes as for 100: nothing loops over classes or images in Python."""
-    small, large = work(100, 40), work(8142, 300)
+def test_cost_is_independent_of_the_numbers_of_classes_and_images() -> None:
+    """8,142 classes need as many bytecodes as 100: no Python loop runs over classes or images."""
+    small, large = count_bytecodes(100, 40), count_bytecodes(8142, 300)
     assert large[0] < 1.1 * small[0] + 100
     assert max(large[1]) < 1.5 * max(small[1])
-    assert large[2] < 4 * max(large[1])  # no walk through the batches before
+    assert large[2] < 4 * max(large[1])  # earlier batches are not computed
 
 
 GOOD: dict[str, Any] = {"labels": [0, 0, 1, 2], "classes_per_batch": 2}
@@ -261,7 +263,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("bad", "error", "words"), BAD, ids=[str(b[0]) for b in BAD])
-def test_bad_arguments(bad: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_bad_arguments_raise(bad: dict[str, Any], error: type[Exception], words: str) -> None:
     ClassBalancedBatchSampler(**GOOD)
     with pytest.raises(error, match=f"^{words}"):
         ClassBalancedBatchSampler(**{**GOOD, **bad})
@@ -276,7 +278,7 @@ def test_bad_arguments(bad: dict[str, Any], error: type[Exception], words: str) 
         ({"labels": [0, 1, 0, 2]}, r"labels: expected a checksum of \d+, as in the state, got \d+"),
     ],
 )
-def test_a_state_of_another_sampler(other: dict[str, Any], words: str) -> None:
+def test_the_state_of_another_sampler_raises(other: dict[str, Any], words: str) -> None:
     state = ClassBalancedBatchSampler(**GOOD).state_dict()
     with pytest.raises(ValueError, match=f"^{words}$"):
         ClassBalancedBatchSampler(**{**GOOD, **other}).load_state_dict(state)

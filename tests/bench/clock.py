@@ -1,4 +1,4 @@
-"""Time for the tests of the GPU bench: what waits and measures is told how long it takes."""
+"""A fake clock for the tests of `bench.gpu`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from bench.gpu.timing import Sample
 
 
 class Clock:
-    """Seconds that pass only when told."""
+    """A clock that advances only when a test advances it."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -17,6 +17,8 @@ class Clock:
         return self.now
 
     def takes(self, seconds: float) -> Callable[[], Sample]:
+        """Return a measurement that takes this many seconds."""
+
         def measure() -> Sample:
             self.now += seconds
             return Sample(1e3 * seconds, False)

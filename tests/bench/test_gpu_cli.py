@@ -1,4 +1,4 @@
-"""The command `python -m bench.gpu` without a GPU: arguments, its budget, the sequence itself on tiny sizes, kills."""
+"""Tests of `python -m bench.gpu` without a GPU: budget, arguments, a whole session on tiny sizes, kills."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .clock import Clock
 # The budget and the parts
 
 
-def test_parts_share_the_time_and_pass_on_what_they_leave() -> None:
+def test_later_parts_get_the_time_that_a_part_leaves() -> None:
     clock = Clock()
     budget = Budget(8, list(PARTS), clock)
     assert 40 < budget.seconds("build") < 70
@@ -34,12 +34,12 @@ def test_parts_share_the_time_and_pass_on_what_they_leave() -> None:
     clock.now += budget.seconds("smoke")
     assert budget.seconds("measure") > 120
     clock.now += budget.seconds("measure")
-    assert budget.seconds("test") == budget.seconds("sanitize") == budget.seconds("train")  # side by side
+    assert budget.seconds("test") == budget.seconds("sanitize") == budget.seconds("train")  # concurrent
     assert 230 < budget.seconds("train") < 480 - clock.now
     assert Budget(1, ["measure"], Clock()).seconds("measure") == pytest.approx(60, abs=5)
 
 
-def test_shares_of_parts_in_one_process_add_up() -> None:
+def test_shares_of_parts_add_up() -> None:
     budget = Budget(4, ["constants", "measure", "profile"], Clock())
     shares = [budget.share(part, "constants") for part in ("constants", "measure", "profile")]
     assert sum(shares) == pytest.approx(budget.left())
@@ -49,7 +49,7 @@ def test_shares_of_parts_in_one_process_add_up() -> None:
 # The command
 
 
-def test_without_a_gpu_it_says_so_in_a_sentence(
+def test_without_a_gpu_the_error_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -78,7 +78,7 @@ def test_wrong_arguments_are_named(argv: list[str], message: str, capsys: pytest
     assert message in capsys.readouterr().err
 
 
-def test_the_output_is_out_or_named_after_gpu_and_day(
+def test_the_default_output_is_out_or_named_after_gpu_and_date(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("OUT", raising=False)
@@ -92,7 +92,7 @@ def test_the_output_is_out_or_named_after_gpu_and_day(
     assert "train" not in cli.arguments([]).only
 
 
-def test_problems_end_in_a_status_of_one(
+def test_problems_give_exit_status_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(session.Session, "build", lambda self, seconds: {"problem": "no compiler"})
@@ -103,13 +103,13 @@ def test_problems_end_in_a_status_of_one(
     assert cli.main(argv) == 0
 
 
-# The sequence
+# A session
 
 
 TINY = ["--day", "--device", "cpu", "--variants", "cpu,direct,cuda", "--cases", "bf16:256x8142x2048"]
 
 
-def ours(folder: Path, *more: str, minutes: float = 3.0) -> list[str]:
+def session_command(folder: Path, *more: str, minutes: float = 3.0) -> list[str]:
     return subprocesses.python_command(
         "-m", "bench.gpu", *TINY, "--output", str(folder), "--minutes", str(minutes), *more
     )
@@ -133,11 +133,11 @@ def read(folder: Path) -> dict[str, Any]:
     return document
 
 
-def test_the_whole_sequence_runs_on_a_cpu(tmp_path: Path) -> None:
-    assert native.load().loaded  # compiled before, if need be: that takes longer than the day has
+def test_a_session_runs_on_a_cpu(tmp_path: Path) -> None:
+    assert native.load().loaded  # compiles before the session, whose time limit is too short
     only = "build,smoke,constants,measure,profile,ncu,sanitize"
     done = subprocess.run(
-        ours(tmp_path, "--only", only), cwd=ROOT, capture_output=True, text=True, check=False
+        session_command(tmp_path, "--only", only), cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr + done.stdout
     document = read(tmp_path)
@@ -155,8 +155,8 @@ def test_the_whole_sequence_runs_on_a_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_kill_at_any_moment_leaves_what_was_found(tmp_path: Path, how: signal.Signals) -> None:
-    asked = ours(tmp_path, "--only", "constants,measure,test")
+def test_a_kill_at_any_moment_leaves_the_results(tmp_path: Path, how: signal.Signals) -> None:
+    asked = session_command(tmp_path, "--only", "constants,measure,test")
     process = subprocess.Popen(asked, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 60
     try:
@@ -173,7 +173,7 @@ def test_a_kill_at_any_moment_leaves_what_was_found(tmp_path: Path, how: signal.
         assert document["seconds"] > 0
 
 
-def test_what_a_command_started_ends_with_it(tmp_path: Path) -> None:
+def test_children_of_a_command_end_with_it(tmp_path: Path) -> None:
     code = "import subprocess, sys, time; print('a', flush=True); subprocess.Popen(['sleep', '60']); time.sleep(60)"
     begin = time.monotonic()
     done = subprocesses.run_command([sys.executable, "-c", code], 2.0, tmp_path / "log")

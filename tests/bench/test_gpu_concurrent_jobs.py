@@ -1,4 +1,4 @@
-"""Tests of what `python -m bench.gpu` runs side by side: tests, sanitizers, trainings, and what it reads out of their words."""
+"""Tests of the concurrent jobs of `python -m bench.gpu`: tests, sanitizers, training."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import pytest
 from bench.gpu import concurrent_jobs, ncu
 from bench.gpu.output import Logs
 from bench.gpu.subprocesses import CommandResult
+from bench.problem import Size
 
 
-def test_pytests_last_line_is_counted() -> None:
+def test_counts_of_pytest_are_parsed() -> None:
     said = "x\n=== 3 failed, 10 passed, 2 errors in 2.31s ===\n"
     assert concurrent_jobs.parse_pytest_counts(said) == {"failed": 3, "passed": 10, "error": 2}
     assert concurrent_jobs.parse_pytest_counts("Traceback") == {}
 
 
-def test_each_backend_has_a_pytest_of_its_own() -> None:
+def test_each_backend_has_its_own_pytest() -> None:
     asked = concurrent_jobs.pytest_arguments("cuda", ["cuda", "triton"])
     assert asked["operators, cuda"][-2:] == ["-k", "not triton"]
     assert asked["operators, triton"][-2:] == ["-k", "triton"]
@@ -28,7 +29,7 @@ def test_each_backend_has_a_pytest_of_its_own() -> None:
     assert "-k" not in concurrent_jobs.pytest_arguments("cpu", ["cpu"])["operators, cpu"]
 
 
-def test_a_pytest_is_run_and_read(tmp_path: Path) -> None:
+def test_a_pytest_run_is_reported(tmp_path: Path) -> None:
     test = tmp_path / "test_some.py"
     test.write_text("def test_a(): pass\ndef test_b(): assert False\n", encoding="utf-8")
     logs = Logs(tmp_path)
@@ -48,18 +49,18 @@ def test_a_pytest_is_run_and_read(tmp_path: Path) -> None:
         (None, "", "stopped after 7 s"),
     ],
 )
-def test_the_sanitizers_summary_is_read(code: int | None, output: str, problem: str | None) -> None:
+def test_the_summary_of_a_sanitizer_is_parsed(code: int | None, output: str, problem: str | None) -> None:
     run = concurrent_jobs.parse_sanitizer(CommandResult(code, output, 1.0), 7.0)
     assert run.get("problem") == problem
 
 
-def test_models_are_the_lines_of_json() -> None:
+def test_finished_models_are_parsed() -> None:
     assert concurrent_jobs.parse_models('epoch 1\n{"seed": 0, "accuracy": 0.4}\n{broken\n') == [
         {"seed": 0, "accuracy": 0.4}
     ]
 
 
-def test_jobs_run_at_the_same_time_and_one_failure_hides_no_other() -> None:
+def test_jobs_run_concurrently_and_a_failure_hides_no_result() -> None:
     barrier = threading.Barrier(2, timeout=20)
 
     def meet() -> dict[str, Any]:
@@ -77,13 +78,13 @@ def test_jobs_run_at_the_same_time_and_one_failure_hides_no_other() -> None:
     assert document["parts"]["test"]["problem"] == "b: RuntimeError: no"
 
 
-def test_ncus_table_is_cut_out_of_what_is_printed(tmp_path: Path) -> None:
+def test_the_table_of_ncu_is_extracted(tmp_path: Path) -> None:
     program = tmp_path / "ncu"
     lines = ["==PROF== Connected", '"ID","Kernel Name"', '"0","route_kernel"', "==PROF== Disconnected"]
     body = "\n".join(f"echo '{line}'" for line in lines)
     program.write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
     program.chmod(0o755)
-    size = ncu.Size(2, 3, 4)
+    size = Size(2, 3, 4)
     text, run = ncu.profile(program, "cuda", "step", size, 20.0, tmp_path / "log")
     assert text == '"ID","Kernel Name"\n"0","route_kernel"\n'
     assert "not run" not in run

@@ -1,4 +1,4 @@
-"""What `python -m bench.gpu` would measure, without a GPU: the work counted, the cases, what of them fits the time."""
+"""Tests of the roofline, the cases, the variants and the settings of `python -m bench.gpu`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_work_of_a_forward_is_counted_by_hand() -> None:
     )
 
 
-def test_work_of_a_step_has_three_phases_and_three_products() -> None:
+def test_work_of_a_step_has_three_phases_and_three_matmuls() -> None:
     for variant in ("linear", "cuda", "direct", "triton, m=0"):
         phases = work(variant, Size(256, 8142, 2048), "step", 2)
         assert phases is not None
@@ -39,7 +39,7 @@ def test_work_of_a_step_has_three_phases_and_three_products() -> None:
     assert work("Liger", MAIN, "loss", 2) is None
 
 
-def test_a_loss_of_ours_has_three_products_and_no_logits() -> None:
+def test_a_fused_loss_has_three_matmuls_and_no_logits() -> None:
     for variant in ("cuda", "triton, m=0"):
         phases = work(variant, Size(256, 8142, 2048), "loss", 2)
         assert phases is not None
@@ -82,7 +82,7 @@ def test_every_size_precision_and_kind_is_measured_the_most_important_first() ->
     assert Size(1024, 1_000_000, 2048) in {case.size for case in grid}
 
 
-def test_the_list_fits_its_time() -> None:
+def test_the_cases_fit_their_time() -> None:
     libraries = [n for n in EVERY if TABLE[n].family == "peer"]  # rarely installed
     seconds = [case.without(libraries).estimate() for case in plan.timed_cases(EVERY, 0.8)]
     assert sum(seconds[:9]) < 25
@@ -112,14 +112,14 @@ def test_variants_are_picked_by_patterns() -> None:
         variants.chosen(["nothing"])
 
 
-def test_a_variant_whose_setting_is_not_there_is_absent_with_the_reason() -> None:
+def test_a_variant_without_its_setting_is_absent_with_a_reason() -> None:
     assert settings.why_not({"slow": 1}) == "no setting is named 'slow'"
     gone = settings._attribute("backends.chunked.scorers", "NO_SUCH_THING")
     assert gone.why_not(1) == "gistops.backends.chunked.scorers has no NO_SUCH_THING"
     assert "serves no tensors" in str(variants.why_not("cpu", "cuda"))
 
 
-def test_settings_hold_in_the_with_and_no_longer() -> None:
+def test_settings_apply_inside_the_with_alone() -> None:
     from gistops.backends.chunked import scorers
 
     before = scorers.CHUNK_ELEMENTS
@@ -128,7 +128,7 @@ def test_settings_hold_in_the_with_and_no_longer() -> None:
     assert before == scorers.CHUNK_ELEMENTS
 
 
-def test_smoke_runs_hold_every_kind_of_size() -> None:
+def test_smoke_checks_have_every_kind_of_size() -> None:
     cases = plan.smoke_cases(EVERY, CASES)
     sizes = {case.size for case in cases}
     assert {1} < {s.B for s in sizes}
@@ -138,7 +138,7 @@ def test_smoke_runs_hold_every_kind_of_size() -> None:
     assert all(TABLE[n].ours for case in cases for n in case.variants)
 
 
-def test_cases_beyond_the_deadline_are_skipped_with_the_reason() -> None:
+def test_cases_beyond_the_deadline_are_skipped_with_a_reason() -> None:
     events: list[dict[str, Any]] = []
     fake = worker.Worker("cpu", events.append, {})
     clock = Clock()

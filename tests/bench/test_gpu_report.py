@@ -1,4 +1,4 @@
-"""Tests of what `python -m bench.gpu` writes: targets, the rule's choices, tables, reasons, files."""
+"""Tests of the targets, the selection rule, the page and the files of `python -m bench.gpu`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_targets_are_met_missed_or_not_measured() -> None:
     assert verdict(written, "forward ≤ 1.15", "triton")[2:4] == ("not measured", "triton: it crashed")
 
 
-def test_a_compiled_form_is_compared_from_a_case_of_its_own() -> None:
+def test_a_compiled_variant_is_compared_across_cases() -> None:
     written = document(linear=LINEAR, cuda=found(1.2, 1.2))
     compiled = {"linear": LINEAR, "split compiled": found(2.4, 2.4)}
     written["cases"].append(result(Case("bf16", MAIN, "forward", tuple(compiled)), **compiled))
@@ -80,7 +80,7 @@ def test_a_wrong_result_meets_no_target() -> None:
 
 
 def sizes(kind: str = "forward", **of: list[float]) -> dict[str, Any]:
-    """Ratios of each variant at the four sizes."""
+    """Return a document with the ratios of each variant at the four sizes."""
     cases = []
     for n, size in enumerate(SIZES):
         variants = {name.replace("_", " "): found(r[n], r[n]) for name, r in of.items()}
@@ -91,7 +91,7 @@ def sizes(kind: str = "forward", **of: list[float]) -> dict[str, Any]:
 ONES = [1.0] * 4
 
 
-def test_the_least_geometric_mean_wins() -> None:
+def test_the_lowest_geometric_mean_wins() -> None:
     pick = selection_rule.choose(
         sizes(linear=ONES, cuda=[1.0, 4.0, 2.0, 2.0], triton=[1.9] * 4), "bf16", "forward"
     )
@@ -108,7 +108,7 @@ def test_within_three_percent_the_simpler_one_wins() -> None:
     assert selection_rule.choose(written, "bf16", "forward")["winner"] == "cuda"
 
 
-def test_what_is_wrong_complained_of_or_incomplete_does_not_win() -> None:
+def test_wrong_or_incomplete_variants_do_not_win() -> None:
     written = sizes(linear=ONES, cuda=[1.0] * 4, triton=[2.0] * 4)
     written["out"] = {"bf16 forward": {"cuda": "a second run gave other bits"}}
     assert selection_rule.choose(written, "bf16", "forward")["winner"] == "triton"
@@ -122,7 +122,7 @@ def test_what_is_wrong_complained_of_or_incomplete_does_not_win() -> None:
     assert selection_rule.choose(written, "bf16", "forward") == {"none": "none was measured at every size"}
 
 
-def test_a_forward_by_hand_is_held_against_aligned_classes() -> None:
+def test_a_hand_written_forward_is_compared_with_aligned_classes() -> None:
     written = sizes(linear=ONES, cuda=[0.023] * 4)
     written["constants"] = {"linear forward K=8192": {"ms": 0.019}}
     assert selection_rule.worth_hand_written(written)["worth filing"] is True
@@ -143,7 +143,7 @@ def test_the_page_has_header_tables_and_reasons() -> None:
     written["rule"] = selection_rule.choose_all(written)
     page = report.render(written)
     assert "- torch: 2.11.0" in page
-    assert "driver" not in page  # it was not readable
+    assert "driver" not in page  # unknown
     assert "test: **3 failed**" in page
     assert "- copy: 3000 GB/s" in page
     assert "- launch gap: 1.0 µs" in page
@@ -159,7 +159,7 @@ def test_the_page_has_header_tables_and_reasons() -> None:
     assert all(len({w for w in lines if w}) == 1 for lines in widths)
 
 
-def test_kernels_are_listed_for_each_call() -> None:
+def test_kernels_are_listed_per_call() -> None:
     rows = [{"kernel": "gemm, big", "launches": 2.0, "us": 30.0}]
     profile = result(Case("bf16", MAIN, "profile", ("cuda",)), cuda={"kernels": {"step": rows}})
     (row,) = csv.DictReader(io.StringIO(torch_profiler.kernels_csv([profile])))
@@ -171,7 +171,7 @@ def test_kernels_are_listed_for_each_call() -> None:
 # The files
 
 
-def test_files_are_moved_into_place_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_files_are_written_atomically_without_leftovers(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     written = document(linear=LINEAR)
     with output.Output(folder, written, report.render) as made:
@@ -188,7 +188,7 @@ def test_files_are_moved_into_place_and_nothing_else_is_left(tmp_path: Path) -> 
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_cannot_be_written_is_noted(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_noted(tmp_path: Path) -> None:
     def broken(document: dict[str, Any]) -> str:
         raise RuntimeError("no page")
 

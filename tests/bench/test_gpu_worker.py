@@ -1,4 +1,4 @@
-"""How `python -m bench.gpu` measures, without a GPU: rounds, right results told from wrong ones, crashes and restarts."""
+"""Tests of the measurements of `python -m bench.gpu` without a GPU: rounds, accuracy checks, crashes and restarts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def no_failure(name: str, error: Exception) -> None:
     raise AssertionError(name) from error
 
 
-def test_each_form_is_timed_once_a_round_and_the_order_turns() -> None:
+def test_each_variant_is_timed_once_per_round_in_rotating_order() -> None:
     clock, order = Clock(), []
 
     def measure(name: str) -> Callable[[], Sample]:
@@ -43,7 +43,7 @@ def test_each_form_is_timed_once_a_round_and_the_order_turns() -> None:
     assert {len(rounds) for rounds in samples.values()} == {6}
 
 
-def test_slow_forms_rest_and_the_limit_never_does() -> None:
+def test_slow_variants_rest_and_the_baseline_does_not() -> None:
     clock = Clock()
     measures = {"linear": clock.takes(0.002), "fast": clock.takes(0.001), "slow": clock.takes(0.5)}
     samples = interleave(measures, 3.0, no_failure, limit="linear", clock=clock, minimum=5, maximum=50)
@@ -57,7 +57,7 @@ def test_the_minimum_of_rounds_is_kept_beyond_the_time() -> None:
     assert len(samples["a"]) == 5
 
 
-def test_a_form_that_fails_leaves_the_rounds() -> None:
+def test_a_failed_variant_leaves_the_rounds() -> None:
     clock, failures = Clock(), {}
 
     def broken() -> Sample:
@@ -108,17 +108,17 @@ def test_every_constant_is_measured_or_says_why_not() -> None:
     assert len(list(device_constants.summary(found))) == len(found)
 
 
-def test_a_variant_s_kernels_are_profiled() -> None:
+def test_kernels_of_a_variant_are_profiled() -> None:
     mine = worker.Worker("cpu", lambda event: None, {})
     found = mine.run(Case("bf16", Size(4, 9, 8), "profile", ("cpu",)))["variants"]["cpu"]["kernels"]
     assert set(found) == set(variants.KINDS)
     assert all(row["us"] > 0 for row in found["step"])
 
 
-# What is right
+# Accuracy
 
 
-def test_wrong_results_are_told_from_right_ones() -> None:
+def test_wrong_results_are_detected() -> None:
     arguments = make_tensors(Size(6, 40, 24))
     right = calls.make_call("direct", "forward", arguments, "float32")()
     assert accuracy.logits_error(right, arguments) < 1e-5
@@ -132,14 +132,14 @@ def test_wrong_results_are_told_from_right_ones() -> None:
     )
     gradients = accuracy.reference_gradients(arguments)
     assert gradients is not None
-    assert accuracy.gradients_error(arguments, gradients) == float("inf")  # none has been made
+    assert accuracy.gradients_error(arguments, gradients) == float("inf")  # no gradient exists yet
     calls.make_call("direct", "step", arguments, "float32")()
     assert accuracy.gradients_error(arguments, gradients) < 1e-4
 
 
 @pytest.mark.parametrize("size", [Size(30, 20, 17), Size(1, 20, 8), Size(9, 7, 8, 0), Size(30, 20, 16, 12)])
 @pytest.mark.parametrize("precision", ["bf16", "float32"])
-def test_smoke_runs_pass_what_is_right(precision: str, size: Size) -> None:
+def test_smoke_checks_accept_right_results(precision: str, size: Size) -> None:
     arguments = smoke_checks.make_inputs(size, worker.DTYPES[precision], "cpu")
     oracle = smoke_checks.Oracle(arguments, cosine=False)
     found = smoke_checks.run_smoke_check("cpu", precision, arguments, oracle, "cpu")
@@ -147,12 +147,12 @@ def test_smoke_runs_pass_what_is_right(precision: str, size: Size) -> None:
     assert not any(smoke_checks.objection(kind) for kind in found.values()), found
 
 
-def test_smoke_runs_find_what_is_not_written_and_what_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smoke_checks_find_unwritten_and_unstable_results(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = smoke_checks.make_inputs(Size(5, 7, 8), torch.float32, "cpu")
     oracle = smoke_checks.Oracle(arguments, cosine=False)
 
     def unwritten(*arguments: Any, **options: Any) -> torch.Tensor:
-        out = torch.empty(5, 7)  # of which the last class is never written
+        out = torch.empty(5, 7)  # the last class is never written
         out[:, :6] = baselines.direct(*arguments)[:, :6]
         return out
 
@@ -170,7 +170,7 @@ def test_smoke_runs_find_what_is_not_written_and_what_changes(monkeypatch: pytes
     assert smoke_checks.objection(found["forward"]) == "a second run gave other bits"
 
 
-def test_what_smoke_runs_find_is_out_by_precision_and_kind() -> None:
+def test_smoke_failures_exclude_by_precision_and_kind() -> None:
     case = Case("bf16", Size(5, 7, 8), "smoke", ("cuda", "triton", "cpu")).to_json()
     found = {
         "cuda": {"forward": {}, "step": {"inexact": "gradients: nan"}, "loss": {}},
@@ -189,7 +189,7 @@ def test_what_smoke_runs_find_is_out_by_precision_and_kind() -> None:
 
 
 def fake_worker(body: str) -> tuple[str, ...]:
-    """A process that speaks as bench/gpu/worker.py does."""
+    """Return the command of a process that writes events as bench/gpu/worker.py does."""
     head = """
         import json, os, sys
         asked = json.load(sys.stdin)
@@ -210,7 +210,7 @@ def fake_worker(body: str) -> tuple[str, ...]:
 CASES = [Case("bf16", Size(1, 2, k), "forward", ("linear", "cuda", "direct"), 0.1) for k in (1, 2, 3)]
 
 
-def test_a_crash_costs_the_form_and_not_the_run() -> None:
+def test_a_crash_excludes_the_variant_alone() -> None:
     written = []
     bench = Supervisor(
         CASES,
@@ -227,7 +227,7 @@ def test_a_crash_costs_the_form_and_not_the_run() -> None:
     assert len(written) >= 3
 
 
-def test_a_lost_device_is_blamed_on_the_form_that_was_run() -> None:
+def test_a_lost_device_is_attributed_to_the_running_variant() -> None:
     body = "if variant == 'cuda' and number == 1: emit(event='lost', reason='illegal address'); os._exit(1)"
     bench = Supervisor(CASES, time.time() + 60, lambda: None, worker=fake_worker(body))
     bench.run()
@@ -236,7 +236,7 @@ def test_a_lost_device_is_blamed_on_the_form_that_was_run() -> None:
     assert bench.results[2]["variants"]["cuda"] == {}
 
 
-def test_a_worker_that_does_not_start_is_no_endless_loop() -> None:
+def test_a_worker_that_does_not_start_ends_the_session() -> None:
     bench = Supervisor(
         CASES, time.time() + 60, lambda: None, worker=(sys.executable, "-c", "raise SystemExit('no')")
     )
@@ -245,7 +245,7 @@ def test_a_worker_that_does_not_start_is_no_endless_loop() -> None:
     assert "before its first case" in bench.problems[0]
 
 
-def test_a_hang_costs_the_form_and_not_the_run() -> None:
+def test_a_hang_excludes_the_variant_alone() -> None:
     begin = time.monotonic()
     hangs = fake_worker("if variant == 'cuda': import time; time.sleep(60)")
     bench = Supervisor(CASES[:2], time.time() + 60, lambda: None, worker=hangs, silence=1.0)
@@ -268,7 +268,7 @@ def test_the_worker_itself_measures_on_a_cpu() -> None:
     found = bench.results[1]["variants"]
     assert found["direct"]["n"] >= 5
     assert "skipped" in found["cuda"]
-    assert [skipped["case"]["kind"] for skipped in bench.skipped] == ["profile"]  # its own deadline was over
+    assert [skipped["case"]["kind"] for skipped in bench.skipped] == ["profile"]  # its deadline had passed
 
 
 def test_silence_ends_the_wait() -> None:

@@ -1,4 +1,4 @@
-"""bench.training: a step taken apart is a step of training."""
+"""Tests of `python -m bench.training`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from train.training.trainer import Training
 from ..train.test_engine import IMAGES
 
 
-def test_a_step_taken_apart_is_the_step(images: Dataset) -> None:
-    whole, apart = (Training("gist", IMAGES, images) for _ in range(2))
+def test_a_step_in_parts_trains_as_a_whole_step(images: Dataset) -> None:
+    whole, in_parts = (Training("gist", IMAGES, images) for _ in range(2))
     parts = Parts(torch.device("cpu"))
     for _ in range(2):
         whole.step()
-        step(apart, parts)
-    for (name, expected), found in zip(whole.model.named_parameters(), apart.model.parameters(), strict=True):
+        step(in_parts, parts)
+    for (name, expected), found in zip(
+        whole.model.named_parameters(), in_parts.model.parameters(), strict=True
+    ):
         torch.testing.assert_close(found, expected, msg=lambda said, name=name: f"{name}: {said}")
     assert {part: len(seconds) for part, seconds in parts.seconds.items()} == dict.fromkeys(PARTS, 2)
 
 
-def test_made_up_features_for_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_random_features_for_class_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "counts.json"
     file.write_text(json.dumps({"counts": [40, 9, 5, 2]}))
     options = f"--recipe features --data {file} --made-up-features 16 --classes-per-batch 3 --batch-size 8 --steps 2"
@@ -39,7 +41,7 @@ def test_made_up_features_for_counts(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("option", ["--precision=bf16", "--accumulate=2", "--compile", "--batch-norm=split"])
-def test_what_is_not_measured_is_refused(
+def test_options_that_cannot_be_measured_raise(
     option: str, image_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = f"--recipe smoke --data {image_file} --num-classes 5 --classes-per-batch 3 --device cpu".split()

@@ -1,4 +1,4 @@
-"""Heads on a GPU: a training step that never waits, in a CUDA graph, compiled, with float16 and its scaler, at a real size."""
+"""Tests of the heads on a GPU: CUDA graphs, no synchronization, compile, float16 with GradScaler, a real size."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ every_head = pytest.mark.parametrize("name", HEADS)
 
 
 class Model(nn.Module):
-    """A layer, whose features autocast makes half, and a head; gives the loss of a batch."""
+    """A linear layer, which returns half-precision features under autocast, and a head. Returns the loss."""
 
     def __init__(self, head: MaxCosineHead) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(B, D), torch.randint(0, K, (B,))
 
 
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
@@ -66,41 +66,41 @@ def same(a: Iterable[Tensor], b: Iterable[Tensor]) -> bool:
 
 @every_head
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_in_a_graph(name: str, dtype: torch.dtype, seed: int) -> None:
-    """Replays on new batches train as steps without a graph do, to the bit."""
+def test_replays_of_a_graph_train_as_eager_steps(name: str, dtype: torch.dtype, seed: int) -> None:
+    """Replays on new batches have the bits of eager steps."""
     model, (x, y) = Model(HEADS[name]()), batch()
-    optimizer = optimizer_of(model)
+    optimizer = make_optimizer(model)
     twins: list[tuple[nn.Module, torch.optim.Optimizer]] = []
 
     def keep() -> None:
         optimizer.zero_grad(set_to_none=True)
         twin = copy.deepcopy(model)
-        its = optimizer_of(twin)
-        its.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        twins.append((twin, its))
+        twin_optimizer = make_optimizer(twin)
+        twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        twins.append((twin, twin_optimizer))
 
     replay, loss = captured(lambda: one_step(model, optimizer, x, y, dtype), keep)
-    twin, its = twins[0]
+    twin, twin_optimizer = twins[0]
     for _ in range(3):
         new, target = batch()
         x.copy_(new)
         y.copy_(target)
         replay()
-        assert torch.equal(loss, one_step(twin, its, new, target, dtype))
+        assert torch.equal(loss, one_step(twin, twin_optimizer, new, target, dtype))
         assert same(model.parameters(), twin.parameters())
 
 
 @every_head
-def test_a_step_never_waits(name: str, seed: int) -> None:
+def test_a_step_does_not_synchronize(name: str, seed: int) -> None:
     model, (x, y) = Model(HEADS[name]()), batch()
-    optimizer = optimizer_of(model)
+    optimizer = make_optimizer(model)
 
     def everything() -> None:
         one_step(model, optimizer, x, y, torch.bfloat16)
         model.head.predict_topk(x, 5)
         model.head(x)
 
-    everything()  # what is loaded or looked at once may wait
+    everything()  # first calls may synchronize
     torch.cuda.set_sync_debug_mode("error")
     try:
         everything()
@@ -110,8 +110,7 @@ def test_a_step_never_waits(name: str, seed: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["constellation", "gist"])
-def test_a_compiled_step(name: str, seed: int) -> None:
-    """In one graph, by the default compiler; the gradients are those of eager mode."""
+def test_a_compiled_step_has_the_gradients_of_eager_mode(name: str, seed: int) -> None:
     torch.compiler.reset()
     model, (x, y) = Model(HEADS[name]()), batch()
     x.requires_grad_()
@@ -128,8 +127,8 @@ def test_a_compiled_step(name: str, seed: int) -> None:
 
 
 @every_head
-def test_float16_with_a_scaler(name: str, seed: int) -> None:
-    """The scaled gradients stay finite in half precision, and unscaled are those of float32."""
+def test_float16_gradients_with_a_scaler_are_finite_and_close(name: str, seed: int) -> None:
+    """The scaled gradients are finite in half precision, and the unscaled ones are close to those of float32."""
     model, (x, y) = Model(HEADS[name]()), batch()
     exact = copy.deepcopy(model)
     exact(x, y).backward()
@@ -144,8 +143,8 @@ def test_float16_with_a_scaler(name: str, seed: int) -> None:
         if p.numel():
             assert p.grad is not None, parameter
             assert q.grad is not None
-            # A slot that all but ties may change, which moves a hundredth of the head's gradients elsewhere; and a
-            # temperature's is a sum that cancels.
+            # Rounding changes the winner of near ties, which moves about a hundredth of the head's gradients to other
+            # slots. The gradient of a temperature is a sum with cancellation.
             limit = (0.05 if "body" in parameter else 0.3) * q.grad.norm() + (
                 0.01 if "tau" in parameter else 0
             )
@@ -157,8 +156,8 @@ def test_float16_with_a_scaler(name: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_bits_at_a_real_size(dtype: torch.dtype, seed: int) -> None:
-    """256 features of 2048 dimensions, 8142 classes: logits, slots, loss, best classes and every gradient."""
+def test_results_are_deterministic_at_a_real_size(dtype: torch.dtype, seed: int) -> None:
+    """256 rows of 2048 dimensions, 8142 classes: logits, slots, loss, top-k and all gradients."""
     head = ConstellationClassifier(2048, 8142)
     x, y = torch.randn(256, 2048), torch.randint(0, 8142, (256,))
     grad = torch.randn(256, 8142)
@@ -177,5 +176,5 @@ def test_same_bits_at_a_real_size(dtype: torch.dtype, seed: int) -> None:
         first[2], F.cross_entropy(first[0], y, label_smoothing=0.1), atol=1e-3, rtol=1e-4
     )
     for _ in range(5):
-        torch.empty(1 << 24).normal_()  # memory is laid out anew
+        torch.empty(1 << 24).normal_()  # changes the memory layout
         assert same(first, bits())

@@ -1,4 +1,4 @@
-"""Heads without logits: loss, prediction, frozen heads, and free centres."""
+"""Tests of MaxCosineHead: loss, prediction, frozen heads, sub-centers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(make: Make, seed: int) -> None:
     torch.testing.assert_close(loss, expected, atol=2e-5, rtol=2e-5)
     used = [p for name, p in head.named_parameters() if "random" not in name and p.requires_grad]
     for ours, true in zip(torch.autograd.grad(loss, used), torch.autograd.grad(expected, used), strict=True):
-        # in bfloat16 the gradients are rounded to it
+        # bfloat16 gradients are rounded to bfloat16
         torch.testing.assert_close(
             ours,
             true,
@@ -49,7 +49,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(make: Make, seed: int) -> None:
 
 
 @every_head
-def test_prediction(make: Make, seed: int) -> None:
+def test_predictions_are_those_of_the_logits(make: Make, seed: int) -> None:
     head, (x, _) = make(), batch()
     logits, slots = head(x, return_slots=True)
     bias = torch.randn(K)
@@ -64,7 +64,7 @@ def test_prediction(make: Make, seed: int) -> None:
 
 
 @every_head
-def test_a_frozen_head_gives_the_same_bits(make: Make, device: str, seed: int) -> None:
+def test_a_frozen_head_has_the_bits_of_the_head(make: Make, device: str, seed: int) -> None:
     head, (x, _) = make(), batch()
     with torch.no_grad():
         if head.centers.dim() == 2 and getattr(head, "num_displacements", 0):
@@ -95,12 +95,12 @@ def test_a_frozen_head_notices_changes(device: str, seed: int) -> None:
         other.displacements *= 2
     assert torch.equal(head(x), other(x))
     assert torch.equal(head.double()(x), other.double()(x))
-    if device == "cpu":  # GPUs keep none
+    if device == "cpu":  # on GPUs no norms are kept
         assert head._norms is not None
         assert head._norms.dtype == torch.float64
 
 
-def test_gradients_through_a_frozen_head(seed: int) -> None:
+def test_a_frozen_head_passes_the_gradient_of_its_input(seed: int) -> None:
     head, (x, _) = ConstellationClassifier(D, K, 3), batch()
     x.requires_grad_()
     (expected,) = torch.autograd.grad(head(x).square().sum(), x)
@@ -111,7 +111,7 @@ def test_gradients_through_a_frozen_head(seed: int) -> None:
     assert all(p.requires_grad for p in head.parameters())
 
 
-def test_subcenters_of_one_are_cosines(seed: int) -> None:
+def test_one_subcenter_is_a_cosine_classifier(seed: int) -> None:
     head, plain = SubcenterClassifier(D, K, 1), ConstellationClassifier(D, K, 0)
     with torch.no_grad():
         plain.centers.copy_(head.centers[:, 0])
@@ -123,7 +123,7 @@ def test_subcenters_of_one_are_cosines(seed: int) -> None:
             SubcenterClassifier(D, K, **bad)
 
 
-def test_int32_targets_in_the_two_streams(seed: int) -> None:
+def test_int32_targets_give_the_losses_of_int64(seed: int) -> None:
     head, (x, y) = GistClassifier(D, K, 3), batch()
     for ours, expected in zip(head.losses(x, y.int(), x, y.int()), head.losses(x, y, x, y), strict=True):
         assert torch.equal(ours, expected)

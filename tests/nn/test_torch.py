@@ -1,4 +1,4 @@
-"""The modules within PyTorch: export, compile, copies, state dicts, casts, autocast, optimisers."""
+"""Tests of the heads within PyTorch: export, compile, copies, state dicts, casts, autocast, optimizers, DDP."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .samples import KINDS, B, D, K, M
 
 
 def make(kind: type[Any], m: int = M, **arguments: Any) -> Any:
-    """A head whose displacements are long enough that every slot wins somewhere."""
+    """Create a head whose displacements are so long that every slot wins for some pair."""
     head = kind(D, K, m, displacement_scale=0.9, **arguments)
     nn.init.uniform_(head.raw_tau, 8, 20)
     return head
@@ -28,7 +28,7 @@ def make(kind: type[Any], m: int = M, **arguments: Any) -> Any:
 
 @pytest.fixture
 def fused_backend() -> None:
-    """The reference backend, which would serve instead, cannot do these."""
+    """Fail if the reference backend is chosen, which does not support these tests."""
     assert backends.choose(torch.get_default_device().type, None) != "reference"
 
 
@@ -38,7 +38,7 @@ def streams() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("m", [0, M])
-def test_export_gives_the_inference_head_alone(m: int, dtype: torch.dtype, seed: int) -> None:
+def test_export_returns_the_inference_head_alone(m: int, dtype: torch.dtype, seed: int) -> None:
     head = make(GistClassifier, m, dtype=dtype, backend="reference").train()
     state = torch.get_rng_state()
     exported = head.export()
@@ -50,7 +50,7 @@ def test_export_gives_the_inference_head_alone(m: int, dtype: torch.dtype, seed:
     expected = head(x)
     with torch.no_grad():
         for parameter in head.parameters():
-            parameter.add_(1)  # the copy does not follow
+            parameter.add_(1)  # does not change the copy
     assert torch.equal(exported(x), expected)
     fresh = ConstellationClassifier(D, K, m, dtype=dtype)
     fresh.load_state_dict(exported.state_dict())
@@ -98,7 +98,7 @@ def test_compiled_losses_without_graph_breaks_in_both_stages(seed: int) -> None:
         ours, expected = compiled(*arguments), head.losses(*arguments)
         torch.testing.assert_close(ours, expected)
         for loss, same in zip(ours, expected, strict=True):
-            # Compiled, both losses are one graph, which gives zeros where plain autograd gives None.
+            # The compiled losses are one graph, which returns zeros if eager autograd returns None.
             parameters = [p for p in head.parameters() if p.requires_grad]
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
             wanted = torch.autograd.grad(same, parameters, allow_unused=True)
@@ -112,7 +112,7 @@ def test_compiled_losses_without_graph_breaks_in_both_stages(seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_copies(kind: type[Any], seed: int) -> None:
+def test_copies_are_independent(kind: type[Any], seed: int) -> None:
     head, x = make(kind), torch.randn(B, D)
     for twin in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
         assert torch.equal(twin(x), head(x))
@@ -139,13 +139,13 @@ def test_state_dict_of_the_second_stage(kind: type[Any], seed: int) -> None:
     late.add_displacements(3)
     late.load_state_dict(state)
     assert torch.equal(late(x), head(x))
-    materialised = kind(D, K, 3, device="meta").to_empty(device=torch.get_default_device())
-    materialised.load_state_dict(state, assign=True)
-    assert torch.equal(materialised(x), head(x))
+    materialized = kind(D, K, 3, device="meta").to_empty(device=torch.get_default_device())
+    materialized.load_state_dict(state, assign=True)
+    assert torch.equal(materialized(x), head(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_module_in_half_precision(dtype: torch.dtype, seed: int) -> None:
+def test_a_half_precision_module_accumulates_in_float32(dtype: torch.dtype, seed: int) -> None:
     head = make(GistClassifier).to(dtype)
     exact = copy.deepcopy(head).double()
     xb, yb, xr, yr = streams()
@@ -161,8 +161,8 @@ def test_module_in_half_precision(dtype: torch.dtype, seed: int) -> None:
     assert all(p.grad is not None and p.grad.dtype == dtype and p.grad.any() for p in head.parameters())
 
 
-def test_autocast(device: str, seed: int) -> None:
-    """Features as a backbone gives them under autocast, with a head in float32; a GPU multiplies in bfloat16."""
+def test_features_of_autocast_are_accepted(device: str, seed: int) -> None:
+    """Under autocast a backbone returns bfloat16 features. The head is in float32; on a GPU its matmul is in bfloat16."""
     head = make(GistClassifier)
     backbone = nn.Linear(D, D)
     xb, yb, xr, yr = streams()
@@ -186,7 +186,7 @@ def test_autocast(device: str, seed: int) -> None:
 
 
 @pytest.mark.usefixtures("fused_backend")
-def test_meta_device() -> None:
+def test_a_meta_module_has_meta_losses() -> None:
     head = GistClassifier(D, K, device="meta")
     assert {p.device.type for p in head.parameters()} == {"meta"}
     losses = head.losses(*(x.to("meta") for x in streams()))
@@ -194,7 +194,7 @@ def test_meta_device() -> None:
 
 
 def test_two_stages_of_training(seed: int) -> None:
-    """Twenty steps a stage with a fresh optimiser: the stage's parameters move, and both losses fall."""
+    """In twenty steps per stage with a new optimizer all parameters change and both losses fall."""
     prototypes = torch.randn(K, D)
     balanced, random = torch.randint(K, (200,)), torch.randint(K, (200,))
     data = [
@@ -222,7 +222,7 @@ def test_two_stages_of_training(seed: int) -> None:
 
 
 class Trained(nn.Module):
-    """A backbone and the head, with the losses in `forward`, as DDP wants them."""
+    """A backbone and the head. `forward` returns the losses, because DDP synchronizes calls to `forward` alone."""
 
     def __init__(self, m: int) -> None:
         super().__init__()
@@ -234,12 +234,14 @@ class Trained(nn.Module):
 
 
 def each_half(rank: int, m: int, seed: int) -> None:
-    """Half of each batch in each of two processes; three steps, as DDP raises in the second if a parameter is left out."""
+    """Train on half of each batch. Three steps, because DDP raises in the second if a parameter is unused."""
     torch.manual_seed(seed)
     model = Trained(m)
     alone, wrapped = copy.deepcopy(model), nn.parallel.DistributedDataParallel(model)
     for _ in range(3):
-        arguments = [t[: len(t) // 2 * 2] for t in streams()]  # equal halves, as DDP takes the mean of both
+        arguments = [
+            t[: len(t) // 2 * 2] for t in streams()
+        ]  # equal halves, because DDP averages the gradients
         own = [t.tensor_split(2)[rank] for t in arguments]
         for module, data in ((alone, arguments), (wrapped, own)):
             balanced, random = module(*data)
@@ -259,5 +261,5 @@ def each_half(rank: int, m: int, seed: int) -> None:
 @pytest.mark.cpu
 @pytest.mark.parametrize("m", [0, M])
 def test_distributed_data_parallel(m: int, seed: int, tmp_path: Path) -> None:
-    """The gradients of two processes are those of one with both halves."""
+    """The gradients of two processes are those of one process with both halves."""
     in_group(each_half, 2, tmp_path, m, seed)

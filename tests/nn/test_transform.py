@@ -1,4 +1,4 @@
-"""Heads whose displacements rotate centres, or go through a network."""
+"""Tests of heads whose displacements rotate the centers or enter an MLP."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ TRANSFORMS = {"rotation": ["axis"], "mlp": ["mlp_in", "mlp_out"]}
 
 
 def by_definition(head: ConstellationClassifier, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute logits and slots in float64 by the reference."""
     w, delta, tau = head.centers.double(), head.displacements.double(), head.tau.double()
     if head.transform == "rotation":
         return reference.rotated_logits(x.double(), w, delta, head.axis.double(), tau)
@@ -28,7 +29,7 @@ def by_definition(head: ConstellationClassifier, x: Tensor) -> tuple[Tensor, Ten
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", [None, "reference"])
-def test_all_that_a_head_says(
+def test_every_result_is_that_of_the_definition(
     transform: Any, kind: type[ConstellationClassifier], backend: str | None, seed: int
 ) -> None:
     head = spread(kind(D, K, transform=transform, backend=backend))
@@ -37,7 +38,7 @@ def test_all_that_a_head_says(
     logits, won = head(x, return_slots=True)
     torch.testing.assert_close(logits.double(), expected, atol=1e-4, rtol=1e-5)
     assert (won == slots).float().mean() > 0.999
-    assert len(won.unique()) == 5, "a slot wins nowhere: the test tests little"
+    assert len(won.unique()) == 5, "a slot wins nowhere, so that the test is weak"
     torch.testing.assert_close(head.loss(x, y).double(), F.cross_entropy(expected, y), atol=1e-4, rtol=1e-5)
     assert (head.predict(x) == expected.argmax(1)).all()
     best = head.predict_topk(x, 3)
@@ -69,7 +70,7 @@ def test_each_loss_trains_its_own_parameters_and_no_other(transform: Any, seed: 
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_the_second_stage_brings_the_parameters(transform: Any, seed: int) -> None:
+def test_the_second_stage_adds_the_parameters_of_the_transform(transform: Any, seed: int) -> None:
     head = GistClassifier(D, K, 0, transform=transform)
     before = {name: p.detach().clone() for name, p in head.named_parameters()}
     assert not set(before) & set(TRANSFORMS[transform])
@@ -103,13 +104,13 @@ def test_export_keeps_the_transform(transform: Any, seed: int) -> None:
     assert not any(p is q for p in exported.parameters() for q in head.parameters())
 
 
-def test_an_mlp_starts_near_the_centres(seed: int) -> None:
-    """displacement_scale is how far it moves them, whatever the centres' norm."""
+def test_an_mlp_starts_at_displacement_scale(seed: int) -> None:
+    """An MLP moves a center by about displacement_scale times its norm."""
     head = ConstellationClassifier(256, 300, 4, transform="mlp", displacement_scale=0.2, hidden_features=64)
     with torch.no_grad():
         w, delta = head.centers, head.displacements
-        both = torch.cat([F.normalize(w, dim=1)[:, None].expand(-1, 4, -1), delta.expand(300, -1, -1)], 2)
-        moved = ((both @ head.mlp_in.T).relu() @ head.mlp_out.T).norm(dim=2) / w.norm(dim=1, keepdim=True)
+        inputs = torch.cat([F.normalize(w, dim=1)[:, None].expand(-1, 4, -1), delta.expand(300, -1, -1)], 2)
+        moved = ((inputs @ head.mlp_in.T).relu() @ head.mlp_out.T).norm(dim=2) / w.norm(dim=1, keepdim=True)
         assert 0.1 < moved.mean() < 0.4
         assert (moved > 0).all()
     assert head.mlp_in.shape == (64, 512)
@@ -118,7 +119,7 @@ def test_an_mlp_starts_near_the_centres(seed: int) -> None:
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_training_brings_the_loss_down(transform: Any, seed: int) -> None:
+def test_training_lowers_the_loss(transform: Any, seed: int) -> None:
     head = GistClassifier(D, 12, 3, transform=transform)
     means = 2 * torch.randn(12, D)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.05, momentum=0.9)
@@ -134,7 +135,7 @@ def test_training_brings_the_loss_down(transform: Any, seed: int) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_bad_arguments() -> None:
+def test_bad_arguments_raise() -> None:
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         (
             {"transform": "shift"},

@@ -1,4 +1,4 @@
-"""Slot usage, its warnings, and what is said of bad arguments."""
+"""Tests of slot usage, of its warnings, and of the errors of the heads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .samples import KINDS, B, D, K, M, batch, spread
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_slot_usage(kind: type[ConstellationClassifier], seed: int) -> None:
+def test_slot_usage_counts_the_slots_of_the_own_class(kind: type[ConstellationClassifier], seed: int) -> None:
     head = spread(kind(D, K))
     x, y = batch(size=700)
     cosine = torch.einsum(
@@ -43,7 +43,7 @@ def test_slot_usage(kind: type[ConstellationClassifier], seed: int) -> None:
     assert logits.shape == (577, K)
 
 
-def test_warns_once_of_zero_displacements(seed: int) -> None:
+def test_zero_displacements_warn_once(seed: int) -> None:
     (xb, yb), (xr, yr) = batch(), batch()
     head = GistClassifier(D, K)
     nn.init.zeros_(head.displacements)
@@ -62,35 +62,35 @@ def test_warns_once_of_zero_displacements(seed: int) -> None:
         plain.slot_usage(*batch(size=600))
 
 
-def test_warns_once_of_unused_displacements(seed: int) -> None:
+def test_unused_displacements_warn_once(seed: int) -> None:
     x, y = batch(size=600)
     away = GistClassifier(D, K)
-    with torch.no_grad():  # every displacement points away from every feature
+    with torch.no_grad():  # every displacement has a negative product with every feature
         x = x.abs()
         away.displacements.copy_(-away.displacements.abs() - 0.2)
     with pytest.warns(
-        RuntimeWarning, match=r"slot 0, the bare centre, won all of 600 samples\. Start .*=0\.$"
+        RuntimeWarning, match=r"slot 0, the bare center, won all of 600 samples\. Start .*=0\.$"
     ):
         assert away.slot_usage(x, y).tolist() == [1, 0, 0, 0, 0]
-    some = ConstellationClassifier(D, K)
+    partly = ConstellationClassifier(D, K)
     with torch.no_grad():
-        some.displacements[[0, 2]] = away.displacements[[0, 2]]
-        some.displacements[1] = torch.arange(D) % 2  # for features that are large at odd places
-        some.displacements[3] = 1 - some.displacements[1]
+        partly.displacements[[0, 2]] = away.displacements[[0, 2]]
+        partly.displacements[1] = torch.arange(D) % 2  # wins for features that are large at odd indices
+        partly.displacements[3] = 1 - partly.displacements[1]
     with pytest.warns(RuntimeWarning, match=r"slots 1, 3 won none of 600 samples\. .*=2\.$"):
-        some.slot_usage(x, y)
+        partly.slot_usage(x, y)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         away.slot_usage(x, y)
-        some.slot_usage(x, y)
+        partly.slot_usage(x, y)
         few = GistClassifier(D, K)
         few.load_state_dict(away.state_dict())
-        few.slot_usage(x[:499], y[:499])  # too few to tell
+        few.slot_usage(x[:499], y[:499])  # fewer than 100 samples per slot
         spread(GistClassifier(D, K)).slot_usage(*batch(size=3000))
         GistClassifier(D, K, 0).slot_usage(*batch(size=3000))
         ahead = ConstellationClassifier(D, K, 1)
         ahead.displacements.data = ahead.displacements.data.abs() + 0.2
-        assert ahead.slot_usage(x, y).tolist() == [0, 1]  # no loss: slot 0 has no parameters
+        assert ahead.slot_usage(x, y).tolist() == [0, 1]  # slot 0 has no parameters
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -113,14 +113,14 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("bad", "error", "words"), BAD, ids=[str(b[0]) for b in BAD])
-def test_bad_arguments(
+def test_bad_arguments_raise(
     kind: type[nn.Module], bad: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=f"^{words}$"):
         kind(**{"in_features": D, "num_classes": K, **bad})
 
 
-def test_bad_calls(seed: int) -> None:
+def test_bad_calls_raise(seed: int) -> None:
     head = GistClassifier(D, K, 0)
     (x, y), (xr, yr) = batch(), batch()
     cases: list[tuple[Any, type[Exception], str]] = [
