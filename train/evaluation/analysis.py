@@ -24,7 +24,7 @@ LISTED_CLASSES = 100  # if more classes are few-shot, those with the highest sin
 
 @torch.no_grad()
 def analyze(model: Model, data: Dataset, rule: str, seed: int) -> dict[str, Any]:
-    """Return the analyses of the head's own predictions as plain values. The model is left in training mode."""
+    """Analyze the head's own predictions; return plain values. The model is left in training mode."""
     device = next(model.parameters()).device
     model.eval()
     confidences, predictions, common = [], [], []
