@@ -98,9 +98,9 @@ SETTINGS: dict[str, Setting] = {
     "pool logits": _forced("max_over_slots"),
     "pool": _forced("lse"),
     "softmax": _forced("route_loss_grad"),
-    "softmax few": _forced("route_loss_grad_few"),
+    "softmax few": _forced("route_loss_grad_unrolled"),
     "route": _forced("route_logits_grad"),
-    "triton few": _attribute("backends.triton.configs", "FEW"),
+    "triton few": _attribute("backends.triton.configs", "MAX_UNROLLED_SLOTS"),
     "dW step": _attribute("backends.triton.configs", "STEP_ELEMENTS"),
     "loss programs": _attribute("backends.triton.configs", "LOSS_PROGRAMS"),
 }

@@ -95,12 +95,11 @@ class Case:
         sizes = [
             f"{k.removeprefix('BLOCK_')} {v}" for k, v in self.constants.items() if k.startswith("BLOCK_")
         ]
-        slots = [f"slots {self.constants['SLOTS']}"] if "SLOTS" in self.constants else []
-        slots += [k.lower() for k in ("PARK", "SUMS") if self.constants.get(k)]
+        sizes += [k.lower() for k in ("STASH", "SUMS") if self.constants.get(k)]
         needs = [
             k.removeprefix("NEED_").lower() for k, v in self.constants.items() if k.startswith("NEED_") and v
         ]
-        return ", ".join([*sizes, *slots, *(["+".join(needs)] if needs else [])])
+        return ", ".join([*sizes, *(["+".join(needs)] if needs else [])])
 
     @property
     def id(self) -> str:
@@ -183,7 +182,7 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     precision = "tf32" if kind == "tf32" else "ieee"
     products = {"ACC": acc, "PRECISION": precision, "WIDEN": False}
     corrections = {
-        "HALVES": dtype == "bf16",
+        "SPLIT_BF16": dtype == "bf16",
         "CORRECTION_PRECISION": "tf32x3" if kind in ("half", "tf32") and target.startswith("sm") else "ieee",
     }
     table = TABLES[target], kind
@@ -192,7 +191,7 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     for config in configs.CENTERS[table]:
         for needs in ((True, True), (True, False), (False, True)):
             made = configs.CENTERS_PRODUCTS[kind] == "cublas" and needs[0]
-            switches = {"NEED_CENTERS": needs[0], "NEED_DISPLACEMENTS": needs[1], "MADE": made}
+            switches = {"NEED_CENTERS": needs[0], "NEED_DISPLACEMENTS": needs[1], "PRECOMPUTED": made}
             yield _large(grad_centers_kernel, dtype, target, config, products | corrections | switches)
     sizes = SMALL[kind]
     small: list[tuple[Any, dict[str, Any]]] = [
@@ -204,20 +203,20 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     counts = (5, 0)
     for count in counts:
         *tiles, warps = sizes.max_over_slots
-        constants = _tiles("CB", tuple(tiles)) | {"ACC": acc, "COUNT": count}
+        constants = _tiles("CB", tuple(tiles)) | {"ACC": acc, "UNROLLED_SLOTS": count}
         yield Case(max_over_slots_kernel, dtype, target, constants, warps)
     elements, warps = sizes.whole_norm
     for dims in (64, elements // 2, elements):
         constants = {
             "BLOCK_R": min(elements // dims, 64),
             "BLOCK_D": dims,
-            "COUNT": 5,
+            "UNROLLED_SLOTS": 5,
             "ACC": acc,
             "WIDEN": False,
         }
         yield Case(whole_norm_kernel, dtype, target, constants, warps)
     for slots in (16, 1):
-        constants = {"SLOTS": slots, "ACC": acc, "NORM_PRECISION": precise, "WIDEN": False}
+        constants = {"BLOCK_S": slots, "ACC": acc, "NORM_PRECISION": precise, "WIDEN": False}
         yield Case(every_norm_kernel, dtype, target, _tiles("RD", sizes.every_norm) | constants)
     for whole in (True, False):
         constants = _tiles("CD", sizes.grad_input_epilogue) | {"BLOCK_G": 256, "WHOLE": whole, "ACC": acc}
@@ -228,11 +227,11 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
             constants,
             8 if sizes.grad_input_epilogue[1] > 1024 else 4,
         )
-    every_option = {"HAS_BIAS": True, "HAS_WEIGHT": True, "SUMS": True, "PARK": True}
+    every_option = {"HAS_BIAS": True, "HAS_WEIGHT": True, "SUMS": True, "STASH": True}
     no_option = dict.fromkeys(every_option, False)
-    for options in (every_option, no_option | {"PARK": True}, no_option):
+    for options in (every_option, no_option | {"STASH": True}, no_option):
         for count in counts:
-            constants = _tiles("CB", sizes.lse[:2]) | {"ACC": acc, "COUNT": count} | options
+            constants = _tiles("CB", sizes.lse[:2]) | {"ACC": acc, "UNROLLED_SLOTS": count} | options
             yield Case(lse_kernel, dtype, target, constants, sizes.lse[2])
     rescore_tiles = (min(sizes.rescore[0], sizes.lse[0]), *sizes.rescore[1:])
     yield Case(
@@ -255,7 +254,11 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
         (sizes.route_logits_grad_many[:2], 256, sizes.route_logits_grad_many[2]),
     ):
         count = 5 if slots == 8 else 0
-        constants = _tiles("BC", tiles) | {"SLOTS": slots, "COUNT": count, "LARGEST": largest} | needs_all
+        constants = (
+            _tiles("BC", tiles)
+            | {"BLOCK_S": slots, "UNROLLED_SLOTS": count, "MAX_WEIGHT": largest}
+            | needs_all
+        )
         yield Case(route_logits_grad_kernel, dtype, target, constants, warps)
     usual = {"MEAN": True, "HAS_LOSS": True, "SMOOTHING": 0.0}
     rare = [*(f"HAS_{what}" for what in ("LSE", "BIAS", "WEIGHT", "MARGIN")), "NEED_BIAS", "NEED_MARGIN"]
@@ -265,9 +268,13 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
             usual | dict.fromkeys(rare, True) | {"SMOOTHING": 0.1},
         ):
             tiles = sizes.route_loss_grad if slots < 64 else sizes.route_loss_grad_many
-            counted = {"COUNT": 5 if slots == 8 and sizes.route_loss_grad_few else 0}
+            counted = {"UNROLLED_SLOTS": 5 if slots == 8 and sizes.route_loss_grad_unrolled else 0}
             constants = (
-                _tiles("CB", tiles[:2]) | {"SLOTS": slots, "LARGEST": largest} | counted | needs_all | mode
+                _tiles("CB", tiles[:2])
+                | {"BLOCK_S": slots, "MAX_WEIGHT": largest}
+                | counted
+                | needs_all
+                | mode
             )
             yield Case(route_loss_grad_kernel, dtype, target, constants, tiles[2])
     for kernel, constants in small:

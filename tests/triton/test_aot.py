@@ -67,7 +67,7 @@ def test_the_others_fit(case: aot.Case) -> None:
     check(case)
 
 
-ONES = {(c.name, c.constants.get("SLOTS")): c for c in EVERY if (c.dtype, c.target) == ("bf16", "sm_90")}
+ONES = {(c.name, c.constants.get("BLOCK_S")): c for c in EVERY if (c.dtype, c.target) == ("bf16", "sm_90")}
 
 
 @pytest.mark.parametrize("case", ONES.values(), ids=lambda case: case.id)

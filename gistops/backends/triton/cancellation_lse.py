@@ -41,7 +41,7 @@ def rescore_cancelled_lse_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
-    PARK: tl.constexpr,
+    STASH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     SUMS: tl.constexpr,
@@ -76,7 +76,7 @@ def rescore_cancelled_lse_kernel(
                 )  # fmt: skip
                 z = best * scale[None, :]
                 valid = row_valid[None, :] & class_valid[:, None]
-                if PARK:
+                if STASH:
                     offsets = classes.to(tl.int64)[:, None] * stride + rows[None, :]
                     tl.store(scores + offsets, z, mask=valid)
                     tl.store(slots + offsets, slot.to(tl.uint8), mask=valid)

@@ -133,7 +133,7 @@ class Small:
     lse: tuple[int, int, int]  # classes, rows, warps
     route_loss_grad: tuple[int, int, int]  # likewise
     #: Whether route_loss_grad_kernel writes loops over few slots out, and sums by slot in registers.
-    route_loss_grad_few: bool
+    route_loss_grad_unrolled: bool
     route_loss_grad_many: tuple[int, int, int]  # the same where M > 32
     grad_input_epilogue: tuple[
         int, int
@@ -150,7 +150,7 @@ _HALF = Small(
     route_logits_grad_many=(16, 64, 4),
     lse=(16, 64, 4),
     route_loss_grad=(16, 32, 4),
-    route_loss_grad_few=True,  # on an H100 a loss's step takes 0.77 to 0.89 of what it takes without
+    route_loss_grad_unrolled=True,  # on an H100 a loss's step takes 0.77 to 0.89 of what it takes without
     route_loss_grad_many=(16, 16, 4),
     grad_input_epilogue=(64, 2048),
     grad_displacements_epilogue=(64, 32),
@@ -159,7 +159,7 @@ _SINGLE = replace(_HALF, every_norm=(32, 64), whole_norm=(2048, 1))
 _DOUBLE = replace(
     _HALF,
     lse=(16, 32, 4),
-    route_loss_grad_few=False,
+    route_loss_grad_unrolled=False,
     route_logits_grad_many=(16, 32, 4),
     every_norm=(16, 32),
     whole_norm=(1024, 1),
@@ -181,12 +181,12 @@ LOSS_PROGRAMS = 528
 
 
 #: Displacements at most, the zero one included, for which loops over slots are written out.
-FEW = 8
+MAX_UNROLLED_SLOTS = 8
 
 
-def few(M: int) -> int:
-    """COUNT of the kernels that write loops over slots out."""
-    return M if M <= FEW else 0
+def unrolled_slots(M: int) -> int:
+    """UNROLLED_SLOTS of the kernels that write loops over slots out."""
+    return M if M <= MAX_UNROLLED_SLOTS else 0
 
 
 def grouped(classes: int, rows: int, tile: tuple[int, ...]) -> tuple[int, int]:
@@ -246,7 +246,7 @@ class Forced(NamedTuple):
     lse: tuple[int, int, int] | None = None
     max_over_slots: tuple[int, int, int] | None = None
     route_loss_grad: tuple[int, int, int] | None = None
-    route_loss_grad_few: bool | None = None
+    route_loss_grad_unrolled: bool | None = None
     route_logits_grad: tuple[int, int, int] | None = None
 
 
@@ -256,7 +256,7 @@ SMALL_FORCED = (
     "lse",
     "max_over_slots",
     "route_loss_grad",
-    "route_loss_grad_few",
+    "route_loss_grad_unrolled",
     "route_logits_grad",
 )
 _forced = Forced()

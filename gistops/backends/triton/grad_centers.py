@@ -23,12 +23,14 @@ def rates(rnorm, moment):
 
 
 @triton.jit
-def add_weighted(result, weights, vectors, HALVES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+def add_weighted(
+    result, weights, vectors, SPLIT_BF16: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr
+):
     """result + weights vectors, to the bits of float32 or nearly so. `vectors` are as they were loaded.
 
-    HALVES: the weights are split into two bfloat16, of 8 bits each, and vectors in bfloat16 are exact.
+    SPLIT_BF16: the weights are split into two bfloat16, of 8 bits each, and vectors in bfloat16 are exact.
     """
-    if HALVES:
+    if SPLIT_BF16:
         high = weights.to(tl.bfloat16)
         low = (weights - high.to(tl.float32)).to(tl.bfloat16)
         result = tl.dot(high, vectors, result, out_dtype=ACC)
@@ -38,10 +40,12 @@ def add_weighted(result, weights, vectors, HALVES: tl.constexpr, ACC: tl.constex
 
 
 @triton.jit
-def weighted(w, t, BLOCK_D: tl.constexpr, HALVES: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+def weighted(
+    w, t, BLOCK_D: tl.constexpr, SPLIT_BF16: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr
+):
     """w' t [dimensions, slots], as precise as `add_weighted`. The long side first: matrix instructions take 64 rows."""
     part = tl.zeros((BLOCK_D, 16), ACC)
-    if HALVES:
+    if SPLIT_BF16:
         high = t.to(tl.bfloat16)
         low = (t - high.to(tl.float32)).to(tl.bfloat16)
         part = tl.dot(tl.trans(w), high, part, out_dtype=ACC)
@@ -125,7 +129,7 @@ def grad_centers_kernel(
     moments,  # U [M, K]
     input_rnorms,  # [B]
     tau,  # one element
-    products,  # with MADE H'f of the classes from `first` on: grad_centers, or memory of a wider dtype
+    products,  # with PRECOMPUTED H'f of the classes from `first` on: grad_centers, or memory of a wider dtype
     grad_centers,  # [K, d]
     parts,  # [class tiles, m, d]: of the gradient of the displacements
     first,  # class of the launch, a multiple of BLOCK_C
@@ -141,8 +145,8 @@ def grad_centers_kernel(
     BLOCK_B: tl.constexpr,
     NEED_CENTERS: tl.constexpr,
     NEED_DISPLACEMENTS: tl.constexpr,
-    MADE: tl.constexpr,  # H'f is there already
-    HALVES: tl.constexpr,  # how the corrections are multiplied: add_weighted
+    PRECOMPUTED: tl.constexpr,  # H'f is there already
+    SPLIT_BF16: tl.constexpr,  # how the corrections are multiplied: add_weighted
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     CORRECTION_PRECISION: tl.constexpr,
@@ -157,7 +161,7 @@ def grad_centers_kernel(
     inside = dims < d
     result = tl.zeros((BLOCK_C, BLOCK_D), ACC)
 
-    if NEED_CENTERS and not MADE:
+    if NEED_CENTERS and not PRECOMPUTED:
         rows = tl.arange(0, BLOCK_B)
         h_tile = weights + classes.to(tl.int64)[:, None] * stride + rows[None, :]
         f_tile = input + rows.to(tl.int64)[:, None] * d + dims[None, :]
@@ -175,7 +179,7 @@ def grad_centers_kernel(
 
     valid = class_valid[:, None] & inside[None, :]
     elements = classes.to(tl.int64)[:, None] * d + dims[None, :]
-    if NEED_CENTERS and MADE:
+    if NEED_CENTERS and PRECOMPUTED:
         result = tl.load(products - tl.cast(first, tl.int64) * d + elements, mask=valid, other=0.0).to(ACC)
     w = tl.load(centers + elements, mask=valid, other=0.0)
     if WIDEN:
@@ -199,9 +203,9 @@ def grad_centers_kernel(
         if WIDEN:
             delta = delta.to(ACC)
         if NEED_CENTERS:
-            result = add_weighted(result, -t, delta, HALVES, ACC, CORRECTION_PRECISION)
+            result = add_weighted(result, -t, delta, SPLIT_BF16, ACC, CORRECTION_PRECISION)
         if NEED_DISPLACEMENTS:
-            part = tl.trans(weighted(w, t, BLOCK_D, HALVES, ACC, CORRECTION_PRECISION))
+            part = tl.trans(weighted(w, t, BLOCK_D, SPLIT_BF16, ACC, CORRECTION_PRECISION))
             part += tl.sum(t, 0)[:, None] * delta.to(ACC)
             target = parts + (class_tile.to(tl.int64) * (M - 1) + candidates - 1)[:, None] * d + dims[None, :]
             tl.store(target, -part, mask=known)

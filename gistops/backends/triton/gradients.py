@@ -68,8 +68,8 @@ def centers_gradient(p: LaunchArgs, saved: Saved, routed: Routed, needs: Needs) 
                 routed.weights, p.input, p.centers, p.displacements, saved.grad, saved.slots, saved.center_rnorms,
                 routed.moments, saved.input_rnorms, p.tau, products, out, parts, first,
                 B, K, d, routed.weights.shape[1], M, *saved.strides,
-                NEED_CENTERS=needs.centers, NEED_DISPLACEMENTS=need_parts, MADE=made,
-                **p.constants("HALVES", "ACC", "PRECISION", "CORRECTION_PRECISION", "WIDEN"), **config.arguments(),
+                NEED_CENTERS=needs.centers, NEED_DISPLACEMENTS=need_parts, PRECOMPUTED=made,
+                **p.constants("SPLIT_BF16", "ACC", "PRECISION", "CORRECTION_PRECISION", "WIDEN"), **config.arguments(),
             )  # fmt: skip
         return parts
 

@@ -78,7 +78,7 @@ def _constants(
         # Norms are as precise as float32 whatever the setting: three products of parts where there is tf32.
         "NORM_PRECISION": "tf32x3" if nvidia and kind == "tf32" else "ieee",
         # So are the corrections of ∂w. Halves of bfloat16 are exact enough; float16 has too few exponents for them.
-        "HALVES": dtype == torch.bfloat16 and not configs.INTERPRETED,
+        "SPLIT_BF16": dtype == torch.bfloat16 and not configs.INTERPRETED,
         "CORRECTION_PRECISION": "tf32x3" if nvidia and kind in ("half", "tf32") else "ieee",
         "WIDEN": configs.INTERPRETED,
     }

@@ -140,14 +140,14 @@ def _score(
     multiply(p.centers, p.input.t(), scores[:, :B])
     sums = a.label_smoothing > 0
     options: dict[str, Any] = {
-        "PARK": slots is not None, "HAS_BIAS": a.class_bias is not None,
+        "STASH": slots is not None, "HAS_BIAS": a.class_bias is not None,
         "HAS_WEIGHT": a.weight is not None and sums, "SUMS": sums, **p.constants("ACC"),
     }  # fmt: skip
     bias, weight = (None if x is None else x[part] for x in (a.class_bias, a.weight))
     lse_kernel[(c.groups * tiles_of(B, c.tile[1]),)](
         scores, slots, rnorms, shifts, input_rnorms, p.tau, a.target, bias, weight, target_logits, partials,
         class_sums, B, K, scores.shape[1], M, c.run, c.first, c.first_group, groups, a.ignore_index,
-        BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], COUNT=configs.few(M), num_warps=c.tile[2], **options,
+        BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], UNROLLED_SLOTS=configs.unrolled_slots(M), num_warps=c.tile[2], **options,
     )  # fmt: skip
     if M > 1:
         classes, rows, dims = p.small.rescore
@@ -256,9 +256,9 @@ def _route(c: Chunk, saved: Saved, needs: Needs, routing: dict[str, Any]) -> Rou
     route_loss_grad_kernel[(splits * c.groups,)](
         saved.grad, saved.logits, saved.slots, saved.center_rnorms, saved.input_rnorms, c.p.tau, *parts,
         B=B, K=K, stride=saved.logits.shape[1], M=M, run=c.run, first=c.first,
-        BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], SLOTS=power_of_two(M),
-        COUNT=configs.few(M) if c.p.small.route_loss_grad_few else 0, num_warps=c.tile[2],
-        LARGEST=65504.0 if c.p.dtype == torch.float16 else 0.0, **parts.switches(), **routing,
+        BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], BLOCK_S=power_of_two(M),
+        UNROLLED_SLOTS=configs.unrolled_slots(M) if c.p.small.route_loss_grad_unrolled else 0, num_warps=c.tile[2],
+        MAX_WEIGHT=65504.0 if c.p.dtype == torch.float16 else 0.0, **parts.switches(), **routing,
     )  # fmt: skip
     return reduce_partials(c.p, parts, c.run * c.tile[0], c.tile[1])
 

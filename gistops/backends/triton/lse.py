@@ -17,8 +17,8 @@ from .max_over_slots import max_over_slots
 
 @triton.jit
 def lse_kernel(
-    scores,  # P [K, stride]; with PARK replaced by z
-    slots,  # [K, stride]: written with PARK
+    scores,  # P [K, stride]; with STASH replaced by z
+    slots,  # [K, stride]: written with STASH
     center_rnorms,  # [M, K]
     shifts,  # [M, B]
     input_rnorms,  # [B]
@@ -40,9 +40,9 @@ def lse_kernel(
     ignore_index,
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    COUNT: tl.constexpr,  # see `max_over_slots`
+    UNROLLED_SLOTS: tl.constexpr,  # see `max_over_slots`
     ACC: tl.constexpr,
-    PARK: tl.constexpr,
+    STASH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     SUMS: tl.constexpr,  # of weight z, for label smoothing
@@ -77,11 +77,11 @@ def lse_kernel(
         more_inside = (classes + BLOCK_C < last)[:, None] & columns
         ahead = tl.load(scores + start + BLOCK_C * stride + offsets, mask=more_inside, other=0.0)
         best, slot = max_over_slots(
-            products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, COUNT
+            products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, UNROLLED_SLOTS
         )
         z = tl.where(valid, best * scale[None, :], tl.zeros_like(best))
         slot = tl.where(valid, slot, tl.zeros_like(slot))  # beyond the batch are products that nobody wrote
-        if PARK:
+        if STASH:
             tl.store(scores + start + offsets, z, mask=inside)
             # Four at a time, as scores are read: wider stores would send all slots through shared memory.
             narrow = tl.max_contiguous(offsets, (1, 4))

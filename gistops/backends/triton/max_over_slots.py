@@ -26,16 +26,26 @@ def _running_max(best, slot, j, products, classes, class_valid, rows, row_valid,
 
 @triton.jit
 def max_over_slots(
-    products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, COUNT: tl.constexpr
+    products,
+    classes,
+    class_valid,
+    rows,
+    row_valid,
+    center_rnorms,
+    shifts,
+    B,
+    K,
+    M,
+    UNROLLED_SLOTS: tl.constexpr,
 ):
     """max_j (P + Q_j) R_j and the lowest j that attains it, for a tile of [classes, features].
 
-    COUNT is M where that is small, so that nothing is left of the loop; otherwise 0.
+    UNROLLED_SLOTS is M where that is small, so that nothing is left of the loop; otherwise 0.
     """
     best = products * tl.load(center_rnorms + classes, mask=class_valid, other=0.0)[:, None]
     slot = tl.zeros(products.shape, tl.int32)
-    if COUNT > 0:
-        for j in tl.static_range(1, COUNT):
+    if UNROLLED_SLOTS > 0:
+        for j in tl.static_range(1, UNROLLED_SLOTS):
             best, slot = _running_max(
                 best, slot, j, products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K
             )
@@ -62,7 +72,7 @@ def max_over_slots_kernel(
     M,
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    COUNT: tl.constexpr,  # see `max_over_slots`
+    UNROLLED_SLOTS: tl.constexpr,  # see `max_over_slots`
     ACC: tl.constexpr,
 ):
     """A program: BLOCK_C classes, BLOCK_B features, read class by class and written feature by feature.
@@ -78,7 +88,7 @@ def max_over_slots_kernel(
     inside = class_valid[:, None] & (rows < stride)[None, :]
     products = tl.load(scores + place, mask=inside, other=0.0)
     best, slot = max_over_slots(
-        products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, COUNT
+        products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, UNROLLED_SLOTS
     )
     scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
     offsets = rows.to(tl.int64)[None, :] * K + classes[:, None]

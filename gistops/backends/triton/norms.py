@@ -23,7 +23,7 @@ def sums(
     d,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SLOTS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     ACC: tl.constexpr,
     NORM_PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -33,14 +33,14 @@ def sums(
     x_tile = vectors + rows.to(tl.int64)[:, None] * d + dims[None, :]
     delta_tile = displacements + (candidates[:, None] - 1) * d + dims[None, :]
     squares = tl.zeros((BLOCK_R, BLOCK_D), ACC)
-    crossed = tl.zeros((BLOCK_R, SLOTS), ACC)
-    lengths = tl.zeros((SLOTS, BLOCK_D), ACC)
+    crossed = tl.zeros((BLOCK_R, BLOCK_S), ACC)
+    lengths = tl.zeros((BLOCK_S, BLOCK_D), ACC)
     for start in range(0, d, BLOCK_D):
         inside = dims[None, :] < d - start
         x = tl.load(x_tile + start, mask=valid[:, None] & inside, other=0.0)
         if WIDEN:
             x = x.to(ACC)
-        if SLOTS > 1:
+        if BLOCK_S > 1:
             delta = tl.load(delta_tile + start, mask=candidate_valid[:, None] & inside, other=0.0)
             if WIDEN:
                 delta = delta.to(ACC)
@@ -66,21 +66,21 @@ def every_norm_kernel(
     M,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    SLOTS: tl.constexpr,  # 16, or 1 where m = 0
+    BLOCK_S: tl.constexpr,  # 16, or 1 where m = 0
     ACC: tl.constexpr,
     NORM_PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """A program: BLOCK_R features, or BLOCK_R classes, and SLOTS slots. Slot 0 is a displacement of zeros."""
+    """A program: BLOCK_R features, or BLOCK_R classes, and BLOCK_S slots. Slot 0 is a displacement of zeros."""
     row_tiles = (B + BLOCK_R - 1) // BLOCK_R
     tile = tl.program_id(0)
-    candidates = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
+    candidates = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     delta_valid = (candidates > 0) & (candidates < M)
     if tile < row_tiles:
         rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         squares, crossed, _ = sums(
             input, rows, rows < B, displacements, candidates, delta_valid, d,
-            BLOCK_R, BLOCK_D, SLOTS, ACC, NORM_PRECISION, WIDEN,
+            BLOCK_R, BLOCK_D, BLOCK_S, ACC, NORM_PRECISION, WIDEN,
         )  # fmt: skip
         target = shifts + candidates.to(tl.int64)[None, :] * B + rows[:, None]
         tl.store(target, crossed, mask=(rows < B)[:, None] & (candidates < M)[None, :])
@@ -90,7 +90,7 @@ def every_norm_kernel(
         classes = (tile - row_tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
         squares, crossed, lengths = sums(
             centers, classes, classes < K, displacements, candidates, delta_valid, d,
-            BLOCK_R, BLOCK_D, SLOTS, ACC, NORM_PRECISION, WIDEN,
+            BLOCK_R, BLOCK_D, BLOCK_S, ACC, NORM_PRECISION, WIDEN,
         )  # fmt: skip
         target = center_rnorms + candidates.to(tl.int64)[None, :] * K + classes[:, None]
         known = (candidates < M)[None, :] & (classes < K)[:, None]
@@ -120,7 +120,7 @@ def whole_norm_kernel(
     d,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,  # at least d
-    COUNT: tl.constexpr,  # M
+    UNROLLED_SLOTS: tl.constexpr,  # M
     ACC: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
@@ -142,7 +142,7 @@ def whole_norm_kernel(
         wide = f.to(ACC)
         tl.store(input_rnorms + rows, clamped_rnorm(tl.sum(wide * wide, 1)), mask=valid)
         tl.store(shifts + rows, tl.zeros((BLOCK_R,), ACC), mask=valid)
-        for j in tl.static_range(1, COUNT):
+        for j in tl.static_range(1, UNROLLED_SLOTS):
             delta = tl.load(displacements + (j - 1) * d + dims, mask=inside, other=0.0).to(ACC)
             tl.store(shifts + j * B + rows, tl.sum(f.to(ACC) * delta[None, :], 1), mask=valid)
     else:
@@ -155,7 +155,7 @@ def whole_norm_kernel(
         wide = w.to(ACC)
         square = tl.sum(wide * wide, 1)
         tl.store(center_rnorms + classes, clamped_rnorm(square), mask=valid)
-        for j in tl.static_range(1, COUNT):
+        for j in tl.static_range(1, UNROLLED_SLOTS):
             delta = tl.load(displacements + (j - 1) * d + dims, mask=inside, other=0.0).to(ACC)
             product = tl.sum(w.to(ACC) * delta[None, :], 1)
             rnorm = signed_rnorm(square, product, tl.sum(delta * delta, 0))

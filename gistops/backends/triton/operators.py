@@ -55,7 +55,7 @@ def around_product(
     classes, rows, warps = p.small.max_over_slots
     max_over_slots_kernel[(tiles(K, classes) * tiles(B, rows),)](
         scores, center_rnorms, shifts, input_rnorms, p.tau, logits, slots, B, K, stride, M,
-        BLOCK_C=classes, BLOCK_B=rows, COUNT=configs.few(M), num_warps=warps, **p.constants("ACC"),
+        BLOCK_C=classes, BLOCK_B=rows, UNROLLED_SLOTS=configs.unrolled_slots(M), num_warps=warps, **p.constants("ACC"),
     )  # fmt: skip
 
 
@@ -82,19 +82,19 @@ def every_norm(
     B, K = 0 if input_rnorms is None else B, 0 if center_rnorms is None else K
     elements, warps = p.small.whole_norm
     dims = configs.power_of_two(d)
-    if dims <= elements and configs.few(M):
+    if dims <= elements and configs.unrolled_slots(M):
         rows = min(elements // dims, 64 * warps)
         whole_norm_kernel[(tiles(B, rows) + tiles(K, rows),)](
             p.input, p.centers, p.displacements, shifts if input_rnorms is None else input_rnorms, shifts,
             shifts if center_rnorms is None else center_rnorms, B, K, d, BLOCK_R=rows, BLOCK_D=dims,
-            COUNT=M, num_warps=warps, **p.constants("ACC", "WIDEN"),
+            UNROLLED_SLOTS=M, num_warps=warps, **p.constants("ACC", "WIDEN"),
         )  # fmt: skip
         return
     rows, dims = p.small.every_norm
     slots = 1 if M == 1 else 16
     every_norm_kernel[(tiles(B, rows) + tiles(K, rows), tiles(M, slots))](
         p.input, p.centers, p.displacements, shifts if input_rnorms is None else input_rnorms, shifts,
-        shifts if center_rnorms is None else center_rnorms, B, K, d, M, BLOCK_R=rows, BLOCK_D=dims, SLOTS=slots, **p.constants("ACC", "NORM_PRECISION", "WIDEN"),
+        shifts if center_rnorms is None else center_rnorms, B, K, d, M, BLOCK_R=rows, BLOCK_D=dims, BLOCK_S=slots, **p.constants("ACC", "NORM_PRECISION", "WIDEN"),
     )  # fmt: skip
 
 

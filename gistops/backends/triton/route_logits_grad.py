@@ -33,13 +33,13 @@ def route_logits_grad_kernel(
     tiles,  # class tiles a group
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    SLOTS: tl.constexpr,  # M, rounded up to a power of two
-    COUNT: tl.constexpr,  # M where that is small; otherwise 0
+    BLOCK_S: tl.constexpr,  # M, rounded up to a power of two
+    UNROLLED_SLOTS: tl.constexpr,  # M where that is small; otherwise 0
     NEED_WEIGHTS: tl.constexpr,
     NEED_SHARES: tl.constexpr,
     NEED_MOMENTS: tl.constexpr,
     NEED_TOTALS: tl.constexpr,
-    LARGEST: tl.constexpr,  # of the dtype of H', where that is float16; otherwise 0
+    MAX_WEIGHT: tl.constexpr,  # of the dtype of H', where that is float16; otherwise 0
 ):
     """A program: BLOCK_B features and a group of class tiles. Tiles of features follow each other, for the norms."""
     splits = tl.cdiv(B, BLOCK_B)
@@ -47,11 +47,11 @@ def route_logits_grad_kernel(
     group = tl.program_id(0) // splits
     groups = tl.num_programs(0) // splits
     rows = split * BLOCK_B + tl.arange(0, BLOCK_B)
-    candidates = tl.arange(0, SLOTS)
+    candidates = tl.arange(0, BLOCK_S)
     row_valid = rows < B
     input_rnorm = tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
     scale = tl.load(tau).to(input_rnorm.dtype) * input_rnorm
-    share = tl.zeros((BLOCK_B, SLOTS), input_rnorm.dtype)
+    share = tl.zeros((BLOCK_B, BLOCK_S), input_rnorm.dtype)
     total = tl.zeros((BLOCK_B,), input_rnorm.dtype)
     flag = tl.zeros((BLOCK_B,), tl.int32)
 
@@ -64,9 +64,9 @@ def route_logits_grad_kernel(
         g = tl.load(grad + begin + offsets, mask=valid, other=0.0)
         slot = tl.load(slots + begin + offsets, mask=valid, other=0).to(tl.int32)
         slot = tl.minimum(slot, M - 1)  # an operator called by hand must not read elsewhere
-        if COUNT > 0:  # by selection, which takes less than to gather
+        if UNROLLED_SLOTS > 0:  # by selection, which takes less than to gather
             rnorm = tl.zeros_like(g)
-            for j in tl.static_range(COUNT):
+            for j in tl.static_range(UNROLLED_SLOTS):
                 known = tl.load(
                     center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=classes < K, other=0.0
                 )
@@ -77,10 +77,10 @@ def route_logits_grad_kernel(
         flag = flag | tl.max(cancels.to(tl.int32), 1)
         h = tl.where(cancels, tl.zeros_like(g), scale[:, None] * g * tl.abs(rnorm))
         h = tl.where(valid, h, tl.zeros_like(h))
-        if LARGEST > 0:
+        if MAX_WEIGHT > 0:
             # Weights of zero vectors are of the order of 1e12. As infinities they would give NaN where they meet
             # their zero vector, and so in the gradients of all others.
-            bounded = tl.minimum(tl.maximum(h, -LARGEST), LARGEST)
+            bounded = tl.minimum(tl.maximum(h, -MAX_WEIGHT), MAX_WEIGHT)
             extreme = (is_clamped(rnorm) | is_clamped(input_rnorm)[:, None]) & (h == h)
             h = tl.where(extreme, bounded, h)
         if NEED_WEIGHTS:

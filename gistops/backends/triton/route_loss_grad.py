@@ -152,9 +152,9 @@ def route_loss_grad_kernel(
     ignore_index,
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    SLOTS: tl.constexpr,  # M, rounded up to a power of two
-    COUNT: tl.constexpr,  # M where that is small, so that nothing is left of loops over slots; otherwise 0
-    LARGEST: tl.constexpr,  # of the dtype of H', where that is float16; otherwise 0
+    BLOCK_S: tl.constexpr,  # M, rounded up to a power of two
+    UNROLLED_SLOTS: tl.constexpr,  # M where that is small, so that nothing is left of loops over slots; otherwise 0
+    MAX_WEIGHT: tl.constexpr,  # of the dtype of H', where that is float16; otherwise 0
     SMOOTHING: tl.constexpr,
     MEAN: tl.constexpr,
     HAS_LOSS: tl.constexpr,
@@ -177,7 +177,7 @@ def route_loss_grad_kernel(
     groups = tl.num_programs(0) // splits
     rows = split * BLOCK_B + tl.arange(0, BLOCK_B)
     row_valid = rows < B
-    candidates = tl.arange(0, SLOTS)
+    candidates = tl.arange(0, BLOCK_S)
     input_rnorm = tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
     scale = tl.load(tau).to(ACC) * input_rnorm
     places = local_targets(target, rows, row_valid, first, ignore_index)
@@ -189,7 +189,7 @@ def route_loss_grad_kernel(
     if HAS_MARGIN:
         by_logit, by_tau, by_margin = margin_factors(rows, row_valid, saved, B)
         of_logit = of_target * by_logit
-    share = tl.zeros((SLOTS, BLOCK_B), ACC)
+    share = tl.zeros((BLOCK_S, BLOCK_B), ACC)
     total = tl.zeros((BLOCK_C, BLOCK_B), ACC)
     nothing = tl.zeros((BLOCK_C, BLOCK_B), ACC)
     share0, share1, share2, share3 = nothing, nothing, nothing, nothing
@@ -211,8 +211,8 @@ def route_loss_grad_kernel(
         slot = tl.minimum(slot, M - 1)  # an operator called by hand must not read elsewhere
         # By selection: to gather them would turn the layout of the tile around.
         rnorm = tl.zeros((BLOCK_C, BLOCK_B), ACC)
-        if COUNT > 0:
-            for j in tl.static_range(COUNT):
+        if UNROLLED_SLOTS > 0:
+            for j in tl.static_range(UNROLLED_SLOTS):
                 known = tl.load(
                     center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0
                 )
@@ -248,8 +248,8 @@ def route_loss_grad_kernel(
             tl.store(grad + start + offsets, g, mask=cancels)
             flag = flag | tl.max(tl.max(cancels.to(tl.int32), 1), 0)
         h = tl.where(cancels, zeros, scale[None, :] * g * tl.abs(rnorm))
-        if LARGEST > 0:  # as in route_logits_grad_kernel
-            bounded = tl.minimum(tl.maximum(h, -LARGEST), LARGEST)
+        if MAX_WEIGHT > 0:  # as in route_logits_grad_kernel
+            bounded = tl.minimum(tl.maximum(h, -MAX_WEIGHT), MAX_WEIGHT)
             extreme = (is_clamped(rnorm) | is_clamped(input_rnorm)[None, :]) & (h == h)
             h = tl.where(extreme, bounded, h)
         h = tl.where(valid, h, zeros)
@@ -257,24 +257,24 @@ def route_loss_grad_kernel(
             tl.store(weights + start + narrow, h.to(weights.dtype.element_ty), mask=inside)
         u = g * z
         if NEED_SHARES or NEED_MOMENTS:
-            if COUNT > 0:
+            if UNROLLED_SLOTS > 0:
                 if NEED_SHARES:
                     share0 += tl.where(slot == 0, h, zeros)
-                    if COUNT > 1:
+                    if UNROLLED_SLOTS > 1:
                         share1 += tl.where(slot == 1, h, zeros)
-                    if COUNT > 2:
+                    if UNROLLED_SLOTS > 2:
                         share2 += tl.where(slot == 2, h, zeros)
-                    if COUNT > 3:
+                    if UNROLLED_SLOTS > 3:
                         share3 += tl.where(slot == 3, h, zeros)
-                    if COUNT > 4:
+                    if UNROLLED_SLOTS > 4:
                         share4 += tl.where(slot == 4, h, zeros)
-                    if COUNT > 5:
+                    if UNROLLED_SLOTS > 5:
                         share5 += tl.where(slot == 5, h, zeros)
-                    if COUNT > 6:
+                    if UNROLLED_SLOTS > 6:
                         share6 += tl.where(slot == 6, h, zeros)
-                    if COUNT > 7:
+                    if UNROLLED_SLOTS > 7:
                         share7 += tl.where(slot == 7, h, zeros)
-                for j in tl.static_range(COUNT):
+                for j in tl.static_range(UNROLLED_SLOTS):
                     of_slot(
                         j, slot, h, u, share, candidates, moments, split, classes, class_valid, K, M,
                         False, NEED_MOMENTS,
@@ -288,22 +288,22 @@ def route_loss_grad_kernel(
         if NEED_TOTALS:
             total += u
     if NEED_SHARES:
-        if COUNT > 0:
-            place = shares + tl.cast(group, tl.int64) * COUNT * B + rows
+        if UNROLLED_SLOTS > 0:
+            place = shares + tl.cast(group, tl.int64) * UNROLLED_SLOTS * B + rows
             tl.store(place, tl.sum(share0, 0), mask=row_valid)
-            if COUNT > 1:
+            if UNROLLED_SLOTS > 1:
                 tl.store(place + B, tl.sum(share1, 0), mask=row_valid)
-            if COUNT > 2:
+            if UNROLLED_SLOTS > 2:
                 tl.store(place + 2 * B, tl.sum(share2, 0), mask=row_valid)
-            if COUNT > 3:
+            if UNROLLED_SLOTS > 3:
                 tl.store(place + 3 * B, tl.sum(share3, 0), mask=row_valid)
-            if COUNT > 4:
+            if UNROLLED_SLOTS > 4:
                 tl.store(place + 4 * B, tl.sum(share4, 0), mask=row_valid)
-            if COUNT > 5:
+            if UNROLLED_SLOTS > 5:
                 tl.store(place + 5 * B, tl.sum(share5, 0), mask=row_valid)
-            if COUNT > 6:
+            if UNROLLED_SLOTS > 6:
                 tl.store(place + 6 * B, tl.sum(share6, 0), mask=row_valid)
-            if COUNT > 7:
+            if UNROLLED_SLOTS > 7:
                 tl.store(place + 7 * B, tl.sum(share7, 0), mask=row_valid)
         else:
             place = shares + (group * M + candidates).to(tl.int64)[:, None] * B + rows[None, :]

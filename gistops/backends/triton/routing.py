@@ -107,8 +107,8 @@ def route(p: LaunchArgs, saved: Saved, needs: Needs) -> Routed:
     del switches["NEED_BIAS"], switches["NEED_MARGIN"]
     route_logits_grad_kernel[(splits * groups,)](
         saved.grad, saved.logits, saved.slots, saved.center_rnorms, saved.input_rnorms, p.tau,
-        *parts[:4], parts.flags, B, K, padded_rows(B), M, tiles, BLOCK_B=rows, BLOCK_C=classes, SLOTS=power_of_two(M), COUNT=configs.few(M),
-        LARGEST=65504.0 if p.dtype == torch.float16 else 0.0,
+        *parts[:4], parts.flags, B, K, padded_rows(B), M, tiles, BLOCK_B=rows, BLOCK_C=classes, BLOCK_S=power_of_two(M), UNROLLED_SLOTS=configs.unrolled_slots(M),
+        MAX_WEIGHT=65504.0 if p.dtype == torch.float16 else 0.0,
         num_warps=warps, **switches,
     )  # fmt: skip
     return reduce_partials(p, parts, tiles * classes, rows)
