@@ -94,7 +94,7 @@ SETTINGS: dict[str, Setting] = {
     "centers tile": _forced("centers", _tile("rows")),
     "product": _forced("product"),
     "centers product": _forced("centers_product"),
-    "norms": _forced("whole_norm"),
+    "norms": _forced("norms_in_registers"),
     "pool logits": _forced("max_over_slots"),
     "pool": _forced("lse"),
     "softmax": _forced("route_loss_grad"),

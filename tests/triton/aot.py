@@ -31,7 +31,7 @@ from gistops.backends.triton.grad_epilogues import (
 )
 from gistops.backends.triton.lse import lse_kernel
 from gistops.backends.triton.max_over_slots import max_over_slots_kernel
-from gistops.backends.triton.norms import every_norm_kernel, whole_norm_kernel
+from gistops.backends.triton.norms import norms_in_registers_kernel, norms_kernel
 from gistops.backends.triton.reduce_partials import reduce_partials_kernel
 from gistops.backends.triton.route_logits_grad import route_logits_grad_kernel
 from gistops.backends.triton.route_loss_grad import route_loss_grad_kernel
@@ -205,7 +205,7 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
         *tiles, warps = sizes.max_over_slots
         constants = _tiles("CB", tuple(tiles)) | {"ACC": acc, "UNROLLED_SLOTS": count}
         yield Case(max_over_slots_kernel, dtype, target, constants, warps)
-    elements, warps = sizes.whole_norm
+    elements, warps = sizes.norms_in_registers
     for dims in (64, elements // 2, elements):
         constants = {
             "BLOCK_R": min(elements // dims, 64),
@@ -214,10 +214,10 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
             "ACC": acc,
             "WIDEN": False,
         }
-        yield Case(whole_norm_kernel, dtype, target, constants, warps)
+        yield Case(norms_in_registers_kernel, dtype, target, constants, warps)
     for slots in (16, 1):
         constants = {"BLOCK_S": slots, "ACC": acc, "NORM_PRECISION": precise, "WIDEN": False}
-        yield Case(every_norm_kernel, dtype, target, _tiles("RD", sizes.every_norm) | constants)
+        yield Case(norms_kernel, dtype, target, _tiles("RD", sizes.norms) | constants)
     for whole in (True, False):
         constants = _tiles("CD", sizes.grad_input_epilogue) | {"BLOCK_G": 256, "WHOLE": whole, "ACC": acc}
         yield Case(

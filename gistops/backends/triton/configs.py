@@ -123,9 +123,9 @@ INTERPRETER = {"forward": Config(128, 128, 128, 4, 1), "centers": Config(128, 12
 class Small:
     """Tile sizes of the kernels that read much and compute little. All run with 4 warps, but for route_logits_grad_kernel."""
 
-    every_norm: tuple[int, int]  # rows or classes, dimensions; times 16 displacements
-    #: Elements and warps of whole_norm_kernel, for vectors no longer than that many elements, and few displacements.
-    whole_norm: tuple[int, int]
+    norms: tuple[int, int]  # rows or classes, dimensions; times 16 displacements
+    #: Elements and warps of norms_in_registers_kernel, for vectors no longer than that many elements, and few displacements.
+    norms_in_registers: tuple[int, int]
     max_over_slots: tuple[int, int, int]  # classes, rows, warps
     rescore: tuple[int, int, int]  # classes, rows, dimensions
     route_logits_grad: tuple[int, int, int]  # rows, classes, warps
@@ -142,8 +142,8 @@ class Small:
 
 
 _HALF = Small(
-    every_norm=(32, 128),
-    whole_norm=(4096, 1),
+    norms=(32, 128),
+    norms_in_registers=(4096, 1),
     max_over_slots=(128, 32, 4),
     rescore=(32, 32, 16),
     route_logits_grad=(32, 32, 4),
@@ -155,14 +155,14 @@ _HALF = Small(
     grad_input_epilogue=(64, 2048),
     grad_displacements_epilogue=(64, 32),
 )
-_SINGLE = replace(_HALF, every_norm=(32, 64), whole_norm=(2048, 1))
+_SINGLE = replace(_HALF, norms=(32, 64), norms_in_registers=(2048, 1))
 _DOUBLE = replace(
     _HALF,
     lse=(16, 32, 4),
     route_loss_grad_unrolled=False,
     route_logits_grad_many=(16, 32, 4),
-    every_norm=(16, 32),
-    whole_norm=(1024, 1),
+    norms=(16, 32),
+    norms_in_registers=(1024, 1),
     max_over_slots=(64, 32, 4),
     grad_input_epilogue=(64, 512),
 )
@@ -240,9 +240,9 @@ class Forced(NamedTuple):
     centers: Config | None = None
     product: Product | None = None  # of W f'
     centers_product: Product | None = None  # of H f
-    #: Tiles of the small kernels, as in `Small`; whole_norm of (0, 1) means every_norm.
-    whole_norm: tuple[int, int] | None = None
-    every_norm: tuple[int, int] | None = None
+    #: Tiles of the small kernels, as in `Small`; norms_in_registers of (0, 1) means norms.
+    norms_in_registers: tuple[int, int] | None = None
+    norms: tuple[int, int] | None = None
     lse: tuple[int, int, int] | None = None
     max_over_slots: tuple[int, int, int] | None = None
     route_loss_grad: tuple[int, int, int] | None = None
@@ -251,8 +251,8 @@ class Forced(NamedTuple):
 
 
 SMALL_FORCED = (
-    "whole_norm",
-    "every_norm",
+    "norms_in_registers",
+    "norms",
     "lse",
     "max_over_slots",
     "route_loss_grad",

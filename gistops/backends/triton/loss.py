@@ -109,7 +109,7 @@ def forward(a: CrossEntropyForward) -> CrossEntropy:
         shifts = new(M, B, dtype=p.sums)
         for c in every:
             rnorms = center_rnorms if c.groups == groups else new(M, c.p.sizes[1], dtype=p.sums)
-            operators.every_norm(c.p, shifts, rnorms, input_rnorms if c.first == 0 else None)
+            operators.compute_norms(c.p, shifts, rnorms, input_rnorms if c.first == 0 else None)
             z, slot = (scores, slots) if keep else (scores[: c.p.sizes[1]], None)
             _score(c, a, z, slot, rnorms, input_rnorms, shifts, target_logits, partials, class_sums, groups)
             if rnorms is not center_rnorms:
@@ -275,7 +275,7 @@ def _in_chunks(
     B, K, _, M = p.sizes
     new = p.input.new_empty
     shifts = new(M, B, dtype=p.sums)
-    operators.every_norm(p, shifts, None, new(B, dtype=p.sums))
+    operators.compute_norms(p, shifts, None, new(B, dtype=p.sums))
     size = min(chunk_size(p, False), K)
     memory, slots = new(size, padded_rows(B), dtype=p.sums), new(size, padded_rows(B), dtype=torch.uint8)
     target_logits = new(B, dtype=p.sums)

@@ -13,7 +13,7 @@ from .numerics import clamped_rnorm, signed_rnorms
 
 
 @triton.jit
-def sums(
+def squares_and_products(
     vectors,
     rows,
     valid,
@@ -53,7 +53,7 @@ def sums(
 
 
 @triton.jit
-def every_norm_kernel(
+def norms_kernel(
     input,  # [B, d]
     centers,  # [K, d]
     displacements,  # [m, d]
@@ -78,7 +78,7 @@ def every_norm_kernel(
     delta_valid = (candidates > 0) & (candidates < M)
     if tile < row_tiles:
         rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        squares, crossed, _ = sums(
+        squares, crossed, _ = squares_and_products(
             input, rows, rows < B, displacements, candidates, delta_valid, d,
             BLOCK_R, BLOCK_D, BLOCK_S, ACC, NORM_PRECISION, WIDEN,
         )  # fmt: skip
@@ -88,7 +88,7 @@ def every_norm_kernel(
             tl.store(input_rnorms + rows, clamped_rnorm(squares), mask=rows < B)
     else:
         classes = (tile - row_tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
-        squares, crossed, lengths = sums(
+        squares, crossed, lengths = squares_and_products(
             centers, classes, classes < K, displacements, candidates, delta_valid, d,
             BLOCK_R, BLOCK_D, BLOCK_S, ACC, NORM_PRECISION, WIDEN,
         )  # fmt: skip
@@ -108,7 +108,7 @@ def signed_rnorm(square, product, displacement_square):
 
 
 @triton.jit
-def whole_norm_kernel(
+def norms_in_registers_kernel(
     input,  # [B, d]
     centers,  # [K, d]
     displacements,  # [m, d]
@@ -124,7 +124,7 @@ def whole_norm_kernel(
     ACC: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """As every_norm_kernel, for few displacements: vectors stay in registers, so that all loads are under way at once.
+    """As norms_kernel, for few displacements: vectors stay in registers, so that all loads are under way at once.
 
     A warp has whole rows. There is no loop over dimensions, hence no barrier, and sums go across lanes only.
     """

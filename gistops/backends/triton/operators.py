@@ -15,7 +15,7 @@ from .configs import Config, tiles
 from .forward import forward_kernel
 from .launch_args import LaunchArgs, multiply, on_device
 from .max_over_slots import max_over_slots_kernel
-from .norms import every_norm_kernel, whole_norm_kernel
+from .norms import norms_in_registers_kernel, norms_kernel
 from .routing import Needs, Saved
 
 
@@ -31,7 +31,7 @@ def forward(a: LogitsForward) -> Logits:
         return output
     with on_device(p.input.device):
         shifts = new(M, B, dtype=p.sums)
-        every_norm(p, shifts, center_rnorms, input_rnorms)
+        compute_norms(p, shifts, center_rnorms, input_rnorms)
         if B > 0 and K > 0:
             scored = around_product if configs.product("forward", p.kind) == "cublas" else fused
             scored(p, *output, shifts)  # but for pairs that cancel
@@ -74,25 +74,25 @@ def fused(
     launch(configs.choose("forward", p.input.device, p.kind, B, K, d, launch))
 
 
-def every_norm(
+def compute_norms(
     p: LaunchArgs, shifts: Tensor, center_rnorms: Tensor | None, input_rnorms: Tensor | None
 ) -> None:
     """Fill the norms of centres, or those of features and f·δ [M, B], or all in one launch."""
     B, K, d, M = p.sizes
     B, K = 0 if input_rnorms is None else B, 0 if center_rnorms is None else K
-    elements, warps = p.small.whole_norm
+    elements, warps = p.small.norms_in_registers
     dims = configs.power_of_two(d)
     if dims <= elements and configs.unrolled_slots(M):
         rows = min(elements // dims, 64 * warps)
-        whole_norm_kernel[(tiles(B, rows) + tiles(K, rows),)](
+        norms_in_registers_kernel[(tiles(B, rows) + tiles(K, rows),)](
             p.input, p.centers, p.displacements, shifts if input_rnorms is None else input_rnorms, shifts,
             shifts if center_rnorms is None else center_rnorms, B, K, d, BLOCK_R=rows, BLOCK_D=dims,
             UNROLLED_SLOTS=M, num_warps=warps, **p.constants("ACC", "WIDEN"),
         )  # fmt: skip
         return
-    rows, dims = p.small.every_norm
+    rows, dims = p.small.norms
     slots = 1 if M == 1 else 16
-    every_norm_kernel[(tiles(B, rows) + tiles(K, rows), tiles(M, slots))](
+    norms_kernel[(tiles(B, rows) + tiles(K, rows), tiles(M, slots))](
         p.input, p.centers, p.displacements, shifts if input_rnorms is None else input_rnorms, shifts,
         shifts if center_rnorms is None else center_rnorms, B, K, d, M, BLOCK_R=rows, BLOCK_D=dims, BLOCK_S=slots, **p.constants("ACC", "NORM_PRECISION", "WIDEN"),
     )  # fmt: skip
