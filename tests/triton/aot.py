@@ -19,10 +19,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gistops.backends.triton import configs
+from gistops.backends.triton import tile_tables
 from gistops.backends.triton.cancellation import rescore_cancelled_kernel
 from gistops.backends.triton.cancellation_lse import rescore_cancelled_lse_kernel
-from gistops.backends.triton.configs import SMALL, Config
 from gistops.backends.triton.forward import forward_kernel
 from gistops.backends.triton.grad_centers import grad_centers_kernel
 from gistops.backends.triton.grad_epilogues import (
@@ -36,17 +35,18 @@ from gistops.backends.triton.reduce_partials import reduce_partials_kernel
 from gistops.backends.triton.route_logits_grad import route_logits_grad_kernel
 from gistops.backends.triton.route_loss_grad import route_loss_grad_kernel
 from gistops.backends.triton.row_loss import reduce_loss_kernel, row_loss_kernel
+from gistops.backends.triton.tile_tables import TILE_SIZES, Config
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-TABLES: dict[str, configs.Target] = {"sm_80": "ampere", "sm_90": "hopper", "gfx942": "amd"}
+TABLES: dict[str, tile_tables.Target] = {"sm_80": "ampere", "sm_90": "hopper", "gfx942": "amd"}
 #: Shared memory a block may have. sm_80's table serves 8.6, 8.9 and 12.x too, which have less.
 SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
 #: Dtype of the arguments, and how they are multiplied.
-DTYPES: dict[str, tuple[str, configs.Kind]] = {
+DTYPES: dict[str, tuple[str, tile_tables.Kind]] = {
     "bf16": ("bf16", "half"),
     "f16": ("fp16", "half"),
     "tf32": ("fp32", "tf32"),
@@ -60,14 +60,13 @@ INTEGERS = (
     "M",
     "m",
     "stride",
-    "tiles",
     "groups",
     "group_classes",
     "split_rows",
     "class_tiles",
-    "grad_stride", "lse_stride", "first", "first_group", "run", "every_class", "ignore_index", "splits", "programs",
+    "grad_stride", "lse_stride", "first_class", "first_group", "group_tiles", "num_classes", "ignore_index", "splits", "programs",
     "row_stride", "class_stride",
-    "share_length", "moment_length", "bias_length", "margin_length", "total_length",
+    "slot_weights_length", "moments_length", "bias_length", "margin_length", "tau_length",
 )  # fmt: skip
 OPERANDS = (
     "input", "centers", "displacements", "weights",
@@ -139,7 +138,7 @@ def compile_case(case: Case, ones: bool = False) -> Report:
             "flags": "*i32",
             "tau": "*fp32",
             "target": "*i64",
-            "inside": "*i1",
+            "in_range": "*i1",
         } | dict.fromkeys(INTEGERS, "i32")
         signature[name] = types.get(name, f"*{operand if name in OPERANDS else total}")
         aligned = name in ("d", "stride")
@@ -186,18 +185,21 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
         "CORRECTION_PRECISION": "tf32x3" if kind in ("half", "tf32") and target.startswith("sm") else "ieee",
     }
     table = TABLES[target], kind
-    for config in configs.FORWARD[table]:
+    for config in tile_tables.FORWARD[table]:
         yield _large(forward_kernel, dtype, target, config, products)
-    for config in configs.CENTERS[table]:
+    for config in tile_tables.CENTERS[table]:
         for needs in ((True, True), (True, False), (False, True)):
-            made = configs.CENTERS_PRODUCTS[kind] == "cublas" and needs[0]
+            made = tile_tables.CENTERS_PRODUCTS[kind] == "cublas" and needs[0]
             switches = {"NEED_CENTERS": needs[0], "NEED_DISPLACEMENTS": needs[1], "PRECOMPUTED": made}
             yield _large(grad_centers_kernel, dtype, target, config, products | corrections | switches)
-    sizes = SMALL[kind]
+    sizes = TILE_SIZES[kind]
     small: list[tuple[Any, dict[str, Any]]] = [
         (rescore_cancelled_kernel, _tiles("CBD", sizes.rescore) | {"ACC": acc}),
-        (reduce_partials_kernel, dict(zip(("BLOCK_P", "BLOCK_N", "BLOCK_T"), configs.REDUCE, strict=True))),
-        (reduce_loss_kernel, {"BLOCK": configs.ROW_LOSS[2], "REDUCED": True, "MEAN": True}),
+        (
+            reduce_partials_kernel,
+            dict(zip(("BLOCK_P", "BLOCK_N", "BLOCK_T"), tile_tables.REDUCE, strict=True)),
+        ),
+        (reduce_loss_kernel, {"BLOCK": tile_tables.ROW_LOSS[2], "REDUCED": True, "MEAN": True}),
         (grad_displacements_epilogue_kernel, _tiles("RD", sizes.grad_displacements_epilogue) | {"ACC": acc}),
     ]
     counts = (5, 0)
@@ -242,11 +244,11 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     )
     for margin in (0, 3):
         constants = {
-            "BLOCK_R": configs.ROW_LOSS[0], "BLOCK_T": configs.ROW_LOSS[1], "MARGIN": margin, "MARGIN_EACH": margin > 0,
+            "BLOCK_B": tile_tables.ROW_LOSS[0], "BLOCK_G": tile_tables.ROW_LOSS[1], "MARGIN": margin, "MARGIN_EACH": margin > 0,
             "SMOOTHING": 0.1 if margin else 0.0, "REDUCED": True, "HAS_BIAS": True, "HAS_WEIGHT": margin > 0,
         }  # fmt: skip
         yield Case(row_loss_kernel, dtype, target, constants)
-    needs_all = {f"NEED_{what}": True for what in ("WEIGHTS", "SHARES", "MOMENTS", "TOTALS")}
+    needs_all = {f"NEED_{what}": True for what in ("WEIGHTS", "SLOT_WEIGHTS", "MOMENTS", "TAU")}
     largest = 65504.0 if dtype == "f16" else 0.0
     for tiles, slots, warps in (
         (sizes.route_logits_grad[:2], 8, sizes.route_logits_grad[2]),

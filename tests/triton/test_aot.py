@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed: pip inst
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter's kernels cannot be compiled", allow_module_level=True)
 
-from gistops.backends.triton import configs  # noqa: E402
+from gistops.backends.triton import configs, tile_tables  # noqa: E402
 
 from . import aot  # noqa: E402
 
@@ -114,6 +114,6 @@ def test_kinds_of_products() -> None:
     ],
 )
 def test_the_largest_tile_that_fills_the_device(B: int, K: int, expected: tuple[int, int]) -> None:
-    entries = configs.FORWARD["hopper", "half"]
+    entries = tile_tables.FORWARD["hopper", "half"]
     choice = configs.first_that_fills("forward", entries, K, B, processors=132)
     assert (choice.classes, choice.rows) == expected

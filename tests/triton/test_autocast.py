@@ -42,5 +42,5 @@ def test_a_product_of_another_dtype_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
     narrow = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, **_: narrow(a, b).half())
-    with pytest.raises(RuntimeError, match=r"was to write torch\.float32"):
+    with pytest.raises(RuntimeError, match=r"expected to write torch\.float32"):
         launch_args.multiply(torch.ones(2, 3), torch.ones(3, 2), torch.empty(2, 2))

@@ -129,7 +129,7 @@ def test_shares_sum_the_weights(seed: int) -> None:
     weights, slots = result.weights[:, :21].T.double(), saved.slots.long()
     expected = torch.zeros(21, 4, dtype=f64).scatter_add(1, slots, weights)
     most = 2e-3 * float(weights.abs().max())
-    torch.testing.assert_close(result.shares.T.double(), expected, rtol=1e-3, atol=most)
+    torch.testing.assert_close(result.slot_weights.T.double(), expected, rtol=1e-3, atol=most)
     assert not result.weights[:, 21:].any()
 
 

@@ -1,4 +1,4 @@
-"""The Triton backend: imported, and its operators defined, when it is first asked for."""
+"""The Triton backend. Its kernels are imported, and its ops defined, on first use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..eager_loss import python_kernels
 
 
 def why_not(device_type: str) -> str | None:
-    """Why this backend cannot serve tensors of a device type, and how to get it; None if it can."""
+    """Return why this backend cannot serve tensors of a device type and how to get it, or None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; `pip install triton` brings it (Linux)"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,7 +31,7 @@ def why_not(device_type: str) -> str | None:
 
 @functools.cache
 def _define() -> str | None:
-    """Import the kernels and define the ops in `torch.ops.gistops_triton`, once; return why not, if that fails."""
+    """Import the kernels and define the ops in `torch.ops.gistops_triton`, once. Return why not, if that fails."""
     try:
         from . import loss, operators
     except ImportError as error:

@@ -1,7 +1,7 @@
-"""Pairs that cancel: scored from w_k + δ_j written out, and their weights in the backward.
+"""Pairs that cancel, w_k close to -δ_j: their scores and their weights in the backward, computed from w_k + δ_j.
 
-A kernel of its own, not a branch of the forward: the branch would cost the forward registers whether taken or not.
-Where no pair cancels, which is almost always, a program reads M·BLOCK_C signs and ends.
+This is a kernel of its own because a branch in the forward would cost registers whether it is taken or not. Where no
+pair cancels, which is almost always, a program reads the signs of its norms and ends.
 """
 
 from __future__ import annotations
@@ -10,6 +10,29 @@ import triton
 import triton.language as tl
 
 from .numerics import clamped_rnorm
+
+
+@triton.jit
+def mark_cancelled(marks, center_rnorms, classes, class_valid, K, M):
+    """Return marks [classes], int32, with a 1 added for classes in which a pair cancels."""
+    for j in range(1, M):
+        rnorm = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0)
+        marks = marks | (rnorm < 0).to(tl.int32)
+    return marks
+
+
+@triton.jit
+def any_cancelled(center_rnorms, start, count, K, M):
+    """Return true if a pair of the classes `start` to `start + count` cancels."""
+    lanes = tl.arange(0, 256)
+    marks = tl.zeros((256,), tl.int32)
+    for j in range(1, M):
+        for skip in range(start, start + count, 256):
+            classes = skip + lanes
+            inside = (classes < K) & (classes < start + count)
+            rnorm = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=inside, other=0.0)
+            marks = marks | (rnorm < 0).to(tl.int32)
+    return tl.max(marks, 0) > 0
 
 
 @triton.jit
@@ -30,10 +53,13 @@ def recomputed_scores(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Scores without τ / |f_i|, and slots, of a tile's classes from w_k + δ_j written out; replaces norms of pairs that cancel."""
+    """Return scores, without the factor τ / |f_i|, and slots of a tile [classes, rows], computed from w_k + δ_j.
+
+    Stores the norms of the pairs that cancel. They stay negative.
+    """
     dims = tl.arange(0, BLOCK_D)
-    w_tile = centers + classes.to(tl.int64)[:, None] * d + dims[None, :]
-    f_tile = input + rows.to(tl.int64)[:, None] * d + dims[None, :]
+    w_ptrs = centers + classes.to(tl.int64)[:, None] * d + dims[None, :]
+    f_ptrs = input + rows.to(tl.int64)[:, None] * d + dims[None, :]
     best = tl.full((BLOCK_C, BLOCK_B), float("-inf"), ACC)
     slot = tl.zeros((BLOCK_C, BLOCK_B), tl.int32)
     for j in range(M):
@@ -41,18 +67,18 @@ def recomputed_scores(
         squares = tl.zeros((BLOCK_C,), ACC)
         for start in range(0, d, BLOCK_D):
             inside = dims < d - start
-            w = tl.load(w_tile + start, mask=class_valid[:, None] & inside[None, :], other=0.0)
-            f = tl.load(f_tile + start, mask=row_valid[:, None] & inside[None, :], other=0.0)
+            w = tl.load(w_ptrs + start, mask=class_valid[:, None] & inside[None, :], other=0.0)
+            f = tl.load(f_ptrs + start, mask=row_valid[:, None] & inside[None, :], other=0.0)
             delta = tl.load(displacements + (j - 1) * d + start + dims, mask=inside & (j > 0), other=0.0)
             vector = w.to(ACC) + delta.to(ACC)[None, :]
             squares += tl.sum(vector * vector, 1)
             products = tl.dot(vector, tl.trans(f.to(ACC)), products, input_precision="ieee", out_dtype=ACC)
-        known = center_rnorms + tl.cast(j, tl.int64) * K + classes
-        rnorm = tl.load(known, mask=class_valid, other=0.0)
-        direct = clamped_rnorm(squares)
-        # Only the sign of what is replaced is used again, which stays.
-        tl.store(known, -direct, mask=class_valid & (rnorm < 0))
-        score = products * tl.where(rnorm < 0, direct, rnorm)[:, None]
+        rnorm_ptrs = center_rnorms + tl.cast(j, tl.int64) * K + classes
+        rnorm = tl.load(rnorm_ptrs, mask=class_valid, other=0.0)
+        recomputed = clamped_rnorm(squares)
+        # Other programs and later kernels may read the norm before or after this store. They use the sign alone.
+        tl.store(rnorm_ptrs, -recomputed, mask=class_valid & (rnorm < 0))
+        score = products * tl.where(rnorm < 0, recomputed, rnorm)[:, None]
         better = (score > best) | (score != score)
         best = tl.where(better, score, best)
         slot = tl.where(better, j, slot)
@@ -74,7 +100,10 @@ def cancelled_weights(
     row_stride,
     class_stride,
 ):
-    """The part that route_logits_grad_kernel left out of H': the weights of the pairs of one feature that cancel, and their slots."""
+    """Return the weights in H' of one row's pairs that cancel, 0 for all others, and the winning slots.
+
+    The routing kernels leave these weights out.
+    """
     offsets = tl.cast(row, tl.int64) * row_stride + classes.to(tl.int64) * class_stride
     slot = tl.minimum(tl.load(slots + offsets, mask=class_valid, other=0).to(tl.int32), M - 1)
     rnorm = tl.load(center_rnorms + slot.to(tl.int64) * K + classes, mask=class_valid, other=0.0)
@@ -102,15 +131,12 @@ def rescore_cancelled_kernel(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A program: BLOCK_C classes and all features. Rewrites the classes that hold such a pair, in all their slots."""
+    """Rewrite logits and slots of every class in which a pair cancels. Grid: tiles of BLOCK_C classes."""
     classes = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     class_valid = classes < K
-    marked = tl.zeros((BLOCK_C,), tl.int32)
-    for j in range(1, M):
-        rnorm = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0)
-        marked = marked | (rnorm < 0).to(tl.int32)
-    if tl.max(marked, 0) > 0:
-        for first in range(0, tl.maximum(B, 1), BLOCK_B):  # without features, the norms are still due
+    marks = mark_cancelled(tl.zeros((BLOCK_C,), tl.int32), center_rnorms, classes, class_valid, K, M)
+    if tl.max(marks, 0) > 0:
+        for first in range(0, tl.maximum(B, 1), BLOCK_B):  # once if B is 0: the norms are still replaced
             rows = first + tl.arange(0, BLOCK_B)
             row_valid = rows < B
             best, slot = recomputed_scores(
@@ -119,6 +145,6 @@ def rescore_cancelled_kernel(
             )  # fmt: skip
             scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
             offsets = rows.to(tl.int64)[None, :] * K + classes[:, None]
-            valid = row_valid[None, :] & class_valid[:, None] & (marked > 0)[:, None]
+            valid = row_valid[None, :] & class_valid[:, None] & (marks > 0)[:, None]
             tl.store(logits + offsets, best * scale[None, :], mask=valid)
             tl.store(slots + offsets, slot.to(tl.uint8), mask=valid)

@@ -1,6 +1,7 @@
-"""Pairs that cancel, in a loss: their group's part of the log-sum-exp made anew, from w_k + δ_j written out.
+"""Pairs that cancel, in a loss: the partial log-sum-exps of the class groups that hold such pairs, recomputed.
 
-As cancellation.py, for class-major scores. A program takes a whole group of lse.py, since all its scores are in the same sums.
+The class-major counterpart of rescore_cancelled_kernel. A program recomputes a whole group of lse_kernel, because all
+logits of the group are in the same partials.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cancellation import recomputed_scores
+from .cancellation import mark_cancelled, recomputed_scores
 from .lse_partials import local_targets, merge_lse, store_lse, tile_lse
 
 
@@ -32,10 +33,10 @@ def rescore_cancelled_lse_kernel(
     d,
     stride,
     M,
-    run,
-    first,
-    first_group,
-    groups,
+    group_tiles,  # class tiles per group
+    first_class,  # of the chunk
+    first_group,  # of the chunk
+    groups,  # of all chunks
     ignore_index,
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -46,28 +47,23 @@ def rescore_cancelled_lse_kernel(
     HAS_WEIGHT: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """A program: a group of classes, all features. Does anything only if the group holds such a pair.
-
-    Norms of these pairs are replaced on the way. What is read of them later is the sign alone, which stays.
-    """
+    """Overwrite logits and partials of a class group in which a pair cancels. Grid: class groups."""
     group = tl.program_id(0)
-    start = group * run
+    start = group * group_tiles
     marks = tl.zeros((BLOCK_C,), tl.int32)
-    for tile in range(start, start + run):
+    for tile in range(start, start + group_tiles):
         classes = tile * BLOCK_C + tl.arange(0, BLOCK_C)
-        for j in range(1, M):
-            rnorm = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=classes < K, other=0.0)
-            marks = marks | (rnorm < 0).to(tl.int32)
+        marks = mark_cancelled(marks, center_rnorms, classes, classes < K, K, M)
     if tl.max(marks, 0) > 0:
         for start_row in range(0, B, BLOCK_B):
             rows = start_row + tl.arange(0, BLOCK_B)
             row_valid = rows < B
             scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
-            places = local_targets(target, rows, row_valid, first, ignore_index)
+            targets = local_targets(target, rows, row_valid, first_class, ignore_index)
             largest = tl.full((BLOCK_B,), float("-inf"), ACC)
             total = tl.zeros((BLOCK_B,), ACC)
             weighted = tl.zeros((BLOCK_B,), ACC)
-            for tile in range(start, start + run):
+            for tile in range(start, start + group_tiles):
                 classes = tile * BLOCK_C + tl.arange(0, BLOCK_C)
                 class_valid = classes < K
                 best, slot = recomputed_scores(
@@ -80,13 +76,13 @@ def rescore_cancelled_lse_kernel(
                     offsets = classes.to(tl.int64)[:, None] * stride + rows[None, :]
                     tl.store(scores + offsets, z, mask=valid)
                     tl.store(slots + offsets, slot.to(tl.uint8), mask=valid)
-                own = valid & (classes[:, None] == places[None, :])
-                tl.store(target_logits + rows[None, :] + tl.zeros_like(slot), z, mask=own)
-                more = tile_lse(
-                    z, classes, class_valid, places, class_bias, class_weight, HAS_BIAS, HAS_WEIGHT, SUMS
+                is_target = valid & (classes[:, None] == targets[None, :])
+                tl.store(target_logits + rows[None, :] + tl.zeros_like(slot), z, mask=is_target)
+                tile_largest, tile_total, tile_weighted = tile_lse(
+                    z, classes, class_valid, targets, class_bias, class_weight, HAS_BIAS, HAS_WEIGHT, SUMS
                 )
-                largest, total = merge_lse(largest, total, more[0], more[1])
-                weighted += more[2]
+                largest, total = merge_lse(largest, total, tile_largest, tile_total)
+                weighted += tile_weighted
             store_lse(
                 partials, largest, total, weighted, first_group + group, groups, rows, row_valid, B, SUMS
             )

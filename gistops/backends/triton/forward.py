@@ -1,8 +1,8 @@
-"""The forward as one kernel: one pass over the centres for products and the maximum, without P in memory.
+"""The forward as one kernel: matrix product and maximum over slots, without the product P in memory.
 
     logits[i, k] = τ / |f_i| · max_j (P[i, k] + Q[i, j]) R[k, j]        P = f W', Q = f Δ', R = 1 / |w_k + δ_j|
 
-The features' norm is a factor of the row, so that no normalised copy of them is made.
+The factor 1 / |f_i| is applied to the result, so no normalized copy of the input is made.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """A program: BLOCK_C classes, BLOCK_B features. The feature tiles of a class tile follow each other, for L2."""
+    """Compute logits and slots of BLOCK_C classes and BLOCK_B rows.
+
+    Grid: class tiles x row tiles. Consecutive programs share a class tile, so that its centers stay in L2.
+    """
     row_tiles = tl.cdiv(B, BLOCK_B)
     row_tile = tl.program_id(0) % row_tiles
     classes = tl.program_id(0) // row_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -43,19 +46,19 @@ def forward_kernel(
     class_valid = classes < K
     row_valid = rows < B
 
-    w_tile = centers + classes.to(tl.int64)[:, None] * d + dims[None, :]
-    f_tile = input + rows.to(tl.int64)[:, None] * d + dims[None, :]
+    w_ptrs = centers + classes.to(tl.int64)[:, None] * d + dims[None, :]
+    f_ptrs = input + rows.to(tl.int64)[:, None] * d + dims[None, :]
     products = tl.zeros((BLOCK_C, BLOCK_B), ACC)
     for start in range(0, d, BLOCK_D):
         inside = dims[None, :] < d - start
-        w = tl.load(w_tile + start, mask=class_valid[:, None] & inside, other=0.0)
-        f = tl.load(f_tile + start, mask=row_valid[:, None] & inside, other=0.0)
+        w = tl.load(w_ptrs + start, mask=class_valid[:, None] & inside, other=0.0)
+        f = tl.load(f_ptrs + start, mask=row_valid[:, None] & inside, other=0.0)
         if WIDEN:
             w = w.to(ACC)
             f = f.to(ACC)
         products = tl.dot(w, tl.trans(f), products, input_precision=PRECISION, out_dtype=ACC)
 
-    # Scores of pairs that cancel are wrong here, and made anew by rescore_cancelled_kernel.
+    # Logits of pairs that cancel are wrong here. rescore_cancelled_kernel overwrites them.
     best, slot = max_over_slots(
         products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, 0
     )

@@ -1,4 +1,4 @@
-"""The last steps of the gradients of features and displacements, from the products and sums made before."""
+"""The last steps of the gradients of the input and of the displacements, after the products and the routed sums."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .numerics import is_clamped
 
 
 @triton.jit
-def input_terms(
+def grad_from_products(
     i,
     dims,
     inside,
-    marked,
+    row_cancels,
     products,
-    shares,
+    slot_weights,
     centers,
     displacements,
     grad,
@@ -37,12 +37,12 @@ def input_terms(
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """g = H'W + S'Δ of a feature, for some dimensions; with the pairs that cancel, if there are any for its split."""
+    """Return g = H'W + S'Δ of row i for some dimensions, with the row's pairs that cancel added if there are any."""
     g = tl.load(products + i * d + dims, mask=inside, other=0.0)
     for j in tl.range(1, M, num_stages=1):
         delta = tl.load(displacements + (j - 1) * d + dims, mask=inside, other=0.0).to(ACC)
-        g += tl.load(shares + tl.cast(j, tl.int64) * B + i) * delta
-    if marked:
+        g += tl.load(slot_weights + tl.cast(j, tl.int64) * B + i) * delta
+    if row_cancels:
         for group in range(groups):
             if tl.load(flags + split * groups + group) > 0:
                 last = tl.minimum((group + 1) * group_classes, K)
@@ -58,8 +58,8 @@ def input_terms(
                             weight = tl.sum(tl.where(lanes == lane, h, tl.zeros_like(h)), 0)
                             if weight != 0:
                                 j = tl.sum(tl.where(lanes == lane, slot, tl.zeros_like(slot)), 0)
-                                place = tl.cast(first + lane, tl.int64) * d + dims
-                                w = tl.load(centers + place, mask=inside, other=0.0)
+                                elements = tl.cast(first + lane, tl.int64) * d + dims
+                                w = tl.load(centers + elements, mask=inside, other=0.0)
                                 delta = tl.load(displacements + (j - 1) * d + dims, mask=inside, other=0.0)
                                 g += weight * (w.to(ACC) + delta.to(ACC))
     return g
@@ -67,13 +67,13 @@ def input_terms(
 
 @triton.jit
 def grad_input_epilogue_kernel(
-    products,  # H'W [B, d] in ACC; overwritten by g where a program takes several tiles
-    shares,  # S' [M, B]
+    products,  # H'W [B, d] in ACC; overwritten by g unless WHOLE
+    slot_weights,  # S' [M, B]
     input,  # [B, d]
     centers,  # [K, d]
     displacements,  # [m, d]
-    grad,  # [B, K] or [K, B], by its strides, as slots
-    slots,
+    grad,  # G [B, K], addressed by row_stride and class_stride
+    slots,  # [B, K], addressed likewise
     center_rnorms,  # [M, K]
     input_rnorms,  # [B]
     tau,  # one element
@@ -84,17 +84,17 @@ def grad_input_epilogue_kernel(
     d,
     M,
     groups,
-    group_classes,  # classes a group
-    split_rows,  # features a split
+    group_classes,  # classes per group
+    split_rows,  # rows per split
     row_stride,  # of grad and slots
     class_stride,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_G: tl.constexpr,  # flags looked at together
-    WHOLE: tl.constexpr,  # BLOCK_D is not below d
+    BLOCK_G: tl.constexpr,  # flags loaded at a time
+    WHOLE: tl.constexpr,  # BLOCK_D is at least d, so that one tile holds the row
     ACC: tl.constexpr,
 ):
-    """∂f = g − (g·f̂) f̂ with g = H'W + S'Δ. 1/|f| is in H' already. A program: one feature."""
+    """Compute ∂f = g − (g·f̂) f̂ with g = H'W + S'Δ. The factor 1/|f| is in H' already. Grid: rows."""
     i = tl.cast(tl.program_id(0), tl.int64)
     input_rnorm = tl.load(input_rnorms + i)
     split = tl.program_id(0) // split_rows
@@ -103,18 +103,18 @@ def grad_input_epilogue_kernel(
     for start in tl.range(0, groups, BLOCK_G, num_stages=1):
         group = start + lanes
         found = found | tl.load(flags + split * groups + group, mask=group < groups, other=0)
-    marked = tl.max(found, 0) > 0
+    row_cancels = tl.max(found, 0) > 0
     if WHOLE:
         dims = tl.arange(0, BLOCK_D)
         inside = dims < d
         f = tl.load(input + i * d + dims, mask=inside, other=0.0).to(ACC)
-        g = input_terms(
-            i, dims, inside, marked, products, shares, centers, displacements, grad, slots, center_rnorms,
+        g = grad_from_products(
+            i, dims, inside, row_cancels, products, slot_weights, centers, displacements, grad, slots, center_rnorms,
             input_rnorms, tau, flags, B, K, d, M, groups, group_classes, split, row_stride, class_stride,
             BLOCK_C, ACC,
         )  # fmt: skip
         along = tl.sum(g * (f * input_rnorm), 0) * input_rnorm
-        # A clamped norm is a constant: nothing to project out.
+        # A clamped norm is a constant, so there is no component to project out.
         along = tl.where(is_clamped(input_rnorm), tl.zeros_like(along), along)
         result = g - along * f
         tl.store(grad_input + i * d + dims, result.to(grad_input.dtype.element_ty), mask=inside)
@@ -123,8 +123,8 @@ def grad_input_epilogue_kernel(
         for start in tl.range(0, d, BLOCK_D, num_stages=1):
             dims = start + tl.arange(0, BLOCK_D)
             inside = dims < d
-            g = input_terms(
-                i, dims, inside, marked, products, shares, centers, displacements, grad, slots, center_rnorms,
+            g = grad_from_products(
+                i, dims, inside, row_cancels, products, slot_weights, centers, displacements, grad, slots, center_rnorms,
                 input_rnorms, tau, flags, B, K, d, M, groups, group_classes, split, row_stride, class_stride,
                 BLOCK_C, ACC,
             )  # fmt: skip
@@ -145,19 +145,22 @@ def grad_input_epilogue_kernel(
 
 @triton.jit
 def grad_displacements_epilogue_kernel(
-    shares,  # S' [M, B]
+    slot_weights,  # S' [M, B]
     input,  # [B, d]
-    parts,  # [class tiles, m, d], from grad_centers_kernel
+    partials,  # [class tiles, m, d], from grad_centers_kernel
     grad_displacements,  # [m, d]
     B,
     d,
     m,
     class_tiles,
-    BLOCK_R: tl.constexpr,  # terms added at a time
+    BLOCK_R: tl.constexpr,  # rows, or class tiles, added at a time
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """∂δ_j = Σ_i S'[i, j] f_i − Σ_k T[k, j] (w_k + δ_j). A program: one displacement, BLOCK_D dimensions."""
+    """Compute BLOCK_D dimensions of ∂δ_j = Σ_i S'[i, j] f_i − Σ_k T[k, j] (w_k + δ_j).
+
+    Grid: (dimension tiles, displacements).
+    """
     j = tl.program_id(1)
     dims = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = dims < d
@@ -165,13 +168,13 @@ def grad_displacements_epilogue_kernel(
     result = tl.zeros((BLOCK_R, BLOCK_D), ACC)
     for start in range(0, B, BLOCK_R):
         rows = (start + lanes).to(tl.int64)
-        share = tl.load(shares + tl.cast(j + 1, tl.int64) * B + rows, mask=rows < B, other=0.0)
+        weight = tl.load(slot_weights + tl.cast(j + 1, tl.int64) * B + rows, mask=rows < B, other=0.0)
         valid = (rows < B)[:, None] & inside[None, :]
         f = tl.load(input + rows[:, None] * d + dims[None, :], mask=valid, other=0.0).to(ACC)
-        result += share[:, None] * f
+        result += weight[:, None] * f
     for start in range(0, class_tiles, BLOCK_R):
         tiles = (start + lanes).to(tl.int64)
         valid = (tiles < class_tiles)[:, None] & inside[None, :]
-        result += tl.load(parts + (tiles[:, None] * m + j) * d + dims[None, :], mask=valid, other=0.0)
-    target = grad_displacements + j * d + dims
-    tl.store(target, tl.sum(result, 0).to(grad_displacements.dtype.element_ty), mask=inside)
+        result += tl.load(partials + (tiles[:, None] * m + j) * d + dims[None, :], mask=valid, other=0.0)
+    ptrs = grad_displacements + j * d + dims
+    tl.store(ptrs, tl.sum(result, 0).to(grad_displacements.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""The backward's kernels in order: route, then what each gradient asked for needs."""
+"""The launches of the backward: routing first, then the gradient of each argument."""
 
 from __future__ import annotations
 
@@ -6,86 +6,93 @@ import torch
 from torch import Tensor
 
 from . import configs
-from .configs import Config, power_of_two
+from .configs import power_of_two
 from .configs import tiles as tiles_of
 from .grad_centers import grad_centers_kernel
 from .grad_epilogues import grad_displacements_epilogue_kernel, grad_input_epilogue_kernel
 from .launch_args import LaunchArgs, multiply
 from .routing import Needs, Routed, Saved, route
+from .tile_tables import Config
 
 
-def compute(p: LaunchArgs, saved: Saved, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients asked for, in the dtype of the problem or wider; others are empty."""
-    routed = route(p, saved, needs)
-    nothing = p.input.new_empty(0)
-    of_input = input_gradient(p, saved, routed) if needs.input else nothing
-    of_centers, parts = centers_gradient(p, saved, routed, needs)
-    of_displacements = displacements_gradient(p, routed, parts) if needs.displacements else nothing
-    return of_input, of_centers, of_displacements, routed.of_tau
+def compute(args: LaunchArgs, saved: Saved, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of input, centers, displacements and tau, in `args.dtype` or wider; empty if not needed."""
+    routed = route(args, saved, needs)
+    empty = args.input.new_empty(0)
+    grad_input = input_gradient(args, saved, routed) if needs.input else empty
+    grad_centers, partials = centers_gradient(args, saved, routed, needs)
+    grad_displacements = displacements_gradient(args, routed, partials) if needs.displacements else empty
+    return grad_input, grad_centers, grad_displacements, routed.grad_tau
 
 
-def input_gradient(p: LaunchArgs, saved: Saved, routed: Routed, dtype: torch.dtype | None = None) -> Tensor:
-    """∂f, from the product H'W by torch's own library: no epilogue of ours would save it a pass over memory."""
-    B, K, d, M = p.sizes
-    products = multiply(routed.weights[:, :B].t(), p.centers, p.input.new_empty(B, d, dtype=p.sums))
-    out = p.input.new_empty(B, d, dtype=dtype or p.products)
-    classes, dims = p.small.grad_input_epilogue
+def input_gradient(
+    args: LaunchArgs, saved: Saved, routed: Routed, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return ∂f [B, d]. The product H'W is torch's: fusing the epilogue would not save a pass over memory."""
+    B, K, d, M = args.sizes
+    products = multiply(
+        routed.weights[:, :B].t(), args.centers, args.input.new_empty(B, d, dtype=args.acc_dtype)
+    )
+    out = args.input.new_empty(B, d, dtype=dtype or args.store_dtype)
+    classes, dims = args.tile_sizes.grad_input_epilogue
     dims = min(dims, power_of_two(d))
     grad_input_epilogue_kernel[(B,)](
-        products, routed.shares, p.input, p.centers, p.displacements, saved.grad, saved.slots,
-        saved.center_rnorms, saved.input_rnorms, p.tau, routed.flags, out,
+        products, routed.slot_weights, args.input, args.centers, args.displacements, saved.grad, saved.slots,
+        saved.center_rnorms, saved.input_rnorms, args.tau, routed.flags, out,
         B, K, d, M, routed.flags.shape[1], routed.group_classes, routed.split_rows, *saved.strides,
         BLOCK_C=classes, BLOCK_D=dims, BLOCK_G=256, WHOLE=dims >= d, num_warps=8 if dims > 1024 else 4,
-        **p.constants("ACC"),
+        **args.constants("ACC"),
     )  # fmt: skip
     return out
 
 
-def centers_gradient(p: LaunchArgs, saved: Saved, routed: Routed, needs: Needs) -> tuple[Tensor, Tensor]:
-    """∂w [K, d], and parts [class tiles, m, d] of ∂δ that sum over the classes; each empty where not needed."""
-    B, K, d, M = p.sizes
-    need_parts = needs.displacements and M > 1
-    out = p.input.new_empty((K, d) if needs.centers else (0, d), dtype=p.products)
-    parts = p.input.new_empty(0)
-    if not needs.centers and not need_parts:
-        return out, parts
+def centers_gradient(args: LaunchArgs, saved: Saved, routed: Routed, needs: Needs) -> tuple[Tensor, Tensor]:
+    """Return ∂w [K, d], and the partials [class tiles, m, d] of ∂δ that sum over classes; each empty if not needed."""
+    B, K, d, M = args.sizes
+    need_partials = needs.displacements and M > 1
+    out = args.input.new_empty((K, d) if needs.centers else (0, d), dtype=args.store_dtype)
+    partials = args.input.new_empty(0)
+    if not needs.centers and not need_partials:
+        return out, partials
 
-    made = needs.centers and configs.product("centers", p.kind) == "cublas"
+    precomputed = needs.centers and configs.product("centers", args.kind) == "cublas"
 
     def launch(config: Config) -> Tensor:
         class_tiles = tiles_of(K, config.classes)
-        # A product is corrected before it is rounded. In steps, it never leaves the cache.
+        # A product must be corrected before it is rounded, so it needs a wide buffer. In steps it stays in the cache.
         step, products = K, out
-        if made and out.dtype != p.sums:
+        if precomputed and out.dtype != args.acc_dtype:
             step = max(1, configs.STEP_ELEMENTS // (d * config.classes)) * config.classes
-            products = p.input.new_empty(min(step, K), d, dtype=p.sums)
-        parts = p.input.new_empty((class_tiles if need_parts else 0, M - 1, d), dtype=p.sums)
+            products = args.input.new_empty(min(step, K), d, dtype=args.acc_dtype)
+        partials = args.input.new_empty((class_tiles if need_partials else 0, M - 1, d), dtype=args.acc_dtype)
         for first in range(0, K, step):
             count = min(step, K - first)
-            if made:
-                multiply(routed.weights[first : first + count, :B], p.input, products[:count])
+            if precomputed:
+                multiply(routed.weights[first : first + count, :B], args.input, products[:count])
             grad_centers_kernel[(tiles_of(count, config.classes) * tiles_of(d, config.dims),)](
-                routed.weights, p.input, p.centers, p.displacements, saved.grad, saved.slots, saved.center_rnorms,
-                routed.moments, saved.input_rnorms, p.tau, products, out, parts, first,
+                routed.weights, args.input, args.centers, args.displacements, saved.grad, saved.slots,
+                saved.center_rnorms, routed.moments, saved.input_rnorms, args.tau, products, out, partials, first,
                 B, K, d, routed.weights.shape[1], M, *saved.strides,
-                NEED_CENTERS=needs.centers, NEED_DISPLACEMENTS=need_parts, PRECOMPUTED=made,
-                **p.constants("SPLIT_BF16", "ACC", "PRECISION", "CORRECTION_PRECISION", "WIDEN"), **config.arguments(),
+                NEED_CENTERS=needs.centers, NEED_DISPLACEMENTS=need_partials, PRECOMPUTED=precomputed,
+                **args.constants("SPLIT_BF16", "ACC", "PRECISION", "CORRECTION_PRECISION", "WIDEN"),
+                **config.arguments(),
             )  # fmt: skip
-        return parts
+        return partials
 
-    return out, launch(configs.choose("centers", p.input.device, p.kind, B, K, d, launch, smallest=made))
+    config = configs.choose("centers", args.input.device, args.kind, B, K, d, launch, smallest=precomputed)
+    return out, launch(config)
 
 
 def displacements_gradient(
-    p: LaunchArgs, routed: Routed, parts: Tensor, dtype: torch.dtype | None = None
+    args: LaunchArgs, routed: Routed, partials: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """∂δ [m, d]."""
-    B, _, d, M = p.sizes
-    out = p.input.new_empty(M - 1, d, dtype=dtype or p.products)
+    """Return ∂δ [m, d]."""
+    B, _, d, M = args.sizes
+    out = args.input.new_empty(M - 1, d, dtype=dtype or args.store_dtype)
     if M > 1:
-        rows, dims = p.small.grad_displacements_epilogue
+        rows, dims = args.tile_sizes.grad_displacements_epilogue
         grad_displacements_epilogue_kernel[(tiles_of(d, dims), M - 1)](
-            routed.shares, p.input, parts, out, B, d, M - 1, parts.shape[0],
-            BLOCK_R=rows, BLOCK_D=dims, **p.constants("ACC"),
+            routed.slot_weights, args.input, partials, out, B, d, M - 1, partials.shape[0],
+            BLOCK_R=rows, BLOCK_D=dims, **args.constants("ACC"),
         )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""The arguments of a call, ready for kernels."""
+"""The arguments that the launches of one call share, and torch's matrix product into a given tensor."""
 
 from __future__ import annotations
 
@@ -12,30 +12,32 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .tile_tables import Kind, Target, TileSizes
 
 
 class LaunchArgs(NamedTuple):
-    """The arguments in one dtype, contiguous, and what follows from them.
+    """The arguments of a call, contiguous and in one dtype, with their sizes, dtypes and tiles.
 
-    d is a multiple of 16, if need be by a copy with zeros behind each vector, which change no product and no norm.
-    Rows that start anywhere would be read an element at a time, at several times the cost of that copy.
+    d is a multiple of 16. If necessary, the vectors are copied with zeros appended, which change no product and no norm:
+    unaligned rows would be read one element at a time, at several times the cost of the copy.
     """
 
     input: Tensor
     centers: Tensor
     displacements: Tensor
     tau: Tensor
-    kind: configs.Kind
+    kind: Kind
     sizes: tuple[int, int, int, int]  # B, K, d (a multiple of 16), M
     dtype: torch.dtype
-    sums: torch.dtype  # of logits, norms and sums
-    products: torch.dtype  # of H' and of what is stored: as `dtype`, but under the interpreter
-    small: configs.Small
+    acc_dtype: torch.dtype  # of logits, norms and sums
+    store_dtype: torch.dtype  # of H' and of gradients: `dtype`, except for bfloat16 under the interpreter
+    tile_sizes: TileSizes
 
     @classmethod
     def of(
         cls, input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor, allow_tf32: bool
     ) -> LaunchArgs:
+        """Check the shapes and return the arguments ready for kernels."""
         shapes = input.shape, centers.shape, displacements.shape
         if any(len(s) != 2 or s[1] != shapes[0][-1] for s in shapes):
             raise RuntimeError(
@@ -46,72 +48,66 @@ class LaunchArgs(NamedTuple):
             raise RuntimeError(f"expected tau of one element, got shape {list(tau.shape)}")
         dtype = torch.promote_types(torch.promote_types(input.dtype, centers.dtype), displacements.dtype)
         (B, d), (K, _), (m, _) = shapes
-        missing = -d % 16
-        input, centers, displacements = (_ready(x, dtype, missing) for x in (input, centers, displacements))
-        sums = torch.float64 if dtype == torch.float64 else torch.float32
+        padding = -d % 16
+        input, centers, displacements = (_prepare(x, dtype, padding) for x in (input, centers, displacements))
+        acc_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         kind = configs.kind(dtype, allow_tf32)
         return cls(
-            input, centers, displacements, tau.contiguous(), kind, (B, K, d + missing, m + 1), dtype, sums,
-            sums if configs.INTERPRETED and dtype == torch.bfloat16 else dtype,  # the interpreter would truncate
-            configs.small(kind),
+            input, centers, displacements, tau.contiguous(), kind, (B, K, d + padding, m + 1), dtype, acc_dtype,
+            # The interpreter would truncate to bfloat16 instead of rounding.
+            acc_dtype if configs.INTERPRETED and dtype == torch.bfloat16 else dtype,
+            configs.tile_sizes(kind),
         )  # fmt: skip
 
     def constants(self, *names: str) -> dict[str, Any]:
-        """Constants that several kernels share, those named."""
+        """Return the named constants; several kernels take each of them."""
         return _constants(self.kind, self.dtype, configs.target(self.input.device), names)
 
 
-def _ready(x: Tensor, dtype: torch.dtype, missing: int) -> Tensor:
+def _prepare(x: Tensor, dtype: torch.dtype, padding: int) -> Tensor:
     if x.dtype != dtype:
         x = x.to(dtype)
-    return F.pad(x, (0, missing)) if missing else x.contiguous()
+    return F.pad(x, (0, padding)) if padding else x.contiguous()
 
 
 @functools.cache
-def _constants(
-    kind: configs.Kind, dtype: torch.dtype, target: configs.Target, names: tuple[str, ...]
-) -> dict[str, Any]:
+def _constants(kind: Kind, dtype: torch.dtype, target: Target, names: tuple[str, ...]) -> dict[str, Any]:
     nvidia = target in ("hopper", "ampere")
-    every = {
+    constants = {
         "ACC": tl.float64 if kind == "f64" else tl.float32,
         "PRECISION": "tf32" if kind == "tf32" else "ieee",
-        # Norms are as precise as float32 whatever the setting: three products of parts where there is tf32.
+        # Norms are as precise as float32 whatever allow_tf32 is: tf32x3 makes three products of split operands.
         "NORM_PRECISION": "tf32x3" if nvidia and kind == "tf32" else "ieee",
-        # So are the corrections of ∂w. Halves of bfloat16 are exact enough; float16 has too few exponents for them.
+        # So are the corrections of ∂w. Two bfloat16 are precise enough; the exponent range of float16 is too small.
         "SPLIT_BF16": dtype == torch.bfloat16 and not configs.INTERPRETED,
         "CORRECTION_PRECISION": "tf32x3" if nvidia and kind in ("half", "tf32") else "ieee",
         "WIDEN": configs.INTERPRETED,
     }
-    return {name: every[name] for name in names}
+    return {name: constants[name] for name in names}
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a b by torch's own library into `out`, whose dtype is at least as wide as theirs and rows as far apart as you like.
+    """Compute a @ b into `out` with torch's library. The dtype of `out` may be wider, and its rows farther apart.
 
-    `torch.mm` into a tensor has no rule under autocast. Without one it would turn float32 into half precision, which
-    the kernel that goes on with the product would read past its end.
+    `torch.mm` with `out` has no rule for autocast. Such a rule could turn float32 into half precision, and the kernel
+    that reads the product would then read past its end; so the result is checked.
     """
     if configs.INTERPRETED:  # the CPU's product has no wider output
         a, b = a.to(out.dtype), b.to(out.dtype)
-    return product_into(out, a, b)
-
-
-def product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The same, without what the interpreter needs."""
     pointer = out.data_ptr()
-    made = torch.mm(a, b, out=out) if a.dtype == out.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
-    if made.dtype != out.dtype or made.data_ptr() != pointer:
+    result = torch.mm(a, b, out=out) if a.dtype == out.dtype else torch.mm(a, b, out_dtype=out.dtype, out=out)
+    if result.dtype != out.dtype or result.data_ptr() != pointer:
         raise RuntimeError(
-            f"torch.mm was to write {out.dtype} into a tensor, and gave another of {made.dtype}"
+            f"torch.mm: expected to write {out.dtype} into out, got another tensor of {result.dtype}"
         )
     return out
 
 
-_NOTHING = nullcontext()
+_NO_CONTEXT = nullcontext()
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+    """Return a context in which Triton, which launches on the current device, launches on this device."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _NOTHING
+        return _NO_CONTEXT
     return torch.cuda.device(device)

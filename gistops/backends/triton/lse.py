@@ -1,9 +1,9 @@
-"""From products to scores, and to their tile's part of the log-sum-exp of each row, class by class.
+"""The loss's forward pass over the scores: from the product P to logits z and each row's partial log-sum-exps.
 
     z[k, i] = τ / |f_i| · max_j (P[k, i] + Q[i, j]) R[k, j]        P = W f', Q = f Δ', R = 1 / |w_k + δ_j|
 
-P comes from torch's own library. Rows of classes start on whole vectors whatever K, and the sums over the classes of
-one feature stay within a thread but for the last step.
+P is computed by torch's library, class-major: its rows start at multiples of 16 elements whatever K is, and the sums
+over classes stay within a thread up to their last step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .max_over_slots import max_over_slots
 
 @triton.jit
 def lse_kernel(
-    scores,  # P [K, stride]; with STASH replaced by z
+    scores,  # P [K, stride]; overwritten by z with STASH
     slots,  # [K, stride]: written with STASH
     center_rnorms,  # [M, K]
     shifts,  # [M, B]
@@ -26,78 +26,87 @@ def lse_kernel(
     target,  # [B]
     class_bias,  # [K], or unused
     class_weight,  # [K], or unused
-    target_logits,  # [B]: of the rows whose target is here
+    target_logits,  # [B]: written for rows whose target is in this chunk
     partials,  # [3, groups, B]
     class_sums,  # [2, groups]
     B,
     K,
     stride,  # B rounded up to a multiple of 16
     M,
-    run,  # class tiles a group
-    first,  # class of the chunk
-    first_group,
+    group_tiles,  # class tiles per group
+    first_class,  # of the chunk
+    first_group,  # of the chunk
     groups,  # of all chunks
     ignore_index,
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    UNROLLED_SLOTS: tl.constexpr,  # see `max_over_slots`
+    UNROLLED_SLOTS: tl.constexpr,  # see max_over_slots
     ACC: tl.constexpr,
     STASH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
-    SUMS: tl.constexpr,  # of weight z, for label smoothing
+    SUMS: tl.constexpr,  # of weight·z, for label smoothing
 ):
-    """A program: a group of class tiles, BLOCK_B features. Scores of pairs that cancel are wrong, and made anew later."""
+    """Compute logits, and their partial log-sum-exps, of a group of class tiles and BLOCK_B rows.
+
+    Grid: class groups x row tiles. Logits of pairs that cancel are wrong here; rescore_cancelled_lse_kernel recomputes
+    the groups that hold such pairs.
+    """
     row_tiles = tl.cdiv(B, BLOCK_B)
     row_tile = tl.program_id(0) % row_tiles
     group = tl.program_id(0) // row_tiles
     rows = row_tile * BLOCK_B + tl.arange(0, BLOCK_B)
     row_valid = rows < B
     scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
-    places = local_targets(target, rows, row_valid, first, ignore_index)
+    targets = local_targets(target, rows, row_valid, first_class, ignore_index)
     largest = tl.full((BLOCK_B,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_B,), ACC)
     weighted = tl.zeros((BLOCK_B,), ACC)
-    found = tl.zeros((BLOCK_C, BLOCK_B), ACC)  # the targets' scores
-    # The next tile is on its way while one is worked on.
+    target_z = tl.zeros((BLOCK_C, BLOCK_B), ACC)
+    # Prefetch: the next tile is loaded while the current one is processed.
     columns = (rows < stride)[None, :]
     offsets = tl.arange(0, BLOCK_C)[:, None] * stride + rows[None, :]
-    begin = group * run * BLOCK_C
-    last = tl.minimum(begin + run * BLOCK_C, K)
+    begin = group * group_tiles * BLOCK_C
+    end = tl.minimum(begin + group_tiles * BLOCK_C, K)
     first_inside = (begin + tl.arange(0, BLOCK_C) < K)[:, None] & columns
     ahead = tl.load(scores + tl.cast(begin, tl.int64) * stride + offsets, mask=first_inside, other=0.0)
-    for tile in range(group * run, group * run + run):
+    for tile in range(group * group_tiles, group * group_tiles + group_tiles):
         classes = tile * BLOCK_C + tl.arange(0, BLOCK_C)
         class_valid = classes < K
         start = tl.cast(tile, tl.int64) * BLOCK_C * stride
         valid = class_valid[:, None] & row_valid[None, :]
-        # A mask by the stride, a multiple of 16, keeps loads wide whatever B.
+        # The stride is a multiple of 16; a mask by it, not by B, keeps loads and stores wide.
         inside = class_valid[:, None] & columns
         products = ahead
-        more_inside = (classes + BLOCK_C < last)[:, None] & columns
-        ahead = tl.load(scores + start + BLOCK_C * stride + offsets, mask=more_inside, other=0.0)
+        next_inside = (classes + BLOCK_C < end)[:, None] & columns
+        ahead = tl.load(scores + start + BLOCK_C * stride + offsets, mask=next_inside, other=0.0)
         best, slot = max_over_slots(
             products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, UNROLLED_SLOTS
         )
+        # Columns from B on are uninitialized memory.
         z = tl.where(valid, best * scale[None, :], tl.zeros_like(best))
-        slot = tl.where(valid, slot, tl.zeros_like(slot))  # beyond the batch are products that nobody wrote
+        slot = tl.where(valid, slot, tl.zeros_like(slot))
         if STASH:
             tl.store(scores + start + offsets, z, mask=inside)
-            # Four at a time, as scores are read: wider stores would send all slots through shared memory.
+            # Four at a time, as scores are loaded: wider stores would send all slots through shared memory.
             narrow = tl.max_contiguous(offsets, (1, 4))
             tl.store(slots + start + narrow, slot.to(tl.uint8), mask=inside)
-        own = valid & (classes[:, None] == places[None, :])
-        found += tl.where(own, z, tl.zeros_like(z))
-        more = tile_lse(z, classes, class_valid, places, class_bias, class_weight, HAS_BIAS, HAS_WEIGHT, SUMS)
-        largest, total = merge_lse(largest, total, more[0], more[1])
-        weighted += more[2]
-    start_class = group * run * BLOCK_C
-    here = row_valid & (places >= start_class) & (places < tl.minimum(start_class + run * BLOCK_C, K))
-    tl.store(target_logits + rows, tl.sum(found, 0), mask=here)
+        is_target = valid & (classes[:, None] == targets[None, :])
+        target_z += tl.where(is_target, z, tl.zeros_like(z))
+        tile_largest, tile_total, tile_weighted = tile_lse(
+            z, classes, class_valid, targets, class_bias, class_weight, HAS_BIAS, HAS_WEIGHT, SUMS
+        )
+        largest, total = merge_lse(largest, total, tile_largest, tile_total)
+        weighted += tile_weighted
+    group_start = group * group_tiles * BLOCK_C
+    in_group = (
+        row_valid & (targets >= group_start) & (targets < tl.minimum(group_start + group_tiles * BLOCK_C, K))
+    )
+    tl.store(target_logits + rows, tl.sum(target_z, 0), mask=in_group)
     store_lse(partials, largest, total, weighted, first_group + group, groups, rows, row_valid, B, SUMS)
     if SUMS:  # noqa: SIM102
         if row_tile == 0:
             store_class_sums(
-                class_sums, group * run * BLOCK_C, run, K, class_bias, class_weight, first_group + group, groups,
-                BLOCK_C, HAS_BIAS, HAS_WEIGHT,
+                class_sums, group * group_tiles * BLOCK_C, group_tiles, K, class_bias, class_weight,
+                first_group + group, groups, BLOCK_C, HAS_BIAS, HAS_WEIGHT,
             )  # fmt: skip

@@ -1,4 +1,7 @@
-"""A tile's part of the log-sum-exp of its rows, and where a row's target is."""
+"""Partial log-sum-exps: a tile's maximum and sum of exponentials for each row, and how two of them merge.
+
+A row's own target is left out of its log-sum-exp, so that a loss of 1e-20 keeps its digits.
+"""
 
 from __future__ import annotations
 
@@ -7,54 +10,62 @@ import triton.language as tl
 
 
 @triton.jit
-def local_targets(target, rows, row_valid, first, ignore_index):
-    """The places of the rows' targets in a chunk of classes that begins at `first`, as int32; -1 where ignored."""
+def local_targets(target, rows, row_valid, first_class, ignore_index):
+    """Return the rows' targets, int32, counted from `first_class`, the first of a chunk; -1 for ignored rows."""
     y = tl.load(target + rows, mask=row_valid, other=0).to(tl.int64)
-    place = tl.minimum(tl.maximum(y - first, -1), 2147483647)
-    return tl.where(y == ignore_index, tl.full(y.shape, -1, tl.int64), place).to(tl.int32)
+    local = tl.minimum(tl.maximum(y - first_class, -1), 2147483647)
+    return tl.where(y == ignore_index, tl.full(y.shape, -1, tl.int64), local).to(tl.int32)
 
 
 @triton.jit
-def zero_if_minus_infinity(x):
-    """0 in place of -inf: what may be subtracted from scores of which the largest is x."""
-    return tl.where(x == float("-inf"), tl.zeros_like(x), x)
+def finite_shift(largest):
+    """Return the maximum, or 0 in place of -inf: the shift of exponentials, since -inf - -inf would be NaN."""
+    return tl.where(largest == float("-inf"), tl.zeros_like(largest), largest)
 
 
 @triton.jit
 def tile_lse(
-    z,  # scores [classes, rows], without bias
+    z,  # logits [classes, rows], without bias
     classes,
     class_valid,
-    places,  # of the targets
+    targets,  # from local_targets
     class_bias,
     class_weight,
     HAS_BIAS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """Each [rows]: the maximum of all scores but the target's, the sum of their exponentials below it, Σ weight z.
+    """Return for each row: the maximum of its non-target logits, Σ exp(logit - maximum) over them, and Σ weight·z.
 
-    The target is left out, so that a loss of 1e-20 keeps its digits. NaN is in the sum, if not in the maximum.
+    A NaN logit always reaches the sum of exponentials, but not always the maximum.
     """
     score = z
     if HAS_BIAS:
         score = score + tl.load(class_bias + classes, mask=class_valid, other=0.0).to(z.dtype)[:, None]
-    counted = class_valid[:, None] & (classes[:, None] != places[None, :])
+    counted = class_valid[:, None] & (classes[:, None] != targets[None, :])
     score = tl.where(counted, score, tl.full(z.shape, float("-inf"), z.dtype))
     largest = tl.max(score, 0)
-    total = tl.sum(tl.exp(score - zero_if_minus_infinity(largest)[None, :]), 0)
+    total = tl.sum(tl.exp(score - finite_shift(largest)[None, :]), 0)
     weighted = tl.zeros_like(largest)
     if SUMS:
-        share = z
+        terms = z
         if HAS_WEIGHT:
-            share = z * tl.load(class_weight + classes, mask=class_valid, other=0.0).to(z.dtype)[:, None]
-        weighted = tl.sum(tl.where(class_valid[:, None], share, tl.zeros_like(share)), 0)
+            terms = z * tl.load(class_weight + classes, mask=class_valid, other=0.0).to(z.dtype)[:, None]
+        weighted = tl.sum(tl.where(class_valid[:, None], terms, tl.zeros_like(terms)), 0)
     return largest, total, weighted
 
 
 @triton.jit
+def merge_lse(largest, total, more_largest, more_total):
+    """Return the maximum and the sum of exponentials of two parts together."""
+    joint = tl.maximum(largest, more_largest)
+    shift = finite_shift(joint)
+    return joint, total * tl.exp(largest - shift) + more_total * tl.exp(more_largest - shift)
+
+
+@triton.jit
 def store_lse(
-    partials,  # [3, groups, B]; two planes suffice without SUMS
+    partials,  # [3, groups, B], or [2, groups, B] without SUMS
     largest,
     total,
     weighted,
@@ -65,28 +76,20 @@ def store_lse(
     B,
     SUMS: tl.constexpr,
 ):
-    """Keep what `tile_lse` made."""
+    """Store a class group's partials, as `tile_lse` returns them."""
     plane = tl.cast(groups, tl.int64) * B
-    place = partials + tl.cast(group, tl.int64) * B + rows
-    tl.store(place, largest, mask=row_valid)
-    tl.store(place + plane, total, mask=row_valid)
+    ptrs = partials + tl.cast(group, tl.int64) * B + rows
+    tl.store(ptrs, largest, mask=row_valid)
+    tl.store(ptrs + plane, total, mask=row_valid)
     if SUMS:
-        tl.store(place + 2 * plane, weighted, mask=row_valid)
-
-
-@triton.jit
-def merge_lse(largest, total, more_largest, more_total):
-    """Maximum and sum of exponentials of two parts."""
-    joint = tl.maximum(largest, more_largest)
-    shift = zero_if_minus_infinity(joint)
-    return joint, total * tl.exp(largest - shift) + more_total * tl.exp(more_largest - shift)
+        tl.store(ptrs + 2 * plane, weighted, mask=row_valid)
 
 
 @triton.jit
 def store_class_sums(
-    class_sums,  # [2, groups]: Σ weight, and Σ weight bias
-    start,  # class of the group
-    run,  # class tiles of the group
+    class_sums,  # [2, groups]: Σ weight, and Σ weight·bias
+    start,  # first class of the group
+    group_tiles,  # class tiles per group
     K,
     class_bias,
     class_weight,
@@ -96,11 +99,11 @@ def store_class_sums(
     HAS_BIAS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
 ):
-    """Keep what a group of classes adds to the sums that label smoothing needs."""
+    """Store a class group's sums over classes that label smoothing needs."""
     ACC: tl.constexpr = class_sums.dtype.element_ty
     weights = tl.zeros((BLOCK_C,), ACC)
     biases = tl.zeros((BLOCK_C,), ACC)
-    for tile in range(run):
+    for tile in range(group_tiles):
         classes = start + tile * BLOCK_C + tl.arange(0, BLOCK_C)
         weight = tl.where(classes < K, 1.0, 0.0).to(ACC)
         if HAS_WEIGHT:

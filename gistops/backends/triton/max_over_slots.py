@@ -1,10 +1,7 @@
-"""Logits around torch's own product: norms in one launch, P = W f' by the library, and one kernel that pools.
+"""The maximum over slots, and the forward as two launches: P = W f' by torch's library, then the maximum by a kernel.
 
-P is kept class by class, [K, ldB]: its rows start on whole vectors whatever K, and a library product with rows that do
+P is class-major, [K, ldB]. Its rows start at multiples of 16 elements whatever K is; a library product whose rows do
 not takes more than twice as long.
-
-`max_over_slots` is what a kernel on such scores shares, the loss's too: it takes a tile P [classes, features], and per slot a
-row of reciprocal norms [classes] and of f·δ_j [features]; it gives the best score without τ/|f_i|, and its slot.
 """
 
 from __future__ import annotations
@@ -15,11 +12,11 @@ import triton.language as tl
 
 @triton.jit
 def _running_max(best, slot, j, products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K):
-    """Best scores and their slots, with slot j considered."""
+    """Return the running maximum and its slot after slot j."""
     rnorm = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0)
     shift = tl.load(shifts + tl.cast(j, tl.int64) * B + rows, mask=row_valid, other=0.0)
     score = (products + shift[None, :]) * rnorm[:, None]
-    # The lowest of equals wins, and NaN gets through, as in torch.max.
+    # The lowest slot wins a tie, and NaN wins over any number, as in torch.max.
     better = (score > best) | (score != score)
     return tl.where(better, score, best), tl.where(better, j, slot)
 
@@ -38,9 +35,13 @@ def max_over_slots(
     M,
     UNROLLED_SLOTS: tl.constexpr,
 ):
-    """max_j (P + Q_j) R_j and the lowest j that attains it, for a tile of [classes, features].
+    """Return max_j (P + Q_j) R_j, without the factor τ / |f_i|, and the lowest j that attains it.
 
-    UNROLLED_SLOTS is M where that is small, so that nothing is left of the loop; otherwise 0.
+    Args:
+        products: a tile of P [classes, rows].
+        center_rnorms: R [M, K].
+        shifts: Q' [M, B].
+        UNROLLED_SLOTS: M if it is small, so that the loop is unrolled; otherwise 0.
     """
     best = products * tl.load(center_rnorms + classes, mask=class_valid, other=0.0)[:, None]
     slot = tl.zeros(products.shape, tl.int32)
@@ -72,21 +73,21 @@ def max_over_slots_kernel(
     M,
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    UNROLLED_SLOTS: tl.constexpr,  # see `max_over_slots`
+    UNROLLED_SLOTS: tl.constexpr,  # see max_over_slots
     ACC: tl.constexpr,
 ):
-    """A program: BLOCK_C classes, BLOCK_B features, read class by class and written feature by feature.
+    """Compute logits and slots of BLOCK_C classes and BLOCK_B rows: read class-major, written row-major.
 
-    Scores of pairs that cancel are wrong here, and made anew by rescore_cancelled_kernel.
+    Grid: class tiles x row tiles. Logits of pairs that cancel are wrong here; rescore_cancelled_kernel overwrites them.
     """
     row_tiles = tl.cdiv(B, BLOCK_B)
     rows = tl.program_id(0) % row_tiles * BLOCK_B + tl.arange(0, BLOCK_B)
     classes = tl.program_id(0) // row_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     row_valid = rows < B
     class_valid = classes < K
-    place = classes.to(tl.int64)[:, None] * stride + rows[None, :]
+    elements = classes.to(tl.int64)[:, None] * stride + rows[None, :]
     inside = class_valid[:, None] & (rows < stride)[None, :]
-    products = tl.load(scores + place, mask=inside, other=0.0)
+    products = tl.load(scores + elements, mask=inside, other=0.0)
     best, slot = max_over_slots(
         products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, UNROLLED_SLOTS
     )

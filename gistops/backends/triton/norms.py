@@ -1,7 +1,7 @@
-"""All norms and all products with displacements, of features and of centres, in one launch that reads each once.
+"""Norms of rows and of centers, and their products with the displacements, in one launch that reads each vector once.
 
-Of features 1/|f_i| and f_i·δ_j, of centres 1/|w_k + δ_j|. It is bound by memory: tiles are small, so that several
-programs a multiprocessor keep loads in flight, and what is summed over dimensions is reduced once, at the end.
+For rows: 1 / |f_i| and f_i·δ_j. For classes: 1 / |w_k + δ_j|. The launch is bound by memory, so tiles are small: several
+programs per multiprocessor keep loads in flight.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .numerics import clamped_rnorm, signed_rnorms
+from .numerics import clamped_rnorm, signed_rnorm
 
 
 @triton.jit
@@ -18,8 +18,8 @@ def squares_and_products(
     rows,
     valid,
     displacements,
-    candidates,
-    candidate_valid,
+    slots,
+    slot_valid,
     d,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -28,28 +28,28 @@ def squares_and_products(
     NORM_PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """|x|² [rows], x·δ_j [rows, candidates] and |δ_j|² [candidates]."""
+    """Return |x|² [rows], x·δ_j [rows, slots] and |δ_j|² [slots]."""
     dims = tl.arange(0, BLOCK_D)
-    x_tile = vectors + rows.to(tl.int64)[:, None] * d + dims[None, :]
-    delta_tile = displacements + (candidates[:, None] - 1) * d + dims[None, :]
+    x_ptrs = vectors + rows.to(tl.int64)[:, None] * d + dims[None, :]
+    delta_ptrs = displacements + (slots[:, None] - 1) * d + dims[None, :]
     squares = tl.zeros((BLOCK_R, BLOCK_D), ACC)
-    crossed = tl.zeros((BLOCK_R, BLOCK_S), ACC)
-    lengths = tl.zeros((BLOCK_S, BLOCK_D), ACC)
+    products = tl.zeros((BLOCK_R, BLOCK_S), ACC)
+    delta_squares = tl.zeros((BLOCK_S, BLOCK_D), ACC)
     for start in range(0, d, BLOCK_D):
         inside = dims[None, :] < d - start
-        x = tl.load(x_tile + start, mask=valid[:, None] & inside, other=0.0)
+        x = tl.load(x_ptrs + start, mask=valid[:, None] & inside, other=0.0)
         if WIDEN:
             x = x.to(ACC)
         if BLOCK_S > 1:
-            delta = tl.load(delta_tile + start, mask=candidate_valid[:, None] & inside, other=0.0)
+            delta = tl.load(delta_ptrs + start, mask=slot_valid[:, None] & inside, other=0.0)
             if WIDEN:
                 delta = delta.to(ACC)
-            crossed = tl.dot(x, tl.trans(delta), crossed, input_precision=NORM_PRECISION, out_dtype=ACC)
-            long = delta.to(ACC)
-            lengths += long * long
+            products = tl.dot(x, tl.trans(delta), products, input_precision=NORM_PRECISION, out_dtype=ACC)
+            wide_delta = delta.to(ACC)
+            delta_squares += wide_delta * wide_delta
         wide = x.to(ACC)
         squares += wide * wide
-    return tl.sum(squares, 1), crossed, tl.sum(lengths, 1)
+    return tl.sum(squares, 1), products, tl.sum(delta_squares, 1)
 
 
 @triton.jit
@@ -58,53 +58,56 @@ def norms_kernel(
     centers,  # [K, d]
     displacements,  # [m, d]
     input_rnorms,  # [B]
-    shifts,  # [M, B]: Q', f_i·δ_j, slot first so that a tile of features reads a run
+    shifts,  # [M, B]: Q', the products f_i·δ_j, slot first so that a tile of rows reads contiguous memory
     center_rnorms,  # [M, K]
-    B,  # 0 where the features' are known
-    K,
+    B,  # 0 if input_rnorms and shifts are known
+    K,  # 0 if center_rnorms are known
     d,
     M,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,  # 16, or 1 where m = 0
+    BLOCK_S: tl.constexpr,  # 16, or 1 if m is 0
     ACC: tl.constexpr,
     NORM_PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """A program: BLOCK_R features, or BLOCK_R classes, and BLOCK_S slots. Slot 0 is a displacement of zeros."""
+    """Compute norms in a loop over the dimensions.
+
+    Grid: (tiles of BLOCK_R rows, then tiles of BLOCK_R classes; tiles of BLOCK_S slots). Slot 0 has a displacement of zero.
+    """
     row_tiles = (B + BLOCK_R - 1) // BLOCK_R
     tile = tl.program_id(0)
-    candidates = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
-    delta_valid = (candidates > 0) & (candidates < M)
+    slots = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
+    delta_valid = (slots > 0) & (slots < M)
     if tile < row_tiles:
         rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        squares, crossed, _ = squares_and_products(
-            input, rows, rows < B, displacements, candidates, delta_valid, d,
+        squares, products, _ = squares_and_products(
+            input, rows, rows < B, displacements, slots, delta_valid, d,
             BLOCK_R, BLOCK_D, BLOCK_S, ACC, NORM_PRECISION, WIDEN,
         )  # fmt: skip
-        target = shifts + candidates.to(tl.int64)[None, :] * B + rows[:, None]
-        tl.store(target, crossed, mask=(rows < B)[:, None] & (candidates < M)[None, :])
+        ptrs = shifts + slots.to(tl.int64)[None, :] * B + rows[:, None]
+        tl.store(ptrs, products, mask=(rows < B)[:, None] & (slots < M)[None, :])
         if tl.program_id(1) == 0:
             tl.store(input_rnorms + rows, clamped_rnorm(squares), mask=rows < B)
     else:
         classes = (tile - row_tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
-        squares, crossed, lengths = squares_and_products(
-            centers, classes, classes < K, displacements, candidates, delta_valid, d,
+        squares, products, delta_squares = squares_and_products(
+            centers, classes, classes < K, displacements, slots, delta_valid, d,
             BLOCK_R, BLOCK_D, BLOCK_S, ACC, NORM_PRECISION, WIDEN,
         )  # fmt: skip
-        target = center_rnorms + candidates.to(tl.int64)[None, :] * K + classes[:, None]
-        known = (candidates < M)[None, :] & (classes < K)[:, None]
-        tl.store(target, signed_rnorms(squares, crossed, lengths), mask=known)
+        ptrs = center_rnorms + slots.to(tl.int64)[None, :] * K + classes[:, None]
+        mask = (slots < M)[None, :] & (classes < K)[:, None]
+        tl.store(ptrs, signed_rnorm(squares[:, None], products, delta_squares[None, :]), mask=mask)
 
 
 @triton.jit
-def signed_rnorm(square, product, displacement_square):
-    """As `signed_rnorms`, of one displacement."""
-    apart = square + displacement_square
-    squares = apart + 2.0 * product
-    cancelled = squares < apart * 0.125
-    one = tl.full(squares.shape, 1.0, squares.dtype)
-    return tl.where(cancelled, -one, clamped_rnorm(tl.where(cancelled, one, squares)))
+def load_vectors(vectors, rows, valid, dims, inside, d, ACC: tl.constexpr, WIDEN: tl.constexpr):
+    """Return some rows of `vectors` [n, d]: a tile [rows, dims]."""
+    ptrs = vectors + rows.to(tl.int64)[:, None] * d + dims[None, :]
+    x = tl.load(ptrs, mask=valid[:, None] & inside[None, :], other=0.0)
+    if WIDEN:
+        x = x.to(ACC)
+    return x
 
 
 @triton.jit
@@ -115,8 +118,8 @@ def norms_in_registers_kernel(
     input_rnorms,  # [B]
     shifts,  # [M, B]
     center_rnorms,  # [M, K]
-    B,  # 0 where the features' are known
-    K,
+    B,  # 0 if input_rnorms and shifts are known
+    K,  # 0 if center_rnorms are known
     d,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,  # at least d
@@ -124,9 +127,9 @@ def norms_in_registers_kernel(
     ACC: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """As norms_kernel, for few displacements: vectors stay in registers, so that all loads are under way at once.
+    """Compute the same norms with whole vectors in registers, for few displacements. All loads are issued at once.
 
-    A warp has whole rows. There is no loop over dimensions, hence no barrier, and sums go across lanes only.
+    Each warp holds whole vectors, so that sums need no barrier. Grid: tiles of BLOCK_R rows, then tiles of BLOCK_R classes.
     """
     row_tiles = (B + BLOCK_R - 1) // BLOCK_R
     tile = tl.program_id(0)
@@ -135,10 +138,7 @@ def norms_in_registers_kernel(
     if tile < row_tiles:
         rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         valid = rows < B
-        place = input + rows.to(tl.int64)[:, None] * d + dims[None, :]
-        f = tl.load(place, mask=valid[:, None] & inside[None, :], other=0.0)
-        if WIDEN:
-            f = f.to(ACC)
+        f = load_vectors(input, rows, valid, dims, inside, d, ACC, WIDEN)
         wide = f.to(ACC)
         tl.store(input_rnorms + rows, clamped_rnorm(tl.sum(wide * wide, 1)), mask=valid)
         tl.store(shifts + rows, tl.zeros((BLOCK_R,), ACC), mask=valid)
@@ -148,10 +148,7 @@ def norms_in_registers_kernel(
     else:
         classes = (tile - row_tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
         valid = classes < K
-        place = centers + classes.to(tl.int64)[:, None] * d + dims[None, :]
-        w = tl.load(place, mask=valid[:, None] & inside[None, :], other=0.0)
-        if WIDEN:
-            w = w.to(ACC)
+        w = load_vectors(centers, classes, valid, dims, inside, d, ACC, WIDEN)
         wide = w.to(ACC)
         square = tl.sum(wide * wide, 1)
         tl.store(center_rnorms + classes, clamped_rnorm(square), mask=valid)

@@ -1,8 +1,8 @@
-"""What all kernels agree on: how a norm is inverted, and when a sum has cancelled.
+"""Numerical conventions that all kernels share: inverse norms, and the test for cancellation.
 
-Kernels are written for three kinds of input: half (float16, bfloat16), float32 and float64. `ACC` is the dtype of sums,
-float64 for float64 and float32 otherwise. `WIDEN` is set under Triton's interpreter, whose bfloat16 arithmetic is
-wrong: there every tile is converted to `ACC` as soon as it is loaded.
+Kernels serve three kinds of input: half precision (float16, bfloat16), float32 and float64. `ACC` is the dtype of
+accumulators: float64 for float64 inputs, otherwise float32. `WIDEN` is set under Triton's interpreter, whose bfloat16
+arithmetic is wrong: every tile is converted to `ACC` right after its load.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def clamped_rnorm(square):
-    """1 / max(sqrt(square), 1e-12), correctly rounded; NaN stays NaN, which `tl.maximum` would drop."""
+    """Return 1 / max(sqrt(square), 1e-12), correctly rounded. NaN stays NaN; `tl.maximum` would drop it."""
     if square.dtype == tl.float64:
         norm = tl.sqrt(square)
         inverse = 1.0 / norm
@@ -25,19 +25,19 @@ def clamped_rnorm(square):
 
 @triton.jit
 def is_clamped(rnorm):
-    """Whether the norm behind a reciprocal, of either sign, was clamped: then it is a constant, without gradient."""
+    """Return true where the norm behind an inverse norm, of either sign, was clamped. Such a norm has no gradient."""
     return tl.abs(rnorm) >= tl.full(rnorm.shape, 1e12, rnorm.dtype)
 
 
 @triton.jit
-def signed_rnorms(center_squares, products, displacement_squares):
-    """1 / |w + δ| from |w|² [k], w·δ [k, j] and |δ|² [j]; -1, to be replaced, where the sum has cancelled.
+def signed_rnorm(center_square, product, displacement_square):
+    """Return 1 / |w + δ| from |w|², w·δ and |δ|², or -1 where the sum has cancelled. The arguments broadcast.
 
-    Where w is close to -δ, |w|² + 2 w·δ + |δ|² loses digits, and so do P + Q and HW + SΔ. Such pairs, rare or none,
-    are marked by the sign of their reciprocal norm, and computed from w + δ written out (cancellation.py).
+    Where w is close to -δ, |w|² + 2 w·δ + |δ|² loses digits, and so do P + Q and HW + SΔ. The sign of the inverse norm
+    marks such pairs, which are rare. cancellation.py recomputes them from w + δ and replaces the -1.
     """
-    apart = center_squares[:, None] + displacement_squares[None, :]
-    squares = apart + 2.0 * products
-    cancelled = squares < apart * 0.125
-    one = tl.full(squares.shape, 1.0, squares.dtype)
-    return tl.where(cancelled, -one, clamped_rnorm(tl.where(cancelled, one, squares)))
+    sum_of_squares = center_square + displacement_square
+    square = sum_of_squares + 2.0 * product
+    cancelled = square < sum_of_squares * 0.125
+    one = tl.full(square.shape, 1.0, square.dtype)
+    return tl.where(cancelled, -one, clamped_rnorm(tl.where(cancelled, one, square)))

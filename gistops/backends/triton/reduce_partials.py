@@ -1,4 +1,4 @@
-"""The sums over the parts that route_logits_grad_kernel leaves, all in one launch, each in a fixed order."""
+"""The sums over the partials that the routing kernels write: one launch, each sum in a fixed order."""
 
 from __future__ import annotations
 
@@ -7,69 +7,74 @@ import triton.language as tl
 
 
 @triton.jit
-def _reduce(parts, result, block, count, length, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
-    """result [length] = Σ parts [count, length], for BLOCK_N of its elements."""
-    place = block * BLOCK_N + tl.arange(0, BLOCK_N)
+def _sum_partials(partials, result, block, count, length, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store BLOCK_N elements of result [length] = Σ partials [count, length]."""
+    elements = block * BLOCK_N + tl.arange(0, BLOCK_N)
     lanes = tl.arange(0, BLOCK_P)
-    inside = place < length
-    total = tl.zeros((BLOCK_P, BLOCK_N), parts.dtype.element_ty)
+    inside = elements < length
+    total = tl.zeros((BLOCK_P, BLOCK_N), partials.dtype.element_ty)
     for start in range(0, count, BLOCK_P):
         part = start + lanes
         valid = (part < count)[:, None] & inside[None, :]
-        offsets = part.to(tl.int64)[:, None] * length + place[None, :]
-        total += tl.load(parts + offsets, mask=valid, other=0.0)
-    tl.store(result + place, tl.sum(total, 0).to(result.dtype.element_ty), mask=inside)
+        offsets = part.to(tl.int64)[:, None] * length + elements[None, :]
+        total += tl.load(partials + offsets, mask=valid, other=0.0)
+    tl.store(result + elements, tl.sum(total, 0).to(result.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def reduce_partials_kernel(
-    shares,  # [groups, M·B]
-    moments,  # [splits, M·K]
-    bias_parts,  # [splits, K]
-    margin_parts,  # [splits, K]
-    totals,  # [splits·groups]
+    slot_weights,  # S' [groups, M·B]
+    moments,  # U [splits, M·K]
+    bias_partials,  # [splits, K]
+    margin_partials,  # [splits, K]
+    tau_partials,  # τ ∂τ [splits·groups]
     tau,  # one element
-    shares_sum,  # [M·B]
+    slot_weights_sum,  # [M·B]
     moments_sum,  # [M·K]
-    bias_gradient,  # [K]
-    margin_gradient,  # [K]
-    tau_gradient,  # one element
+    grad_bias,  # [K]
+    grad_margin,  # [K]
+    grad_tau,  # one element
     groups,
     splits,
-    share_length,  # the lengths are 0 where nothing is to be summed
-    moment_length,
+    slot_weights_length,  # each length is 0 if that sum is not needed
+    moments_length,
     bias_length,
     margin_length,
-    total_length,
+    tau_length,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """A program: BLOCK_N elements of one of the results."""
+    """Compute BLOCK_N elements of one of the sums, or the gradient of τ.
+
+    Grid: the blocks of the four sums one after the other, then one program for τ.
+    """
     block = tl.program_id(0)
-    ends = tl.cast(0, tl.int32) + (share_length + BLOCK_N - 1) // BLOCK_N
-    if block < ends:
-        _reduce(shares, shares_sum, block, groups, share_length, BLOCK_P, BLOCK_N)
+    blocks = tl.cast(0, tl.int32) + (slot_weights_length + BLOCK_N - 1) // BLOCK_N
+    if block < blocks:
+        _sum_partials(slot_weights, slot_weights_sum, block, groups, slot_weights_length, BLOCK_P, BLOCK_N)
     else:
-        block -= ends
-        ends = tl.cast(0, tl.int32) + (moment_length + BLOCK_N - 1) // BLOCK_N
-        if block < ends:
-            _reduce(moments, moments_sum, block, splits, moment_length, BLOCK_P, BLOCK_N)
+        block -= blocks
+        blocks = tl.cast(0, tl.int32) + (moments_length + BLOCK_N - 1) // BLOCK_N
+        if block < blocks:
+            _sum_partials(moments, moments_sum, block, splits, moments_length, BLOCK_P, BLOCK_N)
         else:
-            block -= ends
-            ends = tl.cast(0, tl.int32) + (bias_length + BLOCK_N - 1) // BLOCK_N
-            if block < ends:
-                _reduce(bias_parts, bias_gradient, block, splits, bias_length, BLOCK_P, BLOCK_N)
+            block -= blocks
+            blocks = tl.cast(0, tl.int32) + (bias_length + BLOCK_N - 1) // BLOCK_N
+            if block < blocks:
+                _sum_partials(bias_partials, grad_bias, block, splits, bias_length, BLOCK_P, BLOCK_N)
             else:
-                block -= ends
-                ends = tl.cast(0, tl.int32) + (margin_length + BLOCK_N - 1) // BLOCK_N
-                if block < ends:
-                    _reduce(margin_parts, margin_gradient, block, splits, margin_length, BLOCK_P, BLOCK_N)
+                block -= blocks
+                blocks = tl.cast(0, tl.int32) + (margin_length + BLOCK_N - 1) // BLOCK_N
+                if block < blocks:
+                    _sum_partials(
+                        margin_partials, grad_margin, block, splits, margin_length, BLOCK_P, BLOCK_N
+                    )
                 else:
                     lanes = tl.arange(0, BLOCK_T)
-                    total = tl.zeros((BLOCK_T,), totals.dtype.element_ty)
-                    for start in range(0, total_length, BLOCK_T):
-                        place = start + lanes
-                        total += tl.load(totals + place, mask=place < total_length, other=0.0)
+                    total = tl.zeros((BLOCK_T,), tau_partials.dtype.element_ty)
+                    for start in range(0, tau_length, BLOCK_T):
+                        elements = start + lanes
+                        total += tl.load(tau_partials + elements, mask=elements < tau_length, other=0.0)
                     ratio = tl.sum(total, 0) / tl.load(tau).to(total.dtype)
-                    tl.store(tau_gradient, ratio.to(tau_gradient.dtype.element_ty))
+                    tl.store(grad_tau, ratio.to(grad_tau.dtype.element_ty))

@@ -1,6 +1,7 @@
-"""The gradient of the scores, from scores, what the forward kept of each row, and the gradients of loss and lse.
+"""The backward's one pass over the scores of a loss: it computes the gradient of the logits and routes it.
 
-It is never written, but for pairs that cancel: one pass turns scores into routed weights and their sums (route_logits_grad.py).
+The gradient is a function of the logits, of what the forward saved of each row, and of the gradients of loss and lse.
+It is stored for pairs that cancel only; otherwise it becomes routed weights and their sums at once (route_logits_grad.py).
 """
 
 from __future__ import annotations
@@ -8,25 +9,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .cancellation import any_cancelled
 from .lse_partials import local_targets
-from .numerics import is_clamped
-from .row_loss import BY_LOGIT, BY_MARGIN, BY_TAU, EXCESS, SHIFT
+from .route_logits_grad import bound_weights, select_rnorm
+from .row_loss import BY_LOGIT, BY_MARGIN, BY_TAU, EXCESS, LSE_OTHERS
 
 
 @triton.jit
 def row_factors(
     rows,
     row_valid,
-    grad_loss,  # one element, or [B] by a stride; unused if there is none
+    grad_loss,  # one element, or [B] with grad_stride; or unused
     grad_stride,
-    grad_lse,  # [B] by a stride; unused if there is none
+    grad_lse,  # [B] with lse_stride, or unused
     lse_stride,
-    saved,  # of row_loss_kernel
-    scalars,  # likewise
+    saved,  # from row_loss_kernel
+    scalars,  # from row_loss_kernel and reduce_loss_kernel
     target,  # [B]
     class_weight,  # [K], or unused
     B,
-    every_class,  # K, of all chunks
+    num_classes,  # of all chunks
     ignore_index,
     SMOOTHING: tl.constexpr,
     MEAN: tl.constexpr,
@@ -34,40 +36,40 @@ def row_factors(
     HAS_LSE: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
 ):
-    """Each [rows]: factors of exp(z - O) and of the class weights, the target's gradient, and O."""
+    """Return for each row: the factors of exp(z - O) and of the class weights, the target's gradient, and O."""
     ACC: tl.constexpr = saved.dtype.element_ty
-    shift = tl.load(saved + SHIFT * B + rows, mask=row_valid, other=0.0)
+    lse_others = tl.load(saved + LSE_OTHERS * B + rows, mask=row_valid, other=0.0)
     excess = tl.load(saved + EXCESS * B + rows, mask=row_valid, other=0.0)
-    others = 1.0 / (1.0 + tl.exp(-excess))  # the probability of all but the target
-    own = 1.0 / (1.0 + tl.exp(excess))
-    of_lse = tl.zeros_like(shift)
-    of_loss = tl.zeros_like(shift)
-    of_sums = tl.zeros_like(shift)
-    weight = tl.full(shift.shape, 1.0, ACC)
+    p_others = 1.0 / (1.0 + tl.exp(-excess))  # the probability of all classes but the target
+    p_target = 1.0 / (1.0 + tl.exp(excess))
+    d_lse = tl.zeros_like(lse_others)
+    d_loss = tl.zeros_like(lse_others)
+    d_sums = tl.zeros_like(lse_others)
+    weight = tl.full(lse_others.shape, 1.0, ACC)
     if HAS_LSE:
-        of_lse = tl.load(grad_lse + rows.to(tl.int64) * lse_stride, mask=row_valid, other=0.0).to(ACC)
+        d_lse = tl.load(grad_lse + rows.to(tl.int64) * lse_stride, mask=row_valid, other=0.0).to(ACC)
     if HAS_LOSS:
         y = tl.load(target + rows, mask=row_valid, other=0).to(tl.int64)
-        counted = row_valid & (y != ignore_index) & (y >= 0) & (y < every_class)
-        of_loss = tl.load(grad_loss + rows.to(tl.int64) * grad_stride, mask=row_valid, other=0.0).to(ACC)
+        counted = row_valid & (y != ignore_index) & (y >= 0) & (y < num_classes)
+        d_loss = tl.load(grad_loss + rows.to(tl.int64) * grad_stride, mask=row_valid, other=0.0).to(ACC)
         if MEAN:
-            of_loss = of_loss / tl.load(scalars)
-        of_loss = tl.where(counted, of_loss, tl.zeros_like(of_loss))
+            d_loss = d_loss / tl.load(scalars)
+        d_loss = tl.where(counted, d_loss, tl.zeros_like(d_loss))
         if HAS_WEIGHT:
             weight = tl.load(class_weight + y, mask=counted, other=0.0).to(ACC)
         if SMOOTHING > 0:
-            of_sums = of_loss * (-SMOOTHING / tl.cast(every_class, ACC))
-            of_lse -= of_sums * tl.load(scalars + 1)
-            of_loss = of_loss * (1 - SMOOTHING)
-        of_loss = of_loss * weight
-    factor = (of_loss + of_lse) * others
-    of_target = of_lse * own - of_loss * others + of_sums * weight
-    return factor, of_sums, of_target, shift
+            d_sums = d_loss * (-SMOOTHING / tl.cast(num_classes, ACC))
+            d_lse -= d_sums * tl.load(scalars + 1)
+            d_loss = d_loss * (1 - SMOOTHING)
+        d_loss = d_loss * weight
+    factor = (d_loss + d_lse) * p_others
+    d_target = d_lse * p_target - d_loss * p_others + d_sums * weight
+    return factor, d_sums, d_target, lse_others
 
 
 @triton.jit
 def margin_factors(rows, row_valid, saved, B):
-    """Derivatives of the apply_margin logit by logit, τ and margin."""
+    """Return the derivatives of the target logit with margin by the logit without margin, by τ and by the margin."""
     stride = tl.cast(B, tl.int64)
     by_logit = tl.load(saved + BY_LOGIT * stride + rows, mask=row_valid, other=0.0)
     by_tau = tl.load(saved + BY_TAU * stride + rows, mask=row_valid, other=0.0)
@@ -76,63 +78,49 @@ def margin_factors(rows, row_valid, saved, B):
 
 
 @triton.jit
-def any_marked(center_rnorms, start, count, K, M):
-    """True if any of these classes is of a pair that cancels."""
-    lanes = tl.arange(0, 256)
-    marks = tl.zeros((256,), tl.int32)
-    for j in range(1, M):
-        for skip in range(start, start + count, 256):
-            classes = skip + lanes
-            inside = (classes < K) & (classes < start + count)
-            rnorm = tl.load(center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=inside, other=0.0)
-            marks = marks | (rnorm < 0).to(tl.int32)
-    return tl.max(marks, 0) > 0
-
-
-@triton.jit
-def of_slot(
+def accumulate_slot(
     j,
     slot,
     h,
     u,
-    share,  # S' [slots, features]
-    candidates,
+    slot_weight,  # S' [slots, rows]
+    slot_ids,
     moments,
     split,
     classes,
     class_valid,
     K,
     M,
-    NEED_SHARES: tl.constexpr,
+    NEED_SLOT_WEIGHTS: tl.constexpr,
     NEED_MOMENTS: tl.constexpr,
 ):
-    """S' with the tile's part of slot j; U of slot j is stored."""
+    """Return S' with the tile's sums of slot j added. Store the tile's U of slot j."""
     won = slot == j
-    if NEED_SHARES:
-        part = tl.sum(tl.where(won, h, tl.zeros_like(h)), 0)
-        share += tl.where(candidates[:, None] == j, part[None, :], tl.zeros_like(share))
+    if NEED_SLOT_WEIGHTS:
+        tile_sum = tl.sum(tl.where(won, h, tl.zeros_like(h)), 0)
+        slot_weight += tl.where(slot_ids[:, None] == j, tile_sum[None, :], tl.zeros_like(slot_weight))
     if NEED_MOMENTS:
         moment = tl.sum(tl.where(won, u, tl.zeros_like(u)), 1)
-        row = (split * M + j).to(tl.int64) * K
-        tl.store(moments + row + classes, moment, mask=class_valid)
-    return share
+        first = (split * M + j).to(tl.int64) * K
+        tl.store(moments + first + classes, moment, mask=class_valid)
+    return slot_weight
 
 
 @triton.jit
 def route_loss_grad_kernel(
-    grad,  # [K, stride]: written where pairs cancel; unused if M is 1
+    grad,  # G [K, stride]: written for pairs that cancel; unused if M is 1
     scores,  # z [K, stride]
     slots,  # [K, stride]
     center_rnorms,  # [M, K]
     input_rnorms,  # [B]
     tau,  # one element
     weights,  # H' [K, stride], or unused
-    shares,  # [groups, M, B]: parts of S', or unused
-    moments,  # [splits, M, K]: parts of U, or unused
-    totals,  # [splits, groups]: parts of τ ∂τ, or unused
-    bias_parts,  # [splits, K]: parts of the gradient of the bias, or unused
-    margin_parts,  # [splits, K]: likewise of the margin
-    flags,  # [splits, groups]: whether pairs that cancel have won there
+    slot_weights,  # [groups, M, B]: partials of S', or unused
+    moments,  # [splits, M, K]: partials of U, or unused
+    tau_partials,  # [splits, groups]: partials of τ ∂τ, or unused
+    bias_partials,  # [splits, K], or unused
+    margin_partials,  # [splits, K], or unused
+    flags,  # [splits, groups]: 1 if a pair that cancels has won there
     grad_loss,
     grad_lse,
     saved,
@@ -144,17 +132,17 @@ def route_loss_grad_kernel(
     K,
     stride,
     M,
-    run,  # class tiles a group
+    group_tiles,  # class tiles per group
     grad_stride,
     lse_stride,
-    first,  # class of the chunk
-    every_class,
+    first_class,  # of the chunk
+    num_classes,  # of all chunks
     ignore_index,
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    BLOCK_S: tl.constexpr,  # M, rounded up to a power of two
-    UNROLLED_SLOTS: tl.constexpr,  # M where that is small, so that nothing is left of loops over slots; otherwise 0
-    MAX_WEIGHT: tl.constexpr,  # of the dtype of H', where that is float16; otherwise 0
+    BLOCK_S: tl.constexpr,  # M rounded up to a power of two
+    UNROLLED_SLOTS: tl.constexpr,  # M if it is small, so that loops over slots are unrolled; otherwise 0
+    MAX_WEIGHT: tl.constexpr,  # the largest float16 if H' is float16; otherwise 0
     SMOOTHING: tl.constexpr,
     MEAN: tl.constexpr,
     HAS_LOSS: tl.constexpr,
@@ -163,13 +151,16 @@ def route_loss_grad_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_MARGIN: tl.constexpr,
     NEED_WEIGHTS: tl.constexpr,
-    NEED_SHARES: tl.constexpr,
+    NEED_SLOT_WEIGHTS: tl.constexpr,
     NEED_MOMENTS: tl.constexpr,
-    NEED_TOTALS: tl.constexpr,
+    NEED_TAU: tl.constexpr,
     NEED_BIAS: tl.constexpr,
     NEED_MARGIN: tl.constexpr,
 ):
-    """As route_logits_grad_kernel, class by class, and with G made here. A program: BLOCK_B features, a group of class tiles."""
+    """Compute H', and partials of its sums, of BLOCK_B rows (a split) and a group of class tiles, class-major.
+
+    Grid: class groups x splits. See route_logits_grad.py for H', S' and U.
+    """
     ACC: tl.constexpr = saved.dtype.element_ty
     splits = tl.cdiv(B, BLOCK_B)
     split = tl.program_id(0) % splits
@@ -177,141 +168,134 @@ def route_loss_grad_kernel(
     groups = tl.num_programs(0) // splits
     rows = split * BLOCK_B + tl.arange(0, BLOCK_B)
     row_valid = rows < B
-    candidates = tl.arange(0, BLOCK_S)
+    slot_ids = tl.arange(0, BLOCK_S)
     input_rnorm = tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
     scale = tl.load(tau).to(ACC) * input_rnorm
-    places = local_targets(target, rows, row_valid, first, ignore_index)
-    factor, of_sums, of_target, shift = row_factors(
+    targets = local_targets(target, rows, row_valid, first_class, ignore_index)
+    factor, d_sums, d_target, lse_others = row_factors(
         rows, row_valid, grad_loss, grad_stride, grad_lse, lse_stride, saved, scalars, target, class_weight,
-        B, every_class, ignore_index, SMOOTHING, MEAN, HAS_LOSS, HAS_LSE, HAS_WEIGHT,
+        B, num_classes, ignore_index, SMOOTHING, MEAN, HAS_LOSS, HAS_LSE, HAS_WEIGHT,
     )  # fmt: skip
-    of_logit = of_target
+    d_logit = d_target
     if HAS_MARGIN:
         by_logit, by_tau, by_margin = margin_factors(rows, row_valid, saved, B)
-        of_logit = of_target * by_logit
-    share = tl.zeros((BLOCK_S, BLOCK_B), ACC)
+        d_logit = d_target * by_logit
+    slot_weight = tl.zeros((BLOCK_S, BLOCK_B), ACC)
     total = tl.zeros((BLOCK_C, BLOCK_B), ACC)
-    nothing = tl.zeros((BLOCK_C, BLOCK_B), ACC)
-    share0, share1, share2, share3 = nothing, nothing, nothing, nothing
-    share4, share5, share6, share7 = nothing, nothing, nothing, nothing
+    zero_tile = tl.zeros((BLOCK_C, BLOCK_B), ACC)
+    # S' of unrolled slots, a tile in registers for each slot; reduced over classes once, at the end.
+    slot_tile0, slot_tile1, slot_tile2, slot_tile3 = zero_tile, zero_tile, zero_tile, zero_tile
+    slot_tile4, slot_tile5, slot_tile6, slot_tile7 = zero_tile, zero_tile, zero_tile, zero_tile
     flag = tl.cast(0, tl.int32)
-    any_cancels = any_marked(center_rnorms, group * run * BLOCK_C, run * BLOCK_C, K, M)
-    for tile in range(group * run, group * run + run):
+    group_cancels = any_cancelled(center_rnorms, group * group_tiles * BLOCK_C, group_tiles * BLOCK_C, K, M)
+    for tile in range(group * group_tiles, group * group_tiles + group_tiles):
         classes = tile * BLOCK_C + tl.arange(0, BLOCK_C)
         class_valid = classes < K
         valid = class_valid[:, None] & row_valid[None, :]
         start = tl.cast(tile, tl.int64) * BLOCK_C * stride
         offsets = tl.arange(0, BLOCK_C)[:, None] * stride + rows[None, :]
-        # A mask by the stride, a multiple of 16, keeps loads wide whatever B; what lies beyond B is zero.
+        # The stride is a multiple of 16; a mask by it, not by B, keeps loads wide. Columns from B on are masked later.
         inside = class_valid[:, None] & (rows < stride)[None, :]
         z = tl.load(scores + start + offsets, mask=inside, other=0.0)
-        # Four at a time, as scores are read: wider access would send what is narrower through shared memory.
+        # Four at a time, as scores are loaded: wider access would send slots and weights through shared memory.
         narrow = tl.max_contiguous(offsets, (1, 4))
         slot = tl.load(slots + start + narrow, mask=inside, other=0).to(tl.int32)
-        slot = tl.minimum(slot, M - 1)  # an operator called by hand must not read elsewhere
-        # By selection: to gather them would turn the layout of the tile around.
+        slot = tl.minimum(slot, M - 1)  # slots from a caller must not lead to a read out of bounds
+        # Selection, because an indexed load would change the tile's layout.
         rnorm = tl.zeros((BLOCK_C, BLOCK_B), ACC)
         if UNROLLED_SLOTS > 0:
             for j in tl.static_range(UNROLLED_SLOTS):
-                known = tl.load(
-                    center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0
-                )
-                rnorm = tl.where(slot == j, known[:, None], rnorm)
+                rnorm = select_rnorm(rnorm, slot, j, center_rnorms, classes, class_valid, K, 1)
         else:
             for j in range(M):
-                known = tl.load(
-                    center_rnorms + tl.cast(j, tl.int64) * K + classes, mask=class_valid, other=0.0
-                )
-                rnorm = tl.where(slot == j, known[:, None], rnorm)
+                rnorm = select_rnorm(rnorm, slot, j, center_rnorms, classes, class_valid, K, 1)
         score = z
         if HAS_BIAS:
-            bias = tl.load(class_bias + (first + classes), mask=class_valid, other=0.0)
+            bias = tl.load(class_bias + (first_class + classes), mask=class_valid, other=0.0)
             score = score + bias.to(ACC)[:, None]
-        g = factor[None, :] * tl.exp(score - shift[None, :])
+        g = factor[None, :] * tl.exp(score - lse_others[None, :])
         if SMOOTHING > 0:
-            spread = tl.zeros_like(g) + of_sums[None, :]
+            smoothing_term = tl.zeros_like(g) + d_sums[None, :]
             if HAS_WEIGHT:
-                weight = tl.load(class_weight + (first + classes), mask=class_valid, other=0.0)
-                spread = spread * weight.to(ACC)[:, None]
-            g += spread
-        own = valid & (classes[:, None] == places[None, :])
+                weight = tl.load(class_weight + (first_class + classes), mask=class_valid, other=0.0)
+                smoothing_term = smoothing_term * weight.to(ACC)[:, None]
+            g += smoothing_term
+        is_target = valid & (classes[:, None] == targets[None, :])
         zeros = tl.zeros_like(g)
         if NEED_BIAS:
-            of_bias = tl.sum(tl.where(valid, tl.where(own, of_target[None, :], g), zeros), 1)
-            tl.store(bias_parts + tl.cast(split, tl.int64) * K + classes, of_bias, mask=class_valid)
+            d_bias = tl.sum(tl.where(valid, tl.where(is_target, d_target[None, :], g), zeros), 1)
+            tl.store(bias_partials + tl.cast(split, tl.int64) * K + classes, d_bias, mask=class_valid)
         if NEED_MARGIN:
-            of_margin = tl.sum(tl.where(own, (of_target * by_margin)[None, :], zeros), 1)
-            tl.store(margin_parts + tl.cast(split, tl.int64) * K + classes, of_margin, mask=class_valid)
-        g = tl.where(valid, tl.where(own, of_logit[None, :], g), zeros)
+            d_margin = tl.sum(tl.where(is_target, (d_target * by_margin)[None, :], zeros), 1)
+            tl.store(margin_partials + tl.cast(split, tl.int64) * K + classes, d_margin, mask=class_valid)
+        g = tl.where(valid, tl.where(is_target, d_logit[None, :], g), zeros)
         cancels = valid & (rnorm < 0)
-        if any_cancels:  # almost never
+        if group_cancels:  # almost never
             tl.store(grad + start + offsets, g, mask=cancels)
             flag = flag | tl.max(tl.max(cancels.to(tl.int32), 1), 0)
         h = tl.where(cancels, zeros, scale[None, :] * g * tl.abs(rnorm))
-        if MAX_WEIGHT > 0:  # as in route_logits_grad_kernel
-            bounded = tl.minimum(tl.maximum(h, -MAX_WEIGHT), MAX_WEIGHT)
-            extreme = (is_clamped(rnorm) | is_clamped(input_rnorm)[None, :]) & (h == h)
-            h = tl.where(extreme, bounded, h)
+        if MAX_WEIGHT > 0:
+            h = bound_weights(h, rnorm, input_rnorm, 0, MAX_WEIGHT)
         h = tl.where(valid, h, zeros)
         if NEED_WEIGHTS:
             tl.store(weights + start + narrow, h.to(weights.dtype.element_ty), mask=inside)
         u = g * z
-        if NEED_SHARES or NEED_MOMENTS:
+        if NEED_SLOT_WEIGHTS or NEED_MOMENTS:
             if UNROLLED_SLOTS > 0:
-                if NEED_SHARES:
-                    share0 += tl.where(slot == 0, h, zeros)
+                if NEED_SLOT_WEIGHTS:
+                    slot_tile0 += tl.where(slot == 0, h, zeros)
                     if UNROLLED_SLOTS > 1:
-                        share1 += tl.where(slot == 1, h, zeros)
+                        slot_tile1 += tl.where(slot == 1, h, zeros)
                     if UNROLLED_SLOTS > 2:
-                        share2 += tl.where(slot == 2, h, zeros)
+                        slot_tile2 += tl.where(slot == 2, h, zeros)
                     if UNROLLED_SLOTS > 3:
-                        share3 += tl.where(slot == 3, h, zeros)
+                        slot_tile3 += tl.where(slot == 3, h, zeros)
                     if UNROLLED_SLOTS > 4:
-                        share4 += tl.where(slot == 4, h, zeros)
+                        slot_tile4 += tl.where(slot == 4, h, zeros)
                     if UNROLLED_SLOTS > 5:
-                        share5 += tl.where(slot == 5, h, zeros)
+                        slot_tile5 += tl.where(slot == 5, h, zeros)
                     if UNROLLED_SLOTS > 6:
-                        share6 += tl.where(slot == 6, h, zeros)
+                        slot_tile6 += tl.where(slot == 6, h, zeros)
                     if UNROLLED_SLOTS > 7:
-                        share7 += tl.where(slot == 7, h, zeros)
+                        slot_tile7 += tl.where(slot == 7, h, zeros)
                 for j in tl.static_range(UNROLLED_SLOTS):
-                    of_slot(
-                        j, slot, h, u, share, candidates, moments, split, classes, class_valid, K, M,
+                    accumulate_slot(
+                        j, slot, h, u, slot_weight, slot_ids, moments, split, classes, class_valid, K, M,
                         False, NEED_MOMENTS,
                     )  # fmt: skip
             else:
                 for j in range(M):
-                    share = of_slot(
-                        j, slot, h, u, share, candidates, moments, split, classes, class_valid, K, M,
-                        NEED_SHARES, NEED_MOMENTS,
+                    slot_weight = accumulate_slot(
+                        j, slot, h, u, slot_weight, slot_ids, moments, split, classes, class_valid, K, M,
+                        NEED_SLOT_WEIGHTS, NEED_MOMENTS,
                     )  # fmt: skip
-        if NEED_TOTALS:
+        if NEED_TAU:
             total += u
-    if NEED_SHARES:
+    if NEED_SLOT_WEIGHTS:
         if UNROLLED_SLOTS > 0:
-            place = shares + tl.cast(group, tl.int64) * UNROLLED_SLOTS * B + rows
-            tl.store(place, tl.sum(share0, 0), mask=row_valid)
+            ptrs = slot_weights + tl.cast(group, tl.int64) * UNROLLED_SLOTS * B + rows
+            tl.store(ptrs, tl.sum(slot_tile0, 0), mask=row_valid)
             if UNROLLED_SLOTS > 1:
-                tl.store(place + B, tl.sum(share1, 0), mask=row_valid)
+                tl.store(ptrs + B, tl.sum(slot_tile1, 0), mask=row_valid)
             if UNROLLED_SLOTS > 2:
-                tl.store(place + 2 * B, tl.sum(share2, 0), mask=row_valid)
+                tl.store(ptrs + 2 * B, tl.sum(slot_tile2, 0), mask=row_valid)
             if UNROLLED_SLOTS > 3:
-                tl.store(place + 3 * B, tl.sum(share3, 0), mask=row_valid)
+                tl.store(ptrs + 3 * B, tl.sum(slot_tile3, 0), mask=row_valid)
             if UNROLLED_SLOTS > 4:
-                tl.store(place + 4 * B, tl.sum(share4, 0), mask=row_valid)
+                tl.store(ptrs + 4 * B, tl.sum(slot_tile4, 0), mask=row_valid)
             if UNROLLED_SLOTS > 5:
-                tl.store(place + 5 * B, tl.sum(share5, 0), mask=row_valid)
+                tl.store(ptrs + 5 * B, tl.sum(slot_tile5, 0), mask=row_valid)
             if UNROLLED_SLOTS > 6:
-                tl.store(place + 6 * B, tl.sum(share6, 0), mask=row_valid)
+                tl.store(ptrs + 6 * B, tl.sum(slot_tile6, 0), mask=row_valid)
             if UNROLLED_SLOTS > 7:
-                tl.store(place + 7 * B, tl.sum(share7, 0), mask=row_valid)
+                tl.store(ptrs + 7 * B, tl.sum(slot_tile7, 0), mask=row_valid)
         else:
-            place = shares + (group * M + candidates).to(tl.int64)[:, None] * B + rows[None, :]
-            tl.store(place, share, mask=row_valid[None, :] & (candidates < M)[:, None])
-    if NEED_TOTALS:
+            ptrs = slot_weights + (group * M + slot_ids).to(tl.int64)[:, None] * B + rows[None, :]
+            tl.store(ptrs, slot_weight, mask=row_valid[None, :] & (slot_ids < M)[:, None])
+    if NEED_TAU:
         sums = tl.sum(tl.sum(total, 1), 0)
         if HAS_MARGIN:  # noqa: SIM102
-            if (group == 0) & (first == 0):
-                sums += tl.sum(of_target * by_tau, 0) * tl.load(tau).to(ACC)
-        tl.store(totals + split * groups + group, sums)
+            if (group == 0) & (first_class == 0):
+                sums += tl.sum(d_target * by_tau, 0) * tl.load(tau).to(ACC)
+        tl.store(tau_partials + split * groups + group, sums)
     tl.store(flags + split * groups + group, flag)

@@ -1,4 +1,4 @@
-"""The launches of route_logits_grad_kernel and reduce_partials_kernel, for the gradient of logits and for that of a loss."""
+"""The launches that route a gradient to the winning slots, and the records that they read and return."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from .configs import tiles as tiles_of
 from .launch_args import LaunchArgs
 from .reduce_partials import reduce_partials_kernel
 from .route_logits_grad import route_logits_grad_kernel
+from .tile_tables import REDUCE
 
 
 class Needs(NamedTuple):
-    """The gradients that are asked for."""
+    """The gradients to compute."""
 
     input: bool
     centers: bool
@@ -28,10 +29,10 @@ class Needs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """The gradient of the logits, and what the forward returned; contiguous.
+    """The gradient of the logits, and the forward's results; contiguous.
 
-    grad, logits and slots are [B, K], or for a loss [K, ldB]. There grad is memory for what of it belongs to pairs that
-    cancel.
+    grad, logits and slots are [B, K], or class-major [K, ldB] for a loss. There grad holds only what belongs to pairs
+    that cancel.
     """
 
     grad: Tensor
@@ -39,98 +40,110 @@ class Saved(NamedTuple):
     slots: Tensor
     center_rnorms: Tensor  # [M, K]
     input_rnorms: Tensor  # [B]
-    by_class: bool = False
+    class_major: bool = False
 
     @property
     def strides(self) -> tuple[int, int]:
-        """Of grad and slots: from one row to the next, and from one class to the next."""
+        """The strides of grad and slots between rows and between classes."""
         length = self.slots.stride(0)
-        return (1, length) if self.by_class else (length, 1)
+        return (1, length) if self.class_major else (length, 1)
 
 
 class Routed(NamedTuple):
-    """The results of route_logits_grad_kernel, their parts summed. Empty where not needed."""
+    """The routed gradient, its partials reduced. Tensors that are not needed are empty."""
 
     weights: Tensor  # H' [K, ldB]
-    shares: Tensor  # S' [M, B]
+    slot_weights: Tensor  # S' [M, B]
     moments: Tensor  # U [M, K]
-    of_tau: Tensor  # one element
-    of_bias: Tensor  # [K]
-    of_margin: Tensor  # [K]
-    flags: Tensor  # [splits, groups]: where pairs that cancel have won
-    group_classes: int
-    split_rows: int
+    grad_tau: Tensor  # one element
+    grad_bias: Tensor  # [K]
+    grad_margin: Tensor  # [K]
+    flags: Tensor  # [splits, groups]: 1 if a pair that cancels has won there
+    group_classes: int  # classes per group
+    split_rows: int  # rows per split
 
 
-class Parts(NamedTuple):
-    """Memory for what a routing kernel leaves: sums over tiles of classes (groups) or of features (splits)."""
+class RoutingPartials(NamedTuple):
+    """The outputs of a routing kernel: H', and sums over tiles of classes (groups) or of rows (splits)."""
 
     weights: Tensor  # H' [K, ldB]
-    shares: Tensor  # [groups, M, B]
+    slot_weights: Tensor  # [groups, M, B]
     moments: Tensor  # [splits, M, K]
-    totals: Tensor  # [splits, groups]
+    tau: Tensor  # [splits, groups]
     bias: Tensor  # [splits, K]
     margin: Tensor  # [splits, K]
     flags: Tensor  # [splits, groups]
 
     @classmethod
-    def of(cls, p: LaunchArgs, needs: Needs, splits: int, groups: int) -> Parts:
-        B, K, _, M = p.sizes
-        new, sums = p.input.new_empty, p.sums
+    def allocate(cls, args: LaunchArgs, needs: Needs, splits: int, groups: int) -> RoutingPartials:
+        """Return uninitialized tensors; those that are not needed are empty."""
+        B, K, _, M = args.sizes
+        new, acc = args.input.new_empty, args.acc_dtype
         return cls(
-            new((K, padded_rows(B)) if needs.input or needs.centers else (0, 0), dtype=p.products),
-            new((groups if needs.input or needs.displacements else 0, M, B), dtype=sums),
-            new((splits if needs.centers or needs.displacements else 0, M, K), dtype=sums),
-            new((splits, groups) if needs.tau else (0, 0), dtype=sums),
-            new((splits if needs.bias else 0, K), dtype=sums),
-            new((splits if needs.margin else 0, K), dtype=sums),
+            new((K, padded_rows(B)) if needs.input or needs.centers else (0, 0), dtype=args.store_dtype),
+            new((groups if needs.input or needs.displacements else 0, M, B), dtype=acc),
+            new((splits if needs.centers or needs.displacements else 0, M, K), dtype=acc),
+            new((splits, groups) if needs.tau else (0, 0), dtype=acc),
+            new((splits if needs.bias else 0, K), dtype=acc),
+            new((splits if needs.margin else 0, K), dtype=acc),
             new(splits, groups, dtype=torch.int32),
         )
 
     def switches(self) -> dict[str, bool]:
-        """Those of them that the kernel is to fill."""
+        """Return the kernel's NEED_ constants: true for each tensor that is not empty."""
         return {
             f"NEED_{name.upper()}": x.numel() > 0 for name, x in zip(self._fields[:6], self, strict=False)
         }
 
 
-def route(p: LaunchArgs, saved: Saved, needs: Needs) -> Routed:
-    """H' and its sums, from the gradient of the logits."""
-    B, K, _, M = p.sizes
-    rows, classes, warps = p.small.route_logits_grad if M <= 32 else p.small.route_logits_grad_many
+def route(args: LaunchArgs, saved: Saved, needs: Needs) -> Routed:
+    """Return H' and its sums, from the gradient of the logits."""
+    B, K, _, M = args.sizes
+    sizes = args.tile_sizes
+    rows, classes, warps = sizes.route_logits_grad if M <= 32 else sizes.route_logits_grad_many
     splits, class_tiles = tiles_of(B, rows), tiles_of(K, classes)
     wanted = min(class_tiles, configs.ROUTE_GROUPS, tiles_of(configs.ROUTE_PROGRAMS, splits))
-    tiles = tiles_of(class_tiles, wanted)
-    groups = tiles_of(class_tiles, tiles)
-    parts = Parts.of(p, needs, splits, groups)
-    switches = parts.switches()
+    group_tiles = tiles_of(class_tiles, wanted)
+    groups = tiles_of(class_tiles, group_tiles)
+    partials = RoutingPartials.allocate(args, needs, splits, groups)
+    switches = partials.switches()
     del switches["NEED_BIAS"], switches["NEED_MARGIN"]
     route_logits_grad_kernel[(splits * groups,)](
-        saved.grad, saved.logits, saved.slots, saved.center_rnorms, saved.input_rnorms, p.tau,
-        *parts[:4], parts.flags, B, K, padded_rows(B), M, tiles, BLOCK_B=rows, BLOCK_C=classes, BLOCK_S=power_of_two(M), UNROLLED_SLOTS=configs.unrolled_slots(M),
-        MAX_WEIGHT=65504.0 if p.dtype == torch.float16 else 0.0,
-        num_warps=warps, **switches,
+        saved.grad, saved.logits, saved.slots, saved.center_rnorms, saved.input_rnorms, args.tau,
+        *partials[:4], partials.flags, B, K, padded_rows(B), M, group_tiles,
+        BLOCK_B=rows, BLOCK_C=classes, BLOCK_S=power_of_two(M), UNROLLED_SLOTS=configs.unrolled_slots(M),
+        MAX_WEIGHT=65504.0 if args.dtype == torch.float16 else 0.0, num_warps=warps, **switches,
     )  # fmt: skip
-    return reduce_partials(p, parts, tiles * classes, rows)
+    return reduce_partials(args, partials, group_tiles * classes, rows)
 
 
-def reduce_partials(p: LaunchArgs, parts: Parts, group_classes: int, split_rows: int) -> Routed:
-    """The sums over the first dimension; one part is its own sum."""
-    several = parts.shares, parts.moments, parts.bias, parts.margin
-    due = [x.shape[0] > 1 for x in several]
+def reduce_partials(
+    args: LaunchArgs, partials: RoutingPartials, group_classes: int, split_rows: int
+) -> Routed:
+    """Return the sums over the first dimension of the partials. A single partial is its own sum."""
+    terms = partials.slot_weights, partials.moments, partials.bias, partials.margin
+    summed = [x.shape[0] > 1 for x in terms]
     sums = [
-        x.new_empty(x.shape[1:]) if more else x.view(x.shape[1:]) if x.numel() else x
-        for x, more in zip(several, due, strict=True)
+        x.new_empty(x.shape[1:]) if needed else x.view(x.shape[1:]) if x.numel() else x
+        for x, needed in zip(terms, summed, strict=True)
     ]
-    lengths = [x[0].numel() if more else 0 for x, more in zip(several, due, strict=True)]
-    of_tau = parts.totals.new_empty(1 if parts.totals.numel() else 0)
-    rows, columns, run = configs.REDUCE
-    programs = sum(tiles_of(length, columns) for length in lengths) + of_tau.numel()
+    lengths = [x[0].numel() if needed else 0 for x, needed in zip(terms, summed, strict=True)]
+    grad_tau = partials.tau.new_empty(1 if partials.tau.numel() else 0)
+    count, elements, tau_elements = REDUCE
+    programs = sum(tiles_of(length, elements) for length in lengths) + grad_tau.numel()
     if programs:
         reduce_partials_kernel[(programs,)](
-            *several, parts.totals, p.tau, *sums, of_tau, parts.flags.shape[1], parts.flags.shape[0],
-            *lengths, parts.totals.numel(), BLOCK_P=rows, BLOCK_N=columns, BLOCK_T=run,
+            *terms, partials.tau, args.tau, *sums, grad_tau, partials.flags.shape[1], partials.flags.shape[0],
+            *lengths, partials.tau.numel(), BLOCK_P=count, BLOCK_N=elements, BLOCK_T=tau_elements,
         )  # fmt: skip
     return Routed(
-        parts.weights, sums[0], sums[1], of_tau, sums[2], sums[3], parts.flags, group_classes, split_rows
+        partials.weights,
+        sums[0],
+        sums[1],
+        grad_tau,
+        sums[2],
+        sums[3],
+        partials.flags,
+        group_classes,
+        split_rows,
     )

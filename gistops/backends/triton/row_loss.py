@@ -1,7 +1,7 @@
-"""From the tiles' parts to the loss: one launch over rows, one that adds them up.
+"""From partial log-sum-exps to the loss: one launch over the rows, and one that sums over them.
 
-With O the log-sum-exp of all classes but the target, and s the target's score, margin and bias included, a row's loss is
-log(1 + exp(O - s)), exact however small it is. The backward needs O and O - s of each row, and nothing of [B, K].
+Let O be the log-sum-exp of a row's non-target logits, and s its target logit, bias and margin included. The row's loss
+is log(1 + exp(O - s)), which is accurate however small it is. The backward needs O and O - s of each row.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .lse_partials import zero_if_minus_infinity
+from .lse_partials import finite_shift
 
-#: Numbers of a row that the backward needs; the last three only with a margin.
-SHIFT = tl.constexpr(0)  # O; inf where there is no other class, so that exp(z - O) is 0
-EXCESS = tl.constexpr(1)  # O - s; inf where the row is ignored
-BY_LOGIT = tl.constexpr(2)  # ∂(apply_margin logit) / ∂(logit)
-BY_TAU = tl.constexpr(3)
-BY_MARGIN = tl.constexpr(4)
-#: Kinds of a margin; 0 is none.
+#: Planes of `saved` [n, B], which the backward reads; the last three exist with a margin only.
+LSE_OTHERS = tl.constexpr(0)  # O; inf if there is no other class, so that exp(z - O) is 0
+EXCESS = tl.constexpr(1)  # O - s; inf if the row is ignored
+BY_LOGIT = tl.constexpr(2)  # derivatives of the target logit with margin: by the logit without margin,
+BY_TAU = tl.constexpr(3)  # by τ,
+BY_MARGIN = tl.constexpr(4)  # and by the margin
+#: Kinds of margin; 0 means none.
 LOGIT = tl.constexpr(1)
 COSINE = tl.constexpr(2)
 ANGLE = tl.constexpr(3)
@@ -33,7 +33,7 @@ def _root(x):
 
 @triton.jit
 def apply_margin(logit, tau, margin, MARGIN: tl.constexpr):
-    """The target's logits with their margins, and their derivatives by logit, τ and margin."""
+    """Return the target logits with their margins, and the derivatives by logit, τ and margin."""
     one = tl.full(logit.shape, 1.0, logit.dtype)
     if MARGIN == LOGIT:
         return logit - margin, one, tl.zeros_like(logit), -one
@@ -42,13 +42,12 @@ def apply_margin(logit, tau, margin, MARGIN: tl.constexpr):
     else:
         cosine = logit / tau
         square = 1.0 - cosine * cosine
-        # The least normal number of float32, or of float64.
-        least = 2.2250738585072014e-308 if logit.dtype == tl.float64 else 1.17549435e-38
-        tiny = tl.full(logit.shape, least, logit.dtype)
+        smallest_normal = 2.2250738585072014e-308 if logit.dtype == tl.float64 else 1.17549435e-38
+        tiny = tl.full(logit.shape, smallest_normal, logit.dtype)
         sine = _root(tl.where(square < tiny, tiny, square))
         cosine_m = tl.cos(margin)
         sine_m = tl.sin(margin)
-        beyond = cosine < -cosine_m  # θ + margin > π
+        beyond = cosine < -cosine_m  # θ + margin exceeds π
         value = tl.where(beyond, cosine - margin * sine_m, cosine * cosine_m - sine * sine_m)
         by_sine = tl.where(square < tiny, tl.zeros_like(sine), sine_m * cosine / sine)
         by_cosine = tl.where(beyond, one, cosine_m + by_sine)
@@ -58,10 +57,10 @@ def apply_margin(logit, tau, margin, MARGIN: tl.constexpr):
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x), with the digits of e^x where that is small."""
+    """Return log(1 + e^x), with a small relative error where e^x is small too."""
     y = tl.exp(-tl.abs(x))
-    one_more = 1.0 + y
-    tail = tl.where(one_more == 1.0, y, tl.log(one_more) * (y / (one_more - 1.0)))
+    one_plus_y = 1.0 + y
+    tail = tl.where(one_plus_y == 1.0, y, tl.log(one_plus_y) * (y / (one_plus_y - 1.0)))
     return tl.where(x > 0, x, tl.zeros_like(x)) + tl.where(x == x, tail, x)
 
 
@@ -78,127 +77,128 @@ def row_loss_kernel(
     loss,  # [B]: written if there is no reduction
     lse,  # [B]
     saved,  # [2, B], or [5, B] with a margin
-    parts,  # [3, programs]: losses, what a mean divides by, and targets out of range
-    scalars,  # [2]: here the second, Σ weight over the classes
+    loss_partials,  # [3, programs]: sums of losses, of weights, and of targets out of range
+    scalars,  # [2]: the second is written, Σ weight over the classes
     B,
     K,
-    tiles,
+    groups,
     ignore_index,
-    BLOCK_R: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_G: tl.constexpr,  # groups loaded at a time
     MARGIN: tl.constexpr,
-    MARGIN_EACH: tl.constexpr,  # a margin for each class
+    MARGIN_EACH: tl.constexpr,  # one margin per class
     SMOOTHING: tl.constexpr,
     REDUCED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
 ):
-    """A program: BLOCK_R rows."""
+    """Compute the losses of BLOCK_B rows, and what the backward needs of them. Grid: row tiles."""
     ACC: tl.constexpr = lse.dtype.element_ty
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     row_valid = rows < B
-    lanes = tl.arange(0, BLOCK_T)
-    plane = tl.cast(tiles, tl.int64) * B
-    low = tl.full((BLOCK_T, BLOCK_R), float("-inf"), ACC)
-    largest = low
-    total = tl.zeros((BLOCK_T, BLOCK_R), ACC)
-    weighted = tl.zeros((BLOCK_T, BLOCK_R), ACC)
-    weights = tl.zeros((BLOCK_T,), ACC)
-    biases = tl.zeros((BLOCK_T,), ACC)
-    for start in range(0, tiles, BLOCK_T):
-        tile = start + lanes
-        inside = (tile < tiles)[:, None] & row_valid[None, :]
-        place = partials + tile.to(tl.int64)[:, None] * B + rows[None, :]
-        more = tl.load(place, mask=inside, other=float("-inf"))
+    lanes = tl.arange(0, BLOCK_G)
+    plane = tl.cast(groups, tl.int64) * B
+    largest = tl.full((BLOCK_G, BLOCK_B), float("-inf"), ACC)
+    total = tl.zeros((BLOCK_G, BLOCK_B), ACC)
+    weighted = tl.zeros((BLOCK_G, BLOCK_B), ACC)
+    weights = tl.zeros((BLOCK_G,), ACC)
+    biases = tl.zeros((BLOCK_G,), ACC)
+    for start in range(0, groups, BLOCK_G):
+        group = start + lanes
+        inside = (group < groups)[:, None] & row_valid[None, :]
+        ptrs = partials + group.to(tl.int64)[:, None] * B + rows[None, :]
+        more = tl.load(ptrs, mask=inside, other=float("-inf"))
         joint = tl.maximum(largest, more)
-        shift = zero_if_minus_infinity(joint)
-        more_total = tl.load(place + plane, mask=inside, other=0.0)
+        shift = finite_shift(joint)
+        more_total = tl.load(ptrs + plane, mask=inside, other=0.0)
         total = total * tl.exp(largest - shift) + more_total * tl.exp(more - shift)
         largest = joint
         if SMOOTHING > 0:
-            weighted += tl.load(place + 2 * plane, mask=inside, other=0.0)
-            weights += tl.load(class_sums + tile, mask=tile < tiles, other=0.0)
+            weighted += tl.load(ptrs + 2 * plane, mask=inside, other=0.0)
+            weights += tl.load(class_sums + group, mask=group < groups, other=0.0)
             if HAS_BIAS:
-                biases += tl.load(class_sums + tiles + tile, mask=tile < tiles, other=0.0)
-    top = tl.max(largest, 0)
-    total_row = tl.sum(total * tl.exp(largest - zero_if_minus_infinity(top)[None, :]), 0)
-    others = top + tl.log(total_row)
+                biases += tl.load(class_sums + groups + group, mask=group < groups, other=0.0)
+    row_largest = tl.max(largest, 0)
+    row_total = tl.sum(total * tl.exp(largest - finite_shift(row_largest)[None, :]), 0)
+    lse_others = row_largest + tl.log(row_total)
 
     y = tl.load(target + rows, mask=row_valid, other=0).to(tl.int64)
     ignored = (y == ignore_index) | (rows >= B)
-    astray = (ignored == 0) & ((y < 0) | (y >= K))
-    counted = (ignored == 0) & (astray == 0)
-    own = tl.where(counted, y, tl.zeros_like(y))
+    out_of_range = (ignored == 0) & ((y < 0) | (y >= K))
+    counted = (ignored == 0) & (out_of_range == 0)
+    y = tl.where(counted, y, tl.zeros_like(y))
     logit = tl.load(target_logits + rows, mask=counted, other=0.0)
-    place = saved + rows
+    saved_ptrs = saved + rows
     target_logit = logit
     if MARGIN > 0:
-        each = tl.load(margin + (own if MARGIN_EACH else tl.zeros_like(own))).to(ACC)
+        row_margin = tl.load(margin + (y if MARGIN_EACH else tl.zeros_like(y))).to(ACC)
         scale = tl.load(tau).to(ACC)
-        target_logit, by_logit, by_tau, by_margin = apply_margin(logit, scale, each, MARGIN)
+        target_logit, by_logit, by_tau, by_margin = apply_margin(logit, scale, row_margin, MARGIN)
         stride = tl.cast(B, tl.int64)
-        tl.store(place + BY_LOGIT * stride, by_logit, mask=row_valid)
-        tl.store(place + BY_TAU * stride, by_tau, mask=row_valid)
-        tl.store(place + BY_MARGIN * stride, by_margin, mask=row_valid)
+        tl.store(saved_ptrs + BY_LOGIT * stride, by_logit, mask=row_valid)
+        tl.store(saved_ptrs + BY_TAU * stride, by_tau, mask=row_valid)
+        tl.store(saved_ptrs + BY_MARGIN * stride, by_margin, mask=row_valid)
     score = target_logit
     if HAS_BIAS:
-        score = score + tl.load(class_bias + own).to(ACC)
-    excess = others - score
+        score = score + tl.load(class_bias + y).to(ACC)
+    excess = lse_others - score
     value = softplus(excess)
-    full = tl.where(ignored, others, score + value)
-    weight = tl.full((BLOCK_R,), 1.0, ACC)
+    lse_all = tl.where(ignored, lse_others, score + value)
+    weight = tl.full((BLOCK_B,), 1.0, ACC)
     if HAS_WEIGHT:
-        weight = tl.load(class_weight + own).to(ACC)
+        weight = tl.load(class_weight + y).to(ACC)
         value = weight * value
     if SMOOTHING > 0:
-        every = tl.sum(weights, 0)
-        summed = tl.sum(weighted, 0) + weight * (target_logit - logit)
+        weight_sum = tl.sum(weights, 0)
+        weighted_sum = tl.sum(weighted, 0) + weight * (target_logit - logit)
         if HAS_BIAS:
-            summed += tl.sum(biases, 0)
-        value = (1 - SMOOTHING) * value + SMOOTHING / tl.cast(K, ACC) * (full * every - summed)
+            weighted_sum += tl.sum(biases, 0)
+        value = (1 - SMOOTHING) * value + SMOOTHING / tl.cast(K, ACC) * (lse_all * weight_sum - weighted_sum)
     if tl.program_id(0) == 0:
         tl.store(scalars + 1, tl.sum(weights, 0))
     value = tl.where(ignored, tl.zeros_like(value), value)
-    infinite = tl.full((BLOCK_R,), float("inf"), ACC)
-    tl.store(place, tl.where(others == float("-inf"), infinite, others), mask=row_valid)
-    tl.store(place + B, tl.where(ignored, infinite, excess), mask=row_valid)
-    tl.store(lse + rows, full, mask=row_valid)
+    infinite = tl.full((BLOCK_B,), float("inf"), ACC)
+    tl.store(saved_ptrs, tl.where(lse_others == float("-inf"), infinite, lse_others), mask=row_valid)
+    tl.store(saved_ptrs + B, tl.where(ignored, infinite, excess), mask=row_valid)
+    tl.store(lse + rows, lse_all, mask=row_valid)
     if not REDUCED:
         tl.store(loss + rows, value, mask=row_valid)
     programs = tl.num_programs(0)
-    tl.store(parts + tl.program_id(0), tl.sum(value, 0))
-    tl.store(parts + programs + tl.program_id(0), tl.sum(tl.where(ignored, tl.zeros_like(weight), weight), 0))
-    tl.store(parts + 2 * programs + tl.program_id(0), tl.sum(tl.where(astray, 1.0, 0.0).to(ACC), 0))
+    weight = tl.where(ignored, tl.zeros_like(weight), weight)
+    tl.store(loss_partials + tl.program_id(0), tl.sum(value, 0))
+    tl.store(loss_partials + programs + tl.program_id(0), tl.sum(weight, 0))
+    misses = tl.where(out_of_range, 1.0, 0.0).to(ACC)
+    tl.store(loss_partials + 2 * programs + tl.program_id(0), tl.sum(misses, 0))
 
 
 @triton.jit
 def reduce_loss_kernel(
-    parts,  # [3, programs]
+    loss_partials,  # [3, programs]
     loss,  # one element: written if there is a reduction
-    scalars,  # [2]: here the first, what a mean divides by
-    inside,  # one element: whether all targets are in range
+    scalars,  # [2]: the first is written, the sum of weights, by which a mean divides
+    in_range,  # one element: true if all targets are in range
     programs,
     BLOCK: tl.constexpr,
     REDUCED: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """One program, so that the order of the sums is fixed."""
-    ACC: tl.constexpr = parts.dtype.element_ty
+    """Sum the partials of the loss. Grid: one program, so that the order of the sums is fixed."""
+    ACC: tl.constexpr = loss_partials.dtype.element_ty
     lanes = tl.arange(0, BLOCK)
     losses = tl.zeros((BLOCK,), ACC)
-    counts = tl.zeros((BLOCK,), ACC)
-    strays = tl.zeros((BLOCK,), ACC)
+    weights = tl.zeros((BLOCK,), ACC)
+    out_of_range = tl.zeros((BLOCK,), ACC)
     for start in range(0, programs, BLOCK):
-        place = start + lanes
-        valid = place < programs
-        losses += tl.load(parts + place, mask=valid, other=0.0)
-        counts += tl.load(parts + programs + place, mask=valid, other=0.0)
-        strays += tl.load(parts + 2 * programs + place, mask=valid, other=0.0)
-    count = tl.sum(counts, 0)
-    tl.store(scalars, count)
-    tl.store(inside, tl.sum(strays, 0) == 0)
+        program = start + lanes
+        valid = program < programs
+        losses += tl.load(loss_partials + program, mask=valid, other=0.0)
+        weights += tl.load(loss_partials + programs + program, mask=valid, other=0.0)
+        out_of_range += tl.load(loss_partials + 2 * programs + program, mask=valid, other=0.0)
+    weight_sum = tl.sum(weights, 0)
+    tl.store(scalars, weight_sum)
+    tl.store(in_range, tl.sum(out_of_range, 0) == 0)
     if REDUCED:
         value = tl.sum(losses, 0)
         if MEAN:
-            value = value / count
+            value = value / weight_sum
         tl.store(loss, value)
