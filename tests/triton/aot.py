@@ -1,6 +1,6 @@
-"""Every kernel in every shipped configuration, compiled for GPUs that need not be there; what the compilers report.
+"""Ahead-of-time compilation of every kernel in every shipped configuration, for GPUs that need not be present.
 
-`python -m tests.triton.aot` prints the table as Markdown. Takes some minutes.
+`python -m tests.triton.aot` prints what the compilers report as a Markdown table, in a few minutes.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TABLES: dict[str, tile_tables.Target] = {"sm_80": "ampere", "sm_90": "hopper", "gfx942": "amd"}
-#: Shared memory a block may have. sm_80's table serves 8.6, 8.9 and 12.x too, which have less.
+#: Maximum shared memory per block. The table of sm_80 also serves 8.6, 8.9 and 12.x, which have less.
 SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
-#: Dtype of the arguments, and how they are multiplied.
+#: The dtype of the arguments, and how they are multiplied.
 DTYPES: dict[str, tuple[str, tile_tables.Kind]] = {
     "bf16": ("bf16", "half"),
     "f16": ("fp16", "half"),
@@ -109,7 +109,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """What the compilers said."""
+    """The compilers' report of one case."""
 
     registers: int
     spilled: int  # bytes on the stack (NVIDIA), vector registers (AMD)
@@ -118,11 +118,11 @@ class Report:
 
 
 def compile_case(case: Case, ones: bool = False) -> Report:
-    """Compile as Triton would: pointers, d and stride are multiples of 16 (launch_args.py).
+    """Compile a case as a launch would: pointers, d and stride are multiples of 16 (launch_args.py).
 
     Args:
-        case: what to compile.
-        ones: the code for sizes of 1, which Triton makes constants of.
+        case: the kernel, its constants and the target.
+        ones: set all sizes to 1, which Triton turns into constants.
     """
     operand, kind = DTYPES[case.dtype]
     total = "fp64" if kind == "f64" else "fp32"
@@ -174,7 +174,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def cases(target: str, dtype: str) -> Iterator[Case]:
-    """All that the backend may launch for a target and a dtype, but for switches that leave out work."""
+    """Yield every case that the backend may launch for a target and a dtype, except switches that leave out work."""
     _, kind = DTYPES[dtype]
     acc = tl.float64 if kind == "f64" else tl.float32
     precise = "tf32x3" if kind == "tf32" and target.startswith("sm") else "ieee"
@@ -189,8 +189,8 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
         yield _large(forward_kernel, dtype, target, config, products)
     for config in tile_tables.CENTERS[table]:
         for needs in ((True, True), (True, False), (False, True)):
-            made = tile_tables.CENTERS_PRODUCTS[kind] == "cublas" and needs[0]
-            switches = {"NEED_CENTERS": needs[0], "NEED_DISPLACEMENTS": needs[1], "PRECOMPUTED": made}
+            precomputed = tile_tables.CENTERS_PRODUCTS[kind] == "cublas" and needs[0]
+            switches = {"NEED_CENTERS": needs[0], "NEED_DISPLACEMENTS": needs[1], "PRECOMPUTED": precomputed}
             yield _large(grad_centers_kernel, dtype, target, config, products | corrections | switches)
     sizes = TILE_SIZES[kind]
     small: list[tuple[Any, dict[str, Any]]] = [
@@ -294,13 +294,13 @@ def _tiles(names: str, sizes: tuple[int, ...]) -> dict[str, int]:
 
 
 def instructions(report: Report) -> str:
-    """Which matrix instructions are there."""
+    """Return the names of the matrix instructions in the assembly."""
     found = [i for i in ("wgmma", "mma.sync", "v_mfma") if i in report.assembly]
     return " ".join(found) or "–"
 
 
 def table() -> Iterator[str]:
-    """The table, line by line."""
+    """Yield the lines of the table."""
     yield "| kernel | tiles | dtype | target | warps, stages | registers | spilled | shared memory, B | matrix instructions |"
     yield "|---|---|---|---|---|---:|---:|---:|---|"
     for target in TARGETS:

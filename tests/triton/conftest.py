@@ -10,10 +10,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @pytest.fixture(params=["small", "large"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Tiles of 16 and 32, so that small samples exceed them everywhere, or those shipped for the interpreter."""
+    """Set tiles of 16 and 32, which small samples exceed in every dimension, or keep those shipped for the interpreter."""
     from gistops.backends.triton import configs, tile_tables
 
-    if request.param == "small":  # sizes differ, so that none can stand for another
+    if request.param == "small":  # sizes differ, so that a mix-up of two shows
         forward = tile_tables.Config(classes=32, rows=16, dims=16, warps=4, stages=1)
         centers = tile_tables.Config(classes=16, rows=16, dims=32, warps=4, stages=1)
         monkeypatch.setattr(configs, "INTERPRETER", {"forward": forward, "centers": centers})
@@ -25,6 +25,6 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
                 grad_input_epilogue=(16, 16), grad_displacements_epilogue=(16, 32),
             )  # fmt: skip
             monkeypatch.setitem(tile_tables.TILE_SIZES, kind, small)
-        monkeypatch.setattr(configs, "ROUTE_GROUPS", 2)  # several class tiles a group
+        monkeypatch.setattr(configs, "ROUTE_GROUPS", 2)  # several class tiles per group
         monkeypatch.setattr(configs, "LOSS_PROGRAMS", 4)
     return str(request.param)

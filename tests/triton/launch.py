@@ -1,7 +1,7 @@
-"""Forward and backward through Triton's launcher, up to the launch itself, for an H100 that is not there.
+"""Forward and backward through Triton's launcher, up to the launch itself, for an H100 that need not be present.
 
-What neither the interpreter nor aot.py sees: how arguments bind, what Triton makes of their values, which grid. Run by
-test_aot.py in a process of its own, since it replaces Triton's driver. Prints each kernel and its grid.
+This covers what neither the interpreter nor aot.py covers: the binding of arguments, their specialization, the grids.
+test_aot.py runs this file in a process of its own, since it replaces Triton's driver. It prints each kernel and its grid.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gistops.operators.logits import LogitsBackward, LogitsForward
 
 
 class Driver:
-    """Says that there is a GPU."""
+    """A driver that reports an H100."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)

@@ -1,4 +1,4 @@
-"""The shipped configurations, compiled for GPUs that are not there: no spilled registers, and shared memory that fits."""
+"""The shipped configurations, compiled ahead of time: no spilled registers, and shared memory that fits."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from gistops.backends.triton import configs, tile_tables  # noqa: E402
 
 from . import aot  # noqa: E402
 
-#: Bytes, or registers, that may be spilled: compilers move a value or two in branches that are almost never taken.
-#: Hundreds would mean a tile that does not fit. The two large kernels spill nothing on Hopper, under Triton 3.6 to 3.9.
+#: Maximum of spilled bytes, or registers. Compilers spill a value or two in branches that are almost never taken; a tile
+#: that does not fit spills hundreds. The two matrix product kernels spill nothing on Hopper, with Triton 3.6 to 3.9.
 SPILLED = 64
 
 
@@ -32,7 +32,7 @@ EVERY = [case for target in aot.TARGETS for dtype in aot.DTYPES for case in aot.
 
 
 def in_default_run(case: aot.Case) -> bool:
-    """All of bfloat16 on Hopper; elsewhere the two large kernels at their fullest. A fifth of all, in 20 seconds."""
+    """Return true for bfloat16 on Hopper, and for the matrix product kernels elsewhere: a fifth of all, in 20 seconds."""
     if case.dtype == "bf16" and case.target == "sm_90":
         return True
     fullest = case.name == "forward_kernel" or (
@@ -72,7 +72,7 @@ ONES = {(c.name, c.constants.get("BLOCK_S")): c for c in EVERY if (c.dtype, c.ta
 
 @pytest.mark.parametrize("case", ONES.values(), ids=lambda case: case.id)
 def test_sizes_of_one_compile(case: aot.Case) -> None:
-    """Triton makes constants of arguments that are 1, and other code of constants, which no interpreter sees."""
+    """Triton turns arguments that are 1 into constants, and compiles other code for them. The interpreter does not."""
     aot.compile_case(case, ones=True)
 
 
@@ -84,12 +84,10 @@ def test_launches_bind_their_arguments() -> None:
     launched = [line.split()[0] for line in lines]
     assert len(launched) == 101, launched
     assert set(launched) == {case.name for case in EVERY}
-    assert "rescore_cancelled_kernel 32" in lines, (
-        "256 x 1000: a program for each 32 classes, whatever the features"
-    )
+    assert "rescore_cancelled_kernel 32" in lines, "256 x 1000: one program per 32 classes, whatever the rows"
 
 
-def test_the_table_has_a_line_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_has_one_line_per_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aot, "compile_case", lambda case: aot.Report(1, 2, 3, "wgmma"))
     lines = list(aot.table())
     assert len(lines) == len(EVERY) + 2
@@ -109,7 +107,7 @@ def test_kinds_of_products() -> None:
         (4096, 100_000, (128, 128)),  # enough of everything: the largest
         (256, 8142, (128, 128)),  # 128 programs for 132 multiprocessors: nine tenths are enough
         (256, 7000, (64, 128)),  # 110 programs of the largest would leave a sixth idle
-        (64, 100_000, (128, 64)),  # no tile wider than the features
+        (64, 100_000, (128, 64)),  # no tile wider than the rows
         (32, 1000, (64, 64)),  # too small to fill the device: as many programs as there can be
     ],
 )

@@ -1,4 +1,4 @@
-"""A backward that runs inside an autocast region: run by test_interpreter.py, and with `--device cuda` on a GPU."""
+"""A backward inside an autocast region. Run by test_interpreter.py, and with `--device cuda` on a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ half, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float
 def test_backward_inside_autocast(
     dtype: torch.dtype, autocast: torch.dtype, seed: int, request: pytest.FixtureRequest
 ) -> None:
-    """torch's product has a rule there, which would make half precision of float32, and kernels go on with it."""
+    """Autocast would turn the operands of torch.mm into half precision, and kernels read its result."""
     device = "cpu" if INTERPRETED else request.config.getoption("--device")
     if device == "cpu" and not INTERPRETED:
         pytest.skip("needs --device cuda")

@@ -1,4 +1,4 @@
-"""The kernels against the definition in float64, and in the hands of PyTorch. Run by test_interpreter.py."""
+"""The kernels compared with the definition in float64, and used through PyTorch. Run by test_interpreter.py."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ if not INTERPRETED:
     pytest.skip("needs TRITON_INTERPRET=1; test_interpreter.py runs this file", allow_module_level=True)
 
 half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64
-# Above 16, the small tiles, in every dimension, and no multiples of anything.
+# Sizes above 16, the small tiles, in every dimension, and no multiples of a tile.
 ODD = [
     Sample(37, 53, 41, 4),
-    Sample(19, 35, 21, 20),  # more slots than the forward takes along
+    Sample(19, 35, 21, 20),  # more slots than are unrolled
     Sample(33, 47, 35, 4, bf16, bf16, bf16),
     Sample(33, 47, 35, 4, half, half, half),
     Sample(33, 47, 35, 4, f64, f64, f64),
     Sample(33, 47, 35, 2, half, bf16, half),
 ]
-# Of the operator's samples those that an interpreter gets through; B·K is what counts.
+# The samples of tests/ops that the interpreter finishes in time; the time grows with B·K.
 FEASIBLE = [s for s in SAMPLES if s.B * s.K <= 10_000]
 CASES = [
     *(pytest.param(sample, "small", id=f"{sample.id}-small") for sample in ODD),
@@ -67,10 +67,10 @@ CANCELLING = [
 @pytest.mark.parametrize(("m", "dtype", "closeness"), CANCELLING)
 @pytest.mark.parametrize("tiles", ["small", "large"], indirect=True)
 def test_pairs_that_cancel(tiles: str, m: int, dtype: torch.dtype, closeness: float, seed: int) -> None:
-    """w_k + δ_j close to zero, or zero: the sums of the fused form lose all digits there, and must not be used."""
+    """Where w_k + δ_j is zero or close to it, P + Q loses all digits and must not be used."""
     K, last = (
         (37, 20) if tiles == "small" else (133, 90)
-    )  # more classes than a tile, and such pairs in several
+    )  # more classes than a tile, and pairs that cancel in several tiles
     tensors = Sample(17 if m < 9 else 5, K, 23, m, dtype, dtype, dtype).tensors(seed)
     with torch.no_grad():
         tensors[1][12:last] = -tensors[2][1] + closeness * tensors[1][12:last]
@@ -80,7 +80,7 @@ def test_pairs_that_cancel(tiles: str, m: int, dtype: torch.dtype, closeness: fl
     wide = leaves(tensors, f64)
     truth = (wide[3] * scores(*wide[:3])).max(dim=2).values
     assert (slots[:, 12:last] == 2).any() or closeness == 0, (
-        "the cancelled slot wins nowhere: the test tests nothing"
+        "the cancelled slot wins nowhere, so that nothing is tested"
     )
     assert error(logits, truth) <= allowed(error(plain(tensors)[0], truth), truth, logits.dtype)
     ours = torch.autograd.grad(logits, tensors, grad.to(logits.dtype))
@@ -97,8 +97,8 @@ def test_pairs_that_cancel(tiles: str, m: int, dtype: torch.dtype, closeness: fl
 
 
 @pytest.mark.parametrize("tiles", ["small"], indirect=True)
-def test_a_pair_that_cancels_for_later_features_alone(tiles: str, seed: int) -> None:
-    """Whether a run of features has such pairs is noted for each run of its own."""
+def test_a_pair_that_cancels_in_later_rows_only(tiles: str, seed: int) -> None:
+    """The flag for pairs that cancel belongs to one tile of rows."""
     tensors = Sample(35, 37, 23, 2).tensors(seed)
     with torch.no_grad():
         direction = tensors[1][20].clone()
@@ -115,8 +115,8 @@ def test_a_pair_that_cancels_for_later_features_alone(tiles: str, seed: int) -> 
         assert error(value, true) <= allowed(0.0, true, torch.float32, 35 * 37)
 
 
-def test_shares_sum_the_weights(seed: int) -> None:
-    """S is the sum of the weights before they are rounded; they lie class by class, zeros behind each class."""
+def test_slot_weights_sum_the_weights(seed: int) -> None:
+    """S' is the sum of the unrounded weights H', which are class-major and zero from B on."""
     from gistops.backends.triton import gradients as kernels
     from gistops.backends.triton.launch_args import LaunchArgs
 
@@ -140,7 +140,7 @@ def test_tiny_vectors(seed: int) -> None:
     with torch.no_grad():
         tensors[0][2] *= 1e-13
         tensors[1][5] *= 1e-13
-        tensors[2] *= 1e-13  # so that the tiny centre's vectors are all tiny
+        tensors[2] *= 1e-13  # so that the tiny center's vectors are all tiny
     logits, slots = gistops.constellation_logits(*tensors, return_slots=True, backend="triton")
     wide = leaves(tensors, f64)
     torch.testing.assert_close(logits.double(), routed(*wide, slots), rtol=1e-5, atol=1e-6)
@@ -159,7 +159,7 @@ def test_tiny_vectors(seed: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, half])
 def test_zero_vectors_give_others_nothing(dtype: torch.dtype, seed: int) -> None:
-    """Weights of the order of 1e12 meet vectors of zero: in float16 too, others' gradients are right, not NaN."""
+    """Weights of about 1e12 are multiplied by zero vectors; the gradients of other vectors are right, also in float16."""
     tensors = Sample(6, 40, 19, 2, dtype, dtype, dtype).tensors(seed)
     zero = [[2], [5, 9], [0]]  # rows of input, centers and displacements whose own gradients may be huge
     with torch.no_grad():
@@ -200,7 +200,7 @@ def test_empty_and_tiny(B: int, K: int, m: int, seed: int) -> None:
     contract.test_empty_and_tiny(B, K, m, "triton", seed)
 
 
-def test_norms_without_features(seed: int) -> None:
+def test_norms_without_rows(seed: int) -> None:
     tensors = Sample(0, 21, 7, 3).tensors(seed, requires_grad=False)
     rnorms = run_operator(tensors)[2]
     vectors = tensors[1] + torch.nn.functional.pad(tensors[2], (0, 0, 1, 0))[:, None]
@@ -226,13 +226,13 @@ def test_same_inputs_give_the_same_bits(tiles: str, seed: int) -> None:
         return [logits, slots, *torch.autograd.grad(logits, tensors, grad)]
 
     first = bits()
-    torch.empty(1 << 20).normal_()  # memory is laid out anew
+    torch.empty(1 << 20).normal_()  # changes what the allocator returns
     assert all(torch.equal(a, b) for a, b in zip(first, bits(), strict=True))
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_only_the_gradients_asked_for(cancelled: bool, seed: int) -> None:
-    """Nothing for frozen arguments, and the others as with none frozen."""
+    """Frozen arguments get no gradient, and do not change the gradients of others."""
     tensors = Sample(9, 20, 11, 2).tensors(seed, requires_grad=False)
     if cancelled:
         tensors[1][3:5] = -tensors[2][1] + 1e-2 * tensors[1][3:5]

@@ -1,7 +1,7 @@
-"""Runs test_exact.py and others under Triton's interpreter, in a process of its own.
+"""The tests that run under Triton's interpreter, in processes of their own.
 
-TRITON_INTERPRET must be set before the kernels are defined, and changes what `backend="triton"` means and what
-torch.compile finds: no other test may see it.
+TRITON_INTERPRET must be set before the kernels are defined. It changes what `backend="triton"` and torch.compile do, so
+no other test may see it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import gistops
 from tests.ops.oracle import Sample
 
 HERE = Path(__file__).parent
-#: Files that run in one process.
+#: The files that share a process.
 TOGETHER = (("exact",), ("loss", "streaming", "autocast"))
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton==3.8.0")
 OUTDATED = triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (
@@ -33,7 +33,7 @@ OUTDATED = triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__vers
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="already under the interpreter")
 @pytest.mark.skipif(OUTDATED, reason="the interpreter of Triton 3.6 fails with numpy 2.4 and newer")
 def test_kernels_under_the_interpreter(request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """Two processes side by side, as each uses one core for minutes."""
+    """Each of the two processes uses one core for minutes, so they run in parallel."""
     seed = f"--seed={request.config.getoption('--seed')}"
     environment = dict(os.environ) | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     with ThreadPoolExecutor() as pool:
@@ -46,7 +46,7 @@ def test_kernels_under_the_interpreter(request: pytest.FixtureRequest, tmp_path:
 def interpreted(
     names: tuple[str, ...], seed: str, environment: dict[str, str], folder: Path
 ) -> dict[str, str]:
-    """Pytest's counts of these files' tests."""
+    """Run the files' tests; return pytest's counts."""
     report = folder / f"{names[0]}.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"]
     command += [*(str(HERE / f"test_{name}.py") for name in names), f"--junitxml={report}", seed]

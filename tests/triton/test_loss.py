@@ -1,4 +1,4 @@
-"""The loss's own kernels: launches counted, scores held or made again, cancelling pairs, PyTorch. Run by test_interpreter.py."""
+"""The loss's kernels: number of launches, kept and recomputed scores, pairs that cancel, PyTorch. Run by test_interpreter.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from gistops.backends import eager_loss
 from gistops.backends.triton import loss as kernels
 
 bf16, f64 = torch.bfloat16, torch.float64
-#: aten calls that launch nothing.
+#: aten ops that launch no kernel.
 FREE = {
     "empty",
     "new_empty",
@@ -46,7 +46,7 @@ FREE |= {"alias", "promote_types"}
 
 
 class Launches(TorchDispatchMode):
-    """Counts launches of kernels: of ours, and of torch's, whose calls the interpreter makes for itself aside."""
+    """A counter of launches, ours and torch's, without the calls that the interpreter makes itself."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
@@ -76,13 +76,13 @@ class Launches(TorchDispatchMode):
 def test_a_step_takes_few_launches(
     options: Options, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Beside the products, a step with gradients of all takes 12: on a GPU each costs one or two µs."""
+    """Beside the products, a step with all gradients takes 12 launches; on a GPU each costs one or two µs."""
     call = Call.of(Sample(32, 40, 16, 3, dtype, dtype, dtype), options, seed)
     leaves = [t.to(dtype).requires_grad_() for t in call.leaves()]
     target, weight = call.target.long(), call.weight.to(dtype)
     used = [*leaves[:4], *([leaves[4]] if options.bias else []), *([leaves[5]] if options.margin else [])]
     call = dataclasses.replace(call, target=target, weight=weight)
-    # Checks of a target on the CPU are not what a GPU sees.
+    # The checks of a target on the CPU do not run on a GPU.
     monkeypatch.setattr(
         "gistops.functional.cross_entropy.check_loss", lambda input, classifier, target, options: target
     )
@@ -90,14 +90,14 @@ def test_a_step_takes_few_launches(
         made = call.ours(leaves, "triton", return_lse=False)
         torch.autograd.grad(made, used, torch.ones_like(made))
     seen = launches.seen
-    assert seen.pop("mm") == 3  # of the centres too, in these dtypes
+    assert seen.pop("mm") == 3  # the gradient of the centers included, in these dtypes
     del seen["ones_like"]
     assert sum(seen.values()) <= 12, seen
 
 
 @pytest.mark.parametrize("options", [OPTIONS[4], OPTIONS[8]], ids=lambda o: o.id)
-def test_scores_made_again(options: Options, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Chunks of 64 classes, the least, in both directions."""
+def test_recomputed_scores(options: Options, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Use chunks of 64 classes, the minimum, in both directions."""
     monkeypatch.setattr(eager_loss, "HELD_BYTES", 0)
     monkeypatch.setattr(kernels, "CHUNK_ELEMENTS", 1)
     loss.compare(Call.of(Sample(21, 150, 20, 3), options, seed), "triton", seed)
@@ -109,8 +109,8 @@ def test_beyond_every_tile(sample: Sample, option: int, tiles: str, seed: int) -
     loss.compare(Call.of(sample, OPTIONS[option], seed), "triton", seed)
 
 
-def cancelling(call: Call) -> Call:
-    """The same call with centres that cancel: exactly, nearly, and the target's own among them."""
+def with_cancelled_pairs(call: Call) -> Call:
+    """Return the call with centers that cancel, exactly and nearly, a target's center among them."""
     x, w, delta, tau = (t.clone() for t in call.tensors)
     for place, noise in ((0, 0.0), (17, 1e-3), (40, 1e-2)):
         w[place] = -delta[0] + noise * torch.randn_like(delta[0])
@@ -124,7 +124,7 @@ def test_pairs_that_cancel(held: bool, tiles: str, monkeypatch: pytest.MonkeyPat
     if not held:
         monkeypatch.setattr(eager_loss, "HELD_BYTES", 0)
         monkeypatch.setattr(kernels, "CHUNK_ELEMENTS", 1)
-    call = cancelling(Call.of(Sample(37, 70, 20, 3), OPTIONS[6], seed))
+    call = with_cancelled_pairs(Call.of(Sample(37, 70, 20, 3), OPTIONS[6], seed))
     leaves = call.leaves()
     made = call.ours(leaves, "triton")
     made = (*made, *gradients(*made, leaves, seed))
@@ -168,7 +168,7 @@ def test_contract(seed: int) -> None:
 
 
 def test_a_target_out_of_range_on_the_device(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """If nobody looks at targets beforehand, the assertion that runs beside the kernels finds them."""
+    """The assertion that runs on the device finds targets out of range that no earlier check has seen."""
     monkeypatch.setattr(
         "gistops.functional.cross_entropy.check_loss", lambda input, classifier, target, options: target
     )
@@ -241,7 +241,7 @@ def test_compile_without_a_graph_break(dynamic: bool, seed: int) -> None:
         )
 
 
-def test_without_gradients_nothing_is_held(seed: int) -> None:
+def test_without_gradients_no_scores_are_kept(seed: int) -> None:
     x, w, delta, tau = Sample(7, 33, 16, 3).tensors(seed, requires_grad=False)
     target = torch.randint(0, 33, (7,))
     value = gistops.constellation_cross_entropy(x, w, delta, tau, target, backend="triton")

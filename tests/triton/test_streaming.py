@@ -1,4 +1,4 @@
-"""Loss, best k, free centres and rotations over the Triton kernels. Run by test_interpreter.py."""
+"""Loss, top-k, sub-centers and rotations on top of the Triton kernels. Run by test_interpreter.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 64 classes, the least."""
+    """Use chunks of 64 classes, the minimum."""
     monkeypatch.setattr(scorers, "CPU_CHUNK_ELEMENTS", 1)
 
 
@@ -99,13 +99,13 @@ def test_contract_of_topk(seed: int) -> None:
 @pytest.mark.parametrize(
     "sample", [Free(21, 150, 3, 20), Free(4, 67, 2, 9, bf16, bf16), Free(3, 5, 20, 8, f64, f64)]
 )
-def test_free_centres(sample: Free, seed: int) -> None:
+def test_subcenters(sample: Free, seed: int) -> None:
     subcenter.test_logits_slots_and_gradients(sample, "triton", seed)
     if sample.input == torch.float32:
         subcenter.test_loss(sample, OPTIONS[6], "triton", seed)
 
 
-def test_free_centres_in_pytorch(seed: int) -> None:
+def test_subcenters_in_pytorch(seed: int) -> None:
     subcenter.test_ties_zeros_and_what_is_not_finite("triton", seed)
     subcenter.test_opcheck_gradcheck_and_compile("triton", seed)
 
