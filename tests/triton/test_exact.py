@@ -67,7 +67,7 @@ CANCELLING = [
 @pytest.mark.parametrize(("m", "dtype", "closeness"), CANCELLING)
 @pytest.mark.parametrize("tiles", ["small", "large"], indirect=True)
 def test_pairs_that_cancel(tiles: str, m: int, dtype: torch.dtype, closeness: float, seed: int) -> None:
-    """Where w_k + δ_j is zero or close to it, P + Q loses all digits and must not be used."""
+    """P + Q loses all digits if w_k + δ_j is zero or close to it, and must not be used."""
     K, last = (
         (37, 20) if tiles == "small" else (133, 90)
     )  # more classes than a tile, and pairs that cancel in several tiles
