@@ -164,11 +164,10 @@ def row_loss_kernel(
     if not REDUCED:
         tl.store(loss + rows, value, mask=row_valid)
     programs = tl.num_programs(0)
-    weight = tl.where(ignored, tl.zeros_like(weight), weight)
-    tl.store(loss_partials + tl.program_id(0), tl.sum(value, 0))
-    tl.store(loss_partials + programs + tl.program_id(0), tl.sum(weight, 0))
-    misses = tl.where(out_of_range, 1.0, 0.0).to(ACC)
-    tl.store(loss_partials + 2 * programs + tl.program_id(0), tl.sum(misses, 0))
+    program = tl.program_id(0)
+    tl.store(loss_partials + program, tl.sum(value, 0))
+    tl.store(loss_partials + programs + program, tl.sum(tl.where(ignored, tl.zeros_like(weight), weight), 0))
+    tl.store(loss_partials + 2 * programs + program, tl.sum(tl.where(out_of_range, 1.0, 0.0).to(ACC), 0))
 
 
 @triton.jit
