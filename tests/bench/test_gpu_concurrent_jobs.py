@@ -80,11 +80,11 @@ def test_jobs_run_concurrently_and_a_failure_hides_no_result() -> None:
 
 def test_the_table_of_ncu_is_extracted(tmp_path: Path) -> None:
     program = tmp_path / "ncu"
-    lines = ["==PROF== Connected", '"ID","Kernel Name"', '"0","route_logits_grad_kernel"', "==PROF== Disconnected"]
+    lines = ["==PROF== Connected", '"ID","Kernel Name"', '"0","norms_kernel"', "==PROF== Disconnected"]
     body = "\n".join(f"echo '{line}'" for line in lines)
     program.write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
     program.chmod(0o755)
     size = Size(2, 3, 4)
     text, run = ncu.profile(program, "cuda", "step", size, 20.0, tmp_path / "log")
-    assert text == '"ID","Kernel Name"\n"0","route_logits_grad_kernel"\n'
+    assert text == '"ID","Kernel Name"\n"0","norms_kernel"\n'
     assert "not run" not in run
