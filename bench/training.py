@@ -19,15 +19,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from train.cli import from_command_line
-from train.config import Config, ConfigError, MethodName, check
+from train.cli import check, parse
+from train.config import Config, ConfigError, MethodName
 from train.console import say
 from train.data.dataset import Dataset
 from train.run import load
@@ -45,14 +46,14 @@ BackendName = Literal["auto", "cpu", "cuda", "triton", "reference"]
 class Measured(Config):
     """The options of a run, and the options of the measurement."""
 
+    #: The backends to compare.
     backends: tuple[BackendName, ...] = ("auto", "reference")
-    """The backends to compare."""
+    #: Timed steps per backend, after three warm-up steps.
     steps: int = 20
-    """Timed steps per backend, after three warm-up steps."""
-    method: MethodName = "gist"
-    """The method, in its last stage."""
+    #: The method, in its last stage.
+    measured_method: Annotated[MethodName, tyro.conf.arg(name="method")] = "gist"
+    #: Length of random features, drawn for the class counts in the JSON file --data.
     made_up_features: int | None = None
-    """Length of random features, drawn for the class counts in the JSON file --data."""
 
 
 class Parts:
@@ -127,25 +128,23 @@ def load_data(config: Measured) -> Dataset:
     if config.made_up_features is None:
         return load(config)
     try:
-        counts = torch.tensor(json.loads(Path(config.data).read_text())["counts"])
+        counts = torch.tensor(json.loads(Path(config.data.data).read_text())["counts"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError("data", "a JSON file with class counts", f"{config.data} ({error})") from None
-    return random_features(counts, config.made_up_features, config.seed)
+        raise ConfigError("data", "a JSON file with class counts", f"{config.data.data} ({error})") from None
+    return random_features(counts, config.made_up_features, config.run.seed)
 
 
 def measure(config: Measured) -> dict[str, Parts]:
     """Measure the parts of a step with each backend."""
     for option, plain in UNMEASURED.items():
-        if getattr(config, option) != plain:
-            raise ConfigError(
-                option, f"{plain}, because steps are measured in parts", repr(getattr(config, option))
-            )
+        if (value := config.options()[option]) != plain:
+            raise ConfigError(option, f"{plain}, because steps are measured in parts", repr(value))
     data = load_data(config)
     trainings: dict[str, tuple[Training, Parts]] = {}
     for backend in config.backends:
-        backend_config = dataclasses.replace(config, backend=backend)
+        backend_config = config.replace(backend=backend)
         check(backend_config)
-        training = Training(config.method, backend_config, data)
+        training = Training(config.measured_method, backend_config, data)
         training.begin_stage(len(training.method.stages) - 1)
         trainings[backend] = training, Parts(training.device)
     for count in range(3 + config.steps):
@@ -158,7 +157,7 @@ def measure(config: Measured) -> dict[str, Parts]:
 
 
 def show(config: Measured, found: dict[str, Parts], console: Console) -> None:
-    table = Table(title=f"{config.method} on {config.data}, medians of {config.steps} steps")
+    table = Table(title=f"{config.measured_method} on {config.data.data}, medians of {config.steps} steps")
     table.add_column("")
     for backend in found:
         table.add_column(f"{backend}: ms", justify="right")
@@ -178,10 +177,10 @@ def show(config: Measured, found: dict[str, Parts], console: Console) -> None:
 
 def main(args: list[str] | None = None) -> int:
     try:
-        config = from_command_line(args, Measured)
+        config = parse(args, Measured, "python -m bench.training")
         console = Console()
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        if config.runtime.threads:
+            torch.set_num_threads(config.runtime.threads)
         say(console, hardware())
         show(config, measure(config), console)
         return 0

@@ -12,10 +12,10 @@ import warnings
 
 from rich.console import Console
 
-from .cli import from_command_line
+from .cli import parse, parse_run, program
 from .commands.ablation import Ablation, ablate
 from .commands.compare import compare
-from .commands.doctor import examine
+from .commands.doctor import Doctor, examine
 from .commands.features import Features, extract
 from .config import ConfigError
 from .console import say
@@ -54,16 +54,16 @@ def dispatch(args: list[str]) -> int:
     # fp16: a first step that overflows is left out, as it should be.
     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before", UserWarning)
     if args[:1] == ["ablation"]:
-        return ablate(from_command_line(args[1:], Ablation), console)
+        return ablate(parse(args[1:], Ablation, program("ablation")), console)
     if rank() and args[:1] in (["report"], ["doctor"], ["features"]):
         return 0  # done once
     if args[:1] == ["report"]:
         return compare(args[1:], console)
     if args[:1] == ["doctor"]:
-        return examine(from_command_line(args[1:]), console)
+        return examine(parse(args[1:], Doctor, program("doctor")), console)
     if args[:1] == ["features"]:
-        return extract(from_command_line(args[1:], Features), console)
-    start(from_command_line(args), console)
+        return extract(parse(args[1:], Features, program("features")), console)
+    start(parse_run(args), console)
     return 0
 
 

@@ -1,142 +1,128 @@
-"""A run's configuration from the command line and a recipe, a file of options."""
+"""The command line: options in sections, with defaults from a recipe."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import importlib.util
+import inspect
 import sys
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints, overload
+from typing import TypeVar
 
 import torch
-import typeguard
 import tyro
 
-from .config import DEFAULT_RECIPE, DEPARTURES, Config, ConfigError, check
+from gistops import backends
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+from .config import DEFAULT_RECIPE, Config, ConfigError
+from .data.load import NAMED
+from .model.backbones import BACKBONES, TIMM
+from .options import Mark, Sections
+from .recipes import load_recipe, read_recipe, recipe_names
 
-RECIPES = Path(__file__).with_name("recipes")
-
-Options = TypeVar("Options", bound=Config)
-
-
-@overload
-def from_command_line(args: list[str] | None = None) -> Config: ...
+Options = TypeVar("Options", bound=Sections)
 
 
-@overload
-def from_command_line(args: list[str] | None, kind: type[Options]) -> Options: ...
+def program(command: str = "") -> str:
+    """The name of the running program for help texts: `python -m train`, `gistops-train`, …"""
+    script = Path(sys.argv[0]).name
+    name = script if script == "gistops-train" else f"python -m {__package__}"
+    return f"{name} {command}".rstrip()
 
 
-def from_command_line(args: list[str] | None = None, kind: type[Config] = Config) -> Config:
-    """The configuration that the command line asks for, checked as far as it can be without the data.
+def parse(args: list[str] | None, kind: type[Options], prog: str) -> Options:
+    """Parse a command line and check the options as far as possible without the data.
 
     Args:
-        args: the command line's words; sys.argv's if None.
-        kind: Config, or a dataclass with options beside it.
+        args: the command line's words; those of sys.argv if None.
+        kind: the options of the command: sections, and options of its own.
+        prog: the program's name in help texts.
 
     Raises:
-        ConfigError: an option that cannot be.
-        SystemExit: --help, or an option that is none (code 2).
+        ConfigError: an invalid option.
+        SystemExit: --help, an unknown option, or a value of another type (code 2).
     """
-    first = argparse.ArgumentParser(prog="python -m train", add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default=DEFAULT_RECIPE)
     first.add_argument("--preset", default="")
-    asked = first.parse_known_args(args)[0]
-    defaults = load_recipe(asked.recipe)
-    if asked.preset == "paper":
-        plain = Config()
-        defaults = dataclasses.replace(defaults, **{name: getattr(plain, name) for name in DEPARTURES})
+    known = first.parse_known_args(args)[0]
+    defaults = load_recipe(known.recipe)
+    if known.preset == "paper":
+        paper = Config().options()
+        defaults = defaults.replace(**{name: paper[name] for name in Config.marked(Mark.DEPARTURE)})
+    values = defaults.options()
     config = tyro.cli(
         kind,
         args=args,
-        default=kind(**{field.name: getattr(defaults, field.name) for field in dataclasses.fields(defaults)}),
-        prog="python -m train",
-        description=_description(),
+        default=kind().replace(**{name: values[name] for name in kind.fields()}),
+        prog=prog,
+        description=_description(kind),
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    config = dataclasses.replace(
-        config,
-        name=config.name or Path(config.recipe).stem,
-        device=_device(config.device),
-    )
+    values = config.options()
+    resolved = {}
+    if values.get("name") == "":
+        resolved["name"] = Path(values["recipe"]).stem
+    if values.get("device") == "auto":
+        resolved["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    config = config.replace(**resolved)
     check(config)
     return config
 
 
-def _recipe_file(recipe: str) -> Path:
-    return Path(recipe) if recipe.endswith(".toml") else RECIPES / f"{recipe}.toml"
+def parse_run(args: list[str] | None = None) -> Config:
+    """Parse the command line of a run; see `parse`."""
+    return parse(args, Config, program())
 
 
-def _read_recipe(recipe: str) -> dict[str, Any]:
-    try:
-        with open(_recipe_file(recipe), "rb") as file:
-            values: dict[str, Any] = tomllib.load(file)
-            return values
-    except FileNotFoundError:
-        names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
-        raise ConfigError("recipe", f"a .toml file that is there, or one of {names}", repr(recipe)) from None
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError("recipe", "a readable TOML file", f"{recipe}: {error}") from None
-
-
-def load_recipe(recipe: str) -> Config:
-    """The configuration that a recipe alone gives.
+def check(config: Sections) -> None:
+    """Check the options whose valid values depend on this machine or on the driver's data sets and networks.
 
     Raises:
-        ConfigError: there is no such recipe, or it holds something that is no option or of a wrong type.
+        ConfigError: the first invalid option.
     """
-    values = {key: value for key, value in _read_recipe(recipe).items() if key != "description"}
-    values["recipe"] = recipe
-    hints = get_type_hints(Config)
-    for key, value in values.items():
-        if key not in hints:
-            raise ConfigError("recipe", "the names of options as keys", f"{key!r} in {recipe}")
-        if isinstance(value, list):
-            values[key] = value = tuple(value)
-        try:
-            typeguard.check_type(value, hints[key])
-        except typeguard.TypeCheckError as error:
-            expected = Config.__annotations__[key]
-            raise ConfigError(key, expected, f"{value!r} in the recipe {recipe} ({error})") from None
-    return Config(**values)
+    values = config.options()
+    if not values["data"]:
+        expected = f"a file, a folder, or {', '.join(NAMED)} (the recipe {values['recipe']} brings no data)"
+        raise ConfigError("data", expected, repr(values["data"]))
+    if "backbone" in values:
+        _check_backbone(values["backbone"], values["pretrained"])
+    if values.get("tensorboard") and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("tensorboard", "the package, which `pip install tensorboard` brings", "none")
+    if "device" in values:
+        _check_device(values["device"], values.get("backend", "auto"))
 
 
-def typed_value(option: str, text: str) -> Any:
-    """What `text` means as the value of an option, as in a recipe but that words need no quotes.
+def _check_backbone(backbone: str, pretrained: bool) -> None:
+    is_timm = backbone.startswith(TIMM)
+    if not is_timm and backbone not in ("none", *BACKBONES):
+        raise ConfigError("backbone", f"one of none, {', '.join(BACKBONES)}, or {TIMM}NAME", repr(backbone))
+    if pretrained and not is_timm:
+        raise ConfigError(
+            "pretrained", f"a backbone {TIMM}NAME, which has pretrained weights", repr(backbone)
+        )
 
-    Raises:
-        ConfigError: there is no such option, or it takes one value and this is none of its.
-    """
-    hints = get_type_hints(Config)
-    if option not in hints:
-        raise ConfigError("vary", "the name of an option", repr(option))
+
+def _check_device(device: str, backend: str) -> None:
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    if hints[option] is float and type(value) is int:
-        value = float(value)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        got = f"{device!r} ({error})".split("\n")[0]
+        raise ConfigError("device", "cpu, cuda or auto", got) from None
     try:
-        typeguard.check_type(value, hints[option])
-    except typeguard.TypeCheckError as error:
-        raise ConfigError(option, Config.__annotations__[option], f"{text!r} ({error})") from None
-    return value
+        backends.choose(torch.device(device).type, None if backend == "auto" else backend)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError("backend", "a backend that is available here", f"{backend!r} ({error})") from None
 
 
-def _description() -> str:
+def _description(kind: type[Sections]) -> str:
+    """The text above the options in --help."""
+    if kind is not Config:
+        return inspect.getdoc(kind) or ""
     paragraphs = [
-        "Trains GistNet in two stages on a long-tailed set, and a plain softmax model beside it.",
+        "Trains GistNet in two stages on a long-tailed data set, and a plain softmax classifier for comparison.",
+        f"Other commands: {program('ablation')}, doctor, features and report, each with a --help of its own.",
         "Recipes:",
+        *(f"{name}: {read_recipe(name).get('description', '')}" for name in recipe_names()),
     ]
-    for path in sorted(RECIPES.glob("*.toml")):
-        paragraphs.append(f"{path.stem}: {_read_recipe(path.stem).get('description', '')}")
     return "\n\n".join(paragraphs)
-
-
-def _device(asked: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked

@@ -1,45 +1,20 @@
-"""What a run is told: one typed record."""
+"""The options of a run: one frozen dataclass per section, with the checks of its values beside its fields.
+
+A command line flag, a key of a recipe and a field here have the same name, and names are unique over all sections.
+Code that handles every option (recipes, checkpoints, ablations) reads the marks of the fields; see `options.Mark`.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-
-from gistops import backends
-
-from .data.load import NAMED, Source
-from .model.backbones import BACKBONES, TIMM
-from .shot_groups import SPLIT_RULES
+from .options import ConfigError as ConfigError
+from .options import Mark, Section, Sections, option
+from .shot_groups import SplitRule
 
 DEFAULT_RECIPE = "fashion-mnist-lt"
-
-
-#: What becomes of the displacements, in the second stage alone.
-STRUCTURE = (
-    "displacement_init",
-    "displacement_scale",
-    "displacement_lr",
-    "displacement_weight_decay",
-    "displacement_update",
-    "transfer_directions",
-    "transfer_length",
-)
-
-#: What --preset paper puts back to its default, which is the paper's.
-DEPARTURES = ("center_features", *STRUCTURE)
-
-
-class ConfigError(ValueError):
-    """An option that cannot be; the message names it, what was expected and what came."""
-
-    def __init__(self, option: str, expected: str, got: object) -> None:
-        super().__init__(f"--{option.replace('_', '-')}: expected {expected}, got {got}")
-
 
 MethodName = Literal[
     "gist",
@@ -56,250 +31,310 @@ MethodName = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Every choice of a run. The defaults are the paper's where it names one; a recipe replaces them."""
+class RecipeConfig(Section):
+    """The recipe."""
 
-    recipe: str = DEFAULT_RECIPE
-    """Where the other options start from: a recipe's name, or a .toml file, such as a run's config.toml."""
-    name: str = ""
-    """The run's folder under --runs; the recipe's name if empty."""
-    runs: str = "runs"
-    """Where the runs' folders are."""
-    resume: bool = False
-    """Go on from the run's last checkpoint, or begin where there is none."""
+    #: Defaults of the other options: the name of a recipe, or a .toml file such as config.toml in the folder
+    #: of a run.
+    recipe: str = option(DEFAULT_RECIPE, Mark.UNRECORDED | Mark.IDENTITY)
 
-    preset: Literal["recipe", "paper"] = "recipe"
-    """paper: where a recipe departs from the paper to keep the displacements in use (centred features, another start,
-    a rate or a decay of their own), the paper's way again. What the command line says still holds."""
 
-    data: str = ""
-    """A .npz or .safetensors file with x_train, y_train, x_test and y_test (and x_val and y_val, or not), where x is uint8 images [n, h, w] or
-    [n, h, w, c] or floating-point features [n, d]. CIFAR's archive from its authors (cifar-100-python.tar.gz). A list
-    of image files, .txt (path label, as ImageNet-LT's), .csv or .json (iNaturalist's). A folder with train/ and test/
-    (or val/), where each class has a folder. Or the name of a set: fashion-mnist-lt, which comes with the package, or
-    glyphs, 8,141 Chinese characters drawn with the system's fonts."""
-    test_data: str = ""
-    """The list or folder of test images; if not given, the one beside --data with test (or val) in its name instead of
-    train."""
-    val_data: str = ""
-    """The list or folder of validation images; if neither it nor --test-data is given, the one with val in its name
-    where there is one with test. Epochs are evaluated on it, results on the test images."""
-    images: str = ""
-    """Where the paths in lists begin; the list's own folder if not given."""
-    path_prefixes: tuple[str, ...] = ()
-    """OLD=NEW: paths in lists that begin with OLD begin with NEW instead, such as data_256/a/=train/."""
-    image_size: int = 64
-    """Side of the squares that image files are cut and resized to when they are decoded, and characters are drawn on, once,
-    into --cache."""
-    unreadable: Literal["stop", "skip"] = "stop"
-    """What an image file that cannot be read does: stop, or be left out. It is named either way."""
-    cache: str = ""
-    """Where decoded and drawn images are kept; ~/.cache/gistops/images if not given."""
-    imbalance_ratio: float = 1.0
-    """Makes a balanced training set long-tailed: the largest class over the smallest, by the rule of CIFAR-LT."""
-    num_classes: int | None = None
-    """How many classes the data must have; taken from the data if not given."""
-    backbone: str = "resnet32"
-    """A network for images (resnet20 or resnet32 for 32×32, resnet8-half for 28×28 on a CPU, resnet10 for 224×224), or
-    timm/NAME for any of timm's, such as timm/resnet50 (`pip install timm`); or none for a head alone on features."""
-    pretrained: bool = False
-    """Begin with timm's weights for the network, which it downloads."""
-    center_features: bool = False
-    """Batch normalisation without parameters between backbone and head, in every method. Not in the paper. After a
-    ReLU all features share a direction, which pushes the displacements out of use; this takes it away."""
-    crop_padding: int = 0
-    """Images: random crops after padding by so many pixels on each side."""
-    flip: bool = False
-    """Images: random horizontal flips."""
-    crop_size: int | None = None
-    """Images: side of the squares that the network sees, random ones in training, the middle in tests; whole images if not
-    given."""
-    crop_scale: float | None = None
-    """Images: random crops take this share of the area or more, at any aspect ratio from 3/4 to 4/3, and are resized
-    to --crop-size."""
-    color_jitter: float = 0.0
-    """Images: brightness, contrast and saturation change by up to this share."""
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(RecipeConfig):
+    """The run and its folder."""
 
-    methods: tuple[MethodName, ...] = ("gist", "plain")
-    """What to train, each with as many image passes. gist is GistNet, COS+CS+GIST in the paper's Table 3; cos-cb,
-    cos-cs-cb, cos-gist, gist-combined (w = v), gist-rotation and gist-mlp are its other rows; plain is a linear
-    softmax classifier; balanced-softmax and cos-balanced-softmax add the log prior to their logits in training."""
-    num_displacements: int = 4
-    """Displacements of the constellation that all classes share; 0 for none."""
-    displacement_init: Literal["random", "residuals"] = "random"
-    """Where they start: random directions, or those in which the larger classes' features spread around their
-    means. (The paper does not say; its authors' code starts at zero, from where they never move.) A rotation's or an
-    MLP's are always random."""
-    displacement_scale: float | None = None
-    """Their length at the start relative to the centres'; 0.1 if not given, and 1 for an MLP."""
-    displacement_lr: float = 1.0
-    """Their learning rate as a multiple of --lr; 0 leaves them where they start."""
-    displacement_weight_decay: float | None = None
-    """Their weight decay; --weight-decay if not given."""
-    displacement_update: Literal["gradient", "residuals"] = "gradient"
-    """How they move: by gradients, or to the directions of residuals, found anew after every epoch, at --displacement-scale."""
-    transfer_directions: int = 0
-    """GistNet: in the second stage each feature of the balanced stream is displaced by one of so many directions in which
-    the larger classes spread, found anew after every epoch, so that small classes vary as they do; 0: not. Not in the paper."""
-    transfer_length: float = 0.7
-    """How far, with features of unit length."""
-    prior_strength: float = 1.0
-    """What the log prior is multiplied with where it is added in training, or taken off afterwards."""
-    balanced_loss_weight: float = 0.5
-    """GistNet: λ in L = L_random + λ L_balanced."""
-    batch_size: int = 128
-    """Images that the random stream gives to a step, of all processes together. An epoch is one pass of it."""
-    classes_per_batch: int = 32
-    """Classes in the balanced stream's part of a step."""
-    samples_per_class: int = 4
-    """Images of each of these classes. A method without a balanced stream gets as many more from the random one."""
-    accumulate: int = 1
-    """Micro-batches that a step is divided into, for less memory: the same gradients, but for batch normalisation's
-    statistics, which are of a micro-batch."""
-    batch_norm: Literal["joint", "split"] = "joint"
-    """Whether both streams go through the backbone together, and so share the statistics of its batch normalisations,
-    or one after the other. With several processes (torchrun) the statistics are of all their samples either way."""
-
-    stage1_epochs: int = 60
-    """The first stage, without displacements. Softmax classifiers train in one stage as long as both."""
-    stage2_epochs: int = 60
-    """The second stage, with displacements; optimiser and schedule start afresh."""
-    max_steps_per_epoch: int | None = None
-    """Ends every epoch after so many steps, for a quick trial."""
-    lr: float = 0.1
-    """Learning rate at the start of a stage (SGD)."""
-    momentum: float = 0.9
-    """Momentum of SGD."""
-    weight_decay: float = 5e-4
-    """Weight decay of everything but the temperatures."""
-    schedule: Literal["step", "cosine"] = "step"
-    """How the rate falls within a stage: to a tenth at each of --lr-drops, or along a cosine to zero."""
-    lr_drops: tuple[float, ...] = (0.25, 0.5, 0.75)
-    """Where the step schedule drops, in parts of the stage (the paper's 15, 30 and 45 of 60 epochs)."""
-    warmup_epochs: float = 0.0
-    """The rate grows linearly over so many epochs at the start of a stage."""
-
-    split_rule: str = "standard"
-    """What many- and few-shot mean in training images: standard (>100, <20), paper_text (>100, <=20) or paper_code
-    (>=100, <=20)."""
+    #: Name of the run's folder in --runs; the name of the recipe if not given.
+    name: str = option("", Mark.SECOND_STAGE | Mark.IDENTITY)
+    #: Folder that holds the folders of all runs.
+    runs: str = option("runs", Mark.UNRECORDED | Mark.IDENTITY)
+    #: Continue from the last checkpoint of the run, or start if there is none.
+    resume: bool = option(False, Mark.UNRECORDED | Mark.IDENTITY)
+    #: paper: use the paper's settings where a recipe departs from them to keep the displacements in
+    #: use (centered features, and how displacements start and move). Options on the command line take
+    #: precedence.
+    preset: Literal["recipe", "paper"] = option("recipe", Mark.SECOND_STAGE | Mark.IDENTITY)
+    #: Seed of all random numbers. The same seed gives bitwise identical results on the CPU.
+    seed: int = option(0, Mark.IDENTITY)
+    #: Epochs between two evaluations on the validation samples, or on the test samples if there are none. The
+    #: last epoch of a stage is always evaluated. Slot usage is measured after every epoch. Final results are
+    #: always on the test samples.
     evaluate_every: int = 1
-    """Epochs between two evaluations on the validation images, or the test images where there are none; the last epoch
-    of a stage is always evaluated. Slot usage is watched after every epoch. A method's result is of the test images."""
-    tensorboard: bool = False
-    """Also writes every epoch's numbers to runs/<name>/tensorboard/<method> (`pip install tensorboard`)."""
-    checkpoint_steps: int | None = None
-    """Also writes a checkpoint every so many steps, not only after each epoch."""
-    checkpoint_seconds: float = 0.0
-    """Writes no checkpoint after an epoch within so many seconds of the one before: for epochs that take less than it does."""
-    seed: int = 0
-    """Seed of everything random; the same seed gives the same bits on the CPU."""
+    #: Number of training samples of many-shot and few-shot classes: standard (>100, <20),
+    #: paper_text (>100, <=20) or paper_code (>=100, <=20).
+    split_rule: SplitRule = "standard"
+    #: Also write the metrics of every epoch to runs/<name>/tensorboard/<method> (`pip install tensorboard`).
+    tensorboard: bool = option(False, Mark.UNRECORDED)
+    #: Also write a checkpoint every this many steps, not only after epochs.
+    checkpoint_steps: int | None = option(None, Mark.CHANGEABLE)
+    #: Skip the checkpoint after an epoch if the last one is less than this many seconds old. For epochs that
+    #: are shorter than writing a checkpoint.
+    checkpoint_seconds: float = option(0.0, Mark.CHANGEABLE)
+
+    def __post_init__(self) -> None:
+        self._expect_at_least(1, "evaluate_every", "checkpoint_steps")
+        self._expect_at_least(0, "seed", "checkpoint_seconds")
+        is_name = Path(self.name).name == self.name and self.name != ".."
+        self._expect("name", is_name, "a folder's name, not a path (see --runs)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """The data set."""
+
+    #: One of: a .npz or .safetensors file with x_train, y_train, x_test, y_test and optionally x_val, y_val,
+    #: where x is uint8 images [n, h, w] or [n, h, w, c], or floating-point features [n, d]; the archive of
+    #: CIFAR (cifar-100-python.tar.gz); a list of image files, which is .txt (path and label, as
+    #: ImageNet-LT), .csv or .json (iNaturalist); a folder with train/ and test/ (or val/) that hold a folder
+    #: per class; fashion-mnist-lt, which is included; or glyphs, which renders 8,141 Chinese characters with
+    #: the installed fonts.
+    data: str = option("", Mark.CHANGEABLE)
+    #: List or folder of test images. If not given, the file beside --data whose name has test (or val) in
+    #: place of train.
+    test_data: str = option("", Mark.CHANGEABLE)
+    #: List or folder of validation images. If neither --val-data nor --test-data is given, the file
+    #: beside --data whose name has val in place of train, provided that there is one with test. Epochs are
+    #: evaluated on the validation images, final results on the test images.
+    val_data: str = option("", Mark.CHANGEABLE)
+    #: Folder that relative paths in lists start from; the folder of the list if not given.
+    images: str = option("", Mark.CHANGEABLE)
+    #: OLD=NEW: replace the prefix OLD of paths in lists by NEW, for example data_256/a/=train/.
+    path_prefixes: tuple[str, ...] = option((), Mark.CHANGEABLE)
+    #: Side in pixels of the squares that image files are cropped and resized to when they are decoded, and
+    #: that characters are rendered at. Done once; the result is kept in --cache.
+    image_size: int = 64
+    #: Stop at image files that cannot be read, or skip them with a warning. Both name the files.
+    unreadable: Literal["stop", "skip"] = "stop"
+    #: Folder of decoded and rendered images; ~/.cache/gistops/images if not given.
+    cache: str = option("", Mark.UNRECORDED)
+    #: Subsample the training set to this ratio between the largest and the smallest class, with the
+    #: exponential profile of CIFAR-LT. 1 keeps all samples.
+    imbalance_ratio: float = 1.0
+    #: Number of classes that the data must have; not checked if not given.
+    num_classes: int | None = None
+
+    def __post_init__(self) -> None:
+        self._expect_at_least(1, "imbalance_ratio", "image_size", "num_classes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig(Section):
+    """The backbone."""
+
+    #: Network for images: resnet20 or resnet32 (for 32×32), resnet8-half (28×28 on a CPU),
+    #: resnet10 (224×224), or timm/NAME for a network of timm, such as timm/resnet50 (`pip install timm`).
+    #: none: a head alone, on features.
+    backbone: str = "resnet32"
+    #: Start from the pretrained weights of timm, which are downloaded.
+    pretrained: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CenteringConfig(Section):
+    """The layer between backbone and head."""
+
+    #: Apply batch normalization without parameters between backbone and head, in every method. Not in the
+    #: paper. After a ReLU all features share one direction, which keeps displacements from being used; this
+    #: layer removes the shared direction.
+    center_features: bool = option(False, Mark.DEPARTURE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(CenteringConfig, BackboneConfig):
+    """The model."""
+
+    #: joint: run both streams through the backbone as one batch, so that they share the batch normalization
+    #: statistics. split: run the two streams one after the other. With several processes (torchrun) the
+    #: statistics are always those of the samples of all processes.
+    batch_norm: Literal["joint", "split"] = "joint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropConfig(Section):
+    """The crop."""
+
+    #: Side in pixels of the square crops that the network sees: random crops in training, center crops in
+    #: evaluation. Whole images if not given.
+    crop_size: int | None = None
+
+    def __post_init__(self) -> None:
+        self._expect_at_least(1, "crop_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig(CropConfig):
+    """Augmentation of training images."""
+
+    #: Random crops after padding by this many pixels on each side.
+    crop_padding: int = 0
+    #: Random horizontal flips.
+    flip: bool = False
+    #: Random crops of at least this fraction of the area, with an aspect ratio between 3/4 and 4/3, resized
+    #: to --crop-size. Crops are not resized if not given.
+    crop_scale: float | None = None
+    #: Random changes of brightness, contrast and saturation by up to this fraction.
+    color_jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._expect_at_least(0, "crop_padding")
+        valid = self.crop_scale is None or 0 < self.crop_scale <= 1
+        self._expect("crop_scale", valid, "a fraction, above 0 and at most 1")
+        self._expect("color_jitter", 0 <= self.color_jitter <= 1, "a fraction, 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(Section):
+    """The methods, and the two streams of samples that they train on."""
+
+    #: Methods to train, all with the same number of image passes. gist is GistNet (COS+CS+GIST in Table 3 of
+    #: the paper). cos-cb, cos-cs-cb, cos-gist, gist-combined (w = v), gist-rotation and gist-mlp are the
+    #: other rows of that table. plain is a linear softmax classifier. balanced-softmax and
+    #: cos-balanced-softmax add the log prior to the logits in training.
+    methods: tuple[MethodName, ...] = option(("gist", "plain"), Mark.SECOND_STAGE)
+    #: Number of displacements that all classes share; 0 for none.
+    num_displacements: int = option(4, Mark.SECOND_STAGE)
+    #: Factor of the log prior, where the log prior is added in training or subtracted in evaluation.
+    prior_strength: float = option(1.0, Mark.SECOND_STAGE)
+    #: λ in GistNet's loss L = L_random + λ L_balanced.
+    balanced_loss_weight: float = 0.5
+    #: Samples per step from the random stream, over all processes. An epoch is one pass of this stream.
+    batch_size: int = 128
+    #: Classes per step from the balanced stream.
+    classes_per_batch: int = 32
+    #: Samples of each of these classes. Methods without a balanced stream take as many more samples from the
+    #: random stream.
+    samples_per_class: int = 4
+
+    def __post_init__(self) -> None:
+        self._expect_at_least(1, "batch_size", "classes_per_batch", "samples_per_class")
+        self._expect_at_least(0, "prior_strength", "balanced_loss_weight")
+        self._expect("num_displacements", 0 <= self.num_displacements <= 255, "0 to 255")
+        self._expect("methods", len(self.methods) > 0, f"at least one of {', '.join(get_args(MethodName))}")
+        self._expect("methods", len(set(self.methods)) == len(self.methods), "each method once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DisplacementConfig(Section):
+    """How displacements start and move, in the second stage."""
+
+    marks = Mark.SECOND_STAGE | Mark.DEPARTURE
+
+    #: Directions of the displacements at the start: random, or the directions in which features of the larger
+    #: classes spread around their class means. (The paper does not specify the start. Its released code
+    #: starts at zero, where displacements receive no gradient.) Rotations and MLPs always start at random.
+    displacement_init: Literal["random", "residuals"] = "random"
+    #: Length of the displacements at the start, relative to the mean length of the centers; 0.1 if not given,
+    #: and 1 for an MLP.
+    displacement_scale: float | None = None
+    #: Learning rate of the displacements as a multiple of --lr; 0 keeps displacements fixed.
+    displacement_lr: float = 1.0
+    #: Weight decay of the displacements; --weight-decay if not given.
+    displacement_weight_decay: float | None = None
+    #: gradient: train the displacements. residuals: set the displacements after every epoch to the directions
+    #: in which the features of the larger classes spread, with length --displacement-scale.
+    displacement_update: Literal["gradient", "residuals"] = "gradient"
+    #: GistNet: in the second stage, displace each feature of the balanced stream along one of this many
+    #: directions in which the larger classes spread, so that small classes vary as large classes do. The
+    #: directions are recomputed after every epoch. 0 turns the transfer off. Not in the paper.
+    transfer_directions: int = 0
+    #: Length of the transfer, for features of unit length.
+    transfer_length: float = 0.7
+
+    def __post_init__(self) -> None:
+        self._expect_at_least(0, "displacement_lr", "displacement_weight_decay", "transfer_directions")
+        self._expect("transfer_length", self.transfer_length > 0, "a number above 0")
+        valid = self.displacement_scale is None or self.displacement_scale > 0
+        self._expect("displacement_scale", valid, "a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(Section):
+    """Optimizer and schedule."""
+
+    #: Epochs of the first stage, without displacements. Softmax classifiers train in a single stage as long
+    #: as both.
+    stage1_epochs: int = 60
+    #: Epochs of the second stage, with displacements. Optimizer and schedule start afresh.
+    stage2_epochs: int = option(60, Mark.SECOND_STAGE)
+    #: End every epoch after this many steps, for a quick trial.
+    max_steps_per_epoch: int | None = None
+    #: Learning rate of SGD at the start of a stage.
+    lr: float = 0.1
+    #: Momentum of SGD.
+    momentum: float = 0.9
+    #: Weight decay of all parameters except the temperatures.
+    weight_decay: float = 5e-4
+    #: How the learning rate falls within a stage: to a tenth at each of --lr-drops, or along a cosine to
+    #: zero.
+    schedule: Literal["step", "cosine"] = "step"
+    #: Positions of the drops of the step schedule, as fractions of the stage. The default is the paper's:
+    #: after epochs 15, 30 and 45 of 60.
+    lr_drops: tuple[float, ...] = (0.25, 0.5, 0.75)
+    #: Epochs at the start of a stage in which the learning rate grows linearly from 0.
+    warmup_epochs: float = 0.0
+    #: Micro-batches per step, to save memory. Gradients are the same, except that batch normalization takes
+    #: its statistics from a micro-batch.
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        self._expect_at_least(1, "accumulate", "max_steps_per_epoch")
+        self._expect_at_least(0, "stage1_epochs", "stage2_epochs", "warmup_epochs", "weight_decay")
+        epochs = self.stage1_epochs + self.stage2_epochs
+        self._expect("stage1_epochs", epochs > 0, "at least 1 if --stage2-epochs is 0")
+        self._expect("lr", self.lr > 0, "a number above 0")
+        self._expect("momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
+        valid = all(0 < drop < 1 for drop in self.lr_drops)
+        self._expect("lr_drops", valid, "fractions of a stage, between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig(Section):
+    """The device."""
+
+    #: cpu, cuda, or auto: a GPU if there is one.
     device: str = "auto"
-    """cpu, cuda, or auto: a GPU if there is one."""
-    backend: Literal["auto", "cpu", "cuda", "triton", "reference"] = "auto"
-    """Which of gistops' backends computes the heads; reference is the definition written out in plain PyTorch."""
+    #: CPU threads; PyTorch's default if not given.
     threads: int | None = None
-    """CPU threads; PyTorch's choice if not given."""
+
+    def __post_init__(self) -> None:
+        self._expect_at_least(1, "threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig(DeviceConfig):
+    """Device, backend and precision."""
+
+    #: Backend of gistops that computes the heads. reference is the definition in plain PyTorch.
+    backend: Literal["auto", "cpu", "cuda", "triton", "reference"] = "auto"
+    #: Precision of the network in training: bf16 and fp16 use torch.autocast, fp16 with a gradient scaler.
+    #: Weights, losses and evaluation are always float32.
     precision: Literal["float32", "bf16", "fp16"] = "float32"
-    """What the network is trained in: bf16 and fp16 by torch.autocast, fp16 with a gradient scaler. Weights, losses
-    and accuracies are float32 always."""
-    compile: bool = False
-    """torch.compile the network, as it is trained."""
-    cuda_graph: bool = False
-    """On a GPU, hold a whole step in a CUDA graph: for small networks, whose many kernels take longer to launch than to
-    run. The samples must fit on the GPU; not with fp16 or several processes."""
+    #: Train the network with torch.compile.
+    compile: bool = option(False, Mark.CHANGEABLE)
+    #: On a GPU, capture each step in a CUDA graph. For small networks, whose kernels take longer to launch
+    #: than to run. The samples must fit into GPU memory. Not with fp16 or several processes.
+    cuda_graph: bool = option(False, Mark.CHANGEABLE)
+
+    @property
+    def head_backend(self) -> str | None:
+        """The backend as heads take it: None for auto."""
+        return None if self.backend == "auto" else self.backend
 
 
-def backend_of(config: Config) -> str | None:
-    """As heads take it."""
-    return None if config.backend == "auto" else config.backend
+@dataclass(frozen=True, kw_only=True)
+class Config(Sections):
+    """The options of a run. Defaults are the paper's where the paper names a value; a recipe replaces them."""
 
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    displacements: DisplacementConfig = field(default_factory=DisplacementConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
-def source_of(config: Config) -> Source:
-    """The part that says which data."""
-    return Source(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Source)})
-
-
-def config_values(config: Config) -> dict[str, Any]:
-    """What decides a run's outcome, as plain values: not where it came from or lies, nor that it is resumed or shown."""
-    values = dataclasses.asdict(config)
-    for other in ("recipe", "runs", "resume", "cache", "tensorboard"):
-        del values[other]
-    return values
-
-
-def check(config: Config) -> None:
-    """Refuse what no data could make sense of.
-
-    Raises:
-        ConfigError: names the first option that is wrong.
-    """
-
-    def expect(option: str, fits: bool, expected: str) -> None:
-        if not fits:
-            raise ConfigError(option, expected, repr(getattr(config, option)))
-
-    for option in ("batch_size", "classes_per_batch", "samples_per_class", "accumulate", "evaluate_every"):
-        expect(option, getattr(config, option) >= 1, "at least 1")
-    for option in ("max_steps_per_epoch", "checkpoint_steps", "threads", "num_classes"):
-        expect(option, getattr(config, option) is None or getattr(config, option) >= 1, "at least 1")
-    for option in ("stage1_epochs", "stage2_epochs", "crop_padding", "warmup_epochs", "weight_decay", "seed"):
-        expect(option, getattr(config, option) >= 0, "at least 0")
-    expect("checkpoint_seconds", config.checkpoint_seconds >= 0, "at least 0")
-    expect("stage1_epochs", config.stage1_epochs + config.stage2_epochs > 0, "some epoch in some stage")
-    expect("num_displacements", 0 <= config.num_displacements <= 255, "0 to 255")
-    expect("preset", config.preset in ("recipe", "paper"), "recipe or paper")
-    expect("batch_norm", config.batch_norm in ("joint", "split"), "joint or split")
-    expect("precision", config.precision in ("float32", "bf16", "fp16"), "float32, bf16 or fp16")
-    expect("imbalance_ratio", config.imbalance_ratio >= 1, "at least 1")
-    expect("image_size", config.image_size >= 1, "at least 1")
-    expect("displacement_init", config.displacement_init in ("random", "residuals"), "random or residuals")
-    expect(
-        "displacement_update",
-        config.displacement_update in ("gradient", "residuals"),
-        "gradient or residuals",
-    )
-    expect("transfer_directions", config.transfer_directions >= 0, "at least 0")
-    expect("transfer_length", config.transfer_length > 0, "a number above 0")
-    scale = config.displacement_scale
-    expect("displacement_scale", scale is None or scale > 0, "a number above 0")
-    expect("displacement_lr", config.displacement_lr >= 0, "at least 0")
-    decay = config.displacement_weight_decay
-    expect("displacement_weight_decay", decay is None or decay >= 0, "at least 0")
-    expect("prior_strength", config.prior_strength >= 0, "at least 0")
-    expect("balanced_loss_weight", config.balanced_loss_weight >= 0, "at least 0")
-    expect("lr", config.lr > 0, "a number above 0")
-    expect("momentum", 0 <= config.momentum < 1, "at least 0 and below 1")
-    expect("lr_drops", all(0 < drop < 1 for drop in config.lr_drops), "parts of a stage, between 0 and 1")
-    expect("methods", len(config.methods) > 0, f"at least one of {', '.join(get_args(MethodName))}")
-    expect("methods", len(set(config.methods)) == len(config.methods), "each method once")
-    known = config.backbone in ("none", *BACKBONES) or config.backbone.startswith(TIMM)
-    expect("backbone", known, f"one of none, {', '.join(BACKBONES)}, or {TIMM}NAME")
-    expect(
-        "pretrained",
-        not config.pretrained or config.backbone.startswith(TIMM),
-        f"no weights but for {TIMM}NAME",
-    )
-    expect("crop_size", config.crop_size is None or config.crop_size >= 1, "at least 1")
-    expect(
-        "crop_scale",
-        config.crop_scale is None or 0 < config.crop_scale <= 1,
-        "a share, above 0 and at most 1",
-    )
-    expect("color_jitter", 0 <= config.color_jitter <= 1, "a share, 0 to 1")
-    expect("split_rule", config.split_rule in SPLIT_RULES, f"one of {', '.join(SPLIT_RULES)}")
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError("tensorboard", "the package, which `pip install tensorboard` brings", "none")
-    own = Path(config.name).name == config.name and config.name != ".."
-    expect("name", own, "a folder's name, not a path (see --runs)")
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            "device", "cpu, cuda or auto", f"{config.device!r} ({error})".split("\n")[0]
-        ) from None
-    try:
-        backends.choose(torch.device(config.device).type, backend_of(config))
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError("backend", "one that can serve here", f"{config.backend!r} ({error})") from None
-    needed = f"a file, a folder, or {', '.join(NAMED)}"
-    expect("data", bool(config.data), f"{needed} (the recipe {config.recipe} brings no data)")
+    def recorded(self) -> dict[str, Any]:
+        """The options that influence a run's outcome, as plain values by name."""
+        unrecorded = self.marked(Mark.UNRECORDED)
+        return {name: value for name, value in self.options().items() if name not in unrecorded}

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from . import distributed
-from .config import Config, ConfigError, source_of
+from .config import Config, ConfigError
 from .console import say
 from .data.dataset import Dataset
 from .data.errors import DataError
@@ -47,23 +47,23 @@ def start(config: Config, console: Console, shared: Path | None = None) -> list[
     first_stages = FirstStages(
         shared or folder.path / "first-stages", config, data.fingerprint(), kept=shared is not None
     )
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
     announce(console, config, data, saved)
     with Display(console, images_in_all(config, data), images_done(saved)) as display:
         try:
             results = run(config, data, folder, first_stages, display, saved)
         except BackboneError as error:
-            raise ConfigError("backbone", str(error), repr(config.backbone)) from None
-    print_results(console, results, data.train_counts, config.split_rule)
+            raise ConfigError("backbone", str(error), repr(config.model.backbone)) from None
+    print_results(console, results, data.train_counts, config.run.split_rule)
     titled = {TITLES[result["method"]]: result for result in results}
     if distributed.rank():
         return results
     if drawn := figures.accuracy_by_size(titled):
         folder.write("accuracy.png", lambda path: path.write_bytes(drawn))
-    about = f"{describe_data(config, data)}. Seed {config.seed}, backbone {config.backbone}, torch {torch.__version__}."
-    records = {config.name: read_records(folder.path)}
-    folder.write("report.html", lambda path: write_page(path, records, config.name, about))
+    about = f"{describe_data(config, data)}. Seed {config.run.seed}, backbone {config.model.backbone}, torch {torch.__version__}."
+    records = {config.run.name: read_records(folder.path)}
+    folder.write("report.html", lambda path: write_page(path, records, config.run.name, about))
     say(console, f"written to {folder.path}")
     return results
 
@@ -71,39 +71,41 @@ def start(config: Config, console: Console, shared: Path | None = None) -> list[
 def load(config: Config) -> Dataset:
     """The data, and whether the other options fit it."""
     try:
-        data = load_data(source_of(config))
+        data = load_data(config.data)
     except DataError as error:
         raise ConfigError("data", "a data set", str(error)) from None
-    if data.is_images != (config.backbone != "none"):
+    if data.is_images != (config.model.backbone != "none"):
         kind = "a network, for images" if data.is_images else "none, for features"
-        raise ConfigError("backbone", f"{kind} {data.sample_shape} in {config.data}", repr(config.backbone))
-    if config.crop_size and data.is_images and config.crop_size > min(data.sample_shape[1:]):
+        raise ConfigError(
+            "backbone", f"{kind} {data.sample_shape} in {config.data.data}", repr(config.model.backbone)
+        )
+    if config.augment.crop_size and data.is_images and config.augment.crop_size > min(data.sample_shape[1:]):
         expected = f"at most the images' side, {min(data.sample_shape[1:])}"
-        raise ConfigError("crop_size", expected, config.crop_size)
-    if config.classes_per_batch > data.num_classes:
-        expected = f"at most {data.num_classes}, the classes in {config.data}"
-        raise ConfigError("classes_per_batch", expected, config.classes_per_batch)
+        raise ConfigError("crop_size", expected, config.augment.crop_size)
+    if config.method.classes_per_batch > data.num_classes:
+        expected = f"at most {data.num_classes}, the classes in {config.data.data}"
+        raise ConfigError("classes_per_batch", expected, config.method.classes_per_batch)
     return data
 
 
 def check_parts(config: Config, data: Dataset) -> None:
     """Whether every process has a device, and something of each stream in each of its micro-batches."""
-    if distributed.is_initialized() and config.device.startswith("cuda"):
-        if config.device != "cuda":
+    if distributed.is_initialized() and config.runtime.device.startswith("cuda"):
+        if config.runtime.device != "cuda":
             raise ConfigError(
-                "device", "cuda, or auto, for each process to take its own", repr(config.device)
+                "device", "cuda, or auto, for each process to take its own", repr(config.runtime.device)
             )
         if (local := int(os.environ["LOCAL_WORLD_SIZE"])) > torch.cuda.device_count():
             there = f"{torch.cuda.device_count()} GPUs for {local} processes"
             raise ConfigError("device", "a GPU for each process of a machine", there)
     parts = own_parts(config)[1]
-    balanced = config.classes_per_batch * config.samples_per_class
+    balanced = config.method.classes_per_batch * config.method.samples_per_class
     for option, samples in (
-        ("batch_size", min(config.batch_size, len(data.y_train))),
+        ("batch_size", min(config.method.batch_size, len(data.y_train))),
         ("classes_per_batch", balanced),
     ):
         if samples < parts:
-            expected = f"a sample for each of {distributed.world_size()} processes times {config.accumulate} micro-batches"
+            expected = f"a sample for each of {distributed.world_size()} processes times {config.optim.accumulate} micro-batches"
             raise ConfigError(option, expected, samples)
 
 
@@ -112,7 +114,7 @@ def describe_data(config: Config, data: Dataset) -> str:
     samples = "images" if data.is_images else "features"
     validation = "" if data.y_val is None else f", {len(data.y_val):,} for validation"
     return (
-        f"{config.data}: {len(data.y_train):,} training {samples} {data.sample_shape} in {data.num_classes} classes "
+        f"{config.data.data}: {len(data.y_train):,} training {samples} {data.sample_shape} in {data.num_classes} classes "
         f"({int(counts.max()):,} to {int(counts.min()):,} each), {len(data.y_test):,} for testing{validation}"
     )
 
@@ -120,13 +122,13 @@ def describe_data(config: Config, data: Dataset) -> str:
 def announce(console: Console, config: Config, data: Dataset, saved: dict[str, Any] | None) -> None:
     lines = [
         describe_data(config, data),
-        f"backbone {config.backbone}, {config.device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}",
+        f"backbone {config.model.backbone}, {config.runtime.device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}",
     ]
     if saved:
         at = saved["training"]["position"]
         where = f"{saved['training']['name']} stage {at['stage'] + 1} epoch {at['epoch']} step {at['step_of_epoch']}"
         lines.append(f"resuming after {where}")
-    elif config.resume:
+    elif config.run.resume:
         lines.append("no checkpoint to resume: from the beginning")
     if data.y_val is None:
         lines.append(
@@ -138,8 +140,8 @@ def announce(console: Console, config: Config, data: Dataset, saved: dict[str, A
 
 def images_in_all(config: Config, data: Dataset) -> int:
     """Image passes of all methods and stages."""
-    epochs = config.stage1_epochs + config.stage2_epochs
-    return len(config.methods) * epochs * sum(map(sum, sizes_of(config, data)))
+    epochs = config.optim.stage1_epochs + config.optim.stage2_epochs
+    return len(config.method.methods) * epochs * sum(map(sum, sizes_of(config, data)))
 
 
 def images_done(saved: dict[str, Any] | None) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from torch import Tensor
 
 GROUPS = ("many", "medium", "few")
+
+SplitRule = Literal["standard", "paper_text", "paper_code"]
 
 #: Which classes have many and which have few training images n; the others are medium. Published tables differ here.
 SPLIT_RULES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {

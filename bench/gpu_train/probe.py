@@ -10,7 +10,6 @@ the mode that was not measured. --ways selects modes, --seconds is the time limi
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 import threading
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from train.cli import from_command_line
+from train.cli import parse_run
 from train.data.dataset import Dataset
 from train.run import load
 from train.training.trainer import Training
@@ -61,21 +60,21 @@ def probe(args: argparse.Namespace, data_file: Path | None, emit: Callable[[Reco
     words += ["--precision", args.precision, "--device", args.device, "--threads", str(args.threads)]
     # No clustering: the time of a step does not depend on the values of the displacements.
     words += ["--displacement-update", "gradient", "--transfer-directions", "0"]
-    base = from_command_line(words)
+    base = parse_run(words)
     torch.set_num_threads(args.threads)
     data = load(base)
     method = args.methods[0]
     for way in (args.ways or ",".join(WAYS)).split(","):
         options, benchmark = WAYS[way]
         torch.backends.cudnn.benchmark = benchmark
-        config = dataclasses.replace(base, **options)
+        config = base.replace(**options)
         try:
             record = _measure(method, config, data)
         except Exception as error:  # the other modes are still measured
             record = {"error": f"{type(error).__name__}: {error}"[:500]}
         at = round(time.monotonic() - began, 1)
         emit({"event": "probe", "way": way, "method": method, **record, "at": at})
-        if way in ("eager", "compile") and torch.device(base.device).type == "cuda":
+        if way in ("eager", "compile") and torch.device(base.runtime.device).type == "cuda":
             emit({"event": "kernels", "way": way, **_kernels(method, config, data)})
     timer.cancel()
     save_compile_cache(args.compile_cache)
@@ -99,7 +98,7 @@ def _step(training: Training) -> torch.Tensor:
 
 def _measure(method: str, config: Any, data: Dataset) -> dict[str, Any]:
     """Return the times, the losses and the warnings of one launch mode."""
-    on_gpu = torch.device(config.device).type == "cuda"
+    on_gpu = torch.device(config.runtime.device).type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     with warnings.catch_warnings(record=True) as warned:

@@ -16,7 +16,7 @@ import pytest
 
 from bench.gpu_train import cli, environment, jobs, pool
 from bench.gpu_train.jobs import Job
-from train.cli import from_command_line
+from train.cli import parse_run
 
 from ..train.conftest import REPOSITORY
 
@@ -48,11 +48,23 @@ def test_methods_that_share_a_first_stage_are_one_job() -> None:
 def test_command_of_a_job_is_accepted_by_train() -> None:
     words = "--data some.npz --folder runs --epochs 101 --compile --device cpu -- --num-displacements 3"
     args = cli.parse(words.split())
-    config = from_command_line(jobs.train_command(Job(4, ("gist", "cos-gist")), args.data, args)[3:])
-    assert (config.recipe, config.data, config.imbalance_ratio) == ("cifar100-lt", "some.npz", 1)
-    assert (config.methods, config.seed, config.resume) == (("gist", "cos-gist"), 4, True)
-    assert (config.stage1_epochs, config.stage2_epochs, config.num_displacements) == (50, 51, 3)
-    assert (config.precision, config.cuda_graph, config.compile) == ("bf16", True, True)
+    config = parse_run(jobs.train_command(Job(4, ("gist", "cos-gist")), args.data, args)[3:])
+    assert (config.run.recipe, config.data.data, config.data.imbalance_ratio) == (
+        "cifar100-lt",
+        "some.npz",
+        1,
+    )
+    assert (config.method.methods, config.run.seed, config.run.resume) == (("gist", "cos-gist"), 4, True)
+    assert (config.optim.stage1_epochs, config.optim.stage2_epochs, config.method.num_displacements) == (
+        50,
+        51,
+        3,
+    )
+    assert (config.runtime.precision, config.runtime.cuda_graph, config.runtime.compile) == (
+        "bf16",
+        True,
+        True,
+    )
     without = jobs.train_command(Job(0, ("plain",)), None, cli.parse(["--folder", "runs", "--no-graph"]))
     assert not {"--data", "--compile", "--cuda-graph"} & set(without)
 

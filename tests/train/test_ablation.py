@@ -70,6 +70,6 @@ def test_cells() -> None:
         "images": 7,
         "accuracy": dict.fromkeys(("overall", "many", "medium", "few"), 0.5),
     }
-    text = table({"": {0: [one]}}, Config(data="somewhere/file.npz"))
+    text = table({"": {0: [one]}}, Config().replace(data="somewhere/file.npz"))
     assert "data file.npz" in text
     assert text.splitlines()[-1] == "| plain softmax | 50.0 | 50.0 | 50.0 | 50.0 |  | 7 |"

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from train.__main__ import main
-from train.cli import from_command_line
+from train.cli import parse_run
 from train.run import load
 from train.training.engine import run
 from train.training.first_stages import FirstStages
@@ -89,7 +89,7 @@ def test_a_resumed_run_shows_each_epoch_once(feature_file: Path, tmp_path: Path)
     """Stopped between two checkpoints, after an epoch that comes again; and begun without the option."""
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     args = f"--recipe features --data {feature_file} --runs {tmp_path} --name r {SHORT}".split()
-    config = from_command_line([*args, "--tensorboard"])
+    config = parse_run([*args, "--tensorboard"])
     data = load(config)
     console = Console(quiet=True)
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from train.__main__ import main
-from train.cli import RECIPES, from_command_line, load_recipe
-from train.config import ConfigError
+from train.cli import parse_run
+from train.config import ConfigError, DisplacementConfig
+from train.recipes import load_recipe, recipe_names
 
 GOOD = {
     "x_train": np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32),
@@ -18,14 +19,13 @@ GOOD = {
     "y_test": np.arange(3),
 }
 WORDS = [
-    ("--recipe nowhere", "--recipe: expected a .toml file that is there, or one of "),
+    ("--recipe nowhere", "--recipe: expected an existing .toml file, or one of "),
     ("--batch-size 0", "--batch-size: expected at least 1, got 0"),
     ("--classes-per-batch 11", "--classes-per-batch: expected at most 10"),
     ("--lr -1", "--lr: expected a number above 0, got -1.0"),
     ("--momentum 1", "--momentum: expected at least 0 and below 1"),
     ("--num-displacements 256", "--num-displacements: expected 0 to 255, got 256"),
     ("--backbone resnet99", "--backbone: expected one of none, "),
-    ("--split-rule many", "--split-rule: expected one of standard, paper_text, paper_code"),
     ("--data nowhere.npz", "nowhere.npz: expected an existing file, got none"),
     ("--data README.md", "expected arrays in a file named .npz or .safetensors"),
     ("--num-classes 11", "expected 11 classes"),
@@ -33,7 +33,10 @@ WORDS = [
     ("--device gpu9", "--device: expected cpu, cuda or auto"),
     ("--name a/b", "--name: expected a folder's name"),
     ("--name ..", "--name: expected a folder's name"),
-    ("--stage1-epochs 0 --stage2-epochs 0", "--stage1-epochs: expected some epoch"),
+    (
+        "--stage1-epochs 0 --stage2-epochs 0",
+        "--stage1-epochs: expected at least 1 if --stage2-epochs is 0, got 0",
+    ),
 ]
 
 
@@ -47,14 +50,27 @@ def test_words(options: str, words: str, tmp_path: Path, capsys: pytest.CaptureF
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "words", ["--split-rule many", "--precision int8", "--methods gist none", "--rate 1"]
+)
+def test_unknown_options_and_values_of_other_types(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--recipe", "smoke", *words.split()])
+    assert stopped.value.code == 2
+    assert words.split()[0] in capsys.readouterr().err
+
+
 BAD_ARRAYS = [
     ({"x_train": None}, "expected the arrays x_train, y_train, x_test, y_test, got"),
     ({"y_train": np.arange(11) % 3}, "y_train: expected 12 labels to match x_train, got 11"),
     ({"y_train": np.zeros(12)}, "y_train: expected integer labels"),
-    ({"y_train": np.arange(12) % 3 * 2}, "expected a sample of every class up to 4, got none of 1, 3"),
-    ({"y_val": np.arange(3)}, "expected x_val beside y_val, got none"),
+    (
+        {"y_train": np.arange(12) % 3 * 2},
+        "expected at least one sample of each class from 0 to 4, got none of 1, 3",
+    ),
+    ({"y_val": np.arange(3)}, "expected x_val in addition to y_val, got none"),
     ({"y_test": np.array([0, 1, 7])}, "y_test: expected labels below 3"),
-    ({"x_test": np.zeros((3, 4), np.float32)}, "x_test: expected samples of the same shape"),
+    ({"x_test": np.zeros((3, 4), np.float32)}, "x_test: expected samples of x_train's shape"),
     ({"x_train": np.full((12, 5), np.nan, np.float32)}, "x_train: expected finite features, got 60"),
     ({"x_train": np.zeros((12, 5, 5, 7), np.uint8)}, "x_train: expected uint8 images"),
 ]
@@ -84,27 +100,26 @@ def test_a_recipe_with_a_mistake(tmp_path: Path) -> None:
         load_recipe(str(tmp_path / "r.toml"))
 
 
-@pytest.mark.parametrize("recipe", [path.stem for path in RECIPES.glob("*.toml")])
+@pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_is_valid(recipe: str) -> None:
-    config = from_command_line(["--recipe", recipe, "--data", "x.npz"])
-    assert config.name == recipe
+    config = parse_run(["--recipe", recipe, "--data", "x.npz"])
+    assert config.run.name == recipe
 
 
 def test_the_command_line_wins_over_the_recipe() -> None:
-    config = from_command_line(["--recipe", "smoke", "--lr", "0.25", "--methods", "plain"])
-    assert (config.lr, config.methods) == (0.25, ("plain",))
-    assert config.max_steps_per_epoch == load_recipe("smoke").max_steps_per_epoch
+    config = parse_run(["--recipe", "smoke", "--lr", "0.25", "--methods", "plain"])
+    assert (config.optim.lr, config.method.methods) == (0.25, ("plain",))
+    assert config.optim.max_steps_per_epoch == load_recipe("smoke").optim.max_steps_per_epoch
 
 
 def test_the_papers_settings_stay_available() -> None:
-    recipe = from_command_line(["--recipe", "features", "--data", "x.npz"])
-    paper = from_command_line(["--recipe", "features", "--data", "x.npz", "--preset", "paper"])
-    assert recipe.center_features
-    assert not paper.center_features
-    assert (recipe.displacement_update, recipe.transfer_directions) == ("residuals", 32)
-    assert (paper.displacement_update, paper.transfer_directions) == ("gradient", 0)
-    assert (paper.lr, paper.stage1_epochs, paper.preset) == (recipe.lr, recipe.stage1_epochs, "paper")
-    mixed = from_command_line(
-        ["--recipe", "features", "--data", "x.npz", "--preset", "paper", "--center-features"]
-    )
-    assert mixed.center_features
+    recipe = parse_run(["--recipe", "features", "--data", "x.npz"])
+    paper = parse_run(["--recipe", "features", "--data", "x.npz", "--preset", "paper"])
+    assert recipe.model.center_features
+    assert not paper.model.center_features
+    assert recipe.displacements.displacement_update == "residuals"
+    assert recipe.displacements.transfer_directions == 32
+    assert paper.displacements == DisplacementConfig()
+    assert (paper.optim, paper.run.preset) == (recipe.optim, "paper")
+    mixed = parse_run(["--recipe", "features", "--data", "x.npz", "--preset", "paper", "--center-features"])
+    assert mixed.model.center_features

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,7 @@ from train.training.trainer import Training
 
 from .test_engine import FEATURES, finish
 
-FOLLOWING: Config = dataclasses.replace(
-    FEATURES,
+FOLLOWING: Config = FEATURES.replace(
     num_displacements=3,
     displacement_update="residuals",
     displacement_scale=0.6,
@@ -29,12 +27,12 @@ FOLLOWING: Config = dataclasses.replace(
 
 def fitted(training: Training, num: int, start: torch.Tensor | None = None) -> torch.Tensor:
     counts = training.data.train_counts
-    return residual_directions(*training._sample(), counts, num, training.config.seed, start)
+    return residual_directions(*training._sample(), counts, num, training.config.run.seed, start)
 
 
 def test_displacements_start_from_residuals(features: Dataset) -> None:
-    config = dataclasses.replace(
-        FOLLOWING, displacement_update="gradient", displacement_init="residuals", displacement_scale=0.7
+    config = FOLLOWING.replace(
+        displacement_update="gradient", displacement_init="residuals", displacement_scale=0.7
     )
     training = Training("gist", config, features)
     training.begin_stage(1)
@@ -68,7 +66,7 @@ def test_residual_directions_are_those_in_which_classes_spread(seed: int) -> Non
 
 @pytest.mark.parametrize("update", ["gradient", "residuals"])
 def test_displacements_follow_the_features_or_gradients(update: str, images: Dataset) -> None:
-    config = dataclasses.replace(FOLLOWING, backbone="resnet8-half", displacement_update=update, lr=0.02)
+    config = FOLLOWING.replace(backbone="resnet8-half", displacement_update=update, lr=0.02)
     training = Training("gist", config, images)
     finish(training, steps=training.steps_per_epoch)  # of the first stage
     head = training.model.head
@@ -109,7 +107,7 @@ def test_the_balanced_stream_alone_is_displaced(seed: int) -> None:
 
 
 def test_a_step_is_of_displaced_features_in_the_second_stage_alone(features: Dataset) -> None:
-    plain = dataclasses.replace(FOLLOWING, transfer_directions=0)
+    plain = FOLLOWING.replace(transfer_directions=0)
     for stage in (0, 1):
         losses = []
         for config in (FOLLOWING, plain):
@@ -130,7 +128,7 @@ def test_a_step_is_of_displaced_features_in_the_second_stage_alone(features: Dat
 
 @pytest.mark.parametrize("name", ["gist", "gist-rotation"])
 def test_runs_that_follow_resume_exactly(name: str, images: Dataset) -> None:
-    config = dataclasses.replace(FOLLOWING, backbone="resnet8-half")
+    config = FOLLOWING.replace(backbone="resnet8-half")
     whole = Training(name, config, images)
     finish(whole)
     for steps in (7, 2 * whole.steps_per_epoch + 2):  # before the displacements have moved, and after

@@ -19,11 +19,10 @@ from train.data.dataset import Dataset
 from train.training.optim import lr_schedule
 from train.training.trainer import Diverged, Training, sizes_of
 
-IMAGES = Config(
-    backbone="resnet8-half", crop_padding=1, flip=True, batch_size=50, classes_per_batch=3, samples_per_class=4,
+IMAGES = Config().replace(backbone="resnet8-half", crop_padding=1, flip=True, batch_size=50, classes_per_batch=3, samples_per_class=4,
     stage1_epochs=1, stage2_epochs=2, lr=0.05, device="cpu", center_features=True,
 )  # fmt: skip
-FEATURES = dataclasses.replace(IMAGES, backbone="none", crop_padding=0, flip=False)
+FEATURES = IMAGES.replace(backbone="none", crop_padding=0, flip=False)
 
 
 def finish(training: Training, steps: int | None = None) -> list[dict[str, Any]]:
@@ -54,7 +53,7 @@ def equal(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize("method", ["gist", "plain"])
 def test_learns_and_counts_its_images(method: str, images: Dataset) -> None:
-    training = Training(method, dataclasses.replace(IMAGES, stage1_epochs=4, stage2_epochs=4), images)
+    training = Training(method, IMAGES.replace(stage1_epochs=4, stage2_epochs=4), images)
     records = finish(training)
     per_epoch = 232 + 5 * 12  # one pass of the random stream, and a balanced batch in each of its 5 steps
     assert [record["images"] for record in records] == [per_epoch * epoch for epoch in range(1, 9)]
@@ -109,13 +108,17 @@ def test_temperatures_have_no_decay(features: Dataset) -> None:
 
 
 def test_displacements_have_a_rate_and_a_decay_of_their_own(features: Dataset) -> None:
-    config = dataclasses.replace(FEATURES, displacement_lr=0.5, displacement_weight_decay=0.0)
+    config = FEATURES.replace(displacement_lr=0.5, displacement_weight_decay=0.0)
     for method, number in (("gist", 1), ("gist-rotation", 2), ("gist-mlp", 3)):
         training = Training(method, config, features)
         training.begin_stage(1)
         group = training.optimizer.param_groups[2]
-        assert (group["lr"], group["weight_decay"], len(group["params"])) == (config.lr / 2, 0.0, number)
-    still = Training("gist", dataclasses.replace(config, displacement_lr=0.0), features)
+        assert (group["lr"], group["weight_decay"], len(group["params"])) == (
+            config.optim.lr / 2,
+            0.0,
+            number,
+        )
+    still = Training("gist", config.replace(displacement_lr=0.0), features)
     still.begin_stage(1)
     before = still.model.head.displacements.detach().clone()
     still.step()
@@ -127,7 +130,7 @@ def test_same_seed_same_bits_other_seed_others(method: str, images: Dataset) -> 
     states = []
     for seed in (3, 3, 4):
         torch.rand(5)  # what was drawn before must not matter
-        training = Training(method, dataclasses.replace(IMAGES, seed=seed), images)
+        training = Training(method, IMAGES.replace(seed=seed), images)
         finish(training, steps=7)
         states.append(training.state_dict()["model"])
     assert equal(states[0], states[1])
@@ -155,31 +158,33 @@ def test_goes_on_from_any_step_to_the_same_bits(method: str, images: Dataset, se
 
 def test_steps_of_an_epoch(images: Dataset) -> None:
     assert sizes_of(IMAGES, images) == [(12, 50)] * 4 + [(12, 32)]
-    assert sizes_of(dataclasses.replace(IMAGES, batch_size=116), images) == [(12, 116)] * 2
-    assert sizes_of(dataclasses.replace(IMAGES, max_steps_per_epoch=3), images) == [(12, 50)] * 3
-    uneven = dataclasses.replace(IMAGES, batch_size=115)  # leaves two
+    assert sizes_of(IMAGES.replace(batch_size=116), images) == [(12, 116)] * 2
+    assert sizes_of(IMAGES.replace(max_steps_per_epoch=3), images) == [(12, 50)] * 3
+    uneven = IMAGES.replace(batch_size=115)  # leaves two
     assert sizes_of(uneven, images) == [(12, 115), (12, 115), (12, 2)]
-    assert sizes_of(dataclasses.replace(uneven, accumulate=3), images) == [(12, 115), (12, 117)]
+    assert sizes_of(uneven.replace(accumulate=3), images) == [(12, 115), (12, 117)]
 
 
 def test_schedules() -> None:
-    step = lr_schedule(Config(schedule="step", lr_drops=(0.25, 0.5, 0.75)), epochs=60, steps_per_epoch=10)
+    step = lr_schedule(
+        Config().replace(schedule="step", lr_drops=(0.25, 0.5, 0.75)), epochs=60, steps_per_epoch=10
+    )
     for epoch, power in ((0, 0), (14, 0), (15, 1), (29, 1), (30, 2), (45, 3), (59, 3)):
         assert step(epoch * 10) == pytest.approx(0.1**power)
-    cosine = lr_schedule(Config(schedule="cosine", warmup_epochs=2), epochs=20, steps_per_epoch=5)
+    cosine = lr_schedule(Config().replace(schedule="cosine", warmup_epochs=2), epochs=20, steps_per_epoch=5)
     assert [cosine(i) for i in range(3)] == pytest.approx([0.1, 0.2, 0.3], rel=0.01)
     assert cosine(50) == pytest.approx(0.5)
     assert cosine(100) == pytest.approx(0.0)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(features: Dataset) -> None:
-    training = Training("plain", dataclasses.replace(FEATURES, lr=1e30), features)
+    training = Training("plain", FEATURES.replace(lr=1e30), features)
     with pytest.raises(Diverged, match=r"the loss is (nan|inf); a lower --lr"):
         finish(training)
 
 
 def test_displacements_stay_in_use_on_centred_features(features: Dataset) -> None:
-    training = Training("gist", dataclasses.replace(FEATURES, stage1_epochs=3, stage2_epochs=3), features)
+    training = Training("gist", FEATURES.replace(stage1_epochs=3, stage2_epochs=3), features)
     records = finish(training)
     assert records[-1]["displacement_norms"] != records[3]["displacement_norms"]
     usage = training.evaluate()["slot_usage"]
@@ -211,7 +216,7 @@ def test_usage_on_a_thousand_samples(features: Dataset) -> None:
     many = dataclasses.replace(
         features, x_test=features.x_test.repeat(25, 1), y_test=features.y_test.repeat(25)
     )
-    training = Training("gist", dataclasses.replace(FEATURES, num_displacements=2), many)
+    training = Training("gist", FEATURES.replace(num_displacements=2), many)
     finish(training)
     sample = dataclasses.replace(many, x_test=many.x_test[::2], y_test=many.y_test[::2])
     found = training.slot_usage()

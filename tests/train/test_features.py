@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from train.__main__ import main
-from train.cli import from_command_line
+from train.cli import parse
 from train.commands.features import Features, network
 from train.data.dataset import Dataset
 from train.data.errors import DataError
@@ -161,7 +161,7 @@ def test_a_network_of_timms_is_normalised_as_it_was_trained(
     data = dataclasses.replace(
         images, **{part: getattr(images, part)[:, :channels] for part in ("x_train", "x_test")}
     )
-    model = network(from_command_line(words.split(), Features), data)
+    model = network(parse(words.split(), Features, ""), data)
     assert asked == [True]
     mean, std = model.normalize.mean.flatten(), model.normalize.std.flatten()
     expected = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

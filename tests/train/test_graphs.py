@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +16,7 @@ from train.training.trainer import Training
 
 from .test_engine import equal
 
-CONFIG = Config(
-    backbone="none", batch_size=50, classes_per_batch=3, samples_per_class=4, stage1_epochs=2, stage2_epochs=2,
+CONFIG = Config().replace(backbone="none", batch_size=50, classes_per_batch=3, samples_per_class=4, stage1_epochs=2, stage2_epochs=2,
     lr=0.0625, lr_drops=(), device="cpu", center_features=True, displacement_update="residuals",
     transfer_directions=5,
 )  # fmt: skip
@@ -58,7 +56,7 @@ class Recorder:
 @pytest.mark.parametrize("method", ["gist", "cos-balanced-softmax"])
 @pytest.mark.parametrize("way", [{}, {"accumulate": 2}, {"precision": "bf16"}])
 def test_held_steps_are_the_eager_ones(way: dict[str, Any], method: str, features: Dataset) -> None:
-    config = dataclasses.replace(CONFIG, **way)
+    config = CONFIG.replace(**way)
     eager, held, recorder = Training(method, config, features), Training(method, config, features), Recorder()
     assert finish(held, recorder) == finish(eager)
     assert equal(held.state_dict(), eager.state_dict())
@@ -70,7 +68,7 @@ def test_held_steps_are_the_eager_ones(way: dict[str, Any], method: str, feature
 
 
 def test_rates_follow_the_schedule(features: Dataset) -> None:
-    config = dataclasses.replace(CONFIG, schedule="cosine", warmup_epochs=1)
+    config = CONFIG.replace(schedule="cosine", warmup_epochs=1)
     eager, held = Training("gist", config, features), Training("gist", config, features)
     records = finish(held, Recorder()), finish(eager)
     for mine, theirs in zip(*records, strict=True):
@@ -116,7 +114,7 @@ def test_a_step_reads_nothing_on_the_host(features: Dataset, monkeypatch: pytest
 
 def test_asked_for_in_vain(features: Dataset) -> None:
     with pytest.warns(RuntimeWarning, match="--cuda-graph: there are none on cpu, so"):
-        training = Training("plain", dataclasses.replace(CONFIG, cuda_graph=True), features)
+        training = Training("plain", CONFIG.replace(cuda_graph=True), features)
     assert training.graphed is None
     training.step()
 
@@ -162,14 +160,12 @@ def test_the_network_is_compiled_once_for_the_usual_size(
         return run
 
     monkeypatch.setattr(torch, "compile", compile)
-    config = dataclasses.replace(
-        CONFIG, backbone="resnet8-half", compile=True, stage1_epochs=1, stage2_epochs=1
-    )
+    config = CONFIG.replace(backbone="resnet8-half", compile=True, stage1_epochs=1, stage2_epochs=1)
     for way in ({}, {"batch_norm": "split"}, {"accumulate": 2}):
         compiled.clear()
         sizes.clear()
-        training = Training("cos-gist", dataclasses.replace(config, **way), images)
+        training = Training("cos-gist", config.replace(**way), images)
         finish(training)
         assert compiled == [training.model.features]
-        usual = {"joint": [62] * 8, "split": [12, 50] * 8 + [12, 12]}[training.config.batch_norm]
-        assert sorted(sizes) == sorted([31] * 16 if training.config.accumulate == 2 else usual)
+        usual = {"joint": [62] * 8, "split": [12, 50] * 8 + [12, 12]}[training.config.model.batch_norm]
+        assert sorted(sizes) == sorted([31] * 16 if training.config.optim.accumulate == 2 else usual)

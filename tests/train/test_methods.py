@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import get_args
 
 import pytest
@@ -10,16 +9,16 @@ import torch
 import torch.nn.functional as F
 
 from gistops.sampling import ClassBalancedBatchSampler
-from train.cli import load_recipe
 from train.config import Config, MethodName
 from train.data.dataset import Dataset
 from train.data.stream.streams import BalancedStream
 from train.methods import METHODS, TITLES
+from train.recipes import load_recipe
 from train.training.trainer import Training
 
 from .test_engine import FEATURES, IMAGES, finish
 
-CONFIG: Config = dataclasses.replace(FEATURES, num_displacements=3)
+CONFIG: Config = FEATURES.replace(num_displacements=3)
 #: Images of the balanced and the random stream in a step of 12 + 48.
 DRAWS = {
     "gist": (12, 48),
@@ -36,7 +35,7 @@ def test_every_name_has_a_method_and_a_title() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_each_method_trains_on_as_many_samples_and_learns(name: str, features: Dataset) -> None:
-    config = dataclasses.replace(CONFIG, stage1_epochs=4, stage2_epochs=4)
+    config = CONFIG.replace(stage1_epochs=4, stage2_epochs=4)
     training = Training(name, config, features)
     assert training.method.draws(12, 48) == DRAWS.get(name, DRAWS["gist"] if "gist" in name else (0, 60))
     records = finish(training)
@@ -77,7 +76,7 @@ def test_the_combined_head_learns_its_displacements_from_the_random_stream(featu
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_priors(strength: float, features: Dataset) -> None:
-    config = dataclasses.replace(CONFIG, prior_strength=strength)
+    config = CONFIG.replace(prior_strength=strength)
     prior = strength * (features.train_counts / len(features.y_train)).log()
     x, y = torch.randn(20, 12), torch.randint(5, (20,))
     for name in ("balanced-softmax", "cos-balanced-softmax"):
@@ -96,7 +95,7 @@ def test_priors(strength: float, features: Dataset) -> None:
 
 @pytest.mark.parametrize("name", ["gist", "cos-cs-cb"])
 def test_no_displacements_where_no_epoch_would_train_them(name: str, features: Dataset) -> None:
-    training = Training(name, dataclasses.replace(CONFIG, stage2_epochs=0), features)
+    training = Training(name, CONFIG.replace(stage2_epochs=0), features)
     finish(training)
     assert training.model.head.num_displacements == 0
 
@@ -117,7 +116,7 @@ def test_a_balanced_stream_in_any_runs_is_the_samplers(features: Dataset) -> Non
 
 @pytest.mark.parametrize("name", ["cos-cs-cb", "gist-mlp", "gist-rotation", "balanced-softmax"])
 def test_methods_resume_exactly(name: str, images: Dataset) -> None:
-    config = dataclasses.replace(IMAGES, displacement_init="residuals")
+    config = IMAGES.replace(displacement_init="residuals")
     whole = Training(name, config, images)
     finish(whole, steps=9)
     half = Training(name, config, images)
@@ -132,12 +131,12 @@ def test_methods_resume_exactly(name: str, images: Dataset) -> None:
 
 def test_recipes_name_methods_that_are_there() -> None:
     for recipe in ("features", "cifar100-lt", "fashion-mnist-lt", "smoke"):
-        assert set(load_recipe(recipe).methods) <= set(METHODS)
+        assert set(load_recipe(recipe).method.methods) <= set(METHODS)
 
 
 @pytest.mark.parametrize("name", ["gist", "cos-cs-cb", "gist-rotation", "gist-mlp"])
 def test_centres_alone(name: str, features: Dataset) -> None:
-    training = Training(name, dataclasses.replace(CONFIG, displacement_scale=1.0), features)
+    training = Training(name, CONFIG.replace(displacement_scale=1.0), features)
     head, x = training.model.head, torch.randn(20, 12)
     assert "centres alone" not in training.method.readings(head, x, head(x))
     training.begin_stage(1)

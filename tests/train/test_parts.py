@@ -25,8 +25,8 @@ from ..processes import in_group
 from .test_engine import FEATURES, IMAGES, equal, finish
 
 #: Batches that cannot be halved; features as they are, as statistics over a micro-batch are its own.
-UNEVEN = dataclasses.replace(IMAGES, batch_size=51)
-PLAIN_FEATURES = dataclasses.replace(FEATURES, batch_size=51, center_features=False)
+UNEVEN = IMAGES.replace(batch_size=51)
+PLAIN_FEATURES = FEATURES.replace(batch_size=51, center_features=False)
 
 
 def in_float64(method: str, config: Config, data: Dataset) -> Training:
@@ -57,7 +57,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("method", ["gist", "plain", "cos-cb", "gist-combined"])
 def test_micro_batches_add_up_to_the_gradients_of_the_step(method: str, features: Dataset) -> None:
     whole = in_float64(method, PLAIN_FEATURES, features)
-    parts = in_float64(method, dataclasses.replace(PLAIN_FEATURES, accumulate=4), features)
+    parts = in_float64(method, PLAIN_FEATURES.replace(accumulate=4), features)
     for _ in range(3):
         losses = whole.step(), parts.step()
         assert_same(gradients(parts), gradients(whole))
@@ -68,10 +68,10 @@ def test_micro_batches_add_up_to_the_gradients_of_the_step(method: str, features
 
 
 def test_micro_batches_of_displaced_features_too(features: Dataset) -> None:
-    config = dataclasses.replace(PLAIN_FEATURES, transfer_directions=5)
+    config = PLAIN_FEATURES.replace(transfer_directions=5)
     trained = []
     for accumulate in (1, 4):
-        training = in_float64("gist", dataclasses.replace(config, accumulate=accumulate), features)
+        training = in_float64("gist", config.replace(accumulate=accumulate), features)
         training.begin_stage(1)
         training.model.double()
         training.step()
@@ -82,7 +82,7 @@ def test_micro_batches_of_displaced_features_too(features: Dataset) -> None:
 def test_streams_share_statistics_or_not(images: Dataset) -> None:
     seen: dict[str, list[int]] = {}
     for choice in ("joint", "split"):
-        training = Training("gist", dataclasses.replace(IMAGES, batch_norm=choice), images)
+        training = Training("gist", IMAGES.replace(batch_norm=choice), images)
         sizes = seen[choice] = []
         norm: Any = training.model.backbone.bn1
         norm.register_forward_pre_hook(lambda _, args, sizes=sizes: sizes.append(len(args[0])))
@@ -120,7 +120,7 @@ def _as_one_process(rank: int, folder: str, method: str, config: Config) -> None
 def test_processes_get_the_gradients_of_one_with_the_joint_batch(
     method: str, changes: dict[str, Any], image_file: Path, tmp_path: Path
 ) -> None:
-    config = dataclasses.replace(UNEVEN, **changes)
+    config = UNEVEN.replace(**changes)
     alone = in_float64(method, config, load_arrays(str(image_file)))
     steps = []
     for _ in range(3):
@@ -162,7 +162,7 @@ def resumed_equals_whole(config: Config, data: Dataset, stop: int) -> Training:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_goes_on_to_the_same_bits(way: str, images: Dataset, seed: int) -> None:
-    config = dataclasses.replace(IMAGES, stage2_epochs=1, **WAYS[way])
+    config = IMAGES.replace(stage2_epochs=1, **WAYS[way])
     stop = int(torch.randint(1, 9, ()))
     whole = resumed_equals_whole(config, images, stop)
     assert {p.dtype for p in whole.model.parameters()} == {torch.float32}
@@ -170,7 +170,7 @@ def test_goes_on_to_the_same_bits(way: str, images: Dataset, seed: int) -> None:
 
 def test_half_precision_is_used_and_learns(images: Dataset) -> None:
     for precision, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        config = dataclasses.replace(IMAGES, precision=precision, stage1_epochs=4, stage2_epochs=4)
+        config = IMAGES.replace(precision=precision, stage1_epochs=4, stage2_epochs=4)
         training = Training("gist", config, images)
         seen: list[torch.dtype] = []
         convolution: Any = training.model.backbone.conv1
@@ -182,7 +182,7 @@ def test_half_precision_is_used_and_learns(images: Dataset) -> None:
 
 
 def test_the_scaler_leaves_out_a_step_that_overflows(features: Dataset) -> None:
-    training = Training("plain", dataclasses.replace(PLAIN_FEATURES, precision="fp16"), features)
+    training = Training("plain", PLAIN_FEATURES.replace(precision="fp16"), features)
     training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
     training.step()
@@ -191,10 +191,8 @@ def test_the_scaler_leaves_out_a_step_that_overflows(features: Dataset) -> None:
 
 
 def test_compiled_the_same_gradients_and_resumed(features: Dataset, seed: int) -> None:
-    config = dataclasses.replace(PLAIN_FEATURES, stage1_epochs=1, stage2_epochs=1)
-    eager, compiled = (
-        Training("gist", dataclasses.replace(config, compile=choice), features) for choice in (False, True)
-    )
+    config = PLAIN_FEATURES.replace(stage1_epochs=1, stage2_epochs=1)
+    eager, compiled = (Training("gist", config.replace(compile=choice), features) for choice in (False, True))
     for training in (eager, compiled):
         torch.manual_seed(seed)
         training.begin_stage(1)
@@ -202,7 +200,7 @@ def test_compiled_the_same_gradients_and_resumed(features: Dataset, seed: int) -
         eager.step()
         compiled.step()
         assert_same(gradients(compiled), gradients(eager))
-    resumed_equals_whole(dataclasses.replace(config, compile=True), features, 4)
+    resumed_equals_whole(config.replace(compile=True), features, 4)
 
 
 def test_steps_made_ahead_are_the_same_and_go_on(images: Dataset) -> None:
@@ -238,14 +236,14 @@ def _resumes(rank: int, file: str, config: Config) -> None:
 
 @pytest.mark.parametrize("way", [{}, {"precision": "bf16", "accumulate": 2, "batch_norm": "split"}])
 def test_processes_go_on_to_the_same_bits(way: dict[str, Any], image_file: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(IMAGES, stage2_epochs=1, **way)
+    config = IMAGES.replace(stage2_epochs=1, **way)
     (tmp_path / "group").mkdir()
     in_group(_resumes, 2, tmp_path / "group", str(image_file), config)
 
 
 def _compiled(rank: int, file: str, config: Config) -> None:
     training = Training("gist", config, load_arrays(file))
-    eager = Training("gist", dataclasses.replace(config, compile=False), load_arrays(file))
+    eager = Training("gist", config.replace(compile=False), load_arrays(file))
     for _ in range(2):
         training.step()
         eager.step()
@@ -253,7 +251,7 @@ def _compiled(rank: int, file: str, config: Config) -> None:
 
 
 def test_processes_compiled(feature_file: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(PLAIN_FEATURES, compile=True, accumulate=2)
+    config = PLAIN_FEATURES.replace(compile=True, accumulate=2)
     (tmp_path / "group").mkdir()
     in_group(_compiled, 2, tmp_path / "group", str(feature_file), config)
 

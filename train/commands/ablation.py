@@ -7,7 +7,6 @@ are trained once (`runs/<name>/first-stages/`).
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import statistics
 from dataclasses import dataclass
@@ -17,11 +16,13 @@ from typing import Any
 from rich.console import Console
 
 from .. import distributed
-from ..cli import typed_value
-from ..config import Config, ConfigError, check
+from ..cli import check
+from ..config import Config, ConfigError
 from ..console import say
 from ..files import write_atomically
 from ..methods import TITLES
+from ..options import Mark
+from ..recipes import parse_value
 from ..run import start
 from ..shot_groups import GROUPS
 
@@ -33,11 +34,11 @@ Variant = dict[str, Any]  # options and their values
 class Ablation(Config):
     """Every option of a run, for which seeds, and which options to vary; --seed and --resume are its own to set."""
 
+    #: The seeds, each a run of all methods.
     seeds: tuple[int, ...] = (0, 1, 2)
-    """The seeds, each a run of all methods."""
+    #: OPTION=VALUE,VALUE,…: a run of each seed for each of the values, such as num-displacements=2,4,8,16; of
+    #: several options, for each combination.
     vary: tuple[str, ...] = ()
-    """OPTION=VALUE,VALUE,…: a run of each seed for each of the values, such as num-displacements=2,4,8,16; of several
-    options, for each combination."""
 
 
 def ablate(ablation: Ablation, console: Console) -> int:
@@ -48,11 +49,11 @@ def ablate(ablation: Ablation, console: Console) -> int:
     """
     if not ablation.seeds or len(set(ablation.seeds)) != len(ablation.seeds):
         raise ConfigError("seeds", "one seed at least, each once", repr(ablation.seeds))
-    folder = Path(ablation.runs) / ablation.name
-    shared = {field.name: getattr(ablation, field.name) for field in dataclasses.fields(Config)}
+    folder = Path(ablation.run.runs) / ablation.run.name
+    base = Config().replace(**ablation.options())
     variants = variants_of(ablation.vary)
     for variant in variants:
-        check(Config(**shared | variant))
+        check(base.replace(**variant))
     results: dict[str, dict[int, list[Result]]] = {label(variant): {} for variant in variants}
     text = ""
     # A seed of every variant before the next seed: what there is can be compared at any time.
@@ -60,7 +61,7 @@ def ablate(ablation: Ablation, console: Console) -> int:
         name = label(variant)
         say(console, f"seed {seed}{name and ', '}{name}")
         own = {"runs": str(folder / name), "name": f"seed-{seed}", "seed": seed, "resume": True}
-        config = Config(**shared | variant | own)
+        config = base.replace(**variant | own)
         results[name][seed] = start(config, console, folder / "first-stages")
         text = table(results, ablation)
         if distributed.rank() == 0:
@@ -82,9 +83,9 @@ def variants_of(vary: tuple[str, ...]) -> list[Variant]:
         name = option.removeprefix("--").replace("-", "_")
         if not listed or name in values:
             raise ConfigError("vary", "OPTION=VALUE,VALUE,… of each option once", repr(words))
-        if name in ("name", "runs", "resume", "seed", "recipe", "preset"):
+        if name in Config.marked(Mark.IDENTITY):
             raise ConfigError("vary", "an option that a run's outcome depends on", repr(option))
-        values[name] = [typed_value(name, value) for value in listed.split(",")]
+        values[name] = [parse_value(name, value) for value in listed.split(",")]
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 
@@ -112,7 +113,7 @@ def table(results: dict[str, dict[int, list[Result]]], config: Config) -> str:
     seeds = dict.fromkeys(itertools.chain.from_iterable(results.values()))
     lines = [
         f"Test accuracy in %, mean ± standard deviation over seeds {', '.join(map(str, seeds))}; "
-        f"data {Path(config.data).name}, split rule {config.split_rule}.",
+        f"data {Path(config.data.data).name}, split rule {config.run.split_rule}.",
         "",
         "| | overall | " + " | ".join(GROUPS) + " | slot usage, % | image passes |",
         "|---|" + "---|" * (len(GROUPS) + 3),

@@ -5,30 +5,41 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from ..config import Config, ConfigError, source_of
+from ..config import CenteringConfig, ConfigError, DataConfig, RecipeConfig
 from ..console import say
 from ..data.dataset import Dataset
 from ..data.errors import DataError
 from ..data.load import listings, load
+from ..options import Sections
 from ..shot_groups import SPLIT_RULES, split_classes
 
 SHOWN = 10  # of each kind of trouble
 SPLITS = {"train": "training", "test": "test", "val": "validation"}
 
 
-def examine(config: Config, console: Console) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Doctor(Sections):
+    """Examines the data of a run and lists the problems."""
+
+    run: RecipeConfig = field(default_factory=RecipeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: CenteringConfig = field(default_factory=CenteringConfig)
+
+
+def examine(config: Doctor, console: Console) -> int:
     """Print what was found; returns 0 if nothing is wrong, otherwise 1.
 
     Raises:
         ConfigError: the data cannot be read at all.
     """
     troubles = _missing_files(config)
-    source = dataclasses.replace(source_of(config), unreadable="skip")
+    source = dataclasses.replace(config.data, unreadable="skip")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -46,12 +57,12 @@ def examine(config: Config, console: Console) -> int:
     return 1 if troubles else 0
 
 
-def describe(data: Dataset, config: Config) -> list[str]:
+def describe(data: Dataset, config: Doctor) -> list[str]:
     """Sizes, counts, and what each rule makes of them."""
     counts = data.train_counts
     largest, smallest = int(counts.max()), int(counts.min())
     lines = [
-        f"{config.data}: {data.num_classes} classes, samples {data.sample_shape}",
+        f"{config.data.data}: {data.num_classes} classes, samples {data.sample_shape}",
         f"training: {len(data.y_train):,} samples, {largest:,} to {smallest:,} a class (ratio {largest / smallest:.0f}), "
         f"median {float(counts.double().median()):.0f}",
         f"test: {len(data.y_test):,} samples",
@@ -67,13 +78,13 @@ def describe(data: Dataset, config: Config) -> list[str]:
     return lines
 
 
-def _missing_files(config: Config) -> list[str]:
+def _missing_files(config: Doctor) -> list[str]:
     """Files of lists that are not there, a layout that does not fit, and images in both lists."""
-    path = Path(config.data)
+    path = Path(config.data.data)
     if not path.is_dir() and path.suffix not in (".txt", ".csv", ".json"):
         return []
     try:
-        lists = listings(source_of(config))
+        lists = listings(config.data)
     except DataError:
         return []  # said by load()
     troubles = []
@@ -100,7 +111,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
 
-def _odd(data: Dataset, config: Config) -> list[str]:
+def _odd(data: Dataset, config: Doctor) -> list[str]:
     troubles = []
     tested = torch.bincount(data.y_test, minlength=data.num_classes)
     if untested := (tested == 0).nonzero().flatten().tolist():
@@ -115,7 +126,7 @@ def _odd(data: Dataset, config: Config) -> list[str]:
         if zero := int((data.x_train == 0).all(1).sum()):
             troubles.append(f"{zero} training features are all zero")
         shared = data.x_train.mean(0).norm() > 0.5 * data.x_train.norm(dim=1).mean()
-        if shared and not config.center_features:
+        if shared and not config.model.center_features:
             troubles.append(
                 "the features share one direction (their mean is over half as long as they are), which keeps "
                 "displacements from being used: --center-features takes it away"

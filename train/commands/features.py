@@ -6,7 +6,7 @@ A head on them trains in seconds (`--recipe features`), where each pass of a run
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from ..config import Config, ConfigError, source_of
+from ..config import BackboneConfig, ConfigError, CropConfig, DataConfig, DeviceConfig, RecipeConfig
 from ..console import say
 from ..data.dataset import Dataset
 from ..data.errors import DataError
@@ -24,20 +24,26 @@ from ..data.load import load
 from ..files import write_atomically
 from ..model.backbones import BackboneError, Timm, make_backbone
 from ..model.model import Model, Normalize, load_model
+from ..options import Sections
 
 BATCH_SIZE = 500  # evaluation's, so that a head finds the very features that it was evaluated on
 
 
 @dataclass(frozen=True, kw_only=True)
-class Features(Config):
-    """Of the options of a run, those of data, network, device and threads count; training's do not."""
+class Features(Sections):
+    """Computes the features of all samples of a data set with a trained network."""
 
+    run: RecipeConfig = field(default_factory=RecipeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: BackboneConfig = field(default_factory=BackboneConfig)
+    augment: CropConfig = field(default_factory=CropConfig)
+    runtime: DeviceConfig = field(default_factory=DeviceConfig)
+    #: A trained model, runs/<name>/model-<method>.safetensors: its network, normalisation, crop and centring
+    #: are used, whatever --backbone, --crop-size and --center-features say. If not given, timm's
+    #: weights: --backbone timm/NAME --pretrained.
     weights: str = ""
-    """A trained model, runs/<name>/model-<method>.safetensors: its network, normalisation, crop and centring are used,
-    whatever --backbone, --crop-size and --center-features say. If not given, timm's weights: --backbone timm/NAME
-    --pretrained."""
+    #: The file to write: x_train, y_train, x_test, y_test, and the classes' names.
     out: str = "features.safetensors"
-    """The file to write: x_train, y_train, x_test, y_test, and the classes' names."""
 
 
 def extract(features: Features, console: Console) -> int:
@@ -53,16 +59,18 @@ def extract(features: Features, console: Console) -> int:
         raise ConfigError("out", "a new file", f"{out}, which is there already")
     if not out.parent.is_dir():
         raise ConfigError("out", "a file in a folder that is there", repr(features.out))
-    if features.threads:
-        torch.set_num_threads(features.threads)
+    if features.runtime.threads:
+        torch.set_num_threads(features.runtime.threads)
     try:
-        data = load(source_of(features))
+        data = load(features.data)
     except DataError as error:
         raise ConfigError("data", "a data set", str(error)) from None
     if not data.is_images:
-        got = f"features {data.sample_shape} in {features.data}, which --recipe features takes as they are"
+        got = (
+            f"features {data.sample_shape} in {features.data.data}, which --recipe features takes as they are"
+        )
         raise ConfigError("data", "images", got)
-    model = network(features, data).to(features.device).eval()
+    model = network(features, data).to(features.runtime.device).eval()
     parts = {"train": (data.x_train, data.y_train), "test": (data.x_test, data.y_test)}
     if data.x_val is not None and data.y_val is not None:
         parts["val"] = (data.x_val, data.y_val)
@@ -83,28 +91,28 @@ def network(features: Features, data: Dataset) -> Model:
         ConfigError: there are none, or they are not for such images.
     """
     channels, side = data.sample_shape[0], min(data.sample_shape[1:])
-    if features.weights and features.pretrained:
+    if features.weights and features.model.pretrained:
         raise ConfigError("pretrained", "either --weights or --pretrained", "both")
     if features.weights:
         model = _read_model(features.weights)
         assert isinstance(model.normalize, Normalize)
         if len(model.normalize.mean) != channels:
-            expected = f"a network for images with {channels} channels, as in {features.data}"
+            expected = f"a network for images with {channels} channels, as in {features.data.data}"
             raise ConfigError("weights", expected, f"{len(model.normalize.mean)} in {features.weights}")
         option, crop_size = "weights", model.normalize.crop_size
-    elif features.pretrained:
+    elif features.model.pretrained:
         try:
-            backbone = make_backbone(features.backbone, channels, pretrained=True)
+            backbone = make_backbone(features.model.backbone, channels, pretrained=True)
         except BackboneError as error:
-            raise ConfigError("backbone", str(error), repr(features.backbone)) from None
+            raise ConfigError("backbone", str(error), repr(features.model.backbone)) from None
         assert isinstance(backbone, Timm)  # no other has such weights: see config.check
-        option, crop_size = "crop_size", features.crop_size or 0
+        option, crop_size = "crop_size", features.augment.crop_size or 0
         # A network that is not trained on wants the statistics that it was trained with, not those of the data.
         normalize = Normalize(*backbone.mean_std(channels), crop_size)
-        model = Model(normalize, backbone, nn.Identity(), nn.Identity(), features.backbone)
+        model = Model(normalize, backbone, nn.Identity(), nn.Identity(), features.model.backbone)
     else:
         expected = "--weights PATH, a run's model, or --backbone timm/NAME --pretrained"
-        raise ConfigError("weights", expected, f"neither: {features.backbone} would not be trained")
+        raise ConfigError("weights", expected, f"neither: {features.model.backbone} would not be trained")
     if crop_size > side:
         raise ConfigError(option, f"a crop of at most the images' side, {side}", crop_size)
     return model

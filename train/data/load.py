@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
+from ..config import DataConfig
 from .cache import cache_folder
 from .dataset import Dataset, Splits, make_dataset
 from .dataset import read_only_tensor as shared
@@ -26,53 +25,37 @@ NAMED = (*EMBEDDED, GLYPHS)  # sets that a word asks for
 ARCHIVES = (".tar.gz", ".tgz", ".tar")
 
 
-@dataclass(frozen=True)
-class Source:
-    """What data is asked for; Config says what each means."""
-
-    data: str
-    test_data: str = ""
-    val_data: str = ""
-    num_classes: int | None = None
-    imbalance_ratio: float = 1.0
-    images: str = ""
-    path_prefixes: tuple[str, ...] = ()
-    image_size: int = 64
-    unreadable: Literal["stop", "skip"] = "stop"
-    cache: str = ""
-
-
-def load(source: Source) -> Dataset:
+def load(config: DataConfig) -> Dataset:
     """Read, check, and make long-tailed if asked.
 
     Raises:
         DataError: something is not as expected; the message names it.
     """
-    path = Path(source.data)
-    if source.data == GLYPHS:
-        data = _drawn(source)
-    elif source.data in EMBEDDED or path.suffix in (".npz", ".safetensors"):
-        data = load_arrays(source.data, source.num_classes)
-    elif source.data.endswith(ARCHIVES):
-        data = from_arrays(path, read_cifar(path), source.num_classes)
+    path = Path(config.data)
+    if config.data == GLYPHS:
+        data = _drawn(config)
+    elif config.data in EMBEDDED or path.suffix in (".npz", ".safetensors"):
+        data = load_arrays(config.data, config.num_classes)
+    elif config.data.endswith(ARCHIVES):
+        data = from_arrays(path, read_cifar(path), config.num_classes)
     elif path.is_dir() or path.suffix in (".txt", ".csv", ".json"):
-        data = _from_files(source)
+        data = _from_files(config)
     else:
         names = ", ".join(NAMED)
         raise DataError(
-            f"{source.data}: expected arrays in a file named .npz or .safetensors, CIFAR's archive, a list named "
+            f"{config.data}: expected arrays in a file named .npz or .safetensors, CIFAR's archive, a list named "
             f".txt, .csv or .json, a folder of class folders, or {names}"
         )
-    return data if source.imbalance_ratio == 1 else long_tailed(data, source.imbalance_ratio)
+    return data if config.imbalance_ratio == 1 else long_tailed(data, config.imbalance_ratio)
 
 
-def listings(source: Source) -> dict[str, Listing]:
+def listings(config: DataConfig) -> dict[str, Listing]:
     """The lists of images: train, test, and val where there is one beside a test list or it is named.
 
     Raises:
         DataError: one of them is not there, or not as expected.
     """
-    train, test, val = source.data, source.test_data, source.val_data
+    train, test, val = config.data, config.test_data, config.val_data
     folder = Path(train)
     if folder.is_dir() and (folder / "train").is_dir():
         train = str(folder / "train")
@@ -91,36 +74,36 @@ def listings(source: Source) -> dict[str, Listing]:
             raise DataError(f"--test-data: expected {names} beside {train}, got neither")
         test = there[0]
         val = val or (there[1] if len(there) > 1 else "")
-    trained = read_listing(train, source.images, source.path_prefixes)
+    trained = read_listing(train, config.images, config.path_prefixes)
     others = {"test": test, "val": val}
     return {"train": trained} | {
-        part: read_listing(path, source.images, source.path_prefixes, trained)
+        part: read_listing(path, config.images, config.path_prefixes, trained)
         for part, path in others.items()
         if path
     }
 
 
-def _from_files(source: Source) -> Dataset:
+def _from_files(config: DataConfig) -> Dataset:
     splits: Splits = {}
-    lists = listings(source)
+    lists = listings(config)
     for split, listing in lists.items():
-        images, rows, why = load_images(listing, source.image_size, cache_folder(source.cache))
+        images, rows, why = load_images(listing, config.image_size, cache_folder(config.cache))
         labels = torch.tensor(listing.labels)[rows]
         if why:
             said = f"{len(why)} of {len(listing)} images cannot be read: " + "; ".join(why[:5])
             said += "; …" if len(why) > 5 else ""
-            if source.unreadable == "stop":
+            if config.unreadable == "stop":
                 raise DataError(f"{said} (--unreadable skip leaves them out)")
             warnings.warn(f"left out: {said}", RuntimeWarning, stacklevel=2)
         if not len(labels):
-            raise DataError(f"{source.data}: expected some {split} images that can be read, got none")
+            raise DataError(f"{config.data}: expected some {split} images that can be read, got none")
         splits[split] = images, labels
-    return make_dataset(splits, lists["train"].names, source.num_classes)
+    return make_dataset(splits, lists["train"].names, config.num_classes)
 
 
-def _drawn(source: Source) -> Dataset:
-    made = load_glyphs(source.image_size, cache_folder(source.cache))
+def _drawn(config: DataConfig) -> Dataset:
+    made = load_glyphs(config.image_size, cache_folder(config.cache))
     tensors = {name: shared(array) for name, array in made.arrays.items()}
     splits = {split: (tensors[f"x_{split}"], tensors[f"y_{split}"]) for split in ("train", "test", "val")}
-    data = make_dataset(splits, made.characters, source.num_classes)
+    data = make_dataset(splits, made.characters, config.num_classes)
     return dataclasses.replace(data, notes=made.notes)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import gistops
 from gistops.nn import ConstellationClassifier, GistClassifier
 
-from ..config import Config, backend_of
+from ..config import Config
 from . import residual_directions as structure
 from .residual_directions import Sample
 
@@ -69,9 +69,9 @@ class SoftmaxClassifier:
     """
 
     def __init__(self, config: Config, counts: Tensor, *, cosine: bool = False, prior: bool = False) -> None:
-        self.cosine, self.prior, self.backend = cosine, prior, backend_of(config)
-        self.log_prior = config.prior_strength * log_prior(counts)
-        self.stages = [Stage("", config.stage1_epochs + config.stage2_epochs)]
+        self.cosine, self.prior, self.backend = cosine, prior, config.runtime.head_backend
+        self.log_prior = config.method.prior_strength * log_prior(counts)
+        self.stages = [Stage("", config.optim.stage1_epochs + config.optim.stage2_epochs)]
         self.weights = {"loss_random": 1.0}
 
     def draws(self, num_balanced: int, num_random: int) -> tuple[int, int]:
@@ -110,8 +110,8 @@ class OneHead:
 
     def __init__(self, config: Config, counts: Tensor, *, displacements: bool, both: bool = False) -> None:
         self.config, self.counts, self.both = config, counts, both
-        self.backend = backend_of(config)
-        self.num_displacements = config.num_displacements if displacements else 0
+        self.backend = config.runtime.head_backend
+        self.num_displacements = config.method.num_displacements if displacements else 0
         self.stages = two_stages(config)
         self.weights = two_weights(config) if both else {"loss_balanced": 1.0}
 
@@ -160,9 +160,9 @@ class Gist:
         transform: Literal["translation", "rotation", "mlp"] = "translation",
     ) -> None:
         self.config, self.counts, self.transform = config, counts, transform
-        self.backend = backend_of(config)
-        self.num_displacements = config.num_displacements if displacements else 0
-        self.log_prior = config.prior_strength * log_prior(counts)
+        self.backend = config.runtime.head_backend
+        self.num_displacements = config.method.num_displacements if displacements else 0
+        self.log_prior = config.method.prior_strength * log_prior(counts)
         self.stages = two_stages(config)
         self.weights = two_weights(config)
 
@@ -200,11 +200,11 @@ class Gist:
 
 def two_weights(config: Config) -> dict[str, float]:
     """L = L_random + λ L_balanced."""
-    return {"loss_balanced": config.balanced_loss_weight, "loss_random": 1.0}
+    return {"loss_balanced": config.method.balanced_loss_weight, "loss_random": 1.0}
 
 
 def two_stages(config: Config) -> list[Stage]:
-    return [Stage("stage 1", config.stage1_epochs), Stage("stage 2", config.stage2_epochs)]
+    return [Stage("stage 1", config.optim.stage1_epochs), Stage("stage 2", config.optim.stage2_epochs)]
 
 
 def log_prior(counts: Tensor) -> Tensor:

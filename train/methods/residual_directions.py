@@ -39,11 +39,11 @@ def begin(
         sample: gives the training features.
         transfer: whether the method displaces its balanced stream.
     """
-    head.add_displacements(config.num_displacements, scale=config.displacement_scale)
+    head.add_displacements(config.method.num_displacements, scale=config.displacements.displacement_scale)
     if follows_residuals(head, config):
         head.displacements.requires_grad_(False)
-    if transfer and config.transfer_directions:
-        directions = head.centers.new_zeros(config.transfer_directions, head.in_features)
+    if transfer and config.displacements.transfer_directions:
+        directions = head.centers.new_zeros(config.displacements.transfer_directions, head.in_features)
         head.register_buffer(TRANSFER, directions)
     _fit(head, config, counts, sample, start=True)
 
@@ -55,15 +55,17 @@ def follow(head: ConstellationClassifier, config: Config, counts: Tensor, sample
 
 def follows_residuals(head: ConstellationClassifier, config: Config) -> bool:
     """Whether a head's displacements are found, not trained. Rotations and MLPs are always trained."""
-    return config.displacement_update == "residuals" and head.transform == "translation"
+    return config.displacements.displacement_update == "residuals" and head.transform == "translation"
 
 
 @torch.no_grad()
 def _fit(head: ConstellationClassifier, config: Config, counts: Tensor, sample: Sample, start: bool) -> None:
     fitted: list[tuple[Tensor, Tensor | float]] = []  # where, and how long
-    found = start and config.displacement_init == "residuals" and head.transform == "translation"
+    found = (
+        start and config.displacements.displacement_init == "residuals" and head.transform == "translation"
+    )
     if found or follows_residuals(head, config):
-        scale = config.displacement_scale or head.displacement_scale
+        scale = config.displacements.displacement_scale or head.displacement_scale
         length = scale * head.centers.norm(dim=1).mean()
         fitted.append((head.displacements, length))
     if (directions := getattr(head, TRANSFER, None)) is not None:
@@ -75,7 +77,7 @@ def _fit(head: ConstellationClassifier, config: Config, counts: Tensor, sample: 
         # In one process, as GPUs may differ in the last bit, and clusters then in all.
         new = distributed.broadcast_from_rank0(
             lambda where=where: residual_directions(  # type: ignore[misc]
-                features, labels, counts, len(where), config.seed, None if start else where
+                features, labels, counts, len(where), config.run.seed, None if start else where
             ).cpu()
         )
         where.copy_(length * new.to(where))

@@ -81,11 +81,11 @@ def build_model(data: Dataset, config: Config, make_head: HeadMaker) -> Model:
     backbone: nn.Module = nn.Identity()
     in_features = data.sample_shape[0]
     if data.is_images:
-        normalize = Normalize(*data.mean_std(), config.crop_size or 0)
-        backbone = make_backbone(config.backbone, in_features, config.pretrained)
+        normalize = Normalize(*data.mean_std(), config.augment.crop_size or 0)
+        backbone = make_backbone(config.model.backbone, in_features, config.model.pretrained)
         in_features = int(backbone.out_features)  # type: ignore[arg-type]
-    center = nn.BatchNorm1d(in_features, affine=False) if config.center_features else nn.Identity()
-    return Model(normalize, backbone, center, make_head(in_features, data.num_classes), config.backbone)
+    center = nn.BatchNorm1d(in_features, affine=False) if config.model.center_features else nn.Identity()
+    return Model(normalize, backbone, center, make_head(in_features, data.num_classes), config.model.backbone)
 
 
 def save_model(path: Path, model: Model, class_names: list[str]) -> None:

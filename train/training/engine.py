@@ -37,7 +37,7 @@ def run(
     records: list[Record] = saved["records"] if saved else []
     folder.restart_metrics(records)
     finished = {record["method"] for record in records if record["event"] == "result"}
-    for name in config.methods:
+    for name in config.method.methods:
         if name in finished:
             continue
         training = Training(name, config, data)
@@ -96,15 +96,15 @@ def train(
                 shown = training.device.type == "cpu" or training.step_of_epoch % 20 == 0
                 loss_shown = loss.item() if shown and display.shows_steps else None
                 display.step(where, training.images - images, loss_shown)
-                if config.checkpoint_steps and training.step_of_epoch % config.checkpoint_steps == 0:
+                if config.run.checkpoint_steps and training.step_of_epoch % config.run.checkpoint_steps == 0:
                     save()
                 stop_if_asked()
             training.wait()
             speed = speeds(training.images - images_before, time.perf_counter() - begin, training.waited)
             record = training.end_epoch() | speed
-            due = training.epoch % config.evaluate_every == 0 or training.epoch == stage.epochs
+            due = training.epoch % config.run.evaluate_every == 0 or training.epoch == stage.epochs
             record |= training.evaluate() if due else training.slot_usage()
-            write(record, config.checkpoint_seconds)
+            write(record, config.run.checkpoint_seconds)
             display.epoch(where, record)
         if training.stage == 0:
             first_stages.save(training, records)
@@ -116,7 +116,9 @@ def train(
     )
     result = {"event": "result", "method": training.name, "images": training.images}
     result |= training.method.describe(training.model.head) | training.evaluate(final=True)
-    write(result | {"analysis": analyze(training.model, training.data, config.split_rule, config.seed)})
+    write(
+        result | {"analysis": analyze(training.model, training.data, config.run.split_rule, config.run.seed)}
+    )
 
 
 def speeds(images: int, seconds: float, waited: float) -> Record:

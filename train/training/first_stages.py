@@ -15,25 +15,13 @@ from typing import Any
 import torch
 
 from .. import distributed
-from ..config import STRUCTURE, Config, config_values
+from ..config import Config
 from ..files import write_atomically
 from ..methods import FIRST_STAGES
-from .run_folder import PLACES
+from ..options import Mark
 from .trainer import Training
 
 Record = dict[str, Any]
-
-#: Options that nothing before the second stage depends on.
-LATER = {
-    *PLACES,
-    *STRUCTURE,
-    "num_displacements",
-    "name",
-    "preset",
-    "methods",
-    "prior_strength",
-    "stage2_epochs",
-}
 
 
 class FirstStages:
@@ -47,8 +35,9 @@ class FirstStages:
     """
 
     def __init__(self, folder: Path, config: Config, data: str, kept: bool = False) -> None:
-        self.folder, self.methods, self.kept = folder, config.methods, kept
-        self._depends = {k: v for k, v in config_values(config).items() if k not in LATER}
+        self.folder, self.methods, self.kept = folder, config.method.methods, kept
+        later = config.marked(Mark.CHANGEABLE | Mark.SECOND_STAGE)
+        self._depends = {k: v for k, v in config.recorded().items() if k not in later}
         self._depends |= {"data": data, "torch": torch.__version__, "processes": distributed.world_size()}
 
     def _file(self, kind: str) -> Path:

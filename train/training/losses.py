@@ -37,7 +37,10 @@ class Losses(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.method, self.features = model, method, features
-        self.split, self.transfer_length = config.batch_norm == "split", config.transfer_length
+        self.split, self.transfer_length = (
+            config.model.batch_norm == "split",
+            config.displacements.transfer_length,
+        )
 
     def forward(
         self, x: Tensor, y: Tensor, num_balanced: int, transfer_uniforms: Tensor

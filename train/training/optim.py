@@ -18,10 +18,10 @@ def parameter_groups(model: Model, config: Config) -> list[dict[str, Any]]:
     groups: dict[str, dict[str, Any]] = {
         "weights": {},
         "temperatures": {"weight_decay": 0.0},
-        "displacements": {"lr": config.lr * config.displacement_lr},
+        "displacements": {"lr": config.optim.lr * config.displacements.displacement_lr},
     }
-    if config.displacement_weight_decay is not None:
-        groups["displacements"]["weight_decay"] = config.displacement_weight_decay
+    if config.displacements.displacement_weight_decay is not None:
+        groups["displacements"]["weight_decay"] = config.displacements.displacement_weight_decay
     for group in groups.values():
         group["params"] = []
     for name, parameter in model.named_parameters():
@@ -38,11 +38,11 @@ def lr_schedule(config: Config, epochs: int, steps_per_epoch: int) -> Callable[[
 
     def factor(step: int) -> float:
         done = step / max(1, epochs * steps_per_epoch)
-        if config.schedule == "cosine":
+        if config.optim.schedule == "cosine":
             value = 0.5 * (1 + math.cos(math.pi * done))
         else:
-            value = 0.1 ** sum(done >= drop for drop in config.lr_drops)
-        warmup_steps = config.warmup_epochs * steps_per_epoch
+            value = 0.1 ** sum(done >= drop for drop in config.optim.lr_drops)
+        warmup_steps = config.optim.warmup_epochs * steps_per_epoch
         return value * min(1.0, (step + 1) / warmup_steps) if warmup_steps else value
 
     return factor

@@ -14,28 +14,22 @@ import tomli_w
 import torch
 
 from .. import distributed
-from ..cli import load_recipe
-from ..config import Config, ConfigError, config_values
+from ..config import Config, ConfigError
 from ..files import write_atomically
+from ..options import Mark
+from ..recipes import load_recipe
 from .tensorboard import Board
-
-#: Options that may change when a run goes on: where its data lies, whose content is compared, how often it is saved, and
-#: how the same steps are launched.
-PLACES = {
-    *("data", "test_data", "val_data", "images", "path_prefixes"),
-    *("checkpoint_steps", "checkpoint_seconds", "cuda_graph", "compile"),
-}
 
 
 class RunFolder:
     """`runs/<name>/`: config.toml, metrics.jsonl, checkpoint.pt, and what the run ends with; tensorboard/ if asked for."""
 
     def __init__(self, config: Config) -> None:
-        self.path = Path(config.runs) / config.name
+        self.path = Path(config.run.runs) / config.run.name
         self.config_file = self.path / "config.toml"
         self.checkpoint_file = self.path / "checkpoint.pt"
         self.metrics_file = self.path / "metrics.jsonl"
-        logs = config.tensorboard and distributed.rank() == 0
+        logs = config.run.tensorboard and distributed.rank() == 0
         self.board = Board(self.path / "tensorboard") if logs else None
 
     def open(self, config: Config, data_fingerprint: str) -> dict[str, Any] | None:
@@ -46,7 +40,7 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError("name", "a folder", f"{self.path}, which is a file")
-        if not config.resume and self.path.exists() and self._begun():
+        if not config.run.resume and self.path.exists() and self._begun():
             advice = "give another --name, or --resume to go on with it"
             raise ConfigError("name", "a new run", f"{self.path}, which is there already; {advice}")
         saved = self._load_checkpoint()
@@ -54,14 +48,18 @@ class RunFolder:
             self._check_same(config)
         if saved and saved["data"] != data_fingerprint:
             expected = f"the data that the run began with ({saved['data']})"
-            raise ConfigError("data", expected, f"{config.data} ({data_fingerprint})")
+            raise ConfigError("data", expected, f"{config.data.data} ({data_fingerprint})")
         self._data = data_fingerprint
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError("runs", "a folder that can be written", f"{config.runs} ({error})") from None
-        values = {name: value for name, value in config_values(config).items() if value is not None}
-        text = f"# From the recipe {config.recipe}. `--recipe` takes this file too.\n{tomli_w.dumps(values)}"
+            raise ConfigError(
+                "runs", "a folder that can be written", f"{config.run.runs} ({error})"
+            ) from None
+        values = {name: value for name, value in config.recorded().items() if value is not None}
+        text = (
+            f"# From the recipe {config.run.recipe}. `--recipe` takes this file too.\n{tomli_w.dumps(values)}"
+        )
         self.write(self.config_file.name, lambda path: path.write_text(text))
         return saved
 
@@ -72,8 +70,8 @@ class RunFolder:
         return not empty or any(entry.name not in left for entry in self.path.iterdir())
 
     def _check_same(self, config: Config) -> None:
-        before, now = config_values(load_recipe(str(self.config_file))), config_values(config)
-        for option in sorted(now.keys() - PLACES):
+        before, now = load_recipe(str(self.config_file)).recorded(), config.recorded()
+        for option in sorted(now.keys() - config.marked(Mark.CHANGEABLE)):
             if before[option] != now[option]:
                 expected = f"{before[option]!r} as in {self.config_file}, which is to be resumed"
                 raise ConfigError(option, expected, repr(now[option]))

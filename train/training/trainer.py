@@ -44,32 +44,34 @@ class Training:
 
     def __init__(self, name: str, config: Config, data: Dataset) -> None:
         self.name, self.config, self.data = name, config, data
-        self.device = torch.device(config.device)
+        self.device = torch.device(config.runtime.device)
         if self.device.type == "cuda" and self.device.index is None:
             # Said in full, as threads have a current GPU of their own.
             self.device = torch.device("cuda", torch.cuda.current_device())
         # Each method starts from the seed, so that its weights do not depend on what was trained before it.
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.run.seed)
         self.method = METHODS[name](config, data.train_counts.to(self.device))
         self.model = build_model(data, config, self.method.head).to(self.device)
         self.data = watched_on(data, self.device)
         if distributed.is_initialized():
             normalize_over_processes(self.model, self.device)
         if rank := distributed.rank():
-            torch.manual_seed(config.seed + (rank << 32))  # dropout of its own; weights are the first one's
+            torch.manual_seed(
+                config.run.seed + (rank << 32)
+            )  # dropout of its own; weights are the first one's
         self.batches = self._make_batches()
         self.features: Callable[[Tensor], Tensor] = self.model.features
-        if config.compile:
+        if config.runtime.compile:
             self.features = CompiledFeatures(self.model, self.batches.micro_batch_sizes())
         self.steps_per_epoch = len(self.batches.sizes)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.runtime.precision == "fp16")
         self.images = 0
         self.waited = 0.0  # seconds for the input, in this epoch
         self.begin_stage(0)
 
     def _make_batches(self) -> Batches:
         config, data = self.config, self.data
-        generator = torch.Generator().manual_seed(config.seed)  # of the data's order and augmentation
+        generator = torch.Generator().manual_seed(config.run.seed)  # of the data's order and augmentation
         sizes = sizes_of(config, data)
         return Batches(
             placed(data.x_train, self.device),
@@ -77,26 +79,29 @@ class Training:
             RandomStream(len(data.y_train), generator),
             BalancedStream(
                 ClassBalancedBatchSampler(
-                    data.y_train, config.classes_per_batch, config.samples_per_class, seed=config.seed
+                    data.y_train,
+                    config.method.classes_per_batch,
+                    config.method.samples_per_class,
+                    seed=config.run.seed,
                 )
             ),
             [self.method.draws(num_balanced, num_random) for num_balanced, num_random in sizes],
             Augmentation(
-                config.crop_padding,
-                config.flip,
-                config.crop_size or 0,
-                config.crop_scale,
-                config.color_jitter,
+                config.augment.crop_padding,
+                config.augment.flip,
+                config.augment.crop_size or 0,
+                config.augment.crop_scale,
+                config.augment.color_jitter,
             ),
             generator,
-            torch.Generator().manual_seed(-1 - config.seed),
+            torch.Generator().manual_seed(-1 - config.run.seed),
             own_parts(config),
             ahead=self.device.type != "cpu",  # where the CPU has nothing else to do
         )
 
     def begin_stage(self, stage: int) -> None:
         """Keep the weights, change the head as the stage asks; optimiser and schedule start afresh."""
-        self.stage, self.epoch, self.step_of_epoch, self.lr = stage, 0, 0, self.config.lr
+        self.stage, self.epoch, self.step_of_epoch, self.lr = stage, 0, 0, self.config.optim.lr
         self.sums: dict[str, Tensor] = {}  # of the epoch's losses
         self.graphed: GraphedSteps | None = None  # what a stage's held in memory
         if stage == len(self.method.stages):
@@ -109,12 +114,12 @@ class Training:
             self.losses = nn.parallel.DistributedDataParallel(self.losses)
         self.optimizer = torch.optim.SGD(
             parameter_groups(self.model, config),
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
+            lr=config.optim.lr,
+            momentum=config.optim.momentum,
+            weight_decay=config.optim.weight_decay,
             # One pass over memory: a seventh of the time, for a head of 8,142 × 2,048 on a CPU. But where a
             # scaler leaves out the first step, torch's CPU kernel goes on with a momentum that nobody wrote.
-            fused=config.precision != "fp16",
+            fused=config.runtime.precision != "fp16",
         )
         self.graphed = GraphedSteps(self) if self._can_be_graphed() else None
         factor = lr_schedule(self.config, self.method.stages[stage].epochs, self.steps_per_epoch)
@@ -148,12 +153,12 @@ class Training:
 
     def _can_be_graphed(self) -> bool:
         """True if steps are to be held in CUDA graphs; says why not where they were asked for and cannot be."""
-        if not self.config.cuda_graph:
+        if not self.config.runtime.cuda_graph:
             return False
         reasons = {
             f"there are none on {self.device.type}": self.device.type != "cuda",
             "not with several processes": distributed.is_initialized(),
-            "the scaler of fp16 looks at every step": self.config.precision == "fp16",
+            "the scaler of fp16 looks at every step": self.config.runtime.precision == "fp16",
             "the samples do not fit on the GPU": self.batches.x.device != self.device,
         }
         for reason, holds in reasons.items():
@@ -173,7 +178,9 @@ class Training:
             together = self.losses.no_sync()  # type: ignore[operator]
         with together:
             with torch.autocast(
-                self.device.type, HALF.get(self.config.precision), self.config.precision in HALF
+                self.device.type,
+                HALF.get(self.config.runtime.precision),
+                self.config.runtime.precision in HALF,
             ):
                 losses = self.losses(part.x, part.y, part.num_balanced, part.transfer_uniforms)
             shares = {name: part.loss_weights[name] * loss for name, loss in losses.items()}
@@ -223,7 +230,7 @@ class Training:
 
     def evaluate(self, final: bool = False) -> Record:
         """Accuracies on the validation samples, or the test samples where there are none; at the end on the test samples."""
-        data, rule = self.data, self.config.split_rule
+        data, rule = self.data, self.config.run.split_rule
         split, x, y = ("test", data.x_test, data.y_test) if final else data.eval_split
         found, readings = evaluate(self.model, x, y, data.num_classes, self.method.readings)
         record: Record = {"split": split, "accuracy": found.accuracy(data.train_counts, rule)}
@@ -307,13 +314,15 @@ def watched_on(data: Dataset, device: torch.device) -> Dataset:
 
 def own_parts(config: Config) -> tuple[range, int]:
     """Of the parts that a step is divided into, those of this process, and how many there are."""
-    each, rank = config.accumulate, distributed.rank()
+    each, rank = config.optim.accumulate, distributed.rank()
     return range(rank * each, (rank + 1) * each), each * distributed.world_size()
 
 
 def sizes_of(config: Config, data: Dataset) -> list[tuple[int, int]]:
     """For each step of an epoch, the samples of the balanced and of the random stream."""
-    balanced = config.classes_per_batch * config.samples_per_class
+    balanced = config.method.classes_per_batch * config.method.samples_per_class
     # Batch normalisation needs two samples at least.
-    least = own_parts(config)[1] * (2 if config.batch_norm == "split" else 1)
-    return step_sizes(len(data.y_train), config.batch_size, balanced, config.max_steps_per_epoch, least)
+    least = own_parts(config)[1] * (2 if config.model.batch_norm == "split" else 1)
+    return step_sizes(
+        len(data.y_train), config.method.batch_size, balanced, config.optim.max_steps_per_epoch, least
+    )

@@ -12,10 +12,11 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
+from train.config import DataConfig
 from train.data.dataset import Dataset
 from train.data.errors import DataError
 from train.data.fashion_mnist_lt.make import CLASSES
-from train.data.load import Source, load
+from train.data.load import load
 from train.data.longtail import long_tailed_counts, long_tailed_indices
 from train.data.sources.arrays import EMBEDDED, load_arrays
 from train.data.stream.augment import NUM_UNIFORMS, Augmentation
@@ -222,7 +223,7 @@ def test_augmentation_against_one_image_at_a_time(seed: int) -> None:
 
 
 def test_a_tail_longer_than_the_largest_class_allows(image_file: Path) -> None:
-    assert load(Source(str(image_file), imbalance_ratio=60)).train_counts.tolist()[0] == COUNTS[0]
+    assert load(DataConfig(data=str(image_file), imbalance_ratio=60)).train_counts.tolist()[0] == COUNTS[0]
     expected = r"--imbalance-ratio: expected at most 120, the size of the largest class, got 200, which leaves 1 classes without"
     with pytest.raises(DataError, match=expected):
-        load(Source(str(image_file), imbalance_ratio=200))
+        load(DataConfig(data=str(image_file), imbalance_ratio=200))

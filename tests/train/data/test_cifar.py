@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from train.config import DataConfig
 from train.data.errors import DataError
-from train.data.load import Source, load
+from train.data.load import load
 
 
 def archive(path: Path, folder: str, files: dict[str, Any]) -> Path:
@@ -48,13 +49,13 @@ def cifar(path: Path, classes: int, each: int, rng: np.random.Generator) -> Path
 @pytest.mark.parametrize("classes", [10, 20])
 def test_cifar_archives(classes: int, tmp_path: Path, seed: int) -> None:
     path = cifar(tmp_path / "cifar.tar.gz", classes, 50, np.random.default_rng(seed))
-    data = load(Source(str(path), num_classes=classes))
+    data = load(DataConfig(data=str(path), num_classes=classes))
     assert data.train_counts.tolist() == [50] * classes
     assert data.sample_shape == [3, 32, 32]
     assert torch.equal(data.x_train[:, 0, 0, 0].long(), data.y_train)
     assert torch.equal(data.x_test[:, 0, 0, 0].long(), data.y_test)
     assert data.class_names[3] == "class 3"
-    tail = load(Source(str(path), imbalance_ratio=10))
+    tail = load(DataConfig(data=str(path), imbalance_ratio=10))
     expected = [int(50 * 0.1 ** (k / (classes - 1))) for k in range(classes)]
     assert tail.train_counts.tolist() == torch.bincount(tail.y_train).tolist() == expected
     assert len(tail.y_test) == len(data.y_test)
@@ -67,12 +68,12 @@ def test_an_archive_that_would_run_something(tmp_path: Path) -> None:
 
     path = archive(tmp_path / "a.tar.gz", "cifar-100-python", {"train": Evil(), "test": {}, "meta": {}})
     with pytest.raises(DataError, match=r"expected the files and keys .* got a pickle that uses .*print"):
-        load(Source(str(path)))
+        load(DataConfig(data=str(path)))
     other = archive(tmp_path / "b.tar.gz", "something", {"train": {}})
     with pytest.raises(
         DataError, match=r"expected an archive with the folder cifar-100-python or .* got something"
     ):
-        load(Source(str(other)))
+        load(DataConfig(data=str(other)))
     (tmp_path / "c.tar.gz").write_bytes(b"nothing")
     with pytest.raises(DataError, match="expected a readable tar archive"):
-        load(Source(str(tmp_path / "c.tar.gz")))
+        load(DataConfig(data=str(tmp_path / "c.tar.gz")))

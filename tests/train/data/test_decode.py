@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from train.config import DataConfig
 from train.data.cache import atomic_folder
 from train.data.errors import DataError
-from train.data.load import Source, load
+from train.data.load import load
 from train.data.sources import decode, image_files
 
 from ..conftest import check_colours, picture
@@ -26,7 +27,7 @@ def test_unreadable_images_are_named(tree: Path, cache: str) -> None:
     (tree / "train" / "ant" / "0.png").write_bytes(b"no image at all")
     whole = (tree / "train" / "bee" / "1.png").read_bytes()
     (tree / "train" / "bee" / "1.png").write_bytes(whole[: len(whole) // 2])
-    source = Source(str(tree), image_size=16, cache=cache)
+    source = DataConfig(data=str(tree), image_size=16, cache=cache)
     with pytest.raises(
         DataError, match=r"2 of 9 images cannot be read: .*0\.png.*; .*1\.png.* \(--unreadable skip"
     ):
@@ -47,7 +48,7 @@ def test_a_file_that_the_disk_would_not_give_is_tried_again(tree: Path, cache: s
     """Its size and time are what they were, so what was decoded still counts as the list's."""
     file = tree / "train" / "ant" / "2.png"
     whole, times = file.read_bytes(), file.stat()
-    source = Source(str(tree), image_size=16, cache=cache)
+    source = DataConfig(data=str(tree), image_size=16, cache=cache)
     for content, trouble in ((bytes(len(whole)), True), (whole, False)):
         file.write_bytes(content)
         os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -87,7 +88,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
 
 
 def test_images_are_decoded_once(tree: Path, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = Source(str(tree), image_size=16, cache=cache)
+    source = DataConfig(data=str(tree), image_size=16, cache=cache)
     first = load(source)
     assert not list(Path(cache).glob(".*")), "something unfinished was left"
 
@@ -108,7 +109,7 @@ def test_many_images_by_several_processes(tmp_path: Path, cache: str) -> None:
     for i in range(150):
         for part in ("train", "test"):
             picture(tmp_path / "set" / part / f"class {i % 3}" / f"{i}.png", (i, 0, 255 - i), (9, 9))
-    data = load(Source(str(tmp_path / "set"), image_size=9, cache=cache))
+    data = load(DataConfig(data=str(tmp_path / "set"), image_size=9, cache=cache))
     assert data.train_counts.tolist() == [50, 50, 50]
     reds = data.x_train[:, 0, 4, 4]
     order = sorted(range(150), key=lambda i: (i % 3, f"{i}.png"))

@@ -60,7 +60,7 @@ def test_without_jieba_it_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "jieba", None)
-    assert main(["doctor", "--recipe", "glyphs", "--cache", str(tmp_path), "--device", "cpu"]) == 2
+    assert main(["doctor", "--recipe", "glyphs", "--cache", str(tmp_path)]) == 2
     assert "pip install jieba" in capsys.readouterr().err
 
 
@@ -202,7 +202,7 @@ def test_doctor_and_a_run(
     """The command line's part, with letters in place of the 8,141 characters, which take minutes."""
     letters = functools.partial(load_glyphs, frequencies=LETTERS, fonts=ALL, rule=RULE)
     monkeypatch.setattr(load, "load_glyphs", letters)
-    options = f"--recipe glyphs --num-classes 26 --image-size {SIZE} --cache {tmp_path / 'cache'} --device cpu".split()
+    options = f"--recipe glyphs --num-classes 26 --image-size {SIZE} --cache {tmp_path / 'cache'}".split()
     assert main(["doctor", *options]) == 0
     said = capsys.readouterr().out
     for words in (
@@ -212,6 +212,7 @@ def test_doctor_and_a_run(
     ):
         assert words in said, said
     short = "--stage1-epochs 1 --stage2-epochs 1 --max-steps-per-epoch 1 --classes-per-batch 8 --methods gist"
+    short += " --device cpu"
     assert main([*options, *short.split(), "--runs", str(tmp_path / "runs"), "--name", "r"]) == 0
     assert (tmp_path / "runs" / "r" / "model-gist.safetensors").is_file()
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from train.__main__ import main
+from train.config import DataConfig
 from train.data.errors import DataError
-from train.data.load import Source, load
+from train.data.load import load
 from train.data.sources.listing import read_listing
 
 from ..conftest import COLOURS, check_colours, picture
@@ -50,7 +51,7 @@ def write_lists(tree: Path, kind: str) -> Path:
 @pytest.mark.parametrize("kind", ["txt", "csv", "json", "folder"])
 def test_every_layout_gives_the_same_set(kind: str, tree: Path, cache: str) -> None:
     source = tree if kind == "folder" else write_lists(tree, kind)
-    data = load(Source(str(source), image_size=16, cache=cache))
+    data = load(DataConfig(data=str(source), image_size=16, cache=cache))
     assert data.sample_shape == [3, 16, 16]
     assert data.train_counts.tolist() == [4, 3, 2]
     assert torch.bincount(data.y_test).tolist() == [1, 1, 1]
@@ -68,8 +69,8 @@ def test_prefixes_and_roots(tree: Path, cache: str) -> None:
     elsewhere.mkdir()
     for file in tree.glob("*.txt"):
         file.rename(elsewhere / file.name)
-    source = Source(
-        str(elsewhere / path.name),
+    source = DataConfig(
+        data=str(elsewhere / path.name),
         images=str(tree),
         path_prefixes=("data_256/=train/",),
         image_size=8,
@@ -90,7 +91,7 @@ def test_a_list_with_fewer_categories_keeps_the_training_lists_numbers(tree: Pat
         if part == "val":  # only bees and cats
             content["annotations"] = [note for note in content["annotations"] if note["category_id"] != 10]
         (tree / f"Made_Up_{part}.json").write_text(json.dumps(content))
-    data = load(Source(str(path), image_size=16, cache=cache))
+    data = load(DataConfig(data=str(path), image_size=16, cache=cache))
     assert data.y_test.tolist() == [2, 1]
     check_colours(data.x_test, data.y_test)
 
@@ -105,7 +106,7 @@ def test_classes_of_all_lists_are_known_by_the_same(tree: Path, cache: str) -> N
         (by_name, by_id, "expected classes by name, as in the training list, got classes by COCO id"),
     ):
         with pytest.raises(DataError, match=words):
-            load(Source(train, test_data=test, cache=cache))
+            load(DataConfig(data=train, test_data=test, cache=cache))
 
 
 def test_a_name_may_be_a_number(tmp_path: Path) -> None:
@@ -146,30 +147,28 @@ def test_what_is_missing_is_said(tree: Path, cache: str, tmp_path: Path) -> None
     with pytest.raises(
         DataError, match=r"--test-data: expected .*Made_Up_test\.txt or .*Made_Up_val\.txt beside"
     ):
-        load(Source(str(path), cache=cache))
+        load(DataConfig(data=str(path), cache=cache))
     with pytest.raises(DataError, match="--test-data: expected the test images' list"):
-        load(Source(str(path.rename(tree / "some.txt")), cache=cache))
+        load(DataConfig(data=str(path.rename(tree / "some.txt")), cache=cache))
     (tree / "val" / "dog").mkdir()
     picture(tree / "val" / "dog" / "0.png", (1, 1, 1))
     with pytest.raises(
         DataError, match="expected only classes of the training list, got the classes dog too"
     ):
-        load(Source(str(tree), cache=cache))
+        load(DataConfig(data=str(tree), cache=cache))
 
 
 def test_training_on_a_folder_and_the_doctor(
     tree: Path, cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = (
-        f"--recipe smoke --data {tree} --cache {cache} --num-classes 3 --image-size 16 --runs {tmp_path} "
-    )
-    common += "--classes-per-batch 2 --batch-size 4 --device cpu --methods plain"
+    common = f"--recipe smoke --data {tree} --cache {cache} --num-classes 3 --image-size 16"
+    train = f"--runs {tmp_path} --classes-per-batch 2 --batch-size 4 --device cpu --methods plain"
     assert main(["doctor", *common.split()]) == 0
     said = capsys.readouterr().out
     assert "3 classes, samples [3, 16, 16]" in said
     assert "training: 9 samples, 4 to 2 a class" in said
     assert "nothing is wrong with it" in said
-    assert main(common.split()) == 0
+    assert main([*common.split(), *train.split()]) == 0
     assert (tmp_path / "smoke" / "model-plain.safetensors").is_file()
 
 
@@ -182,7 +181,7 @@ def test_the_doctor_says_what_is_wrong(tree: Path, cache: str, capsys: pytest.Ca
     (tree / "Made_Up_val.txt").write_text(
         "".join(line for line in (tree / "Made_Up_val.txt").read_text().splitlines(True) if "cat" not in line)
     )
-    args = f"doctor --recipe smoke --data {path} --cache {cache} --num-classes 3 --image-size 16 --device cpu"
+    args = f"doctor --recipe smoke --data {path} --cache {cache} --num-classes 3 --image-size 16"
     assert main(args.split()) == 1
     said = capsys.readouterr().out
     for words in (

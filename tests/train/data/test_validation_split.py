@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from train.__main__ import main
-from train.data.load import Source, load
+from train.config import DataConfig
+from train.data.load import load
 from train.data.sources.arrays import load_arrays
 
 OPTIONS = "--recipe smoke --num-classes 5 --classes-per-batch 4 --device cpu --methods plain"
@@ -74,7 +75,7 @@ def test_found_beside_train_and_test(kind: str, tmp_path: Path) -> None:
             lines = [f"{file.relative_to(tmp_path)} {int(file.parent.name == 'bee')}\n" for file in files]
             (tmp_path / f"Set_{part}.txt").write_text("".join(lines))
         source = tmp_path / "Set_train.txt"
-    data = load(Source(str(source), image_size=8, cache=str(tmp_path / "cache")))
+    data = load(DataConfig(data=str(source), image_size=8, cache=str(tmp_path / "cache")))
     assert data.x_val is not None
     assert data.y_val is not None
     assert [x[0, 0, 0, 0].item() for x in (data.x_train, data.x_test, data.x_val)] == [0, 60, 120]
@@ -85,10 +86,12 @@ def test_found_beside_train_and_test(kind: str, tmp_path: Path) -> None:
 def test_val_alone_is_the_test_split_and_may_be_named(tmp_path: Path) -> None:
     write_images(tmp_path, {"train": 3, "val": 2, "held-out": 1})
     cache = str(tmp_path / "cache")
-    data = load(Source(str(tmp_path), image_size=8, cache=cache))
+    data = load(DataConfig(data=str(tmp_path), image_size=8, cache=cache))
     assert data.x_test[0, 0, 0, 0] == 60
     assert data.x_val is None
-    named = load(Source(str(tmp_path), val_data=str(tmp_path / "held-out"), image_size=8, cache=cache))
+    named = load(
+        DataConfig(data=str(tmp_path), val_data=str(tmp_path / "held-out"), image_size=8, cache=cache)
+    )
     assert named.x_val is not None
     assert named.x_val[0, 0, 0, 0] == 120
 
@@ -96,7 +99,7 @@ def test_val_alone_is_the_test_split_and_may_be_named(tmp_path: Path) -> None:
 def test_the_doctor_finds_images_in_two_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_images(tmp_path, {"train": 3, "test": 2})
     args = f"--recipe smoke --data {tmp_path} --val-data {tmp_path / 'test'} --cache {tmp_path / 'cache'}"
-    assert main(["doctor", *args.split(), "--num-classes", "2", "--classes-per-batch", "2"]) == 1
+    assert main(["doctor", *args.split(), "--num-classes", "2"]) == 1
     said = capsys.readouterr().out
     assert "validation: 4 samples" in said
     assert "problem: 4 images are in the test and the validation list" in said

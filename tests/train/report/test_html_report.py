@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import io
 import json
 import re
@@ -94,7 +93,7 @@ def test_confusion_of_many_classes_one_at_a_time(seed: int) -> None:
 
 @pytest.mark.parametrize("method", ["gist", "plain", "gist-rotation"])
 def test_the_map_holds_each_classs_samples_and_vectors(method: str, features: Dataset) -> None:
-    training = Training(method, dataclasses.replace(FEATURES, num_displacements=2), features)
+    training = Training(method, FEATURES.replace(num_displacements=2), features)
     finish(training)
     found = feature_map(training.model, features, seed=0)
     assert len(found["classes"]) == 5
