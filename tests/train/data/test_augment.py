@@ -1,4 +1,4 @@
-"""Augmentation and networks for images."""
+"""Augmentation of images: crops, flips and color jitter, and runs with them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 
 from train.__main__ import main
 from train.data.stream.augment import NUM_UNIFORMS, Augmentation
-from train.model.backbones import BackboneError, make_backbone
 from train.model.model import Normalize
 
 
@@ -18,7 +17,7 @@ def augmented(images: torch.Tensor, **options: Any) -> torch.Tensor:
 
 
 def ramp(b: int, h: int, w: int) -> torch.Tensor:
-    """Red tells the column, green the row, of each pixel, in steps of 2."""
+    """Return b images whose red channel is twice the column and whose green channel is twice the row."""
     rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     one = torch.stack([2 * columns, 2 * rows, torch.zeros_like(rows)])
     return one.to(torch.uint8).expand(b, -1, -1, -1).contiguous()
@@ -29,7 +28,7 @@ def test_random_resized_crops_are_boxes_of_the_image(seed: int) -> None:
     out = augmented(images, crop_size=24, crop_scale=0.2)
     assert out.shape == (400, 3, 24, 24)
     column, row = out[:, 0] / 2, out[:, 1] / 2
-    inner = slice(4, 20)  # at the image's edge the sampling reflects
+    inner = slice(4, 20)  # the sampling reflects at the image's edge
     assert (column[:, inner, inner].diff(dim=2) > 0).all()
     assert (row[:, inner, inner].diff(dim=1) > 0).all()
     assert column[:, inner, inner].diff(dim=1).abs().max() < 0.02, "not upright"
@@ -68,20 +67,20 @@ def test_crops_without_resizing(seed: int) -> None:
 
 
 def test_jitter_changes_brightness_contrast_and_saturation(seed: int) -> None:
-    grey = torch.full((300, 3, 4, 4), 100, dtype=torch.uint8)
-    out = augmented(grey, jitter=0.4)
-    assert out.std((2, 3)).max() < 1e-3  # contrast and saturation do nothing to it
+    gray = torch.full((300, 3, 4, 4), 100, dtype=torch.uint8)
+    out = augmented(gray, jitter=0.4)
+    assert out.std((2, 3)).max() < 1e-3  # contrast and saturation do not change uniform gray images
     level = out[:, 0, 0, 0]
     assert 59 < level.min() < 70
     assert 130 < level.max() < 141
-    coloured = torch.randint(60, 160, (300, 3, 8, 8), dtype=torch.uint8)
-    out = augmented(coloured, jitter=0.4)
-    spread = out.std((1, 2, 3)) / coloured.float().std((1, 2, 3))
+    colored = torch.randint(60, 160, (300, 3, 8, 8), dtype=torch.uint8)
+    out = augmented(colored, jitter=0.4)
+    spread = out.std((1, 2, 3)) / colored.float().std((1, 2, 3))
     assert spread.max() > 1.1
     assert spread.min() < 0.8
     assert out.min() >= 0
     assert out.max() <= 255
-    single = augmented(grey[:, :1], jitter=0.4)
+    single = augmented(gray[:, :1], jitter=0.4)
     assert single.shape == (300, 1, 4, 4)
 
 
@@ -89,17 +88,17 @@ def test_jitter_changes_brightness_contrast_and_saturation(seed: int) -> None:
     "options",
     [{"crop_padding": 2, "flip": True}, {"crop_size": 8, "crop_scale": 0.3, "jitter": 0.4, "flip": True}],
 )
-def test_the_numbers_alone_decide_image_by_image(options: dict[str, Any], seed: int) -> None:
+def test_the_random_numbers_alone_decide_each_image(options: dict[str, Any], seed: int) -> None:
     images = torch.randint(0, 256, (5, 3, 12, 12), dtype=torch.uint8)
-    augment, numbers = Augmentation(**options), torch.rand(5, NUM_UNIFORMS)
-    whole = augment(images, numbers)
-    assert torch.equal(augment(images, numbers), whole)
-    assert not torch.equal(augment(images, numbers.flip(0)), whole)
-    parts = [augment(images[rows], numbers[rows]) for rows in (slice(0, 2), slice(2, 5))]
+    augment, uniforms = Augmentation(**options), torch.rand(5, NUM_UNIFORMS)
+    whole = augment(images, uniforms)
+    assert torch.equal(augment(images, uniforms), whole)
+    assert not torch.equal(augment(images, uniforms.flip(0)), whole)
+    parts = [augment(images[rows], uniforms[rows]) for rows in (slice(0, 2), slice(2, 5))]
     torch.testing.assert_close(torch.cat(parts), whole, atol=1e-3, rtol=0)
 
 
-def test_tests_see_the_middle() -> None:
+def test_evaluation_crops_the_center() -> None:
     images = ramp(1, 31, 40)
     seen = Normalize(torch.zeros(3), torch.ones(3), 20)(images) * 255
     assert seen.shape == (1, 3, 20, 20)
@@ -107,45 +106,7 @@ def test_tests_see_the_middle() -> None:
     assert Normalize(torch.zeros(3), torch.ones(3), 20)(images[:, :, :20, :20]).shape == (1, 3, 20, 20)
 
 
-def test_resnet10_is_the_published_one(seed: int) -> None:
-    """The parameters of basic blocks 1-1-1-1 on ImageNet's stem, without a classifier."""
-    network = make_backbone("resnet10", 3)
-    assert sum(p.numel() for p in network.parameters()) == count_by_hand()
-    assert network(torch.randn(2, 3, 64, 64)).shape == (2, 512)
-    network(torch.randn(2, 3, 64, 64)).sum().backward()
-    assert all(p.grad is not None for p in network.parameters())
-
-
-def count_by_hand() -> int:
-    total = 3 * 64 * 49 + 2 * 64
-    for inside, outside, projected in ((64, 64, False), (64, 128, True), (128, 256, True), (256, 512, True)):
-        total += 9 * inside * outside + 9 * outside * outside + 4 * outside
-        total += (inside * outside + 2 * outside) if projected else 0
-    return total
-
-
-def test_networks_of_timm(seed: int) -> None:
-    pytest.importorskip("timm", reason="timm is not installed")
-    network = make_backbone("timm/resnet18", 3)
-    assert network(torch.randn(2, 3, 64, 64)).shape == (2, network.out_features)
-    with pytest.raises(BackboneError, match="the name of a network"):
-        make_backbone("timm/no_such_network", 3)
-
-
-def test_without_timm_it_is_said(image_file: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        import timm  # noqa: F401
-
-        pytest.skip("timm is installed")
-    except ImportError:
-        pass
-    args = f"--recipe smoke --data {image_file} --num-classes 5 --classes-per-batch 4 --runs {tmp_path} --device cpu"
-    assert main([*args.split(), "--backbone", "timm/resnet50"]) == 2
-    assert "--backbone: expected timm, which `pip install timm` brings" in capsys.readouterr().err
-
-
 WRONG = [
-    ("--pretrained --backbone resnet20", "--pretrained: expected no weights but for timm/NAME"),
     ("--crop-size 99", "--crop-size: expected at most the images' side, 28, got 99"),
     ("--crop-scale 1.5", "--crop-scale: expected a share"),
     ("--color-jitter 2", "--color-jitter: expected a share"),
@@ -153,12 +114,14 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("args", "words"), WRONG)
-def test_words(args: str, words: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_are_named(
+    args: str, words: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["--recipe", "smoke", "--runs", str(tmp_path), *args.split()]) == 2
     assert words in capsys.readouterr().err
 
 
-def test_a_run_with_all_of_it(image_file: Any, tmp_path: Any) -> None:
+def test_a_run_with_crops_and_jitter(image_file: Any, tmp_path: Any) -> None:
     args = f"--recipe smoke --data {image_file} --num-classes 5 --classes-per-batch 4 --runs {tmp_path} --device cpu"
     args += (
         " --crop-padding 0 --crop-size 8 --crop-scale 0.3 --color-jitter 0.4 --methods gist-mlp gist-rotation"
