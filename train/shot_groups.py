@@ -1,4 +1,4 @@
-"""Groups of classes: many-, medium- and few-shot."""
+"""Groups of classes by training samples: many-, medium- and few-shot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ GROUPS = ("many", "medium", "few")
 
 SplitRule = Literal["standard", "paper_text", "paper_code"]
 
-#: Which classes have many and which have few training images n; the others are medium. Published tables differ here.
+#: The conditions on the training samples n of many-shot and few-shot classes. All others are medium-shot. Published
+#: tables use different rules.
 SPLIT_RULES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "standard": (lambda n: n > 100, lambda n: n < 20),
     "paper_text": (lambda n: n > 100, lambda n: n <= 20),
@@ -20,6 +21,6 @@ SPLIT_RULES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tens
 
 
 def split_classes(train_counts: Tensor, rule: str) -> dict[str, Tensor]:
-    """A mask over classes, [K] bool, for each group."""
+    """Return a mask over the classes, [K] bool, for each group."""
     many, few = (predicate(train_counts) for predicate in SPLIT_RULES[rule])
     return {"many": many, "medium": ~(many | few), "few": few}

@@ -20,11 +20,11 @@ COUNTS = (
 )  # training samples a class: 1 many-, 2 medium- and 2 few-shot by the standard rule
 
 
-def shared(name: str) -> Path:
-    """A file of real data that lies beside the repository, not in it."""
+def shared_file(name: str) -> Path:
+    """Return the path of real data beside the repository, or skip the test if it is not there."""
     path = REPOSITORY.parent / "shared" / "data" / name
     if not path.is_file():
-        pytest.skip(f"{path} is not there: real data that does not come with the project")
+        pytest.skip(f"{path} does not exist; the project does not include this data")
     return path
 
 
@@ -34,20 +34,20 @@ def labels(counts: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
 
 @pytest.fixture
 def arrays(seed: int) -> dict[str, np.ndarray]:
-    """Images 10×10 in which each class has a colour and noise: learnt in a few steps, not in none."""
+    """Images 10×10 in which each class has a color, with noise. A few training steps learn them."""
     rng = np.random.default_rng(seed)
-    colours = np.linspace(40, 215, len(COUNTS))[:, None] * [1, 0.5, 0] + [0, 60, 120]
+    colors = np.linspace(40, 215, len(COUNTS))[:, None] * [1, 0.5, 0] + [0, 60, 120]
     result = {}
     for part, counts in (("train", COUNTS), ("test", (20,) * len(COUNTS))):
         y = labels(counts, rng)
-        x = colours[y][:, None, None] + rng.normal(0, 25, (len(y), 10, 10, 3))
+        x = colors[y][:, None, None] + rng.normal(0, 25, (len(y), 10, 10, 3))
         result[f"x_{part}"], result[f"y_{part}"] = x.clip(0, 255).astype(np.uint8), y
     return result
 
 
 @pytest.fixture
 def feature_arrays(seed: int) -> dict[str, np.ndarray]:
-    """Features [n, 12] in one cluster a class."""
+    """Features [n, 12] with one cluster per class."""
     rng = np.random.default_rng(seed)
     centers = rng.normal(size=(len(COUNTS), 12))
     result = {}
@@ -82,23 +82,23 @@ def features(feature_file: Path) -> Dataset:
     return load_arrays(str(feature_file))
 
 
-COLOURS = {"ant": (250, 10, 10), "bee": (10, 250, 10), "cat": (10, 10, 250)}
-PICTURED = {"ant": 4, "bee": 3, "cat": 2}
+COLORS = {"ant": (250, 10, 10), "bee": (10, 250, 10), "cat": (10, 10, 250)}
+IMAGES_PER_CLASS = {"ant": 4, "bee": 3, "cat": 2}
 
 
-def picture(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> Path:
+def write_image(path: Path, color: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", size, color).save(path)
     return path
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """train/<class>/<n>.png and val/<class>/0.jpg."""
-    for name, count in PICTURED.items():
+    """A folder with train/<class>/<n>.png and val/<class>/0.jpg."""
+    for name, count in IMAGES_PER_CLASS.items():
         for i in range(count):
-            picture(tmp_path / "set" / "train" / name / f"{i}.png", COLOURS[name], (40 + i, 30))
-        picture(tmp_path / "set" / "val" / name / "0.jpg", COLOURS[name])
+            write_image(tmp_path / "set" / "train" / name / f"{i}.png", COLORS[name], (40 + i, 30))
+        write_image(tmp_path / "set" / "val" / name / "0.jpg", COLORS[name])
     return tmp_path / "set"
 
 
@@ -107,8 +107,8 @@ def cache(tmp_path: Path) -> str:
     return str(tmp_path / "cache")
 
 
-def check_colours(x: torch.Tensor, y: torch.Tensor) -> None:
-    """Each image has its class's colour: labels were not joined by position."""
+def check_colors(x: torch.Tensor, y: torch.Tensor) -> None:
+    """Assert that each image has the color of its label."""
     for image, label in zip(x, y, strict=True):
-        expected = torch.tensor(list(COLOURS.values())[label]).float()
+        expected = torch.tensor(list(COLORS.values())[label]).float()
         assert (image.float().mean((1, 2)) - expected).abs().max() < 12

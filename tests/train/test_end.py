@@ -17,7 +17,7 @@ from train.evaluation.evaluate import evaluate
 from train.model.model import load_model
 from train.report.table import print_results
 
-from .conftest import shared
+from .conftest import shared_file
 
 SHORT = "--classes-per-batch 3 --stage1-epochs 2 --stage2-epochs 2 --device cpu"
 
@@ -160,7 +160,7 @@ def test_the_table_counts_the_classes_of_each_group(capsys: pytest.CaptureFixtur
 
 def test_a_head_alone_on_real_features(tmp_path: Path) -> None:
     """A plain head reaches 41 %, COS+GIST 47 %, in single figures taken elsewhere with another program."""
-    file = shared("cifar100_lt100_features.npz")
+    file = shared_file("cifar100_lt100_features.npz")
     assert (
         main(["--recipe", "features", "--data", str(file), "--runs", str(tmp_path), "--device", "cpu"]) == 0
     )

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -15,7 +14,7 @@ from ..config import CenteringConfig, ConfigError, DataConfig, RecipeConfig
 from ..console import say
 from ..data.dataset import Dataset
 from ..data.errors import DataError
-from ..data.load import listings, load
+from ..data.load import is_list, load, read_listings
 from ..options import Sections
 from ..shot_groups import SPLIT_RULES, split_classes
 
@@ -80,11 +79,10 @@ def describe(data: Dataset, config: Doctor) -> list[str]:
 
 def _missing_files(config: Doctor) -> list[str]:
     """Files of lists that are not there, a layout that does not fit, and images in both lists."""
-    path = Path(config.data.data)
-    if not path.is_dir() and path.suffix not in (".txt", ".csv", ".json"):
+    if not is_list(config.data.data):
         return []
     try:
-        lists = listings(config.data)
+        lists = read_listings(config.data)
     except DataError:
         return []  # said by load()
     troubles = []

@@ -1,4 +1,4 @@
-"""Data from whatever `--data` names: arrays, CIFAR's archives, lists and folders of image files, or drawn characters."""
+"""Loading of the dataset that `--data` names."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 
 from ..config import DataConfig
 from .cache import cache_folder
-from .dataset import Dataset, Splits, make_dataset
-from .dataset import read_only_tensor as shared
+from .dataset import Dataset, Splits, make_dataset, read_only_tensor
 from .errors import DataError
 from .glyphs.dataset import NAME as GLYPHS
 from .glyphs.dataset import load_glyphs
@@ -21,89 +20,102 @@ from .sources.cifar import read_cifar
 from .sources.decode import load_images
 from .sources.listing import Listing, read_listing
 
-NAMED = (*EMBEDDED, GLYPHS)  # sets that a word asks for
+NAMED = (*EMBEDDED, GLYPHS)  # datasets that have a name instead of a path
 ARCHIVES = (".tar.gz", ".tgz", ".tar")
+LISTS = (".txt", ".csv", ".json")
 
 
 def load(config: DataConfig) -> Dataset:
-    """Read, check, and make long-tailed if asked.
+    """Load and check the dataset, and make it long-tailed if an imbalance ratio is given.
 
     Raises:
-        DataError: something is not as expected; the message names it.
+        DataError: the data cannot be used. The message names the option, file or array.
     """
     path = Path(config.data)
     if config.data == GLYPHS:
-        data = _drawn(config)
+        data = _load_glyphs(config)
     elif config.data in EMBEDDED or path.suffix in (".npz", ".safetensors"):
         data = load_arrays(config.data, config.num_classes)
     elif config.data.endswith(ARCHIVES):
         data = from_arrays(path, read_cifar(path), config.num_classes)
-    elif path.is_dir() or path.suffix in (".txt", ".csv", ".json"):
-        data = _from_files(config)
+    elif is_list(config.data):
+        data = _load_image_files(config)
     else:
-        names = ", ".join(NAMED)
         raise DataError(
-            f"{config.data}: expected arrays in a file named .npz or .safetensors, CIFAR's archive, a list named "
-            f".txt, .csv or .json, a folder of class folders, or {names}"
+            f"{config.data}: expected a file of arrays named .npz or .safetensors, CIFAR's archive, a list named "
+            f".txt, .csv or .json, a folder of class folders, or {', '.join(NAMED)}"
         )
     return data if config.imbalance_ratio == 1 else long_tailed(data, config.imbalance_ratio)
 
 
-def listings(config: DataConfig) -> dict[str, Listing]:
-    """The lists of images: train, test, and val where there is one beside a test list or it is named.
+def is_list(data: str) -> bool:
+    """Return whether `--data` names a list of image files or a folder of them."""
+    return Path(data).is_dir() or Path(data).suffix in LISTS
+
+
+def read_listings(config: DataConfig) -> dict[str, Listing]:
+    """Read the lists of image files of all splits: "train", "test" and possibly "val".
+
+    A list that is not given is found by its name beside the training list.
 
     Raises:
-        DataError: one of them is not there, or not as expected.
+        DataError: a list is missing or cannot be read.
     """
     train, test, val = config.data, config.test_data, config.val_data
-    folder = Path(train)
-    if folder.is_dir() and (folder / "train").is_dir():
-        train = str(folder / "train")
-        beside = {part: folder / part for part in ("test", "val")}
-    elif "train" in folder.name:
-        before, _, after = folder.name.rpartition("train")
-        beside = {part: folder.with_name(f"{before}{part}{after}") for part in ("test", "val")}
+    path = Path(train)
+    if path.is_dir() and (path / "train").is_dir():
+        train = str(path / "train")
+        siblings = {split: path / split for split in ("test", "val")}
+    elif "train" in path.name:
+        before, _, after = path.name.rpartition("train")
+        siblings = {split: path.with_name(f"{before}{split}{after}") for split in ("test", "val")}
     else:
-        beside = {}
-    there = [str(path) for path in beside.values() if path.exists()]
+        siblings = {}
+    existing = [str(sibling) for sibling in siblings.values() if sibling.exists()]
     if not test:
-        if not beside:
-            raise DataError(f"--test-data: expected the test images' list, as {train} does not name one")
-        if not there:
-            names = " or ".join(map(str, beside.values()))
-            raise DataError(f"--test-data: expected {names} beside {train}, got neither")
-        test = there[0]
-        val = val or (there[1] if len(there) > 1 else "")
+        if not siblings:
+            raise DataError(
+                f"--test-data: expected a list of test images, as the name of {train} has no 'train' to replace, got none"
+            )
+        if not existing:
+            expected = " or ".join(map(str, siblings.values()))
+            raise DataError(f"--test-data: expected a list of test images, such as {expected}, got none")
+        test = existing[0]
+        val = val or (existing[1] if len(existing) > 1 else "")
     trained = read_listing(train, config.images, config.path_prefixes)
     others = {"test": test, "val": val}
     return {"train": trained} | {
-        part: read_listing(path, config.images, config.path_prefixes, trained)
-        for part, path in others.items()
-        if path
+        split: read_listing(source, config.images, config.path_prefixes, trained)
+        for split, source in others.items()
+        if source
     }
 
 
-def _from_files(config: DataConfig) -> Dataset:
+def _load_image_files(config: DataConfig) -> Dataset:
     splits: Splits = {}
-    lists = listings(config)
+    lists = read_listings(config)
     for split, listing in lists.items():
-        images, rows, why = load_images(listing, config.image_size, cache_folder(config.cache))
+        images, rows, errors = load_images(listing, config.image_size, cache_folder(config.cache))
         labels = torch.tensor(listing.labels)[rows]
-        if why:
-            said = f"{len(why)} of {len(listing)} images cannot be read: " + "; ".join(why[:5])
-            said += "; …" if len(why) > 5 else ""
+        if errors:
+            unreadable = f"{len(errors)} of {len(listing)} images of the {split} split that cannot be read: "
+            unreadable += "; ".join(errors[:5]) + ("; …" if len(errors) > 5 else "")
             if config.unreadable == "stop":
-                raise DataError(f"{said} (--unreadable skip leaves them out)")
-            warnings.warn(f"left out: {said}", RuntimeWarning, stacklevel=2)
+                raise DataError(
+                    f"{config.data}: expected readable images, got {unreadable} (--unreadable skip leaves them out)"
+                )
+            warnings.warn(f"left out {unreadable}", RuntimeWarning, stacklevel=2)
         if not len(labels):
-            raise DataError(f"{config.data}: expected some {split} images that can be read, got none")
+            raise DataError(
+                f"{config.data}: expected at least one readable image of the {split} split, got none"
+            )
         splits[split] = images, labels
     return make_dataset(splits, lists["train"].names, config.num_classes)
 
 
-def _drawn(config: DataConfig) -> Dataset:
-    made = load_glyphs(config.image_size, cache_folder(config.cache))
-    tensors = {name: shared(array) for name, array in made.arrays.items()}
+def _load_glyphs(config: DataConfig) -> Dataset:
+    glyphs = load_glyphs(config.image_size, cache_folder(config.cache))
+    tensors = {name: read_only_tensor(array) for name, array in glyphs.arrays.items()}
     splits = {split: (tensors[f"x_{split}"], tensors[f"y_{split}"]) for split in ("train", "test", "val")}
-    data = make_dataset(splits, made.characters, config.num_classes)
-    return dataclasses.replace(data, notes=made.notes)
+    data = make_dataset(splits, glyphs.characters, config.num_classes)
+    return dataclasses.replace(data, notes=glyphs.notes)

@@ -22,7 +22,7 @@ from train.data.sources.arrays import EMBEDDED, load_arrays
 from train.data.stream.augment import NUM_UNIFORMS, Augmentation
 from train.data.stream.streams import RandomStream
 
-from ..conftest import COUNTS, shared
+from ..conftest import COUNTS, shared_file
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_published_totals_of_cifar_lt(largest: int, num_classes: int, ratio: int
 
 
 def test_counts_of_the_real_cifar100_lt() -> None:
-    data = load_arrays(str(shared("cifar100_lt100.npz")), num_classes=100)
+    data = load_arrays(str(shared_file("cifar100_lt100.npz")), num_classes=100)
     assert data.train_counts.tolist() == long_tailed_counts(500, 100, 100)
     assert data.sample_shape == [3, 32, 32]
     assert torch.bincount(data.y_test).tolist() == [100] * 100
@@ -70,12 +70,12 @@ def test_embedded_fashion_mnist() -> None:
 
 
 def test_images_of_all_layouts_give_the_same_tensors(arrays: dict[str, Any], tmp_path: Path) -> None:
-    grey = {name: array[..., 0] if name[0] == "x" else array for name, array in arrays.items()}
-    with_channel = {name: array[..., None] if name[0] == "x" else array for name, array in grey.items()}
-    np.savez(tmp_path / "grey.npz", **grey)
+    gray = {name: array[..., 0] if name[0] == "x" else array for name, array in arrays.items()}
+    with_channel = {name: array[..., None] if name[0] == "x" else array for name, array in gray.items()}
+    np.savez(tmp_path / "gray.npz", **gray)
     tensors = {name: torch.tensor(array).contiguous() for name, array in with_channel.items()}
-    safetensors.torch.save_file(tensors, tmp_path / "grey.safetensors")
-    a, b = (load_arrays(str(tmp_path / name)) for name in ("grey.npz", "grey.safetensors"))
+    safetensors.torch.save_file(tensors, tmp_path / "gray.safetensors")
+    a, b = (load_arrays(str(tmp_path / name)) for name in ("gray.npz", "gray.safetensors"))
     assert a.sample_shape == [1, 10, 10]
     for name in ("x_train", "y_train", "x_test", "y_test", "train_counts"):
         assert torch.equal(getattr(a, name), getattr(b, name))

@@ -108,8 +108,8 @@ def test_evaluation_crops_the_center() -> None:
 
 WRONG = [
     ("--crop-size 99", "--crop-size: expected at most the images' side, 28, got 99"),
-    ("--crop-scale 1.5", "--crop-scale: expected a share"),
-    ("--color-jitter 2", "--color-jitter: expected a share"),
+    ("--crop-scale 1.5", "--crop-scale: expected a fraction"),
+    ("--color-jitter 2", "--color-jitter: expected a fraction"),
 ]
 
 

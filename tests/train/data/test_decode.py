@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,11 @@ import torch
 from PIL import Image
 
 from train.config import DataConfig
-from train.data.cache import atomic_folder
 from train.data.errors import DataError
 from train.data.load import load
 from train.data.sources import decode, image_files
 
-from ..conftest import check_colours, picture
+from ..conftest import check_colors, write_image
 
 
 def test_unreadable_images_are_named(tree: Path, cache: str) -> None:
@@ -29,19 +26,22 @@ def test_unreadable_images_are_named(tree: Path, cache: str) -> None:
     (tree / "train" / "bee" / "1.png").write_bytes(whole[: len(whole) // 2])
     source = DataConfig(data=str(tree), image_size=16, cache=cache)
     with pytest.raises(
-        DataError, match=r"2 of 9 images cannot be read: .*0\.png.*; .*1\.png.* \(--unreadable skip"
+        DataError,
+        match=r"2 of 9 images of the train split that cannot be read: .*0\.png.*; .*1\.png.* \(--unreadable skip",
     ):
         load(source)
-    with pytest.warns(RuntimeWarning, match=r"left out: 2 of 9 images cannot be read"):
+    with pytest.warns(RuntimeWarning, match=r"left out 2 of 9 images of the train split that cannot be read"):
         data = load(dataclasses.replace(source, unreadable="skip"))
     assert data.train_counts.tolist() == [3, 2, 2]
-    check_colours(data.x_train, data.y_train)
+    check_colors(data.x_train, data.y_train)
     assert sum(file.stat().st_size for file in Path(cache).rglob("*.u8")) == (7 + 3) * 16 * 16 * 3
     (tree / "train" / "bee" / "1.png").write_bytes(whole)
-    with pytest.warns(RuntimeWarning, match=r"left out: 1 of 9 images cannot be read: .*0\.png"):
+    with pytest.warns(
+        RuntimeWarning, match=r"left out 1 of 9 images of the train split that cannot be read: .*0\.png"
+    ):
         data = load(dataclasses.replace(source, unreadable="skip"))
     assert data.train_counts.tolist() == [3, 3, 2]
-    check_colours(data.x_train, data.y_train)
+    check_colors(data.x_train, data.y_train)
 
 
 def test_a_file_that_the_disk_would_not_give_is_tried_again(tree: Path, cache: str) -> None:
@@ -53,38 +53,14 @@ def test_a_file_that_the_disk_would_not_give_is_tried_again(tree: Path, cache: s
         file.write_bytes(content)
         os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
         if trouble:
-            with pytest.raises(DataError, match=r"1 of 9 images cannot be read: .*2\.png"):
+            with pytest.raises(
+                DataError, match=r"1 of 9 images of the train split that cannot be read: .*2\.png"
+            ):
                 load(source)
         else:
             data = load(source)
     assert data.train_counts.tolist() == [4, 3, 2]
-    check_colours(data.x_train, data.y_train)
-
-
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    """But not what another is at work on."""
-    script = (
-        "import os, signal, sys; from pathlib import Path; from train.data.cache import atomic_folder\n"
-        "with atomic_folder(Path(sys.argv[1]), 1) as aside:\n"
-        "    (aside / 'part').write_text('…'); print(flush=True); {then}"
-    )
-
-    def begin(then: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", script.format(then=then), str(tmp_path / "made")]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert process.stdout
-        process.stdout.readline()
-        return process
-
-    begin("os.kill(os.getpid(), signal.SIGKILL)").communicate()
-    assert len(list(tmp_path.iterdir())) == 1
-    working = begin("input()")
-    (left,) = tmp_path.iterdir()  # the second one's: it removed the first one's
-    with atomic_folder(tmp_path / "made", 1):
-        assert left.is_dir()
-    assert working.communicate("\n")[0] == ""
-    assert [path.name for path in tmp_path.iterdir()] == ["made"]
-    assert [path.name for path in (tmp_path / "made").iterdir()] == ["part"]
+    check_colors(data.x_train, data.y_train)
 
 
 def test_images_are_decoded_once(tree: Path, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +76,7 @@ def test_images_are_decoded_once(tree: Path, cache: str, monkeypatch: pytest.Mon
         again = load(source)
     assert torch.equal(first.x_train, again.x_train)
     assert first.fingerprint() == again.fingerprint()
-    picture(tree / "train" / "ant" / "0.png", (0, 0, 0))  # another image of that name
+    write_image(tree / "train" / "ant" / "0.png", (0, 0, 0))  # another image of that name
     changed = load(source)
     assert not torch.equal(changed.x_train, first.x_train)
 
@@ -108,7 +84,7 @@ def test_images_are_decoded_once(tree: Path, cache: str, monkeypatch: pytest.Mon
 def test_many_images_by_several_processes(tmp_path: Path, cache: str) -> None:
     for i in range(150):
         for part in ("train", "test"):
-            picture(tmp_path / "set" / part / f"class {i % 3}" / f"{i}.png", (i, 0, 255 - i), (9, 9))
+            write_image(tmp_path / "set" / part / f"class {i % 3}" / f"{i}.png", (i, 0, 255 - i), (9, 9))
     data = load(DataConfig(data=str(tmp_path / "set"), image_size=9, cache=cache))
     assert data.train_counts.tolist() == [50, 50, 50]
     reds = data.x_train[:, 0, 4, 4]
@@ -117,7 +93,7 @@ def test_many_images_by_several_processes(tmp_path: Path, cache: str) -> None:
 
 
 def test_pictures_of_any_kind(tmp_path: Path) -> None:
-    for mode, colour in (
+    for mode, color in (
         ("L", 90),
         ("P", 3),
         ("RGBA", (1, 2, 3, 4)),
@@ -126,7 +102,7 @@ def test_pictures_of_any_kind(tmp_path: Path) -> None:
         ("1", 1),
     ):
         path = tmp_path / f"{mode.replace(';', '')}.tiff"
-        Image.new(mode, (7, 50), colour).save(path)
+        Image.new(mode, (7, 50), color).save(path)
         assert image_files.decode(path, 12).shape == (12, 12, 3)
     turned = Image.fromarray(
         np.repeat(np.array([[[255, 0, 0]], [[0, 0, 255]]], np.uint8), 20, 1).repeat(10, 0)

@@ -16,7 +16,6 @@ from PIL import Image
 
 from train.__main__ import main
 from train.data import load
-from train.data.cache import atomic_folder
 from train.data.errors import DataError
 from train.data.glyphs import dataset as glyphs
 from train.data.glyphs.characters import character_frequencies, word_list
@@ -141,20 +140,6 @@ def test_drawn_once(tmp_path: Path) -> None:
     assert len(list(cache.iterdir())) == 2
     load_glyphs(SIZE + 1, cache, LETTERS, files, RULE)
     assert len(list(cache.iterdir())) == 3
-
-
-def test_what_is_stopped_leaves_nothing(tmp_path: Path) -> None:
-    def fail() -> None:
-        with atomic_folder(tmp_path / "set", 10) as aside:
-            (aside / "x").write_text("half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(DataError, match="bytes free for images"), atomic_folder(tmp_path / "set", 1 << 60):
-        pass
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from train.data.errors import DataError
 from train.data.load import load
 from train.data.sources.listing import read_listing
 
-from ..conftest import COLOURS, check_colours, picture
+from ..conftest import COLORS, check_colors, write_image
 
 
 def entries(tree: Path, part: str) -> list[tuple[str, int]]:
-    names = list(COLOURS)
+    names = list(COLORS)
     return [
         (str(f.relative_to(tree)), names.index(f.parent.name)) for f in sorted((tree / part).rglob("*.*"))
     ]
@@ -37,11 +37,11 @@ def write_lists(tree: Path, kind: str) -> Path:
             with open(path, "w", newline="") as file:
                 writer = csv.writer(file)
                 writer.writerow(["id", "image", "label"])
-                writer.writerows((i, name, list(COLOURS)[label]) for i, (name, label) in enumerate(pairs))
+                writer.writerows((i, name, list(COLORS)[label]) for i, (name, label) in enumerate(pairs))
         else:  # ids and order as in iNaturalist's: annotations are not in the order of images, ids not from 0
             images = [{"id": 900 + i, "file_name": name} for i, (name, _) in enumerate(pairs)]
             notes = [{"image_id": 900 + i, "category_id": 10 + 5 * k} for i, (_, k) in enumerate(pairs)]
-            categories = [{"id": 10 + 5 * k, "name": name} for k, name in enumerate(COLOURS)]
+            categories = [{"id": 10 + 5 * k, "name": name} for k, name in enumerate(COLORS)]
             path.write_text(
                 json.dumps({"images": images, "annotations": notes[::-1], "categories": categories})
             )
@@ -55,9 +55,9 @@ def test_every_layout_gives_the_same_set(kind: str, tree: Path, cache: str) -> N
     assert data.sample_shape == [3, 16, 16]
     assert data.train_counts.tolist() == [4, 3, 2]
     assert torch.bincount(data.y_test).tolist() == [1, 1, 1]
-    check_colours(data.x_train, data.y_train)
-    check_colours(data.x_test, data.y_test)
-    names = list(COLOURS) if kind in ("csv", "folder") else ["0", "1", "2"]
+    check_colors(data.x_train, data.y_train)
+    check_colors(data.x_test, data.y_test)
+    names = list(COLORS) if kind in ("csv", "folder") else ["0", "1", "2"]
     assert data.class_names == names
 
 
@@ -76,8 +76,8 @@ def test_prefixes_and_roots(tree: Path, cache: str) -> None:
         image_size=8,
         cache=cache,
     )
-    check_colours(*dataclasses.astuple(load(source))[:2])
-    with pytest.raises(DataError, match=r"9 of 9 images cannot be read: .*data_256"):
+    check_colors(*dataclasses.astuple(load(source))[:2])
+    with pytest.raises(DataError, match=r"9 of 9 images of the train split that cannot be read: .*data_256"):
         load(dataclasses.replace(source, path_prefixes=()))
     with pytest.raises(DataError, match="--path-prefixes: expected OLD=NEW, got 'data_256'"):
         load(dataclasses.replace(source, path_prefixes=("data_256",)))
@@ -93,7 +93,7 @@ def test_a_list_with_fewer_categories_keeps_the_training_lists_numbers(tree: Pat
         (tree / f"Made_Up_{part}.json").write_text(json.dumps(content))
     data = load(DataConfig(data=str(path), image_size=16, cache=cache))
     assert data.y_test.tolist() == [2, 1]
-    check_colours(data.x_test, data.y_test)
+    check_colors(data.x_test, data.y_test)
 
 
 def test_classes_of_all_lists_are_known_by_the_same(tree: Path, cache: str) -> None:
@@ -145,13 +145,13 @@ def test_what_is_missing_is_said(tree: Path, cache: str, tmp_path: Path) -> None
     path = write_lists(tree, "txt")
     (tree / "Made_Up_val.txt").unlink()
     with pytest.raises(
-        DataError, match=r"--test-data: expected .*Made_Up_test\.txt or .*Made_Up_val\.txt beside"
+        DataError, match=r"--test-data: expected .*Made_Up_test\.txt or .*Made_Up_val\.txt, got none"
     ):
         load(DataConfig(data=str(path), cache=cache))
-    with pytest.raises(DataError, match="--test-data: expected the test images' list"):
+    with pytest.raises(DataError, match="--test-data: expected a list of test images, as the name of"):
         load(DataConfig(data=str(path.rename(tree / "some.txt")), cache=cache))
     (tree / "val" / "dog").mkdir()
-    picture(tree / "val" / "dog" / "0.png", (1, 1, 1))
+    write_image(tree / "val" / "dog" / "0.png", (1, 1, 1))
     with pytest.raises(
         DataError, match="expected only classes of the training list, got the classes dog too"
     ):
@@ -187,7 +187,7 @@ def test_the_doctor_says_what_is_wrong(tree: Path, cache: str, capsys: pytest.Ca
     for words in (
         "1 of 9 training images are not there",
         "1 images are in the training and the test list",
-        "left out: 2 of 9 images cannot be read",
+        "left out 2 of 9 images of the train split that cannot be read",
         "1 classes have no test sample: 2",
         "4 problems",
     ):

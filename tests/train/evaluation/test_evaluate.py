@@ -13,7 +13,7 @@ from train.evaluation.evaluate import Evaluation, evaluate
 from train.model.model import Model
 from train.shot_groups import GROUPS, split_classes
 
-from ..conftest import shared
+from ..conftest import shared_file
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_split_rules_at_their_borders(rule: str, many: list[int], few: list[int]
     ],
 )
 def test_split_rules_on_published_counts(file: str, sizes: dict[str, tuple[int, ...]]) -> None:
-    content = json.loads(shared(file).read_text())
+    content = json.loads(shared_file(file).read_text())
     counts = torch.tensor(content["counts"])
     for rule, expected in sizes.items():
         split = split_classes(counts, rule)

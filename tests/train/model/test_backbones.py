@@ -51,4 +51,4 @@ def test_a_missing_timm_is_named(image_file: Any, tmp_path: Any, capsys: pytest.
 def test_pretrained_needs_timm(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     args = f"--recipe smoke --runs {tmp_path} --pretrained --backbone resnet20"
     assert main(args.split()) == 2
-    assert "--pretrained: expected no weights but for timm/NAME" in capsys.readouterr().err
+    assert "--pretrained: expected a backbone timm/NAME" in capsys.readouterr().err
