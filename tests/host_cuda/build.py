@@ -1,4 +1,4 @@
-"""Compiles kernels for the host into a Python module, plain or sanitised; kept by a hash of all that goes into it."""
+"""Compile kernels for the host into a Python module, plain or sanitized, cached by a hash of all sources and flags."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from types import ModuleType
 
 HERE = Path(__file__).parent
 SHIM = HERE / "shim"
-SANITIZED = "GISTOPS_TEST_SANITIZED"  # the sanitised module, in the process that runs it
+SANITIZED = "GISTOPS_TEST_SANITIZED"  # path of the sanitized module, set in the process that tests it
 
 FLAGS = (
     "-std=c++20",
     "-O1",
-    "-g",
+    "-g1",
     "-fPIC",
     "-Wall",
     "-Wextra",
@@ -35,10 +35,10 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno
 
 
 def compiler() -> str:
-    """g++; clang's sanitisers want another library preloaded, and CUDA is a Linux matter here."""
+    """Return the path of g++. clang's sanitizers would need other preloaded libraries."""
     found = shutil.which("g++")
     if found is None:
-        raise RuntimeError("the host-compiled kernels need g++ on PATH")
+        raise RuntimeError("g++: expected on PATH to compile the kernels for the host, found none")
     return found
 
 
@@ -53,14 +53,17 @@ def build(name: str, sources: Sequence[Path], folders: Sequence[Path], sanitize:
     """Compile `sources` and the shim into the Python module `name`.
 
     Args:
-        name: the module's; its sources define it with PYBIND11_MODULE(GISTOPS_MODULE, m).
+        name: Name of the module. The sources define it with PYBIND11_MODULE(GISTOPS_MODULE, m).
         sources: .cu and .cpp files.
-        folders: where their headers are. The shim's own come first.
-        sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer.
-        cache: a folder where what was made is found again.
+        folders: Folders of their headers, searched after the shim's.
+        sanitize: Compile with AddressSanitizer and UndefinedBehaviorSanitizer.
+        cache: Folder in which compiled modules are kept.
+
+    Returns:
+        The path of the module.
 
     Raises:
-        RuntimeError: there is no g++, or it fails; the message has its words.
+        RuntimeError: If there is no g++, or with its error messages if it fails.
     """
     sources = [*sources, SHIM / "fibers.cpp"]
     flags = [*FLAGS, *(SANITIZERS if sanitize else ()), f"-DGISTOPS_MODULE={name}", *_includes(folders)]
@@ -80,21 +83,21 @@ def build(name: str, sources: Sequence[Path], folders: Sequence[Path], sanitize:
             return obj
 
         objects = list(pool.map(compiled, sources))
-        made = Path(temporary, out.name)
-        run([compiler(), *flags, "-shared", *map(str, objects), "-o", str(made)])
-        os.replace(made, out)
+        linked = Path(temporary, out.name)
+        run([compiler(), *flags, "-shared", *map(str, objects), "-o", str(linked)])
+        os.replace(linked, out)
     return out
 
 
 def run(command: list[str]) -> None:
-    """Run a compiler; its words where it fails."""
+    """Run a compiler, and raise RuntimeError with its error messages if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stderr[-4000:]}")
 
 
 def load(name: str, path: Path) -> ModuleType:
-    """Import a module that `build` has made."""
+    """Import a module that `build` compiled."""
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -104,7 +107,7 @@ def load(name: str, path: Path) -> ModuleType:
 
 
 def sanitized_pytest(module: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run pytest on a sanitised module, with the sanitisers' libraries loaded before everything else, as they want it."""
+    """Run pytest on a sanitized module in a new process, with the sanitizers' libraries preloaded, as they require."""
     libraries = [
         subprocess.run(
             [compiler(), f"-print-file-name={library}"], capture_output=True, text=True, check=True
@@ -114,7 +117,7 @@ def sanitized_pytest(module: Path, arguments: Sequence[str]) -> subprocess.Compl
     environment = os.environ | {
         SANITIZED: str(module),
         "LD_PRELOAD": " ".join(libraries),
-        # PyTorch's leaks are not ours; its own mismatched symbols neither.
+        # Leaks and duplicate symbols in PyTorch are not faults of the kernels.
         "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0:abort_on_error=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "1",
@@ -128,5 +131,5 @@ def sanitized_pytest(module: Path, arguments: Sequence[str]) -> subprocess.Compl
         "-p",
         "no:cacheprovider",
         *arguments,
-    ]  # -s: ASan writes to the real stderr
+    ]  # -s: AddressSanitizer writes to the real stderr
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -66,10 +66,8 @@ void launch(dim3 grid, dim3 block, size_t shared, cudaStream_t, void (*kernel)(P
 template <class T>
 T exchange(T value, unsigned from) {
   static_assert(sizeof(T) <= kSlotBytes);
-  std::memcpy(own_slot(), &value, sizeof(T));
-  warp_barrier();
-  std::memcpy(&value, slot_of(from), sizeof(T));
-  warp_barrier();
+  show(&value, sizeof(T));
+  std::memcpy(&value, shown_by(from), sizeof(T));
   return value;
 }
 
@@ -103,13 +101,11 @@ T __shfl_sync(unsigned, T value, int from) {
 }
 inline int __any_sync(unsigned, int predicate) {
   int any = 0;
-  std::memcpy(host_cuda::own_slot(), &predicate, sizeof predicate);
-  host_cuda::warp_barrier();
+  host_cuda::show(&predicate, sizeof predicate);
   for (unsigned lane = 0; lane < 32; ++lane) {
-    std::memcpy(&predicate, host_cuda::slot_of(lane), sizeof predicate);
+    std::memcpy(&predicate, host_cuda::shown_by(lane), sizeof predicate);
     any |= predicate;
   }
-  host_cuda::warp_barrier();
   return any != 0;
 }
 

@@ -1,7 +1,5 @@
 #include "fibers.h"
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -10,6 +8,8 @@
 #include <random>
 #include <stdexcept>
 #include <vector>
+
+#include "context.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
@@ -26,17 +26,20 @@ enum class State { ready, at_block_barrier, at_warp_barrier, done };
 struct Copy {
   void* to;
   const void* from;  // null: zeros
+  size_t group;
 };
 
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  Context context;
+  char* stack;
   State state;
   Index index;
   unsigned linear;
   int predicate;
-  alignas(16) unsigned char slot[kSlotBytes];
-  std::vector<std::vector<Copy>> groups;  // the last is still open
+  alignas(16) unsigned char slots[2][kSlotBytes];  // used in turn
+  int slot;                                        // the one in use
+  std::vector<Copy> copies;
+  size_t copy_group;  // the open one
   void* sanitizer = nullptr;
 };
 
@@ -46,13 +49,15 @@ struct Block {
   std::unique_ptr<unsigned char, void (*)(void*)> shared{nullptr, &std::free};
   Index grid, dim, index;
   const std::function<void()>* body;
-  ucontext_t scheduler;
+  Context scheduler;
   std::string failure;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
   void* scheduler_sanitizer = nullptr;
 };
 
+// The stacks of all launches, because allocating them takes longer than most kernels.
+std::vector<std::unique_ptr<char[]>> stacks;
 Block* block = nullptr;
 Fiber* current = nullptr;
 Order thread_order = Order::forward;
@@ -76,21 +81,21 @@ void enter() {
   (*block->body)();
   current->state = State::done;
   before_switch(nullptr, block->scheduler_stack, block->scheduler_stack_bytes);
-  setcontext(&block->scheduler);
+  current->context.switch_to(block->scheduler);
 }
 
 void wait_as(State state) {
   Fiber* self = current;
   self->state = state;
   before_switch(&self->sanitizer, block->scheduler_stack, block->scheduler_stack_bytes);
-  swapcontext(&self->context, &block->scheduler);
+  self->context.switch_to(block->scheduler);
   after_switch(self->sanitizer, &block->scheduler_stack, &block->scheduler_stack_bytes);
 }
 
 void resume(Fiber& fiber) {
   current = &fiber;
-  before_switch(&block->scheduler_sanitizer, fiber.stack.get(), kStackBytes);
-  swapcontext(&block->scheduler, &fiber.context);
+  before_switch(&block->scheduler_sanitizer, fiber.stack, kStackBytes);
+  block->scheduler.switch_to(fiber.context);
   after_switch(block->scheduler_sanitizer, nullptr, nullptr);
 }
 
@@ -116,12 +121,9 @@ void run_block() {
     f.linear = static_cast<unsigned>(i);
     f.index = {f.linear % b.dim.x, f.linear / b.dim.x % b.dim.y, f.linear / (b.dim.x * b.dim.y)};
     f.state = State::ready;
-    f.groups.assign(1, {});
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = kStackBytes;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, enter, 0);
+    f.slot = 0;
+    f.copies.clear(), f.copy_group = 0;
+    f.context.prepare(f.stack, kStackBytes, enter);
   }
   for (;;) {
     for (const unsigned i : b.order)
@@ -152,6 +154,8 @@ void run(Index grid, Index dim, size_t shared_bytes, const std::function<void()>
   if (n % kWarp != 0) throw std::runtime_error("host_cuda: blocks of whole warps alone are supported");
   Block b;
   b.fibers = std::vector<Fiber>(n);
+  while (stacks.size() < n) stacks.emplace_back(new char[kStackBytes]);
+  for (size_t i = 0; i < n; ++i) b.fibers[i].stack = stacks[i].get();
   b.grid = grid, b.dim = dim, b.body = &body;
   b.order.resize(n);
   std::iota(b.order.begin(), b.order.end(), 0u);
@@ -192,21 +196,29 @@ int block_any(int predicate) {
   return any;
 }
 
-void* own_slot() { return current->slot; }
-const void* slot_of(unsigned lane) { return block->fibers[current->linear / kWarp * kWarp + lane].slot; }
+void show(const void* value, size_t bytes) {
+  current->slot = 1 - current->slot;  // lanes that are behind still read the other one
+  std::memcpy(current->slots[current->slot], value, bytes);
+  warp_barrier();
+}
+const void* shown_by(unsigned lane) {
+  return block->fibers[current->linear / kWarp * kWarp + lane].slots[current->slot];
+}
 
 void copy_later(void* to, const void* from) {
-  std::memset(to, 0xcd, 16);  // so that a read before the wait, also of what lay there, shows
-  current->groups.back().push_back({to, from});
+  std::memset(to, 0xcd, 16);  // so that a read before the wait, also of the previous contents, shows
+  current->copies.push_back({to, from, current->copy_group});
 }
-void end_copy_group() { current->groups.emplace_back(); }
+void end_copy_group() { ++current->copy_group; }
 
 void wait_for_copies(size_t groups_left) {
-  auto& groups = current->groups;
-  const size_t closed = groups.size() - 1, arrived = closed > groups_left ? closed - groups_left : 0;
-  for (size_t g = 0; g < arrived; ++g)
-    for (const Copy& copy : groups[g]) copy.from ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
-  groups.erase(groups.begin(), groups.begin() + static_cast<ptrdiff_t>(arrived));
+  auto& copies = current->copies;
+  const auto end = std::find_if(copies.begin(), copies.end(),
+                                [&](const Copy& copy) { return copy.group + groups_left >= current->copy_group; });
+  std::for_each(copies.begin(), end, [](const Copy& copy) {
+    copy.from ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+  });
+  copies.erase(copies.begin(), end);
 }
 
 }  // namespace host_cuda

@@ -40,9 +40,10 @@ void warp_barrier();
 int block_any(int predicate);
 
 constexpr size_t kSlotBytes = 32;
-// What this thread shows to its warp, and what another lane shows; between the two stands a warp_barrier.
-void* own_slot();
-const void* slot_of(unsigned lane);
+// Show a value of at most kSlotBytes to the other lanes of the warp. All lanes call it, and it waits for all of them.
+void show(const void* value, size_t bytes);
+// Return the value that a lane has shown. It is valid until this thread shows the next.
+const void* shown_by(unsigned lane);
 
 // Asynchronous copies of 16 bytes: they arrive when the thread waits for their group, not before.
 void copy_later(void* to, const void* from);

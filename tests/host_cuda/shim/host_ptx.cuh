@@ -23,20 +23,19 @@ void copy_async_wait() {
 inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
   const unsigned lane = host_cuda::lane();
   require_vector(row);
-  std::memcpy(host_cuda::own_slot(), &row, sizeof row);
-  __syncwarp();
+  host_cuda::show(&row, sizeof row);
   for (unsigned matrix = 0; matrix < 4; ++matrix) {
     uint16_t pair[2];
     for (unsigned h = 0; h < 2; ++h) {
       unsigned i = lane / 4, j = lane % 4 * 2 + h;
       if (transposed) std::swap(i, j);
       const uint16_t* from;
-      std::memcpy(&from, host_cuda::slot_of(matrix * 8 + i), sizeof from);
+      std::memcpy(&from, host_cuda::shown_by(matrix * 8 + i), sizeof from);
       pair[h] = from[j];
     }
     std::memcpy(&r[matrix], pair, sizeof pair);
   }
-  __syncwarp();
+  __syncwarp();  // until here the other lanes' rows are read
 }
 
 inline void load_matrix_x4(uint32_t (&r)[4], const void* row) { load_matrices(r, row, false); }
@@ -58,20 +57,18 @@ void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   Operands own;
   std::memcpy(own.a, a, sizeof own.a);
   std::memcpy(own.b, b, sizeof own.b);
-  std::memcpy(host_cuda::own_slot(), &own, sizeof own);
-  __syncwarp();
+  host_cuda::show(&own, sizeof own);
   const int lane = static_cast<int>(host_cuda::lane());
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
     for (int k = 0; k < 16; ++k) {
       const int half = k / 8, within = k % 8;
       Operands left, right;
-      std::memcpy(&left, host_cuda::slot_of(row % 8 * 4 + within / 2), sizeof left);
-      std::memcpy(&right, host_cuda::slot_of(col * 4 + within / 2), sizeof right);
+      std::memcpy(&left, host_cuda::shown_by(row % 8 * 4 + within / 2), sizeof left);
+      std::memcpy(&right, host_cuda::shown_by(col * 4 + within / 2), sizeof right);
       c[i] += value(left.a[row / 8 + half * 2], within % 2) * value(right.b[half], within % 2);
     }
   }
-  __syncwarp();
 }
 
 }  // namespace gistops::cuda
