@@ -1,4 +1,5 @@
-// From the parts that a first pass of the backward leaves to the gradients, for a run of classes after another.
+// The part of the backward that the logits and the losses share: from the partials of the first pass to the gradients,
+// for one chunk of classes after another.
 #pragma once
 #include "grad_centers.cuh"
 #include "grad_epilogues.cuh"
@@ -8,148 +9,160 @@
 
 namespace gistops::cuda {
 
+// The gradients to compute: of the arguments of the logits, and of a loss's class_bias and margin. Null: not needed.
 template <class T>
-class GradientSequence : protected Sequence<T> {
+struct GradOutputs {
+  using S = Sum<T>;
+  T *input, *centers;
+  S *displacements, *tau;
+  S *class_bias = nullptr, *margin = nullptr;
+  bool scalar_margin = false;  // margin has one element
+
+  explicit GradOutputs(const Gradients& g)
+      : input(static_cast<T*>(g.input)), centers(static_cast<T*>(g.centers)),
+        displacements(static_cast<S*>(g.displacements)), tau(static_cast<S*>(g.tau)) {}
+};
+
+template <class T>
+class BackwardLauncher : protected OpLauncher<T> {
  public:
-  using Sequence<T>::Sequence;
+  using OpLauncher<T>::OpLauncher;
 
  protected:
-  using Base = Sequence<T>;
+  using Base = OpLauncher<T>;
   using Base::p_, Base::ld_, Base::stream_, Base::workspace_;
   using S = Sum<T>;
 
-  // Of a loss beside `Gradients`; null where not needed.
-  struct Further {
-    S *bias, *margin;
-    bool one_margin = false;
-  };
-
-  // Memory for runs of `classes` at most; several: they are more than one.
-  void take(const PullShape& shape, int64_t classes, const Gradients& gradients, const Further& further, bool several) {
-    several_ = several;
-    step_ = kWhole ? classes : std::min(classes, cached_gradients());
-    correct_ = CorrectShape(step_, across());
-    const bool displacements = gradients.displacements && p_.m();
-    const int64_t margins = further.margin ? shape.parts * classes : 0;
-    // Every run, and in it every step, begins a tile.
-    const int64_t runs = ceil_div(p_.K(), classes), tiles = ceil_div(step_, tile_classes()) * ceil_div(classes, step_);
+  // Allocate memory for chunks of at most `classes` classes; the shape is that of such a chunk.
+  void allocate(const RoutingShape& shape, int64_t classes, const GradOutputs<T>& out) {
+    several_chunks_ = classes < p_.K();
+    step_classes_ = kFusedProduct ? classes : std::min(classes, cached_gradients());
+    correction_ = NormCorrectionShape(step_classes_, dim_tiles());
+    const bool displacements = out.displacements && p_.m();
+    // Every chunk, and every step of a chunk, begins a new tile.
+    const int64_t chunks = ceil_div(p_.K(), classes);
+    const int64_t tiles = chunks * ceil_div(classes, step_classes_) * ceil_div(step_classes_, tile_classes());
     Scratch(workspace_)
-        .add(parts_.h, classes * ld_)
-        .add(parts_.s, shape.groups * p_.M() * ld_)
-        .add(parts_.t, shape.parts * p_.M() * classes)
-        .add(parts_.tau, shape.blocks())
-        .add(parts_.cancelled, shape.blocks())
-        .add(parts_.bias, further.bias ? shape.parts * classes : 0)
-        .add(parts_.margin, margins)
-        .add(totals_.s, p_.M() * ld_)
-        .add(totals_.t, classes * p_.M())
-        .add(totals_.tau, 1)
-        .add(totals_.cancelled, 1)
-        .add(product_, gradients.input ? p_.B() * p_.d() : 0)
-        .add(total_, gradients.input && several ? p_.B() * p_.d() : 0)
-        .add(partials_, displacements ? runs * tiles * p_.m() * p_.d() : 0)
-        .take();
-    if (!further.bias) parts_.bias = nullptr;
-    if (!further.margin) parts_.margin = nullptr;
-    if (!displacements) partials_ = nullptr;
-    parts_.ld = totals_.ld = ld_;
-    totals_.h = parts_.h;
-    if (gradients.tau) totals_.tau = static_cast<S*>(gradients.tau);
-    totals_.bias = further.bias, totals_.margin = further.margin;
-    tiles_ = 0;
+        .add(partials_.h, classes * ld_)
+        .add(partials_.s, shape.groups * p_.M() * ld_)
+        .add(partials_.t, shape.row_tiles * p_.M() * classes)
+        .add(partials_.tau, shape.blocks())
+        .add(partials_.cancelled, shape.blocks())
+        .add(partials_.bias, out.class_bias ? shape.row_tiles * classes : 0)
+        .add(partials_.margin, out.margin ? shape.row_tiles * classes : 0)
+        .add(sums_.s, p_.M() * ld_)
+        .add(sums_.t, classes * p_.M())
+        .add(sums_.tau, 1)
+        .add(sums_.cancelled, 1)
+        .add(product_, out.input ? p_.B() * p_.d() : 0)
+        .add(total_, out.input && several_chunks_ ? p_.B() * p_.d() : 0)
+        .add(displacement_partials_, displacements ? tiles * p_.m() * p_.d() : 0)
+        .allocate();
+    if (!out.class_bias) partials_.bias = nullptr;
+    if (!out.margin) partials_.margin = nullptr;
+    if (!displacements) displacement_partials_ = nullptr;
+    partials_.ld = sums_.ld = ld_;
+    sums_.h = partials_.h;
+    if (out.tau) sums_.tau = out.tau;
+    sums_.bias = out.class_bias, sums_.margin = out.margin;
+    tiles_done_ = 0;
   }
 
-  // All that the parts of a run of classes, whose first is `first`, contribute.
-  void run(const PullShape& shape, const Pairs<T>& pairs, const Gradients& gradients, const Further& further,
-           int64_t first) {
-    const int64_t K = pairs.p.K();
+  // Add the contributions of a chunk of classes, which begins at class `first`, from its partials.
+  void add_chunk(const RoutingShape& routing, const GradSource<T>& source, const GradOutputs<T>& out, int64_t first) {
+    const int64_t K = source.p.K();
     const bool last = first + K == p_.K();
-    Pulls<T> out = totals_;
-    if (out.bias) out.bias += first;
-    if (out.margin && !further.one_margin) out.margin += first;
-    const TotalsShape totals(ld_, K, p_.M());
-    launch("totals", totals_kernel<T>, blocks(totals.blocks()), TotalsShape::kThreads, 0, stream_, totals, shape, pairs,
-           parts_, out, further.one_margin, first > 0);
-    if (gradients.input) {
-      const Matrix left{parts_.h, p_.B(), K, 1, ld_}, right{pairs.p.centers.data, K, p_.d(), p_.d(), 1};
-      workspace_.multiply(left, right, product_, p_.d());
-      launch("input", this->aligned() ? input_ends_kernel<T, true> : input_ends_kernel<T, false>, blocks(p_.B()),
-             EndsShape::kThreads, 0, stream_, pairs, static_cast<const S*>(totals_.s), ld_,
-             static_cast<const int*>(totals_.cancelled), product_, several_ ? total_ : nullptr, first > 0,
-             last ? static_cast<T*>(gradients.input) : nullptr);
+    RoutedSums<T> sums = sums_;
+    if (sums.bias) sums.bias += first;
+    if (sums.margin && !out.scalar_margin) sums.margin += first;
+    const ReduceShape shape(ld_, K, p_.M());
+    launch("reduce_partials", reduce_partials_kernel<T>, blocks(shape.blocks()), ReduceShape::kThreads, 0, stream_,
+           shape, routing, source, partials_, sums, out.scalar_margin, first > 0);
+    if (out.input) {
+      const Matrix h_transposed{partials_.h, p_.B(), K, 1, ld_}, centers{source.p.centers.data, K, p_.d(), p_.d(), 1};
+      workspace_.multiply(h_transposed, centers, product_, p_.d());
+      launch("grad_input_epilogue",
+             this->aligned() ? grad_input_epilogue_kernel<T, true> : grad_input_epilogue_kernel<T, false>,
+             blocks(p_.B()), EpilogueShape::kThreads, 0, stream_, source, static_cast<const S*>(sums_.s), ld_,
+             static_cast<const int*>(sums_.cancelled), product_, several_chunks_ ? total_ : nullptr, first > 0,
+             last ? out.input : nullptr);
     }
-    if (!gradients.centers && !partials_) return;
-    for (int64_t at = 0; at < K; at += step_) correct(pairs, static_cast<T*>(gradients.centers), first, at);
+    if (!out.centers && !displacement_partials_) return;
+    for (int64_t at = 0; at < K; at += step_classes_)
+      add_centers(source, at, out.centers ? out.centers + (first + at) * p_.d() : nullptr);
   }
 
-  void finish(const Gradients& gradients) {
-    if (!partials_) return;
-    launch("displacements", displacement_ends_kernel<T>, blocks(p_.m() * ceil_div(p_.d(), kWarp)), EndsShape::kThreads,
-           0, stream_, p_, static_cast<const S*>(totals_.s), ld_, static_cast<const S*>(partials_), tiles_,
-           static_cast<S*>(gradients.displacements));
+  // Write what needs all chunks: the gradient of the displacements.
+  void finish(const GradOutputs<T>& out) {
+    if (!displacement_partials_) return;
+    launch("grad_displacements_epilogue", grad_displacements_epilogue_kernel<T>,
+           blocks(p_.m() * ceil_div(p_.d(), kWarp)), EpilogueShape::kThreads, 0, stream_, p_,
+           static_cast<const S*>(sums_.s), ld_, static_cast<const S*>(displacement_partials_), tiles_done_,
+           out.displacements);
   }
 
-  void clear(const Gradients& gradients) {
-    const auto zero = [&](void* x, int64_t bytes) {
-      if (x && bytes) check(cudaMemsetAsync(x, 0, bytes, static_cast<cudaStream_t>(stream_)), "backward");
-    };
-    zero(gradients.input, p_.B() * p_.d() * sizeof(T));
-    zero(gradients.centers, p_.K() * p_.d() * sizeof(T));
-    zero(gradients.displacements, p_.m() * p_.d() * sizeof(S));
-    zero(gradients.tau, sizeof(S));
+  // Set all gradients to zero, for a problem without rows or classes.
+  void clear(const GradOutputs<T>& out) {
+    set_zero(out.input, p_.B() * p_.d() * sizeof(T), stream_);
+    set_zero(out.centers, p_.K() * p_.d() * sizeof(T), stream_);
+    set_zero(out.displacements, p_.m() * p_.d() * sizeof(S), stream_);
+    set_zero(out.tau, sizeof(S), stream_);
+    set_zero(out.class_bias, p_.K() * sizeof(S), stream_);
+    set_zero(out.margin, (out.scalar_margin ? 1 : p_.K()) * sizeof(S), stream_);
   }
 
-  Pulls<T> parts_{}, totals_{};
+  RoutedSums<T> partials_{}, sums_{};
 
  private:
-  // Product and correction are one kernel: with half-precision operands, whose product PyTorch writes in float32. Else
-  // the product lies where the gradient will.
-  static constexpr bool kWhole = sizeof(T) == 2;
+  // In half precision one kernel makes the product H f and corrects it, because PyTorch would write the product in
+  // float32. In other types the library writes the product into the memory of the gradient.
+  static constexpr bool kFusedProduct = sizeof(T) == 2;
 
-  int64_t tile_classes() const { return kWhole ? kCenterClasses : correct_.classes; }
+  int64_t tile_classes() const { return kFusedProduct ? kGradCentersClasses : correction_.classes; }
+  int64_t dim_tiles() const { return ceil_div(p_.d(), NormCorrectionShape::kVectors * kVector<T>); }
 
-  // The product with the features of some classes of a run, and its correction, while the one is in the cache.
-  void correct(const Pairs<T>& pairs, T* centers, int64_t first, int64_t at) {
-    Pairs<T> part = pairs;
-    part.p.centers.data += at * p_.d();
-    part.p.centers.rows = std::min(step_, pairs.p.K() - at);
-    part.center_rnorms += at;
-    part.scores += at * part.score_class, part.slots += at * part.score_class;
-    if (part.grad) part.grad += at * part.score_class;
-    part.softmax.first += at;
-    const int64_t classes = part.p.K(), tiles = ceil_div(classes, tile_classes());
-    T* out = centers ? centers + (first + at) * p_.d() : nullptr;
-    S* partials = partials_ ? partials_ + tiles_ * p_.m() * p_.d() : nullptr;
-    tiles_ += tiles;
-    const S* t = totals_.t + at * p_.M();
-    if constexpr (kWhole) {
-      const CenterInputs<T> inputs{part, parts_.h + at * ld_, ld_, t, totals_.cancelled};
-      const CenterGradients<T> outputs{out, partials};
-      make_center_gradients(stream_, this->aligned(), inputs, outputs);
+  // Compute the gradient of the centers (null: not needed) of one step of a chunk, and the displacements' partials. A
+  // step is so small that its product is still in the cache when it is corrected.
+  void add_centers(const GradSource<T>& chunk, int64_t at, T* centers) {
+    GradSource<T> step = chunk;
+    step.p.centers.data += at * p_.d();
+    step.p.centers.rows = std::min(step_classes_, chunk.p.K() - at);
+    step.center_rnorms += at;
+    step.scores += at * step.score_class, step.slots += at * step.score_class;
+    if (step.grad) step.grad += at * step.score_class;
+    step.softmax.first_class += at;
+    const int64_t classes = step.p.K(), tiles = ceil_div(classes, tile_classes());
+    S* partials = displacement_partials_ ? displacement_partials_ + tiles_done_ * p_.m() * p_.d() : nullptr;
+    tiles_done_ += tiles;
+    const S* t = sums_.t + at * p_.M();
+    if constexpr (kFusedProduct) {
+      const GradCentersInputs<T> inputs{step, partials_.h + at * ld_, ld_, t, sums_.cancelled};
+      const GradCentersOutputs<T> outputs{centers, partials};
+      launch_grad_centers(stream_, this->aligned(), inputs, outputs);
     } else {
-      if (out) {
-        const Matrix left{parts_.h + at * ld_, classes, p_.B(), ld_, 1},
-            right{p_.input.data, p_.B(), p_.d(), p_.d(), 1};
-        workspace_.multiply(left, right, out, p_.d());
+      if (centers) {
+        const Matrix h{partials_.h + at * ld_, classes, p_.B(), ld_, 1},
+            input{p_.input.data, p_.B(), p_.d(), p_.d(), 1};
+        workspace_.multiply(h, input, centers, p_.d());
       }
-      launch("correct", this->aligned() ? correct_kernel<T, true> : correct_kernel<T, false>, blocks(tiles, across()),
-             CorrectShape::kThreads, 0, stream_, correct_, part, t, static_cast<const int*>(totals_.cancelled), out,
-             out, partials);
+      launch("norm_correction", this->aligned() ? norm_correction_kernel<T, true> : norm_correction_kernel<T, false>,
+             blocks(tiles, dim_tiles()), NormCorrectionShape::kThreads, 0, stream_, correction_, step, t,
+             static_cast<const int*>(sums_.cancelled), centers, centers, partials);
     }
   }
 
-  int64_t across() const { return ceil_div(p_.d(), CorrectShape::kAcross * kVector<T>); }
-
-  // So many classes' gradients stay in the cache of a large GPU from one kernel to the next.
+  // Return the number of classes whose gradients stay in the cache of a large GPU from one kernel to the next.
   int64_t cached_gradients() const {
     if (p_.K() * p_.d() <= 2 * limits.cached) return p_.K();
-    return std::max<int64_t>(limits.cached / p_.d() / CorrectShape::kMostClasses, 1) * CorrectShape::kMostClasses;
+    constexpr int64_t kTile = NormCorrectionShape::kMostClasses;
+    return std::max<int64_t>(limits.cached / p_.d() / kTile, 1) * kTile;
   }
 
-  CorrectShape correct_{1, 1};
-  bool several_ = false;
-  int64_t step_ = 0, tiles_ = 0;
-  S *product_ = nullptr, *total_ = nullptr, *partials_ = nullptr;
+  NormCorrectionShape correction_{1, 1};
+  bool several_chunks_ = false;
+  int64_t step_classes_ = 0, tiles_done_ = 0;
+  S *product_ = nullptr, *total_ = nullptr;
+  S* displacement_partials_ = nullptr;
 };
 
 }  // namespace gistops::cuda

@@ -1,6 +1,6 @@
-// The operators, of bfloat16 operands.
+// The operators for bfloat16 operands.
 #include "op_table.cuh"
 
 namespace gistops::cuda {
-const Operations bf16_operations = operations<bf16>();
+const OpTable bf16_ops = make_op_table<bf16>();
 }

@@ -1,4 +1,4 @@
-// What the bindings have in common: tensors to pointers, memory and products from PyTorch. Included by ops.cpp and
+// The common parts of the bindings: tensors to pointers, memory and products from PyTorch. Included by ops.cpp and
 // loss_ops.cpp alone.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
@@ -17,8 +17,8 @@
 
 #include "op_table.h"
 
-// From libtorch_cuda, whose header declares it only for builds with CUDA's headers. Weak: this library also loads on a
-// torch without CUDA.
+// Defined in libtorch_cuda, whose header declares it only for builds with CUDA's headers. Weak, so that this library
+// also loads on a torch without CUDA.
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace gistops::cuda {
@@ -31,7 +31,8 @@ Tensor like(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, Sca
   return torch::stable::new_empty(x, sizes, dtype);
 }
 
-// The type that all operands are multiplied in: theirs if they agree, else float32; float64 if any is that.
+// Return the type that all operands are converted to: float64 if one of them is float64, else their own type if they
+// agree, else float32.
 ScalarType operand_type(const Tensor& input, const Tensor& centers, const Tensor& displacements) {
   const std::initializer_list<const Tensor*> operands{&input, &centers, &displacements};
   for (const Tensor* x : operands) {
@@ -47,19 +48,19 @@ ScalarType operand_type(const Tensor& input, const Tensor& centers, const Tensor
   return agree ? input.scalar_type() : ScalarType::Float;
 }
 
-const Operations& operations(ScalarType operands) {
+const OpTable& op_table(ScalarType operands) {
   switch (operands) {
-    case ScalarType::BFloat16: return bf16_operations;
-    case ScalarType::Half: return f16_operations;
-    case ScalarType::Double: return f64_operations;
-    default: return f32_operations;
+    case ScalarType::BFloat16: return bf16_ops;
+    case ScalarType::Half: return f16_ops;
+    case ScalarType::Double: return f64_ops;
+    default: return f32_ops;
   }
 }
 
-// Neither conversion costs a call where there is nothing to convert.
-Tensor as(const Tensor& x, ScalarType dtype) {
-  const Tensor same = x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
-  return same.is_contiguous() ? same : torch::stable::contiguous(same);
+// Convert to a type and to contiguous memory; no operator is called if there is nothing to convert.
+Tensor converted(const Tensor& x, ScalarType dtype) {
+  const Tensor y = x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
+  return y.is_contiguous() ? y : torch::stable::contiguous(y);
 }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -71,12 +72,12 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-// The operator's arguments, contiguous and of one type.
-struct Call {
+// The tensors of one call of an operator, checked, contiguous and of one type.
+struct OpCall {
   Tensor input, centers, displacements, tau;
   ScalarType operands, sums;
 
-  Call(const Tensor& f, const Tensor& w, const Tensor& delta, const Tensor& t)
+  OpCall(const Tensor& f, const Tensor& w, const Tensor& delta, const Tensor& t)
       : input(f), centers(w), displacements(delta), tau(t), operands(operand_type(f, w, delta)),
         sums(operands == ScalarType::Double ? ScalarType::Double : ScalarType::Float) {
     STD_TORCH_CHECK(
@@ -87,8 +88,8 @@ struct Call {
     for (const Tensor* x : {&f, &w, &delta, &t})
       STD_TORCH_CHECK(x->is_cuda() && x->get_device_index() == f.get_device_index(),
                       "gistops: expected all tensors on one CUDA device");
-    for (Tensor* x : {&input, &centers, &displacements}) *x = as(*x, operands);
-    tau = as(tau, sums);
+    for (Tensor* x : {&input, &centers, &displacements}) *x = converted(*x, operands);
+    tau = converted(tau, sums);
   }
 
   Arguments arguments() const {
@@ -104,33 +105,33 @@ struct Call {
   }
 };
 
-// Memory from PyTorch's allocator, which orders its reuse by streams; products by PyTorch's cuBLAS.
+// Memory from PyTorch's allocator, which orders reuse by streams, and products from PyTorch's cuBLAS.
 class TorchWorkspace final : public Workspace {
  public:
-  explicit TorchWorkspace(const Call& call) : call_(call) {}
+  explicit TorchWorkspace(const OpCall& call) : call_(call) {}
 
-  void scratch(Piece* pieces, int count) override {
+  void allocate(Buffer* buffers, int count) override {
     constexpr int64_t kAlignment = 256;
-    const auto whole = [](int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; };
-    int64_t all = 0;
-    for (int i = 0; i < count; ++i) all += whole(pieces[i].bytes);
-    kept_.push_back(like(call_.input, {std::max<int64_t>(all, 1)}, ScalarType::Byte));
-    char* at = static_cast<char*>(kept_.back().mutable_data_ptr());
-    for (int i = 0; i < count; at += whole(pieces[i].bytes), ++i) pieces[i].data = at;
+    const auto aligned = [](int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; };
+    int64_t total = 0;
+    for (int i = 0; i < count; ++i) total += aligned(buffers[i].bytes);
+    memory_.push_back(like(call_.input, {std::max<int64_t>(total, 1)}, ScalarType::Byte));
+    char* at = static_cast<char*>(memory_.back().mutable_data_ptr());
+    for (int i = 0; i < count; at += aligned(buffers[i].bytes), ++i) buffers[i].data = at;
   }
 
-  // Views of the memory alone: they require no gradient, whatever the operands do. Neither overload is one that
-  // autocast knows: it would give the result the type of the region around the call. Whether float32 is multiplied in
-  // tf32 is PyTorch's own setting, the same that allow_tf32 says.
+  // The operands are views of memory, so they require no gradient. Autocast has no rule for either overload; if it had
+  // one, the result would have the type of the surrounding region. PyTorch's own setting, which allow_tf32 repeats,
+  // decides if float32 is multiplied in tf32.
   void multiply(const Matrix& left, const Matrix& right, void* out, int64_t ld) override {
-    const Tensor a = view(left.data, {left.rows, left.cols}, {left.row, left.col});
-    const Tensor b = view(right.data, {right.rows, right.cols}, {right.row, right.col});
+    const Tensor a = view(left.data, {left.rows, left.cols}, {left.row_stride, left.col_stride});
+    const Tensor b = view(right.data, {right.rows, right.cols}, {right.row_stride, right.col_stride});
     const std::array<int64_t, 2> sizes{left.rows, right.cols}, strides{ld, 1};
     const Tensor sums = torch::stable::from_blob(out, sizes, strides, call_.input.device(), call_.sums);
-    const Tensor made = call_.operands == call_.sums ? call("aten::mm", "out", a, b, sums)
-                                                     : call("aten::mm", "dtype_out", a, b, call_.sums, sums);
-    STD_TORCH_CHECK(made.mutable_data_ptr() == out && made.scalar_type() == call_.sums,
-                    "gistops: a product was not written where it was asked for");
+    const Tensor product = call_.operands == call_.sums ? call("aten::mm", "out", a, b, sums)
+                                                        : call("aten::mm", "dtype_out", a, b, call_.sums, sums);
+    STD_TORCH_CHECK(product.mutable_data_ptr() == out && product.scalar_type() == call_.sums,
+                    "gistops: aten::mm did not write its product to the given memory");
   }
 
  private:
@@ -145,8 +146,8 @@ class TorchWorkspace final : public Workspace {
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
 
-  const Call& call_;
-  std::vector<Tensor> kept_;
+  const OpCall& call_;
+  std::vector<Tensor> memory_;
 };
 
 }  // namespace

@@ -1,156 +1,187 @@
-// A cross-entropy and its gradients, as sequences of launches and products.
+// The launches of the cross-entropy and its gradients, without the logits [B, K].
 #pragma once
 #include "backward.cuh"
-#include "lse.cuh"
+#include "lse_partials.cuh"
 #include "route_loss_grad.cuh"
 #include "row_loss.cuh"
 
 namespace gistops::cuda {
 
 template <class T>
-class LossSequence : private GradientSequence<T> {
-  using Base = GradientSequence<T>;
+class CrossEntropyLauncher : private BackwardLauncher<T> {
+  using Base = BackwardLauncher<T>;
   using Base::p_, Base::ld_, Base::stream_, Base::workspace_;
   using S = Sum<T>;
 
  public:
-  LossSequence(const Arguments& a, const LossArguments& loss, Workspace& workspace) : Base(a, workspace), loss_(loss) {}
+  CrossEntropyLauncher(const Arguments& a, const LossArguments& loss, Workspace& workspace)
+      : Base(a, workspace), loss_(loss) {}
 
   void forward(const LossResults& results) {
     const LseShape shape(p_.K());
     const int64_t step = ceil_div(this->cached_classes(), shape.classes()) * shape.classes();
-    const int64_t held = results.scores ? 0 : std::min(step, p_.K()), tiles = ceil_div(p_.K(), shape.classes());
-    const int64_t rows = std::max<int64_t>(ceil_div(p_.B(), RowsShape<S>::kRows), 1);
-    const int64_t smoothed = loss_.label_smoothing > 0;
-    S *shared, *products, *parts, *rnorms = static_cast<S*>(results.center_rnorms);
+    const int64_t scratch_classes = results.scores ? 0 : std::min(step, p_.K());  // whose scores are not kept
+    const int64_t tiles = ceil_div(p_.K(), shape.classes()), smoothed = loss_.label_smoothing > 0;
+    const int64_t row_blocks = std::max<int64_t>(ceil_div(p_.B(), RowLossShape<S>::kRows), 1);
+    S *input_dots, *products, *loss_partials;
     uint8_t* slots;
-    int* ticket;
-    LseParts<S> lse;
+    int* blocks_done;
+    LsePartials<S> lse;
     Scratch(workspace_)
-        .add(shared, p_.M() * ld_)
-        .add(products, held * ld_)
-        .add(slots, held * ld_)
+        .add(input_dots, p_.M() * ld_)
+        .add(products, scratch_classes * ld_)
+        .add(slots, scratch_classes * ld_)
         .add(lse.max, tiles * p_.B())
-        .add(lse.total, tiles * p_.B())
+        .add(lse.sum, tiles * p_.B())
         .add(lse.weighted, smoothed * tiles * p_.B())
-        .add(lse.weights, smoothed * tiles)
-        .add(lse.biases, smoothed * tiles)
+        .add(lse.weight_sums, smoothed * tiles)
+        .add(lse.bias_sums, smoothed * tiles)
         .add(lse.target_logits, p_.B())
-        .add(parts, rows * 3)
-        .add(ticket, 1)
-        .take();
+        .add(loss_partials, row_blocks * 3)
+        .add(blocks_done, 1)
+        .allocate();
+    S *center_rnorms = static_cast<S*>(results.center_rnorms), *input_rnorms = static_cast<S*>(results.input_rnorms);
     for (int64_t first = 0; first < p_.K(); first += step) {
-      const Problem<T> p = this->classes(first, step);
-      const int64_t at = results.scores ? first * ld_ : 0;
-      const Norms<S> norms{static_cast<S*>(results.input_rnorms), shared, ld_, rnorms + first, p_.K(),
-                           first == 0 ? ticket : nullptr};
-      this->norms(p, first == 0, norms);
-      if (p_.B() > 0)
-        make_scores(shape, p, first, shared, rnorms + first, static_cast<const S*>(results.input_rnorms),
-                    (results.scores ? static_cast<S*>(results.scores) : products) + at,
-                    (results.scores ? results.slots : slots) + at, lse);
+      const Problem<T> p = this->chunk(first, step);
+      const NormOutputs<S> norms{.input_rnorms = input_rnorms,
+                                 .input_dots = input_dots,
+                                 .ld = ld_,
+                                 .center_rnorms = center_rnorms + first,
+                                 .ldr = p_.K(),
+                                 .blocks_done = first == 0 ? blocks_done : nullptr};
+      this->launch_norms(p, first == 0, norms);
+      if (p_.B() == 0) continue;
+      const ScoreInputs<T> inputs =
+          score_inputs(p, first, input_dots, center_rnorms, input_rnorms,
+                       results.scores ? static_cast<S*>(results.scores) + first * ld_ : products,
+                       results.scores ? results.slots + first * ld_ : slots);
+      launch_scores(shape, inputs, first, lse);
     }
-    const LossRows<S> out{p_.B(),
-                          p_.K(),
-                          p_.B() > 0 ? tiles : 0,
-                          p_.tau,
-                          static_cast<const S*>(loss_.margin),
-                          loss_.each_margin,
-                          loss_.margin_kind,
-                          loss_.reduction,
-                          static_cast<S>(loss_.label_smoothing),
-                          static_cast<S*>(results.loss),
-                          static_cast<S*>(results.lse),
-                          static_cast<S*>(results.rows),
-                          static_cast<S*>(results.scalars),
-                          results.inside,
-                          parts,
-                          ticket};
-    launch("rows", rows_kernel<S>, blocks(rows), RowsShape<S>::kThreads, 0, stream_, terms(0), lse, out);
+    const RowLossArgs<S> args{.B = p_.B(),
+                              .classes = p_.K(),
+                              .tiles = p_.B() > 0 ? tiles : 0,
+                              .tau = p_.tau,
+                              .margin = static_cast<const S*>(loss_.margin),
+                              .margin_per_class = loss_.margin_per_class,
+                              .margin_kind = loss_.margin_kind,
+                              .reduction = loss_.reduction,
+                              .smoothing = static_cast<S>(loss_.label_smoothing),
+                              .loss = static_cast<S*>(results.loss),
+                              .lse = static_cast<S*>(results.lse),
+                              .row_stats = static_cast<S*>(results.row_stats),
+                              .scalars = static_cast<S*>(results.scalars),
+                              .targets_in_range = results.targets_in_range,
+                              .partials = loss_partials,
+                              .blocks_done = blocks_done};
+    launch("row_loss", row_loss_kernel<S>, blocks(row_blocks), RowLossShape<S>::kThreads, 0, stream_, terms(0), lse,
+           args);
   }
 
-  void backward(const LossGrads& grads, const LossResults& saved, const Gradients& gradients, void* bias,
-                void* margin) {
-    if (p_.B() == 0) return clear(gradients, bias, margin);
-    using Shape = PullClassesShape;
-    const int64_t step =
-        saved.scores ? p_.K() : std::min(p_.K(), ceil_div(limits.remade / ld_ + 1, Shape::kClasses) * Shape::kClasses);
-    const typename Base::Further further{static_cast<S*>(bias), static_cast<S*>(margin), !loss_.each_margin};
-    this->take(PullShape(step, p_.B(), Shape::kClasses, Shape::kFeatures), step, gradients, further, step < p_.K());
-    const S *rnorms = static_cast<const S*>(saved.center_rnorms),
+  void backward(const LossOutputGrads& grads, const LossResults& saved, const Gradients& gradients,
+                const LossGradients& loss_gradients) {
+    GradOutputs<T> out(gradients);
+    out.class_bias = static_cast<S*>(loss_gradients.class_bias);
+    out.margin = static_cast<S*>(loss_gradients.margin);
+    out.scalar_margin = !loss_.margin_per_class;
+    if (p_.B() == 0) return this->clear(out);
+    using Shape = RouteLossShape;
+    const int64_t recomputed = ceil_div(limits.recomputed / ld_ + 1, Shape::kClasses) * Shape::kClasses;
+    const int64_t step = saved.scores ? p_.K() : std::min(p_.K(), recomputed);
+    this->allocate(RoutingShape(step, p_.B(), Shape::kClasses, Shape::kRows), step, out);
+    const S *center_rnorms = static_cast<const S*>(saved.center_rnorms),
             *input_rnorms = static_cast<const S*>(saved.input_rnorms);
-    S *shared = nullptr, *scores = static_cast<S*>(saved.scores), *unused;
+    S *input_dots = nullptr, *scores = static_cast<S*>(saved.scores), *unused;
     uint8_t* slots = saved.slots;
     if (!saved.scores) {
       Scratch(workspace_)
-          .add(shared, p_.M() * ld_)
+          .add(input_dots, p_.M() * ld_)
           .add(scores, step * ld_)
           .add(slots, step * ld_)
           .add(unused, p_.B())
-          .take();
-      const Norms<S> norms{unused, shared, ld_, nullptr, 0, nullptr};
-      this->norms(p_, true, norms);
+          .allocate();
+      const NormOutputs<S> norms{.input_rnorms = unused,
+                                 .input_dots = input_dots,
+                                 .ld = ld_,
+                                 .center_rnorms = nullptr,
+                                 .ldr = 0,
+                                 .blocks_done = nullptr};
+      this->launch_norms(p_, true, norms);
     }
-    const LseParts<S> none{};
+    const LsePartials<S> no_partials{};
     for (int64_t first = 0; first < p_.K(); first += step) {
-      const Problem<T> p = this->classes(first, step);
-      if (!saved.scores)
-        make_scores(LseShape(p_.K()), p, first, shared, rnorms + first, input_rnorms, scores, slots, none);
-      const Pairs<T> pairs{
-          p, rnorms + first, p_.K(), input_rnorms, scores, slots, ld_, 1, nullptr, softmax(grads, saved, first)};
-      const PullShape shape(p.K(), p_.B(), Shape::kClasses, Shape::kFeatures);
-      launch("pull", pull_classes_kernel<T>, blocks(shape.groups, shape.parts), Shape::kThreads, 0, stream_, shape,
-             pairs, this->parts_);
-      this->run(shape, pairs, gradients, further, first);
+      const Problem<T> p = this->chunk(first, step);
+      if (!saved.scores) {
+        const ScoreInputs<T> inputs = score_inputs(p, first, input_dots, center_rnorms, input_rnorms, scores, slots);
+        launch_scores(LseShape(p_.K()), inputs, first, no_partials);
+      }
+      const GradSource<T> source{.p = p,
+                                 .center_rnorms = center_rnorms + first,
+                                 .ldr = p_.K(),
+                                 .input_rnorms = input_rnorms,
+                                 .scores = scores,
+                                 .slots = slots,
+                                 .score_class = ld_,
+                                 .score_row = 1,
+                                 .grad = nullptr,
+                                 .softmax = softmax_grad(grads, saved, first)};
+      const RoutingShape shape(p.K(), p_.B(), Shape::kClasses, Shape::kRows);
+      launch("route_loss_grad", route_loss_grad_kernel<T>, blocks(shape.groups, shape.row_tiles), Shape::kThreads, 0,
+             stream_, shape, source, this->partials_);
+      this->add_chunk(shape, source, out, first);
     }
-    this->finish(gradients);
+    this->finish(out);
   }
 
  private:
-  LossTerms<S> terms(int64_t first) const {
-    return {loss_.target,
-            static_cast<const S*>(loss_.class_bias),
-            static_cast<const S*>(loss_.weight),
-            first,
-            loss_.ignore_index,
-            loss_.label_smoothing > 0};
+  LossTerms<S> terms(int64_t first_class) const {
+    return {.target = loss_.target,
+            .bias = static_cast<const S*>(loss_.class_bias),
+            .weight = static_cast<const S*>(loss_.weight),
+            .first_class = first_class,
+            .ignore_index = loss_.ignore_index,
+            .smoothed = loss_.label_smoothing > 0};
   }
 
-  // Products, and scores in their place.
-  void make_scores(const LseShape& shape, const Problem<T>& p, int64_t first, const S* shared, const S* rnorms,
-                   const S* input_rnorms, S* scores, uint8_t* slots, const LseParts<S>& lse) {
-    this->multiply_scores(p, scores);
-    const Scoring<T> scoring{p, scores, ld_, shared, rnorms, p_.K(), input_rnorms, slots, ld_, 1};
-    launch("lse", lse_kernel<T>, blocks(ceil_div(p.K(), shape.classes()), ceil_div(p_.B(), ScoresShape::kFeatures)),
-           ScoresShape::kThreads, 0, stream_, shape, scoring, terms(first), first / shape.classes(), lse);
+  // The chunk p begins at class `first`; scores and slots are those of the chunk.
+  ScoreInputs<T> score_inputs(const Problem<T>& p, int64_t first, const S* input_dots, const S* center_rnorms,
+                              const S* input_rnorms, S* scores, uint8_t* slots) const {
+    return {.p = p,
+            .products = scores,
+            .ld = ld_,
+            .input_dots = input_dots,
+            .center_rnorms = center_rnorms + first,
+            .ldr = p_.K(),
+            .input_rnorms = input_rnorms,
+            .slots = slots,
+            .slot_class = ld_,
+            .slot_row = 1};
   }
 
-  Softmax<S> softmax(const LossGrads& grads, const LossResults& saved, int64_t first) const {
-    return {static_cast<const S*>(grads.loss),
-            static_cast<const S*>(grads.lse),
-            loss_.reduction == 0,
-            1,
-            static_cast<const S*>(saved.rows),
-            static_cast<const S*>(saved.scalars),
-            p_.B(),
-            p_.K(),
-            first,
-            loss_.target,
-            static_cast<const S*>(loss_.class_bias),
-            static_cast<const S*>(loss_.weight),
-            loss_.margin != nullptr,
-            loss_.reduction == 1,
-            loss_.ignore_index,
-            static_cast<S>(loss_.label_smoothing)};
+  // Make the products of a chunk, and the scores in their place.
+  void launch_scores(const LseShape& shape, const ScoreInputs<T>& inputs, int64_t first, const LsePartials<S>& lse) {
+    this->multiply_scores(inputs.p, inputs.products);
+    launch("lse_partials", lse_partials_kernel<T>,
+           blocks(ceil_div(inputs.p.K(), shape.classes()), ceil_div(p_.B(), ScoresShape::kRows)), ScoresShape::kThreads,
+           0, stream_, shape, inputs, terms(first), first / shape.classes(), lse);
   }
 
-  void clear(const Gradients& gradients, void* bias, void* margin) {
-    Base::clear(gradients);
-    const auto zero = [&](void* x, int64_t n) {
-      if (x) check(cudaMemsetAsync(x, 0, n * sizeof(S), static_cast<cudaStream_t>(stream_)), "backward");
-    };
-    zero(bias, p_.K());
-    zero(margin, loss_.each_margin ? p_.K() : 1);
+  SoftmaxGrad<S> softmax_grad(const LossOutputGrads& grads, const LossResults& saved, int64_t first_class) const {
+    return {.grad_loss = static_cast<const S*>(grads.loss),
+            .grad_lse = static_cast<const S*>(grads.lse),
+            .loss_stride = loss_.reduction == 0,
+            .lse_stride = 1,
+            .row_stats = static_cast<const S*>(saved.row_stats),
+            .scalars = static_cast<const S*>(saved.scalars),
+            .B = p_.B(),
+            .classes = p_.K(),
+            .first_class = first_class,
+            .target = loss_.target,
+            .bias = static_cast<const S*>(loss_.class_bias),
+            .weight = static_cast<const S*>(loss_.weight),
+            .has_margin = loss_.margin != nullptr,
+            .is_mean = loss_.reduction == 1,
+            .ignore_index = loss_.ignore_index,
+            .smoothing = static_cast<S>(loss_.label_smoothing)};
   }
 
   const LossArguments& loss_;

@@ -1,5 +1,5 @@
-// What all kernels share: launching, dynamic shared memory, number types.
-// Without nvcc these files compile for the host, where tests/host_cuda/shim stands in for the CUDA runtime.
+// Definitions that all kernels share: launch syntax, dynamic shared memory, number types.
+// Without nvcc these files compile for the host; tests/host_cuda/shim then replaces the CUDA runtime.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -26,20 +26,20 @@ using f16 = __half;
 
 constexpr int kWarp = 32;
 
-// Whether the compiler fits into 128 registers what it does not for other targets than Hopper.
+// True if nvcc fits the kernels that test this flag into 128 registers: for Hopper, but for no other target.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
-constexpr bool kSqueezes = false;
+constexpr bool kFitsIn128Registers = false;
 #else
-constexpr bool kSqueezes = true;
+constexpr bool kFitsIn128Registers = true;
 #endif
 
-// N elements, read or written at once.
+// N elements that one instruction reads or writes.
 template <class T, int N>
 struct alignas(N * sizeof(T)) Pack {
   T e[N];
 };
 
-// The type of sums, norms and logits: float, and double for double.
+// The type of sums, norms and logits: double for double operands, else float.
 template <class T>
 struct SumOf {
   using type = float;
@@ -70,27 +70,28 @@ __device__ __forceinline__ T narrow(Sum<T> x) {
   }
 }
 
-// |x|; plain abs is that of int in host code.
+// Return |x|. In host code an unqualified abs is the integer function.
 template <class S>
 __device__ __forceinline__ S magnitude(S x) {
   return x < S(0) ? -x : x;
 }
 
-// 1 / max(|v|, 1e-12) from |v|^2, as torch.nn.functional.normalize clamps. Rounding may leave |v|^2 below zero. NaN
-// stays NaN.
+// The reciprocal of a clamped norm. torch.nn.functional.normalize clamps norms at 1e-12.
 template <class S>
 __host__ __device__ constexpr S max_rnorm() {
   return S(1) / S(1e-12);
 }
 
+// Return 1 / max(|v|, 1e-12) for square = |v|^2, which rounding may leave below zero. NaN stays NaN.
 template <class S>
 __device__ __forceinline__ S clamped_rnorm(S square) {
   const S norm = sqrt(square > S(0) || square != square ? square : S(0));
   return norm < S(1e-12) ? max_rnorm<S>() : S(1) / norm;
 }
 
-// Whether |w + delta|^2 = |w|^2 + 2 w.delta + |delta|^2 has lost more digits than the sum of a long vector does. Such a
-// pair is computed from w + delta itself, and its reciprocal norm is stored with a minus sign, for the backward.
+// Return true if square = |w|^2 + 2 w.delta + |delta|^2 has lost more digits to cancellation than the sum of a long
+// vector loses to rounding. A cancelled pair (k, j) is computed from the elements of w_k + delta_j instead, and its
+// reciprocal norm is stored with a minus sign, so that the backward finds it.
 template <class S>
 __device__ __forceinline__ bool cancels(S square, S w_square, S delta_square) {
   return square < (w_square + delta_square) * S(1.0 / 8);

@@ -1,6 +1,6 @@
-// The operators, of float16 operands.
+// The operators for float16 operands.
 #include "op_table.cuh"
 
 namespace gistops::cuda {
-const Operations f16_operations = operations<f16>();
+const OpTable f16_ops = make_op_table<f16>();
 }

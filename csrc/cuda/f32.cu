@@ -1,6 +1,6 @@
-// The operators, of float32 operands.
+// The operators for float32 operands.
 #include "op_table.cuh"
 
 namespace gistops::cuda {
-const Operations f32_operations = operations<float>();
+const OpTable f32_ops = make_op_table<float>();
 }

@@ -1,6 +1,6 @@
-// The operators, of float64 operands.
+// The operators for float64 operands.
 #include "op_table.cuh"
 
 namespace gistops::cuda {
-const Operations f64_operations = operations<double>();
+const OpTable f64_ops = make_op_table<double>();
 }

@@ -1,25 +1,31 @@
-// The last pieces of the backward, over [B, d] and [m, d].
+// The last kernels of the backward: the gradients of the input and of the displacements.
 #pragma once
 #include "routing.cuh"
 #include "vector.cuh"
+#include "warp_reduce.cuh"
 
 namespace gistops::cuda {
 
-struct EndsShape {
+struct EpilogueShape {
   static constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 };
 
-// g_i = sum_k H[k, i] w_k + sum_j S[j, i] delta_j, and df_i = g - (g . f^) f^; 1 / |f| is in H and S. A block a
-// feature. Pairs that cancel are not in H and S: their vectors are added here.
-//   product [B, d]: H' w of a run of classes, overwritten
-//   total [B, d]:   what to add before the last run, or null; overwritten in its place
-//   out: null for all runs but the last; s is then not used
+// Finish the gradient of the input:
+//
+//   g_i = sum_k H[k, i] w_k + sum_j S[j, i] delta_j        df_i = g_i - (g_i . f^_i) f^_i
+//
+// H and S contain 1 / |f_i|. They do not contain cancelled pairs, whose w_k + delta_j are added here.
+//   product [B, d]: H'W of a chunk of classes; overwritten
+//   total [B, d]: the sum over the chunks so far, read if `accumulate` and overwritten; null if there is one chunk
+//   out [B, d]: null for all chunks except the last; s [M, ld] is read for the last alone
+//
+// Grid: B blocks, one row each. Block: 256 threads, which split the dims.
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(EndsShape::kThreads, 1)
-    input_ends_kernel(Pairs<T> in, const Sum<T>* s, int64_t ld, const int* cancelled, Sum<T>* product, Sum<T>* total,
-                      bool further, T* out) {
+__global__ void __launch_bounds__(EpilogueShape::kThreads, 1)
+    grad_input_epilogue_kernel(GradSource<T> in, const Sum<T>* s, int64_t ld, const int* cancelled, Sum<T>* product,
+                               Sum<T>* total, bool accumulate, T* out) {
   using S = Sum<T>;
-  using Shape = EndsShape;
+  using Shape = EpilogueShape;
   constexpr int kPart = kVector<T>;
   __shared__ S partial[Shape::kWarps];
   __shared__ S weights[Shape::kThreads];
@@ -31,15 +37,15 @@ __global__ void __launch_bounds__(EndsShape::kThreads, 1)
   for (int x = thread * kPart; x < d; x += Shape::kThreads * kPart) {
     S g[kPart], before[kPart] = {};
     load_sums<kAligned>(product + i * d, x, d, g);
-    if (further) load_sums<kAligned>(total + i * d, x, d, before);
+    if (accumulate) load_sums<kAligned>(total + i * d, x, d, before);
 #pragma unroll
     for (int e = 0; e < kPart; ++e) g[e] += before[e];
     for (int64_t j = 0; out && j < m; ++j) {
       S delta[kPart];
       load_vector<kAligned>(p.displacements.data + j * d, x, d, delta);
-      const S share = s[(j + 1) * ld + i];
+      const S weight = s[(j + 1) * ld + i];
 #pragma unroll
-      for (int e = 0; e < kPart; ++e) g[e] = fma(share, delta[e], g[e]);
+      for (int e = 0; e < kPart; ++e) g[e] = fma(weight, delta[e], g[e]);
     }
     store_sums<kAligned>(to, x, d, g);
   }
@@ -48,13 +54,13 @@ __global__ void __launch_bounds__(EndsShape::kThreads, 1)
       __syncthreads();
       S weight = 0;
       int slot = 0;
-      if (first + thread < K) weight = in.apart(first + thread, i, slot);
+      if (first + thread < K) weight = in.cancelled_weight(first + thread, i, slot);
       weights[thread] = weight, slots[thread] = slot;
       if (!__syncthreads_or(weight != S(0))) continue;
       for (int c = 0; c < Shape::kThreads; ++c) {
         if (weights[c] == S(0)) continue;
         const T *w = p.centers.data + (first + c) * d, *delta = p.displacements.data + (slots[c] - 1) * int64_t{d};
-        for (int x = thread * kPart; x < d; x += Shape::kThreads * kPart)  // its own elements, as above
+        for (int x = thread * kPart; x < d; x += Shape::kThreads * kPart)  // the elements that this thread wrote above
           for (int e = 0; e < kPart && x + e < d; ++e)
             to[x + e] = fma(weights[c], wide(w[x + e]) + wide(delta[x + e]), to[x + e]);
       }
@@ -77,42 +83,46 @@ __global__ void __launch_bounds__(EndsShape::kThreads, 1)
 #pragma unroll
   for (int w = 0; w < Shape::kWarps; ++w) all += partial[w];
   const S rnorm = in.input_rnorms[i];
-  const S along = rnorm >= max_rnorm<S>() ? S(0) : all * rnorm * rnorm;  // a clamped norm is a constant
+  const S projection = rnorm >= max_rnorm<S>() ? S(0) : all * rnorm * rnorm;  // a clamped norm is a constant
   for (int x = thread * kPart; x < d; x += Shape::kThreads * kPart) {
     S g[kPart], value[kPart];
     load_sums<kAligned>(to, x, d, g);
     load_vector<kAligned>(f, x, d, value);
 #pragma unroll
-    for (int e = 0; e < kPart; ++e) g[e] -= along * value[e];
+    for (int e = 0; e < kPart; ++e) g[e] -= projection * value[e];
     store_vector<kAligned>(out + i * d, x, d, g);
   }
 }
 
-// dd_j = sum_i S[j, i] f_i - the sum of the centres' partials. A block takes 32 dimensions of one displacement; the
-// eight threads of a dimension share out features and partials.
+// Finish the gradient of the displacements [m, d]:
+//
+//   ddelta_j = sum_i S[j, i] f_i - the sum of the partials [tiles, m, d] that came with the gradient of the centers
+//
+// Grid: m ceil(d / 32) blocks; a block takes 32 dims of one displacement. Block: 256 threads, a lane per dim; the eight
+// warps split rows and partials.
 template <class T>
-__global__ void __launch_bounds__(EndsShape::kThreads)
-    displacement_ends_kernel(Problem<T> p, const Sum<T>* s, int64_t ld, const Sum<T>* partials, int64_t tiles,
-                             Sum<T>* out) {
+__global__ void __launch_bounds__(EpilogueShape::kThreads)
+    grad_displacements_epilogue_kernel(Problem<T> p, const Sum<T>* s, int64_t ld, const Sum<T>* partials, int64_t tiles,
+                                       Sum<T>* out) {
   using S = Sum<T>;
-  constexpr int kRuns = EndsShape::kWarps;
-  __shared__ S partial[kRuns][kWarp];
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, run = static_cast<int>(threadIdx.x) / kWarp;
-  const int64_t across = ceil_div(p.d(), kWarp), B = p.B(), m = p.m();
-  const int64_t j = blockIdx.x / across, x = blockIdx.x % across * kWarp + lane;
+  constexpr int kWarps = EpilogueShape::kWarps;
+  __shared__ S partial[kWarps][kWarp];
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int64_t dim_tiles = ceil_div(p.d(), kWarp), B = p.B(), m = p.m();
+  const int64_t j = blockIdx.x / dim_tiles, x = blockIdx.x % dim_tiles * kWarp + lane;
   S sum = 0;
   if (x < p.d()) {
 #pragma unroll 8
-    for (int64_t i = run; i < B; i += kRuns) sum = fma(s[(j + 1) * ld + i], wide(p.input.data[i * p.d() + x]), sum);
+    for (int64_t i = warp; i < B; i += kWarps) sum = fma(s[(j + 1) * ld + i], wide(p.input.data[i * p.d() + x]), sum);
 #pragma unroll 8
-    for (int64_t tile = run; tile < tiles; tile += kRuns) sum -= partials[(tile * m + j) * p.d() + x];
+    for (int64_t tile = warp; tile < tiles; tile += kWarps) sum -= partials[(tile * m + j) * p.d() + x];
   }
-  partial[run][lane] = sum;
+  partial[warp][lane] = sum;
   __syncthreads();
-  if (run > 0 || x >= p.d()) return;
+  if (warp > 0 || x >= p.d()) return;
   S all = 0;
 #pragma unroll
-  for (int r = 0; r < kRuns; ++r) all += partial[r][lane];
+  for (int w = 0; w < kWarps; ++w) all += partial[w][lane];
   out[j * p.d() + x] = all;
 }
 

@@ -1,4 +1,4 @@
-// Logits and their gradients, as sequences of launches and products.
+// The launches of the logits and their gradients.
 #pragma once
 #include "backward.cuh"
 #include "max_over_slots.cuh"
@@ -7,59 +7,67 @@
 namespace gistops::cuda {
 
 template <class T>
-class LogitsSequence : private GradientSequence<T> {
-  using Base = GradientSequence<T>;
+class LogitsLauncher : private BackwardLauncher<T> {
+  using Base = BackwardLauncher<T>;
   using Base::p_, Base::ld_, Base::stream_, Base::workspace_;
   using S = Sum<T>;
 
  public:
-  using GradientSequence<T>::GradientSequence;
+  using BackwardLauncher<T>::BackwardLauncher;
 
-  void forward(const Results& results) {
+  void forward(const LogitsResults& results) {
     if (p_.B() == 0 || p_.K() == 0) return;
     const int64_t step = this->cached_classes();
-    S *shared, *products, *rnorms = static_cast<S*>(results.center_rnorms);
-    Scratch(workspace_).add(shared, p_.M() * ld_).add(products, step * ld_).take();
+    S *input_dots, *products;
+    Scratch(workspace_).add(input_dots, p_.M() * ld_).add(products, step * ld_).allocate();
+    S *center_rnorms = static_cast<S*>(results.center_rnorms), *input_rnorms = static_cast<S*>(results.input_rnorms);
     for (int64_t first = 0; first < p_.K(); first += step) {
-      const Problem<T> p = this->classes(first, step);
-      const Norms<S> norms{static_cast<S*>(results.input_rnorms), shared, ld_, rnorms + first, p_.K(), nullptr};
-      this->norms(p, first == 0, norms);
+      const Problem<T> p = this->chunk(first, step);
+      const NormOutputs<S> norms{.input_rnorms = input_rnorms,
+                                 .input_dots = input_dots,
+                                 .ld = ld_,
+                                 .center_rnorms = center_rnorms + first,
+                                 .ldr = p_.K(),
+                                 .blocks_done = nullptr};
+      this->launch_norms(p, first == 0, norms);
       this->multiply_scores(p, products);
-      const Scoring<T> scoring{p,
-                               products,
-                               ld_,
-                               shared,
-                               rnorms + first,
-                               p_.K(),
-                               static_cast<const S*>(results.input_rnorms),
-                               results.slots + first,
-                               1,
-                               p_.K()};
-      launch("pool", pool_kernel<T>, this->tiles(p.K()), ScoresShape::kThreads, 0, stream_, scoring,
-             static_cast<S*>(results.logits) + first, p_.K());
+      const ScoreInputs<T> inputs{.p = p,
+                                  .products = products,
+                                  .ld = ld_,
+                                  .input_dots = input_dots,
+                                  .center_rnorms = center_rnorms + first,
+                                  .ldr = p_.K(),
+                                  .input_rnorms = input_rnorms,
+                                  .slots = results.slots + first,
+                                  .slot_class = 1,
+                                  .slot_row = p_.K()};
+      using Shape = ScoresShape;
+      launch("max_over_slots", max_over_slots_kernel<T>,
+             blocks(ceil_div(p.K(), Shape::kClasses), ceil_div(p.B(), Shape::kRows)), Shape::kThreads, 0, stream_,
+             inputs, static_cast<S*>(results.logits) + first, p_.K());
     }
   }
 
-  void backward(const void* grad, const Results& saved, const Gradients& gradients) {
-    if (p_.B() == 0 || p_.K() == 0) return this->clear(gradients);
-    const Pairs<T> pairs{p_,
-                         static_cast<const S*>(saved.center_rnorms),
-                         p_.K(),
-                         static_cast<const S*>(saved.input_rnorms),
-                         static_cast<const S*>(saved.logits),
-                         saved.slots,
-                         1,
-                         p_.K(),
-                         static_cast<const S*>(grad),
-                         {}};
-    using Shape = PullRowsShape<T>;
-    const PullShape shape(p_.K(), p_.B(), Shape::kClasses, Shape::kFeatures);
-    const typename Base::Further further{nullptr, nullptr, false};
-    this->take(shape, p_.K(), gradients, further, false);
-    launch("pull", pull_rows_kernel<T>, blocks(shape.groups, shape.parts), Shape::kThreads, 0, stream_, shape, pairs,
-           this->parts_);
-    this->run(shape, pairs, gradients, further, 0);
-    this->finish(gradients);
+  void backward(const void* grad, const LogitsResults& saved, const Gradients& gradients) {
+    const GradOutputs<T> out(gradients);
+    if (p_.B() == 0 || p_.K() == 0) return this->clear(out);
+    const GradSource<T> source{.p = p_,
+                               .center_rnorms = static_cast<const S*>(saved.center_rnorms),
+                               .ldr = p_.K(),
+                               .input_rnorms = static_cast<const S*>(saved.input_rnorms),
+                               .scores = static_cast<const S*>(saved.logits),
+                               .slots = saved.slots,
+                               .score_class = 1,
+                               .score_row = p_.K(),
+                               .grad = static_cast<const S*>(grad),
+                               .softmax = {}};
+    using Shape = RouteLogitsShape<T>;
+    const RoutingShape shape(p_.K(), p_.B(), Shape::kClasses, Shape::kRows);
+    this->allocate(shape, p_.K(), out);
+    launch("route_logits_grad", route_logits_grad_kernel<T>, blocks(shape.groups, shape.row_tiles), Shape::kThreads, 0,
+           stream_, shape, source, this->partials_);
+    this->add_chunk(shape, source, out, 0);
+    this->finish(out);
   }
 };
 

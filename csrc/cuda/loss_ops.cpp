@@ -15,19 +15,19 @@ Tensor checked(const Tensor& x, const Tensor& input, const Sizes& sizes, ScalarT
       x.is_cuda() && x.get_device_index() == input.get_device_index() && x.dim() == static_cast<int64_t>(sizes.size());
   for (size_t i = 0; fits && i < sizes.size(); ++i) fits = x.size(static_cast<int64_t>(i)) == sizes[i];
   STD_TORCH_CHECK(fits, "gistops: ", name, ": expected another shape, on the device of input");
-  return as(x, dtype);
+  return converted(x, dtype);
 }
 
 // The arguments from target to label_smoothing, in the type of the sums.
-struct LossCall : Call {
+struct CrossEntropyCall : OpCall {
   Tensor target;
   Optional bias, weight, margin;
   LossArguments loss{};
 
-  LossCall(const Tensor& f, const Tensor& w, const Tensor& delta, const Tensor& t, const Tensor& y, const Optional& b,
-           const Optional& share, const Optional& lowering, int64_t margin_kind, int64_t reduction,
-           int64_t ignore_index, double label_smoothing)
-      : Call(f, w, delta, t), target(checked(y, f, {f.size(0)}, ScalarType::Long, "target")),
+  CrossEntropyCall(const Tensor& f, const Tensor& w, const Tensor& delta, const Tensor& t, const Tensor& y,
+                   const Optional& b, const Optional& share, const Optional& lowering, int64_t margin_kind,
+                   int64_t reduction, int64_t ignore_index, double label_smoothing)
+      : OpCall(f, w, delta, t), target(checked(y, f, {f.size(0)}, ScalarType::Long, "target")),
         bias(of_classes(b, "class_bias")), weight(of_classes(share, "weight")),
         margin(lowering && lowering->numel() == 1 ? Optional(checked(*lowering, f, shape(*lowering), sums, "margin"))
                                                   : of_classes(lowering, "margin")) {
@@ -59,8 +59,8 @@ LossOutput cross_entropy_forward(const Tensor& input, const Tensor& centers, con
                                  const Tensor& tau, const Tensor& target, Optional class_bias, Optional weight,
                                  Optional margin, int64_t margin_kind, int64_t reduction, int64_t ignore_index,
                                  double label_smoothing, bool keep, bool /*allow_tf32*/) {
-  const LossCall call(input, centers, displacements, tau, target, class_bias, weight, margin, margin_kind, reduction,
-                      ignore_index, label_smoothing);
+  const CrossEntropyCall call(input, centers, displacements, tau, target, class_bias, weight, margin, margin_kind,
+                              reduction, ignore_index, label_smoothing);
   const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
   const Sizes held = keep ? Sizes{K, padded_rows(B)} : Sizes{0, 0};
   const Tensor loss = like(input, reduction == 0 ? Sizes{B} : Sizes{}, call.sums), lse = like(input, {B}, call.sums),
@@ -70,13 +70,14 @@ LossOutput cross_entropy_forward(const Tensor& input, const Tensor& centers, con
                scalars = like(input, {2}, call.sums);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
-  operations(call.operands)
-      .loss_forward(call.arguments(), call.loss,
-                    {loss.mutable_data_ptr(), lse.mutable_data_ptr(), static_cast<bool*>(inside.mutable_data_ptr()),
-                     keep ? scores.mutable_data_ptr() : nullptr,
-                     keep ? static_cast<uint8_t*>(slots.mutable_data_ptr()) : nullptr, center_rnorms.mutable_data_ptr(),
-                     input_rnorms.mutable_data_ptr(), rows.mutable_data_ptr(), scalars.mutable_data_ptr()},
-                    workspace);
+  op_table(call.operands)
+      .cross_entropy_forward(
+          call.arguments(), call.loss,
+          {loss.mutable_data_ptr(), lse.mutable_data_ptr(), static_cast<bool*>(inside.mutable_data_ptr()),
+           keep ? scores.mutable_data_ptr() : nullptr, keep ? static_cast<uint8_t*>(slots.mutable_data_ptr()) : nullptr,
+           center_rnorms.mutable_data_ptr(), input_rnorms.mutable_data_ptr(), rows.mutable_data_ptr(),
+           scalars.mutable_data_ptr()},
+          workspace);
   return {loss, lse, inside, scores, slots, center_rnorms, input_rnorms, rows, scalars};
 }
 
@@ -91,8 +92,8 @@ LossGradients cross_entropy_backward(Optional grad_loss, Optional grad_lse, cons
                                      double label_smoothing, bool need_input, bool need_centers,
                                      bool need_displacements, bool need_tau, bool need_bias, bool need_margin,
                                      bool /*allow_tf32*/) {
-  const LossCall call(input, centers, displacements, tau, target, class_bias, weight, margin, margin_kind, reduction,
-                      ignore_index, label_smoothing);
+  const CrossEntropyCall call(input, centers, displacements, tau, target, class_bias, weight, margin, margin_kind,
+                              reduction, ignore_index, label_smoothing);
   const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
   const bool kept = scores.numel() > 0;
   const auto saved = [&](const Tensor& x, const Sizes& sizes, ScalarType dtype, const char* name) {
@@ -126,19 +127,22 @@ LossGradients cross_entropy_backward(Optional grad_loss, Optional grad_lse, cons
   const auto data = [](bool needed, const Tensor& x) { return needed ? x.mutable_data_ptr() : nullptr; };
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
-  operations(call.operands)
-      .loss_backward(call.arguments(), call.loss, {LossCall::pointer(of_loss), LossCall::pointer(of_lse)},
-                     {nullptr, nullptr, nullptr, data(kept, z), static_cast<uint8_t*>(data(kept, j)),
-                      R.mutable_data_ptr(), n.mutable_data_ptr(), notes.mutable_data_ptr(), two.mutable_data_ptr()},
-                     {data(need_input, df), data(need_centers, dw), data(need_displacements, dd), data(need_tau, dt)},
-                     data(bias_needed, db), data(margin_needed, dm), workspace);
-  const auto typed = [](bool needed, const Tensor& g, const Tensor& x) { return needed ? as(g, x.scalar_type()) : g; };
+  op_table(call.operands)
+      .cross_entropy_backward(
+          call.arguments(), call.loss, {CrossEntropyCall::pointer(of_loss), CrossEntropyCall::pointer(of_lse)},
+          {nullptr, nullptr, nullptr, data(kept, z), static_cast<uint8_t*>(data(kept, j)), R.mutable_data_ptr(),
+           n.mutable_data_ptr(), notes.mutable_data_ptr(), two.mutable_data_ptr()},
+          {data(need_input, df), data(need_centers, dw), data(need_displacements, dd), data(need_tau, dt)},
+          {data(bias_needed, db), data(margin_needed, dm)}, workspace);
+  const auto typed = [](bool needed, const Tensor& g, const Tensor& x) {
+    return needed ? converted(g, x.scalar_type()) : g;
+  };
   return {typed(need_input, df, input),
           typed(need_centers, dw, centers),
           typed(need_displacements, dd, displacements),
           typed(need_tau, dt, tau),
-          bias_needed ? as(db, class_bias->scalar_type()) : db,
-          margin_needed ? as(dm, margin->scalar_type()) : dm};
+          bias_needed ? converted(db, class_bias->scalar_type()) : db,
+          margin_needed ? converted(dm, margin->scalar_type()) : dm};
 }
 
 }  // namespace

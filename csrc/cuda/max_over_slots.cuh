@@ -1,46 +1,50 @@
-// Logits and slots [B, K] of products [K, ld]: scores of a tile, turned in shared memory, so that reads run along the
-// features and writes along the classes.
+// The last kernel of the forward of the logits.
 #pragma once
 #include "scores.cuh"
 
 namespace gistops::cuda {
 
+// Compute logits and slots, both [B, K] with rows of length ldz, from the products P [K, ld] of a chunk of classes.
+//
+// Grid: (tiles of 32 classes, tiles of 128 rows). Block: 256 threads. Reads run along the rows and writes along the
+// classes, so the tile is transposed in shared memory.
 template <class T>
-__global__ void __launch_bounds__(ScoresShape::kThreads) pool_kernel(Scoring<T> in, Sum<T>* logits, int64_t ldz) {
+__global__ void __launch_bounds__(ScoresShape::kThreads)
+    max_over_slots_kernel(ScoreInputs<T> in, Sum<T>* logits, int64_t ldz) {
   using S = Sum<T>;
   using Shape = ScoresShape;
   __shared__ __align__(16) ScoresTile<S> tile;
-  // Half of the features at a time, where all of them are more than static shared memory holds.
-  constexpr int kParts = sizeof(S) == 8 ? 2 : 1, kRows = Shape::kFeatures / kParts;
-  __shared__ S turned[kRows][Shape::kClasses + 1];
-  __shared__ uint8_t turned_slots[kRows][Shape::kClasses + 4];
+  // float64: half of the rows at a time, because all of them exceed static shared memory.
+  constexpr int kPasses = sizeof(S) == 8 ? 2 : 1, kRows = Shape::kRows / kPasses;
+  __shared__ S transposed[kRows][Shape::kClasses + 1];
+  __shared__ uint8_t transposed_slots[kRows][Shape::kClasses + 4];
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int first_class = static_cast<int>(blockIdx.x) * Shape::kClasses;
-  const int first_feature = static_cast<int>(blockIdx.y) * Shape::kFeatures;
-  S z[Shape::kOwn][4];
-  int slot[Shape::kOwn][4];
-  make_scores(in, tile, first_class, first_feature, z, slot);
+  const int first_row = static_cast<int>(blockIdx.y) * Shape::kRows;
+  S z[Shape::kClassesPerThread][4];
+  int slot[Shape::kClassesPerThread][4];
+  compute_scores(in, tile, first_class, first_row, z, slot);
   const int64_t k = first_class + lane;
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    if (part > 0) __syncthreads();
-    if (lane * 4 / kRows == part) {
+  for (int pass = 0; pass < kPasses; ++pass) {
+    if (pass > 0) __syncthreads();
+    if (lane * 4 / kRows == pass) {
 #pragma unroll
-      for (int c = 0; c < Shape::kOwn; ++c)
+      for (int c = 0; c < Shape::kClassesPerThread; ++c)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          turned[lane * 4 % kRows + e][warp + c * Shape::kWarps] = z[c][e];
-          turned_slots[lane * 4 % kRows + e][warp + c * Shape::kWarps] = static_cast<uint8_t>(slot[c][e]);
+          transposed[lane * 4 % kRows + e][warp + c * Shape::kWarps] = z[c][e];
+          transposed_slots[lane * 4 % kRows + e][warp + c * Shape::kWarps] = static_cast<uint8_t>(slot[c][e]);
         }
     }
     __syncthreads();
     if (k >= in.p.K()) continue;
 #pragma unroll 4
     for (int row = warp; row < kRows; row += Shape::kWarps) {
-      const int64_t i = first_feature + part * kRows + row;
+      const int64_t i = first_row + pass * kRows + row;
       if (i >= in.p.B()) break;
-      logits[i * ldz + k] = turned[row][lane];
-      in.slots[i * in.slot_row + k * in.slot_class] = turned_slots[row][lane];
+      logits[i * ldz + k] = transposed[row][lane];
+      in.slots[i * in.slot_row + k * in.slot_class] = transposed_slots[row][lane];
     }
   }
 }

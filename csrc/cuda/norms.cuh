@@ -1,5 +1,4 @@
-// Norms of the centres and features, and what they make with the displacements, in one reading of each: a warp takes
-// some rows, and sums |x|^2, x . delta_j and |delta_j|^2 on the way.
+// Reciprocal norms of the rows of the input and of all slots, and the dot products of the input with the displacements.
 #pragma once
 #include "problem.cuh"
 #include "vector.cuh"
@@ -7,32 +6,35 @@
 
 namespace gistops::cuda {
 
-// kGroup: displacements at a time. Rows of a warp: as many as registers hold the sums of.
+// A "row" in this file is a row of the input or of the centers.
+// kGroup: displacements whose sums are in registers at a time. More of them leave room for fewer rows.
 template <int kGroup>
 struct NormsShape {
-  static constexpr int kThreads = 128, kRows = 16 / kGroup, kRowsABlock = kThreads / kWarp * kRows;
+  static constexpr int kThreads = 128, kRowsPerWarp = 16 / kGroup;
+  static constexpr int kRowsPerBlock = kThreads / kWarp * kRowsPerWarp;
 };
 
-// Null where not wanted.
+// Pointers are null where the result is not needed.
 template <class S>
-struct Norms {
+struct NormOutputs {
   S* input_rnorms;  // [B]      1 / |f_i|
-  S* products;      // [M, ld]  f_i . delta_j, 0 for j = 0
+  S* input_dots;    // [M, ld]  Q: f_i . delta_j, 0 for j = 0
   int64_t ld;
-  S* center_rnorms;  // [M, ldr]  1 / |w_k + delta_j|, negative where the pair cancels
+  S* center_rnorms;  // [M, ldr]  R: 1 / |w_k + delta_j|, negative where the pair cancels
   int64_t ldr;
-  int* ticket;  // set to 0
+  int* blocks_done;  // [1]: set to 0, for row_loss_kernel
 };
 
-// On a multiprocessor, at least: what is in flight must cover the memory's latency.
+// Return the blocks per multiprocessor to ask for: the loads in flight must cover the latency of memory.
 template <class T, int kGroup, bool kAligned>
 constexpr int norms_blocks() {
   if (!kAligned || kGroup > 4 || sizeof(T) == 8) return 1;
-  return sizeof(T) == 2 && kSqueezes ? 4 : 3;
+  return sizeof(T) == 2 && kFitsIn128Registers ? 4 : 3;
 }
 
+// Return |w + delta|^2, by all lanes of a warp.
 template <bool kAligned, class T>
-__device__ __forceinline__ Sum<T> square_of_sum(const T* w, const T* delta, int d, int lane) {
+__device__ __forceinline__ Sum<T> squared_norm_of_slot(const T* w, const T* delta, int d, int lane) {
   Sum<T> sum = 0;
   for (int x = lane * kVector<T>; x < d; x += kWarp * kVector<T>) {
     Sum<T> a[kVector<T>], b[kVector<T>];
@@ -44,49 +46,52 @@ __device__ __forceinline__ Sum<T> square_of_sum(const T* w, const T* delta, int 
   return warp_sum(sum);
 }
 
-// Blocks 0 .. input_blocks: of the features; then of the centres.
+// Compute all of NormOutputs, with one pass over the input and one over the centers for each group of displacements.
+//
+// Grid: input_blocks blocks of kRowsPerBlock input rows, then enough blocks for the centers. Block: kThreads. A warp
+// takes kRowsPerWarp adjacent rows x; its lanes split the dims, and accumulate |x|^2, x . delta_j and |delta_j|^2.
 template <class T, int kGroup, bool kAligned>
 __global__ void __launch_bounds__(NormsShape<kGroup>::kThreads, norms_blocks<T, kGroup, kAligned>())
-    norms_kernel(Problem<T> p, int64_t input_blocks, Norms<Sum<T>> out) {
+    norms_kernel(Problem<T> p, int64_t input_blocks, NormOutputs<Sum<T>> out) {
   using S = Sum<T>;
-  constexpr int kRows = NormsShape<kGroup>::kRows, kPart = kVector<T>;
+  constexpr int kRows = NormsShape<kGroup>::kRowsPerWarp, kPart = kVector<T>;
   static_assert(kRows * kGroup % 8 == 0 && kGroup <= 8);
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  if (out.ticket && blockIdx.x == 0 && threadIdx.x == 0) *out.ticket = 0;
-  const bool of_input = blockIdx.x < input_blocks;
-  const int64_t rows = of_input ? p.B() : p.K(), m = p.m();
+  if (out.blocks_done && blockIdx.x == 0 && threadIdx.x == 0) *out.blocks_done = 0;
+  const bool is_input = blockIdx.x < input_blocks;
+  const int64_t rows = is_input ? p.B() : p.K(), m = p.m();
   const int d = static_cast<int>(p.d());
-  const int64_t block = of_input ? blockIdx.x : blockIdx.x - input_blocks;
-  const int64_t first = block * NormsShape<kGroup>::kRowsABlock + warp * kRows;
+  const int64_t block = is_input ? blockIdx.x : blockIdx.x - input_blocks;
+  const int64_t first = block * NormsShape<kGroup>::kRowsPerBlock + warp * kRows;
   if (first >= rows) return;
-  const T* data = of_input ? p.input.data : p.centers.data;
+  const T* data = is_input ? p.input.data : p.centers.data;
   const T* begin = data + first * int64_t{d};
-  int row[kRows];  // where they begin; past the end the last again
+  int offset[kRows];  // where each row begins; rows past the end repeat the last
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) row[r] = static_cast<int>(min(static_cast<int64_t>(r), rows - 1 - first)) * d;
+  for (int r = 0; r < kRows; ++r) offset[r] = static_cast<int>(min(static_cast<int64_t>(r), rows - 1 - first)) * d;
 
-  S square = 0;  // of row lane / 4, for lanes below 4 kRows
+  S square = 0;  // |x|^2 of row lane / 4, in lanes below 4 kRows
   for (int64_t group = 0; group == 0 || group < m; group += kGroup) {
     S squares[8] = {}, delta_squares[8] = {}, dots[kRows][kGroup] = {};
-    alignas(16) T ahead[kRows][kPart];  // read while the values before them are at work
-    const auto read = [&](int x) {
+    alignas(16) T prefetched[kRows][kPart];  // loaded while the previous values are in use
+    const auto prefetch = [&](int x) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
-        *reinterpret_cast<uint4*>(ahead[r]) = *reinterpret_cast<const uint4*>(begin + row[r] + x);
+        *reinterpret_cast<uint4*>(prefetched[r]) = *reinterpret_cast<const uint4*>(begin + offset[r] + x);
     };
-    if (kAligned && lane * kPart < d) read(lane * kPart);
+    if (kAligned && lane * kPart < d) prefetch(lane * kPart);
     for (int x = lane * kPart; x < d; x += kWarp * kPart) {
       S values[kRows][kPart];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         if constexpr (kAligned) {
 #pragma unroll
-          for (int e = 0; e < kPart; ++e) values[r][e] = wide(ahead[r][e]);
+          for (int e = 0; e < kPart; ++e) values[r][e] = wide(prefetched[r][e]);
         } else {
-          load_vector<false>(begin + row[r], x, d, values[r]);
+          load_vector<false>(begin + offset[r], x, d, values[r]);
         }
       }
-      if (kAligned && x + kWarp * kPart < d) read(x + kWarp * kPart);
+      if (kAligned && x + kWarp * kPart < d) prefetch(x + kWarp * kPart);
       if (group == 0) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
@@ -107,37 +112,38 @@ __global__ void __launch_bounds__(NormsShape<kGroup>::kThreads, norms_blocks<T, 
       }
     }
     if (group == 0) {
-      square = halving_sum(squares, lane);
+      square = warp_sum_of_8(squares, lane);
       const int64_t at = first + lane / 4;
       if (lane % 4 == 0 && lane / 4 < kRows && at < rows) {
-        (of_input ? out.input_rnorms : out.center_rnorms)[at] = clamped_rnorm(square);
-        if (of_input) out.products[at] = 0;
+        (is_input ? out.input_rnorms : out.center_rnorms)[at] = clamped_rnorm(square);
+        if (is_input) out.input_dots[at] = 0;
       }
     }
     if (m == 0) break;
-    const S delta_square_of_lane = halving_sum(delta_squares, lane);  // of displacement lane / 4
+    const S lane_delta_square = warp_sum_of_8(delta_squares, lane);  // of displacement group + lane / 4
 #pragma unroll
     for (int part = 0; part < kRows * kGroup; part += 8) {
       S eight[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) eight[i] = dots[(part + i) / kGroup][(part + i) % kGroup];
-      const S dot = halving_sum(eight, lane);
-      const int r = (part + lane / 4) / kGroup, j = (part + lane / 4) % kGroup;  // this lane's
+      const S dot = warp_sum_of_8(eight, lane);
+      const int r = (part + lane / 4) / kGroup, j = (part + lane / 4) % kGroup;  // the pair of this lane
       const S row_square = __shfl_sync(~0u, square, r * 4);
-      const S delta_square = __shfl_sync(~0u, delta_square_of_lane, j * 4);
+      const S delta_square = __shfl_sync(~0u, lane_delta_square, j * 4);
       const bool valid = lane % 4 == 0 && first + r < rows && group + j < m;
-      if (of_input) {
-        if (valid) out.products[(group + j + 1) * out.ld + first + r] = dot;
+      if (is_input) {
+        if (valid) out.input_dots[(group + j + 1) * out.ld + first + r] = dot;
         continue;
       }
       const S sum = row_square + delta_square + 2 * dot;
-      const bool lost = valid && cancels(sum, row_square, delta_square);
+      const bool cancelled = valid && cancels(sum, row_square, delta_square);
       S rnorm = clamped_rnorm(sum);
-      if (__any_sync(~0u, lost)) {
+      if (__any_sync(~0u, cancelled)) {
         for (int i = 0; i < 8; ++i) {
-          if (!__shfl_sync(~0u, static_cast<int>(lost), i * 4)) continue;
-          const int64_t k = first + (part + i) / kGroup, slot = group + (part + i) % kGroup;
-          const S direct = square_of_sum<kAligned>(p.centers.data + k * d, p.displacements.data + slot * d, d, lane);
+          if (!__shfl_sync(~0u, static_cast<int>(cancelled), i * 4)) continue;
+          const int64_t k = first + (part + i) / kGroup, index = group + (part + i) % kGroup;
+          const S direct =
+              squared_norm_of_slot<kAligned>(p.centers.data + k * d, p.displacements.data + index * d, d, lane);
           if (i == lane / 4) rnorm = -clamped_rnorm(direct);
         }
       }

@@ -1,4 +1,4 @@
-// The operators for one type of operands, as the binding calls them.
+// The operators for one type of operands.
 #pragma once
 #include "cross_entropy.cuh"
 #include "logits.cuh"
@@ -6,19 +6,21 @@
 namespace gistops::cuda {
 
 template <class T>
-constexpr Operations operations() {
-  return {[](const Arguments& a, const Results& results, Workspace& workspace) {
-            LogitsSequence<T>(a, workspace).forward(results);
-          },
-          [](const Arguments& a, const void* grad, const Results& saved, const Gradients& gradients,
-             Workspace& workspace) { LogitsSequence<T>(a, workspace).backward(grad, saved, gradients); },
-          [](const Arguments& a, const LossArguments& loss, const LossResults& results, Workspace& workspace) {
-            LossSequence<T>(a, loss, workspace).forward(results);
-          },
-          [](const Arguments& a, const LossArguments& loss, const LossGrads& grads, const LossResults& saved,
-             const Gradients& gradients, void* class_bias, void* margin, Workspace& workspace) {
-            LossSequence<T>(a, loss, workspace).backward(grads, saved, gradients, class_bias, margin);
-          }};
+constexpr OpTable make_op_table() {
+  return {.logits_forward = [](const Arguments& a, const LogitsResults& results,
+                               Workspace& workspace) { LogitsLauncher<T>(a, workspace).forward(results); },
+          .logits_backward =
+              [](const Arguments& a, const void* grad, const LogitsResults& saved, const Gradients& gradients,
+                 Workspace& workspace) { LogitsLauncher<T>(a, workspace).backward(grad, saved, gradients); },
+          .cross_entropy_forward =
+              [](const Arguments& a, const LossArguments& loss, const LossResults& results, Workspace& workspace) {
+                CrossEntropyLauncher<T>(a, loss, workspace).forward(results);
+              },
+          .cross_entropy_backward =
+              [](const Arguments& a, const LossArguments& loss, const LossOutputGrads& grads, const LossResults& saved,
+                 const Gradients& gradients, const LossGradients& loss_gradients, Workspace& workspace) {
+                CrossEntropyLauncher<T>(a, loss, workspace).backward(grads, saved, gradients, loss_gradients);
+              }};
 }
 
 }  // namespace gistops::cuda

@@ -1,88 +1,96 @@
-// What the binding calls: the operators for each type of operands, on pointers. No CUDA and no torch header here.
+// The interface between the binding and the kernels: the operators for each type of operands, on pointers. Includes
+// neither CUDA nor torch headers.
 #pragma once
 #include <cstdint>
 
 namespace gistops::cuda {
 
-// Contiguous rows. Sums are float, and double for double.
+// All tensors are contiguous. "Sums" are double for double operands, else float.
 struct Arguments {
   const void *input, *centers, *displacements;  // [B, d], [K, d], [m, d], of one type
-  const void* tau;                              // one sum
+  const void* tau;                              // [1] sum
   int64_t B, K, d, m;
   void* stream;
 };
 
-struct Results {
+struct LogitsResults {
   void* logits;         // [B, K] sums
   uint8_t* slots;       // [B, K]
   void* center_rnorms;  // [M, K] sums
   void* input_rnorms;   // [B] sums
 };
 
-// Null where not needed.
+// Gradients of the arguments; null where not needed.
 struct Gradients {
-  void *input, *centers;      // as the arguments
+  void *input, *centers;      // of the operands' type
   void *displacements, *tau;  // sums
 };
 
-// Element (i, j) lies at data + i row + j col elements of the operands' type; one of the two strides is 1.
+// A matrix whose element (i, j) lies at data + i row_stride + j col_stride, in elements of the operands' type. One of
+// the strides is 1.
 struct Matrix {
   const void* data;
-  int64_t rows, cols, row, col;
+  int64_t rows, cols, row_stride, col_stride;
 };
 
-struct Piece {
+struct Buffer {
   int64_t bytes;
   void* data;
 };
 
-// Scores and weights lie class-major, in rows of B rounded up to whole vectors of every type.
+// Return the length of the rows of class-major tensors (scores, slots, weights): B rounded up to whole vectors of every
+// type.
 constexpr int64_t padded_rows(int64_t B) { return (B + 15) / 16 * 16; }
 
 // Lends device memory until the call ends, and multiplies large matrices.
 class Workspace {
  public:
   virtual ~Workspace() = default;
-  // Fills in `data` of each piece, at a multiple of 256 bytes.
-  virtual void scratch(Piece* pieces, int count) = 0;
-  // left right -> out, sums in rows of length ld.
+  // Set `data` of each buffer, to a multiple of 256 bytes.
+  virtual void allocate(Buffer* buffers, int count) = 0;
+  // Write left x right to out, as sums in rows of length ld.
   virtual void multiply(const Matrix& left, const Matrix& right, void* out, int64_t ld) = 0;
 };
 
-// What a cross-entropy takes beside the scores' arguments. Null where there is none.
+// Arguments of a cross-entropy beyond those of the logits. Vectors are sums, null where absent.
 struct LossArguments {
   const int64_t* target;                     // [B]
-  const void *class_bias, *weight, *margin;  // [K], [K], [K] or [1], sums
-  bool each_margin;                          // a margin for each class
+  const void *class_bias, *weight, *margin;  // [K], [K], [K] or [1]
+  bool margin_per_class;                     // margin is [K]
   int margin_kind, reduction;                // 0 logit, 1 cosine, 2 angle; 0 none, 1 mean, 2 sum
   int64_t ignore_index;
   double label_smoothing;
 };
 
 struct LossResults {
-  void *loss, *lse;      // [B] or [1], [B]
-  bool* inside;          // [1]: whether all targets are in range
-  void* scores;          // [K, padded_rows(B)] sums, or null: not kept
-  uint8_t* slots;        // likewise
-  void* center_rnorms;   // [M, K]
-  void* input_rnorms;    // [B]
-  void *rows, *scalars;  // [2, B], or [5, B] with a margin; [2]
+  void *loss, *lse;           // [B] or [1]; [B]
+  bool* targets_in_range;     // [1]
+  void* scores;               // [K, padded_rows(B)] sums; null: not kept for the backward
+  uint8_t* slots;             // likewise
+  void* center_rnorms;        // [M, K]
+  void* input_rnorms;         // [B]
+  void *row_stats, *scalars;  // [2, B], or [5, B] with a margin; [2]: as in softmax_grad.cuh
 };
 
-struct LossGrads {
-  const void *loss, *lse;  // as the results, or null
+// Gradients of the results; null where there is none.
+struct LossOutputGrads {
+  const void *loss, *lse;
 };
 
-// All throw std::runtime_error with the kernel's name and CUDA's words where a launch fails.
-struct Operations {
-  void (*forward)(const Arguments&, const Results&, Workspace&);
-  void (*backward)(const Arguments&, const void* grad, const Results& saved, const Gradients&, Workspace&);
-  void (*loss_forward)(const Arguments&, const LossArguments&, const LossResults&, Workspace&);
-  // class_bias [K], margin [K] or [1]: their gradients, or null
-  void (*loss_backward)(const Arguments&, const LossArguments&, const LossGrads&, const LossResults& saved,
-                        const Gradients&, void* class_bias, void* margin, Workspace&);
+// Gradients of the vectors of LossArguments; null where not needed.
+struct LossGradients {
+  void *class_bias, *margin;  // [K]; [K] or [1]
 };
 
-extern const Operations bf16_operations, f16_operations, f32_operations, f64_operations;
+// Every function throws std::runtime_error with the kernel's name and CUDA's message if a launch fails.
+struct OpTable {
+  void (*logits_forward)(const Arguments&, const LogitsResults&, Workspace&);
+  void (*logits_backward)(const Arguments&, const void* grad, const LogitsResults& saved, const Gradients&, Workspace&);
+  void (*cross_entropy_forward)(const Arguments&, const LossArguments&, const LossResults&, Workspace&);
+  void (*cross_entropy_backward)(const Arguments&, const LossArguments&, const LossOutputGrads&,
+                                 const LossResults& saved, const Gradients&, const LossGradients&, Workspace&);
+};
+
+extern const OpTable bf16_ops, f16_ops, f32_ops, f64_ops;
 
 }  // namespace gistops::cuda

@@ -8,17 +8,17 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor> logits_forward(const Tensor& input, const Tensor& centers,
                                                           const Tensor& displacements, const Tensor& tau,
                                                           bool /*allow_tf32*/) {
-  const Call call(input, centers, displacements, tau);
+  const OpCall call(input, centers, displacements, tau);
   const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
   const Tensor logits = like(input, {B, K}, call.sums), slots = like(input, {B, K}, ScalarType::Byte);
   const Tensor center_rnorms = like(input, {M, K}, call.sums), input_rnorms = like(input, {B}, call.sums);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
-  operations(call.operands)
-      .forward(call.arguments(),
-               {logits.mutable_data_ptr(), static_cast<uint8_t*>(slots.mutable_data_ptr()),
-                center_rnorms.mutable_data_ptr(), input_rnorms.mutable_data_ptr()},
-               workspace);
+  op_table(call.operands)
+      .logits_forward(call.arguments(),
+                      {logits.mutable_data_ptr(), static_cast<uint8_t*>(slots.mutable_data_ptr()),
+                       center_rnorms.mutable_data_ptr(), input_rnorms.mutable_data_ptr()},
+                      workspace);
   return {logits, slots, center_rnorms, input_rnorms};
 }
 
@@ -28,13 +28,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logits_backward(const Tensor& grad, c
                                                            const Tensor& center_rnorms, const Tensor& input_rnorms,
                                                            bool need_input, bool need_centers, bool need_displacements,
                                                            bool need_tau, bool /*allow_tf32*/) {
-  const Call call(input, centers, displacements, tau);
+  const OpCall call(input, centers, displacements, tau);
   const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
   const auto saved = [&](const Tensor& x, std::vector<int64_t> sizes, ScalarType dtype, const char* name) {
     bool fits = x.is_cuda() && x.dim() == static_cast<int64_t>(sizes.size()) && x.scalar_type() == dtype;
     for (size_t i = 0; fits && i < sizes.size(); ++i) fits = x.size(static_cast<int64_t>(i)) == sizes[i];
     STD_TORCH_CHECK(fits, "gistops: ", name, ": expected the forward's shape and dtype");
-    return as(x, dtype);
+    return converted(x, dtype);
   };
   const Tensor G = saved(grad, {B, K}, call.sums, "grad"), z = saved(logits, {B, K}, call.sums, "logits");
   const Tensor j = saved(slots, {B, K}, ScalarType::Byte, "slots");
@@ -50,15 +50,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logits_backward(const Tensor& grad, c
   const Tensor dt = gradient(need_tau, call.tau, call.sums);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
-  operations(call.operands)
-      .backward(call.arguments(), G.const_data_ptr(),
-                {z.mutable_data_ptr(), static_cast<uint8_t*>(j.mutable_data_ptr()), R.mutable_data_ptr(),
-                 n.mutable_data_ptr()},
-                {need_input ? df.mutable_data_ptr() : nullptr, need_centers ? dw.mutable_data_ptr() : nullptr,
-                 need_displacements ? dd.mutable_data_ptr() : nullptr, need_tau ? dt.mutable_data_ptr() : nullptr},
-                workspace);
-  return {as(df, input.scalar_type()), as(dw, centers.scalar_type()), as(dd, displacements.scalar_type()),
-          as(dt, tau.scalar_type())};
+  op_table(call.operands)
+      .logits_backward(
+          call.arguments(), G.const_data_ptr(),
+          {z.mutable_data_ptr(), static_cast<uint8_t*>(j.mutable_data_ptr()), R.mutable_data_ptr(),
+           n.mutable_data_ptr()},
+          {need_input ? df.mutable_data_ptr() : nullptr, need_centers ? dw.mutable_data_ptr() : nullptr,
+           need_displacements ? dd.mutable_data_ptr() : nullptr, need_tau ? dt.mutable_data_ptr() : nullptr},
+          workspace);
+  return {converted(df, input.scalar_type()), converted(dw, centers.scalar_type()),
+          converted(dd, displacements.scalar_type()), converted(dt, tau.scalar_type())};
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What the kernels are given: shapes and pointers, no tensors. Letters as in csrc/schema.cpp.
+// Shapes and pointers of one operator call, as the kernels receive them. Letters as in csrc/README.md.
 #pragma once
 #include "device.cuh"
 
@@ -6,15 +6,15 @@ namespace gistops::cuda {
 
 // A row-major matrix in global memory.
 template <class T>
-struct Global {
+struct GlobalMatrix {
   const T* data;
   int64_t rows, cols, ld;
 };
 
 template <class T>
 struct Problem {
-  Global<T> input, centers, displacements;  // [B, d], [K, d], [m, d]
-  const Sum<T>* tau;
+  GlobalMatrix<T> input, centers, displacements;  // [B, d], [K, d], [m, d]
+  const Sum<T>* tau;                              // [1]
 
   __host__ __device__ int64_t B() const { return input.rows; }
   __host__ __device__ int64_t K() const { return centers.rows; }

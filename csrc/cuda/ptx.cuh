@@ -1,4 +1,4 @@
-// All inline PTX, each instruction behind a function. tests/host_cuda/shim has the same functions for the host.
+// All inline PTX, one function per instruction. tests/host_cuda/shim defines the same functions for the host.
 // Layouts of fragments: PTX ISA, "Matrix fragments for mma.m16n8k16" and "ldmatrix".
 #pragma once
 #include "device.cuh"
@@ -13,24 +13,25 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// 16 bytes from global to shared memory, aside; zeros if not valid. Both addresses are multiples of 16.
+// Start an asynchronous copy of 16 bytes from global to shared memory; if not valid, write zeros instead. Both
+// addresses are multiples of 16.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0)
                : "memory");
 }
 
-// Ends a group of copies.
+// Close a group of copies.
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until all of this thread's groups but the N latest have arrived.
+// Wait until all of this thread's groups except the N latest are complete.
 template <int N>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// 8x8 matrices of 16-bit elements from shared memory; lane l gives the address of row l % 8 of matrix l / 8, and
-// receives elements 2 (l % 4) and the next of row l / 4. trans: of column l / 4.
+// Load four 8x8 matrices of 16-bit elements from shared memory. Lane l passes the address of row l % 8 of matrix l / 8,
+// and receives elements 2 (l % 4) and the next of row l / 4; with _trans, of column l / 4.
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -45,7 +46,7 @@ __device__ __forceinline__ void load_matrix_x4_trans(uint32_t (&r)[4], const voi
                : "memory");
 }
 
-// c [16, 8] += a [16, 16] b [16, 8], summed in float
+// c [16, 8] += a [16, 16] b [16, 8], accumulated in float.
 template <class T>
 __device__ __forceinline__ void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (__is_same(T, bf16)) {

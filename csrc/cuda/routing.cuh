@@ -1,11 +1,12 @@
-// How the backward's gradients are shared out: each goes to the vector that won.
+// The backward's first pass: the gradient G of the scores z is routed to the slots that won. Its results:
 //
-//   H[k, i] = tau G |R[j*, k]| / |f_i|, in the operands' dtype, for the two products;  0 where the pair cancels
-//   S[j, i] = sum of the same over k with j* = j, unrounded
-//   T[k, j] = R^2 sum of G z over i with j* = j  (tau G c = G z, z the logits);  0 where the norm is clamped
-//   tau's gradient: sum of G z / tau
+//   H[k, i] = tau G |R[j*, k]| / |f_i|, in the operands' type, for the products H'W and H f; 0 where the pair cancels
+//   S[j, i] = sum of the same over the classes k with j* = j, unrounded
+//   T[k, j] = R^2 sum of G z over the rows i with j* = j; 0 where the norm is clamped
+//   dtau = sum of G z / tau
 //
-// A run of classes is routed in two launches: parts of these sums, then their totals.
+// A chunk of classes takes two launches: route_*_kernel writes H and partials of the sums, reduce_partials_kernel adds
+// the partials up.
 #pragma once
 #include <algorithm>
 
@@ -15,11 +16,11 @@
 
 namespace gistops::cuda {
 
-// The weight as H holds it. Of a zero vector, whose norm is clamped, it is up to 1e12 times the others: float16 holds
-// it as its largest value, because infinity times a zero beside it would be NaN. Elsewhere infinity stays, which tells
-// a gradient scaler to step back.
+// Round a weight to the operands' type, as H holds it. The weight of a zero vector, whose norm is clamped, is up to
+// 1e12 times the others; in float16 it is limited to the largest number, because infinity times a zero in the same
+// product is NaN. Other weights may become infinite, which tells a gradient scaler to lower its scale.
 template <class T>
-__device__ __forceinline__ T held_weight(Sum<T> h, Sum<T> center_rnorm, Sum<T> input_rnorm) {
+__device__ __forceinline__ T rounded_weight(Sum<T> h, Sum<T> center_rnorm, Sum<T> input_rnorm) {
   using S = Sum<T>;
   if constexpr (__is_same(T, f16)) {
     constexpr S kLargest = 65504;
@@ -29,22 +30,23 @@ __device__ __forceinline__ T held_weight(Sum<T> h, Sum<T> center_rnorm, Sum<T> i
   return narrow<T>(h);
 }
 
-// What the gradient of the scores of a run of classes is made of; p.centers are those alone.
+// The tensors from which the backward gets the gradient of the scores, for a chunk of classes; p.centers are those of
+// the chunk.
 template <class T>
-struct Pairs {
+struct GradSource {
   using S = Sum<T>;
   Problem<T> p;
   const S* center_rnorms;  // [M, ldr]
   int64_t ldr;
   const S* input_rnorms;  // [B]
-  const S* scores;        // logits of class k and feature i at k score_class + i score_row; slots likewise
+  const S* scores;        // that of class k and row i at k score_class + i score_row; slots and grad likewise
   const uint8_t* slots;
   int64_t score_class, score_row;
-  const S* grad;       // of the logits, where they lie; or null:
-  Softmax<S> softmax;  // the gradient of a loss
+  const S* grad;  // gradient of the logits; null: softmax gives the gradient of a loss
+  SoftmaxGrad<S> softmax;
 
-  // For pairs that cancel: which slot won, and its weight; 0 for the others.
-  __device__ __forceinline__ S apart(int64_t k, int64_t i, int& slot) const {
+  // Return the weight H of pair (k, i) if its slot is cancelled, else 0; set slot to the slot that won.
+  __device__ __forceinline__ S cancelled_weight(int64_t k, int64_t i, int& slot) const {
     const int64_t at = k * score_class + i * score_row;
     slot = slots[at];
     const S r = center_rnorms[slot * ldr + k];
@@ -53,52 +55,53 @@ struct Pairs {
     if (grad) {
       g = grad[at];
     } else {
-      const SoftmaxRow<S> row = softmax.row(i);
-      g = k == row.target ? row.of_target * row.by_logit : softmax.gradient(row, k, scores[at]);
+      const SoftmaxGradRow<S> row = softmax.row(i);
+      g = k == row.target ? row.target_grad * row.by_logit : softmax.other_class_grad(row, k, scores[at]);
     }
     return *p.tau * g * magnitude(r) * input_rnorms[i];
   }
 };
 
-// First of parts, then in total.
+// Results of the first pass: as partials, and as the sums that reduce_partials_kernel makes of them.
 template <class T>
-struct Pulls {
+struct RoutedSums {
   using S = Sum<T>;
-  T* h;            // [K, ld]; zeros from B on
-  int64_t ld;      // also of S
-  S* s;            // [groups, M, ld], then [M, ld]
-  S* t;            // [parts, M, K], then [K, M]
-  S* tau;          // [blocks], then [1]
-  int* cancelled;  // [blocks], then [1]: whether any pair cancels
-  S* bias;         // [parts, K], then [K]; or null
-  S* margin;       // [parts, K], then [K] or [1]; or null
+  T* h;            // [K, ld]; zeros from B on; no partials
+  int64_t ld;      // of H and S
+  S* s;            // partials [groups, M, ld], sums [M, ld]
+  S* t;            // partials [row tiles, M, K], sums [K, M]
+  S* tau;          // partials [blocks], sum [1]
+  int* cancelled;  // [blocks], then [1]: true if any pair cancels
+  S* bias;         // partials [row tiles, K], sums [K]; or null
+  S* margin;       // partials [row tiles, K], sums [K] or [1]; or null
 };
 
-struct PullShape {
+// The grid of the first pass: a block takes a group of class tiles and one tile of rows.
+struct RoutingShape {
   static constexpr int kThreads = 256, kWarps = kThreads / kWarp, kSlots = 8;
-  int64_t tiles, tiles_a_group, groups, parts;
+  int64_t tiles, tiles_per_group, groups, row_tiles;
 
-  // Enough blocks, but no more partials of S than that takes: with many parts there are few groups.
-  PullShape(int64_t classes, int64_t features, int64_t tile_classes, int64_t tile_features)
-      : tiles(ceil_div(classes, tile_classes)), parts(ceil_div(features, tile_features)) {
-    const int64_t most = std::clamp<int64_t>(1024 / std::max<int64_t>(parts, 1), 8, 256);
-    tiles_a_group = ceil_div(tiles, most);
-    groups = ceil_div(tiles, tiles_a_group);
+  // Enough groups to fill the device, but no more, because each has a partial of S: with many row tiles few groups.
+  RoutingShape(int64_t classes, int64_t rows, int64_t tile_classes, int64_t tile_rows)
+      : tiles(ceil_div(classes, tile_classes)), row_tiles(ceil_div(rows, tile_rows)) {
+    const int64_t most = std::clamp<int64_t>(1024 / std::max<int64_t>(row_tiles, 1), 8, 256);
+    tiles_per_group = ceil_div(tiles, most);
+    groups = ceil_div(tiles, tiles_per_group);
   }
-  __host__ __device__ int64_t blocks() const { return groups * parts; }
+  __host__ __device__ int64_t blocks() const { return groups * row_tiles; }
 };
 
-// tau's part of a block, and whether any of its pairs cancels.
+// Write a block's partial of dtau, from each thread's sum of G z, and whether any of its pairs cancels.
 template <class T>
-__device__ __forceinline__ void store_block(const Pulls<T>& out, Sum<T> moved, Sum<T> tau, bool cancelled) {
+__device__ __forceinline__ void store_tau_partial(const RoutedSums<T>& out, Sum<T> gz_sum, Sum<T> tau, bool cancelled) {
   using S = Sum<T>;
-  __shared__ S partial[PullShape::kWarps];
-  moved = warp_sum(moved);
-  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = moved;
+  __shared__ S partial[RoutingShape::kWarps];
+  gz_sum = warp_sum(gz_sum);
+  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = gz_sum;
   const bool any = __syncthreads_or(cancelled);
   if (threadIdx.x == 0) {
     S sum = 0;
-    for (int w = 0; w < PullShape::kWarps; ++w) sum += partial[w];
+    for (int w = 0; w < RoutingShape::kWarps; ++w) sum += partial[w];
     const int64_t block = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
     out.tau[block] = sum / tau;
     out.cancelled[block] = any;

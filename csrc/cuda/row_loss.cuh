@@ -1,126 +1,131 @@
-// From the tiles' parts to the loss, in one launch: a block takes 32 rows, the last to end sums over all rows.
+// The loss of each row from the partials of the log-sum-exp, and its reduction, in one launch.
 //
-// With O the log-sum-exp of all classes but the target, and s the target's score, margin and bias included, a row's
-// loss is log(1 + exp(O - s)), exact however small it is.
+// With O the log-sum-exp over all classes but the target, and s the target's score with margin and bias, the loss of a
+// row is log(1 + exp(O - s)), which is accurate however small it is.
 #pragma once
-#include "lse.cuh"
+#include "lse_partials.cuh"
 #include "margins.cuh"
 #include "softmax_grad.cuh"
 
 namespace gistops::cuda {
 
+// A block takes 32 rows, one per lane; its warps split the partials.
 template <class S>
-struct RowsShape {
-  static constexpr int kThreads = sizeof(S) == 8 ? 512 : 1024, kRows = kWarp, kRuns = kThreads / kWarp;
+struct RowLossShape {
+  static constexpr int kThreads = sizeof(S) == 8 ? 512 : 1024, kRows = kWarp, kWarps = kThreads / kWarp;
 };
 
 template <class S>
-struct LossRows {
-  int64_t B, classes, tiles;
-  const S *tau, *margin;       // margin: null, or [1], or [classes]
-  bool each_margin;            // the last
+struct RowLossArgs {
+  int64_t B, classes, tiles;   // tiles: partials per row
+  const S *tau, *margin;       // [1]; null, [1] or [classes]
+  bool margin_per_class;       // margin is [classes]
   int margin_kind, reduction;  // reduction: 0 none, 1 mean, 2 sum
   S smoothing;
-  S *loss, *lse;      // [B] or [1]; [B]
-  S *rows, *scalars;  // as in softmax_grad.cuh
-  bool* inside;       // [1]: whether all targets are in range
-  S* parts;           // [blocks, 3]
-  int* ticket;        // 0 before the launch
+  S *loss, *lse;           // results: [B] or [1]; [B]
+  S *row_stats, *scalars;  // results, for SoftmaxGrad: [2, B] or [5, B]; [2]
+  bool* targets_in_range;  // result: [1]
+  S* partials;             // scratch: [blocks, 3]
+  int* blocks_done;        // scratch: [1], 0 before the launch
 };
 
+// Combine the partials [tiles, B] of each row, apply margin, bias, weight and label smoothing, and write the outputs.
+//
+// Grid: tiles of 32 rows. Block: kThreads. The last block to finish reduces the partial sums of all blocks, in order.
 template <class S>
-__global__ void __launch_bounds__(RowsShape<S>::kThreads)
-    rows_kernel(LossTerms<S> terms, LseParts<S> in, LossRows<S> out) {
-  using Shape = RowsShape<S>;
-  constexpr int kRuns = Shape::kRuns;
-  __shared__ S largest[kRuns][kWarp];
-  __shared__ S totals[kRuns][kWarp];
-  __shared__ S sums[kRuns][kWarp];
-  __shared__ S class_sums[2][kRuns];
-  __shared__ int last;
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, run = thread / kWarp;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * Shape::kRows + lane, B = out.B;
+__global__ void __launch_bounds__(RowLossShape<S>::kThreads)
+    row_loss_kernel(LossTerms<S> terms, LsePartials<S> in, RowLossArgs<S> args) {
+  using Shape = RowLossShape<S>;
+  constexpr int kWarps = Shape::kWarps;
+  __shared__ S maxima[kWarps][kWarp];
+  __shared__ S exp_sums[kWarps][kWarp];
+  __shared__ S weighted_sums[kWarps][kWarp];
+  __shared__ S class_sums[2][kWarps];
+  __shared__ int is_last_block;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * Shape::kRows + lane, B = args.B;
   const bool inside = i < B;
-  S max = -kInfinity<S>, total = 0, weighted = 0, weights = 0, biases = 0;
+  S max = -kInfinity<S>, exp_sum = 0, weighted = 0, weights = 0, biases = 0;
   if (inside) {
 #pragma unroll 4
-    for (int64_t tile = run; tile < out.tiles; tile += kRuns) {
-      const S more = in.max[tile * B + i], more_total = in.total[tile * B + i];
+    for (int64_t tile = warp; tile < args.tiles; tile += kWarps) {
+      const S next_max = in.max[tile * B + i], next_sum = in.sum[tile * B + i];
       if (terms.smoothed) weighted += in.weighted[tile * B + i];
-      const S joint = more > max ? more : max, shift = finite_shift(joint);
-      total = total * exp(max - shift) + more_total * exp(more - shift);
-      max = joint;
+      const S new_max = next_max > max ? next_max : max, shift = finite_or_zero(new_max);
+      exp_sum = exp_sum * exp(max - shift) + next_sum * exp(next_max - shift);
+      max = new_max;
     }
   }
   if (terms.smoothed) {
-    for (int64_t tile = thread; tile < out.tiles; tile += Shape::kThreads)
-      weights += in.weights[tile], biases += in.biases[tile];
+    for (int64_t tile = thread; tile < args.tiles; tile += Shape::kThreads)
+      weights += in.weight_sums[tile], biases += in.bias_sums[tile];
     weights = warp_sum(weights), biases = warp_sum(biases);
   }
-  largest[run][lane] = max, totals[run][lane] = total, sums[run][lane] = weighted;
-  if (lane == 0) class_sums[0][run] = weights, class_sums[1][run] = biases;
+  maxima[warp][lane] = max, exp_sums[warp][lane] = exp_sum, weighted_sums[warp][lane] = weighted;
+  if (lane == 0) class_sums[0][warp] = weights, class_sums[1][warp] = biases;
   __syncthreads();
-  if (run == 0) {
-    weights = biases = weighted = total = 0;
-    for (int r = 1; r < kRuns; ++r) max = largest[r][lane] > max ? largest[r][lane] : max;
-    const S shift = finite_shift(max);
-    for (int r = 0; r < kRuns; ++r) {
-      total = fma(totals[r][lane], exp(largest[r][lane] - shift), total);
-      weighted += sums[r][lane], weights += class_sums[0][r], biases += class_sums[1][r];
+  if (warp == 0) {
+    weights = biases = weighted = exp_sum = 0;
+    for (int w = 1; w < kWarps; ++w) max = maxima[w][lane] > max ? maxima[w][lane] : max;
+    const S shift = finite_or_zero(max);
+    for (int w = 0; w < kWarps; ++w) {
+      exp_sum = fma(exp_sums[w][lane], exp(maxima[w][lane] - shift), exp_sum);
+      weighted += weighted_sums[w][lane], weights += class_sums[0][w], biases += class_sums[1][w];
     }
-    const S others = max + log(total);
+    const S others_lse = max + log(exp_sum);
     const int64_t y = inside ? terms.target[i] : terms.ignore_index;
-    const bool ignored = y == terms.ignore_index, astray = !ignored && (y < 0 || y >= out.classes);
-    const bool counted = !ignored && !astray;
+    const bool ignored = y == terms.ignore_index, out_of_range = !ignored && (y < 0 || y >= args.classes);
+    const bool counted = !ignored && !out_of_range;
     const S logit = counted ? in.target_logits[i] : S(0);
-    Lowered<S> low{logit, S(1), S(0), S(0)};
-    if (out.margin) {
-      const S margin = out.margin[out.each_margin && counted ? y : 0];
-      low = lowered(logit, *out.tau, margin, out.margin_kind);
+    MarginLogit<S> target{logit, S(1), S(0), S(0)};
+    if (args.margin) {
+      const S margin = args.margin[args.margin_per_class && counted ? y : 0];
+      target = apply_margin(logit, *args.tau, margin, args.margin_kind);
     }
-    const S score = low.value + (terms.bias && counted ? terms.bias[y] : S(0));
-    const S excess = others - score, weight = terms.weight && counted ? terms.weight[y] : S(1);
-    S value = log1p_of_exp(excess);
-    const S full = ignored ? others : score + value;
-    value *= weight;
+    const S score = target.value + (terms.bias && counted ? terms.bias[y] : S(0));
+    const S excess = others_lse - score, weight = terms.weight && counted ? terms.weight[y] : S(1);
+    S loss = softplus(excess);
+    const S lse = ignored ? others_lse : score + loss;
+    loss *= weight;
     if (terms.smoothed) {
-      const S spread = full * weights - (weighted + weight * (low.value - logit) + biases);
-      value = (S(1) - out.smoothing) * value + out.smoothing / static_cast<S>(out.classes) * spread;
+      const S smooth_loss = lse * weights - (weighted + weight * (target.value - logit) + biases);
+      loss = (S(1) - args.smoothing) * loss + args.smoothing / static_cast<S>(args.classes) * smooth_loss;
     }
-    if (ignored) value = 0;
+    if (ignored) loss = 0;
     if (inside) {
-      out.rows[kShift * B + i] = others == -kInfinity<S> ? kInfinity<S> : others;
-      out.rows[kExcess * B + i] = ignored ? kInfinity<S> : excess;
-      if (out.margin) {
-        out.rows[kByLogit * B + i] = low.by_logit;
-        out.rows[kByTau * B + i] = low.by_tau;
-        out.rows[kByMargin * B + i] = low.by_margin;
+      args.row_stats[kShift * B + i] = others_lse == -kInfinity<S> ? kInfinity<S> : others_lse;
+      args.row_stats[kExcess * B + i] = ignored ? kInfinity<S> : excess;
+      if (args.margin) {
+        args.row_stats[kByLogit * B + i] = target.by_logit;
+        args.row_stats[kByTau * B + i] = target.by_tau;
+        args.row_stats[kByMargin * B + i] = target.by_margin;
       }
-      out.lse[i] = full;
-      if (out.reduction == 0) out.loss[i] = value;
+      args.lse[i] = lse;
+      if (args.reduction == 0) args.loss[i] = loss;
     }
-    const S losses = warp_sum(value), counts = warp_sum(ignored ? S(0) : weight),
-            strays = warp_sum(astray ? S(1) : S(0));
+    const S loss_sum = warp_sum(loss), weight_total = warp_sum(ignored ? S(0) : weight),
+            out_of_range_count = warp_sum(out_of_range ? S(1) : S(0));
     if (lane == 0) {
-      S* part = out.parts + static_cast<int64_t>(blockIdx.x) * 3;
-      part[0] = losses, part[1] = counts, part[2] = strays;
+      S* partial = args.partials + static_cast<int64_t>(blockIdx.x) * 3;
+      partial[0] = loss_sum, partial[1] = weight_total, partial[2] = out_of_range_count;
       __threadfence();
-      last = atomicAdd(out.ticket, 1) == static_cast<int>(gridDim.x) - 1;
+      is_last_block = atomicAdd(args.blocks_done, 1) == static_cast<int>(gridDim.x) - 1;
     }
   }
   __syncthreads();
-  if (!last || run > 0) return;
-  __threadfence();  // the other blocks' parts
-  S losses = 0, counts = 0, strays = 0;
+  if (!is_last_block || warp > 0) return;
+  __threadfence();  // makes the other blocks' partials visible
+  S loss_sum = 0, weight_total = 0, out_of_range_count = 0;
   for (int64_t block = lane; block < gridDim.x; block += kWarp) {
-    const volatile S* part = out.parts + block * 3;
-    losses += part[0], counts += part[1], strays += part[2];
+    const volatile S* partial = args.partials + block * 3;
+    loss_sum += partial[0], weight_total += partial[1], out_of_range_count += partial[2];
   }
-  losses = warp_sum(losses), counts = warp_sum(counts), strays = warp_sum(strays);
+  loss_sum = warp_sum(loss_sum), weight_total = warp_sum(weight_total),
+  out_of_range_count = warp_sum(out_of_range_count);
   if (lane > 0) return;
-  out.scalars[0] = counts, out.scalars[1] = weights;
-  *out.inside = strays == S(0);
-  if (out.reduction) *out.loss = out.reduction == 1 ? losses / counts : losses;
+  args.scalars[0] = weight_total, args.scalars[1] = weights;
+  *args.targets_in_range = out_of_range_count == S(0);
+  if (args.reduction) *args.loss = args.reduction == 1 ? loss_sum / weight_total : loss_sum;
 }
 
 }  // namespace gistops::cuda

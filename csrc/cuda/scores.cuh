@@ -1,9 +1,8 @@
-// From products to scores: a tile of 32 classes and 128 features, of products that lie class-major [K, ld].
+// Scores of a tile: the logits z and the winning slots, from the products P = W f' that the library made.
 //
-//   z[k, i] = tau / |f_i| max_j (P[k, i] + Q[j, i]) R[j, k]        slot: the lowest j that attains it
+//   z[k, i] = tau / |f_i| max_j (P[k, i] + Q[j, i]) R[j, k]        slot[k, i]: the lowest j that attains the maximum
 //
-// A thread has four features, and every eighth class of the tile. A class with a vector that cancels is scored from
-// the vectors themselves.
+// Included by the kernels that consume scores (max_over_slots.cuh, lse_partials.cuh).
 #pragma once
 #include "problem.cuh"
 #include "vector.cuh"
@@ -11,60 +10,63 @@
 
 namespace gistops::cuda {
 
+// The tile of a block: 32 classes by 128 rows. A thread has four adjacent rows, and every eighth class.
 struct ScoresShape {
-  static constexpr int kClasses = 32, kFeatures = 128, kThreads = 256, kWarps = kThreads / kWarp;
-  static constexpr int kOwn = kClasses / kWarps;  // classes of a thread
-  static constexpr int kSlots = 8;                // in shared memory at a time
+  static constexpr int kClasses = 32, kRows = 128, kThreads = 256, kWarps = kThreads / kWarp;
+  static constexpr int kClassesPerThread = kClasses / kWarps, kRowsPerThread = kRows / kWarp;
+  static constexpr int kSlots = 8;  // in shared memory at a time
 };
 
-// Of a run of classes; p.centers are those alone.
+// Arguments of a kernel that computes scores, for a chunk of classes; p.centers are those of the chunk.
 template <class T>
-struct Scoring {
+struct ScoreInputs {
   using S = Sum<T>;
   Problem<T> p;
-  S* products;             // [K, ld] P; where a pair cancels, z takes its place
+  S* products;             // [K, ld]  P; overwritten with z where a pair cancels
   int64_t ld;              // B rounded up to whole vectors
-  const S* shared;         // [M, ld]  Q
-  const S* center_rnorms;  // [M, ldr]
+  const S* input_dots;     // [M, ld]  Q
+  const S* center_rnorms;  // [M, ldr] R
   int64_t ldr;
   const S* input_rnorms;  // [B]
-  uint8_t* slots;         // of class k and feature i: at k slot_class + i slot_row
+  uint8_t* slots;         // the slot of class k and row i, at k slot_class + i slot_row
   int64_t slot_class, slot_row;
 };
 
+// R, Q and the classes with a cancelled pair, in shared memory.
 template <class S>
 struct ScoresTile {
   S rnorms[ScoresShape::kSlots][ScoresShape::kClasses];
-  S products[ScoresShape::kSlots][ScoresShape::kFeatures];
-  int apart[ScoresShape::kClasses];
+  S input_dots[ScoresShape::kSlots][ScoresShape::kRows];
+  int cancelled[ScoresShape::kClasses];
 };
 
-// f . (w + delta) by a warp.
+// Return f . (w + delta), by all lanes of a warp; delta null: f . w.
 template <class T>
-__device__ __forceinline__ Sum<T> product_of_sum(const T* f, const T* w, const T* delta, int64_t d, int lane) {
+__device__ __forceinline__ Sum<T> dot_with_slot(const T* f, const T* w, const T* delta, int64_t d, int lane) {
   Sum<T> sum = 0;
   for (int64_t x = lane; x < d; x += kWarp)
     sum = fma(wide(f[x]), wide(w[x]) + (delta ? wide(delta[x]) : Sum<T>(0)), sum);
   return warp_sum(sum);
 }
 
-// By a block: scores and slots of the tile's classes that tile.apart marks.
+// Score the classes of the tile that have a cancelled pair, from the elements of w_k + delta_j; by all threads of the
+// block. Writes in.products and in.slots.
 template <class T>
-__device__ __forceinline__ void score_apart(const Scoring<T>& in, const int* apart, int64_t first_class,
-                                            int64_t first_feature) {
+__device__ __forceinline__ void score_cancelled(const ScoreInputs<T>& in, const int* cancelled, int64_t first_class,
+                                                int64_t first_row) {
   using S = Sum<T>;
   using Shape = ScoresShape;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const Problem<T>& p = in.p;
   for (int c = 0; c < Shape::kClasses; ++c) {
-    if (!apart[c]) continue;
-    const int64_t k = first_class + c, last = min(first_feature + Shape::kFeatures, p.B());
-    for (int64_t i = first_feature + warp; i < last; i += Shape::kWarps) {
+    if (!cancelled[c]) continue;
+    const int64_t k = first_class + c, last = min(first_row + Shape::kRows, p.B());
+    for (int64_t i = first_row + warp; i < last; i += Shape::kWarps) {
       S best = 0;
       int slot = 0;
       for (int64_t j = 0; j < p.M(); ++j) {
         const T* delta = j ? p.displacements.data + (j - 1) * p.d() : nullptr;
-        const S dot = product_of_sum(p.input.data + i * p.d(), p.centers.data + k * p.d(), delta, p.d(), lane);
+        const S dot = dot_with_slot(p.input.data + i * p.d(), p.centers.data + k * p.d(), delta, p.d(), lane);
         const S score = dot * magnitude(in.center_rnorms[j * in.ldr + k]);
         if (j == 0 || score > best || score != score) best = score, slot = static_cast<int>(j);
       }
@@ -76,79 +78,83 @@ __device__ __forceinline__ void score_apart(const Scoring<T>& in, const int* apa
   }
 }
 
-// Scores and slots of a thread: of classes first_class + warp + 8 c, features first_feature + 4 lane + e. By a block.
+// Compute the scores and slots of this thread: z[c][e] is that of class first_class + warp + 8 c and row
+// first_row + 4 lane + e. By all threads of the block.
 template <class T>
-__device__ __forceinline__ void make_scores(const Scoring<T>& in, ScoresTile<Sum<T>>& tile, int first_class,
-                                            int first_feature, Sum<T> (&z)[ScoresShape::kOwn][4],
-                                            int (&slot)[ScoresShape::kOwn][4]) {
+__device__ __forceinline__ void compute_scores(const ScoreInputs<T>& in, ScoresTile<Sum<T>>& tile, int first_class,
+                                               int first_row, Sum<T> (&z)[ScoresShape::kClassesPerThread][4],
+                                               int (&slot)[ScoresShape::kClassesPerThread][4]) {
   using S = Sum<T>;
   using Shape = ScoresShape;
+  constexpr int kClassesPerThread = Shape::kClassesPerThread;
+  static_assert(Shape::kRowsPerThread == 4);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   const int B = static_cast<int>(in.p.B()), K = static_cast<int>(in.p.K()), M = static_cast<int>(in.p.M());
-  const int own = first_feature + lane * 4;
-  S sums[Shape::kOwn][4];
-  const auto load = [&] {
+  const int thread_row = first_row + lane * 4;
+  S products[kClassesPerThread][4];
+  const auto load_products = [&] {
 #pragma unroll
-    for (int c = 0; c < Shape::kOwn; ++c) {
+    for (int c = 0; c < kClassesPerThread; ++c) {
       const int k = first_class + warp + c * Shape::kWarps;
-      if (k < K && own < in.ld) {
-        load_sums<true>(in.products + int64_t{k} * in.ld + own, 0, 4, sums[c]);
+      if (k < K && thread_row < in.ld) {
+        load_sums<true>(in.products + int64_t{k} * in.ld + thread_row, 0, 4, products[c]);
       } else {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sums[c][e] = 0;
+        for (int e = 0; e < 4; ++e) products[c][e] = 0;
       }
     }
   };
-  load();
-  // Classes with a vector that cancels come first, so that the rest need not remember anything meanwhile.
-  bool lost = false;
+  load_products();
+  // Classes with a cancelled pair are scored first, so that no register holds anything for them meanwhile.
+  bool cancelled = false;
   if (first_class + lane < K)
-    for (int j = warp + 1; j < M; j += Shape::kWarps) lost |= in.center_rnorms[j * in.ldr + first_class + lane] < S(0);
-  const bool any = __syncthreads_or(lost);
-  if (any) {
-    if (thread < Shape::kClasses) tile.apart[thread] = 0;
+    for (int j = warp + 1; j < M; j += Shape::kWarps)
+      cancelled |= in.center_rnorms[j * in.ldr + first_class + lane] < S(0);
+  const bool any_cancelled = __syncthreads_or(cancelled);
+  if (any_cancelled) {
+    if (thread < Shape::kClasses) tile.cancelled[thread] = 0;
     __syncthreads();
-    if (lost) atomicOr(&tile.apart[lane], 1);
+    if (cancelled) atomicOr(&tile.cancelled[lane], 1);
     __syncthreads();
-    score_apart(in, tile.apart, first_class, first_feature);
+    score_cancelled(in, tile.cancelled, first_class, first_row);
     __syncthreads();
-    load();
+    load_products();
   }
   for (int group = 0; group < M; group += Shape::kSlots) {
     const int n = min(M - group, Shape::kSlots);
-    if (group > 0) __syncthreads();  // all are done with what the tile held
+    if (group > 0) __syncthreads();  // no thread still reads the slots before
     for (int i = thread; i < n * Shape::kClasses; i += Shape::kThreads) {
       const int k = first_class + i % Shape::kClasses;
       tile.rnorms[i / Shape::kClasses][i % Shape::kClasses] =
           k < K ? magnitude(in.center_rnorms[(group + i / Shape::kClasses) * in.ldr + k]) : S(0);
     }
-    for (int i = thread; i < n * Shape::kFeatures; i += Shape::kThreads) {
-      const int row = first_feature + i % Shape::kFeatures;
-      tile.products[i / Shape::kFeatures][i % Shape::kFeatures] =
-          row < B ? in.shared[(group + i / Shape::kFeatures) * in.ld + row] : S(0);
+    for (int i = thread; i < n * Shape::kRows; i += Shape::kThreads) {
+      const int row = first_row + i % Shape::kRows;
+      tile.input_dots[i / Shape::kRows][i % Shape::kRows] =
+          row < B ? in.input_dots[(group + i / Shape::kRows) * in.ld + row] : S(0);
     }
     __syncthreads();
-    if (group == 0) {
+    if (group == 0) {  // slot 0, for which Q is 0
 #pragma unroll
-      for (int c = 0; c < Shape::kOwn; ++c) {
+      for (int c = 0; c < kClassesPerThread; ++c) {
         const S r = tile.rnorms[0][warp + c * Shape::kWarps];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) z[c][e] = sums[c][e] * r, slot[c][e] = 0;  // Q is 0 there
+        for (int e = 0; e < 4; ++e) z[c][e] = products[c][e] * r, slot[c][e] = 0;
       }
     }
 #pragma unroll 1
     for (int j = group == 0; j < n; ++j) {
       S q[4];
-      load_sums<true>(tile.products[j], lane * 4, Shape::kFeatures, q);
-      const int number = group + j;
+      load_sums<true>(tile.input_dots[j], lane * 4, Shape::kRows, q);
+      const int this_slot = group + j;
 #pragma unroll
-      for (int c = 0; c < Shape::kOwn; ++c) {
+      for (int c = 0; c < kClassesPerThread; ++c) {
         const S r = tile.rnorms[j][warp + c * Shape::kWarps];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const S score = (sums[c][e] + q[e]) * r;
-          // NaN wins, as in torch.max; of equals the lowest
-          if (score > z[c][e] || score != score) z[c][e] = score, slot[c][e] = number;
+          const S score = (products[c][e] + q[e]) * r;
+          // NaN wins, as in torch.max; the lowest of equal slots wins.
+          if (score > z[c][e] || score != score) z[c][e] = score, slot[c][e] = this_slot;
         }
       }
     }
@@ -156,19 +162,20 @@ __device__ __forceinline__ void make_scores(const Scoring<T>& in, ScoresTile<Sum
   const S tau = *in.p.tau;
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    const S scale = own + e < B ? tau * in.input_rnorms[own + e] : S(0);
+    const S scale = thread_row + e < B ? tau * in.input_rnorms[thread_row + e] : S(0);
 #pragma unroll
-    for (int c = 0; c < Shape::kOwn; ++c) z[c][e] *= scale;
+    for (int c = 0; c < kClassesPerThread; ++c) z[c][e] *= scale;
   }
-  if (!any) return;
+  if (!any_cancelled) return;
 #pragma unroll
-  for (int c = 0; c < Shape::kOwn; ++c) {
-    if (!tile.apart[warp + c * Shape::kWarps]) continue;
-    const uint8_t* slots = in.slots + (first_class + warp + c * Shape::kWarps) * in.slot_class + own * in.slot_row;
+  for (int c = 0; c < kClassesPerThread; ++c) {
+    if (!tile.cancelled[warp + c * Shape::kWarps]) continue;
+    const uint8_t* slots =
+        in.slots + (first_class + warp + c * Shape::kWarps) * in.slot_class + thread_row * in.slot_row;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      if (own + e >= B) continue;
-      z[c][e] = sums[c][e];
+      if (thread_row + e >= B) continue;
+      z[c][e] = products[c][e];
       slot[c][e] = slots[e * in.slot_row];
     }
   }

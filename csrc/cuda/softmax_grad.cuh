@@ -1,69 +1,73 @@
-// The gradient of a loss by its scores, from the scores and what the forward kept of each row.
+// The gradient G of the loss with respect to the scores, from the scores and the statistics that the forward saved.
 #pragma once
 #include "device.cuh"
 
 namespace gistops::cuda {
 
-// What the forward keeps of each row, [., B]: O the log-sum-exp of all classes but the target (inf where there is none,
-// so that exp(z - O) is 0); O - s, with s the target's score, margin and bias included (inf where the row is ignored);
-// and with a margin the derivatives of the lowered logit.
-enum RowNote { kShift, kExcess, kByLogit, kByTau, kByMargin };
+// Statistics of each row that the forward saves, [stats, B]. O is the log-sum-exp over all classes but the target, s
+// the target's score with margin and bias.
+//   kShift: O; inf if there is no other class, so that exp(z - O) is 0
+//   kExcess: O - s; inf if the row is ignored
+//   kByLogit, kByTau, kByMargin: with a margin, the derivatives of the target's lowered logit
+enum RowStat { kShift, kExcess, kByLogit, kByTau, kByMargin };
 
+// The gradient of one row, without the factors that depend on the class.
 template <class S>
-struct SoftmaxRow {
-  S factor, of_sums, shift;  // G = factor exp(z + bias - shift) + of_sums weight, for all but the target
-  S of_target, by_logit, of_tau, of_margin;  // of_target: by the target's score; by_logit: of that by its logit
-  int target;                                // the target's place in the run of classes, or -1
+struct SoftmaxGradRow {
+  S factor, weight_grad, shift;  // not the target: G = factor exp(z + bias - shift) + weight_grad weight
+  S target_grad, by_logit;       // the target: G = target_grad by_logit; target_grad is with respect to its score
+  S tau_grad, margin_grad;       // through the margin, of the target
+  int target;                    // its position in the chunk of classes, or -1
 };
 
 template <class S>
-struct Softmax {
-  const S *grad_loss, *grad_lse;  // [B] by these steps, or null
-  int64_t loss_step, lse_step;
-  const S* rows;              // [., B]
-  const S* scalars;           // [2]: what a mean divides by, and the sum of the weights of all classes
-  int64_t B, classes, first;  // all classes; the first of the run
-  const int64_t* target;      // [B]
-  const S *bias, *weight;     // [classes], or null
-  bool margin, mean;
+struct SoftmaxGrad {
+  const S *grad_loss, *grad_lse;    // elements with the strides below, or null
+  int64_t loss_stride, lse_stride;  // from row to row; 0 for a reduced loss
+  const S* row_stats;               // [stats, B]
+  const S* scalars;                 // [2]: the divisor of a mean; the sum of the weights of all classes
+  int64_t B, classes, first_class;  // classes: all of them; first_class: of the chunk
+  const int64_t* target;            // [B]
+  const S *bias, *weight;           // [classes], or null
+  bool has_margin, is_mean;
   int64_t ignore_index;
   S smoothing;
 
-  __device__ __forceinline__ SoftmaxRow<S> row(int64_t i) const {
-    const S excess = rows[kExcess * B + i];
-    const S others = S(1) / (S(1) + exp(-excess)), own = S(1) / (S(1) + exp(excess));
+  __device__ __forceinline__ SoftmaxGradRow<S> row(int64_t i) const {
+    const S excess = row_stats[kExcess * B + i];
+    const S p_others = S(1) / (S(1) + exp(-excess)), p_target = S(1) / (S(1) + exp(excess));
     const int64_t y = target[i];
     const bool counted = y != ignore_index && y >= 0 && y < classes;
-    S of_lse = grad_lse ? grad_lse[i * lse_step] : S(0), of_loss = 0, of_sums = 0, share = 1;
+    S lse_grad = grad_lse ? grad_lse[i * lse_stride] : S(0), nll_grad = 0, weight_grad = 0, target_weight = 1;
     if (grad_loss && counted) {
-      of_loss = grad_loss[i * loss_step];
-      if (mean) of_loss /= scalars[0];
-      if (weight) share = weight[y];
+      nll_grad = grad_loss[i * loss_stride];
+      if (is_mean) nll_grad /= scalars[0];
+      if (weight) target_weight = weight[y];
       if (smoothing > S(0)) {
-        of_sums = of_loss * (-smoothing / static_cast<S>(classes));
-        of_lse -= of_sums * scalars[1];
-        of_loss *= S(1) - smoothing;
+        weight_grad = nll_grad * (-smoothing / static_cast<S>(classes));
+        lse_grad -= weight_grad * scalars[1];
+        nll_grad *= S(1) - smoothing;
       }
-      of_loss *= share;
+      nll_grad *= target_weight;
     }
-    SoftmaxRow<S> out;
-    out.shift = rows[kShift * B + i];
-    out.factor = (of_loss + of_lse) * others;
-    out.of_sums = of_sums;
-    out.of_target = of_lse * own - of_loss * others + of_sums * share;
-    out.by_logit = margin ? rows[kByLogit * B + i] : S(1);
-    out.of_tau = margin ? out.of_target * rows[kByTau * B + i] : S(0);
-    out.of_margin = margin ? out.of_target * rows[kByMargin * B + i] : S(0);
-    const int64_t place = counted ? y - first : -1;
-    out.target = place < 0 || place > 0x7fffffff ? -1 : static_cast<int>(place);
+    SoftmaxGradRow<S> out;
+    out.shift = row_stats[kShift * B + i];
+    out.factor = (nll_grad + lse_grad) * p_others;
+    out.weight_grad = weight_grad;
+    out.target_grad = lse_grad * p_target - nll_grad * p_others + weight_grad * target_weight;
+    out.by_logit = has_margin ? row_stats[kByLogit * B + i] : S(1);
+    out.tau_grad = has_margin ? out.target_grad * row_stats[kByTau * B + i] : S(0);
+    out.margin_grad = has_margin ? out.target_grad * row_stats[kByMargin * B + i] : S(0);
+    const int64_t at = counted ? y - first_class : -1;
+    out.target = at < 0 || at > 0x7fffffff ? -1 : static_cast<int>(at);
     return out;
   }
 
-  // Of a class that is not the target.
-  __device__ __forceinline__ S gradient(const SoftmaxRow<S>& row, int64_t k, S z) const {
-    const S score = bias ? z + bias[first + k] : z;
+  // Return G for class k of the chunk, which is not the target, and its score z without bias.
+  __device__ __forceinline__ S other_class_grad(const SoftmaxGradRow<S>& row, int64_t k, S z) const {
+    const S score = bias ? z + bias[first_class + k] : z;
     const S g = row.factor * exp(score - row.shift);
-    return weight ? fma(row.of_sums, weight[first + k], g) : g + row.of_sums;
+    return weight ? fma(row.weight_grad, weight[first_class + k], g) : g + row.weight_grad;
   }
 };
 

@@ -1,4 +1,4 @@
-// 16 bytes at a time between global memory and registers.
+// Loads and stores of 16 bytes between memory and registers.
 #pragma once
 #include "device.cuh"
 
@@ -7,8 +7,8 @@ namespace gistops::cuda {
 template <class T>
 constexpr int kVector = 16 / static_cast<int>(sizeof(T));
 
-// Elements x .. x + kVector of a row of `cols`, as sums; zeros beyond its end. kAligned: rows are whole vectors, at
-// multiples of 16 bytes.
+// Load elements x .. x + kVector of a row of `cols` elements and widen them; elements past the end are zero.
+// kAligned: every row begins at a multiple of 16 bytes and is a whole number of vectors long.
 template <bool kAligned, class T>
 __device__ __forceinline__ void load_vector(const T* row, int x, int cols, Sum<T> (&out)[kVector<T>]) {
   if constexpr (kAligned) {
@@ -36,7 +36,7 @@ __device__ __forceinline__ void store_vector(T* row, int x, int cols, const Sum<
   }
 }
 
-// As many sums as the operands' vector holds.
+// The same for kCount sums, which may take more or less than 16 bytes.
 template <bool kAligned, class S, int kCount>
 __device__ __forceinline__ void load_sums(const S* row, int x, int cols, S (&out)[kCount]) {
   constexpr int kPart = kVector<S> < kCount ? kVector<S> : kCount;
@@ -69,6 +69,18 @@ __device__ __forceinline__ void store_sums(S* row, int x, int cols, const S (&in
       for (int e = 0; e < kPart; ++e)
         if (x + part + e < cols) row[x + part + e] = in[part + e];
     }
+  }
+}
+
+// Store four adjacent elements, at a multiple of their size.
+template <class T>
+__device__ __forceinline__ void store_four(T* to, const T (&values)[4]) {
+  if constexpr (sizeof(T) == 2) {
+    *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(values);
+  } else {
+#pragma unroll
+    for (int part = 0; part < 4; part += kVector<T>)
+      *reinterpret_cast<uint4*>(to + part) = *reinterpret_cast<const uint4*>(values + part);
   }
 }
 

@@ -1,10 +1,11 @@
-// Sums of many values over a warp.
+// Sums over the lanes of a warp, in a fixed order.
 #pragma once
 #include "device.cuh"
 
 namespace gistops::cuda {
 
-// The sum over a warp, in every lane; the same bits in each, as both sides of an exchange add the same two numbers.
+// Return the sum of x over the warp. Every lane gets the same bits, because both lanes of an exchange add the same two
+// numbers.
 template <class S>
 __device__ __forceinline__ S warp_sum(S x) {
 #pragma unroll
@@ -12,20 +13,21 @@ __device__ __forceinline__ S warp_sum(S x) {
   return x;
 }
 
-// Eight values a lane -> the sum over the warp of value `lane / 4`, by halving exchanges: 9 shuffles for 40.
+// Sum eight values per lane over the warp; lane l returns the sum of x[l / 4]. Each exchange halves the number of
+// values that a lane holds: 9 shuffles, where eight calls of warp_sum take 40.
 template <class S>
-__device__ __forceinline__ S halving_sum(const S (&x)[8], int lane) {
+__device__ __forceinline__ S warp_sum_of_8(const S (&x)[8], int lane) {
   S four[4], two[2];
   const bool upper = lane & 16, middle = lane & 8, lower = lane & 4;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const S kept = upper ? x[i + 4] : x[i], given = upper ? x[i] : x[i + 4];
-    four[i] = kept + __shfl_xor_sync(~0u, given, 16);
+    const S kept = upper ? x[i + 4] : x[i], sent = upper ? x[i] : x[i + 4];
+    four[i] = kept + __shfl_xor_sync(~0u, sent, 16);
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const S kept = middle ? four[i + 2] : four[i], given = middle ? four[i] : four[i + 2];
-    two[i] = kept + __shfl_xor_sync(~0u, given, 8);
+    const S kept = middle ? four[i + 2] : four[i], sent = middle ? four[i] : four[i + 2];
+    two[i] = kept + __shfl_xor_sync(~0u, sent, 8);
   }
   S one = (lower ? two[1] : two[0]) + __shfl_xor_sync(~0u, lower ? two[0] : two[1], 4);
   one += __shfl_xor_sync(~0u, one, 2);

@@ -17,11 +17,11 @@ namespace gc = gistops::cuda;
 
 namespace {
 
-const gc::Operations& operations(const std::string& type) {
-  if (type == "bf16") return gc::bf16_operations;
-  if (type == "f16") return gc::f16_operations;
-  if (type == "f32") return gc::f32_operations;
-  if (type == "f64") return gc::f64_operations;
+const gc::OpTable& op_table(const std::string& type) {
+  if (type == "bf16") return gc::bf16_ops;
+  if (type == "f16") return gc::f16_ops;
+  if (type == "f32") return gc::f32_ops;
+  if (type == "f64") return gc::f64_ops;
   throw py::value_error("type: expected bf16, f16, f32 or f64, got " + type);
 }
 
@@ -32,11 +32,11 @@ class HostWorkspace final : public gc::Workspace {
  public:
   explicit HostWorkspace(std::string type) : type_(std::move(type)) {}
 
-  void scratch(gc::Piece* pieces, int count) override {
+  void allocate(gc::Buffer* buffers, int count) override {
     for (int i = 0; i < count; ++i) {
-      memory_.emplace_back(std::malloc(pieces[i].bytes), &std::free);
-      pieces[i].data = memory_.back().get();
-      std::memset(pieces[i].data, 0xff, pieces[i].bytes);
+      memory_.emplace_back(std::malloc(buffers[i].bytes), &std::free);
+      buffers[i].data = memory_.back().get();
+      std::memset(buffers[i].data, 0xff, buffers[i].bytes);
     }
   }
 
@@ -55,8 +55,8 @@ class HostWorkspace final : public gc::Workspace {
       for (int64_t j = 0; j < right.cols; ++j) {
         S sum = 0;
         for (int64_t k = 0; k < left.cols; ++k)
-          sum += gc::wide(static_cast<const T*>(left.data)[i * left.row + k * left.col]) *
-                 gc::wide(static_cast<const T*>(right.data)[k * right.row + j * right.col]);
+          sum += gc::wide(static_cast<const T*>(left.data)[i * left.row_stride + k * left.col_stride]) *
+                 gc::wide(static_cast<const T*>(right.data)[k * right.row_stride + j * right.col_stride]);
         static_cast<S*>(out)[i * ld + j] = sum;
       }
   }
@@ -77,23 +77,23 @@ py::array empty(const py::dtype& dtype, std::vector<py::ssize_t> shape) {
   return x;
 }
 
-py::tuple forward(const std::string& type, const py::array& input, const py::array& centers,
-                  const py::array& displacements, const py::array& tau) {
+py::tuple logits_forward(const std::string& type, const py::array& input, const py::array& centers,
+                         const py::array& displacements, const py::array& tau) {
   const gc::Arguments a = arguments(input, centers, displacements, tau);
   py::array logits = empty(sums(type), {a.B, a.K}), slots = empty(py::dtype("uint8"), {a.B, a.K});
   py::array center_rnorms = empty(sums(type), {a.m + 1, a.K}), input_rnorms = empty(sums(type), {a.B});
   HostWorkspace workspace(type);
-  operations(type).forward(a,
-                           {logits.mutable_data(), static_cast<uint8_t*>(slots.mutable_data()),
-                            center_rnorms.mutable_data(), input_rnorms.mutable_data()},
-                           workspace);
+  op_table(type).logits_forward(a,
+                                {logits.mutable_data(), static_cast<uint8_t*>(slots.mutable_data()),
+                                 center_rnorms.mutable_data(), input_rnorms.mutable_data()},
+                                workspace);
   return py::make_tuple(logits, slots, center_rnorms, input_rnorms);
 }
 
-py::tuple backward(const std::string& type, const py::array& grad, const py::array& input, const py::array& centers,
-                   const py::array& displacements, const py::array& tau, py::array logits, py::array slots,
-                   py::array center_rnorms, py::array input_rnorms, bool need_input, bool need_centers,
-                   bool need_displacements, bool need_tau) {
+py::tuple logits_backward(const std::string& type, const py::array& grad, const py::array& input,
+                          const py::array& centers, const py::array& displacements, const py::array& tau,
+                          py::array logits, py::array slots, py::array center_rnorms, py::array input_rnorms,
+                          bool need_input, bool need_centers, bool need_displacements, bool need_tau) {
   const gc::Arguments a = arguments(input, centers, displacements, tau);
   const auto gradient = [](bool needed, const py::dtype& dtype, std::vector<py::ssize_t> shape) {
     return needed ? empty(dtype, std::move(shape)) : py::array();
@@ -102,12 +102,13 @@ py::tuple backward(const std::string& type, const py::array& grad, const py::arr
   py::array dw = gradient(need_centers, input.dtype(), {a.K, a.d});
   py::array dd = gradient(need_displacements, sums(type), {a.m, a.d}), dt = gradient(need_tau, sums(type), {1});
   HostWorkspace workspace(type);
-  operations(type).backward(a, grad.data(),
-                            {logits.mutable_data(), static_cast<uint8_t*>(slots.mutable_data()),
-                             center_rnorms.mutable_data(), input_rnorms.mutable_data()},
-                            {need_input ? df.mutable_data() : nullptr, need_centers ? dw.mutable_data() : nullptr,
-                             need_displacements ? dd.mutable_data() : nullptr, need_tau ? dt.mutable_data() : nullptr},
-                            workspace);
+  op_table(type).logits_backward(
+      a, grad.data(),
+      {logits.mutable_data(), static_cast<uint8_t*>(slots.mutable_data()), center_rnorms.mutable_data(),
+       input_rnorms.mutable_data()},
+      {need_input ? df.mutable_data() : nullptr, need_centers ? dw.mutable_data() : nullptr,
+       need_displacements ? dd.mutable_data() : nullptr, need_tau ? dt.mutable_data() : nullptr},
+      workspace);
   return py::make_tuple(df, dw, dd, dt);
 }
 
@@ -138,38 +139,38 @@ struct Loss {
 gc::LossResults results(const py::dict& x) {
   return {data(x["loss"]),
           data(x["lse"]),
-          static_cast<bool*>(data(x["inside"])),
+          static_cast<bool*>(data(x["targets_in_range"])),
           data(x["scores"]),
           static_cast<uint8_t*>(data(x["slots"])),
           data(x["center_rnorms"]),
           data(x["input_rnorms"]),
-          data(x["rows"]),
+          data(x["row_stats"]),
           data(x["scalars"])};
 }
 
-py::dict loss_forward(const std::string& type, const py::array& input, const py::array& centers,
-                      const py::array& displacements, const py::array& tau, const Loss& loss, bool keep) {
+py::dict cross_entropy_forward(const std::string& type, const py::array& input, const py::array& centers,
+                               const py::array& displacements, const py::array& tau, const Loss& loss, bool keep) {
   const gc::Arguments a = arguments(input, centers, displacements, tau);
   const py::dtype sum = sums(type);
   const int64_t ld = gc::padded_rows(a.B);
   py::dict out;
   out["loss"] = empty(sum, {loss.reduction == 0 ? a.B : 1});
   out["lse"] = empty(sum, {a.B});
-  out["inside"] = empty(py::dtype("bool"), {1});
+  out["targets_in_range"] = empty(py::dtype("bool"), {1});
   out["scores"] = keep ? py::object(empty(sum, {a.K, ld})) : py::none();
   out["slots"] = keep ? py::object(empty(py::dtype("uint8"), {a.K, ld})) : py::none();
   out["center_rnorms"] = empty(sum, {a.m + 1, a.K});
   out["input_rnorms"] = empty(sum, {a.B});
-  out["rows"] = empty(sum, {loss.margin.is_none() ? 2 : 5, a.B});
+  out["row_stats"] = empty(sum, {loss.margin.is_none() ? 2 : 5, a.B});
   out["scalars"] = empty(sum, {2});
   HostWorkspace workspace(type);
-  operations(type).loss_forward(a, loss.arguments(), results(out), workspace);
+  op_table(type).cross_entropy_forward(a, loss.arguments(), results(out), workspace);
   return out;
 }
 
-py::tuple loss_backward(const std::string& type, const py::object& grad_loss, const py::object& grad_lse,
-                        const py::array& input, const py::array& centers, const py::array& displacements,
-                        const py::array& tau, const Loss& loss, const py::dict& saved) {
+py::tuple cross_entropy_backward(const std::string& type, const py::object& grad_loss, const py::object& grad_lse,
+                                 const py::array& input, const py::array& centers, const py::array& displacements,
+                                 const py::array& tau, const Loss& loss, const py::dict& saved) {
   const gc::Arguments a = arguments(input, centers, displacements, tau);
   const auto like = [&](const py::object& x) {
     return x.is_none() ? py::object(py::none()) : py::object(empty(sums(type), {py::array(x).size()}));
@@ -178,20 +179,20 @@ py::tuple loss_backward(const std::string& type, const py::object& grad_loss, co
   py::array dd = empty(sums(type), {a.m, a.d}), dt = empty(sums(type), {1});
   py::object db = like(loss.class_bias), dm = like(loss.margin);
   HostWorkspace workspace(type);
-  operations(type).loss_backward(a, loss.arguments(), {values(grad_loss), values(grad_lse)}, results(saved),
-                                 {df.mutable_data(), dw.mutable_data(), dd.mutable_data(), dt.mutable_data()}, data(db),
-                                 data(dm), workspace);
+  op_table(type).cross_entropy_backward(a, loss.arguments(), {values(grad_loss), values(grad_lse)}, results(saved),
+                                        {df.mutable_data(), dw.mutable_data(), dd.mutable_data(), dt.mutable_data()},
+                                        {data(db), data(dm)}, workspace);
   return py::make_tuple(df, dw, dd, dt, db, dm);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(GISTOPS_MODULE, m) {
-  m.def("forward", &forward);
-  m.def("backward", &backward);
+  m.def("logits_forward", &logits_forward);
+  m.def("logits_backward", &logits_backward);
   py::class_<Loss>(m, "Loss").def(py::init<py::array, py::object, py::object, py::object, int, int, int64_t, double>());
-  m.def("loss_forward", &loss_forward);
-  m.def("loss_backward", &loss_backward);
+  m.def("cross_entropy_forward", &cross_entropy_forward);
+  m.def("cross_entropy_backward", &cross_entropy_backward);
   m.def("set_thread_order", [](const std::string& order, unsigned seed) {
     using host_cuda::Order;
     host_cuda::set_order(order == "reverse"    ? Order::reverse
@@ -199,6 +200,6 @@ PYBIND11_MODULE(GISTOPS_MODULE, m) {
                                                : Order::forward,
                          seed);
   });
-  m.def("set_limits", [](int64_t cached, int64_t remade) { gc::limits = {cached, remade}; });
+  m.def("set_limits", [](int64_t cached, int64_t recomputed) { gc::limits = {cached, recomputed}; });
   m.def("set_shared_memory", [](int bytes) { host_cuda::shared_at_most = bytes; });
 }

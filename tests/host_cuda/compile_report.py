@@ -1,6 +1,7 @@
-"""What nvcc and ptxas say of the kernels, for GPUs that need not be there.
+"""Report the registers, memory and spills that nvcc and ptxas print for each kernel; needs no GPU.
 
-`python -m tests.host_cuda.compile_report` prints the table as Markdown; a minute on two cores, then kept.
+`python -m tests.host_cuda.compile_report` prints the table as Markdown. It takes a minute on two cores the first time;
+results are cached.
 """
 
 from __future__ import annotations
@@ -29,39 +30,39 @@ WORKERS = 2  # a compilation takes one core and half a gigabyte
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel for one architecture."""
+    """The report on one kernel for one architecture."""
 
     name: str
     source: str
     architecture: str
     registers: int
-    shared: int  # bytes declared in the kernel; what a launch asks for comes on top
+    shared: int  # bytes of static shared memory; dynamic shared memory is not included
     stack: int
     spilled: int  # bytes stored and loaded
     matrix_products: int  # mma.sync instructions
 
 
 def compile_kernels(source: Path, architecture: str, cache: Path | None = None) -> list[Kernel]:
-    """Compile a file and read what the compilers report of each of its kernels.
+    """Compile a file and return the compilers' report on each of its kernels.
 
     Args:
-        source: a .cu file; the headers beside it may be read.
-        architecture: such as "sm_90".
-        cache: a folder where reports are kept by a hash of all that goes into them.
+        source: A .cu file; it may include headers of its folder.
+        architecture: A target such as "sm_90".
+        cache: Folder in which reports are kept, by a hash of all sources and flags.
 
     Raises:
-        RuntimeError: nvcc fails or warns; the message has its words.
+        RuntimeError: With nvcc's messages, if it fails or warns.
     """
     nvcc = find_nvcc()
     if nvcc is None:
-        raise RuntimeError("nvcc was not found")
+        raise RuntimeError("nvcc: expected on PATH or in CUDA_HOME, found none")
     code = f"-gencode=arch={architecture.replace('sm', 'compute')},code={architecture}"
     command = [str(nvcc), *FLAGS, code, "-I", str(FOLDER), "-cubin", str(source)]
     kept = cache / f"ptxas-{_digest(command, source)}.json" if cache else None
     if kept and kept.exists():
         return [Kernel(**fields) for fields in json.loads(kept.read_text())]
     with tempfile.TemporaryDirectory() as folder:
-        # Kept for the PTX; cuobjdump, which would show the final code, does not come with every nvcc.
+        # The PTX is read because cuobjdump, which shows the machine code, does not come with every nvcc.
         keep = ["--keep", "--keep-dir", folder, "-o", f"{folder}/kernels.cubin"]
         done = subprocess.run([*command, *keep], capture_output=True, text=True, check=False)
         said = done.stdout + done.stderr
@@ -73,7 +74,7 @@ def compile_kernels(source: Path, architecture: str, cache: Path | None = None) 
         for mangled, name, registers, shared, stack, spilled in read_ptxas(said)
     ]
     if not kernels:
-        raise RuntimeError(f"{shlex.join(command)}\nno kernel in what ptxas said:\n{said[-4000:]}")
+        raise RuntimeError(f"{shlex.join(command)}\nptxas reported no kernel:\n{said[-4000:]}")
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps([asdict(kernel) for kernel in kernels]))
@@ -90,7 +91,7 @@ def _digest(command: list[str], source: Path) -> str:
 
 
 def read_ptxas(said: str) -> Iterator[tuple[str, str, int, int, int, int]]:
-    """Mangled name, name, registers, shared memory, stack and spilled bytes of each kernel."""
+    """Yield the mangled name, name, registers, shared memory, stack and spilled bytes of each kernel."""
     blocks = re.split(r"Compiling entry function '", said)[1:]
     names = _demangled([block[: block.index("'")] for block in blocks])
     for block, name in zip(blocks, names, strict=True):
@@ -108,12 +109,12 @@ def read_ptxas(said: str) -> Iterator[tuple[str, str, int, int, int, int]]:
 def _number(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
     if found is None:
-        raise RuntimeError(f"ptxas says nothing like {pattern!r}:\n{text[:1000]}")
+        raise RuntimeError(f"ptxas: expected {pattern!r} in its output, got\n{text[:1000]}")
     return int(found[1])
 
 
 def _demangled(names: list[str]) -> list[str]:
-    """Short names: no namespace, no result and no parameters."""
+    """Return short names, without namespace, return type and parameters."""
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
     lines = done.stdout.split("\n")[: len(names)]
     return [_before_parameters(line.replace("gistops::cuda::", "").removeprefix("void ")) for line in lines]
@@ -129,7 +130,7 @@ def _before_parameters(name: str) -> str:
 
 
 def count_products(ptx: str) -> dict[str, int]:
-    """The tensor cores' instructions of each kernel."""
+    """Return the number of tensor-core instructions of each kernel."""
     kernels = re.split(r"\.entry (\w+)\(", ptx)[1:]
     return {
         name: len(re.findall(r"^\s*mma\.sync", text, re.M))
@@ -138,7 +139,7 @@ def count_products(ptx: str) -> dict[str, int]:
 
 
 def table(kernels: Iterable[Kernel]) -> Iterator[str]:
-    """The kernels as Markdown, line by line."""
+    """Yield the lines of a Markdown table of the kernels."""
     yield "| kernel | file | target | registers | static shared memory, B | stack, B | spilled, B | mma.sync |"
     yield "|---|---|---|---:|---:|---:|---:|---:|"
     for k in sorted(kernels, key=lambda k: (k.source, k.name, int(k.architecture.removeprefix("sm_")))):
@@ -149,7 +150,7 @@ def table(kernels: Iterable[Kernel]) -> Iterator[str]:
 
 
 def main() -> None:
-    cache = Path(__file__).parents[2] / ".pytest_cache/d/host_cuda"  # that of the tests
+    cache = Path(__file__).parents[2] / ".pytest_cache/d/host_cuda"  # the tests' cache
     pairs = [(source, architecture) for architecture in ARCHITECTURES for source in SOURCES]
     with ThreadPoolExecutor(WORKERS) as pool:
         compiled = list(pool.map(lambda pair: compile_kernels(pair[0], pair[1], cache), pairs))

@@ -20,20 +20,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if shutil.which("g++") is None:
         for item in items:
             item.add_marker(
-                pytest.mark.skip(reason="kernels are compiled for the host by g++, which is not here")
+                pytest.mark.skip(reason="g++, which compiles the kernels for the host, is not installed")
             )
 
 
 @pytest.fixture(scope="session")
 def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where compiled modules are kept from run to run."""
+    """Return the folder in which compiled modules are kept between runs."""
     kept = getattr(request.config, "cache", None)
     return Path(kept.mkdir("host_cuda")) if kept else tmp_path_factory.mktemp("host_cuda")
 
 
 @pytest.fixture(scope="session")
 def module(cache: Path) -> ModuleType:
-    """The CUDA backend's kernels, compiled for this machine; sanitised in the sanitised process."""
+    """Load the CUDA kernels compiled for the host; in the process of `sanitized_pytest`, the sanitized ones."""
     if path := os.environ.get(SANITIZED):
         return load("gistops_host_kernels", Path(path))
     return load("gistops_host_kernels", build_kernels(cache, sanitize=False))

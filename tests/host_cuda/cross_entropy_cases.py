@@ -1,4 +1,4 @@
-"""The host-compiled loss of the CUDA backend against the definition in float64; run by test_kernels.py."""
+"""Cases of the host-compiled cross-entropy against the definition in float64; run by test_kernels.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .host_cross_entropy import HostLoss
 from .logits_cases import of_one_element
 
 half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64
-#: Options by name; "each" stands for a value for each class.
+#: Options by name; "each" stands for a vector with one value per class.
 EVERYTHING = {"class_bias": "each", "weight": "each", "margin": "each", "label_smoothing": 0.1}
 CASES: list[tuple[Sample, dict[str, Any]]] = [
     (Sample(70, 133, 69, 4), {}),
@@ -34,8 +34,8 @@ CASES: list[tuple[Sample, dict[str, Any]]] = [
 IDS = [f"{sample.id}-{'-'.join(options) or 'plain'}" for sample, options in CASES]
 
 
-def made(sample: Sample, options: dict[str, Any], seed: int) -> tuple[Tensor, dict[str, Any]]:
-    """Targets, some of them ignored, and the options with their vectors."""
+def make_options(sample: Sample, options: dict[str, Any], seed: int) -> tuple[Tensor, dict[str, Any]]:
+    """Return targets, one of them ignored, and the options with their vectors."""
     source = torch.Generator().manual_seed(seed)
     target = torch.randint(sample.K, (sample.B,), generator=source)
     if sample.B > 3:
@@ -53,7 +53,7 @@ def made(sample: Sample, options: dict[str, Any], seed: int) -> tuple[Tensor, di
 def truth(
     tensors: list[Tensor], target: Tensor, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Loss, lse and the leaves of the definition in float64."""
+    """Return loss, lse and the leaves of the definition in float64."""
     wide = leaves(tensors, f64)
     vectors = [options.get(name) for name in ("class_bias", "weight", "margin")]
     bias, weight, margin = (None if v is None else v.double() for v in vectors)
@@ -67,15 +67,18 @@ def truth(
 def check(
     sample: Sample, options: dict[str, Any], keep: bool, module: Any, seed: int, near: float = 0.0
 ) -> None:
-    """Loss, lse and all gradients of both; near: how close a displacement comes to cancel some centres."""
+    """Compare loss, lse and all gradients.
+
+    near: Scale of what is left of some centers after a displacement cancels them; 0: no center is cancelled.
+    """
     tensors = sample.tensors(seed)
     if near:
         with torch.no_grad():
             tensors[1][7:90] = -tensors[2][1] + near * tensors[1][7:90]
-    target, options = made(sample, options, seed)
+    target, options = make_options(sample, options, seed)
     ours = HostLoss(module, tensors, target, keep, **options)
     loss, lse, wide = truth(tensors, target, options)
-    assert ours.inside
+    assert ours.targets_in_range
     if near:
         assert (torch.from_numpy(ours.saved["center_rnorms"]) < 0).any()
     logits = wide[3] * scores(*wide[:3]).max(2).values
@@ -93,12 +96,12 @@ def check(
         bound = allowed(0.0, true, dtype, terms)
         if sample.d == 1 and i < 2:
             bound += of_one_element(wide[i], wide[3], grads)
-        # tau's and the bias's sums cancel
+        # the sums of tau and the bias cancel
         bound += (i > 2) * 64 * torch.finfo(ours.sums).eps * (1 + float(lse.detach().abs().max()))
         assert error(value, true) <= bound, i
 
 
-@pytest.mark.parametrize("keep", [True, False], ids=["kept", "made-again"])
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "recomputed"])
 @pytest.mark.parametrize(("sample", "options"), CASES, ids=IDS)
 def test_loss(sample: Sample, options: dict[str, Any], keep: bool, module: Any, seed: int) -> None:
     check(sample, options, keep, module, seed)
@@ -106,16 +109,16 @@ def test_loss(sample: Sample, options: dict[str, Any], keep: bool, module: Any, 
 
 @pytest.fixture
 def small_limits(module: Any) -> Iterator[None]:
-    """Limits that small samples exceed, so that all is made class by class."""
+    """Set limits that small samples exceed, so that they are computed in chunks of classes."""
     module.set_limits(3200, 3200)
     yield
     module.set_limits(1 << 22, 1 << 25)
 
 
 @pytest.mark.usefixtures("small_limits")
-@pytest.mark.parametrize("keep", [True, False], ids=["kept", "made-again"])
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("dtype", [torch.float32, bf16])
-def test_loss_in_runs_of_classes(keep: bool, dtype: torch.dtype, module: Any, seed: int) -> None:
+def test_loss_in_chunks_of_classes(keep: bool, dtype: torch.dtype, module: Any, seed: int) -> None:
     check(Sample(70, 333, 69, 4, dtype, dtype, dtype), EVERYTHING, keep, module, seed)
     scalar = EVERYTHING | {"margin": 0.3, "margin_kind": "cosine"}
     check(Sample(37, 333, 40, 3, dtype, dtype, dtype), scalar, keep, module, seed, near=1e-2)
@@ -123,7 +126,7 @@ def test_loss_in_runs_of_classes(keep: bool, dtype: torch.dtype, module: Any, se
 
 @pytest.mark.parametrize("m", [3, 12])
 @pytest.mark.parametrize("dtype", [torch.float32, bf16, f64])
-def test_loss_of_centers_that_a_displacement_all_but_cancels(
+def test_loss_of_centers_that_a_displacement_nearly_cancels(
     m: int, dtype: torch.dtype, module: Any, seed: int
 ) -> None:
     check(Sample(37, 129, 24, m, dtype, dtype, dtype), {}, True, module, seed, near=1e-3)
@@ -135,7 +138,7 @@ def test_loss_of_targets_out_of_range(module: Any, seed: int) -> None:
         target = torch.zeros(40, dtype=torch.int64)
         target[33] = wrong
         ours = HostLoss(module, tensors, target)
-        assert not ours.inside
+        assert not ours.targets_in_range
         ours.gradients(torch.ones(()), None)  # stays within its memory
 
 
@@ -154,14 +157,14 @@ def test_loss_of_zero_vectors_and_no_rows(module: Any, seed: int) -> None:
         assert gradient is None or gradient.isfinite().all()
     none = HostLoss(module, Sample(0, 40, 19, 2).tensors(seed), target[:0])
     assert none.loss.isnan()
-    assert none.inside
+    assert none.targets_in_range
     for gradient in none.gradients(torch.ones(()), None):
         assert gradient is None or not gradient.any()
 
 
 def test_loss_same_bits_in_any_order_of_threads(module: Any, seed: int) -> None:
     sample = Sample(70, 133, 72, 4, bf16, bf16, bf16)
-    target, options = made(sample, EVERYTHING, seed)
+    target, options = make_options(sample, EVERYTHING, seed)
     tensors = sample.tensors(seed)
 
     def bits() -> list[Tensor | None]:

@@ -1,4 +1,4 @@
-"""The CUDA loss of the host-compiled kernels, on CPU tensors, with the judge's conventions."""
+"""The cross-entropy of the host-compiled CUDA kernels, on CPU tensors."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 class HostLoss:
-    """Forward and backward on the host, and what the binding does around them.
+    """Forward and backward on the host, with the conversions that the binding makes.
 
     Args:
-        module: the compiled kernels (tests/host_cuda/bindings.cpp).
+        module: The compiled kernels (tests/host_cuda/bindings.cpp).
         tensors: input, centers, displacements, tau.
-        target: classes, int64.
-        keep: scores are kept from the forward to the backward.
-        options: those of `constellation_cross_entropy`.
+        target: Class indices, int64.
+        keep: Keep the scores from the forward to the backward.
+        options: Options of `constellation_cross_entropy`.
     """
 
     def __init__(
@@ -45,24 +45,26 @@ class HostLoss:
             options.get("ignore_index", -100),
             options.get("label_smoothing", 0.0),
         )
-        self.saved = module.loss_forward(self.type, *self.arrays, self.loss_arguments, keep)
+        self.saved = module.cross_entropy_forward(self.type, *self.arrays, self.loss_arguments, keep)
         reduced = options.get("reduction", "mean") != "none"
         self.loss = torch.from_numpy(self.saved["loss"]).reshape(() if reduced else (-1,))
         self.lse = torch.from_numpy(self.saved["lse"])
-        self.inside = bool(self.saved["inside"][0])
+        self.targets_in_range = bool(self.saved["targets_in_range"][0])
 
     def gradients(self, grad_loss: Tensor | None, grad_lse: Tensor | None) -> list[Tensor | None]:
-        """Of the tensors, class_bias and margin; None where there is none."""
+        """Return the gradients of the tensors, class_bias and margin; None if absent."""
         grads = [None if g is None else g.to(self.sums).contiguous().numpy() for g in (grad_loss, grad_lse)]
-        values = self.module.loss_backward(self.type, *grads, *self.arrays, self.loss_arguments, self.saved)
+        values = self.module.cross_entropy_backward(
+            self.type, *grads, *self.arrays, self.loss_arguments, self.saved
+        )
         shapes = [*(t.shape for t in self.tensors), *(v if v is None else v.shape for v in self.vectors[::2])]
         gradients: list[Tensor | None] = []
         for value, shape in zip(values, shapes, strict=True):
             if value is None or shape is None:
                 gradients.append(None)
                 continue
-            made = torch.from_numpy(value)
-            if made.dtype == torch.uint16:
-                made = made.view(self.operands)
-            gradients.append(made.reshape(shape))
+            gradient = torch.from_numpy(value)
+            if gradient.dtype == torch.uint16:
+                gradient = gradient.view(self.operands)
+            gradients.append(gradient.reshape(shape))
         return gradients

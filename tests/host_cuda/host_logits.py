@@ -1,4 +1,4 @@
-"""The CUDA operators of the host-compiled kernels, on CPU tensors, with the judge's conventions."""
+"""The logits of the host-compiled CUDA kernels, on CPU tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _HALF = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def operand_type(tensors: list[Tensor]) -> str:
-    """What csrc/cuda/ops.cpp multiplies these operands in."""
+    """Return the type to which the binding (csrc/cuda/binding.h) converts these operands."""
     dtypes = {t.dtype for t in tensors[:3] if t.numel()}
     if torch.float64 in {t.dtype for t in tensors[:3]}:
         return "f64"
@@ -25,11 +25,11 @@ def _array(tensor: Tensor) -> Any:
     return (tensor.view(torch.uint16) if tensor.dtype in _HALF else tensor).numpy()
 
 
-class HostKernels:
-    """Forward and backward on the host, and what the binding does around them.
+class HostLogits:
+    """Forward and backward on the host, with the conversions that the binding makes.
 
     Args:
-        module: the compiled kernels (tests/host_cuda/bindings.cpp).
+        module: The compiled kernels (tests/host_cuda/bindings.cpp).
         tensors: input, centers, displacements, tau.
     """
 
@@ -42,22 +42,22 @@ class HostKernels:
         self.operands = half.get(self.type, self.sums)
         dtypes = (*[self.operands] * 3, self.sums)
         self.arrays = [_array(t.detach().to(dtype)) for t, dtype in zip(tensors, dtypes, strict=True)]
-        self.saved = module.forward(self.type, *self.arrays)
+        self.saved = module.logits_forward(self.type, *self.arrays)
         self.logits, self.slots, self.center_rnorms, self.input_rnorms = map(torch.from_numpy, self.saved)
 
     def gradients(
         self, grad: Tensor, needs: tuple[bool, bool, bool, bool] = (True, True, True, True)
     ) -> list[Tensor | None]:
-        """The arguments' gradients, each in its argument's shape and dtype; None where not needed."""
+        """Return the gradients of the arguments in their shapes and dtypes; None if not needed."""
         grad = grad.to(self.sums).contiguous()
-        values = self.module.backward(self.type, grad.numpy(), *self.arrays, *self.saved, *needs)
+        values = self.module.logits_backward(self.type, grad.numpy(), *self.arrays, *self.saved, *needs)
         gradients: list[Tensor | None] = []
         for value, tensor, needed in zip(values, self.tensors, needs, strict=True):
             if not needed:
                 gradients.append(None)
                 continue
-            made = torch.from_numpy(value)
-            if made.dtype == torch.uint16:
-                made = made.view(self.operands)
-            gradients.append(made.to(tensor.dtype).reshape(tensor.shape))
+            gradient = torch.from_numpy(value)
+            if gradient.dtype == torch.uint16:
+                gradient = gradient.view(self.operands)
+            gradients.append(gradient.to(tensor.dtype).reshape(tensor.shape))
         return gradients

@@ -1,4 +1,4 @@
-"""The host-compiled kernels against the definition in float64; test_kernels.py runs them plain and sanitised."""
+"""Cases of the host-compiled logits against the definition in float64; run by test_kernels.py."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tests.ops.oracle import Sample, allowed, allowed_of_tau, error, gradients, leaves, plain, routed, scores
 
-from .host_logits import HostKernels
+from .host_logits import HostLogits
 
 half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64
-# The tiles: 32, 64 or 128 classes by 128, 64 or 32 features; of the gradient of the centres 128 by 64 dimensions.
+# Tiles have 32, 64 or 128 classes by 128, 64 or 32 rows; those of the gradient of the centers 128 classes by 64 dims.
 SAMPLES = [
     Sample(70, 133, 69, 4),
     Sample(130, 67, 200, 4),
@@ -37,7 +37,7 @@ IDS = [sample.id for sample in SAMPLES]
 
 
 def of_one_element(vectors: Tensor, tau: Tensor, grads: list[Tensor]) -> float:
-    """A bound for the gradient of vectors of one element: the true one is zero, and roundings alone remain."""
+    """Return a bound for the gradient of vectors of one element, which is zero but for rounding."""
     sizes = tau.detach().abs() / vectors.detach().abs().min() * sum(g.abs().sum() for g in grads)
     return 16 * torch.finfo(torch.float32).eps * float(sizes)
 
@@ -45,11 +45,11 @@ def of_one_element(vectors: Tensor, tau: Tensor, grads: list[Tensor]) -> float:
 @pytest.mark.parametrize("sample", SAMPLES, ids=IDS)
 def test_forward(sample: Sample, module: Any, seed: int) -> None:
     tensors = sample.tensors(seed, requires_grad=False)
-    kernels = HostKernels(module, tensors)
+    kernels = HostLogits(module, tensors)
     wide = [t.double() for t in tensors]
     every = wide[3] * scores(*wide[:3])
     truth = every.max(dim=2).values
-    # Half-precision operands are exact in the products, whose sums are float32: like plain PyTorch in float32.
+    # Products of half-precision operands are exact and summed in float32, as in plain PyTorch with float32 operands.
     bound = allowed(error(plain(tensors)[0], truth), truth, kernels.sums)
     assert error(kernels.logits, truth) <= bound
     assert error(every.gather(2, kernels.slots.long()[..., None]).squeeze(2), truth) <= 2 * bound
@@ -65,7 +65,7 @@ def test_forward(sample: Sample, module: Any, seed: int) -> None:
 def test_gradients(sample: Sample, module: Any, seed: int) -> None:
     tensors = sample.tensors(seed)
     grad = torch.randn(sample.B, sample.K, generator=torch.Generator().manual_seed(seed + 1))
-    kernels = HostKernels(module, tensors)
+    kernels = HostLogits(module, tensors)
     ours = kernels.gradients(grad)
     truth = gradients(lambda *t: routed(*t, kernels.slots), leaves(tensors, torch.float64), grad)
     for name, tensor, value, true in zip(
@@ -73,7 +73,7 @@ def test_gradients(sample: Sample, module: Any, seed: int) -> None:
     ):
         assert value is not None
         assert value.dtype == tensor.dtype
-        # H is rounded to the operands' type, as the gradient of the logits of a plain layer is.
+        # H is rounded to the operands' type, as the gradient of the logits of a linear layer is.
         roundings = max((kernels.operands, tensor.dtype), key=lambda dtype: torch.finfo(dtype).eps)
         bound = allowed(0.0, true, roundings, max(sample.B, sample.K))
         if name == "tau":
@@ -85,14 +85,14 @@ def test_gradients(sample: Sample, module: Any, seed: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, bf16, f64])
 @pytest.mark.parametrize("closeness", [1e-1, 1e-3])
-def test_centers_that_a_displacement_all_but_cancels(
+def test_centers_that_a_displacement_nearly_cancels(
     closeness: float, dtype: torch.dtype, module: Any, seed: int
 ) -> None:
     tensors = Sample(37, 129, 24, 3, dtype, dtype, dtype).tensors(seed)
     with torch.no_grad():
         tensors[1][7:90] = -tensors[2][1] + closeness * tensors[1][7:90]
     grad = torch.randn(37, 129, generator=torch.Generator().manual_seed(seed + 1))
-    kernels = HostKernels(module, tensors)
+    kernels = HostLogits(module, tensors)
     wide = leaves(tensors, torch.float64)
     truth = (wide[3] * scores(*wide[:3])).max(dim=2).values
     assert (kernels.slots[:, 7:90] == 2).any(), "the cancelled slot wins nowhere: the test tests nothing"
@@ -106,27 +106,27 @@ def test_centers_that_a_displacement_all_but_cancels(
         assert error(value, true) <= bound
 
 
-def test_cancelling_pairs_are_found_in_every_group_of_classes(module: Any, seed: int) -> None:
+def test_cancelled_pairs_are_found_in_every_group_of_classes(module: Any, seed: int) -> None:
     tensors = Sample(3, 16500, 8, 2).tensors(seed)
-    apart = [0, 70, 9000, 16499]
+    cancelled = [0, 70, 9000, 16499]
     with torch.no_grad():
-        tensors[1][apart] = -tensors[2][1] + 1e-3 * tensors[1][apart]
-    kernels = HostKernels(module, tensors)
-    assert (kernels.center_rnorms < 0).sum() >= len(apart)
+        tensors[1][cancelled] = -tensors[2][1] + 1e-3 * tensors[1][cancelled]
+    kernels = HostLogits(module, tensors)
+    assert (kernels.center_rnorms < 0).sum() >= len(cancelled)
     slots = kernels.slots
-    assert (slots[:, apart] == 2).any(), "the cancelled slots win nowhere: the test tests nothing"
+    assert (slots[:, cancelled] == 2).any(), "the cancelled slots win nowhere: the test tests nothing"
     grad = torch.zeros(3, 16500)
-    grad[:, apart] = torch.randn(3, len(apart), generator=torch.Generator().manual_seed(seed + 1))
+    grad[:, cancelled] = torch.randn(3, len(cancelled), generator=torch.Generator().manual_seed(seed + 1))
     truth = gradients(lambda *t: routed(*t, slots), leaves(tensors, torch.float64), grad)
     for value, true in zip(kernels.gradients(grad)[:3], truth[:3], strict=True):
         assert value is not None
-        assert error(value, true) <= allowed(0.0, true, torch.float32, 3 * len(apart))
+        assert error(value, true) <= allowed(0.0, true, torch.float32, 3 * len(cancelled))
 
 
 def test_wide_tiles_of_the_gradient_of_centers(module: Any, seed: int) -> None:
     tensors = Sample(5, 16500, 136, 3, bf16, bf16, bf16).tensors(seed)
     grad = torch.randn(5, 16500, generator=torch.Generator().manual_seed(seed + 1))
-    kernels = HostKernels(module, tensors)
+    kernels = HostLogits(module, tensors)
     value = kernels.gradients(grad, (False, True, False, False))[1]
     true = gradients(lambda *t: routed(*t, kernels.slots), leaves(tensors, torch.float64), grad)[1]
     assert value is not None
@@ -139,10 +139,10 @@ def test_gradient_of_displacements_is_not_rounded_with_the_weights(
 ) -> None:
     tensors = Sample(70, 133, 72, 4, dtype, dtype, dtype).tensors(seed)
     grad = torch.randn(70, 133, generator=torch.Generator().manual_seed(seed + 1))
-    kernels = HostKernels(module, tensors)
+    kernels = HostLogits(module, tensors)
     true = gradients(lambda *t: routed(*t, kernels.slots), leaves(tensors, torch.float64), grad)[2]
     value = torch.from_numpy(
-        module.backward(
+        module.logits_backward(
             kernels.type, grad.numpy(), *kernels.arrays, *kernels.saved, False, False, True, False
         )[2]
     )
@@ -154,9 +154,9 @@ def test_gradient_of_displacements_is_not_rounded_with_the_weights(
 def test_ties_go_to_the_lowest_slot(m: int, module: Any, seed: int) -> None:
     tensors = Sample(37, 70, 45, m).tensors(seed, requires_grad=False)
     tensors[2][-1] = tensors[2][0]  # the last displacement repeats the first
-    assert HostKernels(module, tensors).slots.max() < m
+    assert HostLogits(module, tensors).slots.max() < m
     tensors[2].zero_()  # every slot ties
-    kernels = HostKernels(module, tensors)
+    kernels = HostLogits(module, tensors)
     assert not kernels.slots.any()
     torch.testing.assert_close(
         kernels.logits, tensors[3] * F.normalize(tensors[0]) @ F.normalize(tensors[1]).T
@@ -170,7 +170,7 @@ def test_zero_vectors(m: int, module: Any, seed: int) -> None:
         tensors[0][2] = 0
         tensors[1][5] = 0
         tensors[1][9] = -tensors[2][0]
-    kernels = HostKernels(module, tensors)
+    kernels = HostLogits(module, tensors)
     expected, slots = plain(tensors)
     torch.testing.assert_close(kernels.logits, expected.detach(), atol=2e-5, rtol=1e-5)
     assert torch.equal(kernels.slots, slots)
@@ -191,12 +191,12 @@ def test_zero_vectors(m: int, module: Any, seed: int) -> None:
 @pytest.mark.parametrize("m", [2, 11])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("argument", [0, 1, 2])
-def test_what_is_not_finite_gives_nan_where_it_is_used(
+def test_non_finite_elements_give_nan_where_they_are_used(
     argument: int, value: float, m: int, module: Any, seed: int
 ) -> None:
     tensors = Sample(6, 40, 19, m).tensors(seed, requires_grad=False)
     tensors[argument][1, 3] = value
-    kernels = HostKernels(module, tensors)
+    kernels = HostLogits(module, tensors)
     expected, _ = plain(tensors)
     torch.testing.assert_close(kernels.logits, expected, equal_nan=True, atol=2e-5, rtol=1e-5)
     assert (kernels.slots <= m).all()
@@ -205,7 +205,7 @@ def test_what_is_not_finite_gives_nan_where_it_is_used(
 
 @pytest.mark.parametrize(("B", "K", "m"), [(0, 5, 2), (3, 0, 2), (0, 0, 0)])
 def test_empty(B: int, K: int, m: int, module: Any, seed: int) -> None:
-    kernels = HostKernels(module, Sample(B, K, 7, m).tensors(seed))
+    kernels = HostLogits(module, Sample(B, K, 7, m).tensors(seed))
     assert kernels.logits.shape == kernels.slots.shape == (B, K)
     for gradient in kernels.gradients(torch.zeros(B, K)):
         assert gradient is not None
@@ -213,25 +213,25 @@ def test_empty(B: int, K: int, m: int, module: Any, seed: int) -> None:
 
 
 @pytest.mark.parametrize("missing", [0, 1, 2, 3, None])
-def test_only_the_gradients_asked_for(missing: int | None, module: Any, seed: int) -> None:
-    kernels = HostKernels(module, Sample(20, 70, 21, 4).tensors(seed))
+def test_only_requested_gradients_are_computed(missing: int | None, module: Any, seed: int) -> None:
+    kernels = HostLogits(module, Sample(20, 70, 21, 4).tensors(seed))
     grad = torch.randn(20, 70, generator=torch.Generator().manual_seed(seed))
     every = kernels.gradients(grad)
     needs = [index != missing if missing is not None else index == 1 for index in range(4)]
-    some = kernels.gradients(grad, (needs[0], needs[1], needs[2], needs[3]))
-    for needed, value, expected in zip(needs, some, every, strict=True):
+    requested = kernels.gradients(grad, (needs[0], needs[1], needs[2], needs[3]))
+    for needed, value, expected in zip(needs, requested, every, strict=True):
         assert (value is not None) == needed
         if value is not None and expected is not None:
             assert torch.equal(value, expected)
 
 
 def test_same_bits_in_any_order_of_threads(module: Any, seed: int) -> None:
-    """The order in which a block's threads run decides nothing: no barrier is missing."""
+    """The results do not depend on the order of a block's threads, so no barrier is missing."""
     tensors = Sample(70, 133, 72, 4, bf16, bf16, bf16).tensors(seed)
     grad = torch.randn(70, 133, generator=torch.Generator().manual_seed(seed))
 
     def bits() -> list[Tensor | None]:
-        kernels = HostKernels(module, tensors)
+        kernels = HostLogits(module, tensors)
         return [kernels.logits, kernels.slots, kernels.center_rnorms, *kernels.gradients(grad)]
 
     first = bits()
@@ -247,15 +247,15 @@ def test_same_bits_in_any_order_of_threads(module: Any, seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, bf16])
-def test_gradients_in_runs_of_classes(dtype: torch.dtype, module: Any, seed: int) -> None:
-    """Large problems are made class by class; what comes out is the same."""
+def test_gradients_in_chunks_of_classes(dtype: torch.dtype, module: Any, seed: int) -> None:
+    """Large problems are computed in chunks of classes, with the same results."""
     tensors = Sample(70, 333, 69, 4, dtype, dtype, dtype).tensors(seed)
     grad = torch.randn(70, 333, generator=torch.Generator().manual_seed(seed))
-    whole = HostKernels(module, tensors)
+    whole = HostLogits(module, tensors)
     expected = whole.gradients(grad)
     module.set_limits(3200, 3200)
     try:
-        parts = HostKernels(module, tensors)
+        parts = HostLogits(module, tensors)
         assert torch.equal(parts.logits, whole.logits)
         for value, other in zip(parts.gradients(grad), expected, strict=True):
             assert value is not None

@@ -50,8 +50,8 @@ Array<float> product(const std::string& type, py::array a, py::array b, bool tra
   return c;
 }
 
-// Each thread writes its number and reads its neighbour's: wrong in some order without the barrier.
-__global__ void neighbour_kernel(int* out, bool barrier) {
+// Each thread writes its number and reads its neighbor's: wrong in some order without the barrier.
+__global__ void neighbor_kernel(int* out, bool barrier) {
   __shared__ int numbers[64];
   const int i = static_cast<int>(threadIdx.x);
   numbers[i] = i + 1;
@@ -61,9 +61,9 @@ __global__ void neighbour_kernel(int* out, bool barrier) {
   numbers[i] = 0;
 }
 
-Array<int> neighbour(bool barrier) {
+Array<int> neighbor(bool barrier) {
   Array<int> out(64);
-  GISTOPS_LAUNCH(neighbour_kernel, dim3(1), dim3(64), 0, nullptr, out.mutable_data(), barrier);
+  GISTOPS_LAUNCH(neighbor_kernel, dim3(1), dim3(64), 0, nullptr, out.mutable_data(), barrier);
   return out;
 }
 
@@ -114,7 +114,7 @@ int beyond(int bytes, int n, bool ask) {
 
 PYBIND11_MODULE(GISTOPS_MODULE, m) {
   m.def("product", &product);
-  m.def("neighbour", &neighbour);
+  m.def("neighbor", &neighbor);
   m.def("divergent", [](bool by_warp) { GISTOPS_LAUNCH(divergent_kernel, dim3(1), dim3(64), 0, nullptr, by_warp); });
   m.def("copied", &copied);
   m.def("misaligned", [] {

@@ -1,4 +1,4 @@
-"""Operators of PyTorch that the binding (csrc/cuda/binding.h) calls."""
+"""Tests of the source of csrc/cuda: the PyTorch operators that it calls, and code that some compilers reject."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from gistops.backends import native
 CALLS = re.findall(r'"(aten::\w+)", "(\w*)"', (native.source_dir() / "cuda/binding.h").read_text())
 
 
-def test_some_calls_are_found() -> None:
+def test_calls_are_found() -> None:
     assert CALLS
 
 
 @pytest.mark.parametrize(("name", "overload"), CALLS)
-def test_autocast_leaves_what_is_called_alone(name: str, overload: str) -> None:
-    """A backward inside an autocast region gets its product in the type that it asked for."""
+def test_autocast_has_no_rule_for_called_operators(name: str, overload: str) -> None:
+    """A backward inside an autocast region gets its product in the type that it requests."""
     operator = f"{name}.{overload}" if overload else name
     assert torch._C._dispatch_has_kernel(operator), f"this torch has no {operator}"
     assert not torch._C._dispatch_has_kernel_for_dispatch_key(operator, "AutocastCUDA")
 
 
-def test_no_unnamed_aggregate_is_an_argument() -> None:
-    """With g++ 13.3 nvcc 13.0 made no C++ of braces among a call's arguments in templates: aggregates have names first."""
+def test_no_argument_is_an_unnamed_aggregate() -> None:
+    """nvcc 13.0 with g++ 13.3 generates invalid C++ for arguments in braces in templates: aggregates must have names."""
     braces = re.compile(r"\w\(\{|, \{")
     found = [
         f"{path.name}:{number}: {line.strip()}"

@@ -1,4 +1,4 @@
-"""The kernels compiled by nvcc for each generation of GPUs: no warning, nothing in local memory, tensor cores in use."""
+"""Tests that nvcc compiles the kernels for each GPU architecture without warnings, spills or missing tensor cores."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from . import compile_report
 from .compile_report import ARCHITECTURES, SOURCES, WORKERS, Kernel, compile_kernels
 
 pytestmark = [
-    pytest.mark.skipif(find_nvcc() is None, reason="kernels are compiled by nvcc, which is not here"),
-    pytest.mark.skipif(shutil.which("c++filt") is None, reason="c++filt of binutils is not here"),
+    pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed"),
+    pytest.mark.skipif(shutil.which("c++filt") is None, reason="c++filt of binutils is not installed"),
 ]
 
-#: A kernel with nothing to complain of, one that keeps an array in local memory, and one that warns.
+#: Kernels without problems, a kernel with an array in local memory, and a kernel that causes a warning.
 SAMPLE = r"""
 #include "ptx.cuh"
 __global__ void plain(float* x) { x[threadIdx.x] *= 2; }
@@ -45,7 +45,7 @@ WARNS = "__global__ void warns(int* x) { int unused = 1; x[0] = 2; }"
 
 @pytest.fixture(scope="session")
 def compiled(cache: Path) -> Iterator[Callable[[Path, str], list[Kernel]]]:
-    """Starts all compilations with the first test, as many at once as there are cores for."""
+    """Start all compilations at the first test, WORKERS at a time."""
     with ThreadPoolExecutor(WORKERS) as pool:
         futures: dict[tuple[Path, str], Future[list[Kernel]]] = {
             (source, architecture): pool.submit(compile_kernels, source, architecture, cache)
@@ -53,7 +53,7 @@ def compiled(cache: Path) -> Iterator[Callable[[Path, str], list[Kernel]]]:
             for source in SOURCES
         }
         yield lambda source, architecture: futures[source, architecture].result()
-        pool.shutdown(cancel_futures=True)  # those that no test asked for
+        pool.shutdown(cancel_futures=True)  # those that no test requested
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
@@ -62,12 +62,12 @@ def test_kernels(architecture: str, source: Path, compiled: Callable[[Path, str]
     kernels = compiled(source, architecture)
     in_local_memory = [k for k in kernels if k.stack or k.spilled]
     assert not in_local_memory, "\n".join(compile_report.table(in_local_memory))
-    multiplies = [k for k in kernels if k.name.startswith("centers_kernel")]
-    assert bool(multiplies) == (source.stem in ("bf16", "f16"))  # all other products are a library's
+    multiplies = [k for k in kernels if k.name.startswith("grad_centers_kernel")]
+    assert bool(multiplies) == (source.stem in ("bf16", "f16"))  # the library computes all other products
     assert all(k.matrix_products for k in multiplies)
 
 
-def test_what_is_reported_of_a_sample(tmp_path: Path) -> None:
+def test_report_on_a_sample(tmp_path: Path) -> None:
     source = tmp_path / "sample.cu"
     source.write_text(SAMPLE + LOCAL)
     cache = tmp_path / "kept"
@@ -79,7 +79,7 @@ def test_what_is_reported_of_a_sample(tmp_path: Path) -> None:
     assert (plain.matrix_products, plain.shared, plain.stack, plain.spilled) == (0, 0, 0, 0)
     assert 0 < plain.registers < 32
     assert kernels["local"].stack == 256
-    assert {k.name: k for k in compile_kernels(source, "sm_80", cache)} == kernels  # from what was kept
+    assert {k.name: k for k in compile_kernels(source, "sm_80", cache)} == kernels  # from the cache
     assert len(list(cache.iterdir())) == 1
     source.write_text(SAMPLE)
     assert len(compile_kernels(source, "sm_80", cache)) == 2

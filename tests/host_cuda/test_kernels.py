@@ -1,4 +1,4 @@
-"""The CUDA kernels on the host: every case of the two files of cases, and a selection under the sanitizers."""
+"""The CUDA kernels on the host: all cases of logits_cases.py and cross_entropy_cases.py, and most under the sanitizers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ from tests.ops.oracle import Sample
 from .build import sanitized_pytest
 from .conftest import build_kernels
 from .cross_entropy_cases import *  # noqa: F403
-from .host_logits import HostKernels
+from .host_logits import HostLogits
 from .logits_cases import *  # noqa: F403  the tests themselves
 
 CASES = [str(Path(__file__).with_name(name)) for name in ("logits_cases.py", "cross_entropy_cases.py")]
 
 
-def test_under_address_and_undefined_behaviour_sanitizers(
-    cache: Path, request: pytest.FixtureRequest
-) -> None:
-    """Every load and store of the kernels is inside what it was given."""
+def test_under_address_and_undefined_behavior_sanitizers(cache: Path, request: pytest.FixtureRequest) -> None:
+    """Every load and store of the kernels stays within the memory that the kernel was given."""
     sanitized = build_kernels(cache, sanitize=True)
     seed = f"--seed={request.config.getoption('--seed')}"
     done = sanitized_pytest(sanitized, [*CASES, seed, "-k", "forward or gradients or empty or 0.001 or loss"])
@@ -34,12 +32,12 @@ def test_under_address_and_undefined_behaviour_sanitizers(
     assert "skipped" not in done.stdout
 
 
-def test_what_a_launch_refuses_is_raised(module: Any, seed: int) -> None:
+def test_a_failed_launch_raises(module: Any, seed: int) -> None:
     sample = Sample(1, 1024, 4096, 0, torch.bfloat16, torch.bfloat16, torch.bfloat16)
-    kernels = HostKernels(module, sample.tensors(seed))
-    module.set_shared_memory(64 << 10)  # less than the wide tiles of the gradient of the centres take
+    kernels = HostLogits(module, sample.tensors(seed))
+    module.set_shared_memory(64 << 10)  # less than the wide tiles of grad_centers_kernel need
     try:
-        with pytest.raises(RuntimeError, match="gistops: centers: invalid argument"):
+        with pytest.raises(RuntimeError, match="gistops: grad_centers: invalid argument"):
             kernels.gradients(torch.ones(1, 1024), (False, True, False, False))
     finally:
         module.set_shared_memory(227 << 10)

@@ -1,4 +1,4 @@
-"""The shim itself: fragments as the hardware lays them out, and every planted mistake is seen."""
+"""Tests of the shim: fragments are laid out as the hardware does, and every planted mistake is detected."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def test_roundings(shim: Any, seed: int) -> None:
         assert shim.round_f16(x) == float(torch.tensor(x).half())
 
 
-def test_a_missing_barrier_shows_in_some_order(shim: Any) -> None:
+def test_a_missing_barrier_changes_the_result_in_some_order(shim: Any) -> None:
     right = [(i + 1) % 64 + 1 for i in range(64)]
     results = {}
     for barrier in (True, False):
         for reverse in (False, True):
             shim.set_reverse(reverse)
-            results[barrier, reverse] = shim.neighbour(barrier).tolist() == right
+            results[barrier, reverse] = shim.neighbor(barrier).tolist() == right
     shim.set_reverse(False)
     assert results[True, False]
     assert results[True, True]
@@ -59,37 +59,37 @@ def test_a_missing_barrier_shows_in_some_order(shim: Any) -> None:
 
 
 @pytest.mark.parametrize("by_warp", [False, True])
-def test_a_barrier_that_not_all_reach(by_warp: bool, shim: Any) -> None:
+def test_a_barrier_that_not_all_threads_reach_raises(by_warp: bool, shim: Any) -> None:
     with pytest.raises(RuntimeError, match="a barrier that not all threads reach"):
         shim.divergent(by_warp)
 
 
-def test_copies_arrive_when_they_are_waited_for(shim: Any) -> None:
+def test_copies_arrive_with_the_wait(shim: Any) -> None:
     values = torch.arange(128, dtype=torch.int32).numpy()
     assert (shim.copied(values, True, True) == values).all()
-    assert not (shim.copied(values, True, False)).any()  # what is not valid is zero
+    assert not (shim.copied(values, True, False)).any()  # an invalid copy writes zeros
     assert (shim.copied(values, False, True) != values).all()
 
 
-def test_a_misaligned_copy(shim: Any) -> None:
+def test_a_misaligned_copy_raises(shim: Any) -> None:
     with pytest.raises(RuntimeError, match="an address that is no multiple of 16"):
         shim.misaligned()
 
 
-def test_shared_memory_has_its_limits(shim: Any) -> None:
-    assert shim.beyond(256 << 10, 32, False) == -1  # more than there is
+def test_shared_memory_is_limited(shim: Any) -> None:
+    assert shim.beyond(256 << 10, 32, False) == -1  # more than the device has
     assert shim.beyond(256 << 10, 32, True) == -2
-    assert shim.beyond(100 << 10, 32, False) == -1  # more than 48 KiB, without having asked
+    assert shim.beyond(100 << 10, 32, False) == -1  # more than 48 KiB without a request
     assert shim.beyond(100 << 10, 32, True) == 1
 
 
-@pytest.mark.skipif(not os.environ.get(SANITIZED), reason="run by the next test, in a process of its own")
+@pytest.mark.skipif(not os.environ.get(SANITIZED), reason="run by the next test, in a new process")
 def test_read_beyond_shared_memory(shim: Any) -> None:
     shim.beyond(128, 33, False)
 
 
-@pytest.mark.skipif(bool(os.environ.get(SANITIZED)), reason="this is that process")
-def test_address_sanitizer_sees_a_read_beyond_shared_memory(cache: Path) -> None:
+@pytest.mark.skipif(bool(os.environ.get(SANITIZED)), reason="this is the process that the test starts")
+def test_address_sanitizer_detects_a_read_beyond_shared_memory(cache: Path) -> None:
     done = sanitized_pytest(
         _build(cache, sanitize=True), [__file__, "-k", "read_beyond or fragments or copies"]
     )
