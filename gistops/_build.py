@@ -59,8 +59,8 @@ X86_64 = (
     _kernels("v4", "-march=x86-64-v4", "-mprefer-vector-width=512"),
 )
 CUDA = (
-    Unit("cuda_ops", "cuda/ops.cpp", torch_headers=True, cuda=True),
-    Unit("cuda_loss_ops", "cuda/loss_ops.cpp", torch_headers=True, cuda=True),
+    Unit("cuda_logits_ops", "cuda/logits_ops.cpp", torch_headers=True, cuda=True),
+    Unit("cuda_cross_entropy_ops", "cuda/cross_entropy_ops.cpp", torch_headers=True, cuda=True),
     *(Unit(f"cuda_{t}", f"cuda/{t}.cu", cuda=True) for t in ("bf16", "f16", "f32", "f64")),
 )
 

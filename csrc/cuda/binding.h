@@ -1,5 +1,5 @@
-// The common parts of the bindings: tensors to pointers, memory and products from PyTorch. Included by ops.cpp and
-// loss_ops.cpp alone.
+// The common parts of the bindings: tensors to pointers, memory and products from PyTorch. Included by
+// logits_ops.cpp and cross_entropy_ops.cpp alone.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <initializer_list>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -26,7 +27,9 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
 
+// Return an uninitialized tensor on the device of x.
 Tensor like(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   return torch::stable::new_empty(x, sizes, dtype);
 }
@@ -61,6 +64,27 @@ const OpTable& op_table(ScalarType operands) {
 Tensor converted(const Tensor& x, ScalarType dtype) {
   const Tensor y = x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
   return y.is_contiguous() ? y : torch::stable::contiguous(y);
+}
+
+template <class Range>
+std::string shape_text(const Range& sizes) {
+  std::string text;
+  for (const int64_t n : sizes) text += (text.empty() ? "" : ", ") + std::to_string(n);
+  return "[" + text + "]";
+}
+
+void check_shape(const Tensor& x, const Tensor& input, const Sizes& sizes, const char* name, const char* expected) {
+  STD_TORCH_CHECK(std::ranges::equal(x.sizes(), sizes), "gistops: ", name, ": expected ", expected, " ",
+                  shape_text(sizes), ", got ", shape_text(x.sizes()));
+  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == input.get_device_index(), "gistops: ", name,
+                  ": expected a tensor on the device of input");
+}
+
+// Return a tensor that the forward saved, after a check that its shape, device and type have not changed.
+Tensor checked_saved(const Tensor& x, const Tensor& input, const Sizes& sizes, ScalarType dtype, const char* name) {
+  check_shape(x, input, sizes, name, "the forward's shape");
+  STD_TORCH_CHECK(x.scalar_type() == dtype, "gistops: ", name, ": expected the forward's dtype");
+  return converted(x, dtype);
 }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,5 +1,5 @@
-// The operators on NVIDIA GPUs: tensors in, tensors out, on the current stream. Shapes and devices were checked in
-// gistops/_checks.py; what is checked again here is what memory safety rests on.
+// The logits on NVIDIA GPUs: tensors in, tensors out, on the current stream. gistops/_checks.py has checked the
+// arguments; the checks here are those that memory safety depends on.
 #include "binding.h"
 
 namespace gistops::cuda {
@@ -30,11 +30,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logits_backward(const Tensor& grad, c
                                                            bool need_tau, bool /*allow_tf32*/) {
   const OpCall call(input, centers, displacements, tau);
   const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
-  const auto saved = [&](const Tensor& x, std::vector<int64_t> sizes, ScalarType dtype, const char* name) {
-    bool fits = x.is_cuda() && x.dim() == static_cast<int64_t>(sizes.size()) && x.scalar_type() == dtype;
-    for (size_t i = 0; fits && i < sizes.size(); ++i) fits = x.size(static_cast<int64_t>(i)) == sizes[i];
-    STD_TORCH_CHECK(fits, "gistops: ", name, ": expected the forward's shape and dtype");
-    return converted(x, dtype);
+  const auto saved = [&](const Tensor& x, const Sizes& sizes, ScalarType dtype, const char* name) {
+    return checked_saved(x, input, sizes, dtype, name);
   };
   const Tensor G = saved(grad, {B, K}, call.sums, "grad"), z = saved(logits, {B, K}, call.sums, "logits");
   const Tensor j = saved(slots, {B, K}, ScalarType::Byte, "slots");
