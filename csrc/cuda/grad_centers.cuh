@@ -13,30 +13,25 @@
 namespace gistops::cuda {
 
 template <class Shape, bool kVectors>
-class GradCenters {
-  using T = typename Shape::T;
-  using S = Sum<T>;
-  using Shared = typename Shape::Shared;
+class GradCenters : private GradCentersProduct<Shape, kVectors> {
+  using Base = GradCentersProduct<Shape, kVectors>;
+  using Base::class_tile_, Base::first_class_, Base::first_dim_, Base::thread_, Base::lane_, Base::warp_;
+  using Base::in_, Base::p_, Base::out_, Base::shared_;
+  using typename Base::S;
+  using typename Base::T;
   static constexpr int kSlots = Shape::kSlots, kVector = Shape::kVector;
 
  public:
-  __device__ GradCenters(const GradCentersInputs<T>& in, const GradCentersOutputs<T>& out, Shared& shared)
-      : in_(in), p_(in.source.p), out_(out), shared_(shared) {
-    const int64_t dim_tiles = ceil_div(p_.d(), Shape::kDims);
-    class_tile_ = blockIdx.x / dim_tiles;
-    first_class_ = class_tile_ * Shape::kClasses;
-    first_dim_ = blockIdx.x % dim_tiles * Shape::kDims;
-    thread_ = static_cast<int>(threadIdx.x);
-    lane_ = thread_ % kWarp, warp_ = thread_ / kWarp;
-  }
+  __device__ GradCenters(const GradCentersInputs<T>& in, const GradCentersOutputs<T>& out,
+                         typename Shape::Shared& shared)
+      : Base(in, out, shared) {}
 
   __device__ __forceinline__ void run() {
     const bool any_cancelled = *in_.cancelled;
     load_t_sums(any_cancelled);
     if (out_.centers) {
-      GradCentersProduct<Shape, kVectors> product;
-      product.compute(in_, shared_.ring, first_class_, first_dim_);
-      product.store(shared_.epilogue);
+      this->multiply();
+      this->store_product();
       if (any_cancelled) add_cancelled();
     }
     const int m = static_cast<int>(p_.m());
@@ -229,13 +224,6 @@ class GradCenters {
       out_.displacements[(class_tile_ * p_.m() + j) * p_.d() + x] = sum;
     }
   }
-
-  const GradCentersInputs<T>& in_;
-  const Problem<T>& p_;
-  const GradCentersOutputs<T>& out_;
-  Shared& shared_;
-  int64_t class_tile_, first_class_, first_dim_;
-  int thread_, lane_, warp_;
 };
 
 // Compute both results above. Grid: tiles of 128 classes times tiles of Shape::kDims dims, the dims fastest. Block: 256
