@@ -50,6 +50,19 @@ def pytest_arguments(device: str, backends: Sequence[str]) -> dict[str, list[str
     }
 
 
+def pytest_jobs(
+    device: str, backends: Sequence[str], seconds_left: Callable[[], float], logs: Logs
+) -> list[Job]:
+    """Return the jobs of the part "test"."""
+    workers = max(1, num_cores() // 3)
+
+    def job(name: str, arguments: list[str]) -> Job:
+        share = workers if name.startswith("operators") else max(1, workers // 2)
+        return "test", name, lambda: run_pytest(name, arguments, share, seconds_left() - 3, logs)
+
+    return [job(name, arguments) for name, arguments in pytest_arguments(device, backends).items()]
+
+
 def run_pytest(name: str, arguments: Sequence[str], workers: int, seconds: float, logs: Logs) -> Report:
     """Run pytest once."""
     parallel = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") else []
@@ -88,6 +101,18 @@ def find_sanitizer() -> Path | None:
             if candidate.is_file():
                 return candidate
     return None
+
+
+def sanitizer_jobs(
+    program: Path, backends: Sequence[str], seconds_left: Callable[[], float], logs: Logs
+) -> list[Job]:
+    """Return the jobs of the part "sanitize"."""
+
+    def job(backend: str, tool: str) -> Job:
+        name = f"{backend} {tool}"
+        return "sanitize", name, lambda: run_sanitizer(program, backend, tool, seconds_left() - 3, logs)
+
+    return [job(backend, tool) for backend in backends for tool in SANITIZERS]
 
 
 def run_sanitizer(program: Path, backend: str, tool: str, seconds: float, logs: Logs) -> Report:

@@ -11,23 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ..problem import MAIN
-from . import (
-    concurrent_jobs,
-    device_constants,
-    ncu,
-    plan,
-    report,
-    selection_rule,
-    torch_profiler,
-    worker_pool,
-)
+from . import concurrent_jobs, device_constants, ncu, plan, report, selection_rule, torch_profiler
 from .budget import CONCURRENT, Budget
-from .concurrent_jobs import Job, Report
+from .concurrent_jobs import Job, Report, num_cores
 from .output import Output
 from .plan import Case
 from .subprocesses import python_command, run_command
 from .supervisor import GRACE, Supervisor
 from .variants import TABLE
+from .worker_pool import WorkerPool, absent_variants, wrong_variants
 
 MIN_NCU_SECONDS = 10.0
 
@@ -62,7 +54,7 @@ class Session:
         self.document = output.document
         self.device = options.device
         self.cases = self._cases()
-        self.pools: list[worker_pool.WorkerPool] = []
+        self.pools: list[WorkerPool] = []
 
     def _cases(self) -> list[Case]:
         measure = self.budget.seconds("measure") if "measure" in self.budget.parts else 60.0
@@ -132,38 +124,29 @@ class Session:
         built = self.document["parts"].get("build", {}).get("backends", {})
         return [n for n in names if built.get(n, {"available": True})["available"]]
 
-    def _make_pool(
-        self, families: Callable[[str], bool], processes: int, seconds: float
-    ) -> worker_pool.WorkerPool:
-        variants = [n for n in self.options.variants if TABLE[n].ours and families(TABLE[n].backend)]
+    def _make_pool(self, uses: Callable[[str], bool], processes: int, seconds: float) -> WorkerPool:
+        variants = [n for n in self.options.variants if TABLE[n].ours and uses(TABLE[n].backend)]
         smoked, warmed = plan.smoke_cases(variants, self.cases), plan.warm_up_cases(variants, self.cases)
         precisions = dict.fromkeys(case.precision for case in smoked)
         ordered = [case for p in precisions for case in (*smoked, *warmed) if case.precision == p]
-        asked = worker_pool.WorkerPool(
-            self._sized(ordered),
-            variants,
-            processes,
-            time.time() + seconds,
-            self.device,
-            self.record_smoke_results,
+        cases, deadline = self._sized(ordered), time.time() + seconds
+        self.pools.append(
+            WorkerPool(cases, variants, processes, deadline, self.device, self.record_smoke_results)
         )
-        self.pools.append(asked)
-        return asked
+        return self.pools[-1]
 
     def _compile_early(self) -> list[Any]:
         """Compile Triton's kernels while the build runs nvcc, which they do not need."""
         if "smoke" not in self.options.only or self.device == "cpu":
             return []
         seconds = sum(self.budget.seconds(p) for p in ("build", "smoke") if p in self.budget.parts)
-        return self._make_pool(
-            lambda b: b == "triton", max(2, concurrent_jobs.num_cores() * 3 // 4), seconds
-        ).start()
+        processes = max(2, num_cores() * 3 // 4)
+        return self._make_pool(lambda backend: backend == "triton", processes, seconds).start()
 
     def smoke(self, seconds: float, early: list[Any]) -> Report:
         """Check every gistops variant at small odd sizes, and compile Triton's kernels for the measured sizes."""
-        late = self._make_pool(
-            lambda b: b != "triton" or not early, max(1, concurrent_jobs.num_cores() // 4), seconds
-        ).start()
+        processes = max(1, num_cores() // 4)
+        late = self._make_pool(lambda backend: backend != "triton" or not early, processes, seconds).start()
         for thread in (*early, *late):
             thread.join()
         self.record_smoke_results()
@@ -185,8 +168,8 @@ class Session:
     def record_smoke_results(self) -> None:
         """Write the smoke results so far to the document."""
         results = [r for p in self.pools for r in p.results]
-        self.document["out"] = worker_pool.wrong_variants(results)
-        self.document.setdefault("absent", {}).update(worker_pool.absent_variants(results))
+        self.document["out"] = wrong_variants(results)
+        self.document.setdefault("absent", {}).update(absent_variants(results))
         self._record_problems([problem for p in self.pools for problem in p.problems])
         self.output.changed()
 
@@ -234,7 +217,7 @@ class Session:
             for result in supervisor.results[num_printed:]:
                 print(report.line(result), flush=True)
                 if result["case"]["kind"] != "constants":
-                    self.document.setdefault("absent", {}).update(worker_pool.absent_variants([result]))
+                    self.document.setdefault("absent", {}).update(absent_variants([result]))
             num_printed = len(supervisor.results)
             found: dict[str, list[dict[str, Any]]] = {part: [] for part in part_of.values()}
             for result in supervisor.results:
@@ -259,10 +242,8 @@ class Session:
 
     def _keep(self, found: dict[str, list[dict[str, Any]]]) -> None:
         if "constants" in found:
-            constants = {
-                name: entry for result in found["constants"] for name, entry in result["variants"].items()
-            }
-            self.document["constants"] = constants
+            entries = [entry for result in found["constants"] for entry in result["variants"].items()]
+            self.document["constants"] = dict(entries)
         if "measure" in found:
             self.document["cases"] = found["measure"]
         if "profile" in found:
@@ -272,21 +253,17 @@ class Session:
     def ncu(self, seconds: float) -> Report:
         """Run Nsight Compute over the selected and the default variants until the time is up."""
         program = ncu.find()
-        if self.device == "cpu" or program is None or seconds < MIN_NCU_SECONDS:
-            why = (
-                "needs a GPU"
-                if self.device == "cpu"
-                else "no time was left"
-                if program
-                else "ncu was not found"
-            )
-            return {"not run": why}
+        if self.device == "cpu":
+            return {"not run": "needs a GPU"}
+        if program is None or seconds < MIN_NCU_SECONDS:
+            return {"not run": "no time was left" if program else "ncu was not found"}
         picks = [
             (self.document.get("rule", {}).get(f"bf16 {kind}", {}).get("winner"), kind)
             for kind in ("loss", "forward")
         ]
         wanted = [*picks, ("cuda", "step"), ("triton", "step")]
-        begin, runs = time.time(), {}
+        begin = time.time()
+        runs: dict[str, Any] = {}
         for variant, kind in dict.fromkeys((v, k) for v, k in wanted if v in self.options.variants):
             left = seconds - (time.time() - begin)
             if left < MIN_NCU_SECONDS:
@@ -304,56 +281,25 @@ class Session:
         if not asked:
             return
         print(f"=== {', '.join(asked)}, concurrently (at most {self.budget.left():.0f} s)", flush=True)
+        left, backends = self.budget.left, self.backends()
         jobs: list[Job] = []
         if "train" in asked:
             jobs.append(("train", "models", self._train))
         if "test" in asked:
-            jobs += self._tests()
+            jobs += concurrent_jobs.pytest_jobs(self.device, backends, left, self.output.logs["tests.log"])
         if "sanitize" in asked:
-            jobs += self._sanitizers()
+            program = concurrent_jobs.find_sanitizer()
+            if program is None or self.device == "cpu":
+                why = "needs a GPU" if self.device == "cpu" else "compute-sanitizer was not found"
+                self.document["parts"]["sanitize"] = {"not run": why}
+            else:
+                logs = self.output.logs["sanitize.log"]
+                jobs += concurrent_jobs.sanitizer_jobs(program, backends, left, logs)
         concurrent_jobs.run_concurrently(jobs, self.document, self.changed)
 
     def _train(self) -> Report:
-        log = self.output.scratch / "train.log"
         self.output.runs = concurrent_jobs.RUNS
-        options = self.options
-        more = options.train_arguments
+        options, log = self.options, self.output.scratch / "train.log"
         return concurrent_jobs.run_training(
-            options.train, options.seeds, self.device, more, self.budget.left(), log
+            options.train, options.seeds, self.device, options.train_arguments, self.budget.left(), log
         )
-
-    def _tests(self) -> list[Job]:
-        asked = concurrent_jobs.pytest_arguments(self.device, self.backends())
-        workers = max(1, concurrent_jobs.num_cores() // 3)
-        logs = self.output.logs["tests.log"]
-
-        def job(name: str, arguments: list[str]) -> Job:
-            many = workers if name.startswith("operators") else max(1, workers // 2)
-            return (
-                "test",
-                name,
-                lambda: concurrent_jobs.run_pytest(name, arguments, many, self.budget.left() - 3, logs),
-            )
-
-        return [job(name, arguments) for name, arguments in asked.items()]
-
-    def _sanitizers(self) -> list[Job]:
-        program = concurrent_jobs.find_sanitizer()
-        if program is None or self.device == "cpu":
-            why = (
-                "needs a GPU"
-                if self.device == "cpu"
-                else "compute-sanitizer was found neither on PATH nor beside nvcc"
-            )
-            self.document["parts"]["sanitize"] = {"not run": why}
-            return []
-        logs = self.output.logs["sanitize.log"]
-
-        def job(backend: str, tool: str) -> Job:
-            return (
-                "sanitize",
-                f"{backend} {tool}",
-                lambda: concurrent_jobs.run_sanitizer(program, backend, tool, self.budget.left() - 3, logs),
-            )
-
-        return [job(backend, tool) for backend in self.backends() for tool in concurrent_jobs.SANITIZERS]
