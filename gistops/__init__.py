@@ -1,8 +1,8 @@
 """gistops: fused kernels for GistNet's constellation classifier.
 
-`constellation_logits` is the operator, `constellation_cross_entropy` its loss and `constellation_topk` its best classes
-without logits [B, K], `subcenter_*` the same for free centres. `gistops.nn` has heads for models, `gistops.sampling` the class-balanced
-sampler that trains them; `python -m gistops.info` says which backends serve this machine.
+`constellation_logits` computes the logits. `constellation_cross_entropy` and `constellation_topk` compute the loss and the
+best classes without materializing them. `subcenter_*` are the same functions for sub-centers. `gistops.nn` has classifier
+heads, `gistops.sampling` the class-balanced sampler. `python -m gistops.info` lists the available backends.
 """
 
 from . import nn, sampling

@@ -1,6 +1,6 @@
-"""For exporters: the operators as plain PyTorch.
+"""The ops as plain PyTorch, for export.
 
-ONNX and other formats know nothing of gistops' operators. Exporting takes two steps:
+ONNX and other formats do not have the ops of gistops. An export takes three steps:
 
     program = torch.export.export(head.eval(), (features,), dynamic_shapes=({0: "batch"},))
     program = program.run_decompositions(gistops.export.decompositions())
@@ -21,16 +21,16 @@ from .operators.registry import compute_dtype
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """A table for `ExportedProgram.run_decompositions`: the compiled operators' forwards in terms of PyTorch's own.
+    """Return a table for `ExportedProgram.run_decompositions` that replaces the forward ops by ops of PyTorch.
 
-    Besides the table of PyTorch's core operators (`torch.export.default_decompositions`), which it contains.
+    The table includes `torch.export.default_decompositions()`.
 
     Raises:
-        RuntimeError: the compiled operators are not there.
+        RuntimeError: the compiled ops are not available.
     """
     status = native.load()
     if not status.loaded:
-        raise RuntimeError(f"gistops.export needs the compiled operators: {status.reason}")
+        raise RuntimeError(f"gistops.export needs the compiled ops: {status.reason}")
     ops = torch.ops.gistops
     table = dict(torch.export.default_decompositions().items())
     table[ops.logits_forward.default] = _logits_forward

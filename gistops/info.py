@@ -1,4 +1,4 @@
-"""What is built, what is chosen, and why: `python -m gistops.info`."""
+"""The report of `python -m gistops.info`: what is built, what is chosen, and why."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def _compiler(status: native.Status) -> str:
 
 
 def mismatch(built_for: str | None, running: str) -> str | None:
-    """What to know where the operators were compiled for another torch than the one that runs; else None."""
+    """Return a note if the ops were built for another version of torch than the running one, otherwise None."""
     if built_for is None or built_for == running:
         return None
     return (
-        f"the operators were built for torch {built_for}, you have {running}. They use the stable ABI and "
+        f"the ops were built for torch {built_for}, you have {running}. They use the stable ABI and "
         f"should work with both; {native.REINSTALL}."
     )
 
@@ -57,7 +57,7 @@ def _chosen(device: str) -> str:
 
 
 def info() -> dict[str, Any]:
-    """All that `python -m gistops.info` prints. Loads the compiled operators, compiling them if need be."""
+    """Return what `python -m gistops.info` prints. Loads the compiled ops, and compiles them if needed."""
     status = native.load()
     return {
         "versions": {
@@ -69,7 +69,7 @@ def info() -> dict[str, Any]:
         },
         "backends": {name: _backend(name, status) for name in backends.NAMES},
         "cpu": {
-            "instruction set": _capability(status) or "none: the compiled operators are not loaded",
+            "instruction set": _capability(status) or "none: the compiled ops are not loaded",
             "threads": torch.get_num_threads(),
             "cores": os.cpu_count(),
         },
@@ -83,7 +83,7 @@ def info() -> dict[str, Any]:
 
 
 def render(facts: dict[str, Any]) -> str:
-    """`info()` as text."""
+    """Return `info()` as text."""
     lines = []
     rows = {**facts["versions"], **facts["cpu"], "cache folder": facts["cache"]["folder"]}
     rows["C++ sources"] = facts["cache"]["sources"]
@@ -103,7 +103,7 @@ def render(facts: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Print what is built, what is chosen, and why."""
+    """Print the report."""
     print(render(info()))
 
 

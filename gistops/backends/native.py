@@ -1,4 +1,4 @@
-"""Finds, or else builds, the compiled operators, and loads them once a process."""
+"""The compiled ops: find or build the library, load it once per process, and complete its ops."""
 
 from __future__ import annotations
 
@@ -23,57 +23,57 @@ from .chunked import ChunkedOps
 
 PACKAGE = Path(__file__).resolve().parent.parent
 LIBRARY = "_C.so"
-REINSTALL = "`pip install --force-reinstall --no-deps` of gistops builds it anew"
+REINSTALL = "`pip install --force-reinstall --no-deps` of gistops builds it again"
 
 
 @dataclass(frozen=True)
 class Status:
-    """What became of the compiled operators in this process."""
+    """The state of the compiled ops in this process."""
 
     loaded: bool
-    reason: str  # where they come from, or why they are not there and how to get them
+    reason: str  # where the library comes from, or why it is missing and how to get it
     path: Path | None = None
-    origin: str | None = None  # "install" or "first use": when they were compiled
-    built_for: str | None = None  # the version of torch that they were compiled for
+    origin: str | None = None  # when the library was compiled: "install" or "first use"
+    built_for: str | None = None  # version of torch
     compiler: str | None = None
-    cuda: str = ""  # the GPU architectures that are in it, such as "sm_80 sm_90", or why there are none
-    error: str | None = None  # the last library that was there and did not load, and why
+    cuda: str = ""  # GPU architectures in the library, such as "sm_80 sm_90", or why there are none
+    error: str | None = None  # the last library that did not load, and why
 
 
 def source_dir() -> Path:
-    """The C++ sources: inside an installed package, beside the package in a source tree."""
+    """Return the folder of the C++ sources: in an installed package, or beside the package in a source tree."""
     inside = PACKAGE / "csrc"
     return inside if inside.is_dir() else PACKAGE.parent / "csrc"
 
 
 def cache_dir() -> Path:
-    """Where first-use builds are kept: $GISTOPS_CACHE, else gistops/ in the user's cache folder."""
+    """Return the folder of first-use builds: $GISTOPS_CACHE, or gistops/ in the user's cache folder."""
     if own := os.environ.get("GISTOPS_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gistops"
 
 
 def first_use_path(wanted: str) -> Path:
-    """Where the first-use build of the sources with hash `wanted` lies, for this torch and machine."""
+    """Return the path of the first-use build of the sources with hash `wanted`, for this torch and machine."""
     return cache_dir() / f"{wanted}-torch{torch.__version__}-{_build.machine()}" / LIBRARY
 
 
 def _installed() -> list[Path]:
-    """Libraries compiled at install: this package's own, else that of another gistops on the path.
+    """Return the libraries compiled at install: this package's own, then those of other gistops folders on sys.path.
 
-    The second kind matters when tests run from the repository: `gistops` is then the source folder, and the
-    library lies in site-packages. It serves only if it was built from the same sources.
+    The latter matter when tests run from the repository: `gistops` is then the source folder, and the library is in
+    site-packages. A library is used only if it was built from the same sources.
     """
     folders = [PACKAGE, *(Path(entry).resolve() / "gistops" for entry in sys.path)]
     return [path for path in dict.fromkeys(folder / LIBRARY for folder in folders) if path.is_file()]
 
 
 def _load_error(path: Path) -> str | None:
-    """Load one library; what is wrong with it, or None."""
+    """Load a library; return an error message, or None."""
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        return f"{path} does not load: {error.__cause__ or error}"  # torch's own words name only the path
+        return f"{path} does not load: {error.__cause__ or error}"  # torch's own message names only the path
     if not hasattr(torch.ops.gistops, "logits_forward"):
         return f"{path} loads, but does not define gistops::logits_forward"
     return None
@@ -101,7 +101,7 @@ def _use_installed(path: Path, wanted: str) -> Status:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
-    """Hold the folder's lock; gives False where there are no locks. A killed process's lock falls with it."""
+    """Hold the folder's lock; yield False if locks do not work. The lock of a killed process is released."""
     with open(folder / "lock", "w") as file:
         try:
             import fcntl
@@ -114,10 +114,10 @@ def _lock(folder: Path) -> Iterator[bool]:
 
 
 def build_on_first_use(wanted: str) -> Path:
-    """The library in the cache folder, compiled now if it is not there. Safe with several processes at once.
+    """Return the library in the cache folder; compile it if needed. Safe with several processes at once.
 
     Raises:
-        BuildError: it cannot be compiled here.
+        BuildError: the library cannot be compiled here.
         OSError: the cache folder cannot be written.
     """
     out = first_use_path(wanted)
@@ -125,20 +125,20 @@ def build_on_first_use(wanted: str) -> Path:
         return out
     tools = Tools.find()
     out.parent.mkdir(parents=True, exist_ok=True)
-    # One process compiles and the others wait for it. Where locks do not work each compiles for itself,
-    # as safely and more slowly, because what is made aside is moved into place in one step.
+    # One process compiles and the others wait. If locks do not work, every process compiles for itself. This is slower
+    # but just as safe, because a build in a temporary folder is moved into place in one step.
     with _lock(out.parent) as alone:
         if out.is_file():
             return out
         if alone:
-            for left in out.parent.glob("build-*"):  # by a process that was killed
+            for left in out.parent.glob("build-*"):  # of a killed process
                 shutil.rmtree(left, ignore_errors=True)
         say = f"gistops: compiling the operators for torch {torch.__version__}, once (seconds; with CUDA a minute or two)"
         print(f"{say}; they are kept in {out.parent}", file=sys.stderr, flush=True)
         tmp = Path(tempfile.mkdtemp(prefix="build-", dir=out.parent))
         try:
             _build.build(source_dir(), tmp / LIBRARY, tmp, tools)
-            # The record first: where the library is, all is.
+            # The record first, so that a library always has one.
             os.replace(_build.Record.path(tmp / LIBRARY), _build.Record.path(out))
             os.replace(tmp / LIBRARY, out)
         finally:
@@ -148,16 +148,16 @@ def build_on_first_use(wanted: str) -> Path:
 
 def _use_first_use(wanted: str) -> Status:
     if os.environ.get("GISTOPS_JIT") == "0":
-        return Status(False, "GISTOPS_JIT=0 forbids to compile on first use; unset it to allow that")
+        return Status(False, "GISTOPS_JIT=0 forbids compiling on first use; unset it to allow it")
     try:
         path = build_on_first_use(wanted)
     except BuildError as failure:
         return Status(False, f"cannot compile on first use: {failure}")
     except OSError as failure:
         why = f"cannot compile on first use into {cache_dir()}: {failure}"
-        return Status(False, f"{why}; set GISTOPS_CACHE to a folder that can be written")
+        return Status(False, f"{why}; set GISTOPS_CACHE to a writable folder")
     if error := _load_error(path):
-        return Status(False, f"{error}; delete {path.parent} to have it compiled anew", path, error=error)
+        return Status(False, f"{error}; delete {path.parent} to compile it again", path, error=error)
     return _loaded("compiled on first use", "first use", path, _build.Record.read(path))
 
 
@@ -204,7 +204,7 @@ _once = threading.Lock()
 
 
 def load() -> Status:
-    """Load the compiled operators, once; never raises."""
+    """Load the compiled ops, once; never raises."""
     global _status
     with _once:
         if _status is None:
@@ -212,20 +212,20 @@ def load() -> Status:
                 _status = _find_and_load()
                 if _status.loaded:
                     _complete(cuda=_status.cuda.startswith("sm_"))
-            except Exception as error:  # whatever is broken here, the reference backend must stay usable
+            except Exception as error:  # the reference backend must stay usable
                 why = f"{type(error).__name__}: {error}"
                 _status = Status(False, why, error=why)
         return _status
 
 
 def why_not_cpu(device_type: str) -> str | None:
-    """Why the compiled operators cannot serve on the CPU, and how to get them; None if they can."""
+    """Return why the compiled ops cannot serve on the CPU and how to get them, or None if they can."""
     status = load()
     return None if status.loaded else status.reason
 
 
 def why_not_cuda(device_type: str) -> str | None:
-    """Why the compiled operators cannot serve on an NVIDIA GPU, and how to get them; None if they can."""
+    """Return why the compiled ops cannot serve on an NVIDIA GPU and how to get them, or None if they can."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; pytorch.org says how to install one with it"
     status = load()

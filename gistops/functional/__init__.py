@@ -1,4 +1,4 @@
-"""The public operators."""
+"""The public functions: they check the arguments, choose a backend and call its ops."""
 
 from .cross_entropy import constellation_cross_entropy, subcenter_cross_entropy
 from .logits import constellation_logits, subcenter_logits

@@ -1,4 +1,4 @@
-"""Cross-entropy, without logits [B, K]."""
+"""The cross-entropy without logits [B, K]."""
 
 from __future__ import annotations
 
@@ -37,37 +37,39 @@ def constellation_cross_entropy(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Cross-entropy of `constellation_logits`, which are never held: names and meaning of `F.cross_entropy`.
+    """Return the cross-entropy of `constellation_logits` without materializing the logits.
 
-    A step's memory beyond the gradients does not grow with B·K, but for translations on GPUs, where scores are held from
-    the forward to the backward as long as they take less than 2 GiB. On the CPU it takes the three matrix products of a
-    linear layer, as long as B is below 0.8 d (the scores wait where the gradient of the centres will lie); otherwise,
-    and on GPUs where scores are not held, four. The sums are exact: no probability is left out. Differentiable once, in
-    input, centers, displacements, tau, axis, mlp, class_bias, and a margin given as a tensor.
+    Names and meanings are those of `F.cross_entropy`. Losses are exact: no probability is approximated. Differentiable
+    once in input, centers, displacements, tau, axis, mlp, class_bias, and a margin given as a tensor.
+
+    Beyond the gradients, the memory of a training step does not grow with B·K, with one exception: for translations on
+    GPUs, scores are kept from the forward to the backward if they take at most 2 GiB. A step takes three matrix products,
+    as a linear layer does, if the scores are kept. It takes four if the backward recomputes them. On the CPU, scores are
+    kept in the buffer of the centers' gradient, where there is room for them while B is below about 0.8 d.
 
     Args:
         input, centers, displacements, tau, transform, axis, mlp, backend: as in `constellation_logits`.
-        target: classes, [B], int64 or int32, 0 to K - 1 or `ignore_index`.
-        class_bias: added to the logits, [K], floating. With log class frequencies this is the balanced softmax (Ren et
-            al., NeurIPS 2020), or logit adjustment (Menon et al., ICLR 2021).
-        weight: weights of the classes, [K], floating, not negative; takes no gradient.
-        margin: what makes the target's logit smaller, a number or one for each class, [K].
-        margin_kind: "logit": logit - margin; "cosine": τ (cos θ - margin), CosFace (Wang et al., CVPR 2018), and LDAM (Cao
-            et al., NeurIPS 2019) with margins of n_k^-1/4; "angle": τ cos(θ + margin), ArcFace (Deng et al., CVPR 2019),
-            and where θ + margin exceeds π, τ (cos θ - margin sin margin), as in its authors' code.
-        reduction: "mean" (weighted by `weight` of the targets, as in `F.cross_entropy`), "sum" or "none".
-        ignore_index: rows with this target count for nothing; a mean over no other row is NaN.
-        label_smoothing: 0 to 1, the share of the target distribution that is spread evenly over all classes.
-        return_lse: also return the log-sum-exp of each row's logits, with bias and margin, [B]; differentiable.
+        target: classes, [B], int64 or int32, from 0 to K - 1, or `ignore_index`.
+        class_bias: added to the logits, [K], floating-point. Log class frequencies give the balanced softmax (Ren et al.,
+            NeurIPS 2020), or logit adjustment (Menon et al., ICLR 2021).
+        weight: class weights, [K], floating-point, not negative; not differentiable.
+        margin: lowers the target's logit; a number, a tensor of one element, or one element per class, [K].
+        margin_kind: "logit": logit - margin. "cosine": τ (cos θ - margin), as in CosFace (Wang et al., CVPR 2018), and in
+            LDAM (Cao et al., NeurIPS 2019) with margins proportional to n_k^-1/4. "angle": τ cos(θ + margin), as in ArcFace
+            (Deng et al., CVPR 2019); where θ + margin exceeds π, τ (cos θ - margin sin margin), as in the authors' code.
+        reduction: "mean" (weighted by the targets' `weight`, as in `F.cross_entropy`), "sum" or "none".
+        ignore_index: rows with this target do not count. If no row counts, the mean is NaN.
+        label_smoothing: share of the target distribution that is spread evenly over all classes, from 0 to 1.
+        return_lse: also return the log-sum-exp of each row's logits, including bias and margin; differentiable.
 
     Returns:
-        the loss, a scalar, or [B] with `reduction="none"`, in the dtype of the logits; with `return_lse` also lse [B].
+        The loss in the dtype of the logits: a scalar, or [B] with `reduction="none"`. With `return_lse` also lse, [B].
 
     Raises:
-        TypeError, ValueError, gistops.BackendUnavailable: as `constellation_logits`; the message names the argument.
-        IndexError: a target is out of range; the message names its position. On a GPU, where looking would make the
-            host wait, and in a compiled graph, it is a RuntimeError instead: on a GPU that of a device-side assertion,
-            which comes later, and does not know the position.
+        TypeError, ValueError, gistops.BackendUnavailable: as in `constellation_logits`; the message names the argument.
+        IndexError: a target is out of range; the message names its position. In a compiled graph, and on a GPU, where
+            the check must not make the host wait, a RuntimeError is raised instead. On a GPU, it comes from a device-side
+            assertion: later, and without the position.
     """
     classifier = check_constellation(input, centers, displacements, tau, transform, axis, mlp)
     options = LossOptions(class_bias, weight, margin, margin_kind, reduction, ignore_index, label_smoothing)
@@ -91,7 +93,10 @@ def subcenter_cross_entropy(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`constellation_cross_entropy` for the free centres [K, M, d] of `subcenter_logits`."""
+    """Return the cross-entropy of `subcenter_logits` without materializing the logits.
+
+    Arguments, returns and errors are those of `constellation_cross_entropy`, with centers [K, M, d].
+    """
     options = LossOptions(class_bias, weight, margin, margin_kind, reduction, ignore_index, label_smoothing)
     loss, lse = _cross_entropy(input, check_subcenters(input, centers, tau), target, options, backend)
     return (loss, lse) if return_lse else loss
@@ -116,11 +121,11 @@ def _cross_entropy(
 def _loss_from_parts(
     backend: str, input: Tensor, classifier: Classifier, target: Tensor, options: LossOptions
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss and the log-sum-exp [B] from `cross_entropy_parts_forward`, which has neither margin nor reduction."""
+    """Return the loss and the log-sum-exp [B]; the op sums over the classes, and autograd covers everything else here."""
     classes, smoothing = classifier.centers.shape[0], options.label_smoothing
     ignored = target == options.ignore_index
     row = torch.where(ignored, 0, target)
-    shares = None  # of the classes in the smoothed part of the target distribution
+    shares = None  # class weights of the smoothed part
     if smoothing > 0:
         weight = options.weight
         shares = input.new_ones(classes, dtype=torch.float32) if weight is None else weight
@@ -132,7 +137,7 @@ def _loss_from_parts(
         lowered = _apply_margin(logit, tau, options.margin, options.margin_kind, row)
     bias = None if options.class_bias is None else options.class_bias.to(dtype)
     score = lowered if bias is None else lowered + bias[row]
-    loss = -F.logsigmoid(score - lse_others)  # log(1 + Σ e^z / e^score): exact however small
+    loss = -F.logsigmoid(score - lse_others)  # log(1 + Σ e^z / e^score): accurate for tiny losses
     lse = torch.where(ignored, lse_others, score + loss)
     scale = None if options.weight is None else options.weight.to(dtype)[row]
     if scale is not None:
@@ -193,7 +198,7 @@ def _assert_in_range(in_range: Tensor, classifier: Classifier, options: LossOpti
 def _apply_margin(
     logit: Tensor, tau: Tensor, margin: Tensor | float, kind: MarginKind, row: Tensor
 ) -> Tensor:
-    """Return the target's logits [B] with their margins; row: the class of each."""
+    """Lower the targets' logits [B] by their margins; row: the target of each row, [B]."""
     if not isinstance(margin, Tensor):
         margin = on_device(margin, logit.dtype, logit.device)
     margin = margin.to(logit)

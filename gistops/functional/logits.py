@@ -1,4 +1,4 @@
-"""Logits of constellations and of free centres."""
+"""Logits of constellations and of sub-centers."""
 
 from __future__ import annotations
 
@@ -72,32 +72,36 @@ def constellation_logits(
     return_slots: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Logits of a constellation classifier: `τ · max_j cos(f_i, w_k + δ_j)`, with `δ_0 = 0`.
+    """Return the logits of a constellation classifier: `τ · max_j cos(f_i, w_k + δ_j)`, with `δ_0 = 0`.
 
-    GistNet (Liu, Li, Kang, Hua, Vasconcelos, ICCV 2021), equations 4 to 7. Differentiable once in every floating
-    argument. Norms are clamped at 1e-12, so that a zero vector scores 0. The same inputs give the same bits.
+    GistNet (Liu, Li, Kang, Hua, Vasconcelos, ICCV 2021), equations 4 to 7. A *slot* is one of the m + 1 vectors of a
+    class: slot 0 is the bare center w_k, slot j is w_k + δ_j. A class's logit is the scaled cosine of the slot that is
+    closest to the input. Differentiable once in every floating-point argument. Norms are clamped at 1e-12, so a zero
+    vector scores 0. Results are deterministic.
 
     Args:
-        input: features f, [B, d], float32, float16, bfloat16 or float64; not normalised.
-        centers: class centres w, [K, d]; the dtype may differ from input's.
-        displacements: displacements δ shared by all classes, [m, d], 0 <= m <= 255. m = 0 is a cosine classifier.
-        tau: temperature τ > 0, a tensor of one element, or a number.
-        transform: what a displacement does to a centre. "translation": w_k + δ_j. "rotation": w_k turned by the rotation
-            that takes `axis` to the direction of δ_j, in their plane (equations 8 and 9, read so that it is one).
-            "mlp": w_k + B relu(A [w_k / |w_k|; δ_j]), the paper's learned g: m + 1 products instead of one, in chunks.
-        axis: for a rotation, the direction u that all share, [d], floating; differentiable.
-        mlp: for an MLP, its weights A [h, 2 d] and B [d, h], floating; differentiable.
-        return_slots: also return which vector won.
-        backend: "cpu", "cuda", "triton", "reference", or None for the best one for input's device.
+        input: features f, [B, d], float32, float16, bfloat16 or float64; not normalized.
+        centers: class centers w, [K, d]; their dtype may differ from that of input.
+        displacements: displacements δ, shared by all classes, [m, d] with 0 <= m <= 255. If m is 0, this is a cosine
+            classifier.
+        tau: temperature τ > 0, a tensor of one element or a number.
+        transform: the transform that makes slot j of a center and a displacement. "translation": w_k + δ_j. "rotation":
+            w_k rotated in the plane of `axis` and δ_j, by the angle from `axis` to δ_j (equations 8 and 9, read as a
+            rotation). "mlp": w_k + B relu(A [w_k / |w_k|; δ_j]), the paper's learned g; takes m + 1 matrix products
+            instead of one, in chunks of classes.
+        axis: the direction u of a rotation, shared by all classes, [d], floating-point; differentiable.
+        mlp: the weights A [h, 2 d] and B [d, h] of an MLP, floating-point; differentiable.
+        return_slots: also return the slot of each logit.
+        backend: "cpu", "cuda", "triton", "reference", or None for the best one on the device of input.
 
     Returns:
-        logits [B, K], float64 if input, centers or displacements is float64, otherwise float32. With `return_slots`
-        also slots [B, K], uint8: 0 for the bare centre, j for `w_k + δ_j`; the lowest of equals.
+        Logits [B, K], float64 if input, centers or displacements is float64, otherwise float32. With `return_slots` also
+        slots [B, K], uint8. If several slots attain the maximum, the lowest is returned.
 
     Raises:
-        TypeError: an argument is no dense floating-point tensor.
-        ValueError: shapes or devices do not fit, or an unknown backend; the message names the argument.
-        gistops.BackendUnavailable: the backend asked for cannot serve here.
+        TypeError: an argument is not a dense floating-point tensor.
+        ValueError: a shape, a device or the name of the backend is wrong; the message names the argument.
+        gistops.BackendUnavailable: the requested backend cannot serve here.
     """
     classifier = check_constellation(input, centers, displacements, tau, transform, axis, mlp)
     logits, slots = _logits(input, classifier, backend)
@@ -112,25 +116,25 @@ def subcenter_logits(
     return_slots: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Logits of classes with centres of their own: `τ · max_j cos(f_i, w_kj)`.
+    """Return the logits of classes that have several centers each: `τ · max_j cos(f_i, w_kj)`.
 
-    Sub-centre ArcFace (Deng, Guo, Liu, Gong, Zafeiriou, ECCV 2020), and any rule that makes M vectors for each class.
-    Where they are one centre and shared displacements, `constellation_logits` takes a Mth of the time. Otherwise as
-    that: dtypes, zero vectors, ties, bits and errors.
+    Sub-center ArcFace (Deng, Guo, Liu, Gong, Zafeiriou, ECCV 2020), and any method that computes M vectors per class. If
+    the vectors are a center plus shared displacements, use `constellation_logits`, which is about M times faster. Dtypes,
+    zero vectors, ties, determinism and errors are as there.
 
     Args:
-        input: features f, [B, d], not normalised.
-        centers: M centres w of each class, [K, M, d], 1 <= M <= 256; not normalised.
-        tau: temperature τ > 0, a tensor of one element, or a number.
-        return_slots: also return which centre won.
+        input: features f, [B, d]; not normalized.
+        centers: M sub-centers w per class, [K, M, d] with 1 <= M <= 256; not normalized.
+        tau: temperature τ > 0, a tensor of one element or a number.
+        return_slots: also return the sub-center of each logit.
         backend: as in `constellation_logits`.
 
     Returns:
-        logits [B, K], float64 if input or centers is float64, otherwise float32. With `return_slots` also slots
-        [B, K], uint8.
+        Logits [B, K], float64 if input or centers is float64, otherwise float32. With `return_slots` also slots [B, K],
+        uint8.
 
     Raises:
-        TypeError, ValueError, gistops.BackendUnavailable: as `constellation_logits`.
+        TypeError, ValueError, gistops.BackendUnavailable: as in `constellation_logits`.
     """
     logits, slots = _logits(input, check_subcenters(input, centers, tau), backend)
     return (logits, slots) if return_slots else logits

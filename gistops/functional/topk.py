@@ -1,4 +1,4 @@
-"""The best classes, without logits [B, K]."""
+"""The classes with the largest logits, without logits [B, K]."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ def constellation_topk(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
-    """The k classes with the largest logits, largest first, in memory that does not grow with K.
+    """Return the k classes with the largest logits of each row, in memory that does not grow with K.
 
-    Not differentiable. Of equal logits the lowest class comes first; NaN counts as the largest, as in `torch.topk`.
+    Not differentiable. Ties are broken by the lower class. NaN counts as the largest value, as in `torch.topk`.
 
     Args:
         input, centers, displacements, tau, transform, axis, mlp, backend: as in `constellation_logits`.
-        k: number of classes, 1 to K.
-        class_bias: added to the logits, [K], floating.
-        return_lse: also return the log-sum-exp of all logits (with their bias): `(values - lse[:, None]).exp()` are
+        k: number of classes, from 1 to K.
+        class_bias: added to the logits, [K], floating-point.
+        return_lse: also return the log-sum-exp over all classes, including the bias: `(values - lse[:, None]).exp()` are
             probabilities over all classes.
 
     Returns:
-        values [B, k], in the dtype of the logits; classes [B, k], int64; slots [B, k], uint8, which vector of the class
-        won; with `return_lse` also lse [B].
+        Values [B, k] in descending order, in the dtype of the logits; classes [B, k], int64; slots [B, k], uint8. With
+        `return_lse` also lse, [B].
 
     Raises:
-        TypeError, ValueError, gistops.BackendUnavailable: as `constellation_logits`; the message names the argument.
+        TypeError, ValueError, gistops.BackendUnavailable: as in `constellation_logits`; the message names the argument.
     """
     classifier = check_constellation(input, centers, displacements, tau, transform, axis, mlp)
     return topk(input, classifier, k, class_bias, return_lse, backend)
@@ -67,7 +67,10 @@ def subcenter_topk(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
-    """`constellation_topk` for the free centres [K, M, d] of `subcenter_logits`."""
+    """Return the k classes with the largest `subcenter_logits` of each row.
+
+    Arguments, returns and errors are those of `constellation_topk`, with centers [K, M, d].
+    """
     return topk(input, check_subcenters(input, centers, tau), k, class_bias, return_lse, backend)
 
 

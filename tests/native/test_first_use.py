@@ -178,7 +178,7 @@ def test_failures_are_told_not_raised(
     monkeypatch.setenv("GISTOPS_CACHE", str(tmp_path / "file" / "below"))
     status = native._find_and_load()
     assert not status.loaded
-    assert "set GISTOPS_CACHE to a folder that can be written" in status.reason
+    assert "set GISTOPS_CACHE to a writable folder" in status.reason
 
     monkeypatch.setenv("GISTOPS_CACHE", str(tmp_path / "cache"))
     (cheap_sources / "cpu" / "dispatch.cpp").write_text("#error deliberately broken\n")
