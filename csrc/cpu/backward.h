@@ -140,13 +140,13 @@ class Worker {
   void route(const Rows<T>& rows, int64_t n, int64_t i, int64_t count, const T* r, int64_t ld_r, T* h, int64_t ld_h,
              bool shares, bool moments) {
     if (p_.table_slots)
-      return kernels<T>().route_tables(rows.grad, rows.logits, rows.ld, rows.slots, count, n, p_.tables(i, k_), r,
-                                       features_.scale.get() + i, h, ld_h, dx.get() + i * p_.M(), dy_.get(),
-                                       dy_.get() + p_.M() * size_, size_, t_.get(), this->moments.get() + i);
-    kernels<T>().route(rows.grad, rows.logits, rows.ld, rows.slots, count, n, r, ld_r, p_.M(),
-                       features_.scale.get() + i, h, ld_h,
-                       shares && p_.m && (out_.input || out_.displacements) ? s.get() + i * p_.M() : nullptr,
-                       moments && corrections_ ? t_.get() : nullptr, size_, moments && out_.tau ? &tau : nullptr);
+      return kernels<T>().rotation_route_grad(rows.grad, rows.logits, rows.ld, rows.slots, count, n, p_.tables(i, k_),
+                                              r, features_.scale.get() + i, h, ld_h, dx.get() + i * p_.M(), dy_.get(),
+                                              dy_.get() + p_.M() * size_, size_, t_.get(), this->moments.get() + i);
+    kernels<T>().route_grad(rows.grad, rows.logits, rows.ld, rows.slots, count, n, r, ld_r, p_.M(),
+                            features_.scale.get() + i, h, ld_h,
+                            shares && p_.m && (out_.input || out_.displacements) ? s.get() + i * p_.M() : nullptr,
+                            moments && corrections_ ? t_.get() : nullptr, size_, moments && out_.tau ? &tau : nullptr);
   }
 
   // The pairs of this block whose sums would cancel (block.h).
@@ -188,7 +188,7 @@ class Worker {
     if (!products_) return;
     const int64_t M = p_.M();
     for (int64_t j = 0; j < M; ++j) {
-      kernels<T>().select(h.data, h.ld, rows.slots, rows.ld, count, n, static_cast<int>(j), selected_.get());
+      kernels<T>().mask_slot(h.data, h.ld, rows.slots, rows.ld, count, n, static_cast<int>(j), selected_.get());
       const Matrix<T> hj{selected_.get(), count, n, n}, vectors{pack_slot(p_, w, n, j, piece_.get()), n, p_.d, p_.d};
       if (out_.input) add_product(hj, vectors, g.get() + i * p_.d);
       if (!dw) continue;
@@ -205,16 +205,16 @@ class Worker {
         const T r = source_.r()[j * source_.ld_r() + c];
         t_[j * size_ + c] *= r >= static_cast<T>(1 / kMinNorm) ? 0 : r * r;  // a clamped norm is constant
       }
-    if (p_.table_slots) return kernels<T>().correct(w, n, p_.d, nullptr, 1, t_.get(), size_, hf, dw, nullptr);
+    if (p_.table_slots) return kernels<T>().norm_correction(w, n, p_.d, nullptr, 1, t_.get(), size_, hf, dw, nullptr);
     if (p_.free_slots) {
       Scratch<T> t(n * p_.M());  // one factor for each row of w
       for (int64_t v = 0; v < n * p_.M(); ++v) t[v] = t_[v % p_.M() * size_ + v / p_.M()];
-      return kernels<T>().correct(w, n * p_.M(), p_.d, nullptr, 1, t.get(), 0, hf, dw, nullptr);
+      return kernels<T>().norm_correction(w, n * p_.M(), p_.d, nullptr, 1, t.get(), 0, hf, dw, nullptr);
     }
     // Sums over many classes are made in two levels, to keep rounding errors small.
     block_dd_.zero();
-    kernels<T>().correct(w, n, p_.d, p_.delta, p_.M(), t_.get(), size_, hf, dw,
-                         out_.displacements ? block_dd_.get() : nullptr);
+    kernels<T>().norm_correction(w, n, p_.d, p_.delta, p_.M(), t_.get(), size_, hf, dw,
+                                 out_.displacements ? block_dd_.get() : nullptr);
     if (out_.displacements) dd.add(block_dd_);
   }
 
@@ -271,7 +271,7 @@ void finish(const Problem<T>& p, const Features<T>& features, const Gradients& o
         for (int64_t e = 0; e < p.d; ++e) g[(i - begin) * p.d + e] -= along * features.f()[i * p.d + e];
       }
     } else {
-      kernels<T>().project(g, features.f() + begin * p.d, rows, p.d, features.rnorm.get() + begin);
+      kernels<T>().normalize_backward(g, features.f() + begin * p.d, rows, p.d, features.rnorm.get() + begin);
     }
     void* final = at(out.input, p.input, begin);
     if (g != final) kernels<T>().store(g, rows * p.d, p.input.format, final);

@@ -166,10 +166,10 @@ class LossSource {
     uint8_t* slots = parked ? parking_.slots(k_, n_, p_.M(), i) : slots_.get();
     if (!parked) block_.score(i, rows, z, slots, n_);
     const HiddenTargets<T> hidden(terms_.target + i, rows, k_, n_, z);
-    kernels<T>().softmax(z, n_, rows, n_, terms_.bias ? terms_.bias + k_ : nullptr,
-                         grads_.sums ? terms_.weight + k_ : nullptr, lse_ + i, grads_.lse + i,
-                         grads_.sums ? grads_.sums + i : nullptr, g_.get(),
-                         bias_gradient_ ? bias_gradient_ + k_ : nullptr);
+    kernels<T>().softmax_grad(z, n_, rows, n_, terms_.bias ? terms_.bias + k_ : nullptr,
+                              grads_.sums ? terms_.weight + k_ : nullptr, lse_ + i, grads_.lse + i,
+                              grads_.sums ? grads_.sums + i : nullptr, g_.get(),
+                              bias_gradient_ ? bias_gradient_ + k_ : nullptr);
     for (const auto& entry : hidden.entries()) g_[entry.place - z] += grads_.target[i + entry.i];
     return {g_.get(), z, slots, n_, g_.get()};
   }

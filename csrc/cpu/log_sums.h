@@ -19,7 +19,7 @@ class LogSums {
 
   // Rows [i, i + rows) of z [rows, n], contiguous; bias [n] or null.
   void add(int64_t i, int64_t rows, const T* z, int64_t n, const T* bias) const {
-    kernels<T>().log_sums(z, n, rows, n, bias, max_.get() + i, sum_.get() + i);
+    kernels<T>().update_logsumexp(z, n, rows, n, bias, max_.get() + i, sum_.get() + i);
   }
 
   // The workers' shares together; -inf where there is no score, or none above that.

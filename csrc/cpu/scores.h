@@ -102,18 +102,18 @@ class ClassBlock {
       for (int64_t j = 0; j < p_.M(); ++j) {
         const Matrix<T> vectors{pack_slot(p_, w_, n_, j, packed_.get()), n_, p_.d, p_.d};
         const Product<T> product(f, vectors.t(), product_.get(), n_);
-        kernels<T>().compete(product.data, product.ld, rows, n_, r_.get() + j * size_, static_cast<int>(j),
-                             j + 1 == p_.M() ? scale : nullptr, logits, slots, ld);
+        kernels<T>().running_max(product.data, product.ld, rows, n_, r_.get() + j * size_, static_cast<int>(j),
+                                 j + 1 == p_.M() ? scale : nullptr, logits, slots, ld);
       }
       return;
     }
     const Matrix<T> classes{w_, n_, p_.d, p_.d};
     const Product<T> product(f, classes.t(), logits, ld);
     if (p_.table_slots)
-      return kernels<T>().pool_tables(product.data, product.ld, logits, slots, ld, rows, n_, p_.tables(i, first_),
-                                      r_.get(), scale);
-    kernels<T>().pool(product.data, product.ld, logits, slots, ld, rows, n_, features_.q.get() + i * p_.M(), r_.get(),
-                      size_, p_.M(), scale);
+      return kernels<T>().rotation_max_over_slots(product.data, product.ld, logits, slots, ld, rows, n_,
+                                                  p_.tables(i, first_), r_.get(), scale);
+    kernels<T>().max_over_slots(product.data, product.ld, logits, slots, ld, rows, n_, features_.q.get() + i * p_.M(),
+                                r_.get(), size_, p_.M(), scale);
     score_cancelled(f.data, rows, scale, logits, slots, ld);
   }
 

@@ -18,7 +18,7 @@ class BestLists {
   }
   // Whether a row's list has room for any of these n scores.
   bool wants(int64_t row, const T* z, int64_t n, const T* bias) const {
-    return filled_[row] < k_ || kernels<T>().above(z, n, bias, values_[row * k_ + k_ - 1]);
+    return filled_[row] < k_ || kernels<T>().any_above(z, n, bias, values_[row * k_ + k_ - 1]);
   }
   // Later offers of a row must be of higher classes.
   void offer(int64_t row, T value, int64_t k, uint8_t slot) {

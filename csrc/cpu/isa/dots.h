@@ -10,7 +10,7 @@ template <class T, int ROWS, int COLS, bool SQUARES>
 GISTOPS_INLINE void dots_tile(const T* x, int64_t d, const T* y, T* squares, T* dots, int64_t ld_dots) {
   using V = typename Simd<T>::V;
   V acc[ROWS][COLS > 0 ? COLS : 1] = {}, sq[ROWS] = {};
-  over<Simd<T>::N>(d, [&](int64_t e, int n) GISTOPS_INLINE_LAMBDA {
+  for_each_vector<Simd<T>::N>(d, [&](int64_t e, int n) GISTOPS_INLINE_LAMBDA {
     V xs[ROWS];
     for (int i = 0; i < ROWS; ++i) xs[i] = load<V>(x + i * d + e, n);
     for (int j = 0; j < COLS; ++j) {
@@ -21,8 +21,8 @@ GISTOPS_INLINE void dots_tile(const T* x, int64_t d, const T* y, T* squares, T* 
       for (int i = 0; i < ROWS; ++i) sq[i] += xs[i] * xs[i];
   });
   for (int i = 0; i < ROWS; ++i) {
-    for (int j = 0; j < COLS; ++j) dots[i * ld_dots + j] = sum<T>(acc[i][j]);
-    if constexpr (SQUARES) squares[i] = sum<T>(sq[i]);
+    for (int j = 0; j < COLS; ++j) dots[i * ld_dots + j] = lane_sum<T>(acc[i][j]);
+    if constexpr (SQUARES) squares[i] = lane_sum<T>(sq[i]);
   }
 }
 

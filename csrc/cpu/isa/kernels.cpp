@@ -21,9 +21,22 @@ namespace {
 
 template <class T>
 constexpr gistops::Kernels<T> kTable = {
-    load_format<T>, store_format<T>, dots<T>,        pool<T>,         route<T>,
-    correct<T>,     project<T>,      log_sums<T>,    softmax<T>,      above<T>,
-    compete<T>,     select<T>,       pool_tables<T>, route_tables<T>, GISTOPS_STRING(GISTOPS_ISA)};
+    .load = load_format<T>,
+    .store = store_format<T>,
+    .dots = dots<T>,
+    .max_over_slots = max_over_slots<T>,
+    .route_grad = route_grad<T>,
+    .norm_correction = norm_correction<T>,
+    .normalize_backward = normalize_backward<T>,
+    .update_logsumexp = update_logsumexp<T>,
+    .softmax_grad = softmax_grad<T>,
+    .any_above = any_above<T>,
+    .running_max = running_max<T>,
+    .mask_slot = mask_slot<T>,
+    .rotation_max_over_slots = rotation_max_over_slots<T>,
+    .rotation_route_grad = rotation_route_grad<T>,
+    .name = GISTOPS_STRING(GISTOPS_ISA),
+};
 
 }  // namespace
 

@@ -7,10 +7,10 @@ namespace {
 
 // R rows at once share the loads of delta, and the sums dd.
 template <class T, int R>
-GISTOPS_INLINE void correct_rows(const T* w, int64_t width, int64_t d, const T* delta, int64_t m_slots, const T* t,
-                                 int64_t ld_t, const T* hf, T* dw, T* dd) {
+GISTOPS_INLINE void norm_correction_rows(const T* w, int64_t width, int64_t d, const T* delta, int64_t m_slots,
+                                         const T* t, int64_t ld_t, const T* hf, T* dw, T* dd) {
   using V = typename Simd<T>::V;
-  over<Simd<T>::N>(width, [&](int64_t e, int lanes) GISTOPS_INLINE_LAMBDA {
+  for_each_vector<Simd<T>::N>(width, [&](int64_t e, int lanes) GISTOPS_INLINE_LAMBDA {
     V center[R], total[R];
     for (int i = 0; i < R; ++i) {
       center[i] = load<V>(w + i * d + e, lanes);
@@ -32,15 +32,16 @@ GISTOPS_INLINE void correct_rows(const T* w, int64_t width, int64_t d, const T* 
 }
 
 template <class T>
-void correct(const T* w, int64_t rows, int64_t d, const T* delta, int64_t m_slots, const T* t, int64_t ld_t,
-             const T* hf, T* dw, T* dd) {
+void norm_correction(const T* w, int64_t rows, int64_t d, const T* delta, int64_t m_slots, const T* t, int64_t ld_t,
+                     const T* hf, T* dw, T* dd) {
   constexpr int R = 4;
   constexpr int64_t kStrip = 512;  // of delta and dd, so that m strips of both stay in L1 while the rows pass
   for (int64_t e = 0; e < d; e += kStrip) {
     const int64_t width = d - e < kStrip ? d - e : kStrip;
     const auto rows_from = [&]<int COUNT>(int64_t k) GISTOPS_INLINE_LAMBDA {
-      correct_rows<T, COUNT>(w + k * d + e, width, d, delta + e, m_slots, t + k, ld_t, dw ? hf + k * d + e : nullptr,
-                             dw ? dw + k * d + e : nullptr, dd ? dd + e : nullptr);
+      norm_correction_rows<T, COUNT>(w + k * d + e, width, d, delta + e, m_slots, t + k, ld_t,
+                                     dw ? hf + k * d + e : nullptr, dw ? dw + k * d + e : nullptr,
+                                     dd ? dd + e : nullptr);
     };
     int64_t k = 0;
     for (; k + R <= rows; k += R) rows_from.template operator()<R>(k);
@@ -49,16 +50,16 @@ void correct(const T* w, int64_t rows, int64_t d, const T* delta, int64_t m_slot
 }
 
 template <class T>
-void project(T* g, const T* f, int64_t rows, int64_t d, const T* rnorm) {
+void normalize_backward(T* g, const T* f, int64_t rows, int64_t d, const T* rnorm) {
   using V = typename Simd<T>::V;
   for (int64_t i = 0; i < rows; ++i) {
     if (rnorm[i] >= static_cast<T>(1 / gistops::kMinNorm)) continue;  // the clamp is flat
     V acc = {};
-    over<Simd<T>::N>(d, [&](int64_t e, int n) GISTOPS_INLINE_LAMBDA {
+    for_each_vector<Simd<T>::N>(d, [&](int64_t e, int n) GISTOPS_INLINE_LAMBDA {
       acc += load<V>(g + i * d + e, n) * (load<V>(f + i * d + e, n) * rnorm[i]);
     });
-    const T along = sum<T>(acc) * rnorm[i];
-    over<Simd<T>::N>(d, [&](int64_t e, int n) GISTOPS_INLINE_LAMBDA {
+    const T along = lane_sum<T>(acc) * rnorm[i];
+    for_each_vector<Simd<T>::N>(d, [&](int64_t e, int n) GISTOPS_INLINE_LAMBDA {
       store(g + i * d + e, load<V>(g + i * d + e, n) - load<V>(f + i * d + e, n) * along, n);
     });
   }

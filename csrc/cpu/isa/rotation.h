@@ -7,14 +7,14 @@
 namespace {
 
 template <class T>
-void pool_tables(const T* p, int64_t ld_p, T* logits, uint8_t* slots, int64_t ld, int64_t rows, int64_t n,
-                 const gistops::Tables<T>& tables, const T* r, const T* scale) {
+void rotation_max_over_slots(const T* p, int64_t ld_p, T* logits, uint8_t* slots, int64_t ld, int64_t rows, int64_t n,
+                             const gistops::Tables<T>& tables, const T* r, const T* scale) {
   using V = typename Simd<T>::V;
   using I = typename Simd<T>::I;
   using Bytes = typename Simd<T>::Bytes;
   for (int64_t i = 0; i < rows; ++i) {
     const T* x = tables.x + i * tables.slots;
-    over<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
+    for_each_vector<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
       const V product = load<V>(p + i * ld_p + k, lanes);
       V best = product;
       I slot = {};
@@ -32,9 +32,9 @@ void pool_tables(const T* p, int64_t ld_p, T* logits, uint8_t* slots, int64_t ld
 }
 
 template <class T>
-void route_tables(const T* grad, const T* logits, int64_t ld, const uint8_t* slots, int64_t rows, int64_t n,
-                  const gistops::Tables<T>& tables, const T* r, const T* scale, T* h, int64_t ld_h, T* dx, T* dy0,
-                  T* dy1, int64_t ld_dy, T* t, double* moments) {
+void rotation_route_grad(const T* grad, const T* logits, int64_t ld, const uint8_t* slots, int64_t rows, int64_t n,
+                         const gistops::Tables<T>& tables, const T* r, const T* scale, T* h, int64_t ld_h, T* dx,
+                         T* dy0, T* dy1, int64_t ld_dy, T* t, double* moments) {
   using V = typename Simd<T>::V;
   using I = typename Simd<T>::I;
   using Bytes = typename Simd<T>::Bytes;
@@ -43,7 +43,7 @@ void route_tables(const T* grad, const T* logits, int64_t ld, const uint8_t* slo
     const T* x = tables.x + i * tables.slots;
     for (int64_t j = 0; j < tables.slots; ++j) shares[j] = V{};
     V total = {};
-    over<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
+    for_each_vector<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
       const V g = load<V>(grad + i * ld + k, lanes), moment = g * load<V>(logits + i * ld + k, lanes);
       const V weight = g * load<V>(r + k, lanes) * scale[i];
       const I slot = __builtin_convertvector(load<Bytes>(slots + i * ld + k, lanes), I);
@@ -58,8 +58,8 @@ void route_tables(const T* grad, const T* logits, int64_t ld, const uint8_t* slo
         store(dy1 + j * ld_dy + k, load<V>(dy1 + j * ld_dy + k, lanes) + here * x[j], lanes);
       }
     });
-    for (int64_t j = 0; j < tables.slots; ++j) dx[i * tables.slots + j] += sum<T>(shares[j]);
-    moments[i] += sum<T>(total);
+    for (int64_t j = 0; j < tables.slots; ++j) dx[i * tables.slots + j] += lane_sum<T>(shares[j]);
+    moments[i] += lane_sum<T>(total);
   }
 }
 

@@ -57,7 +57,7 @@ GISTOPS_INLINE void store(E* p, V v, int n) {
 
 // Sum of the lanes, by halves: always in the same order.
 template <class T>
-GISTOPS_INLINE T sum(typename Simd<T>::V v) {
+GISTOPS_INLINE T lane_sum(typename Simd<T>::V v) {
   T lanes[Simd<T>::N];
   std::memcpy(lanes, &v, sizeof(v));
   for (int half = Simd<T>::N / 2; half > 0; half /= 2)
@@ -67,7 +67,7 @@ GISTOPS_INLINE T sum(typename Simd<T>::V v) {
 
 // Runs body(offset, n) over [0, size) in whole vectors, then once for the rest: n is a constant N in the first.
 template <int N, class F>
-GISTOPS_INLINE void over(int64_t size, F body) {
+GISTOPS_INLINE void for_each_vector(int64_t size, F body) {
   int64_t e = 0;
   for (; e + N <= size; e += N) body(e, N);
   if (e < size) body(e, static_cast<int>(size - e));

@@ -55,12 +55,12 @@ GISTOPS_INLINE typename Simd<T>::V biased(const T* z, const T* bias, int64_t k, 
 }
 
 template <class T>
-void log_sums(const T* z, int64_t ld, int64_t rows, int64_t n, const T* bias, T* max, double* sum) {
+void update_logsumexp(const T* z, int64_t ld, int64_t rows, int64_t n, const T* bias, T* max, double* sum) {
   using V = typename Simd<T>::V;
   constexpr T kNone = -std::numeric_limits<T>::infinity();
   for (int64_t i = 0; i < rows; ++i, z += ld) {
     V largest = V{} + kNone;
-    over<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
+    for_each_vector<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
       const V x = biased(z, bias, k, lanes);
       largest = x > largest ? x : largest;
     });
@@ -72,20 +72,20 @@ void log_sums(const T* z, int64_t ld, int64_t rows, int64_t n, const T* bias, T*
     }
     const T shift = block == kNone ? 0 : block;
     V total = {};
-    over<Simd<T>::N>(
+    for_each_vector<Simd<T>::N>(
         n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA { total += exp_of<T>(biased(z, bias, k, lanes) - shift); });
-    sum[i] += ::sum<T>(total);
+    sum[i] += lane_sum<T>(total);
   }
 }
 
 template <class T>
-void softmax(const T* z, int64_t ld, int64_t rows, int64_t n, const T* bias, const T* weight, const T* lse, const T* a,
-             const T* s, T* g, T* columns) {
+void softmax_grad(const T* z, int64_t ld, int64_t rows, int64_t n, const T* bias, const T* weight, const T* lse,
+                  const T* a, const T* s, T* g, T* columns) {
   using V = typename Simd<T>::V;
   constexpr T kInfinity = std::numeric_limits<T>::infinity();
   for (int64_t i = 0; i < rows; ++i) {
     const T shift = lse[i] == -kInfinity ? kInfinity : lse[i];  // no class: probability 0
-    over<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
+    for_each_vector<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
       V p = exp_of<T>(biased(z + i * ld, bias, k, lanes) - shift) * a[i];
       if (columns) store(columns + k, load<V>(columns + k, lanes) + p, lanes);
       if (weight) p += load<V>(weight + k, lanes) * s[i];
@@ -95,11 +95,11 @@ void softmax(const T* z, int64_t ld, int64_t rows, int64_t n, const T* bias, con
 }
 
 template <class T>
-bool above(const T* z, int64_t n, const T* bias, T bound) {
+bool any_above(const T* z, int64_t n, const T* bias, T bound) {
   using I = typename Simd<T>::I;
   I any = {};
-  over<Simd<T>::N>(n,
-                   [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA { any |= ~(biased(z, bias, k, lanes) <= bound); });
+  for_each_vector<Simd<T>::N>(
+      n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA { any |= ~(biased(z, bias, k, lanes) <= bound); });
   for (int lane = 0; lane < Simd<T>::N; ++lane)
     if (any[lane]) return true;
   return false;

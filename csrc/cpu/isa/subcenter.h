@@ -7,13 +7,13 @@
 namespace {
 
 template <class T>
-void compete(const T* p, int64_t ld_p, int64_t rows, int64_t n, const T* r, int slot, const T* scale, T* best,
-             uint8_t* slots, int64_t ld) {
+void running_max(const T* p, int64_t ld_p, int64_t rows, int64_t n, const T* r, int slot, const T* scale, T* best,
+                 uint8_t* slots, int64_t ld) {
   using V = typename Simd<T>::V;
   using I = typename Simd<T>::I;
   using Bytes = typename Simd<T>::Bytes;
   for (int64_t i = 0; i < rows; ++i)
-    over<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
+    for_each_vector<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
       V score = load<V>(p + i * ld_p + k, lanes) * load<V>(r + k, lanes);
       I winner = {};
       if (slot > 0) {
@@ -28,12 +28,12 @@ void compete(const T* p, int64_t ld_p, int64_t rows, int64_t n, const T* r, int 
 }
 
 template <class T>
-void select(const T* h, int64_t ld_h, const uint8_t* slots, int64_t ld, int64_t rows, int64_t n, int slot, T* out) {
+void mask_slot(const T* h, int64_t ld_h, const uint8_t* slots, int64_t ld, int64_t rows, int64_t n, int slot, T* out) {
   using V = typename Simd<T>::V;
   using I = typename Simd<T>::I;
   using Bytes = typename Simd<T>::Bytes;
   for (int64_t i = 0; i < rows; ++i)
-    over<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
+    for_each_vector<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
       const I here = __builtin_convertvector(load<Bytes>(slots + i * ld + k, lanes), I) == slot;
       store(out + i * n + k, here ? load<V>(h + i * ld_h + k, lanes) : V{}, lanes);
     });
