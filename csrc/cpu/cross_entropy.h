@@ -1,53 +1,47 @@
-// The parts of a cross-entropy, without a tensor [B, K]:
-//   lse_i = log sum over k != y_i of e^(z_ik + bias_k),   z_i,y_i,   and, if asked for, sum over k of weight_k z_ik
-// with z the logits and y the target. The caller makes the loss of these, and autograd its gradients from the three
-// that come back: G[i, k] = grad_lse_i e^(z_ik + bias_k - lse_i) for k != y_i, + grad_target_i for k = y_i,
-// + grad_sums_i weight_k.
-//
-// The sum must be complete before any G is known, so the scores are needed twice. They are made twice, or parked: where
-// the gradient of the centres will lie, which has d elements a class, and B scores of a class fit if B is below d. Then
-// a training step takes the three products of a linear layer and no memory beyond the gradients'.
+// The parts of a cross-entropy, without a tensor [B, K]. With z the logits, y the target:
+//   lse_others[i] = log sum over k != y_i of e^(z_ik + bias_k),   target_logits[i] = z[i, y_i],
+//   and, if asked for, weighted_sums[i] = sum over k of weight_k z_ik.
+// The caller computes the loss from these, and autograd the gradients of these three. G is then
+//   grad_lse_others_i e^(z_ik + bias_k - lse_others_i) for k != y_i, grad_target_logits_i for k = y_i,
+//   + grad_weighted_sums_i weight_k for all k.
+// The sum must be complete before any G is known, so that the scores are needed twice: recomputed, or stashed.
 #pragma once
 #include <limits>
 #include <vector>
 
 #include "backward.h"
-#include "log_sums.h"
+#include "logsumexp.h"
 #include "scores.h"
 
 namespace gistops {
 
+// Scores kept from the forward to the backward in the buffer that will hold the gradient of the centers. For a block of
+// n classes the memory of these classes holds, for the first `rows` rows, the norms [M, n], the scores [rows, n] and
+// the slots [rows, n]. They fit for all rows while B is below about 0.8 d. A training step then takes the three matrix
+// products of a linear layer, and no memory besides the gradients.
 template <class T>
-struct LossTerms {
-  const T *bias, *weight;  // [K] or null
-  const int64_t* target;   // [B], negative: none
-};
-
-// Scores parked in `data`, memory of the size of centers: for a block of n classes, at its classes' place, the scores
-// of the first `rows` features, [rows, n], their slots, [rows, n], and the norms of the block, [M, n].
-template <class T>
-struct Parking {
+struct Stash {
   char* data = nullptr;
-  int64_t row_bytes = 0, rows = 0;  // of a class
+  int64_t class_bytes = 0, rows = 0;
 
-  Parking() = default;
-  Parking(const Problem<T>& p, void* memory) : data(static_cast<char*>(memory)) {
-    row_bytes = p.stored() * p.d * p.centers.element_size();
-    if (row_bytes % sizeof(T) != 0) return;  // the scores would not be aligned
-    const int64_t room = (row_bytes - p.M() * static_cast<int64_t>(sizeof(T))) / static_cast<int64_t>(sizeof(T) + 1);
-    rows = room >= p.B ? p.B : std::max<int64_t>(room, 0) / kRows * kRows;
+  Stash() = default;
+  Stash(const Problem<T>& p, void* buffer) : data(static_cast<char*>(buffer)) {
+    class_bytes = p.vectors_per_class() * p.d * p.centers.element_size();
+    if (class_bytes % sizeof(T) != 0) return;  // the scores would not be aligned
+    const int64_t room = (class_bytes - p.M * static_cast<int64_t>(sizeof(T))) / static_cast<int64_t>(sizeof(T) + 1);
+    rows = room >= p.B ? p.B : std::max<int64_t>(room, 0) / kBlockRows * kBlockRows;
   }
   bool holds(int64_t i) const { return i < rows; }
   bool holds_all(int64_t B) const { return B > 0 && rows == B; }
-  // All for the block of classes [k, k + n). Norms first: they and the scores stay aligned.
-  T* norms(int64_t k) const { return reinterpret_cast<T*>(data + k * row_bytes); }
+  // For the block of classes [k, k + n). The norms come first, so that they and the scores are aligned.
+  T* norms(int64_t k) const { return reinterpret_cast<T*>(data + k * class_bytes); }
   T* scores(int64_t k, int64_t n, int64_t M, int64_t i) const { return norms(k) + (M + i) * n; }
   uint8_t* slots(int64_t k, int64_t n, int64_t M, int64_t i) const {
     return reinterpret_cast<uint8_t*>(norms(k) + (M + rows) * n) + i * n;
   }
 };
 
-// Hides the target's score, while in scope, from the rows of a block.
+// Sets the targets' scores in a block z [rows, n] of the classes [k, k + n) to -inf until it is destroyed.
 template <class T>
 class HiddenTargets {
  public:
@@ -55,7 +49,7 @@ class HiddenTargets {
     for (int64_t i = 0; i < rows; ++i) {
       if (target[i] < k || target[i] >= k + n) continue;
       T& score = z[i * n + target[i] - k];
-      hidden_.push_back({i, &score, score});
+      hidden_.push_back({.row = i, .place = &score, .score = score});
       score = -std::numeric_limits<T>::infinity();
     }
   }
@@ -64,7 +58,7 @@ class HiddenTargets {
     for (const Entry& entry : hidden_) *entry.place = entry.score;
   }
   struct Entry {
-    int64_t i;  // row
+    int64_t row;
     T* place;
     T score;
   };
@@ -74,135 +68,148 @@ class HiddenTargets {
   std::vector<Entry> hidden_;
 };
 
-// lse, target_logits [B]; sums [B], or null.
+// The arguments of a cross-entropy besides those of the logits.
 template <class T>
-void loss_forward(const Problem<T>& p, const LossTerms<T>& terms, const Parking<T>& parking, T* lse, T* target_logits,
-                  T* sums) {
-  const Features<T> features(p);
-  const int64_t threads = workers(p), chunk = std::min(kRows, p.B), unparked = parking.holds_all(p.B) ? 0 : chunk;
-  const Partition blocks(p.K, p.stored(), threads, kLossClasses);
-  struct Share {
+struct LossArguments {
+  ClassTerms<T> classes;  // [K]
+  const int64_t* target;  // [B], negative for ignored rows
+
+  ClassTerms<T> block(int64_t k) const {
+    return {.bias = classes.bias ? classes.bias + k : nullptr, .weight = classes.weight ? classes.weight + k : nullptr};
+  }
+};
+
+// Outputs: lse_others, target_logits, weighted_sums [B]; the last is null without weight.
+template <class T>
+void cross_entropy_forward(const Problem<T>& p, const LossArguments<T>& loss, const Stash<T>& stash, T* lse_others,
+                           T* target_logits, T* weighted_sums) {
+  const Input<T> input(p);
+  const int64_t threads = num_threads(p), chunk = std::min(kBlockRows, p.B);
+  const int64_t scratch_rows = stash.holds_all(p.B) ? 0 : chunk;
+  const Partition partition(p, threads, kLossBlockClasses);
+  struct Shard {
     ClassBlock<T> block;
-    Scratch<T> scores, weighed;  // [chunk, size], [chunk]
-    Scratch<uint8_t> slots;      // [chunk, size]
-    Scratch<double> sums;        // [B]
-    LogSums<T> log_sums;
+    Scratch<T> scores;       // [chunk, size]
+    Scratch<uint8_t> slots;  // [chunk, size]
+    Scratch<T> chunk_sums;   // [chunk]: the weighted sums of one block
+    Scratch<double> sums;    // [B]: of all blocks
+    RunningLogSumExp<T> lse;
   };
-  const int64_t count = std::clamp<int64_t>(blocks.count, 1, threads);
-  std::vector<Share> shares;
-  shares.reserve(count);
-  for (int64_t i = 0; i < count; ++i) {
-    shares.push_back({ClassBlock<T>(p, features, blocks.size, chunk), Scratch<T>(unparked * blocks.size),
-                      Scratch<T>(chunk), Scratch<uint8_t>(unparked * blocks.size), Scratch<double>(sums ? p.B : 0),
-                      LogSums<T>(p.B)});
-    shares[i].sums.zero();
+  const int64_t workers = partition.workers(threads);
+  std::vector<Shard> shards;
+  shards.reserve(workers);
+  for (int64_t i = 0; i < workers; ++i) {
+    shards.push_back({.block = ClassBlock<T>(p, input, partition.size, chunk),
+                      .scores = Scratch<T>(scratch_rows * partition.size),
+                      .slots = Scratch<uint8_t>(scratch_rows * partition.size),
+                      .chunk_sums = Scratch<T>(chunk),
+                      .sums = Scratch<double>(weighted_sums ? p.B : 0),
+                      .lse = RunningLogSumExp<T>(p.B)});
+    shards[i].sums.zero();
   }
   std::fill_n(target_logits, p.B, T(0));
-  blocks.each(count, [&](int64_t worker, int64_t k, int64_t n) {
-    Share& share = shares[worker];
-    share.block.load(k, n);
-    for (int64_t i = 0; i < p.B; i += kRows) {
-      const int64_t rows = std::min(kRows, p.B - i);
-      const bool parked = parking.holds(i);
-      T* z = parked ? parking.scores(k, n, p.M(), i) : share.scores.get();
-      share.block.score(i, rows, z, parked ? parking.slots(k, n, p.M(), i) : share.slots.get(), n);
-      if (sums) {
-        blas_product<T>({z, rows, n, n}, {terms.weight + k, n, 1, 1}, 0, share.weighed.get(), 1);
-        for (int64_t row = 0; row < rows; ++row) share.sums[i + row] += share.weighed[row];
+  partition.for_each_block(workers, [&](int64_t worker, int64_t k, int64_t n) {
+    Shard& shard = shards[worker];
+    shard.block.load(k, n);
+    for (int64_t i = 0; i < p.B; i += kBlockRows) {
+      const int64_t rows = std::min(kBlockRows, p.B - i);
+      const bool stashed = stash.holds(i);
+      T* z = stashed ? stash.scores(k, n, p.M, i) : shard.scores.get();
+      shard.block.score(i, rows, z, stashed ? stash.slots(k, n, p.M, i) : shard.slots.get(), n);
+      if (weighted_sums) {
+        blas_product<T>({z, rows, n, n}, {loss.classes.weight + k, n, 1, 1}, 0, shard.chunk_sums.get(), 1);
+        for (int64_t row = 0; row < rows; ++row) shard.sums[i + row] += shard.chunk_sums[row];
       }
-      const HiddenTargets<T> hidden(terms.target + i, rows, k, n, z);
-      for (const auto& entry : hidden.entries()) target_logits[i + entry.i] = entry.score;
-      share.log_sums.add(i, rows, z, n, terms.bias ? terms.bias + k : nullptr);
+      const HiddenTargets<T> hidden(loss.target + i, rows, k, n, z);
+      for (const auto& entry : hidden.entries()) target_logits[i + entry.row] = entry.score;
+      shard.lse.add(i, rows, z, n, loss.block(k).bias);
     }
-    if (parking.rows)
-      for (int64_t j = 0; j < p.M(); ++j) std::copy_n(share.block.r() + j * blocks.size, n, parking.norms(k) + j * n);
+    if (stash.rows) shard.block.copy_rnorms(stash.norms(k), n);
   });
-  std::vector<const LogSums<T>*> log_sums;
-  for (const Share& share : shares) log_sums.push_back(&share.log_sums);
-  LogSums<T>::finish(log_sums, p.B, lse);
-  if (!sums) return;
+  std::vector<const RunningLogSumExp<T>*> parts;
+  for (const Shard& shard : shards) parts.push_back(&shard.lse);
+  RunningLogSumExp<T>::merge(parts, p.B, lse_others);
+  if (!weighted_sums) return;
   for (int64_t i = 0; i < p.B; ++i) {
-    double weighed = 0;
-    for (const Share& share : shares) weighed += share.sums[i];
-    sums[i] = static_cast<T>(weighed);
+    double sum = 0;
+    for (const Shard& shard : shards) sum += shard.sums[i];
+    weighted_sums[i] = static_cast<T>(sum);
   }
 }
 
-// What comes back from autograd: [B] each; sums may be null.
+// Values per row for the backward, [B] each: lse_others as computed by the forward, and the gradients of the three
+// parts. grad_weighted_sums is null without weight.
 template <class T>
-struct LossGrads {
-  const T *lse, *target, *sums;
+struct LossRows {
+  const T *lse_others, *grad_lse_others, *grad_target_logits, *grad_weighted_sums;
 };
 
-// The Source of a Worker: G from scores made again, or parked.
-template <class T, bool PARKED>
-class LossSource {
+// A GradSource: G from stashed or recomputed scores.
+template <class T, bool STASHED>
+class LossScores {
  public:
-  static constexpr bool kParked = PARKED;
-  LossSource(const Problem<T>& p, const Features<T>& features, const LossTerms<T>& terms, const LossGrads<T>& grads,
-             const T* lse, T* bias_gradient, const Parking<T>& parking, int64_t size)
-      : p_(p), terms_(terms), grads_(grads), lse_(lse), bias_gradient_(bias_gradient), parking_(parking), size_(size),
-        block_(p, features, size, std::min(kRows, p.B)), g_(std::min(kRows, p.B) * size),
-        scores_(parking.holds_all(p.B) ? 0 : std::min(kRows, p.B) * size),
-        slots_(parking.holds_all(p.B) ? 0 : std::min(kRows, p.B) * size),
-        converted_(p.centers.template scratch_elements<T>(size * p.stored())) {}
+  static constexpr bool kStashed = STASHED;
+  LossScores(const Problem<T>& p, const Input<T>& input, const LossArguments<T>& loss, const LossRows<T>& rows,
+             T* grad_bias, const Stash<T>& stash, int64_t size)
+      : p_(p), loss_(loss), rows_(rows), grad_bias_(grad_bias), stash_(stash), size_(size),
+        block_(p, input, size, std::min(kBlockRows, p.B)), g_(std::min(kBlockRows, p.B) * size),
+        scores_(stash.holds_all(p.B) ? 0 : std::min(kBlockRows, p.B) * size),
+        slots_(stash.holds_all(p.B) ? 0 : std::min(kBlockRows, p.B) * size),
+        converted_(p.centers.template scratch_elements<T>(size * p.vectors_per_class())) {}
 
   const T* begin(int64_t k, int64_t n) {
-    k_ = k, n_ = n;
-    if (bias_gradient_) std::fill_n(bias_gradient_ + k, n, T(0));
-    again_ = !parking_.holds_all(p_.B);
-    if (again_) {
-      block_.load(k, n);
-      return block_.w();
-    }
-    return p_.centers.template as<T>(k * p_.stored(), n * p_.stored(), converted_.get());
+    first_ = k, n_ = n;
+    if (grad_bias_) std::fill_n(grad_bias_ + k, n, T(0));
+    if (stash_.holds_all(p_.B))
+      return p_.centers.template as<T>(k * p_.vectors_per_class(), n * p_.vectors_per_class(), converted_.get());
+    block_.load(k, n);
+    return block_.w();
   }
-  const T* r() const { return again_ ? block_.r() : parking_.norms(k_); }
-  int64_t ld_r() const { return again_ ? size_ : n_; }
-
-  Rows<T> rows(int64_t i, int64_t rows) {
-    const bool parked = parking_.holds(i);
-    T* z = parked ? parking_.scores(k_, n_, p_.M(), i) : scores_.get();
-    uint8_t* slots = parked ? parking_.slots(k_, n_, p_.M(), i) : slots_.get();
-    if (!parked) block_.score(i, rows, z, slots, n_);
-    const HiddenTargets<T> hidden(terms_.target + i, rows, k_, n_, z);
-    kernels<T>().softmax_grad(z, n_, rows, n_, terms_.bias ? terms_.bias + k_ : nullptr,
-                              grads_.sums ? terms_.weight + k_ : nullptr, lse_ + i, grads_.lse + i,
-                              grads_.sums ? grads_.sums + i : nullptr, g_.get(),
-                              bias_gradient_ ? bias_gradient_ + k_ : nullptr);
-    for (const auto& entry : hidden.entries()) g_[entry.place - z] += grads_.target[i + entry.i];
-    return {g_.get(), z, slots, n_, g_.get()};
+  SlotMatrix<T> r() const {
+    if (!stash_.holds_all(p_.B)) return block_.r();
+    return {.data = stash_.norms(first_), .ld = n_, .slots = p_.M};
   }
+  GradBlock<T> rows(int64_t i, int64_t rows) {
+    const bool stashed = stash_.holds(i);
+    T* z = stashed ? stash_.scores(first_, n_, p_.M, i) : scores_.get();
+    uint8_t* slots = stashed ? stash_.slots(first_, n_, p_.M, i) : slots_.get();
+    if (!stashed) block_.score(i, rows, z, slots, n_);
+    const HiddenTargets<T> hidden(loss_.target + i, rows, first_, n_, z);
+    const RowTerms<T> row_terms{.lse = rows_.lse_others + i,
+                                .grad_lse = rows_.grad_lse_others + i,
+                                .grad_sums = rows_.grad_weighted_sums ? rows_.grad_weighted_sums + i : nullptr};
+    kernels<T>().softmax_grad(z, rows, n_, loss_.block(first_), row_terms, g_.get(),
+                              grad_bias_ ? grad_bias_ + first_ : nullptr);
+    for (const auto& entry : hidden.entries()) g_[entry.place - z] += rows_.grad_target_logits[i + entry.row];
+    return {.grad = g_.get(), .logits = z, .slots = slots, .ld = n_, .rows = rows, .n = n_};
+  }
+  T* reusable_grad() const { return g_.get(); }
 
  private:
   const Problem<T>& p_;
-  const LossTerms<T> terms_;
-  const LossGrads<T> grads_;
-  const T* lse_;
-  T* bias_gradient_;
-  const Parking<T> parking_;
-  int64_t size_, k_ = 0, n_ = 0;
-  bool again_ = true;
+  const LossArguments<T> loss_;
+  const LossRows<T> rows_;
+  T* grad_bias_;
+  const Stash<T> stash_;
+  int64_t size_, first_ = 0, n_ = 0;
   ClassBlock<T> block_;
   Scratch<T> g_, scores_;
   Scratch<uint8_t> slots_;
   Scratch<T> converted_;
 };
 
-// out.centers may be what is parked: then scores are taken from there, and the gradient takes their place.
+// out.centers may be the stash: the scores are then read from there before the gradient takes their place.
 template <class T>
-void loss_backward(const Problem<T>& p, const LossTerms<T>& terms, const LossGrads<T>& grads, const T* lse,
-                   const Parking<T>& parking, const Gradients& out, T* bias_gradient) {
-  const Features<T> features(p);
-  const int64_t threads = workers(p);
-  const Partition blocks(p.K, p.stored(), threads, kLossClasses);
-  const int64_t count = std::clamp<int64_t>(blocks.count, 1, threads);
-  const auto run = [&]<bool PARKED>() {
-    backward(p, features, out, blocks, count, [&](int64_t) {
-      return LossSource<T, PARKED>(p, features, terms, grads, lse, bias_gradient, parking, blocks.size);
-    });
+void cross_entropy_backward(const Problem<T>& p, const LossArguments<T>& loss, const LossRows<T>& rows,
+                            const Stash<T>& stash, const Gradients& out, T* grad_bias) {
+  const Input<T> input(p);
+  const int64_t threads = num_threads(p);
+  const Partition partition(p, threads, kLossBlockClasses);
+  const auto run = [&]<bool STASHED>() {
+    run_shards(p, input, out, partition, partition.workers(threads),
+               [&] { return LossScores<T, STASHED>(p, input, loss, rows, grad_bias, stash, partition.size); });
   };
-  parking.data ? run.template operator()<true>() : run.template operator()<false>();
+  stash.data ? run.template operator()<true>() : run.template operator()<false>();
 }
 
 }  // namespace gistops

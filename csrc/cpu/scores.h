@@ -1,80 +1,88 @@
-// Scores of blocks of classes, for all that is made of them: logits, losses, the best k.
+// The scores of a block of classes, from which logits, losses and the top k are computed.
 #pragma once
 #include <cmath>
 #include <limits>
 #include <vector>
 
-#include "block.h"
 #include "gemm.h"
+#include "norms.h"
+#include "partition.h"
+#include "problem.h"
+#include "scratch.h"
 
 namespace gistops {
 
-// What all classes need of the features. Their norm is a factor of the row, so that no normalised copy is made.
+// The input's values that all classes need. The norm is a factor of the row, so that no normalized copy is made.
 template <class T>
-class Features {
+class Input {
  public:
-  explicit Features(const Problem<T>& p)
-      : q(p.B * p.M()), rnorm(p.B), scale(p.B), delta_squares(p.m), p_(p),
+  explicit Input(const Problem<T>& p)
+      : q(p.B * p.M), rnorm(p.B), scale(p.B), delta_squares(p.m), p_(p),
         converted_(p.input.template scratch_elements<T>(p.B)) {
     kernels<T>().dots(p.delta, p.m, p.d, nullptr, 0, delta_squares.get(), nullptr, 0);
-    project();
+    compute();
   }
   const T* f() const { return p_.input.template is<T>() ? static_cast<const T*>(p_.input.data) : converted_.get(); }
   Matrix<T> rows(int64_t i, int64_t n) const { return {f() + i * p_.d, n, p_.d, p_.d}; }
 
   Scratch<T> q;              // [B, M]: f_i . delta_j, 0 in slot 0
   Scratch<T> rnorm, scale;   // [B]: 1 / |f_i|, tau / |f_i|
-  Scratch<T> delta_squares;  // [m]
+  Scratch<T> delta_squares;  // [m]: |delta_j|^2
 
  private:
-  void project() const {
-    constexpr int64_t kGrain = 16;  // rows: what a thread converts and reads again from its own cache
-    const int64_t share = ceil_div(kWork, kGrain * p_.d * p_.M());
-    torch::stable::parallel_for(0, ceil_div(p_.B, kGrain), share, [&](int64_t first, int64_t last) {
+  void compute() const {
+    constexpr int64_t kGrain = 16;  // rows that a thread converts, then reads again from its own cache
+    const int64_t grains_per_thread = ceil_div(kWorkPerThread, kGrain * p_.d * p_.M);
+    torch::stable::parallel_for(0, ceil_div(p_.B, kGrain), grains_per_thread, [&](int64_t first, int64_t last) {
       T squares[kGrain];
       for (int64_t begin = first * kGrain; begin < std::min(last * kGrain, p_.B); begin += kGrain) {
         const int64_t n = std::min(kGrain, p_.B - begin);
         const T* f =
             p_.input.template as<T>(begin, n, converted_.get() + (p_.input.template is<T>() ? 0 : begin * p_.d));
-        kernels<T>().dots(f, n, p_.d, p_.delta, p_.m, squares, q.get() + begin * p_.M() + 1, p_.M());
+        kernels<T>().dots(f, n, p_.d, p_.delta, p_.m, squares, q.get() + begin * p_.M + 1, p_.M);
         for (int64_t i = begin; i < begin + n; ++i) {
           rnorm[i] = clamped_rnorm(squares[i - begin]);
           scale[i] = p_.tau * rnorm[i];
-          q[i * p_.M()] = 0;
-          // A comparison would drop a NaN of slot j >= 1: it goes into the row's factor instead.
-          for (int64_t j = 1; j <= p_.m; ++j)
-            if (std::isnan(q[i * p_.M() + j])) scale[i] = std::numeric_limits<T>::quiet_NaN();
-          for (int64_t j = 0; j < p_.table_slots; ++j)
-            if (std::isnan(p_.x[i * p_.M() + j])) scale[i] = std::numeric_limits<T>::quiet_NaN();
+          q[i * p_.M] = 0;
+          if (has_nan(i)) scale[i] = std::numeric_limits<T>::quiet_NaN();
         }
       }
     });
+  }
+
+  // True if a slot j >= 1 of the row is NaN. The comparisons of the maximum would drop this NaN, so that it goes into
+  // the scale of the row.
+  bool has_nan(int64_t i) const {
+    const T* terms = p_.is_rotation() ? p_.input_coeffs + i * p_.M : q.get() + i * p_.M;
+    const int64_t count = p_.is_rotation() ? p_.M : p_.m + 1;
+    return std::any_of(terms, terms + count, [](T x) { return std::isnan(x); });
   }
 
   const Problem<T>& p_;
   Scratch<T> converted_;
 };
 
-// One block of classes: the norms of their vectors, and their scores.
+// A block of classes: the norms of their vectors, and their scores.
 template <class T>
 class ClassBlock {
  public:
-  // size: classes a block, at most; rows: features a call of score, at most.
-  ClassBlock(const Problem<T>& p, const Features<T>& features, int64_t size, int64_t rows)
-      : p_(p), features_(features), size_(size), converted_(p.centers.template scratch_elements<T>(size * p.stored())),
-        squares_(size * p.stored()), dots_(size * p.m), r_(size * p.M()), product_(p.free_slots ? rows * size : 0),
-        packed_(p.free_slots ? size * p.d : 0) {}
+  // size: classes per block, at most. rows: rows per call of score(), at most.
+  ClassBlock(const Problem<T>& p, const Input<T>& input, int64_t size, int64_t rows)
+      : p_(p), input_(input), size_(size),
+        converted_(p.centers.template scratch_elements<T>(size * p.vectors_per_class())),
+        squares_(size * p.vectors_per_class()), dots_(size * p.m), r_(size * p.M),
+        product_(p.is_subcenter() ? rows * size : 0), packed_(p.is_subcenter() ? size * p.d : 0) {}
 
-  // Classes [first, first + n).
+  // Loads the classes [first, first + n) and computes their norms.
   void load(int64_t first, int64_t n) {
-    constexpr int64_t kGroup = 16;  // rows converted and read again from L1
+    constexpr int64_t kGroup = 16;  // vectors that are converted, then read again from L1
     first_ = first, n_ = n;
     cancelled_.clear();
-    const int64_t begin = first * p_.stored(), vectors = n * p_.stored();
+    const int64_t begin = first * p_.vectors_per_class(), vectors = n * p_.vectors_per_class();
     const bool direct = p_.centers.template is<T>();
     if (p_.norms) {
       w_ = p_.centers.template as<T>(begin, vectors, converted_.get());
-      return known_norms(first);
+      return load_norms();
     }
     for (int64_t v = 0; v < vectors; v += direct ? vectors : kGroup) {
       const int64_t rows = direct ? vectors : std::min(kGroup, vectors - v);
@@ -82,55 +90,52 @@ class ClassBlock {
       if (v == 0) w_ = w;
       kernels<T>().dots(w, rows, p_.d, p_.delta, p_.m, squares_.get() + v, dots_.get() + v * p_.m, p_.m);
     }
-    if (p_.free_slots) return free_norms();
-    shared_norms();
-    if (p_.table_slots) table_norms();
+    if (p_.is_subcenter()) return subcenter_norms();
+    translation_norms();
+    if (p_.is_rotation()) rotation_norms();
   }
 
-  // What load made, for another time: R [M, K] at these classes, negative for all pairs of a class to be scored apart.
-  void save_norms(int64_t first, T* norms) {
-    for (int64_t j = 0; j < p_.M(); ++j) std::copy_n(r_.get() + j * size_, n_, norms + j * p_.K + first);
+  // Writes the norms of load() for load_norms(): R [M, K] at these classes, negative for classes with a cancelled pair.
+  void save_norms(T* norms) const {
+    for (int64_t j = 0; j < p_.M; ++j) std::copy_n(r_.get() + j * size_, n_, norms + j * p_.K + first_);
     for (const int64_t k : cancelled_)
-      for (int64_t j = 0; j < p_.M(); ++j) norms[j * p_.K + first + k] *= -1;
+      for (int64_t j = 0; j < p_.M; ++j) norms[j * p_.K + first_ + k] *= -1;
   }
 
-  // logits and slots, both with row stride ld, of the features [i, i + rows).
+  // Copies R of this block to `out` [M, n] with row stride ld.
+  void copy_rnorms(T* out, int64_t ld) const {
+    for (int64_t j = 0; j < p_.M; ++j) std::copy_n(r_.get() + j * size_, n_, out + j * ld);
+  }
+
+  // Scores the rows [i, i + rows): logits and slots, both with row stride ld.
   void score(int64_t i, int64_t rows, T* logits, uint8_t* slots, int64_t ld) {
-    const Matrix<T> f = features_.rows(i, rows);
-    const T* scale = features_.scale.get() + i;
-    if (p_.free_slots) {
-      for (int64_t j = 0; j < p_.M(); ++j) {
-        const Matrix<T> vectors{pack_slot(p_, w_, n_, j, packed_.get()), n_, p_.d, p_.d};
-        const Product<T> product(f, vectors.t(), product_.get(), n_);
-        kernels<T>().running_max(product.data, product.ld, rows, n_, r_.get() + j * size_, static_cast<int>(j),
-                                 j + 1 == p_.M() ? scale : nullptr, logits, slots, ld);
-      }
-      return;
-    }
+    const ScoreBlock<T> out{.logits = logits, .slots = slots, .ld = ld, .rows = rows, .n = n_};
+    const Matrix<T> f = input_.rows(i, rows);
+    const T* scale = input_.scale.get() + i;
+    if (p_.is_subcenter()) return score_subcenters(f, scale, out);
     const Matrix<T> classes{w_, n_, p_.d, p_.d};
     const Product<T> product(f, classes.t(), logits, ld);
-    if (p_.table_slots)
-      return kernels<T>().rotation_max_over_slots(product.data, product.ld, logits, slots, ld, rows, n_,
-                                                  p_.tables(i, first_), r_.get(), scale);
-    kernels<T>().max_over_slots(product.data, product.ld, logits, slots, ld, rows, n_, features_.q.get() + i * p_.M(),
-                                r_.get(), size_, p_.M(), scale);
-    score_cancelled(f.data, rows, scale, logits, slots, ld);
+    if (p_.is_rotation())
+      return kernels<T>().rotation_max_over_slots(product.data, product.ld, out, p_.coeffs(i, first_), r_.get(), scale);
+    kernels<T>().max_over_slots(product.data, product.ld, out, r(), input_.q.get() + i * p_.M, scale);
+    score_cancelled(f.data, scale, out);
   }
 
   const T* w() const { return w_; }
-  const T* r() const { return r_.get(); }  // [M, size]
+  SlotMatrix<T> r() const { return {.data = r_.get(), .ld = size_, .slots = p_.M}; }
 
  private:
-  void free_norms() {
+  void subcenter_norms() {
     for (int64_t k = 0; k < n_; ++k)
-      for (int64_t j = 0; j < p_.M(); ++j) r_[j * size_ + k] = clamped_rnorm(squares_[k * p_.M() + j]);
+      for (int64_t j = 0; j < p_.M; ++j) r_[j * size_ + k] = clamped_rnorm(squares_[k * p_.M + j]);
   }
 
-  void known_norms(int64_t first) {
+  // From save_norms().
+  void load_norms() {
     for (int64_t k = 0; k < n_; ++k) {
       bool cancelled = false;
-      for (int64_t j = 0; j < p_.M(); ++j) {
-        const T r = p_.norms[j * p_.K + first + k];
+      for (int64_t j = 0; j < p_.M; ++j) {
+        const T r = p_.norms[j * p_.K + first_ + k];
         cancelled |= r < 0;
         r_[j * size_ + k] = std::abs(r);
       }
@@ -138,66 +143,77 @@ class ClassBlock {
     }
   }
 
-  // Rotations keep |w_k|: all slots have its norm.
-  void table_norms() {
+  // A rotation keeps |w_k|: all slots have the same norm.
+  void rotation_norms() {
     for (int64_t k = 0; k < n_; ++k)
-      for (int64_t j = 1; j < p_.M(); ++j) {
-        const Tables<T> tables = p_.tables(0, first_ + k);
-        // As in Features: slot 0 carries NaN to the maximum.
-        if (std::isnan(tables.y0[j * tables.ld] + tables.y1[j * tables.ld]))
-          r_[k] = std::numeric_limits<T>::quiet_NaN();
+      for (int64_t j = 1; j < p_.M; ++j) {
+        const RotationCoeffs<T> coeffs = p_.coeffs(0, first_ + k);
+        if (std::isnan(coeffs.class_a[j * coeffs.ld] + coeffs.class_b[j * coeffs.ld])) set_nan(k);
       }
-    for (int64_t j = 1; j < p_.M(); ++j) std::copy_n(r_.get(), n_, r_.get() + j * size_);
+    for (int64_t j = 1; j < p_.M; ++j) std::copy_n(r_.get(), n_, r_.get() + j * size_);
   }
 
   // From |w + delta|^2 = |w|^2 + 2 w.delta + |delta|^2.
-  void shared_norms() {
+  void translation_norms() {
     for (int64_t k = 0; k < n_; ++k) {
       r_[k] = clamped_rnorm(squares_[k]);
       bool cancelled = false;
       for (int64_t j = 1; j <= p_.m; ++j) {
-        const T delta_square = features_.delta_squares[j - 1];
+        const T delta_square = input_.delta_squares[j - 1];
         const T square = squares_[k] + delta_square + 2 * dots_[k * p_.m + j - 1];
         r_[j * size_ + k] = clamped_rnorm(square);
         cancelled |= cancels(square, squares_[k], delta_square);
-        // As in Features: slot 0 carries NaN to the maximum.
-        if (std::isnan(square) || !std::isfinite(delta_square)) r_[k] = std::numeric_limits<T>::quiet_NaN();
+        if (std::isnan(square) || !std::isfinite(delta_square)) set_nan(k);
       }
       if (cancelled) cancelled_.push_back(k);
     }
   }
 
-  // Scores the classes that hold a cancelled pair again.
-  void score_cancelled(const T* f, int64_t rows, const T* scale, T* logits, uint8_t* slots, int64_t ld) {
+  // Gives slot 0 of class k a NaN, which the comparisons of the maximum keep; they would drop a NaN of a slot j >= 1.
+  void set_nan(int64_t k) { r_[k] = std::numeric_limits<T>::quiet_NaN(); }
+
+  void score_subcenters(const Matrix<T>& f, const T* scale, const ScoreBlock<T>& out) {
+    for (int64_t j = 0; j < p_.M; ++j) {
+      const Matrix<T> vectors{pack_slot(p_, w_, n_, j, packed_.get()), n_, p_.d, p_.d};
+      const Product<T> product(f, vectors.t(), product_.get(), n_);
+      kernels<T>().running_max(product.data, product.ld, r_.get() + j * size_, static_cast<int>(j),
+                               j + 1 == p_.M ? scale : nullptr, out);
+    }
+  }
+
+  // Scores the classes with a cancelled pair again, from w_k + delta_j.
+  void score_cancelled(const T* f, const T* scale, const ScoreBlock<T>& out) {
     if (cancelled_.empty()) return;
-    const int64_t M = p_.M();
-    Scratch<T> u(M * p_.d), squares(M), scores(rows * M);
+    const int64_t M = p_.M;
+    Scratch<T> u(M * p_.d), squares(M), scores(out.rows * M);
     for (const int64_t k : cancelled_) {
       for (int64_t j = 0; j < M; ++j)
         for (int64_t e = 0; e < p_.d; ++e) u[j * p_.d + e] = w_[k * p_.d + e] + (j ? p_.delta[(j - 1) * p_.d + e] : 0);
       kernels<T>().dots(u.get(), M, p_.d, u.get(), 0, squares.get(), nullptr, 0);
       for (int64_t j = 0; j < M; ++j)
         if (!std::isnan(r_[k])) r_[j * size_ + k] = clamped_rnorm(squares[j]);
-      kernels<T>().dots(f, rows, p_.d, u.get(), M, nullptr, scores.get(), M);
-      for (int64_t i = 0; i < rows; ++i) {
+      kernels<T>().dots(f, out.rows, p_.d, u.get(), M, nullptr, scores.get(), M);
+      for (int64_t i = 0; i < out.rows; ++i) {
         T best = scores[i * M] * r_[k];
         uint8_t slot = 0;
         for (int64_t j = 1; j < M; ++j) {
           const T score = scores[i * M + j] * r_[j * size_ + k];
           if (score > best) best = score, slot = static_cast<uint8_t>(j);
         }
-        logits[i * ld + k] = best * scale[i];
-        slots[i * ld + k] = slot;
+        out.logits[i * out.ld + k] = best * scale[i];
+        out.slots[i * out.ld + k] = slot;
       }
     }
   }
 
   const Problem<T>& p_;
-  const Features<T>& features_;
+  const Input<T>& input_;
   int64_t size_, first_ = 0, n_ = 0;
-  Scratch<T> converted_, squares_, dots_, r_, product_, packed_;
+  Scratch<T> converted_, squares_, dots_;  // the vectors, |w|^2, w . delta_j
+  Scratch<T> r_;                           // [M, size]: R = 1 / |w_k + delta_j|
+  Scratch<T> product_, packed_;            // sub-centers: a slot's product, and its vectors
   const T* w_ = nullptr;
-  std::vector<int64_t> cancelled_;
+  std::vector<int64_t> cancelled_;  // classes with a cancelled pair, within the block
 };
 
 }  // namespace gistops

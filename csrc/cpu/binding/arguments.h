@@ -9,8 +9,8 @@
 #include <optional>
 
 #include "../backward.h"
-#include "../block.h"
 #include "../gemm.h"
+#include "../problem.h"
 
 namespace gistops {
 
@@ -85,20 +85,21 @@ struct Arguments {
 
   template <class T>
   Problem<T> problem() const {
-    const int64_t d = input.size(1), stored = free_slots() ? free_slots() : 1;
-    return {{input.const_data_ptr(), format_of(input), B(), d},
-            {centers.const_data_ptr(), format_of(centers), K() * stored, d},
-            values<T>(displacements),
-            B(),
-            K(),
-            d,
-            displacements.size(0),
-            free_slots(),
-            *values<T>(tau),
-            nullptr,
-            x ? x->size(1) : 0,
-            x ? values<T>(*x) : nullptr,
-            y ? values<T>(*y) : nullptr};
+    const int64_t d = input.size(1), vectors = K() * (free_slots() ? free_slots() : 1);
+    return {.input = {input.const_data_ptr(), format_of(input), B(), d},
+            .centers = {centers.const_data_ptr(), format_of(centers), vectors, d},
+            .delta = values<T>(displacements),
+            .transform = free_slots() ? Transform::subcenter
+                         : x          ? Transform::rotation
+                                      : Transform::translation,
+            .B = B(),
+            .K = K(),
+            .d = d,
+            .m = displacements.size(0),
+            .M = M(),
+            .tau = *values<T>(tau),
+            .input_coeffs = x ? values<T>(*x) : nullptr,
+            .class_coeffs = y ? values<T>(*y) : nullptr};
   }
 
   // Runs run(T()) in the type of computation.

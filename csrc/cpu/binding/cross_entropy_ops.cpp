@@ -40,8 +40,8 @@ struct Terms {
   }
 
   template <class T>
-  LossTerms<T> terms() const {
-    return {values_or_null<T>(bias), values_or_null<T>(weight), values<int64_t>(target)};
+  LossArguments<T> loss() const {
+    return {{values_or_null<T>(bias), values_or_null<T>(weight)}, values<int64_t>(target)};
   }
 };
 
@@ -53,8 +53,8 @@ void check_parked(const Arguments& a, const Tensor& parked) {
 }
 
 template <class T>
-Parking<T> parking(const Problem<T>& p, const Tensor* parked) {
-  return parked ? Parking<T>(p, parked->mutable_data_ptr()) : Parking<T>();
+Stash<T> stash(const Problem<T>& p, const Tensor* parked) {
+  return parked ? Stash<T>(p, parked->mutable_data_ptr()) : Stash<T>();
 }
 
 using Optional = std::optional<Tensor>;
@@ -79,8 +79,8 @@ struct Call {
     if (parked) check_parked(a, *parked);
     a.dispatch([&]<class T>(T) {
       const Problem<T> p = a.problem<T>();
-      loss_forward(p, t.terms<T>(), parking(p, parked), data<T>(lse), data<T>(target_logits),
-                   t.weight ? data<T>(sums) : nullptr);
+      cross_entropy_forward(p, t.loss<T>(), stash(p, parked), data<T>(lse), data<T>(target_logits),
+                            t.weight ? data<T>(sums) : nullptr);
     });
     return {lse, target_logits, sums};
   }
@@ -97,9 +97,10 @@ struct Call {
     const Tensor of_bias = like(a.input, {need_bias && *bias ? a.K() : 0}, a.compute);
     a.dispatch([&]<class T>(T) {
       const Problem<T> p = a.problem<T>();
-      const LossGrads<T> grads{values<T>(of_lse), values<T>(of_target), t.weight ? values<T>(of_sums) : nullptr};
-      loss_backward(p, t.terms<T>(), grads, values<T>(sums), parking(p, parked), g.out,
-                    of_bias.numel() ? data<T>(of_bias) : nullptr);
+      const LossRows<T> rows{values<T>(sums), values<T>(of_lse), values<T>(of_target),
+                             t.weight ? values<T>(of_sums) : nullptr};
+      cross_entropy_backward(p, t.loss<T>(), rows, stash(p, parked), g.out,
+                             of_bias.numel() ? data<T>(of_bias) : nullptr);
     });
     return {g.input,
             g.centers,

@@ -1,4 +1,4 @@
-// Conversions between storage formats and the format of computation.
+// Conversions between the storage formats and the type of computation.
 #pragma once
 #include <cstdint>
 #include <cstring>

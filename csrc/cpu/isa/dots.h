@@ -4,8 +4,9 @@
 
 namespace {
 
-// One tile of dots(): ROWS x COLS sums in registers, so that a load of x serves COLS products and one of y serves ROWS.
-// Each sum adds in the same order whatever its tile, so that equal displacements give equal bits, and ties stay ties.
+// One tile of dots(): ROWS x COLS sums in registers, so that a load of x serves COLS products and a load of y serves
+// ROWS. The order of each sum does not depend on the tile, so that equal displacements give equal bits, and ties stay
+// ties.
 template <class T, int ROWS, int COLS, bool SQUARES>
 GISTOPS_INLINE void dots_tile(const T* x, int64_t d, const T* y, T* squares, T* dots, int64_t ld_dots) {
   using V = typename Simd<T>::V;
@@ -28,7 +29,7 @@ GISTOPS_INLINE void dots_tile(const T* x, int64_t d, const T* y, T* squares, T* 
 
 template <class T, int ROWS>
 void dots_rows(const T* x, int64_t d, const T* y, int64_t columns, T* squares, T* dots, int64_t ld) {
-  if (squares) {  // with the first columns, so that one pass over x serves both in the common m <= 4
+  if (squares) {  // together with the first columns: for m <= 4 one pass over x serves both
     switch (columns < 4 ? columns : 4) {
       case 0: return dots_tile<T, ROWS, 0, true>(x, d, y, squares, dots, ld);
       case 1: return dots_tile<T, ROWS, 1, true>(x, d, y, squares, dots, ld);
@@ -44,7 +45,7 @@ void dots_rows(const T* x, int64_t d, const T* y, int64_t columns, T* squares, T
 
 template <class T>
 void dots(const T* x, int64_t rows, int64_t d, const T* y, int64_t columns, T* squares, T* out, int64_t ld) {
-  constexpr int R = GISTOPS_VECTOR_BYTES == 64 ? 4 : 2;  // 4 x 4 sums want 32 registers
+  constexpr int R = GISTOPS_VECTOR_BYTES == 64 ? 4 : 2;  // 4 x 4 sums need 32 registers
   int64_t i = 0;
   for (; i + R <= rows; i += R)
     dots_rows<T, R>(x + i * d, d, y, columns, squares ? squares + i : nullptr, out + i * ld, ld);

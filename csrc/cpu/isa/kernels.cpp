@@ -5,7 +5,7 @@
 
 #include "convert.h"
 #include "dots.h"
-#include "norms.h"
+#include "norm_correction.h"
 #include "rotation.h"
 #include "simd.h"
 #include "softmax.h"

@@ -1,84 +1,141 @@
-// The interface of the CPU kernels: a table of functions, one per instruction set, picked at run time (dispatch.cpp).
-// All matrices are row-major; ld* are row strides in elements.
+// The interface of the CPU kernels: a table of functions, one table per instruction set, picked at run time
+// (dispatch.cpp). All matrices are row-major; ld and ld_* are row strides in elements. Letters: csrc/README.md.
 #pragma once
 #include <cstdint>
 
 namespace gistops {
 
-// Norms are clamped here, as torch.nn.functional.normalize does.
+// Norms are clamped from below at this value, as in torch.nn.functional.normalize.
 constexpr double kMinNorm = 1e-12;
 
-// Storage formats of input and centers; computation is in float, or in double if any of them is double.
+// Storage formats of input and centers. The computation is in float, or in double if any of them is double.
 enum class Format { f32, f64, f16, bf16 };
 
-// Rank-2 terms (rotation.h) of some rows and classes: x [rows, slots], y0 and y1 [slots, n] with row stride ld.
+// A block of scores: logits and winning slots, each [rows, n] with row stride ld.
 template <class T>
-struct Tables {
-  const T *x, *y0, *y1;
+struct ScoreBlock {
+  T* logits;
+  uint8_t* slots;
+  int64_t ld, rows, n;
+};
+
+// A block of scores in the backward, with the gradient of the logits.
+template <class T>
+struct GradBlock {
+  const T *grad, *logits;
+  const uint8_t* slots;
+  int64_t ld, rows, n;
+};
+
+// A matrix [slots, n] over the slots of n classes, with row stride ld.
+template <class T>
+struct SlotMatrix {
+  const T* data;
+  int64_t ld, slots;
+};
+
+// Outputs of route_grad(); null where not needed. All but h are accumulated.
+template <class T>
+struct RoutedGrads {
+  T* h;  // [rows, n]
+  int64_t ld_h;
+  T* s;  // [rows, slots], contiguous
+  T* t;  // [slots, n]
+  int64_t ld_t;
+  double* tau;
+};
+
+// The vectors of class k of a rotation are w_k + class_a[j, k] a + class_b[j, k] b_j, with a and b_j shared by all
+// classes; input[i, 0] = f_i . a and input[i, j] = f_i . b_j.
+template <class T>
+struct RotationCoeffs {
+  const T* input;              // [rows, slots], contiguous
+  const T *class_a, *class_b;  // [slots, n]
   int64_t slots, ld;
+};
+
+// Outputs of rotation_route_grad(). h may be null. All but h are accumulated.
+template <class T>
+struct RotationGrads {
+  T* h;  // [rows, n]
+  int64_t ld_h;
+  T* input;              // [rows, slots], contiguous
+  T *class_a, *class_b;  // [slots, n]
+  int64_t ld_class;
+  T* t;        // [n], over all slots
+  double* gz;  // [rows]: sum over the classes of G z
+};
+
+// Per-class terms of a cross-entropy, [n] each; null where not given.
+template <class T>
+struct ClassTerms {
+  const T *bias, *weight;
+};
+
+// Per-row terms of the gradient of a cross-entropy, [rows] each.
+template <class T>
+struct RowTerms {
+  const T *lse, *grad_lse, *grad_sums;
 };
 
 template <class T>
 struct Kernels {
-  // x [n] in another format -> out [n], and back (rounding to nearest even).
+  // Convert x [n] from a storage format, and to one (rounding to nearest even).
   void (*load)(const void* x, Format format, int64_t n, T* out);
   void (*store)(const T* x, int64_t n, Format format, void* out);
 
   // dots[i, j] = x_i . y_j for j < columns, and squares[i] = |x_i|^2 (skipped if null).
   void (*dots)(const T* x, int64_t rows, int64_t d, const T* y, int64_t columns, T* squares, T* dots, int64_t ld_dots);
 
-  // The epilogue of a block of the product P, which may lie where the logits go:
+  // The epilogue of a block of the product P, which may lie in out.logits:
   //   logits[i, k] = scale[i] * max_j (P[i, k] + q[i, j]) * r[j, k],  slots[i, k] = the lowest j that attains it.
-  // Strict > keeps the lowest slot; a NaN in slot 0 stays (see forward.h for how NaN reaches slot 0).
-  void (*max_over_slots)(const T* p, int64_t ld_p, T* logits, uint8_t* slots, int64_t ld, int64_t rows, int64_t n,
-                         const T* q, const T* r, int64_t ld_r, int64_t m_slots, const T* scale);
+  // Strict > keeps the lowest slot. A NaN in slot 0 stays (see scores.h for how a NaN reaches slot 0).
+  void (*max_over_slots)(const T* p, int64_t ld_p, ScoreBlock<T> out, SlotMatrix<T> r, const T* q, const T* scale);
 
-  // The routing of one block of G = grad, j* = slots:
-  //   h[i, k] = scale[i] G[i, k] r[j*, k],   s[i, j*] += h[i, k],   t[j*, k] += G[i, k] logits[i, k]
-  // and *tau += sum of G * logits. s, t and tau are skipped if null; h too.
-  void (*route_grad)(const T* grad, const T* logits, int64_t ld, const uint8_t* slots, int64_t rows, int64_t n,
-                     const T* r, int64_t ld_r, int64_t m_slots, const T* scale, T* h, int64_t ld_h, T* s, T* t,
-                     int64_t ld_t, double* tau);
+  // Routes a block of G = grad to the winning slots j* = slots, with z = logits:
+  //   h[i, k] = scale[i] G[i, k] r[j*, k],   s[i, j*] += h[i, k] (j* >= 1),   t[j*, k] += G[i, k] z[i, k],
+  //   tau += sum of G z.
+  void (*route_grad)(GradBlock<T> block, SlotMatrix<T> r, const T* scale, RoutedGrads<T> out);
 
-  // The correction that keeps gradients orthogonal to u_kj = w_k + delta_j, formed before it is scaled, so that
-  // w_k close to -delta_j loses nothing:  dw[k] = hf[k] - sum_j t[j, k] u_kj,   dd[j] -= sum_k t[j, k] u_kj  (j >= 1).
-  // delta has the m_slots - 1 rows 1..m. hf [rows, d] may be dw. dw (with hf) and dd are skipped if null.
-  void (*norm_correction)(const T* w, int64_t rows, int64_t d, const T* delta, int64_t m_slots, const T* t,
-                          int64_t ld_t, const T* hf, T* dw, T* dd);
+  // Subtracts the gradient's component along u_kj = w_k + delta_j:
+  //   dw[k] = hf[k] - sum_j t[j, k] u_kj,   dd[j] -= sum_k t[j, k] u_kj  (j >= 1).
+  // u is summed before it is scaled: if w_k is close to -delta_j, nothing is lost. w is [rows, d], delta holds slots
+  // 1 to t.slots - 1. hf [rows, d] may be dw. dw (with hf) and dd are skipped if null.
+  void (*norm_correction)(const T* w, int64_t rows, int64_t d, const T* delta, SlotMatrix<T> t, const T* hf, T* dw,
+                          T* dd);
 
-  // g_i -= (g_i . f_i) f_i rnorm_i^2, the projection of the features' normalisation; clamped rows are left alone.
+  // The backward of the input's normalization, in-place: g_i -= (g_i . f_i) f_i rnorm_i^2. Rows with a clamped norm
+  // are left unchanged.
   void (*normalize_backward)(T* g, const T* f, int64_t rows, int64_t d, const T* rnorm);
 
-  // max[i], sum[i]: of the scores so far, their largest and the sum of e^(score - max); goes on with the block z +
-  // bias. bias may be null, here and below.
-  void (*update_logsumexp)(const T* z, int64_t ld, int64_t rows, int64_t n, const T* bias, T* max, double* sum);
+  // Adds z + bias, z [rows, n] contiguous, to a running log-sum-exp: max[i] is the largest score so far and sum[i] the
+  // sum of e^(score - max). bias may be null.
+  void (*update_logsumexp)(const T* z, int64_t rows, int64_t n, const T* bias, T* max, double* sum);
 
-  // g[i, k] = a[i] e^(z + bias - lse[i]) + s[i] weight[k], with the row stride of z; without the second term if weight
-  // is null. columns[k] += the first term summed over rows, skipped if null. g may be z.
-  void (*softmax_grad)(const T* z, int64_t ld, int64_t rows, int64_t n, const T* bias, const T* weight, const T* lse,
-                       const T* a, const T* s, T* g, T* columns);
+  // grad[i, k] = grad_lse[i] e^(z + bias - lse[i]) + grad_sums[i] weight[k], without the second term if weight is null.
+  // grad_bias[k] += the first term summed over the rows, skipped if null. z and grad are [rows, n], contiguous, and may
+  // be the same memory.
+  void (*softmax_grad)(const T* z, int64_t rows, int64_t n, ClassTerms<T> classes, RowTerms<T> row_terms, T* grad,
+                       T* grad_bias);
 
-  // Whether any z + bias is NaN or larger than bound.
+  // True if any z + bias is NaN or larger than bound.
   bool (*any_above)(const T* z, int64_t n, const T* bias, T bound);
 
-  // Free centres, one slot after the other: best = max(best, p r), and slots = slot where it wins; slot 0 overwrites.
-  // With the last slot comes scale, which multiplies best.
-  void (*running_max)(const T* p, int64_t ld_p, int64_t rows, int64_t n, const T* r, int slot, const T* scale, T* best,
-                      uint8_t* slots, int64_t ld);
+  // Sub-centers, one slot per call: logits = max(logits, p r), slots = slot where p r is larger. Slot 0 overwrites
+  // both. The call for the last slot passes scale, which multiplies the maximum; other calls pass null.
+  void (*running_max)(const T* p, int64_t ld_p, const T* r, int slot, const T* scale, ScoreBlock<T> out);
 
-  // out [rows, n], contiguous: h where slots says slot, else 0.
-  void (*mask_slot)(const T* h, int64_t ld_h, const uint8_t* slots, int64_t ld, int64_t rows, int64_t n, int slot,
-                    T* out);
+  // out[i, k] = h[i, k] where slot won, else 0. out is [rows, n], contiguous.
+  void (*mask_slot)(GradBlock<T> block, const T* h, int64_t ld_h, int slot, T* out);
 
-  // logits[i, k] = scale[i] r[k] max_j (p[i, k] + x[i, 0] y0[j, k] + x[i, j] y1[j, k]), without tables in slot 0.
-  void (*rotation_max_over_slots)(const T* p, int64_t ld_p, T* logits, uint8_t* slots, int64_t ld, int64_t rows,
-                                  int64_t n, const Tables<T>& tables, const T* r, const T* scale);
+  // logits[i, k] = scale[i] r[k] max_j (P[i, k] + input[i, 0] class_a[j, k] + input[i, j] class_b[j, k]), with P alone
+  // in slot 0.
+  void (*rotation_max_over_slots)(const T* p, int64_t ld_p, ScoreBlock<T> out, RotationCoeffs<T> coeffs, const T* r,
+                                  const T* scale);
 
-  // The routing of such a block: h = scale G r, skipped if null; the tables' gradients dx [rows, slots] and dy
-  // [slots, n], t[k] += sum over i of G logits, and moments[i] += sum over k of it. All are added to.
-  void (*rotation_route_grad)(const T* grad, const T* logits, int64_t ld, const uint8_t* slots, int64_t rows, int64_t n,
-                              const Tables<T>& tables, const T* r, const T* scale, T* h, int64_t ld_h, T* dx, T* dy0,
-                              T* dy1, int64_t ld_dy, T* t, double* moments);
+  // Routes a block of G = grad to the winning slots: h as in route_grad(), and the gradients of the coefficients.
+  void (*rotation_route_grad)(GradBlock<T> block, RotationCoeffs<T> coeffs, const T* r, const T* scale,
+                              RotationGrads<T> out);
 
   const char* name;
 };

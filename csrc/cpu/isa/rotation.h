@@ -1,65 +1,70 @@
-// Scores with two small tables: the vectors of class k are w_k + y0[j, k] a + y1[j, k] b_j with shared a and b_j, and
-// x[i, 0] = f_i . a, x[i, j] = f_i . b_j.
+// The maximum over the slots of a rotation in a block of scores, and its backward.
 #pragma once
 #include "kernels.h"
 #include "simd.h"
 
 namespace {
 
+using gistops::GradBlock;
+using gistops::RotationCoeffs;
+using gistops::RotationGrads;
+using gistops::ScoreBlock;
+
 template <class T>
-void rotation_max_over_slots(const T* p, int64_t ld_p, T* logits, uint8_t* slots, int64_t ld, int64_t rows, int64_t n,
-                             const gistops::Tables<T>& tables, const T* r, const T* scale) {
+void rotation_max_over_slots(const T* p, int64_t ld_p, ScoreBlock<T> out, RotationCoeffs<T> coeffs, const T* r,
+                             const T* scale) {
   using V = typename Simd<T>::V;
   using I = typename Simd<T>::I;
   using Bytes = typename Simd<T>::Bytes;
-  for (int64_t i = 0; i < rows; ++i) {
-    const T* x = tables.x + i * tables.slots;
-    for_each_vector<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
+  for (int64_t i = 0; i < out.rows; ++i) {
+    const T* input = coeffs.input + i * coeffs.slots;
+    for_each_vector<Simd<T>::N>(out.n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
       const V product = load<V>(p + i * ld_p + k, lanes);
       V best = product;
       I slot = {};
-      for (int64_t j = 1; j < tables.slots; ++j) {
-        const V score = product + x[0] * load<V>(tables.y0 + j * tables.ld + k, lanes) +
-                        x[j] * load<V>(tables.y1 + j * tables.ld + k, lanes);
+      for (int64_t j = 1; j < coeffs.slots; ++j) {
+        const V score = product + input[0] * load<V>(coeffs.class_a + j * coeffs.ld + k, lanes) +
+                        input[j] * load<V>(coeffs.class_b + j * coeffs.ld + k, lanes);
         const I wins = score > best;
         best = wins ? score : best;
         slot = wins ? I{} + static_cast<int>(j) : slot;
       }
-      store(logits + i * ld + k, best * load<V>(r + k, lanes) * scale[i], lanes);
-      store(slots + i * ld + k, __builtin_convertvector(slot, Bytes), lanes);
+      store(out.logits + i * out.ld + k, best * load<V>(r + k, lanes) * scale[i], lanes);
+      store(out.slots + i * out.ld + k, __builtin_convertvector(slot, Bytes), lanes);
     });
   }
 }
 
 template <class T>
-void rotation_route_grad(const T* grad, const T* logits, int64_t ld, const uint8_t* slots, int64_t rows, int64_t n,
-                         const gistops::Tables<T>& tables, const T* r, const T* scale, T* h, int64_t ld_h, T* dx,
-                         T* dy0, T* dy1, int64_t ld_dy, T* t, double* moments) {
+void rotation_route_grad(GradBlock<T> block, RotationCoeffs<T> coeffs, const T* r, const T* scale,
+                         RotationGrads<T> out) {
   using V = typename Simd<T>::V;
   using I = typename Simd<T>::I;
   using Bytes = typename Simd<T>::Bytes;
-  V shares[256];
-  for (int64_t i = 0; i < rows; ++i) {
-    const T* x = tables.x + i * tables.slots;
-    for (int64_t j = 0; j < tables.slots; ++j) shares[j] = V{};
-    V total = {};
-    for_each_vector<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
-      const V g = load<V>(grad + i * ld + k, lanes), moment = g * load<V>(logits + i * ld + k, lanes);
-      const V weight = g * load<V>(r + k, lanes) * scale[i];
-      const I slot = __builtin_convertvector(load<Bytes>(slots + i * ld + k, lanes), I);
-      if (h) store(h + i * ld_h + k, weight, lanes);
-      total += moment;
-      store(t + k, load<V>(t + k, lanes) + moment, lanes);
-      for (int64_t j = 1; j < tables.slots; ++j) {
-        const V here = slot == static_cast<int>(j) ? weight : V{};
-        shares[0] += here * load<V>(tables.y0 + j * tables.ld + k, lanes);
-        shares[j] += here * load<V>(tables.y1 + j * tables.ld + k, lanes);
-        store(dy0 + j * ld_dy + k, load<V>(dy0 + j * ld_dy + k, lanes) + here * x[0], lanes);
-        store(dy1 + j * ld_dy + k, load<V>(dy1 + j * ld_dy + k, lanes) + here * x[j], lanes);
+  V input_sums[256];
+  for (int64_t i = 0; i < block.rows; ++i) {
+    const T* input = coeffs.input + i * coeffs.slots;
+    for (int64_t j = 0; j < coeffs.slots; ++j) input_sums[j] = V{};
+    V gz_sum = {};
+    for_each_vector<Simd<T>::N>(block.n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
+      const V g = load<V>(block.grad + i * block.ld + k, lanes);
+      const V gz = g * load<V>(block.logits + i * block.ld + k, lanes);
+      const V h = g * load<V>(r + k, lanes) * scale[i];
+      const I slot = __builtin_convertvector(load<Bytes>(block.slots + i * block.ld + k, lanes), I);
+      if (out.h) store(out.h + i * out.ld_h + k, h, lanes);
+      gz_sum += gz;
+      store(out.t + k, load<V>(out.t + k, lanes) + gz, lanes);
+      for (int64_t j = 1; j < coeffs.slots; ++j) {
+        const V won = slot == static_cast<int>(j) ? h : V{};
+        input_sums[0] += won * load<V>(coeffs.class_a + j * coeffs.ld + k, lanes);
+        input_sums[j] += won * load<V>(coeffs.class_b + j * coeffs.ld + k, lanes);
+        T *grad_a = out.class_a + j * out.ld_class + k, *grad_b = out.class_b + j * out.ld_class + k;
+        store(grad_a, load<V>(grad_a, lanes) + won * input[0], lanes);
+        store(grad_b, load<V>(grad_b, lanes) + won * input[j], lanes);
       }
     });
-    for (int64_t j = 0; j < tables.slots; ++j) dx[i * tables.slots + j] += lane_sum<T>(shares[j]);
-    moments[i] += lane_sum<T>(total);
+    for (int64_t j = 0; j < coeffs.slots; ++j) out.input[i * coeffs.slots + j] += lane_sum<T>(input_sums[j]);
+    out.gz[i] += lane_sum<T>(gz_sum);
   }
 }
 

@@ -34,7 +34,8 @@ struct Simd<double> {
   typedef uint8_t Bytes __attribute__((vector_size(GISTOPS_VECTOR_BYTES / 8)));
 };
 
-// Loads and stores of n <= N elements; the rest of the vector is zero. With n == N known, one instruction.
+// Load and store n <= N elements; a load fills the rest of the vector with zeros. For the constant n == N they are one
+// instruction.
 template <class V, class E>
 GISTOPS_INLINE V load(const E* p, int n) {
   V v = {};
@@ -55,7 +56,7 @@ GISTOPS_INLINE void store(E* p, V v, int n) {
   }
 }
 
-// Sum of the lanes, by halves: always in the same order.
+// The sum of the lanes, in a fixed order.
 template <class T>
 GISTOPS_INLINE T lane_sum(typename Simd<T>::V v) {
   T lanes[Simd<T>::N];
@@ -65,7 +66,7 @@ GISTOPS_INLINE T lane_sum(typename Simd<T>::V v) {
   return lanes[0];
 }
 
-// Runs body(offset, n) over [0, size) in whole vectors, then once for the rest: n is a constant N in the first.
+// Calls body(offset, N) for the whole vectors in [0, size), with N as a constant, then body(offset, n) for the rest.
 template <int N, class F>
 GISTOPS_INLINE void for_each_vector(int64_t size, F body) {
   int64_t e = 0;

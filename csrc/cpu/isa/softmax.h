@@ -1,8 +1,9 @@
-// The log-sum-exp and the softmax of a block of scores.
+// The log-sum-exp of a block of scores, and the gradient of a cross-entropy.
 #pragma once
 #include <cmath>
 #include <limits>
 
+#include "kernels.h"
 #include "simd.h"
 
 namespace {
@@ -11,9 +12,9 @@ template <class T>
 struct ExpConstants;
 template <>
 struct ExpConstants<float> {
-  // ln 2 in two parts, so that n ln 2 is exact in the first; magic: adding it rounds to an integer in the low bits.
+  // ln 2 in two parts, so that n * kHigh is exact. Adding kMagic rounds to an integer in the low bits.
   static constexpr float kHigh = 0.693359375f, kLow = -2.12194440e-4f, kMagic = 12582912.0f;
-  static constexpr float kSmallest = -87.3f, kLargest = 89.0f;  // of normal numbers, and of infinity
+  static constexpr float kSmallest = -87.3f, kLargest = 89.0f;  // x of the smallest normal result, and of infinity
   static constexpr int kBias = 127, kShift = 23, kTerms = 8;
 };
 template <>
@@ -23,8 +24,8 @@ struct ExpConstants<double> {
   static constexpr int kBias = 1023, kShift = 52, kTerms = 14;
 };
 
-// e^x by Taylor's series on |r| <= ln 2 / 2, x = n ln 2 + r; within two roundings. NaN stays; below the smallest
-// normal number it is 0.
+// e^x = 2^n e^r with |r| <= ln 2 / 2 and the Taylor series of e^r; the error is at most two roundings. A NaN stays NaN,
+// and a result below the smallest normal number is 0.
 template <class T>
 GISTOPS_INLINE typename Simd<T>::V exp_of(typename Simd<T>::V x) {
   using V = typename Simd<T>::V;
@@ -44,7 +45,7 @@ GISTOPS_INLINE typename Simd<T>::V exp_of(typename Simd<T>::V x) {
   return x < C::kSmallest ? V{} : sum * scale;
 }
 
-// n <= N scores with their bias; lanes past the end as if they were not there.
+// n <= N scores with their bias; -inf in the lanes after the last score.
 template <class T>
 GISTOPS_INLINE typename Simd<T>::V biased(const T* z, const T* bias, int64_t k, int n) {
   using V = typename Simd<T>::V;
@@ -55,10 +56,10 @@ GISTOPS_INLINE typename Simd<T>::V biased(const T* z, const T* bias, int64_t k, 
 }
 
 template <class T>
-void update_logsumexp(const T* z, int64_t ld, int64_t rows, int64_t n, const T* bias, T* max, double* sum) {
+void update_logsumexp(const T* z, int64_t rows, int64_t n, const T* bias, T* max, double* sum) {
   using V = typename Simd<T>::V;
   constexpr T kNone = -std::numeric_limits<T>::infinity();
-  for (int64_t i = 0; i < rows; ++i, z += ld) {
+  for (int64_t i = 0; i < rows; ++i, z += n) {
     V largest = V{} + kNone;
     for_each_vector<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
       const V x = biased(z, bias, k, lanes);
@@ -79,17 +80,17 @@ void update_logsumexp(const T* z, int64_t ld, int64_t rows, int64_t n, const T* 
 }
 
 template <class T>
-void softmax_grad(const T* z, int64_t ld, int64_t rows, int64_t n, const T* bias, const T* weight, const T* lse,
-                  const T* a, const T* s, T* g, T* columns) {
+void softmax_grad(const T* z, int64_t rows, int64_t n, gistops::ClassTerms<T> classes, gistops::RowTerms<T> row_terms,
+                  T* grad, T* grad_bias) {
   using V = typename Simd<T>::V;
   constexpr T kInfinity = std::numeric_limits<T>::infinity();
   for (int64_t i = 0; i < rows; ++i) {
-    const T shift = lse[i] == -kInfinity ? kInfinity : lse[i];  // no class: probability 0
+    const T lse = row_terms.lse[i], shift = lse == -kInfinity ? kInfinity : lse;  // no class: probability 0
     for_each_vector<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
-      V p = exp_of<T>(biased(z + i * ld, bias, k, lanes) - shift) * a[i];
-      if (columns) store(columns + k, load<V>(columns + k, lanes) + p, lanes);
-      if (weight) p += load<V>(weight + k, lanes) * s[i];
-      store(g + i * ld + k, p, lanes);
+      V g = exp_of<T>(biased(z + i * n, classes.bias, k, lanes) - shift) * row_terms.grad_lse[i];
+      if (grad_bias) store(grad_bias + k, load<V>(grad_bias + k, lanes) + g, lanes);
+      if (classes.weight) g += load<V>(classes.weight + k, lanes) * row_terms.grad_sums[i];
+      store(grad + i * n + k, g, lanes);
     });
   }
 }

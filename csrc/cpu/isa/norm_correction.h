@@ -1,28 +1,30 @@
-// The terms of the gradients that come from the norms.
+// The terms of the gradients that come from normalization.
 #pragma once
 #include "kernels.h"
 #include "simd.h"
 
 namespace {
 
+using gistops::SlotMatrix;
+
 // R rows at once share the loads of delta, and the sums dd.
 template <class T, int R>
-GISTOPS_INLINE void norm_correction_rows(const T* w, int64_t width, int64_t d, const T* delta, int64_t m_slots,
-                                         const T* t, int64_t ld_t, const T* hf, T* dw, T* dd) {
+GISTOPS_INLINE void norm_correction_rows(const T* w, int64_t width, int64_t d, const T* delta, SlotMatrix<T> t,
+                                         const T* hf, T* dw, T* dd) {
   using V = typename Simd<T>::V;
   for_each_vector<Simd<T>::N>(width, [&](int64_t e, int lanes) GISTOPS_INLINE_LAMBDA {
     V center[R], total[R];
     for (int i = 0; i < R; ++i) {
       center[i] = load<V>(w + i * d + e, lanes);
-      total[i] = center[i] * t[i];
+      total[i] = center[i] * t.data[i];
     }
-    for (int64_t j = 1; j < m_slots; ++j) {
-      const V shift = load<V>(delta + (j - 1) * d + e, lanes);
+    for (int64_t j = 1; j < t.slots; ++j) {
+      const V displacement = load<V>(delta + (j - 1) * d + e, lanes);
       V sum = {};
       for (int i = 0; i < R; ++i) {
-        const V pull = (center[i] + shift) * t[j * ld_t + i];
-        total[i] += pull;
-        sum += pull;
+        const V term = (center[i] + displacement) * t.data[j * t.ld + i];
+        total[i] += term;
+        sum += term;
       }
       if (dd) store(dd + (j - 1) * d + e, load<V>(dd + (j - 1) * d + e, lanes) - sum, lanes);
     }
@@ -32,14 +34,13 @@ GISTOPS_INLINE void norm_correction_rows(const T* w, int64_t width, int64_t d, c
 }
 
 template <class T>
-void norm_correction(const T* w, int64_t rows, int64_t d, const T* delta, int64_t m_slots, const T* t, int64_t ld_t,
-                     const T* hf, T* dw, T* dd) {
+void norm_correction(const T* w, int64_t rows, int64_t d, const T* delta, SlotMatrix<T> t, const T* hf, T* dw, T* dd) {
   constexpr int R = 4;
-  constexpr int64_t kStrip = 512;  // of delta and dd, so that m strips of both stay in L1 while the rows pass
+  constexpr int64_t kStrip = 512;  // dimensions: m strips of delta and dd stay in L1 while the rows pass
   for (int64_t e = 0; e < d; e += kStrip) {
     const int64_t width = d - e < kStrip ? d - e : kStrip;
     const auto rows_from = [&]<int COUNT>(int64_t k) GISTOPS_INLINE_LAMBDA {
-      norm_correction_rows<T, COUNT>(w + k * d + e, width, d, delta + e, m_slots, t + k, ld_t,
+      norm_correction_rows<T, COUNT>(w + k * d + e, width, d, delta + e, {t.data + k, t.ld, t.slots},
                                      dw ? hf + k * d + e : nullptr, dw ? dw + k * d + e : nullptr,
                                      dd ? dd + e : nullptr);
     };
@@ -53,7 +54,7 @@ template <class T>
 void normalize_backward(T* g, const T* f, int64_t rows, int64_t d, const T* rnorm) {
   using V = typename Simd<T>::V;
   for (int64_t i = 0; i < rows; ++i) {
-    if (rnorm[i] >= static_cast<T>(1 / gistops::kMinNorm)) continue;  // the clamp is flat
+    if (rnorm[i] >= static_cast<T>(1 / gistops::kMinNorm)) continue;  // a clamped norm is constant
     V acc = {};
     for_each_vector<Simd<T>::N>(d, [&](int64_t e, int n) GISTOPS_INLINE_LAMBDA {
       acc += load<V>(g + i * d + e, n) * (load<V>(f + i * d + e, n) * rnorm[i]);

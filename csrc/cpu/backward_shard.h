@@ -1,0 +1,203 @@
+// One worker's part of the backward. With G = dL/dlogits, z the logits and j* the winning slot:
+//   H[i, k] = tau G R[j*, k] / |f_i|       S[i, j] = sum over k with j* = j of H[i, k]
+//   T[j, k] = R[j, k]^2 sum over i with j* = j of G z
+//   dw_k = (H' f)_k - sum_j T[j, k] u_kj,   ddelta_j = (S' f)_j - sum_k T[j, k] u_kj,   u_kj = w_k + delta_j
+//   g = H w + S delta,   df_i = g_i - (g_i . f_i) f_i / |f_i|^2,   dtau = sum G z / tau
+// Sub-centers: dw_kj = (H_j' f)_k - T[j, k] w_kj and g = sum_j H_j w_j, with H_j = H where j* = j, else 0.
+#pragma once
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "scores.h"
+
+namespace gistops {
+
+// Pointers to the gradients, each in the storage format of its argument; those of the coefficients of a rotation are in
+// the type of computation. Null where not needed.
+struct Gradients {
+  void *input, *centers, *displacements, *tau;
+  void *input_coeffs = nullptr, *class_coeffs = nullptr;
+};
+
+inline void* gradient_row(void* gradient, const StoredMatrix& argument, int64_t row) {
+  return static_cast<char*>(gradient) + row * argument.d * argument.element_size();
+}
+
+// A shard accumulates the gradients of its own classes, and partial sums of all other gradients over its classes.
+// GradSource provides G, the logits and the slots: SavedScores (backward.h) from saved tensors, LossScores
+// (cross_entropy.h) for a loss.
+template <class T, class GradSource>
+class BackwardShard {
+ public:
+  // first: this shard accumulates the input's gradient in out.input, if the formats allow it.
+  BackwardShard(const Problem<T>& p, const Input<T>& input, const Gradients& out, int64_t size, GradSource source,
+                bool first)
+      : g(out.input ? p.B * p.d : 0, first && p.input.template is<T>() ? static_cast<T*>(out.input) : nullptr),
+        s((out.input || out.displacements) && p.m ? p.B * p.M : 0), dd(out.displacements ? p.m * p.d : 0),
+        input_coeffs(p.is_rotation() ? p.B * p.M : 0), gz(p.is_rotation() ? p.B : 0), p_(p), input_(input), out_(out),
+        size_(size), source_(std::move(source)), need_h_(out.input || out.centers),
+        need_t_(out.centers || out.displacements || p.is_rotation()), in_place_(p.centers.template is<T>()),
+        h_(need_h_ ? std::min(kBlockRows, p.B) * size : 0), t_(need_t_ ? p.M * size : 0),
+        block_dd_(out.displacements ? p.m * p.d : 0),
+        dw_(out.centers && (!in_place_ || GradSource::kStashed) ? size * p.vectors_per_class() * p.d : 0),
+        class_coeffs_(p.is_rotation() ? 2 * p.M * size : 0), slot_vectors_(p.is_subcenter() ? size * p.d : 0),
+        slot_h_(p.is_subcenter() ? std::min(kBlockRows, p.B) * size : 0) {
+    g.zero(), s.zero(), dd.zero(), input_coeffs.zero(), gz.zero();
+  }
+
+  // Adds the classes [k, k + n).
+  void add_block(int64_t k, int64_t n) {
+    first_ = k, n_ = n;
+    const T* w = source_.begin(k, n);
+    const int64_t vectors = n * p_.vectors_per_class();
+    void* grad = out_.centers ? gradient_row(out_.centers, p_.centers, k * p_.vectors_per_class()) : nullptr;
+    // Scores stashed in the gradient of the centers are read until the last row: accumulate elsewhere.
+    T* dw = !grad ? nullptr : in_place_ && !GradSource::kStashed ? static_cast<T*>(grad) : dw_.get();
+    // With one block of rows, subtract_norm_terms() reads the product where it lies and writes dw once.
+    const bool one_product = p_.B > 0 && p_.B <= kBlockRows && !p_.is_subcenter();
+    if (dw && !one_product) std::fill_n(dw, vectors * p_.d, T(0));
+    std::optional<Product<T>> hf;
+    t_.zero(), class_coeffs_.zero();
+    const std::vector<Pair> cancelled = cancelled_pairs();
+    for (int64_t i = 0; i < p_.B; i += kBlockRows) {
+      const GradBlock<T> block = source_.rows(i, std::min(kBlockRows, p_.B - i));
+      T* reused = cancelled.empty() ? source_.reusable_grad() : nullptr;
+      const Matrix<T> h{reused ? reused : h_.get(), block.rows, n, reused ? block.ld : size_};
+      const Matrix<T> f = input_.rows(i, block.rows), classes{w, n, p_.d, p_.d};
+      route(block, i, source_.r(), need_h_ ? const_cast<T*>(h.data) : nullptr, h.ld, cancelled.empty(), true);
+      if (p_.is_subcenter()) {
+        if (need_h_) add_subcenter_products(h, block, w, i, dw);
+        continue;
+      }
+      // The product for g comes first: hf keeps its memory.
+      if (out_.input && cancelled.empty()) add_product(h, classes, g.get() + i * p_.d);
+      if (dw && one_product) hf.emplace(h.t(), f, dw, p_.d);
+      if (dw && !one_product) add_product(h.t(), f, dw);
+      if (cancelled.empty()) continue;
+      add_cancelled(cancelled, block, w, i);
+      if (out_.input) add_product(h, classes, g.get() + i * p_.d);
+    }
+    if (out_.class_coeffs)
+      for (int64_t row = 0; row < 2 * p_.M; ++row)
+        std::copy_n(class_coeffs_.get() + row * size_, n, static_cast<T*>(out_.class_coeffs) + row * p_.K + k);
+    if (need_t_) subtract_norm_terms(w, hf ? hf->data : dw, grad && in_place_ ? static_cast<T*>(grad) : dw);
+    if (grad && !in_place_) kernels<T>().store(dw, vectors * p_.d, p_.centers.format, grad);
+  }
+
+  Scratch<T> g, s, dd;      // [B, d], [B, M], [m, d]
+  Scratch<T> input_coeffs;  // of a rotation: [B, M]
+  Scratch<double> gz;       // of a rotation: [B], sum over the classes of G z
+  double tau = 0;           // without a rotation: sum of G z
+
+ private:
+  struct Pair {
+    int64_t k, j;  // class within the block, and slot
+  };
+
+  // Writes h, unless it is null, and adds the rows [i, i + rows) of the block to s (if sum_s), and to t and tau (if
+  // sum_t).
+  void route(const GradBlock<T>& block, int64_t i, const SlotMatrix<T>& r, T* h, int64_t ld_h, bool sum_s, bool sum_t) {
+    const T* scale = input_.scale.get() + i;
+    if (p_.is_rotation())
+      return kernels<T>().rotation_route_grad(block, p_.coeffs(i, first_), r.data, scale,
+                                              {.h = h,
+                                               .ld_h = ld_h,
+                                               .input = input_coeffs.get() + i * p_.M,
+                                               .class_a = class_coeffs_.get(),
+                                               .class_b = class_coeffs_.get() + p_.M * size_,
+                                               .ld_class = size_,
+                                               .t = t_.get(),
+                                               .gz = gz.get() + i});
+    const bool need_s = p_.m && (out_.input || out_.displacements);
+    kernels<T>().route_grad(block, r, scale,
+                            {.h = h,
+                             .ld_h = ld_h,
+                             .s = sum_s && need_s ? s.get() + i * p_.M : nullptr,
+                             .t = sum_t && need_t_ ? t_.get() : nullptr,
+                             .ld_t = size_,
+                             .tau = sum_t && out_.tau ? &tau : nullptr});
+  }
+
+  // The pairs of this block whose sums lose digits (norms.h).
+  std::vector<Pair> cancelled_pairs() const {
+    std::vector<Pair> pairs;
+    const SlotMatrix<T> r = source_.r();
+    const auto square = [&](int64_t j, int64_t c) { return 1 / (r.data[j * r.ld + c] * r.data[j * r.ld + c]); };
+    for (int64_t j = 1; j <= p_.m; ++j)
+      for (int64_t c = 0; c < n_; ++c)
+        if (cancels(square(j, c), square(0, c), input_.delta_squares[j - 1])) pairs.push_back({c, j});
+    return pairs;
+  }
+
+  // Adds these pairs to g and dd one by one, and routes all others to h and s.
+  void add_cancelled(const std::vector<Pair>& pairs, const GradBlock<T>& block, const T* w, int64_t i) {
+    Scratch<T> r(p_.M * n_), u(p_.d);
+    for (int64_t j = 0; j < p_.M; ++j) std::copy_n(source_.r().data + j * source_.r().ld, n_, r.get() + j * n_);
+    for (const Pair& pair : pairs) {
+      const T rnorm = std::exchange(r[pair.j * n_ + pair.k], T(0));
+      for (int64_t e = 0; e < p_.d; ++e) u[e] = w[pair.k * p_.d + e] + p_.delta[(pair.j - 1) * p_.d + e];
+      for (int64_t row = 0; row < block.rows; ++row) {
+        const int64_t entry = row * block.ld + pair.k;
+        if (block.slots[entry] != pair.j) continue;
+        const T h = block.grad[entry] * rnorm * input_.scale[i + row];
+        const T* f = input_.f() + (i + row) * p_.d;
+        for (int64_t e = 0; e < p_.d; ++e) {
+          if (out_.input) g[(i + row) * p_.d + e] += h * u[e];
+          if (out_.displacements) dd[(pair.j - 1) * p_.d + e] += h * f[e];
+        }
+      }
+    }
+    route(block, i, {.data = r.get(), .ld = n_, .slots = p_.M}, need_h_ ? h_.get() : nullptr, size_, true, false);
+  }
+
+  // Adds the products of each slot's sub-centers with its part of h.
+  void add_subcenter_products(const Matrix<T>& h, const GradBlock<T>& block, const T* w, int64_t i, T* dw) {
+    for (int64_t j = 0; j < p_.M; ++j) {
+      kernels<T>().mask_slot(block, h.data, h.ld, static_cast<int>(j), slot_h_.get());
+      const Matrix<T> slot_h{slot_h_.get(), block.rows, n_, n_};
+      const Matrix<T> vectors{pack_slot(p_, w, n_, j, slot_vectors_.get()), n_, p_.d, p_.d};
+      if (out_.input) add_product(slot_h, vectors, g.get() + i * p_.d);
+      if (!dw) continue;
+      const Product<T> hf(slot_h.t(), input_.rows(i, block.rows), slot_vectors_.get(), p_.d);
+      for (int64_t c = 0; c < n_; ++c)
+        for (int64_t e = 0; e < p_.d; ++e) dw[(c * p_.M + j) * p_.d + e] += hf.data[c * hf.ld + e];
+    }
+  }
+
+  // dw = hf - sum_j T u_j, and the same terms in dd.
+  void subtract_norm_terms(const T* w, const T* hf, T* dw) {
+    const SlotMatrix<T> r = source_.r();
+    for (int64_t j = 0; j < p_.M; ++j)
+      for (int64_t c = 0; c < n_; ++c) {
+        const T rnorm = r.data[j * r.ld + c];
+        t_[j * size_ + c] *= is_clamped(rnorm) ? 0 : rnorm * rnorm;
+      }
+    if (p_.is_subcenter()) {
+      Scratch<T> t(n_ * p_.M);  // one factor per row of w
+      for (int64_t v = 0; v < n_ * p_.M; ++v) t[v] = t_[v % p_.M * size_ + v / p_.M];
+      return kernels<T>().norm_correction(w, n_ * p_.M, p_.d, nullptr, {.data = t.get(), .ld = 0, .slots = 1}, hf, dw,
+                                          nullptr);
+    }
+    // dd is summed per block first: in two levels, sums over many classes have smaller rounding errors. A rotation has
+    // one norm per class, and t in slot 0 alone.
+    block_dd_.zero();
+    kernels<T>().norm_correction(w, n_, p_.d, p_.delta, {.data = t_.get(), .ld = size_, .slots = p_.m + 1}, hf, dw,
+                                 out_.displacements ? block_dd_.get() : nullptr);
+    if (out_.displacements) dd.add(block_dd_);
+  }
+
+  const Problem<T>& p_;
+  const Input<T>& input_;
+  const Gradients out_;
+  const int64_t size_;
+  GradSource source_;
+  const bool need_h_, need_t_, in_place_;
+  int64_t first_ = 0, n_ = 0;         // the current block: its first class, and the number of its classes
+  Scratch<T> h_, t_;                  // [rows, size], [M, size]
+  Scratch<T> block_dd_, dw_;          // [m, d], [size, vectors per class, d]
+  Scratch<T> class_coeffs_;           // of a rotation: [2, M, size]
+  Scratch<T> slot_vectors_, slot_h_;  // of sub-centers: [size, d], [rows, size]
+};
+
+}  // namespace gistops

@@ -1,0 +1,30 @@
+// Reciprocal norms, and the pairs whose norms lose digits.
+#pragma once
+#include <cmath>
+
+#include "isa/kernels.h"
+
+namespace gistops {
+
+// 1 / max(norm, kMinNorm) from the squared norm. A NaN stays NaN.
+template <class T>
+T clamped_rnorm(T square) {
+  const T norm = std::sqrt(square);
+  return norm < static_cast<T>(kMinNorm) ? static_cast<T>(1 / kMinNorm) : 1 / norm;
+}
+
+// A clamped norm is constant: it has no gradient.
+template <class T>
+bool is_clamped(T rnorm) {
+  return rnorm >= static_cast<T>(1 / kMinNorm);
+}
+
+// If w_k is close to -delta_j, sums of separate terms for w_k and delta_j lose digits: |w|^2 + 2 w.delta + |delta|^2 in
+// the forward, H w + S delta in the backward. Such cancelled pairs are rare. They are computed from the sum
+// w_k + delta_j.
+template <class T>
+bool cancels(T square, T center_square, T delta_square) {
+  return square < (center_square + delta_square) / 8;
+}
+
+}  // namespace gistops

@@ -1,0 +1,68 @@
+// The arguments of the operators, as pointers and sizes.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "isa/kernels.h"
+
+namespace gistops {
+
+// A row-major matrix [rows, d] in its storage format.
+struct StoredMatrix {
+  const void* data;
+  Format format;
+  int64_t rows, d;
+
+  int64_t element_size() const { return format == Format::f64 ? 8 : format == Format::f32 ? 4 : 2; }
+  const void* row(int64_t i) const { return static_cast<const char*>(data) + i * d * element_size(); }
+  template <class T>
+  bool is() const {
+    return format == (sizeof(T) == 8 ? Format::f64 : Format::f32);
+  }
+
+  // Rows [begin, begin + n) in the type of computation: in place, or converted into `scratch`.
+  template <class T>
+  const T* as(int64_t begin, int64_t n, T* scratch) const {
+    if (is<T>()) return static_cast<const T*>(row(begin));
+    kernels<T>().load(row(begin), format, n * d, scratch);
+    return scratch;
+  }
+  template <class T>
+  int64_t scratch_elements(int64_t n) const {
+    return is<T>() ? 0 : n * d;
+  }
+};
+
+// How the M slots of a class come about:
+//   translation: w_k and w_k + delta_j, with m = M - 1 displacements shared by all classes;
+//   subcenter:   M vectors per class;
+//   rotation:    w_k and w_k + a rank-2 term (RotationCoeffs), of the same norm.
+enum class Transform { translation, subcenter, rotation };
+
+template <class T>
+struct Problem {
+  StoredMatrix input, centers;  // [B, d], [K * vectors_per_class(), d]
+  const T* delta;               // [m, d]
+  Transform transform;
+  int64_t B, K, d, m, M;  // m = 0 without translation
+  T tau;
+  const T* input_coeffs = nullptr;  // [B, M] of a rotation
+  const T* class_coeffs = nullptr;  // [2, M, K] of a rotation
+  const T* norms = nullptr;         // [M, K], the output of center_norms(), if known
+
+  bool is_subcenter() const { return transform == Transform::subcenter; }
+  bool is_rotation() const { return transform == Transform::rotation; }
+  int64_t vectors_per_class() const { return is_subcenter() ? M : 1; }
+  RotationCoeffs<T> coeffs(int64_t i, int64_t k) const {
+    return {input_coeffs + i * M, class_coeffs + k, class_coeffs + M * K + k, M, K};
+  }
+};
+
+// Copies the sub-centers of one slot from w [n, M, d] into `packed` [n, d].
+template <class T>
+const T* pack_slot(const Problem<T>& p, const T* w, int64_t n, int64_t slot, T* packed) {
+  for (int64_t k = 0; k < n; ++k) std::copy_n(w + (k * p.vectors_per_class() + slot) * p.d, p.d, packed + k * p.d);
+  return packed;
+}
+
+}  // namespace gistops
