@@ -1,8 +1,7 @@
-"""Compiles `csrc/` into one shared library against the torch that is installed.
+"""The build of `csrc/` into one shared library, against the installed torch.
 
-Used at two moments: by setup.py when the package is installed, and by backends/native.py on first use where
-that was not possible. It uses torch's stable ABI alone, so that one library serves torch 2.10 and everything
-newer, on any Python.
+setup.py calls it when the package is installed; backends/native.py calls it on first use if that was not possible.
+The library uses only torch's stable ABI: one library serves all supported versions of torch, on any Python.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from pathlib import Path
 
 from ._toolchain import BuildError, Tools
 
-STABLE_ABI = "0x020a000000000000"  # 2.10: what is compiled for it loads on that torch and on later ones
+STABLE_ABI = "0x020a000000000000"  # torch 2.10: the library loads on this version and on later ones
 SOURCE_SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One object file: its source, flags of its own, and whether it may include torch's headers."""
+    """One object file."""
 
     name: str
     source: str
-    flags: tuple[str, ...] = ()
-    torch_headers: bool = False
-    cuda: bool = False  # of the backend for NVIDIA GPUs
+    flags: tuple[str, ...] = ()  # in addition to those of every unit
+    torch_headers: bool = False  # may include torch's headers
+    cuda: bool = False  # belongs to the backend for NVIDIA GPUs
 
 
 COMMON = (
@@ -66,23 +65,23 @@ CUDA = (
 
 
 def machine() -> str:
-    """The processor's architecture, by one name each: "x86_64", "aarch64", ..."""
+    """Return the processor's architecture under one name per architecture: "x86_64", "aarch64", ..."""
     name = platform.machine().lower()
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 
 def units(cuda: bool = False) -> tuple[Unit, ...]:
-    """What is compiled on this architecture, with or without the backend for NVIDIA GPUs."""
+    """Return the units for this architecture, with or without the backend for NVIDIA GPUs."""
     cpu = COMMON + (X86_64 if machine() == "x86_64" else BASELINE)
     return cpu + CUDA if cuda else cpu
 
 
 def compile_flags() -> tuple[str, ...]:
-    """The flags of every unit. None depends on the machine that compiles (no -march=native)."""
+    """Return the flags of every unit. They do not depend on the compiling machine (no -march=native)."""
     flags = (
         "-std=c++20",
         "-O3",
-        "-ffp-contract=fast",  # the ISO modes of GCC make no fused multiply-adds otherwise
+        "-ffp-contract=fast",  # GCC's ISO modes otherwise emit no fused multiply-adds
         "-g0",
         "-fPIC",
         "-fvisibility=hidden",
@@ -92,25 +91,25 @@ def compile_flags() -> tuple[str, ...]:
 
 
 def nvcc_flags() -> tuple[str, ...]:
-    """The flags of every CUDA unit, but for the architectures."""
+    """Return the flags of every CUDA unit, without the architectures."""
     return ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden")
 
 
 def link_flags() -> tuple[str, ...]:
-    """The flags of the link step."""
-    # defs: a missing function is an error now, not when the library is loaded.
-    # no-as-needed: on a CUDA torch, libtorch brings libtorch_cuda, whose functions are looked up when called.
+    """Return the flags of the link step."""
+    # defs: a missing function is an error at link time, not at load time.
+    # no-as-needed: on a CUDA torch, libtorch loads libtorch_cuda, whose functions are looked up at the first call.
     linux = () if sys.platform == "darwin" else ("-Wl,-z,defs", "-Wl,--no-as-needed")
     return (*linux, "-ltorch", "-ltorch_cpu", "-lc10")
 
 
 def sources(src: Path) -> list[Path]:
-    """The files of `src` that a build may read, relative to it, in a fixed order."""
+    """Return the source files in `src`, relative to it, in a fixed order."""
     return sorted(path.relative_to(src) for path in src.rglob("*") if path.suffix in SOURCE_SUFFIXES)
 
 
 def source_hash(src: Path) -> str:
-    """A hash of all that decides what a build of `src` makes, but for torch and the compiler."""
+    """Return a hash of everything that determines a build of `src`, except torch and the compiler."""
     digest = hashlib.sha256(repr((units(True), compile_flags(), nvcc_flags(), link_flags())).encode())
     for path in sources(src):
         digest.update(f"\0{path.as_posix()}\0".encode() + (src / path).read_bytes())
@@ -119,22 +118,21 @@ def source_hash(src: Path) -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """What a library was built from, and for what; lies beside `_C.so` as `_C.json`."""
+    """The origin of a library, stored beside `_C.so` as `_C.json`."""
 
     source_hash: str
     torch: str
-    machine: str
     compiler: str
-    cuda: str  # the GPU architectures that are in it, such as "sm_80 sm_90", or why there are none
+    cuda: str  # the library's GPU architectures, such as "sm_80 sm_90", or why it has none
 
     @staticmethod
     def path(library: Path) -> Path:
-        """Where the record of `library` lies."""
+        """Return the path of the record of `library`."""
         return library.with_suffix(".json")
 
     @classmethod
     def read(cls, library: Path) -> Record | None:
-        """The record of `library`, or None where there is none that can be read."""
+        """Return the record of `library`, or None if it cannot be read."""
         try:
             data = json.loads(cls.path(library).read_text(encoding="utf-8"))
             return cls(**{name: str(data[name]) for name in cls.__dataclass_fields__})
@@ -147,12 +145,12 @@ class Record:
 
 
 def _escape(path: Path) -> str:
-    """A path as ninja's build lines want it."""
+    """Escape a path for ninja's build lines."""
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 def _command(*words: str | Path) -> str:
-    """A command line as ninja's rules want it."""
+    """Escape a command line for ninja's rules."""
     return shlex.join(map(str, words)).replace("$", "$$")
 
 
@@ -162,7 +160,7 @@ def _compile_command(unit: Unit, source: Path, obj: Path, tools: Tools, src: Pat
         assert not isinstance(tools.cuda, str)
         compiler = ("-ccbin", tools.compiler[0])
         return _command(tools.cuda.nvcc, *compiler, *nvcc_flags(), *tools.cuda.flags(), *output)
-    # Checks carry their file's name into Python's messages: without the folder that it was compiled in.
+    # Checks put the name of their file into Python's messages; the folder of the build is left out.
     flags = [*compile_flags(), *unit.flags, f"-ffile-prefix-map={src}=csrc"]
     if unit.torch_headers:
         flags += ["-isystem", str(tools.torch.include)]
@@ -193,7 +191,7 @@ def _write_ninja(src: Path, out: Path, tmp: Path, tools: Tools) -> None:
 
 
 def _explain(output: str) -> str:
-    """The compiler's first error lines and the command that they came from, out of ninja's output."""
+    """Extract the first error lines and the failed command from ninja's output."""
     first = r"^FAILED:.*\n(?P<command>.*)\n(?P<said>(?s:.*?))(?=^\[\d+/\d+\]|^FAILED:|^ninja: |\Z)"
     failed = re.search(first, output, re.M)
     if failed is None:
@@ -209,14 +207,14 @@ def build(src: Path, out: Path, tmp: Path, tools: Tools | None = None, strict: b
 
     Args:
         src: the folder of the C++ sources.
-        out: the library to make.
-        tmp: the folder for object files; what an earlier build of the same sources left there is used again.
-        tools: what to build with; None finds them.
-        strict: that the kernels for NVIDIA GPUs do not compile, though nvcc is here, is an error. If not strict,
-            they are left out and the record says why.
+        out: the path of the library.
+        tmp: the folder for object files. Object files from an earlier build of the same sources are reused.
+        tools: the tools to build with; None finds them.
+        strict: if nvcc is present and the kernels for NVIDIA GPUs do not compile, raise an error. If not strict, the
+            library is built without them and the record says why.
 
     Raises:
-        BuildError: torch, a compiler or ninja is missing, or compiling failed.
+        BuildError: torch, a compiler or ninja is missing, or the compilation failed.
     """
     tools = tools or Tools.find()
     missing = [
@@ -233,20 +231,18 @@ def build(src: Path, out: Path, tmp: Path, tools: Tools | None = None, strict: b
         error = _run_ninja(src, out, tmp, tools)
     if error:
         raise BuildError(f"compiling gistops' C++ code for torch {tools.torch.version} failed:\n{error}")
-    record = Record(
-        source_hash(src), tools.torch.version, machine(), tools.compiler_version(), str(tools.cuda)
-    )
+    record = Record(source_hash(src), tools.torch.version, tools.compiler_version(), str(tools.cuda))
     record.write(out)
     return record
 
 
 def _run_ninja(src: Path, out: Path, tmp: Path, tools: Tools) -> str | None:
-    """Write the build's commands and run them; what is wrong, or None."""
+    """Write the build's commands and run them. Return the errors, or None."""
     _write_ninja(src, out, tmp, tools)
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS", "").isdigit() else []
     done = subprocess.run(
         [str(tools.ninja), "-C", str(tmp), *jobs],
-        env={**os.environ, "LC_ALL": "C"},  # error lines are looked for in English
+        env={**os.environ, "LC_ALL": "C"},  # _explain() searches for error lines in English
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,6 +1,6 @@
-"""Finds what a build needs: torch's headers and libraries, a C++ compiler, ninja. Imports none of them.
+"""The search for the tools of a build: torch's headers and libraries, a C++ compiler, ninja, nvcc. Does not import torch.
 
-pip builds packages in an environment without torch, so that torch is looked for by path.
+pip builds packages in an environment without torch, so that torch is found by its path.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ MIN_TORCH = (2, 11)
 
 
 class BuildError(RuntimeError):
-    """The native code cannot be built here; the message says what is missing, or what the compiler said."""
+    """The native code cannot be built. The message says what is missing, or has the compiler's errors."""
 
 
 @dataclass(frozen=True)
 class Torch:
-    """An installed torch, as a compiler sees it."""
+    """An installed torch, as seen by a compiler."""
 
     root: Path
     version: str
-    cuda: str | None = None  # the CUDA version that it was built with, such as "13.0"
+    cuda: str | None = None  # the CUDA version of its build, such as "13.0"
 
     @property
     def include(self) -> Path:
-        """The folder of its headers."""
+        """The folder of torch's headers."""
         return self.root / "include"
 
     @property
     def lib(self) -> Path:
-        """The folder of its libraries."""
+        """The folder of torch's libraries."""
         return self.root / "lib"
 
 
 @dataclass(frozen=True)
 class Cuda:
-    """A CUDA toolkit that fits torch."""
+    """A CUDA toolkit that matches torch."""
 
     nvcc: Path
-    runtime: Path  # libcudart, linked as torch links it, so that both have one current device
-    architectures: tuple[str, ...]  # "80", "90", or "100+PTX": with code for newer GPUs too
+    runtime: Path  # libcudart, linked as in torch, so that both share the current device
+    architectures: tuple[str, ...]  # "80", "90", or "100+PTX", which also runs on newer GPUs
 
     def flags(self) -> list[str]:
-        """What nvcc compiles for."""
+        """Return nvcc's flags for the architectures."""
         flags = []
         for architecture in self.architectures:
             number = architecture.removesuffix("+PTX")
@@ -65,25 +65,25 @@ class Cuda:
 
 @dataclass(frozen=True)
 class Tools:
-    """All that a build needs besides the sources."""
+    """The tools of a build."""
 
     torch: Torch
     compiler: tuple[str, ...]
     ninja: Path
-    cuda: Cuda | str  # or why the kernels for NVIDIA GPUs cannot be compiled
+    cuda: Cuda | str  # a string: why the kernels for NVIDIA GPUs cannot be compiled
 
     @classmethod
     def find(cls) -> Tools:
-        """Find them here.
+        """Find the tools on this machine.
 
         Raises:
-            BuildError: one is missing; the message says which, and how to get it.
+            BuildError: a tool is missing; the message says which, and how to get it.
         """
         torch = find_torch()
         return cls(torch, find_compiler(), find_ninja(), find_cuda(torch))
 
     def compiler_version(self) -> str:
-        """The first line of what the compiler says of itself."""
+        """Return the first line of the compiler's `--version`."""
         answer = subprocess.run([*self.compiler, "--version"], capture_output=True, text=True, check=False)
         return (answer.stdout.splitlines() or [shlex.join(self.compiler)])[0].strip()
 
@@ -92,8 +92,8 @@ def _torch_folders() -> Iterator[Path]:
     spec = importlib.util.find_spec("torch")  # finds it, does not import it
     if spec is not None and spec.origin is not None:
         yield Path(spec.origin).parent
-    # Under pip's build isolation torch is hidden by PYTHONPATH, yet the interpreter is the one that is
-    # installed into: without PYTHON* variables (-E) it finds the torch that the package will run with.
+    # pip's build isolation hides torch through PYTHONPATH, but runs the interpreter of the target environment: without
+    # PYTHON* variables (-E) this interpreter finds the torch that the package will run with.
     ask = "import sys, importlib.util as u; del sys.path[0]; s = u.find_spec('torch'); print(s and s.origin)"
     answer = subprocess.run([sys.executable, "-E", "-c", ask], capture_output=True, text=True, check=False)
     origin = answer.stdout.strip()
@@ -102,10 +102,10 @@ def _torch_folders() -> Iterator[Path]:
 
 
 def find_torch() -> Torch:
-    """The torch that the package will run with.
+    """Find the torch that the package will run with.
 
     Raises:
-        BuildError: there is none, it is too old, or its headers or libraries are missing.
+        BuildError: torch is not installed or too old, or its headers or libraries are missing.
     """
     for root in _torch_folders():
         version_file = root / "version.py"
@@ -138,10 +138,10 @@ def find_torch() -> Torch:
 
 
 def find_compiler() -> tuple[str, ...]:
-    """The C++ compiler's command: $CXX, else c++, g++ or clang++ on PATH.
+    """Find the C++ compiler's command: $CXX, else c++, g++ or clang++ on PATH.
 
     Raises:
-        BuildError: there is none.
+        BuildError: there is no C++ compiler.
     """
     asked = tuple(shlex.split(os.environ.get("CXX", "")))
     if asked:
@@ -155,19 +155,19 @@ def find_compiler() -> tuple[str, ...]:
         if path is not None:
             return (path,)
     raise BuildError(
-        "no C++ compiler: CXX is not set, and none of c++, g++, clang++ is on PATH; install one that knows "
+        "no C++ compiler: CXX is not set, and none of c++, g++, clang++ is on PATH; install one that supports "
         "C++20 (`apt-get install g++`, `dnf install gcc-c++`, `xcode-select --install`), or set CXX"
     )
 
 
 def find_ninja() -> Path:
-    """The ninja program: that of the Python package, else the one on PATH.
+    """Find the ninja program: from the Python package, else on PATH.
 
     Raises:
-        BuildError: there is none.
+        BuildError: there is no ninja.
     """
     if importlib.util.find_spec("ninja") is not None:
-        import ninja  # the package knows where it put its program
+        import ninja  # the package knows the path of its program
 
         program = Path(ninja.BIN_DIR) / "ninja"
         if program.is_file():
@@ -178,12 +178,12 @@ def find_ninja() -> Path:
     return Path(path)
 
 
-#: What is compiled for if TORCH_CUDA_ARCH_LIST does not say: Ampere, Hopper, Blackwell, and PTX for what comes after.
+#: The default of TORCH_CUDA_ARCH_LIST: Ampere, Hopper, Blackwell, and PTX for newer GPUs.
 ARCHITECTURES = ("80", "90", "100")
 
 
 def find_nvcc() -> Path | None:
-    """nvcc: of $CUDA_HOME, on PATH, or where NVIDIA's installers put it."""
+    """Find nvcc: in $CUDA_HOME, on PATH, or in the default folder of NVIDIA's installers."""
     home = os.environ.get("CUDA_HOME")
     for path in (home and shutil.which("nvcc", path=f"{home}/bin"), shutil.which("nvcc")):
         if path:
@@ -217,10 +217,10 @@ def _architectures(nvcc: Path) -> tuple[str, ...]:
 
 
 def find_cuda(torch: Torch) -> Cuda | str:
-    """A CUDA toolkit that fits `torch`, or why the kernels for NVIDIA GPUs cannot be compiled.
+    """Find a CUDA toolkit that matches `torch`. If there is none, return the reason.
 
     Raises:
-        BuildError: TORCH_CUDA_ARCH_LIST names what cannot be compiled for.
+        BuildError: TORCH_CUDA_ARCH_LIST has an unsupported architecture.
     """
     if os.environ.get("GISTOPS_CUDA") == "0":
         return "GISTOPS_CUDA=0 left them out"
@@ -237,7 +237,7 @@ def find_cuda(torch: Torch) -> Cuda | str:
     major = torch.cuda.split(".")[0]
     if release is None or release.group(1) != major:
         got = release.group(0) if release else said.strip() or "no answer"
-        return f"torch {torch.version} is built with CUDA {torch.cuda}, and {nvcc} is of another: {got}"
+        return f"torch {torch.version} is built with CUDA {torch.cuda}, and {nvcc} is from another version: {got}"
     home = re.search(r"^#\$ TOP=(.*)$", _dry_run(nvcc), re.M)
     toolkit = (nvcc.resolve().parent / home.group(1)).resolve() if home else nvcc.resolve().parent.parent
     runtime = _cuda_runtime(toolkit, torch, major)
@@ -250,7 +250,7 @@ def find_cuda(torch: Torch) -> Cuda | str:
 
 
 def _dry_run(nvcc: Path) -> str:
-    """What nvcc says of its folders: it may be called through a script elsewhere."""
+    """Return nvcc's account of its folders; the nvcc on PATH may be a script in another folder."""
     done = subprocess.run(
         [str(nvcc), "--dryrun", "-x", "cu", "-E", os.devnull], capture_output=True, text=True, check=False
     )

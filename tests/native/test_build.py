@@ -241,7 +241,7 @@ def test_an_nvcc_of_another_version(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     nvcc.chmod(0o755)
     monkeypatch.setattr(_toolchain, "find_nvcc", lambda: nvcc)
     found = str(_toolchain.find_cuda(CUDA_TORCH))
-    assert found.endswith("of another: release 12.4"), found
+    assert found.endswith("from another version: release 12.4"), found
 
 
 @pytest.mark.skipif(_toolchain.find_nvcc() is None, reason="nvcc is not here")
