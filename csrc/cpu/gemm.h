@@ -1,9 +1,9 @@
-// Matrix products, all from PyTorch: its BLAS (MKL, OpenBLAS, Accelerate) or its oneDNN, whichever is faster here.
-// Called inside PyTorch's thread pool, where both run on the calling thread alone.
+// Matrix products from PyTorch: its BLAS (MKL, OpenBLAS, Accelerate) or its oneDNN, whichever is faster on this
+// processor. Called inside PyTorch's thread pool, where both run on the calling thread alone.
 //
-// Measured, one thread, float32, 256 x 512 x 2048: on an AMD Zen 5 core oneDNN reaches 230 GFLOP/s, because it uses
-// AVX-512, where MKL keeps to AVX2 on AMD's processors, 103 GFLOP/s. So the rule: oneDNN on AMD with AVX-512, BLAS
-// elsewhere and for float64 and small products. GISTOPS_CPU_PRODUCTS=blas or onednn overrides it, to compare them.
+// The rule: oneDNN on AMD processors with AVX-512; BLAS elsewhere, for float64 and for small products. Measured with
+// one thread, float32, 256 x 512 x 2048, on an AMD Zen 5 core: oneDNN uses AVX-512 and reaches 230 GFLOP/s; MKL uses
+// only AVX2 on AMD processors and reaches 103 GFLOP/s. GISTOPS_CPU_PRODUCTS=blas or onednn overrides the rule.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/stableivalue_conversions.h>
@@ -18,7 +18,7 @@
 #include <vector>
 
 extern "C" {
-// Weak: a libtorch without them still loads this library, which then says that the backend cannot serve.
+// Weak: with a libtorch that lacks these functions, this library still loads, and the ops raise an error.
 __attribute__((weak)) void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*,
                                   const float*, const int*, const float*, const int*, const float*, float*, const int*);
 __attribute__((weak)) void dgemm_(const char*, const char*, const int*, const int*, const int*, const double*,
@@ -41,8 +41,8 @@ struct Matrix {
   int64_t width() const { return transposed ? rows : cols; }
 };
 
-// c[a.height, b.width] = a b + beta c. Sizes are of blocks, so int holds them.
-// BLAS is column-major, where a row-major matrix is its own transpose: c' = b' a'.
+// c [a.height, b.width] = a b + beta c. The sizes of blocks fit into int. BLAS is column-major and sees the transpose
+// of each row-major matrix, so that it computes c' = b' a'.
 template <class T>
 void blas_product(const Matrix<T>& a, const Matrix<T>& b, T beta, T* c, int64_t ldc) {
   const char ta = a.transposed ? 'T' : 'N', tb = b.transposed ? 'T' : 'N';
@@ -57,7 +57,7 @@ void blas_product(const Matrix<T>& a, const Matrix<T>& b, T beta, T* c, int64_t 
   }
 }
 
-// a b through the dispatcher, as torch.compile's own linear layers call oneDNN.
+// a b by oneDNN, through the dispatcher, as torch.compile calls it for linear layers.
 inline torch::stable::Tensor onednn_product(const Matrix<float>& a, const Matrix<float>& b) {
   using torch::stable::Tensor;
   const auto tensor = [](const Matrix<float>& x) {
@@ -89,7 +89,7 @@ inline bool choose_onednn() {
   wanted |= __builtin_cpu_is("amd") && __builtin_cpu_supports("x86-64-v4");
 #endif
   if (!wanted) return false;
-  try {  // a PyTorch without oneDNN has no such operator
+  try {  // a PyTorch without oneDNN does not have this op
     const float one = 1;
     onednn_product({&one, 1, 1, 1}, {&one, 1, 1, 1});
     return true;
@@ -104,22 +104,22 @@ inline bool use_onednn() {
 }
 
 template <class T>
-bool worth_onednn(const Matrix<T>& a, const Matrix<T>& b) {
-  // Its call costs some 10 us, a thousandth of a block's product. With gaps between the rows of b it is a hundred times
-  // slower: it has no kernel for that but its reference.
+bool prefer_onednn(const Matrix<T>& a, const Matrix<T>& b) {
+  // The call costs about 10 us, a thousandth of the product of a block. With gaps between the rows of b, oneDNN falls
+  // back to its reference kernel, which is a hundred times slower.
   return sizeof(T) == sizeof(float) && b.ld == b.cols && a.height() * b.width() * a.width() >= (1 << 20) &&
          use_onednn();
 }
 
-// The product a b, wherever it was made: in c, or in memory of its own, held until this object goes.
+// The product a b: in c, or in memory that this object owns.
 template <class T>
 class Product {
  public:
   Product(const Matrix<T>& a, const Matrix<T>& b, T* c, int64_t ldc) : data(c), ld(ldc) {
     if constexpr (sizeof(T) == sizeof(float)) {
-      if (worth_onednn(a, b)) {
-        own_ = onednn_product(a, b);
-        data = static_cast<const T*>(own_->const_data_ptr()), ld = b.width();
+      if (prefer_onednn(a, b)) {
+        owned_ = onednn_product(a, b);
+        data = static_cast<const T*>(owned_->const_data_ptr()), ld = b.width();
         return;
       }
     }
@@ -129,13 +129,13 @@ class Product {
   int64_t ld;
 
  private:
-  std::optional<torch::stable::Tensor> own_;
+  std::optional<torch::stable::Tensor> owned_;
 };
 
-// c[a.height, b.width] += a b, c contiguous.
+// c [a.height, b.width] += a b, with contiguous c.
 template <class T>
 void add_product(const Matrix<T>& a, const Matrix<T>& b, T* c) {
-  if (!worth_onednn(a, b)) return blas_product<T>(a, b, 1, c, b.width());
+  if (!prefer_onednn(a, b)) return blas_product<T>(a, b, 1, c, b.width());
   const Product<T> product(a, b, nullptr, 0);
   for (int64_t i = 0; i < a.height() * b.width(); ++i) c[i] += product.data[i];
 }
