@@ -11,7 +11,7 @@ from gistops.backends import native
 
 @pytest.fixture
 def cheap_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """C++ sources that compile in a second: the operators' schemas and no kernels."""
+    """C++ sources that compile in a second: the schemas of the ops, and no kernels."""
     monkeypatch.setenv("GISTOPS_CUDA", "0")
     src = tmp_path / "cheap_csrc"
     for unit in _build.units():

@@ -1,4 +1,4 @@
-"""The build: what it finds, what it says where something is missing, and what it makes."""
+"""The build: its tools, its messages about missing tools, and its outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gistops._toolchain import BuildError, Tools
 from gistops.backends import native
 
 
-def a_compiler_is_here() -> bool:
+def has_build_tools() -> bool:
     try:
         Tools.find()
     except BuildError:
@@ -25,7 +25,7 @@ def a_compiler_is_here() -> bool:
     return True
 
 
-needs_compiler = pytest.mark.skipif(not a_compiler_is_here(), reason="there is no C++ compiler or no ninja")
+needs_compiler = pytest.mark.skipif(not has_build_tools(), reason="no C++ compiler or no ninja")
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def no_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(
-    not native.load().loaded and not a_compiler_is_here(),
-    reason="no compiler: the reference backend is tested",
+    not native.load().loaded and not has_build_tools(),
+    reason="no compiler: the tests run on the reference backend",
 )
 def test_the_tests_run_on_compiled_operators() -> None:
     status = native.load()
@@ -47,7 +47,7 @@ def test_the_tests_run_on_compiled_operators() -> None:
     assert record.source_hash == _build.source_hash(native.source_dir())
 
 
-# What is missing is named, and how to get it.
+# Messages about missing tools.
 
 
 @pytest.mark.usefixtures("no_programs")
@@ -56,7 +56,7 @@ def test_no_compiler() -> None:
         _toolchain.find_compiler()
 
 
-def test_a_wrong_cxx(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_cxx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-c++ -m64")
     with pytest.raises(
         BuildError, match=r"CXX: expected a C\+\+ compiler's command, got 'no-such-c\+\+ -m64'"
@@ -65,7 +65,7 @@ def test_a_wrong_cxx(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_programs")
-def test_cxx_may_hold_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cxx_with_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", f"{sys.executable} -a")
     assert _toolchain.find_compiler() == (sys.executable, "-a")
 
@@ -90,7 +90,7 @@ def test_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         ("2.99.0", r"torch 2\.99\.0: its C\+\+ header .* is missing"),
     ],
 )
-def test_a_torch_that_does_not_do(
+def test_unsuitable_torch(
     version: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "version.py").write_text(f"__version__ = '{version}'\n")
@@ -111,7 +111,7 @@ def test_missing_sources(tmp_path: Path) -> None:
         _build.build(tmp_path, tmp_path / "_C.so", tmp_path)
 
 
-# What is made.
+# Outputs.
 
 
 @needs_compiler
@@ -134,21 +134,23 @@ def test_a_missing_function_is_an_error_of_the_build(cheap_sources: Path, tmp_pa
 
 
 @needs_compiler
-def test_odd_paths_the_record_and_a_second_build(cheap_sources: Path, tmp_path: Path) -> None:
+def test_special_characters_in_paths_record_and_incremental_build(
+    cheap_sources: Path, tmp_path: Path
+) -> None:
     out, objects = tmp_path / "with space" / "_C.so", tmp_path / "a$b: c's"
     record = _build.build(cheap_sources, out, objects)
     assert _build.Record.read(out) == record
     assert record.torch == torch.__version__
     assert record.source_hash == _build.source_hash(cheap_sources)
-    made = {path.name: path.stat().st_mtime_ns for path in objects.glob("*.o")}
-    assert len(made) == len(_build.units())
+    built = {path.name: path.stat().st_mtime_ns for path in objects.glob("*.o")}
+    assert len(built) == len(_build.units())
     (cheap_sources / "cpu" / "dispatch.cpp").write_text("namespace gistops { int x; }\n")
     _build.build(cheap_sources, out, objects)
-    changed = {path.name for path in objects.glob("*.o") if path.stat().st_mtime_ns != made[path.name]}
+    changed = {path.name for path in objects.glob("*.o") if path.stat().st_mtime_ns != built[path.name]}
     assert changed == {"cpu_dispatch.o"}
 
 
-def test_the_hash_follows_sources_and_flags(cheap_sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hash_depends_on_sources_and_flags(cheap_sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = _build.source_hash(cheap_sources)
     (cheap_sources / "notes.txt").write_text("not compiled")
     assert _build.source_hash(cheap_sources) == before
@@ -170,10 +172,10 @@ def test_kernels_include_nothing_from_outside_their_folder() -> None:
 
 @needs_compiler
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm, of binutils, is not on PATH")
-def test_kernels_of_new_processors_hold_no_weak_symbols(
+def test_kernels_of_new_processors_have_no_weak_symbols(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The linker keeps one copy of a weak function: a v4 copy of std::max would crash an older machine."""
+    """The linker keeps one copy of a weak function; a v4 copy of std::max would crash an older machine."""
     checked = [unit for unit in _build.units() if "-march" in " ".join(unit.flags)]
     if not checked:
         pytest.skip(f"{_build.machine()} has one variant of the kernels")
@@ -191,10 +193,10 @@ def test_kernels_of_new_processors_hold_no_weak_symbols(
         )
 
 
-# What is said.
+# Reports.
 
 
-def test_info_tells_versions_backends_and_folders() -> None:
+def test_info_reports_versions_backends_and_folders() -> None:
     facts = info.info()
     assert facts["versions"]["torch, running"] == torch.__version__
     assert facts["backends"]["reference"]["available"]
@@ -212,7 +214,7 @@ def test_info_tells_versions_backends_and_folders() -> None:
     assert "last load error" in text
 
 
-def test_info_tells_a_mismatch() -> None:
+def test_info_reports_a_mismatch() -> None:
     note = info.mismatch("2.11.0", "2.13.0")
     assert note is not None
     assert "built for torch 2.11.0, you have 2.13.0" in note
@@ -226,7 +228,7 @@ def test_info_tells_a_mismatch() -> None:
 CUDA_TORCH = _toolchain.Torch(Path(torch.__file__).parent, "2.99.0+cu130", "13.0")
 
 
-def test_without_cuda_the_reason_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasons_for_a_missing_cuda_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = _toolchain.Torch(Path("/torch"), "2.99.0+cpu")
     assert _toolchain.find_cuda(cpu) == "torch 2.99.0+cpu is built without CUDA"
     monkeypatch.setattr(_toolchain, "find_nvcc", lambda: None)
@@ -235,7 +237,7 @@ def test_without_cuda_the_reason_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     assert _toolchain.find_cuda(CUDA_TORCH) == "GISTOPS_CUDA=0 left them out"
 
 
-def test_an_nvcc_of_another_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_nvcc_of_another_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 12.4, V12.4.1\n")
     nvcc.chmod(0o755)
@@ -244,7 +246,7 @@ def test_an_nvcc_of_another_version(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert found.endswith("from another version: release 12.4"), found
 
 
-@pytest.mark.skipif(_toolchain.find_nvcc() is None, reason="nvcc is not here")
+@pytest.mark.skipif(_toolchain.find_nvcc() is None, reason="nvcc is not installed")
 def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     nvcc = _toolchain.find_nvcc()
     assert nvcc is not None
@@ -262,9 +264,9 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_compiler
-@pytest.mark.skipif(_toolchain.find_nvcc() is None, reason="nvcc is not here")
+@pytest.mark.skipif(_toolchain.find_nvcc() is None, reason="nvcc is not installed")
 def test_cuda_kernels_that_do_not_compile(cheap_sources: Path, tmp_path: Path) -> None:
-    """The CPU's operators are built all the same, and the record says what was wrong; strictly it is an error."""
+    """A build without them, with the reason in the record; an error if strict."""
     tools = Tools.find()
     nvcc = _toolchain.find_nvcc()
     assert nvcc is not None

@@ -1,6 +1,6 @@
-"""Loading: libraries that do not fit, the build on first use, and several processes that want it at once.
+"""Loading: unsuitable libraries, the build on first use, and concurrent processes.
 
-Each case needs a process of its own, because a process loads the operators once. They load cheap sources.
+Each case runs in its own process, because a process loads the ops once. The cases load cheap sources.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """A folder on the path with room for an installed gistops' library."""
+    """A folder on the path for the library of an installed gistops."""
     (tmp_path / "site" / "gistops").mkdir(parents=True)
     return tmp_path / "site"
 
 
 @pytest.fixture
 def start(cheap_sources: Path, site: Path, tmp_path: Path) -> Start:
-    """Starts a process that loads the operators and prints what became of it."""
+    """Start processes that load the ops and print the status."""
 
     def start(**environment: str) -> subprocess.Popen[str]:
         path = os.pathsep.join(map(str, (site, native.PACKAGE.parent)))
@@ -85,7 +85,7 @@ def test_two_processes_at_once_compile_once(start: Start, tmp_path: Path) -> Non
     assert sorted(path.name for path in folder.iterdir()) == ["_C.json", "_C.so", "lock"]
 
 
-def test_a_killed_build_blocks_nobody(start: Start, tmp_path: Path) -> None:
+def test_killed_build_does_not_block_others(start: Start, tmp_path: Path) -> None:
     killed = start(CXX=slow_compiler(tmp_path, 1))
     while not list((tmp_path / "cache").glob("*/build-*/build.ninja")):
         assert killed.poll() is None, killed.communicate()
@@ -96,7 +96,7 @@ def test_a_killed_build_blocks_nobody(start: Start, tmp_path: Path) -> None:
     assert status["loaded"], status
 
 
-def test_a_file_system_without_locks(
+def test_file_system_without_locks(
     cheap_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def flock(file: object, operation: int) -> None:
@@ -110,7 +110,7 @@ def test_a_file_system_without_locks(
     assert capfd.readouterr().err.count("gistops: compiling") == 1
 
 
-def test_a_library_that_does_not_load(start: Start, site: Path, cheap_sources: Path) -> None:
+def test_library_that_does_not_load(start: Start, site: Path, cheap_sources: Path) -> None:
     library = site / "gistops" / native.LIBRARY
     library.write_text("no library at all")
     record(cheap_sources, "2.11.0").write(library)
@@ -122,7 +122,7 @@ def test_a_library_that_does_not_load(start: Start, site: Path, cheap_sources: P
     assert f"built for torch 2.11.0, you have {torch.__version__}" in status["error"]
 
 
-def test_a_library_that_does_not_load_and_no_build(
+def test_library_that_does_not_load_without_a_build(
     site: Path, cheap_sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = site / "gistops" / native.LIBRARY
@@ -137,7 +137,7 @@ def test_a_library_that_does_not_load_and_no_build(
         assert words in status.reason
 
 
-def test_a_library_with_no_record_is_not_opened(site: Path) -> None:
+def test_library_without_a_record_is_not_opened(site: Path) -> None:
     library = site / "gistops" / native.LIBRARY
     shutil.copy(torch._C.__file__, library)  # this one would load
     status = native._use_installed(library, "any hash")
@@ -146,7 +146,7 @@ def test_a_library_with_no_record_is_not_opened(site: Path) -> None:
     assert native.REINSTALL in status.reason
 
 
-def test_a_library_with_a_wrong_record(start: Start, site: Path, cheap_sources: Path) -> None:
+def test_library_with_a_wrong_record(start: Start, site: Path, cheap_sources: Path) -> None:
     library = site / "gistops" / native.LIBRARY
     shutil.copy(torch._C.__file__, library)
     record(cheap_sources, torch.__version__).write(library)
@@ -155,7 +155,7 @@ def test_a_library_with_a_wrong_record(start: Start, site: Path, cheap_sources: 
     assert "does not define gistops::logits_forward" in status["error"]
 
 
-def test_a_library_of_the_same_sources_serves_and_no_other(
+def test_library_is_used_only_with_the_sources_it_was_built_from(
     start: Start, site: Path, cheap_sources: Path
 ) -> None:
     library = site / "gistops" / native.LIBRARY
@@ -168,7 +168,7 @@ def test_a_library_of_the_same_sources_serves_and_no_other(
     assert "compiled from other sources" in other.reason
 
 
-def test_failures_are_told_not_raised(
+def test_failures_are_reported_not_raised(
     tmp_path: Path, cheap_sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
