@@ -26,7 +26,7 @@ Isa detect() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("x86-64-v3")) best = Isa::v3;
   if (__builtin_cpu_supports("x86-64-v4")) best = Isa::v4;
-  // For tests and for comparing: a lower one than the processor has, never a higher.
+  // For tests and comparisons: an older instruction set than the best one, never a newer one.
   if (const char* asked = std::getenv("GISTOPS_CPU_CAPABILITY")) {
     if (best > Isa::v3 && std::strcmp(asked, "v3") == 0) best = Isa::v3;
     if (std::strcmp(asked, "baseline") == 0) best = Isa::baseline;
@@ -40,19 +40,19 @@ const Isa chosen = detect();
 }  // namespace
 
 #ifdef GISTOPS_X86
-#define GISTOPS_PICK(T) (chosen == Isa::v4 ? *table_v4_##T : chosen == Isa::v3 ? *table_v3_##T : *table_baseline_##T)
+#define GISTOPS_TABLE(T) (chosen == Isa::v4 ? *table_v4_##T : chosen == Isa::v3 ? *table_v3_##T : *table_baseline_##T)
 #else
-#define GISTOPS_PICK(T) (*table_baseline_##T)
+#define GISTOPS_TABLE(T) (*table_baseline_##T)
 #endif
 
 template <>
 const Kernels<float>& kernels<float>() {
-  return GISTOPS_PICK(float);
+  return GISTOPS_TABLE(float);
 }
 
 template <>
 const Kernels<double>& kernels<double>() {
-  return GISTOPS_PICK(double);
+  return GISTOPS_TABLE(double);
 }
 
 }  // namespace gistops

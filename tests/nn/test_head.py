@@ -68,7 +68,7 @@ def test_a_frozen_head_has_the_bits_of_the_head(make: Make, device: str, seed: i
     head, (x, _) = make(), batch()
     with torch.no_grad():
         if head.centers.dim() == 2 and getattr(head, "num_displacements", 0):
-            head.centers[7] = -head.displacements[1] * 1.001  # scored apart (csrc/cpu/block.h)
+            head.centers[7] = -head.displacements[1] * 1.001  # a cancelled pair (csrc/cpu/norms.h)
             head.centers[8] = -head.displacements[2]
     logits, slots = head(x, return_slots=True)
     best = head.predict_topk(x, 9)
