@@ -1,35 +1,32 @@
-// The CPU operators that stream over classes: the parts of a cross-entropy, and the best k.
+// The CPU ops that compute the parts of a cross-entropy.
 #include <torch/csrc/stable/library.h>
 
-#include <optional>
 #include <tuple>
 
 #include "../cross_entropy.h"
-#include "../topk.h"
 #include "arguments.h"
 
 namespace gistops {
 namespace {
 
-// A vector of classes, optional, in the type of computation.
-std::optional<Tensor> of_classes(const Arguments& a, const std::optional<Tensor>& x, const char* name) {
-  if (!x) return std::nullopt;
-  return a.checked(torch::stable::to(*x, a.compute), {a.K()}, a.compute, name);
-}
+using Parts = std::tuple<Tensor, Tensor, Tensor>;
+using PartGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-template <class T>
-const T* values_or_null(const std::optional<Tensor>& x) {
-  return x ? values<T>(*x) : nullptr;
-}
+// The arguments that the ops have in common, from input to ignore_index. stash, if not null, is the memory that will
+// hold the gradient of centers.
+struct LossCall {
+  Arguments a;
+  OptionalTensor bias, weight;
+  Tensor target;  // -1 in ignored rows
+  ScalarType displacements_dtype, tau_dtype, bias_dtype;
 
-struct Terms {
-  std::optional<Tensor> bias, weight;
-  Tensor target;  // -1: none
-
-  Terms(const Arguments& a, const std::optional<Tensor>& b, const Tensor& y, const std::optional<Tensor>& w,
-        int64_t ignore_index)
-      : bias(of_classes(a, b, "class_bias")), weight(of_classes(a, w, "weight")),
-        target(like(a.input, {a.B()}, ScalarType::Long)) {
+  LossCall(const Tensor& input, const Tensor& centers, const Tensor& displacements, const Tensor& tau,
+           const OptionalTensor& class_bias, const OptionalTensor& input_coeffs, const OptionalTensor& class_coeffs,
+           const Tensor& y, const OptionalTensor& class_weight, int64_t ignore_index)
+      : a(input, centers, displacements, tau, input_coeffs, class_coeffs), bias(a.per_class(class_bias, "class_bias")),
+        weight(a.per_class(class_weight, "weight")), target(like(a.input, {a.B()}, ScalarType::Long)),
+        displacements_dtype(displacements.scalar_type()), tau_dtype(tau.scalar_type()),
+        bias_dtype(class_bias ? class_bias->scalar_type() : a.compute) {
     const Tensor given = a.checked(y, {a.B()}, ScalarType::Long, "target");
     for (int64_t i = 0; i < a.B(); ++i) {
       const int64_t k = values<int64_t>(given)[i];
@@ -41,132 +38,101 @@ struct Terms {
 
   template <class T>
   LossArguments<T> loss() const {
-    return {{values_or_null<T>(bias), values_or_null<T>(weight)}, values<int64_t>(target)};
+    return {.classes = {.bias = values_or_null<T>(bias), .weight = values_or_null<T>(weight)},
+            .target = values<int64_t>(target)};
   }
-};
 
-// Memory for the scores: one that will hold the gradient of centers.
-void check_parked(const Arguments& a, const Tensor& parked) {
-  STD_TORCH_CHECK(parked.is_cpu() && parked.is_contiguous() && parked.numel() == a.centers.numel() &&
-                      parked.scalar_type() == a.centers.scalar_type(),
-                  "gistops: stash: expected a contiguous tensor of the shape and dtype of centers");
-}
+  template <class T>
+  Stash<T> stash_in(const Problem<T>& p, const Tensor* stash) const {
+    if (!stash) return {};
+    STD_TORCH_CHECK(stash->is_cpu() && stash->is_contiguous() && stash->numel() == a.centers.numel() &&
+                        stash->scalar_type() == a.centers.scalar_type(),
+                    "gistops: stash: expected a contiguous tensor of the shape and dtype of centers");
+    return {p, stash->mutable_data_ptr()};
+  }
 
-template <class T>
-Stash<T> stash(const Problem<T>& p, const Tensor* parked) {
-  return parked ? Stash<T>(p, parked->mutable_data_ptr()) : Stash<T>();
-}
-
-using Optional = std::optional<Tensor>;
-using Lse = std::tuple<Tensor, Tensor, Tensor>;
-using LseGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// What the operators of the loss have in common: their arguments from input to ignore_index.
-struct Call {
-  Arguments a;
-  Terms t;
-  const Tensor *displacements, *tau;
-  const Optional* bias;
-
-  Call(const Tensor& input, const Tensor& centers, const Tensor& delta, const Tensor& temperature, const Optional& b,
-       const Optional& x, const Optional& y, const Tensor& target, const Optional& weight, int64_t ignore_index)
-      : a(input, centers, delta, temperature, x, y), t(a, b, target, weight, ignore_index), displacements(&delta),
-        tau(&temperature), bias(&b) {}
-
-  Lse forward(const Tensor* parked) const {
-    const Tensor lse = like(a.input, {a.B()}, a.compute), target_logits = like(a.input, {a.B()}, a.compute),
-                 sums = like(a.input, {t.weight ? a.B() : 0}, a.compute);
-    if (parked) check_parked(a, *parked);
+  Parts forward(const Tensor* stash) const {
+    const Tensor lse_others = like(a.input, {a.B()}, a.compute), target_logits = like(a.input, {a.B()}, a.compute),
+                 weighted_sums = like(a.input, {weight ? a.B() : 0}, a.compute);
     a.dispatch([&]<class T>(T) {
       const Problem<T> p = a.problem<T>();
-      cross_entropy_forward(p, t.loss<T>(), stash(p, parked), data<T>(lse), data<T>(target_logits),
-                            t.weight ? data<T>(sums) : nullptr);
+      cross_entropy_forward(p, loss<T>(), stash_in(p, stash), data<T>(lse_others), data<T>(target_logits),
+                            weight ? data<T>(weighted_sums) : nullptr);
     });
-    return {lse, target_logits, sums};
+    return {lse_others, target_logits, weighted_sums};
   }
 
-  LseGradients backward(const Tensor& grad_lse, const Tensor& grad_target, const Tensor& grad_sums, const Tensor& lse,
-                        bool need_input, bool need_centers, bool need_displacements, bool need_tau, bool need_bias,
-                        const Tensor* parked) const {
-    const Tensor of_lse = a.checked(grad_lse, {a.B()}, a.compute, "grad_lse_others"),
-                 of_target = a.checked(grad_target, {a.B()}, a.compute, "grad_target_logits"),
-                 of_sums = a.checked(grad_sums, {t.weight ? a.B() : 0}, a.compute, "grad_weighted_sums"),
-                 sums = a.checked(lse, {a.B()}, a.compute, "lse_others");
-    if (parked) check_parked(a, *parked);
-    const GradientTensors g(a, need_input, need_centers, need_displacements, need_tau, parked);
-    const Tensor of_bias = like(a.input, {need_bias && *bias ? a.K() : 0}, a.compute);
+  PartGradients backward(const Tensor& grad_lse_others, const Tensor& grad_target_logits,
+                         const Tensor& grad_weighted_sums, const Tensor& lse_others, bool need_input, bool need_centers,
+                         bool need_displacements, bool need_tau, bool need_bias, const Tensor* stash) const {
+    const Tensor lse = a.checked(lse_others, {a.B()}, a.compute, "lse_others"),
+                 grad_lse = a.checked(grad_lse_others, {a.B()}, a.compute, "grad_lse_others"),
+                 grad_target = a.checked(grad_target_logits, {a.B()}, a.compute, "grad_target_logits"),
+                 grad_sums = a.checked(grad_weighted_sums, {weight ? a.B() : 0}, a.compute, "grad_weighted_sums"),
+                 grad_bias = like(a.input, {need_bias && bias ? a.K() : 0}, a.compute);
+    const GradientTensors g(a, need_input, need_centers, need_displacements, need_tau, stash);
     a.dispatch([&]<class T>(T) {
       const Problem<T> p = a.problem<T>();
-      const LossRows<T> rows{values<T>(sums), values<T>(of_lse), values<T>(of_target),
-                             t.weight ? values<T>(of_sums) : nullptr};
-      cross_entropy_backward(p, t.loss<T>(), rows, stash(p, parked), g.out,
-                             of_bias.numel() ? data<T>(of_bias) : nullptr);
+      const LossRows<T> rows{.lse_others = values<T>(lse),
+                             .grad_lse_others = values<T>(grad_lse),
+                             .grad_target_logits = values<T>(grad_target),
+                             .grad_weighted_sums = weight ? values<T>(grad_sums) : nullptr};
+      cross_entropy_backward(p, loss<T>(), rows, stash_in(p, stash), g.out,
+                             grad_bias.numel() ? data<T>(grad_bias) : nullptr);
     });
     return {g.input,
             g.centers,
-            torch::stable::to(g.displacements, displacements->scalar_type()),
-            torch::stable::to(g.tau, tau->scalar_type()),
-            *bias ? torch::stable::to(of_bias, (*bias)->scalar_type()) : of_bias,
-            g.x,
-            g.y};
+            torch::stable::to(g.displacements, displacements_dtype),
+            torch::stable::to(g.tau, tau_dtype),
+            torch::stable::to(grad_bias, bias_dtype),
+            g.input_coeffs,
+            g.class_coeffs};
   }
 };
 
-Lse cross_entropy_parts_forward(const Tensor& input, const Tensor& centers, const Tensor& displacements,
-                                const Tensor& tau, Optional class_bias, Optional input_coeffs, Optional class_coeffs,
-                                const Tensor& target, Optional weight, int64_t ignore_index, bool /*allow_tf32*/) {
-  return Call(input, centers, displacements, tau, class_bias, input_coeffs, class_coeffs, target, weight, ignore_index)
+Parts cross_entropy_parts_forward(const Tensor& input, const Tensor& centers, const Tensor& displacements,
+                                  const Tensor& tau, OptionalTensor class_bias, OptionalTensor input_coeffs,
+                                  OptionalTensor class_coeffs, const Tensor& target, OptionalTensor weight,
+                                  int64_t ignore_index, bool /*allow_tf32*/) {
+  return LossCall(input, centers, displacements, tau, class_bias, input_coeffs, class_coeffs, target, weight,
+                  ignore_index)
       .forward(nullptr);
 }
 
-Lse stashed_cross_entropy_parts_forward(const Tensor& input, const Tensor& centers, const Tensor& displacements,
-                                        const Tensor& tau, Optional class_bias, Optional input_coeffs,
-                                        Optional class_coeffs, const Tensor& target, Optional weight,
-                                        int64_t ignore_index, const Tensor& parked) {
-  return Call(input, centers, displacements, tau, class_bias, input_coeffs, class_coeffs, target, weight, ignore_index)
-      .forward(&parked);
+Parts stashed_cross_entropy_parts_forward(const Tensor& input, const Tensor& centers, const Tensor& displacements,
+                                          const Tensor& tau, OptionalTensor class_bias, OptionalTensor input_coeffs,
+                                          OptionalTensor class_coeffs, const Tensor& target, OptionalTensor weight,
+                                          int64_t ignore_index, const Tensor& stash) {
+  return LossCall(input, centers, displacements, tau, class_bias, input_coeffs, class_coeffs, target, weight,
+                  ignore_index)
+      .forward(&stash);
 }
 
-LseGradients cross_entropy_parts_backward(const Tensor& grad_lse, const Tensor& grad_target, const Tensor& grad_sums,
-                                          const Tensor& input, const Tensor& centers, const Tensor& displacements,
-                                          const Tensor& tau, Optional class_bias, Optional input_coeffs,
-                                          Optional class_coeffs, const Tensor& target, Optional weight,
-                                          int64_t ignore_index, const Tensor& lse, bool need_input, bool need_centers,
-                                          bool need_displacements, bool need_tau, bool need_bias, bool /*allow_tf32*/) {
-  return Call(input, centers, displacements, tau, class_bias, input_coeffs, class_coeffs, target, weight, ignore_index)
-      .backward(grad_lse, grad_target, grad_sums, lse, need_input, need_centers, need_displacements, need_tau,
-                need_bias, nullptr);
+PartGradients cross_entropy_parts_backward(const Tensor& grad_lse_others, const Tensor& grad_target_logits,
+                                           const Tensor& grad_weighted_sums, const Tensor& input, const Tensor& centers,
+                                           const Tensor& displacements, const Tensor& tau, OptionalTensor class_bias,
+                                           OptionalTensor input_coeffs, OptionalTensor class_coeffs,
+                                           const Tensor& target, OptionalTensor weight, int64_t ignore_index,
+                                           const Tensor& lse_others, bool need_input, bool need_centers,
+                                           bool need_displacements, bool need_tau, bool need_bias,
+                                           bool /*allow_tf32*/) {
+  return LossCall(input, centers, displacements, tau, class_bias, input_coeffs, class_coeffs, target, weight,
+                  ignore_index)
+      .backward(grad_lse_others, grad_target_logits, grad_weighted_sums, lse_others, need_input, need_centers,
+                need_displacements, need_tau, need_bias, nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> stashed_cross_entropy_parts_backward(
-    const Tensor& grad_lse, const Tensor& grad_target, const Tensor& grad_sums, const Tensor& input,
-    const Tensor& centers, const Tensor& displacements, const Tensor& tau, Optional class_bias, Optional input_coeffs,
-    Optional class_coeffs, const Tensor& target, Optional weight, int64_t ignore_index, const Tensor& lse,
-    bool need_input, bool need_displacements, bool need_tau, bool need_bias, const Tensor& parked) {
-  const auto [of_input, of_centers, of_displacements, of_tau, of_bias, of_x, of_y] =
-      Call(input, centers, displacements, tau, class_bias, input_coeffs, class_coeffs, target, weight, ignore_index)
-          .backward(grad_lse, grad_target, grad_sums, lse, need_input, true, need_displacements, need_tau, need_bias,
-                    &parked);
-  return {of_input, of_displacements, of_tau, of_bias, of_x, of_y};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> topk_op(const Tensor& input, const Tensor& centers,
-                                                   const Tensor& displacements, const Tensor& tau, Optional class_bias,
-                                                   Optional input_coeffs, Optional class_coeffs, int64_t k,
-                                                   bool need_lse, bool /*allow_tf32*/, Optional norms) {
-  const Arguments a(input, centers, displacements, tau, input_coeffs, class_coeffs);
-  const Optional bias = of_classes(a, class_bias, "class_bias");
-  STD_TORCH_CHECK(k >= 1 && k <= a.K(), "gistops: expected 1 <= k <= ", a.K(), ", got ", k);
-  const Tensor of_best = like(input, {a.B(), k}, a.compute), classes = like(input, {a.B(), k}, ScalarType::Long),
-               slots = like(input, {a.B(), k}, ScalarType::Byte), lse = like(input, {need_lse ? a.B() : 0}, a.compute);
-  if (norms) norms = a.checked(torch::stable::to(*norms, a.compute), {a.M(), a.K()}, a.compute, "norms");
-  a.dispatch([&]<class T>(T) {
-    Problem<T> p = a.problem<T>();
-    p.norms = values_or_null<T>(norms);
-    topk(p, values_or_null<T>(bias), k, data<T>(of_best), data<int64_t>(classes), data<uint8_t>(slots),
-         need_lse ? data<T>(lse) : nullptr);
-  });
-  return {of_best, classes, slots, lse};
+    const Tensor& grad_lse_others, const Tensor& grad_target_logits, const Tensor& grad_weighted_sums,
+    const Tensor& input, const Tensor& centers, const Tensor& displacements, const Tensor& tau,
+    OptionalTensor class_bias, OptionalTensor input_coeffs, OptionalTensor class_coeffs, const Tensor& target,
+    OptionalTensor weight, int64_t ignore_index, const Tensor& lse_others, bool need_input, bool need_displacements,
+    bool need_tau, bool need_bias, const Tensor& stash) {
+  const auto [grad_input, grad_centers, grad_displacements, grad_tau, grad_bias, grad_input_coeffs, grad_class_coeffs] =
+      LossCall(input, centers, displacements, tau, class_bias, input_coeffs, class_coeffs, target, weight, ignore_index)
+          .backward(grad_lse_others, grad_target_logits, grad_weighted_sums, lse_others, need_input, true,
+                    need_displacements, need_tau, need_bias, &stash);
+  return {grad_input, grad_displacements, grad_tau, grad_bias, grad_input_coeffs, grad_class_coeffs};
 }
 
 }  // namespace
@@ -177,5 +143,4 @@ STABLE_TORCH_LIBRARY_IMPL(gistops, CPU, m) {
   m.impl("cross_entropy_parts_backward", TORCH_BOX(&gistops::cross_entropy_parts_backward));
   m.impl("stashed_cross_entropy_parts_forward", TORCH_BOX(&gistops::stashed_cross_entropy_parts_forward));
   m.impl("stashed_cross_entropy_parts_backward", TORCH_BOX(&gistops::stashed_cross_entropy_parts_backward));
-  m.impl("topk", TORCH_BOX(&gistops::topk_op));
 }

@@ -1,4 +1,4 @@
-// The CPU operators that make or take logits.
+// The CPU ops that compute logits, their gradients, and the top k classes.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -6,13 +6,16 @@
 
 #include "../backward.h"
 #include "../forward.h"
+#include "../topk.h"
 #include "arguments.h"
 
 namespace gistops {
 namespace {
 
 // No displacements, [0, d].
-Tensor none(const Tensor& input) { return like(input, {0, input.dim() == 2 ? input.size(1) : 0}, input.scalar_type()); }
+Tensor no_displacements(const Tensor& input) {
+  return like(input, {0, input.dim() == 2 ? input.size(1) : 0}, input.scalar_type());
+}
 
 using Logits = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
@@ -27,9 +30,9 @@ Logits logits_and_norms(const Arguments& a) {
   return {logits, slots, center_rnorms, input_rnorms};
 }
 
-GradientTensors gradients_of_logits(const Arguments& a, const Tensor& grad, const Tensor& logits, const Tensor& slots,
-                                    const Tensor& center_rnorms, bool need_input, bool need_centers,
-                                    bool need_displacements, bool need_tau) {
+GradientTensors logits_gradients(const Arguments& a, const Tensor& grad, const Tensor& logits, const Tensor& slots,
+                                 const Tensor& center_rnorms, bool need_input, bool need_centers,
+                                 bool need_displacements, bool need_tau) {
   const Tensor G = a.checked(grad, {a.B(), a.K()}, a.compute, "grad"),
                z = a.checked(logits, {a.B(), a.K()}, a.compute, "logits"),
                j = a.checked(slots, {a.B(), a.K()}, ScalarType::Byte, "slots"),
@@ -52,14 +55,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logits_backward(const Tensor& grad, c
                                                            const Tensor& center_rnorms, const Tensor& /*input_rnorms*/,
                                                            bool need_input, bool need_centers, bool need_displacements,
                                                            bool need_tau, bool /*allow_tf32*/) {
-  const GradientTensors g = gradients_of_logits(Arguments(input, centers, displacements, tau), grad, logits, slots,
-                                                center_rnorms, need_input, need_centers, need_displacements, need_tau);
+  const GradientTensors g = logits_gradients(Arguments(input, centers, displacements, tau), grad, logits, slots,
+                                             center_rnorms, need_input, need_centers, need_displacements, need_tau);
   return {g.input, g.centers, torch::stable::to(g.displacements, displacements.scalar_type()),
           torch::stable::to(g.tau, tau.scalar_type())};
 }
 
 Logits subcenter_forward(const Tensor& input, const Tensor& centers, const Tensor& tau, bool /*allow_tf32*/) {
-  return logits_and_norms(Arguments(input, centers, none(input), tau));
+  return logits_and_norms(Arguments(input, centers, no_displacements(input), tau));
 }
 
 std::tuple<Tensor, Tensor, Tensor> subcenter_backward(const Tensor& grad, const Tensor& input, const Tensor& centers,
@@ -67,14 +70,14 @@ std::tuple<Tensor, Tensor, Tensor> subcenter_backward(const Tensor& grad, const 
                                                       const Tensor& center_rnorms, const Tensor& /*input_rnorms*/,
                                                       bool need_input, bool need_centers, bool need_tau,
                                                       bool /*allow_tf32*/) {
-  const GradientTensors g = gradients_of_logits(Arguments(input, centers, none(input), tau), grad, logits, slots,
-                                                center_rnorms, need_input, need_centers, false, need_tau);
+  const GradientTensors g = logits_gradients(Arguments(input, centers, no_displacements(input), tau), grad, logits,
+                                             slots, center_rnorms, need_input, need_centers, false, need_tau);
   return {g.input, g.centers, torch::stable::to(g.tau, tau.scalar_type())};
 }
 
 Logits rotation_forward(const Tensor& input, const Tensor& centers, const Tensor& tau, const Tensor& input_coeffs,
                         const Tensor& class_coeffs, bool /*allow_tf32*/) {
-  return logits_and_norms(Arguments(input, centers, none(input), tau, input_coeffs, class_coeffs));
+  return logits_and_norms(Arguments(input, centers, no_displacements(input), tau, input_coeffs, class_coeffs));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rotation_backward(
@@ -82,9 +85,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rotation_backward(
     const Tensor& class_coeffs, const Tensor& logits, const Tensor& slots, const Tensor& center_rnorms,
     const Tensor& /*input_rnorms*/, bool need_input, bool need_centers, bool need_tau, bool /*allow_tf32*/) {
   const GradientTensors g =
-      gradients_of_logits(Arguments(input, centers, none(input), tau, input_coeffs, class_coeffs), grad, logits, slots,
-                          center_rnorms, need_input, need_centers, false, need_tau);
-  return {g.input, g.centers, torch::stable::to(g.tau, tau.scalar_type()), g.x, g.y};
+      logits_gradients(Arguments(input, centers, no_displacements(input), tau, input_coeffs, class_coeffs), grad,
+                       logits, slots, center_rnorms, need_input, need_centers, false, need_tau);
+  return {g.input, g.centers, torch::stable::to(g.tau, tau.scalar_type()), g.input_coeffs, g.class_coeffs};
 }
 
 Tensor center_norms_op(const Tensor& centers, const Tensor& displacements) {
@@ -99,7 +102,7 @@ Tensor center_norms_op(const Tensor& centers, const Tensor& displacements) {
 std::tuple<Tensor, Tensor> frozen_logits(const Tensor& input, const Tensor& centers, const Tensor& displacements,
                                          const Tensor& tau, const Tensor& norms) {
   const Arguments a(input, centers, displacements, tau);
-  const Tensor known = a.checked(torch::stable::to(norms, a.compute), {a.M(), a.K()}, a.compute, "norms");
+  const Tensor known = a.in_compute(norms, {a.M(), a.K()}, "norms");
   const Tensor logits = like(input, {a.B(), a.K()}, a.compute), slots = like(input, {a.B(), a.K()}, ScalarType::Byte);
   a.dispatch([&]<class T>(T) {
     Problem<T> p = a.problem<T>();
@@ -107,6 +110,26 @@ std::tuple<Tensor, Tensor> frozen_logits(const Tensor& input, const Tensor& cent
     forward(p, data<T>(logits), data<uint8_t>(slots), static_cast<T*>(nullptr), static_cast<T*>(nullptr));
   });
   return {logits, slots};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> topk_op(const Tensor& input, const Tensor& centers,
+                                                   const Tensor& displacements, const Tensor& tau,
+                                                   OptionalTensor class_bias, OptionalTensor input_coeffs,
+                                                   OptionalTensor class_coeffs, int64_t k, bool need_lse,
+                                                   bool /*allow_tf32*/, OptionalTensor norms) {
+  const Arguments a(input, centers, displacements, tau, input_coeffs, class_coeffs);
+  const OptionalTensor bias = a.per_class(class_bias, "class_bias");
+  STD_TORCH_CHECK(k >= 1 && k <= a.K(), "gistops: k: expected 1 to ", a.K(), ", got ", k);
+  const Tensor top_values = like(input, {a.B(), k}, a.compute), classes = like(input, {a.B(), k}, ScalarType::Long),
+               slots = like(input, {a.B(), k}, ScalarType::Byte), lse = like(input, {need_lse ? a.B() : 0}, a.compute);
+  if (norms) norms = a.in_compute(*norms, {a.M(), a.K()}, "norms");
+  a.dispatch([&]<class T>(T) {
+    Problem<T> p = a.problem<T>();
+    p.norms = values_or_null<T>(norms);
+    topk(p, values_or_null<T>(bias), k, data<T>(top_values), data<int64_t>(classes), data<uint8_t>(slots),
+         need_lse ? data<T>(lse) : nullptr);
+  });
+  return {top_values, classes, slots, lse};
 }
 
 std::string cpu_capability() {
@@ -125,6 +148,7 @@ STABLE_TORCH_LIBRARY_IMPL(gistops, CPU, m) {
   m.impl("rotation_backward", TORCH_BOX(&gistops::rotation_backward));
   m.impl("center_norms", TORCH_BOX(&gistops::center_norms_op));
   m.impl("frozen_logits", TORCH_BOX(&gistops::frozen_logits));
+  m.impl("topk", TORCH_BOX(&gistops::topk_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gistops, CompositeExplicitAutograd, m) {
