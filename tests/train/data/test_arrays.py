@@ -1,4 +1,4 @@
-"""The embedded data, files of arrays good and bad, and the streams."""
+"""The embedded dataset, and files of arrays, valid and invalid."""
 
 from __future__ import annotations
 
@@ -10,47 +10,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 
-from train.config import DataConfig
-from train.data.dataset import Dataset
 from train.data.errors import DataError
 from train.data.fashion_mnist_lt.make import CLASSES
-from train.data.load import load
-from train.data.longtail import long_tailed_counts, long_tailed_indices
+from train.data.longtail import long_tailed_counts
 from train.data.sources.arrays import EMBEDDED, load_arrays
-from train.data.stream.augment import NUM_UNIFORMS, Augmentation
-from train.data.stream.streams import RandomStream
-
-from ..conftest import COUNTS, shared_file
-
-
-@pytest.mark.parametrize(
-    ("largest", "num_classes", "ratio", "total"),
-    [(500, 100, 100, 10847), (500, 100, 50, 12608), (500, 100, 10, 19573), (5000, 10, 100, 12406)],
-)
-def test_published_totals_of_cifar_lt(largest: int, num_classes: int, ratio: int, total: int) -> None:
-    counts = long_tailed_counts(largest, num_classes, ratio)
-    assert sum(counts) == total
-    assert (counts[0], counts[-1]) == (largest, largest // ratio)
-
-
-def test_counts_of_the_real_cifar100_lt() -> None:
-    data = load_arrays(str(shared_file("cifar100_lt100.npz")), num_classes=100)
-    assert data.train_counts.tolist() == long_tailed_counts(500, 100, 100)
-    assert data.sample_shape == [3, 32, 32]
-    assert torch.bincount(data.y_test).tolist() == [100] * 100
-
-
-def test_long_tailed_subset_has_its_counts_and_no_repeats(seed: int) -> None:
-    y = np.random.default_rng(seed).integers(0, 7, 5000)
-    counts = long_tailed_counts(300, 7, 30)
-    chosen = long_tailed_indices(y, counts)
-    assert np.bincount(y[chosen]).tolist() == counts
-    assert len(set(chosen.tolist())) == len(chosen)
-    assert (chosen == long_tailed_indices(y, counts)).all()
-    with pytest.raises(ValueError, match="class 0: expected at least 5000 samples, got"):
-        long_tailed_indices(y, [5000] * 7)
 
 
 def test_embedded_fashion_mnist() -> None:
@@ -91,19 +55,6 @@ def test_half_precision_features(feature_arrays: dict[str, Any], tmp_path: Path)
     data = load_arrays(str(tmp_path / "f.safetensors"))
     assert data.x_train.dtype == torch.float32
     assert torch.equal(data.x_train, tensors["x_train"].float())
-
-
-def test_mean_and_std_are_those_of_the_training_images(images: Dataset) -> None:
-    x = images.x_train.double() / 255
-    mean, std = images.mean_std()
-    torch.testing.assert_close(mean.double(), x.mean((0, 2, 3)), rtol=1e-6, atol=0)
-    torch.testing.assert_close(std.double(), x.std((0, 2, 3), correction=0), rtol=1e-6, atol=0)
-
-
-def test_fingerprint_sees_one_pixel(images: Dataset) -> None:
-    before = images.fingerprint()
-    images.x_test[3, 1, 2, 4] ^= 1
-    assert images.fingerprint() != before
 
 
 def without(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -161,7 +112,7 @@ def put(index: int, value: int) -> Callable[[np.ndarray], np.ndarray]:
         ),
     ],
 )
-def test_wrong_arrays(
+def test_invalid_arrays(
     change: Callable[[dict[str, Any]], dict[str, Any]], message: str, arrays: dict[str, Any], tmp_path: Path
 ) -> None:
     path = tmp_path / "wrong.npz"
@@ -171,7 +122,7 @@ def test_wrong_arrays(
     assert str(caught.value).startswith(f"{path}: ")
 
 
-def test_wrong_files(image_file: Path, feature_arrays: dict[str, Any], tmp_path: Path) -> None:
+def test_invalid_files(image_file: Path, feature_arrays: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected an existing file, got none"):
         load_arrays(str(tmp_path / "nothing.npz"))
     with pytest.raises(
@@ -190,40 +141,3 @@ def test_wrong_files(image_file: Path, feature_arrays: dict[str, Any], tmp_path:
         DataError, match="x_train: expected finite features, got 1 values that are not finite"
     ):
         load_arrays(str(tmp_path / "nan.npz"))
-
-
-def test_random_stream_passes_over_all_samples(seed: int) -> None:
-    size = sum(COUNTS)
-    stream = RandomStream(size, torch.Generator().manual_seed(seed))
-    taken = torch.cat([stream.take(count) for count in [7] * 100])
-    passes = taken[: len(taken) // size * size].view(-1, size)
-    assert len(passes) >= 3
-    for one in passes:
-        assert torch.equal(one.sort().values, torch.arange(size))
-    assert not torch.equal(passes[0], passes[1])
-
-
-def test_augmentation_against_one_image_at_a_time(seed: int) -> None:
-    images = torch.randint(0, 256, (64, 3, 9, 7), dtype=torch.uint8)
-    out = Augmentation(2, True)(images, torch.rand(len(images), NUM_UNIFORMS))
-    assert out.shape == images.shape
-    padded = F.pad(images, (2, 2, 2, 2))
-    crops = {
-        (top, left): padded[:, :, top : top + 9, left : left + 7] for top in range(5) for left in range(5)
-    }
-    candidates = {(*place, flip): x.flip(3) if flip else x for place, x in crops.items() for flip in (0, 1)}
-    places = []
-    for i in range(len(images)):
-        found = [place for place, candidate in candidates.items() if torch.equal(candidate[i], out[i])]
-        assert len(found) == 1  # the images are noise: no two crops look the same
-        places += found
-    assert len({place[:2] for place in places}) > 10
-    assert {place[2] for place in places} == {0, 1}
-    assert Augmentation()(images, torch.rand(len(images), NUM_UNIFORMS)) is images
-
-
-def test_a_tail_longer_than_the_largest_class_allows(image_file: Path) -> None:
-    assert load(DataConfig(data=str(image_file), imbalance_ratio=60)).train_counts.tolist()[0] == COUNTS[0]
-    expected = r"--imbalance-ratio: expected at most 120, the size of the largest class, got 200, which leaves 1 classes without"
-    with pytest.raises(DataError, match=expected):
-        load(DataConfig(data=str(image_file), imbalance_ratio=200))

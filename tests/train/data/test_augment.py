@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from train.__main__ import main
 from train.data.stream.augment import NUM_UNIFORMS, Augmentation
@@ -21,6 +22,25 @@ def ramp(b: int, h: int, w: int) -> torch.Tensor:
     rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     one = torch.stack([2 * columns, 2 * rows, torch.zeros_like(rows)])
     return one.to(torch.uint8).expand(b, -1, -1, -1).contiguous()
+
+
+def test_augmentation_against_one_image_at_a_time(seed: int) -> None:
+    images = torch.randint(0, 256, (64, 3, 9, 7), dtype=torch.uint8)
+    out = Augmentation(2, True)(images, torch.rand(len(images), NUM_UNIFORMS))
+    assert out.shape == images.shape
+    padded = F.pad(images, (2, 2, 2, 2))
+    crops = {
+        (top, left): padded[:, :, top : top + 9, left : left + 7] for top in range(5) for left in range(5)
+    }
+    candidates = {(*place, flip): x.flip(3) if flip else x for place, x in crops.items() for flip in (0, 1)}
+    places = []
+    for i in range(len(images)):
+        found = [place for place, candidate in candidates.items() if torch.equal(candidate[i], out[i])]
+        assert len(found) == 1  # the images are noise: no two crops look the same
+        places += found
+    assert len({place[:2] for place in places}) > 10
+    assert {place[2] for place in places} == {0, 1}
+    assert Augmentation()(images, torch.rand(len(images), NUM_UNIFORMS)) is images
 
 
 def test_random_resized_crops_are_boxes_of_the_image(seed: int) -> None:

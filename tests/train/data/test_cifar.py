@@ -1,4 +1,4 @@
-"""CIFAR's original archives, small and made up."""
+"""Archives in the layout of CIFAR's, with few synthetic images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def archive(path: Path, folder: str, files: dict[str, Any]) -> Path:
 
 
 def cifar(path: Path, classes: int, each: int, rng: np.random.Generator) -> Path:
-    """A small archive in CIFAR-100's layout, or for 10 classes CIFAR-10's; the first pixel is the label."""
+    """Write a small archive in the layout of CIFAR-100, or of CIFAR-10 for 10 classes. The first pixel is the label."""
 
     def part(count: int, key: bytes) -> dict[bytes, Any]:
         y = rng.permutation(np.repeat(np.arange(classes), count))
@@ -61,7 +61,7 @@ def test_cifar_archives(classes: int, tmp_path: Path, seed: int) -> None:
     assert len(tail.y_test) == len(data.y_test)
 
 
-def test_an_archive_that_would_run_something(tmp_path: Path) -> None:
+def test_an_archive_with_code_is_refused(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:
             return print, ("run",)

@@ -1,4 +1,4 @@
-"""Image files decoded once into a cache: what cannot be read, what others left, what is made anew."""
+"""Image files decoded once into the cache: unreadable files, retries, changes, several processes."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_unreadable_images_are_named(tree: Path, cache: str) -> None:
     check_colors(data.x_train, data.y_train)
 
 
-def test_a_file_that_the_disk_would_not_give_is_tried_again(tree: Path, cache: str) -> None:
-    """Its size and time are what they were, so what was decoded still counts as the list's."""
+def test_temporary_read_errors_are_retried(tree: Path, cache: str) -> None:
+    """The file's size and time do not change, so the cached array stays valid for the list."""
     file = tree / "train" / "ant" / "2.png"
     whole, times = file.read_bytes(), file.stat()
     source = DataConfig(data=str(tree), image_size=16, cache=cache)
@@ -66,7 +66,7 @@ def test_a_file_that_the_disk_would_not_give_is_tried_again(tree: Path, cache: s
 def test_images_are_decoded_once(tree: Path, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = DataConfig(data=str(tree), image_size=16, cache=cache)
     first = load(source)
-    assert not list(Path(cache).glob(".*")), "something unfinished was left"
+    assert not list(Path(cache).glob(".*")), "an incomplete folder was left"
 
     def never(*_: Any) -> None:
         raise AssertionError("decoded again")
@@ -76,7 +76,7 @@ def test_images_are_decoded_once(tree: Path, cache: str, monkeypatch: pytest.Mon
         again = load(source)
     assert torch.equal(first.x_train, again.x_train)
     assert first.fingerprint() == again.fingerprint()
-    write_image(tree / "train" / "ant" / "0.png", (0, 0, 0))  # another image of that name
+    write_image(tree / "train" / "ant" / "0.png", (0, 0, 0))  # another image with the same name
     changed = load(source)
     assert not torch.equal(changed.x_train, first.x_train)
 
@@ -92,7 +92,7 @@ def test_many_images_by_several_processes(tmp_path: Path, cache: str) -> None:
     assert reds.tolist() == order
 
 
-def test_pictures_of_any_kind(tmp_path: Path) -> None:
+def test_images_of_all_modes_and_orientations(tmp_path: Path) -> None:
     for mode, color in (
         ("L", 90),
         ("P", 3),

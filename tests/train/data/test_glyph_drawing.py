@@ -1,4 +1,4 @@
-"""Which characters, with which fonts, and how one is drawn. Fonts are matplotlib's own, which are everywhere."""
+"""Character frequencies, font faces and rendering, with the fonts that matplotlib includes."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ SIZE = 16
         ("BabelStone Han", "BabelStone Han"),
     ],
 )
-def test_faces_of_one_design_are_one_family(name: str, family: str) -> None:
+def test_family_names_leave_out_weight_region_and_width(name: str, family: str) -> None:
     assert family_of(name) == family
 
 
-def test_no_family_is_in_two_parts() -> None:
+def test_no_family_is_in_two_splits() -> None:
     families = [family for part in FAMILIES.values() for family in part]
     assert len(set(families)) == len(families)
 
@@ -68,7 +68,7 @@ def test_boxes_and_blanks_are_dropped() -> None:
 
 
 def test_placeholders_that_a_font_lists_as_characters_are_dropped(tmp_path: Path) -> None:
-    """A font with its own picture for many characters, which is not that of characters it does not list."""
+    """The font has an image of its own for many characters, which differs from that of unlisted characters."""
     ideographs = [chr(0x4E00 + i) for i in range(20)]
     pictures = {".notdef": (0, 0, 900, 900), "tofu": (0, 0, 500, 900), "bar": (0, 0, 100, 900)}
     builder = FontBuilder(1000, isTTF=True)

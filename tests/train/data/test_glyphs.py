@@ -1,4 +1,4 @@
-"""Characters drawn with fonts. Most tests draw Latin letters with matplotlib's own fonts, which are everywhere."""
+"""The glyphs dataset. Most tests draw Latin letters with the fonts that matplotlib includes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def same(a: glyphs.Glyphs, b: glyphs.Glyphs, *parts: str) -> bool:
     )
 
 
-def test_without_jieba_it_says_how_to_install_it(
+def test_a_missing_jieba_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "jieba", None)
@@ -65,20 +65,20 @@ def test_without_jieba_it_says_how_to_install_it(
 
 def test_counts_follow_the_square_root_of_the_frequency() -> None:
     counts = training_counts([100, 25, 9, 1], dataclasses.replace(RULE, largest=40, smallest=5))
-    assert counts.tolist() == [40, 20, 12, 5]  # the last by the rule 4
+    assert counts.tolist() == [40, 20, 12, 5]  # the rule gives the last class 4
 
 
-def test_few_images_are_of_different_families(seed: int) -> None:
+def test_classes_of_few_images_use_different_families(seed: int) -> None:
     class_faces = [{"a": [0, 1], "b": [2], "c": [3, 4, 5]}, {"b": [2], "c": [3, 4, 5]}] * 50
     plan = plan_training(np.full(100, 3), class_faces, seed)
     family = np.array(["a", "a", "b", "c", "c", "c"])[plan.faces].reshape(100, 3)
     assert all(set(row) == {"a", "b", "c"} for row in family[::2])
-    assert all(set(row) == {"b", "c"} for row in family[1::2])  # no face that does not draw it
+    assert all(set(row) == {"b", "c"} for row in family[1::2])  # only faces that draw the class
     assert set(plan.faces) == set(range(6))
     assert len(np.unique(plan.variations, axis=0)) == 300
 
 
-def test_the_set_is_what_its_rule_says(tmp_path: Path) -> None:
+def test_the_dataset_follows_its_rule(tmp_path: Path) -> None:
     made = draw(tmp_path)
     counts = np.bincount(made.arrays["y_train"])
     assert counts.tolist() == training_counts(list(LETTERS.values()), RULE).tolist()
@@ -91,7 +91,7 @@ def test_the_set_is_what_its_rule_says(tmp_path: Path) -> None:
         assert images.dtype == np.uint8
         assert images.shape == (len(made.arrays[f"y_{part}"]), 1, SIZE, SIZE)
         assert (images.max((1, 2, 3)) > 150).all()
-    # Plain images are of the family's first face: for the test, DejaVu Serif Bold.
+    # Undeformed images have the family's first face: for the test split, DejaVu Serif Bold.
     [face] = find_faces([FONTS / "DejaVuSerif-Bold.ttf"], ["DejaVu Serif"])
     for k, letter in enumerate(LETTERS):
         ink = render_ink(face.open(SUPERSAMPLING * SIZE), letter)
@@ -100,7 +100,7 @@ def test_the_set_is_what_its_rule_says(tmp_path: Path) -> None:
 
 
 def test_training_images_do_not_depend_on_held_out_fonts(tmp_path: Path) -> None:
-    """The same bits where other files are all that is held out: none of them can be trained on."""
+    """The training images have the same bits with other held-out fonts, so none of these is trained on."""
     swapped = dataclasses.replace(RULE, families=RULE.families | {"val": ("cmr10",), "test": ("cmss10",)})
     first = draw(tmp_path)
     other = draw(tmp_path, fonts("DejaVuSans", "STIXGeneral", "cmr10", "cmss10"), swapped)
@@ -109,9 +109,11 @@ def test_training_images_do_not_depend_on_held_out_fonts(tmp_path: Path) -> None
     assert not same(first, other, "val")
 
 
-def test_the_same_bits_whoever_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bits_do_not_depend_on_the_number_of_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = draw(tmp_path / "a")
-    monkeypatch.setattr(glyphs, "BATCH", 7)  # so that there is enough to do for two processes
+    monkeypatch.setattr(glyphs, "BATCH", 7)  # small batches, so that two processes are used
     assert same(
         first, load_glyphs(SIZE, tmp_path / "b", LETTERS, ALL, RULE, workers=2), "train", "val", "test"
     )
@@ -120,7 +122,7 @@ def test_the_same_bits_whoever_draws(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert same(first, reseeded, "val", "test")
 
 
-def test_faces_that_draw_the_same_are_one(tmp_path: Path) -> None:
+def test_duplicate_faces_are_left_out(tmp_path: Path) -> None:
     shutil.copy(FONTS / "STIXGeneral.ttf", tmp_path / "again.ttf")
     first, twice = draw(tmp_path), draw(tmp_path, [*ALL, tmp_path / "again.ttf"])
     assert same(first, twice, "train", "val", "test")
@@ -128,14 +130,14 @@ def test_faces_that_draw_the_same_are_one(tmp_path: Path) -> None:
     assert any(note.startswith("left out: 1 duplicate faces") for note in twice.notes), twice.notes
 
 
-def test_drawn_once(tmp_path: Path) -> None:
+def test_images_are_drawn_once(tmp_path: Path) -> None:
     files = [Path(shutil.copy(file, tmp_path)) for file in ALL]
     cache = tmp_path / "cache"
     first = draw(cache, files)
     times = {file: file.stat().st_mtime_ns for file in cache.rglob("*")}
     assert same(first, draw(cache, files), "train", "val", "test")
     assert {file: file.stat().st_mtime_ns for file in cache.rglob("*")} == times
-    os.utime(files[0], (1, 1))  # another font, for all one knows
+    os.utime(files[0], (1, 1))  # possibly another font
     draw(cache, files)
     assert len(list(cache.iterdir())) == 2
     load_glyphs(SIZE + 1, cache, LETTERS, files, RULE)
@@ -167,7 +169,7 @@ def test_drawn_once(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_missing_is_named(
+def test_missing_fonts_are_named(
     families: dict[str, tuple[str, ...]], letters: str, words: str, tmp_path: Path
 ) -> None:
     rule = dataclasses.replace(RULE, families=RULE.families | families)
@@ -176,15 +178,15 @@ def test_what_is_missing_is_named(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_size_too_small(tmp_path: Path) -> None:
+def test_a_size_that_is_too_small(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--image-size: expected at least 8 for glyphs, got 7"):
         load_glyphs(7, tmp_path)
 
 
-def test_doctor_and_a_run(
+def test_the_doctor_and_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command line's part, with letters in place of the 8,141 characters, which take minutes."""
+    """The command line works, here with letters in place of the 8,141 characters, which take minutes."""
     letters = functools.partial(load_glyphs, frequencies=LETTERS, fonts=ALL, rule=RULE)
     monkeypatch.setattr(load, "load_glyphs", letters)
     options = f"--recipe glyphs --num-classes 26 --image-size {SIZE} --cache {tmp_path / 'cache'}".split()
@@ -205,7 +207,7 @@ def test_doctor_and_a_run(
 def _installed() -> list[Face]:
     faces = find_faces(system_fonts(), sum(FAMILIES.values(), ()))
     if absent := {family for part in FAMILIES.values() for family in part} - {face.family for face in faces}:
-        pytest.skip(f"fonts that are not installed: {', '.join(sorted(absent))}")
+        pytest.skip(f"these fonts are not installed: {', '.join(sorted(absent))}")
     return faces
 
 
@@ -225,6 +227,6 @@ def test_chinese_characters_with_the_systems_fonts(tmp_path: Path) -> None:
     flat = np.array([[np.asarray(image, float).ravel() for image in row] for row in blurred])
     flat -= flat.mean(2, keepdims=True)
     flat /= np.linalg.norm(flat, axis=2, keepdims=True)
-    # A character looks more like itself in another font than like others: labels fit. By chance 1 in 13 would.
+    # Labels are right if a character is most similar to itself in another font. By chance 1 in 13 is.
     nearest = (flat[:, 0] @ flat[:, 1].T).argmax(1)
     assert (nearest == np.arange(len(few))).mean() > 0.6

@@ -1,4 +1,4 @@
-"""Data as it is published: lists, COCO files, folders. Small made-up sets in the same layouts."""
+"""Lists, COCO files and folders in the layouts of published datasets, with few synthetic images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def entries(tree: Path, part: str) -> list[tuple[str, int]]:
 
 
 def write_lists(tree: Path, kind: str) -> Path:
-    """Lists of both parts in the layout of a published set; the path of the training list."""
+    """Write the lists of both splits in the layout of a published dataset; return the path of the training list."""
     for part in ("train", "val"):
         pairs = entries(tree, part)
         path = tree / f"Made_Up_{part}.{kind}"
@@ -38,7 +38,7 @@ def write_lists(tree: Path, kind: str) -> Path:
                 writer = csv.writer(file)
                 writer.writerow(["id", "image", "label"])
                 writer.writerows((i, name, list(COLORS)[label]) for i, (name, label) in enumerate(pairs))
-        else:  # ids and order as in iNaturalist's: annotations are not in the order of images, ids not from 0
+        else:  # as in iNaturalist, annotations are in another order than images, and ids do not start at 0
             images = [{"id": 900 + i, "file_name": name} for i, (name, _) in enumerate(pairs)]
             notes = [{"image_id": 900 + i, "category_id": 10 + 5 * k} for i, (_, k) in enumerate(pairs)]
             categories = [{"id": 10 + 5 * k, "name": name} for k, name in enumerate(COLORS)]
@@ -49,7 +49,7 @@ def write_lists(tree: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["txt", "csv", "json", "folder"])
-def test_every_layout_gives_the_same_set(kind: str, tree: Path, cache: str) -> None:
+def test_every_layout_gives_the_same_dataset(kind: str, tree: Path, cache: str) -> None:
     source = tree if kind == "folder" else write_lists(tree, kind)
     data = load(DataConfig(data=str(source), image_size=16, cache=cache))
     assert data.sample_shape == [3, 16, 16]
@@ -62,7 +62,7 @@ def test_every_layout_gives_the_same_set(kind: str, tree: Path, cache: str) -> N
 
 
 def test_prefixes_and_roots(tree: Path, cache: str) -> None:
-    """Places-LT's lists name a layout that another download does not have."""
+    """Paths in the lists of Places-LT do not fit the layout of another download."""
     path = write_lists(tree, "txt")
     path.write_text("".join(f"data_256/{name[6:]} {label}\n" for name, label in entries(tree, "train")))
     elsewhere = path.parent.parent / "lists"
@@ -83,7 +83,7 @@ def test_prefixes_and_roots(tree: Path, cache: str) -> None:
         load(dataclasses.replace(source, path_prefixes=("data_256",)))
 
 
-def test_a_list_with_fewer_categories_keeps_the_training_lists_numbers(tree: Path, cache: str) -> None:
+def test_a_list_with_fewer_categories_keeps_the_training_labels(tree: Path, cache: str) -> None:
     path = write_lists(tree, "json")
     for part in ("train", "val"):
         content = json.loads((tree / f"Made_Up_{part}.json").read_text())
@@ -96,7 +96,7 @@ def test_a_list_with_fewer_categories_keeps_the_training_lists_numbers(tree: Pat
     check_colors(data.x_test, data.y_test)
 
 
-def test_classes_of_all_lists_are_known_by_the_same(tree: Path, cache: str) -> None:
+def test_lists_must_identify_classes_in_the_same_way(tree: Path, cache: str) -> None:
     by_number, by_id, by_name = (str(write_lists(tree, kind)) for kind in ("txt", "json", "csv"))
     for train, test, words in (
         (by_number, by_name, r"Made_Up_train\.csv: expected classes by number, as .*, got classes by name"),
@@ -130,13 +130,13 @@ WRONG: list[tuple[str, str, str]] = [
 
 
 @pytest.mark.parametrize(("name", "content", "words"), WRONG)
-def test_lists_that_are_none(name: str, content: str, words: str, tmp_path: Path) -> None:
+def test_invalid_lists(name: str, content: str, words: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=words):
         read_listing(str(tmp_path / name))
 
 
-def test_what_is_missing_is_said(tree: Path, cache: str, tmp_path: Path) -> None:
+def test_missing_files_and_folders_are_named(tree: Path, cache: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.txt: expected an existing file, got none"):
         read_listing("nowhere.txt")
     (tmp_path / "empty").mkdir()
@@ -172,7 +172,7 @@ def test_training_on_a_folder_and_the_doctor(
     assert (tmp_path / "smoke" / "model-plain.safetensors").is_file()
 
 
-def test_the_doctor_says_what_is_wrong(tree: Path, cache: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_doctor_lists_problems(tree: Path, cache: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_lists(tree, "txt")
     (tree / "train" / "ant" / "0.png").unlink()
     (tree / "train" / "ant" / "1.png").write_bytes(b"nothing")

@@ -1,4 +1,4 @@
-"""A validation split: found, watched in training, and not what results are of."""
+"""The validation split is found, epochs are evaluated on it, and results use the test split."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTIONS = "--recipe smoke --num-classes 5 --classes-per-batch 4 --device cpu --m
 
 
 def write_images(folder: Path, parts: dict[str, int]) -> None:
-    """Class folders; an image's level tells which part it is in."""
+    """Write folders of classes. The level of an image identifies its split."""
     for level, (part, count) in enumerate(parts.items()):
         for name in ("ape", "bee"):
             (folder / part / name).mkdir(parents=True)
@@ -29,11 +29,11 @@ def write_images(folder: Path, parts: dict[str, int]) -> None:
                 image.save(folder / part / name / f"{i}.png")
 
 
-def test_epochs_are_of_the_validation_split_and_results_of_the_test_split(
+def test_epochs_use_the_validation_split_and_results_the_test_split(
     arrays: dict[str, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arrays["x_val"], arrays["y_val"] = arrays["x_train"][:30], arrays["y_train"][:30]
-    arrays["y_test"] = (arrays["y_test"] + 1) % 5  # no classifier that learns is right on it
+    arrays["y_test"] = (arrays["y_test"] + 1) % 5  # a trained classifier is wrong on it
     np.savez(tmp_path / "data.npz", **arrays)
     args = f"{OPTIONS} --data {tmp_path / 'data.npz'} --runs {tmp_path} --stage1-epochs 6 --stage2-epochs 6"
     assert main([*args.split(), "--max-steps-per-epoch", "9"]) == 0
@@ -47,7 +47,7 @@ def test_epochs_are_of_the_validation_split_and_results_of_the_test_split(
     assert result["accuracy"]["overall"] < 0.4
 
 
-def test_a_set_without_one_is_watched_on_the_test_split_with_a_warning(
+def test_without_a_validation_split_epochs_use_the_test_split_with_a_warning(
     image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*OPTIONS.split(), "--data", str(image_file), "--runs", str(tmp_path / "runs")]) == 0
@@ -56,7 +56,9 @@ def test_a_set_without_one_is_watched_on_the_test_split_with_a_warning(
     assert "test accuracy" in said
 
 
-def test_another_validation_split_is_other_data(arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_validation_split(
+    arrays: dict[str, np.ndarray], tmp_path: Path
+) -> None:
     np.savez(tmp_path / "data.npz", **arrays, x_val=arrays["x_train"][:9], y_val=arrays["y_train"][:9])
     data = load_arrays(str(tmp_path / "data.npz"))
     assert data.x_val is not None
@@ -66,7 +68,7 @@ def test_another_validation_split_is_other_data(arrays: dict[str, np.ndarray], t
 
 
 @pytest.mark.parametrize("kind", ["folders", "lists"])
-def test_found_beside_train_and_test(kind: str, tmp_path: Path) -> None:
+def test_a_validation_split_is_found_by_its_name(kind: str, tmp_path: Path) -> None:
     write_images(tmp_path, {"train": 3, "test": 2, "val": 1})
     source = tmp_path
     if kind == "lists":
@@ -83,7 +85,7 @@ def test_found_beside_train_and_test(kind: str, tmp_path: Path) -> None:
     assert data.eval_split[0] == "validation"
 
 
-def test_val_alone_is_the_test_split_and_may_be_named(tmp_path: Path) -> None:
+def test_val_without_test_is_the_test_split(tmp_path: Path) -> None:
     write_images(tmp_path, {"train": 3, "val": 2, "held-out": 1})
     cache = str(tmp_path / "cache")
     data = load(DataConfig(data=str(tmp_path), image_size=8, cache=cache))
