@@ -1,4 +1,4 @@
-// The CUDA backend's operators, compiled for the host, on numpy arrays. Half-precision arrays travel as uint16.
+// Python bindings of the CUDA operators, compiled for the host, on numpy arrays. Half-precision arrays are uint16.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -27,7 +27,7 @@ const gc::OpTable& op_table(const std::string& type) {
 
 py::dtype sums(const std::string& type) { return py::dtype(type == "f64" ? "float64" : "float32"); }
 
-// Allocations of the exact size, so that AddressSanitizer sees what runs over, and filled with a NaN.
+// Allocates buffers of the exact size, so that AddressSanitizer detects overruns, and fills them with NaN.
 class HostWorkspace final : public gc::Workspace {
  public:
   explicit HostWorkspace(std::string type) : type_(std::move(type)) {}
@@ -112,7 +112,7 @@ py::tuple logits_backward(const std::string& type, const py::array& grad, const 
   return py::make_tuple(df, dw, dd, dt);
 }
 
-// Optional arrays come as None.
+// Optional arrays are None if absent.
 const void* values(const py::object& x) { return x.is_none() ? nullptr : py::array(x).data(); }
 void* data(const py::object& x) { return x.is_none() ? nullptr : py::array(x).mutable_data(); }
 

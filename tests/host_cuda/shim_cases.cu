@@ -1,4 +1,4 @@
-// Small kernels that check the shim itself: what is right must be right, what is wrong must be seen.
+// Small kernels that test the shim: correct ones must give the right result, and planted mistakes must be detected.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -50,7 +50,8 @@ Array<float> product(const std::string& type, py::array a, py::array b, bool tra
   return c;
 }
 
-// Each thread writes its number and reads its neighbor's: wrong in some order without the barrier.
+// Each thread writes its number and reads its neighbor's. Without the barrier some order of threads gives a wrong
+// result.
 __global__ void neighbor_kernel(int* out, bool barrier) {
   __shared__ int numbers[64];
   const int i = static_cast<int>(threadIdx.x);
@@ -101,7 +102,7 @@ __global__ void beyond_kernel(int* out, int n) {
   if (threadIdx.x == 0) *out = shared[n - 1];
 }
 
-// A launch with `bytes` of shared memory, of which element n - 1 is read.
+// Launch with `bytes` of shared memory, and read element n - 1 of it.
 int beyond(int bytes, int n, bool ask) {
   int out = 0;
   if (ask && cudaFuncSetAttribute(beyond_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess)

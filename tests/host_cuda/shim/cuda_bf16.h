@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of this name: bfloat16 as far as the kernels use it.
+// Replaces CUDA's header of this name: the parts of bfloat16 that the kernels use.
 #pragma once
 #include "cuda_runtime.h"
 
@@ -8,7 +8,7 @@ struct __nv_bfloat16 {
 
 inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 
-// To the nearest, ties to even.
+// Round to nearest, ties to even.
 inline __nv_bfloat16 __float2bfloat16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);

@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of this name: float16 as far as the kernels use it. The compiler's own type rounds to the
+// Replaces CUDA's header of this name: the parts of float16 that the kernels use. The compiler's own type rounds to
 // nearest, ties to even.
 #pragma once
 #include "cuda_runtime.h"

@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of this name where kernels are compiled for the host.
+// Replaces CUDA's header of this name when kernels are compiled for the host.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -49,7 +49,7 @@ inline std::map<const void*, int> shared_limits;                           // wh
 inline cudaError_t last_error = cudaSuccess;
 inline int shared_at_most = kSharedAtMost;
 
-// As <<<>>>: a configuration that a GPU would refuse sets the error that cudaGetLastError tells.
+// Launch a kernel, as <<<>>> does: an invalid configuration sets the error that cudaGetLastError returns.
 template <class... Parameters, class... Arguments>
 void launch(dim3 grid, dim3 block, size_t shared, cudaStream_t, void (*kernel)(Parameters...), Arguments... arguments) {
   const auto asked = shared_limits.find(reinterpret_cast<const void*>(kernel));
@@ -62,7 +62,7 @@ void launch(dim3 grid, dim3 block, size_t shared, cudaStream_t, void (*kernel)(P
   run({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared, [&] { kernel(arguments...); });
 }
 
-// Every lane shows a value; returns lane `from`'s.
+// Return the value of lane `from`. All lanes of the warp call it.
 template <class T>
 T exchange(T value, unsigned from) {
   static_assert(sizeof(T) <= kSlotBytes);

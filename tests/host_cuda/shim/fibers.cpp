@@ -63,7 +63,7 @@ Fiber* current = nullptr;
 Order thread_order = Order::forward;
 unsigned order_seed = 0;
 
-// AddressSanitizer must know of every change of stacks.
+// AddressSanitizer must be told about every switch of stacks.
 void before_switch([[maybe_unused]] void** save, [[maybe_unused]] const void* stack, [[maybe_unused]] size_t bytes) {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_start_switch_fiber(save, stack, bytes);
@@ -104,7 +104,7 @@ size_t count(size_t first, size_t last, State state) {
                        [&](const Fiber& f) { return f.state == state; });
 }
 
-// Lets go whom all have joined; whether there was anyone.
+// Release the threads first .. last from a barrier that all of them have reached; return true if any was released.
 bool release(size_t first, size_t last, State barrier) {
   const size_t waiting = count(first, last, barrier);
   if (waiting == 0 || waiting + count(first, last, State::done) < last - first) return false;

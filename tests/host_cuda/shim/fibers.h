@@ -1,9 +1,9 @@
-// A block of CUDA threads on one CPU thread: a fiber each, switched at barriers and at what a warp does together.
+// Runs a block of CUDA threads on one CPU thread, as fibers that switch at barriers and at the operations of a warp.
 //
-// What it finds: reads and writes out of bounds (with AddressSanitizer; dynamic shared memory has its exact size), a
-// missing barrier (with another order of threads the result changes), a barrier that not all threads reach, a missing
-// wait for an asynchronous copy. What it cannot: races between warps that any order of whole threads hides, races
-// between blocks, the rounding of tensor cores, speed.
+// Detected: accesses out of bounds (with AddressSanitizer; dynamic shared memory has its exact size), a missing barrier
+// (the result changes with the order of the threads), a barrier that not all threads reach, a missing wait for an
+// asynchronous copy. Not detected: races between warps that no order of whole threads reveals, races between blocks,
+// the rounding of tensor cores.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -20,11 +20,11 @@ struct Index {
 enum class Order { forward, reverse, shuffled };
 void set_order(Order order, unsigned seed);
 
-// Runs `body` in each thread of each block, one block after another.
-// Throws std::runtime_error where a barrier is not reached by all threads.
+// Run `body` in each thread of each block, one block after another.
+// Throws std::runtime_error if not all threads reach a barrier.
 void run(Index grid, Index block, size_t shared_bytes, const std::function<void()>& body);
 
-// Of the thread that is running.
+// Indices and sizes of the running thread.
 Index thread_index();
 Index block_index();
 Index block_dim();
@@ -32,7 +32,7 @@ Index grid_dim();
 void* dynamic_shared();
 unsigned lane();
 
-// Ends the launch with an exception from run().
+// End the launch: run() throws an exception with this message.
 void fail(const char* what);
 
 void block_barrier();
@@ -45,7 +45,7 @@ void show(const void* value, size_t bytes);
 // Return the value that a lane has shown. It is valid until this thread shows the next.
 const void* shown_by(unsigned lane);
 
-// Asynchronous copies of 16 bytes: they arrive when the thread waits for their group, not before.
+// Asynchronous copies of 16 bytes, which arrive when the thread waits for their group and not before.
 void copy_later(void* to, const void* from);
 void end_copy_group();
 void wait_for_copies(size_t groups_left);

@@ -1,4 +1,5 @@
-// What csrc/cuda/ptx.cuh does on a GPU: each instruction in plain code, on the same layouts of fragments (PTX ISA).
+// The functions of csrc/cuda/ptx.cuh for the host: each instruction in C++, with the same layouts of fragments (PTX
+// ISA).
 #pragma once
 #include "device.cuh"
 
@@ -19,7 +20,7 @@ void copy_async_wait() {
   host_cuda::wait_for_copies(N);
 }
 
-// Lane l takes elements 2 (l % 4) and the next of row l / 4 of each matrix, or of column l / 4.
+// Lane l receives elements 2 (l % 4) and the next of row l / 4 of each matrix, or of column l / 4.
 inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
   const unsigned lane = host_cuda::lane();
   require_vector(row);
