@@ -7,7 +7,7 @@ The first command takes the options of `python -m train`, except precision, accu
 draws normal features for a dataset whose class counts a JSON file lists under "counts": a load test of the head alone.
 The backends take alternating steps in one process, and times are medians over the steps. The step is that of
 train/training/trainer.py, except that the backward runs in two parts, of the head and of the backbone. Peak memory is
-reported per part, above the memory that the process holds between steps. This baseline includes all trainings.
+reported per part, above the memory that the process holds between steps. This baseline includes all trainers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from train.config import Config, ConfigError, MethodName
 from train.console import say
 from train.data.dataset import Dataset
 from train.run import load
-from train.training.trainer import Training
+from train.training.trainer import Trainer
 
 from .cpu.memory import read_status, reset_peak
 from .hardware import hardware
@@ -95,23 +95,25 @@ class Parts:
         return {part: statistics.median(seconds) for part, seconds in self.seconds.items()}
 
 
-def step(training: Training, parts: Parts) -> None:
+def step(trainer: Trainer, parts: Parts) -> None:
     """Take one training step, part by part."""
-    (part,) = parts.measure("input", training.batches.next)
-    training.optimizer.zero_grad()
-    features: Tensor = parts.measure("backbone forward", lambda: training.model.features(part.x))
+    (part,) = parts.measure("input", trainer.batches.next)
+    trainer.optimizer.zero_grad()
+    features: Tensor = parts.measure("backbone forward", lambda: trainer.model.features(part.x))
     detached = features.detach().requires_grad_()
 
     def head() -> None:
-        losses = training.method.losses(training.model.head, detached, part.y, part.num_balanced)
-        torch.stack([training.method.weights[name] * loss for name, loss in losses.items()]).sum().backward()
+        losses = trainer.method.losses(trainer.model.head, detached, part.y, part.num_balanced)
+        torch.stack(
+            [trainer.method.loss_coefficients[name] * loss for name, loss in losses.items()]
+        ).sum().backward()
 
     parts.measure("head", head)
     if features.requires_grad:
         parts.measure("backbone backward", lambda: features.backward(detached.grad))
     else:
         parts.measure("backbone backward", lambda: None)
-    parts.measure("optimizer", training.optimizer.step)
+    parts.measure("optimizer", trainer.optimizer.step)
     parts.record_resting_memory()
 
 
@@ -140,20 +142,20 @@ def measure(config: Measured) -> dict[str, Parts]:
         if (value := config.options()[option]) != plain:
             raise ConfigError(option, f"{plain}, because steps are measured in parts", repr(value))
     data = load_data(config)
-    trainings: dict[str, tuple[Training, Parts]] = {}
+    trainers: dict[str, tuple[Trainer, Parts]] = {}
     for backend in config.backends:
         backend_config = config.replace(backend=backend)
         check(backend_config)
-        training = Training(config.measured_method, backend_config, data)
-        training.begin_stage(len(training.method.stages) - 1)
-        trainings[backend] = training, Parts(training.device)
+        trainer = Trainer(config.measured_method, backend_config, data)
+        trainer.begin_stage(len(trainer.method.stages) - 1)
+        trainers[backend] = trainer, Parts(trainer.device)
     for count in range(3 + config.steps):
-        for training, parts in trainings.values():
+        for trainer, parts in trainers.values():
             if count == 3:
                 parts.reset()
             parts.record_resting_memory()
-            step(training, parts)
-    return {backend: parts for backend, (_, parts) in trainings.items()}
+            step(trainer, parts)
+    return {backend: parts for backend, (_, parts) in trainers.items()}
 
 
 def show(config: Measured, found: dict[str, Parts], console: Console) -> None:

@@ -21,7 +21,7 @@ from .config import ConfigError
 from .console import say
 from .distributed import init_process_group, rank
 from .run import start
-from .training.stopping import CODE, Stopped, listening
+from .training.stopping import EXIT_CODE, Stopped, handle_sigterm
 from .training.trainer import Diverged
 
 
@@ -31,14 +31,14 @@ def main(args: list[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else args
     with warnings.catch_warnings():
         try:
-            with init_process_group(), listening():
+            with init_process_group(), handle_sigterm():
                 return dispatch(args)
         except (ConfigError, Diverged) as error:
             print(f"{f'process {rank()}: ' if rank() else ''}error: {error}", file=sys.stderr)
             return 2 if isinstance(error, ConfigError) else 1
         except Stopped as stopped:
             print(f"{stopped}; the same command with --resume goes on from there", file=sys.stderr)
-            return CODE
+            return EXIT_CODE
         except KeyboardInterrupt:
             print(
                 "interrupted; the same command with --resume goes on from the last checkpoint",

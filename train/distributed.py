@@ -1,4 +1,4 @@
-"""The processes of a run: one, or those that `torchrun` starts, which all see the data and take a part of each step."""
+"""Collectives over the processes of a run, which torchrun starts. With a single process they do nothing."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-#: For waiting until one process has decoded all images, which may take hours.
-_patient: dist.ProcessGroup | None = None
+#: A group with a long timeout, because other processes may wait for hours while one decodes all images.
+_patient_group: dist.ProcessGroup | None = None
 
 
 @contextmanager
 def init_process_group() -> Iterator[None]:
-    """Join the processes that torchrun started, if it did: by gloo on the CPU, by NCCL on GPUs, each on its own."""
-    global _patient
+    """Initialize torch.distributed if torchrun started this process: gloo for the CPU, NCCL for GPUs, one GPU per process."""
+    global _patient_group
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         yield
         return
-    if (own := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
-        torch.cuda.set_device(own)
+    if (local_rank := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    _patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    _patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     yield
-    _patient = None
-    gc.collect()  # what wrapped a model may lie in a cycle, and would abort the process if it outlived the group
-    dist.destroy_process_group()  # not after an error: the others may not come to it, and torchrun ends them
+    _patient_group = None
+    gc.collect()  # a DDP wrapper in a reference cycle would abort the process if it outlived the group
+    dist.destroy_process_group()  # not after an error: other processes may not get here, and torchrun ends them
 
 
 def is_initialized() -> bool:
-    """Whether there are others."""
+    """Return whether there are several processes."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -51,26 +51,26 @@ def world_size() -> int:
 
 @contextmanager
 def local_rank0_first() -> Iterator[None]:
-    """What one process of a machine does before its others, which then find it done."""
+    """Let local rank 0 run the context's body first, then the other processes of the machine, which find its results."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if is_initialized() and not first:
-        dist.barrier(_patient)
+        dist.barrier(_patient_group)
     yield
     if is_initialized() and first:
-        dist.barrier(_patient)
+        dist.barrier(_patient_group)
 
 
 def broadcast_from_rank0(make: Callable[[], T]) -> T:
-    """What `make` returns in the first process, in all of them."""
+    """Call `make` on rank 0 and return its result on all ranks."""
     if not is_initialized():
         return make()
-    made = [make() if rank() == 0 else None]
-    dist.broadcast_object_list(made, group=_patient)
-    return made[0]  # type: ignore[return-value]
+    objects = [make() if rank() == 0 else None]
+    dist.broadcast_object_list(objects, group=_patient_group)
+    return objects[0]  # type: ignore[return-value]
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """The sum over all processes, of tensors of one shape."""
+    """Return the sum of the processes' tensors, which have the same shape."""
     if is_initialized():
         value = value.clone()
         dist.all_reduce(value)
@@ -78,9 +78,9 @@ def all_reduce_sum(value: Tensor) -> Tensor:
 
 
 def all_gather(value: Tensor) -> list[Tensor]:
-    """Every process's tensor, of one shape and on the CPU."""
+    """Return the CPU tensors of all processes, which have the same shape."""
     if not is_initialized():
         return [value]
-    every = [torch.empty_like(value) for _ in range(world_size())]
-    dist.all_gather(every, value)
-    return every
+    values = [torch.empty_like(value) for _ in range(world_size())]
+    dist.all_gather(values, value)
+    return values

@@ -20,11 +20,11 @@ from .model.backbones import BackboneError
 from .report import figures
 from .report.html import read_records, write_page
 from .report.table import print_results
-from .training.engine import run
 from .training.first_stages import FirstStages
+from .training.input import epoch_step_sizes, local_micro_batches
 from .training.progress import Display
 from .training.run_folder import RunFolder
-from .training.trainer import own_parts, sizes_of
+from .training.train_methods import train_methods
 
 
 def start(config: Config, console: Console, shared: Path | None = None) -> list[dict[str, Any]]:
@@ -45,14 +45,14 @@ def start(config: Config, console: Console, shared: Path | None = None) -> list[
     folder = RunFolder(config)
     saved = distributed.broadcast_from_rank0(lambda: folder.open(config, data.fingerprint()))
     first_stages = FirstStages(
-        shared or folder.path / "first-stages", config, data.fingerprint(), kept=shared is not None
+        shared or folder.path / "first-stages", config, data.fingerprint(), shared=shared is not None
     )
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     announce(console, config, data, saved)
     with Display(console, images_in_all(config, data), images_done(saved)) as display:
         try:
-            results = run(config, data, folder, first_stages, display, saved)
+            results = train_methods(config, data, folder, first_stages, display, saved)
         except BackboneError as error:
             raise ConfigError("backbone", str(error), repr(config.model.backbone)) from None
     print_results(console, results, data.train_counts, config.run.split_rule)
@@ -98,7 +98,7 @@ def check_parts(config: Config, data: Dataset) -> None:
         if (local := int(os.environ["LOCAL_WORLD_SIZE"])) > torch.cuda.device_count():
             there = f"{torch.cuda.device_count()} GPUs for {local} processes"
             raise ConfigError("device", "a GPU for each process of a machine", there)
-    parts = own_parts(config)[1]
+    parts = local_micro_batches(config)[1]
     balanced = config.method.classes_per_batch * config.method.samples_per_class
     for option, samples in (
         ("batch_size", min(config.method.batch_size, len(data.y_train))),
@@ -141,7 +141,7 @@ def announce(console: Console, config: Config, data: Dataset, saved: dict[str, A
 def images_in_all(config: Config, data: Dataset) -> int:
     """Image passes of all methods and stages."""
     epochs = config.optim.stage1_epochs + config.optim.stage2_epochs
-    return len(config.method.methods) * epochs * sum(map(sum, sizes_of(config, data)))
+    return len(config.method.methods) * epochs * sum(map(sum, epoch_step_sizes(config, len(data.y_train))))
 
 
 def images_done(saved: dict[str, Any] | None) -> int:

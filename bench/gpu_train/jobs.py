@@ -16,7 +16,7 @@ from typing import Any
 from train.config import DEFAULT_RECIPE
 from train.files import write_atomically
 from train.methods import FIRST_STAGES
-from train.training.stopping import CODE as STOPPED
+from train.training.stopping import EXIT_CODE as STOPPED
 
 Record = dict[str, Any]
 #: Exit codes of a process that has not failed: it finished, it stopped on request, or a signal ended it.

@@ -24,7 +24,7 @@ import torch
 from train.cli import parse_run
 from train.data.dataset import Dataset
 from train.run import load
-from train.training.trainer import Training
+from train.training.trainer import Trainer
 
 from .environment import compile_cache_env, save_compile_cache
 from .jobs import Record, data_options
@@ -81,19 +81,19 @@ def probe(args: argparse.Namespace, data_file: Path | None, emit: Callable[[Reco
     return 0
 
 
-def _start_last_stage(method: str, config: Any, data: Dataset) -> Training:
+def _start_last_stage(method: str, config: Any, data: Dataset) -> Trainer:
     """Return a training at the start of its last stage, with displacements."""
-    training = Training(method, config, data)
-    if len(training.method.stages) > 1:
-        training.begin_stage(1)
-    return training
+    trainer = Trainer(method, config, data)
+    if len(trainer.method.stages) > 1:
+        trainer.begin_stage(1)
+    return trainer
 
 
-def _step(training: Training) -> torch.Tensor:
-    if training.step_of_epoch == training.steps_per_epoch - 1:  # skip the epoch's last step: its size differs
-        training.step_of_epoch = 0
-        training.batches.next_draws()
-    return training.step()
+def _step(trainer: Trainer) -> torch.Tensor:
+    if trainer.step_of_epoch == trainer.steps_per_epoch - 1:  # skip the epoch's last step: its size differs
+        trainer.step_of_epoch = 0
+        trainer.batches.next_draws()
+    return trainer.step()
 
 
 def _measure(method: str, config: Any, data: Dataset) -> dict[str, Any]:
@@ -104,15 +104,15 @@ def _measure(method: str, config: Any, data: Dataset) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         began = time.perf_counter()
-        training = _start_last_stage(method, config, data)
-        losses = [_step(training).clone() for _ in range(WARM_UP_STEPS)]
-        training.wait()
+        trainer = _start_last_stage(method, config, data)
+        losses = [_step(trainer).clone() for _ in range(WARM_UP_STEPS)]
+        trainer.synchronize()
         ready = time.perf_counter()
-        losses += [_step(training).clone() for _ in range(STEPS)]
+        losses += [_step(trainer).clone() for _ in range(STEPS)]
         launched = time.perf_counter()
-        training.wait()
+        trainer.synchronize()
         done = time.perf_counter()
-    replayed = training.graphed is not None and training.graphed.captured
+    replayed = trainer.graphed is not None and trainer.graphed.captured
     line: dict[str, Any] = {
         "ms_per_step": round(1e3 * (done - ready) / STEPS, 3),
         "launch_ms_per_step": round(1e3 * (launched - ready) / STEPS, 3),
@@ -131,14 +131,14 @@ def _kernels(method: str, config: Any, data: Dataset) -> dict[str, Any]:
     """Return the number of kernels of an eager step, their total time, and the longest ones."""
     from torch.profiler import ProfilerActivity, profile
 
-    training = _start_last_stage(method, config, data)
+    trainer = _start_last_stage(method, config, data)
     for _ in range(WARM_UP_STEPS):
-        _step(training)
-    training.wait()
+        _step(trainer)
+    trainer.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(3):
-            _step(training)
-        training.wait()
+            _step(trainer)
+        trainer.synchronize()
     rows = [(e.key, e.self_device_time_total / 3e3, e.count / 3) for e in profiled.key_averages()]
     rows = sorted((row for row in rows if row[1] > 0), key=lambda row: -row[1])
     return {

@@ -10,13 +10,13 @@ import torch
 
 from bench.training import PARTS, Parts, main, step
 from train.data.dataset import Dataset
-from train.training.trainer import Training
+from train.training.trainer import Trainer
 
-from ..train.test_engine import IMAGES
+from ..train.short_runs import IMAGES
 
 
 def test_a_step_in_parts_trains_as_a_whole_step(images: Dataset) -> None:
-    whole, in_parts = (Training("gist", IMAGES, images) for _ in range(2))
+    whole, in_parts = (Trainer("gist", IMAGES, images) for _ in range(2))
     parts = Parts(torch.device("cpu"))
     for _ in range(2):
         whole.step()

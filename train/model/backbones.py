@@ -1,4 +1,4 @@
-"""Residual networks after He et al. 2016, with torchvision's parameter names; others from timm."""
+"""Backbones: residual networks (He et al., CVPR 2016) with torchvision's parameter names, and those of timm."""
 
 from __future__ import annotations
 
@@ -9,27 +9,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class BasicBlock(nn.Module):
-    """Two 3×3 convolutions. Where the shape changes the shortcut subsamples and pads with zeros (option A)."""
+class ZeroPadShortcut(nn.Module):
+    """Option A of He et al.: subsample, and pad the new channels with zeros."""
 
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.stride, self.new_planes = stride, planes - in_planes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_planes))
+
+
+def projection_shortcut(in_planes: int, planes: int, stride: int) -> nn.Module:
+    """Return option B of He et al.: a 1×1 convolution."""
+    return nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions and a shortcut; `make_shortcut` makes it where the shape changes."""
+
+    def __init__(
+        self, in_planes: int, planes: int, stride: int, make_shortcut: Callable[[int, int, int], nn.Module]
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.stride, self.new_planes = stride, planes - in_planes
+        self.downsample: nn.Module = nn.Identity()
+        if stride > 1 or in_planes != planes:
+            self.downsample = make_shortcut(in_planes, planes, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        if self.stride > 1 or self.new_planes:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_planes))
-        return F.relu(out + x)
+        return F.relu(self.bn2(self.conv2(out)) + self.downsample(x))
 
 
 class SmallResNet(nn.Module):
-    """Three stages of basic blocks at full, half and quarter resolution, then the mean over positions: [b, d]."""
+    """Three stages of basic blocks at full, half and quarter resolution, then global average pooling: [b, d]."""
 
     def __init__(self, in_channels: int, blocks: int, width: int, stem_stride: int = 1) -> None:
         super().__init__()
@@ -45,8 +62,10 @@ class SmallResNet(nn.Module):
 
     @staticmethod
     def _layer(in_planes: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
-        first = BasicBlock(in_planes, planes, stride)
-        return nn.Sequential(first, *(BasicBlock(planes, planes, 1) for _ in range(blocks - 1)))
+        first = BasicBlock(in_planes, planes, stride, ZeroPadShortcut)
+        return nn.Sequential(
+            first, *(BasicBlock(planes, planes, 1, ZeroPadShortcut) for _ in range(blocks - 1))
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(images)))
@@ -55,28 +74,8 @@ class SmallResNet(nn.Module):
         return features
 
 
-class ProjectedBlock(nn.Module):
-    """Two 3×3 convolutions. Where the shape changes the shortcut is a 1×1 convolution (option B)."""
-
-    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.downsample: nn.Module = nn.Identity()
-        if stride > 1 or in_planes != planes:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_planes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.downsample(x))
-
-
 class ResNet10(nn.Module):
-    """One basic block in each of four stages on ImageNet's stem, for 224×224: [b, 512]. The field's for ImageNet-LT."""
+    """One basic block per stage in four stages on ImageNet's stem, for 224×224: [b, 512]. The usual one for ImageNet-LT."""
 
     out_features = 512
 
@@ -86,7 +85,7 @@ class ResNet10(nn.Module):
         self.bn1 = nn.BatchNorm2d(64)
         planes = (64, 64, 128, 256, 512)
         for i in range(1, 5):
-            block = ProjectedBlock(planes[i - 1], planes[i], stride=1 if i == 1 else 2)
+            block = BasicBlock(planes[i - 1], planes[i], 1 if i == 1 else 2, projection_shortcut)
             setattr(self, f"layer{i}", nn.Sequential(block))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -101,27 +100,32 @@ class ResNet10(nn.Module):
 
 
 class Timm(nn.Module):
-    """A network of timm's without its classifier."""
+    """A network of timm without its classifier."""
 
     def __init__(self, name: str, in_channels: int, pretrained: bool) -> None:
         super().__init__()
         try:
             import timm  # type: ignore[import-not-found, unused-ignore]
         except ImportError as error:
-            raise BackboneError(f"timm, which `pip install timm` brings ({error})") from None
+            raise BackboneError(f"timm, which `pip install timm` installs ({error})") from None
         try:
             self.network = timm.create_model(name, pretrained, in_chans=in_channels, num_classes=0)
-        except (RuntimeError, OSError, ValueError) as error:  # no such network; no way to its weights
-            expected = "the name of a network of timm's" + (
-                ", and its weights to be had" if pretrained else ""
+        except (
+            RuntimeError,
+            OSError,
+            ValueError,
+        ) as error:  # unknown network, or its weights cannot be loaded
+            expected = "the name of a network of timm" + (
+                " whose weights can be loaded" if pretrained else ""
             )
             raise BackboneError(f"{expected} ({error})") from None
         self.out_features: int = self.network.num_features
 
     def mean_std(self, channels: int) -> tuple[Tensor, Tensor]:
-        """Of the images that its weights were trained on, [channels] each, in units of full brightness.
+        """Return the mean and standard deviation of the images that the weights were trained on, [channels] each, from 0 to 1.
 
-        Where there are not as many channels, the mean over those there were, as for the weights of the first layer.
+        If the weights were trained with another number of channels, the values are averaged over their channels, as timm does
+        with the weights of the first layer.
         """
         known = (torch.tensor(self.network.pretrained_cfg[name]) for name in ("mean", "std"))
         mean, std = (t if len(t) == channels else t.mean().expand(channels) for t in known)
@@ -133,26 +137,26 @@ class Timm(nn.Module):
 
 
 class BackboneError(ValueError):
-    """A network that cannot be had; the message says what was expected."""
+    """A backbone is unavailable; the message says what was expected."""
 
 
 TIMM = "timm/"
 
 
 def make_backbone(name: str, in_channels: int, pretrained: bool = False) -> nn.Module:
-    """A network by its name; it has `out_features`.
+    """Return a backbone by its name; it has the attribute `out_features`.
 
     Raises:
-        BackboneError: timm is not installed, or knows no such network.
+        BackboneError: timm is not installed, or has no such network.
     """
     if name.startswith(TIMM):
         return Timm(name.removeprefix(TIMM), in_channels, pretrained)
     return BACKBONES[name](in_channels)
 
 
-#: Networks by name; each takes the number of channels and has `out_features`.
+#: Backbones by name; each takes the number of channels.
 BACKBONES: dict[str, Callable[[int], nn.Module]] = {
-    # One block a stage on a stem of stride 2, twice as wide: for 28×28 on a CPU.
+    # One block per stage on a stem of stride 2, twice as wide: for 28×28 on a CPU.
     "resnet8-half": lambda channels: SmallResNet(channels, blocks=1, width=32, stem_stride=2),
     "resnet20": lambda channels: SmallResNet(channels, blocks=3, width=16),
     "resnet32": lambda channels: SmallResNet(channels, blocks=5, width=16),

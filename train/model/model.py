@@ -1,4 +1,4 @@
-"""A network: what scales its input, a backbone, a head. And the file of a trained one."""
+"""The model: input normalization, a backbone and a head; and the file format of trained models."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from gistops.nn import ConstellationClassifier, GistClassifier
 
-from ..config import Config
 from ..data.dataset import Dataset
 from .backbones import make_backbone
+from .feature_transfer import FeatureTransfer
 
 HeadMaker = Callable[[int, int], nn.Module]  # (in_features, num_classes) -> head
 
 
 class Normalize(nn.Module):
-    """Images 0 to 255 [b, c, h, w] to floats with mean 0 and standard deviation 1 over the training images.
+    """Scale images [b, c, h, w] from 0 to 255 to mean 0 and standard deviation 1 over the training images.
 
-    Of images larger than `crop_size`, if that is not 0, the middle.
+    Images larger than `crop_size` are center-cropped to it; 0 disables the crop.
     """
 
     mean: Tensor
@@ -45,7 +45,9 @@ class Normalize(nn.Module):
 
 
 class Model(nn.Module):
-    """Classifies images [b, c, h, w] uint8 (or, without a backbone, features [b, d]) into logits [b, K]."""
+    """A classifier of images [b, c, h, w] uint8 or, without a backbone, of features [b, d]; returns logits [b, K]."""
+
+    feature_transfer: FeatureTransfer | None  # in training only; set by methods that use it
 
     def __init__(
         self,
@@ -58,11 +60,13 @@ class Model(nn.Module):
         super().__init__()
         self.normalize, self.backbone, self.center, self.head = normalize, backbone, center, head
         self.backbone_name = backbone_name
+        self.register_module("feature_transfer", None)
         for parameter in self.parameters():
-            if parameter.dim() == 4:  # the faster layout for convolutions
+            if parameter.dim() == 4:  # the faster memory layout for convolutions
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def features(self, x: Tensor) -> Tensor:
+        """Return the head's input, [b, d]."""
         features: Tensor = self.center(self.backbone(self.normalize(x)))
         return features
 
@@ -71,40 +75,64 @@ class Model(nn.Module):
         return logits
 
 
-def build_model(data: Dataset, config: Config, make_head: HeadMaker) -> Model:
-    """A model for `data`; `make_head(in_features, num_classes)` gives its head.
+def build_model(
+    data: Dataset,
+    make_head: HeadMaker,
+    *,
+    backbone_name: str,
+    pretrained: bool = False,
+    center_features: bool = False,
+    crop_size: int | None = None,
+) -> Model:
+    """Return a new model for the samples and classes of a dataset.
+
+    Args:
+        data: the dataset.
+        make_head: returns the head, given in_features and num_classes.
+        backbone_name: the backbone; not used if the samples are features.
+        pretrained: start from pretrained weights.
+        center_features: put a batch normalization without parameters before the head.
+        crop_size: the size of the center crop; no crop if None.
 
     Raises:
-        BackboneError: a network that cannot be had.
+        BackboneError: the backbone is unavailable.
     """
     normalize: nn.Module = nn.Identity()
     backbone: nn.Module = nn.Identity()
     in_features = data.sample_shape[0]
     if data.is_images:
-        normalize = Normalize(*data.mean_std(), config.augment.crop_size or 0)
-        backbone = make_backbone(config.model.backbone, in_features, config.model.pretrained)
+        normalize = Normalize(*data.mean_std(), crop_size or 0)
+        backbone = make_backbone(backbone_name, in_features, pretrained)
         in_features = int(backbone.out_features)  # type: ignore[arg-type]
-    center = nn.BatchNorm1d(in_features, affine=False) if config.model.center_features else nn.Identity()
-    return Model(normalize, backbone, center, make_head(in_features, data.num_classes), config.model.backbone)
+    center = nn.BatchNorm1d(in_features, affine=False) if center_features else nn.Identity()
+    return Model(normalize, backbone, center, make_head(in_features, data.num_classes), backbone_name)
 
 
 def save_model(path: Path, model: Model, class_names: list[str]) -> None:
-    """Write a trained model for inference: weights as safetensors, and in its metadata what `load_model` needs."""
+    """Write a trained model for inference: weights as safetensors, with metadata for `load_model`.
+
+    Parts that only training needs are left out: the random stream's centers and the feature transfer.
+    """
     head = model.head.export() if isinstance(model.head, GistClassifier) else model.head
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
+    other_parts = ("head.", "feature_transfer.")
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(other_parts)}
     state |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
-    # One entry: the format keeps several in no fixed order, and the same model should give the same bytes.
+    # A single metadata entry: safetensors does not keep the order of several, and equal models must give equal bytes.
     crop_size = model.normalize.crop_size if isinstance(model.normalize, Normalize) else 0
-    said = {"backbone": model.backbone_name, "classes": class_names, "crop_size": crop_size}
+    description = {"backbone": model.backbone_name, "classes": class_names, "crop_size": crop_size}
     if isinstance(head, ConstellationClassifier):
-        said |= {"transform": head.transform, "hidden_features": head.hidden_features}
-    metadata = {"train": json.dumps(said)}
-    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}  # as the format asks
+        description |= {"transform": head.transform, "hidden_features": head.hidden_features}
+    metadata = {"train": json.dumps(description)}
+    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}  # required by safetensors
     path.write_bytes(safetensors.torch.save(contiguous, metadata))
 
 
 def load_model(path: str | Path) -> tuple[Model, list[str]]:
-    """A trained model in evaluation mode, and its classes' names, from `runs/<name>/model-<method>.safetensors`."""
+    """Load a trained model from `runs/<name>/model-<method>.safetensors`.
+
+    Returns:
+        The model in evaluation mode, and the names of its classes.
+    """
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = json.loads(file.metadata()["train"])
         state: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -1,4 +1,4 @@
-"""Batch normalisation over the samples of all processes, so that the joint batch decides, not how it was divided."""
+"""Batch normalization with statistics over the samples of all processes, so that they do not depend on the split."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..distributed import all_reduce_sum
 
 
-class _Sum(torch.autograd.Function):
-    """Over all processes; of gradients too, as each process's loss depends on every one's value."""
+class _AllReduceSum(torch.autograd.Function):
+    """All-reduce in the forward and in the backward, because each process's loss depends on the values of all processes."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -24,24 +24,24 @@ class _Sum(torch.autograd.Function):
         return all_reduce_sum(grad.contiguous())
 
 
-class _OverProcesses:
-    """The forward of batch normalisation with mean and variance over all processes.
+class _SyncForward:
+    """The forward of batch normalization with the mean and variance over all processes, for the CPU.
 
-    torch's SyncBatchNorm does so on GPUs alone.
+    torch's SyncBatchNorm supports GPUs only.
     """
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)  # type: ignore[misc, no-any-return]
-        over = [i for i in range(x.dim()) if i != 1]
+        dims = [i for i in range(x.dim()) if i != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         count = wide.new_tensor([x.numel() // x.shape[1]])
-        total: Tensor = _Sum.apply(torch.cat([wide.sum(over), count]))  # type: ignore[no-untyped-call]
+        total: Tensor = _AllReduceSum.apply(torch.cat([wide.sum(dims), count]))  # type: ignore[no-untyped-call]
         count = total[-1].detach()
         mean = total[:-1] / count
         centered = wide - mean.view(shape)
-        var: Tensor = _Sum.apply(centered.square().sum(over)) / count  # type: ignore[no-untyped-call]
+        var: Tensor = _AllReduceSum.apply(centered.square().sum(dims)) / count  # type: ignore[no-untyped-call]
         with torch.no_grad():
             self.num_batches_tracked += 1
             unbiased = var * count / (count - 1)
@@ -53,36 +53,36 @@ class _OverProcesses:
         return y.to(x.dtype)
 
 
-class _BatchNorm1d(_OverProcesses, nn.BatchNorm1d):
+class _BatchNorm1d(_SyncForward, nn.BatchNorm1d):
     pass
 
 
-class _BatchNorm2d(_OverProcesses, nn.BatchNorm2d):
+class _BatchNorm2d(_SyncForward, nn.BatchNorm2d):
     pass
 
 
-ON_CPU = {nn.BatchNorm1d: _BatchNorm1d, nn.BatchNorm2d: _BatchNorm2d}
+CPU_CLASSES = {nn.BatchNorm1d: _BatchNorm1d, nn.BatchNorm2d: _BatchNorm2d}
 
 
-def normalize_over_processes(model: nn.Module, device: torch.device) -> None:
-    """Make every batch normalisation within `model` one over all processes; parameters and buffers stay the same tensors.
+def convert_sync_batch_norm(model: nn.Module, device: torch.device) -> None:
+    """Synchronize every batch normalization in `model`, in place; parameters and buffers stay the same tensors.
 
-    Those of kinds that are not torch's own, which may do more than normalise, stay as they are, with a warning.
+    Subclasses of torch's batch normalizations, which may do more than normalize, are left as they are, with a warning.
     """
-    left = set()
+    unconverted = set()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             kind = type(child)
-            if kind in ON_CPU and device.type == "cpu":
-                child.__class__ = ON_CPU[kind]
-            elif kind in ON_CPU:
+            if kind in CPU_CLASSES and device.type == "cpu":
+                child.__class__ = CPU_CLASSES[kind]
+            elif kind in CPU_CLASSES:
                 setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
             elif isinstance(child, _BatchNorm):
-                left.add(kind.__name__)
-    if left:
+                unconverted.add(kind.__name__)
+    if unconverted:
         warnings.warn(
-            f"batch normalisations of the kind {', '.join(sorted(left))} have statistics of each process's own samples, "
-            "not of all",
+            f"batch normalizations of type {', '.join(sorted(unconverted))} are not synchronized: their statistics are those of "
+            "each process's own samples",
             RuntimeWarning,
             stacklevel=2,
         )

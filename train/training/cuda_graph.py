@@ -1,8 +1,8 @@
-"""A whole step of training as one CUDA graph.
+"""Training steps as CUDA graphs.
 
-A step of a small network is some seven hundred kernels of a few microseconds each: a GPU waits for the CPU that launches them.
-Held in a graph they are one launch. What differs from step to step goes through tensors that stay where they are: the samples'
-indices, the random numbers, the learning rates. The samples themselves lie on the GPU.
+A step of a small network launches about 700 kernels of a few microseconds each, and the GPU waits for the CPU that launches them.
+A CUDA graph launches all of them at once. Values that change from step to step are in tensors with fixed addresses: the
+samples' indices, the random numbers, the learning rates. The samples themselves are on the GPU.
 """
 
 from __future__ import annotations
@@ -10,139 +10,151 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..data.stream.batches import Batches, MicroBatch, MicroBatchDraw
+from .. import distributed
+from ..data.stream.batches import MicroBatchDraw
 
-WARM_UP = 3  # steps before one is captured: lazily loaded kernels, workspaces, the optimizer's momentum
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+WARM_UP_STEPS = (
+    3  # before the capture, to load kernels and to allocate workspaces and the optimizer's momentum
+)
 
 Step = Callable[[], Tensor]
 
 
-class Trained(Protocol):
-    """The attributes of `training.Training` that a graph needs."""
-
-    device: torch.device
-    batches: Batches
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Whose groups have rates, as numbers."""
-
-    def optimize(self, parts: list[MicroBatch]) -> Tensor:
-        """Take a step on these samples, without the CPU waiting for anything; returns the loss."""
+def graphed_steps(trainer: Trainer) -> GraphedSteps | None:
+    """Return graphed steps if --cuda-graph asks for them and they are possible; warn if they are not possible."""
+    if not trainer.config.runtime.cuda_graph:
+        return None
+    obstacles = {
+        f"there are none on {trainer.device.type}": trainer.device.type != "cuda",
+        "not supported with several processes": distributed.is_initialized(),
+        "not supported with fp16, whose gradient scaler reads a value in each step": trainer.scaler.is_enabled(),
+        "the samples do not fit on the GPU": trainer.batches.x.device != trainer.device,
+    }
+    for obstacle, holds in obstacles.items():
+        if holds:
+            message = f"--cuda-graph: {obstacle}, so kernels are launched one by one"
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+            return None
+    return GraphedSteps(trainer)
 
 
 class GraphedSteps:
-    """The steps of a stage. The first few are taken as ever, then those of the usual size are replayed from a graph.
+    """The steps of a stage. After a few warm-up steps, steps of the usual size are replayed from a graph.
 
-    Others, such as an epoch's last one, are still launched kernel by kernel. Where a step cannot be captured, a warning says
-    so and all are.
+    Steps of other sizes, such as the last one of an epoch, are launched kernel by kernel. If a capture fails, all steps are,
+    with a warning.
 
     Args:
-        training: what is trained, at the beginning of the stage or anywhere in it.
-        capture: makes of a step what repeats it; for tests.
+        trainer: the trainer, at any step of the stage.
+        capture: makes a repeatable call from a step; for tests.
     """
 
-    def __init__(self, training: Trained, capture: Callable[[Step], Step] | None = None) -> None:
-        self._training, self._capture = training, capture or captured
-        self._usual = training.batches.sizes[0]
-        self._warm = 0
-        self._given_up = False
+    def __init__(self, trainer: Trainer, capture: Callable[[Step], Step] | None = None) -> None:
+        self._trainer, self._capture = trainer, capture or capture_graph
+        self._usual_size = trainer.batches.sizes[0]
+        self._warm_up_steps = 0
+        self._failed = False
         self._replay: Step | None = None
-        self._inputs: list[MicroBatchDraw] = []
-        self._rates: list[Tensor] = []
-        self._aside = torch.cuda.Stream(training.device) if training.device.type == "cuda" else None
+        self._static_draws: list[MicroBatchDraw] = []
+        self._learning_rates: list[Tensor] = []
+        self._side_stream = torch.cuda.Stream(trainer.device) if trainer.device.type == "cuda" else None
 
     @property
     def captured(self) -> bool:
-        """True if steps are replayed by now."""
+        """Whether a graph has been captured."""
         return self._replay is not None
 
-    def step(self, drawn: list[MicroBatchDraw], size: tuple[int, int]) -> Tensor:
-        """Take a step on what was drawn, of so many samples of each stream; returns the loss, until the next one's."""
-        if size != self._usual or self._given_up:
-            return self._launch(drawn)
-        if self._warm < WARM_UP:
-            self._warm += 1
-            return self._beside(drawn)
-        if self._replay is None and not self._record(drawn):
-            return self._launch(drawn)
+    def step(self, draws: list[MicroBatchDraw], size: tuple[int, int]) -> Tensor:
+        """Take a step; return the loss, in a tensor that the next step may overwrite.
+
+        Args:
+            draws: the draws of the step's micro-batches.
+            size: the numbers of samples of the balanced and of the random stream.
+        """
+        if size != self._usual_size or self._failed:
+            return self._launch(draws)
+        if self._warm_up_steps < WARM_UP_STEPS:
+            self._warm_up_steps += 1
+            return self._launch_on_side_stream(draws)
+        if self._replay is None and not self._try_capture(draws):
+            return self._launch(draws)
         assert self._replay is not None
-        for static, new in zip(self._inputs, drawn, strict=True):
-            for to, value in zip(static.tensors, new.tensors, strict=True):
-                to.copy_(value.pin_memory() if to.is_cuda else value, non_blocking=True)
-        self._set_rates()
+        for static, new in zip(self._static_draws, draws, strict=True):
+            for target, value in zip(static.tensors, new.tensors, strict=True):
+                target.copy_(value.pin_memory() if target.is_cuda else value, non_blocking=True)
+        for rate, group in zip(self._learning_rates, self._trainer.optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
         return self._replay()
 
-    def _launch(self, drawn: list[MicroBatchDraw]) -> Tensor:
-        return self._training.optimize([self._training.batches.materialize(part) for part in drawn])
+    def _launch(self, draws: list[MicroBatchDraw]) -> Tensor:
+        return self._trainer.optimize([self._trainer.batches.materialize(draw) for draw in draws])
 
-    def _beside(self, drawn: list[MicroBatchDraw]) -> Tensor:
-        """On another stream, as PyTorch asks of steps before a capture."""
-        if self._aside is None:
-            return self._launch(drawn)
-        here = torch.cuda.current_stream(self._training.device)
-        self._aside.wait_stream(here)
-        with torch.cuda.stream(self._aside):
-            loss = self._launch(drawn)
-        here.wait_stream(self._aside)
+    def _launch_on_side_stream(self, draws: list[MicroBatchDraw]) -> Tensor:
+        """Launch a warm-up step on another stream, as PyTorch requires before a capture."""
+        if self._side_stream is None:
+            return self._launch(draws)
+        current = torch.cuda.current_stream(self._trainer.device)
+        self._side_stream.wait_stream(current)
+        with torch.cuda.stream(self._side_stream):
+            loss = self._launch(draws)
+        current.wait_stream(self._side_stream)
         return loss
 
-    def _record(self, drawn: list[MicroBatchDraw]) -> bool:
-        """Capture a step, which takes none; returns whether it could be."""
-        device = self._training.device
-        on_device = [draw.to(device) for draw in drawn]
-        self._inputs = [draw.with_tensors(*(t.clone() for t in draw.tensors)) for draw in on_device]
-        self._rates = [
-            torch.zeros((), dtype=torch.float32, device=device) for _ in self._training.optimizer.param_groups
+    def _try_capture(self, draws: list[MicroBatchDraw]) -> bool:
+        """Capture a step without running it; return whether it succeeded."""
+        device, optimizer = self._trainer.device, self._trainer.optimizer
+        on_device = [draw.to(device) for draw in draws]
+        self._static_draws = [draw.with_tensors(*(t.clone() for t in draw.tensors)) for draw in on_device]
+        self._learning_rates = [
+            torch.zeros((), dtype=torch.float32, device=device) for _ in optimizer.param_groups
         ]
         try:
-            self._replay = self._capture(self._held)
-        except Exception as error:  # whatever it is, the run can go on
-            self._given_up = True
-            said = f"{type(error).__name__}: {error}".partition("\n")[0]
+            self._replay = self._capture(self._static_step)
+        except Exception as error:  # any failure: training can continue without a graph
+            self._failed = True
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             warnings.warn(
-                f"--cuda-graph: a step could not be captured, so all are launched kernel by kernel, slower ({said})",
+                f"--cuda-graph: a step could not be captured, so kernels are launched one by one, which is slower ({reason})",
                 RuntimeWarning,
                 stacklevel=3,
             )
         return self._replay is not None
 
-    def _held(self) -> Tensor:
-        with rates_in(self._training.optimizer, self._rates):
-            return self._launch(self._inputs)
-
-    def _set_rates(self) -> None:
-        for rate, group in zip(self._rates, self._training.optimizer.param_groups, strict=True):
-            rate.fill_(group["lr"])
+    def _static_step(self) -> Tensor:
+        with tensor_learning_rates(self._trainer.optimizer, self._learning_rates):
+            return self._launch(self._static_draws)
 
 
 @contextmanager
-def rates_in(optimizer: torch.optim.Optimizer, rates: list[Tensor]) -> Iterator[None]:
-    """Let the optimizer read its groups' rates from tensors, where a captured step finds those of later steps."""
-    numbers = [group["lr"] for group in optimizer.param_groups]
+def tensor_learning_rates(optimizer: torch.optim.Optimizer, rates: list[Tensor]) -> Iterator[None]:
+    """Let the optimizer read its learning rates from tensors, so that a captured step uses their later values."""
+    values = [group["lr"] for group in optimizer.param_groups]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     try:
         yield
     finally:
-        for group, number in zip(optimizer.param_groups, numbers, strict=True):
-            group["lr"] = number
+        for group, value in zip(optimizer.param_groups, values, strict=True):
+            group["lr"] = value
 
 
-def captured(step: Step) -> Step:
-    """A call that repeats a step as a CUDA graph and returns its loss, always in the same tensor. Capturing runs nothing."""
-    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+def capture_graph(step: Step) -> Step:
+    """Capture a step as a CUDA graph, without running it; return a call that replays it and returns the same loss tensor."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        # Threads that draw nothing, such as a progress bar's, do not matter.
+        # Other threads, such as that of a progress bar, may call CUDA during the capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             loss = step()
     except BaseException:
-        torch.cuda.set_stream(here)  # a capture that fails may leave its own one in place
+        torch.cuda.set_stream(stream)  # a failed capture may leave its own stream as the current one
         raise
 
     def replay() -> Tensor:

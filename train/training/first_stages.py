@@ -1,8 +1,8 @@
-"""First stages that several methods have in common, trained once.
+"""First stages that several methods or runs share, so that they are trained once.
 
-COS+GIST, GistNet and its rotations and MLPs differ in their second stage alone, as do COS+CB and COS+CS+CB, and runs of one
-method with other displacements. Each goes on from the same weights, optimiser, streams and random numbers that it would
-have come to alone: on the CPU to the same bits.
+COS+GIST, GistNet and its rotations and MLPs differ in their second stage only, as do COS+CB and COS+CS+CB, and runs of one method
+with other displacements. Each continues from the same weights, optimizer, streams and random numbers that it would have
+reached alone; on the CPU, from the same bits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,66 +19,72 @@ from ..config import Config
 from ..files import write_atomically
 from ..methods import FIRST_STAGES
 from ..options import Mark
-from .trainer import Training
+from .run_folder import Record
 
-Record = dict[str, Any]
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 
 class FirstStages:
-    """Their files, one for each kind of first stage, options and data.
+    """The files of trained first stages: one per group of methods, options and data.
 
     Args:
-        folder: where they are.
-        config: the run's options.
-        data: the data's fingerprint.
-        kept: whether other runs may want them; otherwise a method's is kept only for the run's later ones.
+        folder: contains the files.
+        config: the options of the run.
+        data_fingerprint: the fingerprint of the data.
+        shared: other runs use the folder too. Otherwise a first stage is saved only if a later method of this run needs it.
     """
 
-    def __init__(self, folder: Path, config: Config, data: str, kept: bool = False) -> None:
-        self.folder, self.methods, self.kept = folder, config.method.methods, kept
+    def __init__(self, folder: Path, config: Config, data_fingerprint: str, shared: bool = False) -> None:
+        self.folder, self.methods, self.shared = folder, config.method.methods, shared
         later = config.marked(Mark.CHANGEABLE | Mark.SECOND_STAGE)
-        self._depends = {k: v for k, v in config.recorded().items() if k not in later}
-        self._depends |= {"data": data, "torch": torch.__version__, "processes": distributed.world_size()}
+        self._key = {name: value for name, value in config.recorded().items() if name not in later}
+        self._key |= {
+            "data": data_fingerprint,
+            "torch": torch.__version__,
+            "processes": distributed.world_size(),
+        }
 
-    def _file(self, kind: str) -> Path:
-        text = json.dumps(self._depends | {"kind": kind}, sort_keys=True)
-        return self.folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
+    def _file(self, group: str) -> Path:
+        text = json.dumps(self._key | {"kind": group}, sort_keys=True)
+        return self.folder / f"{group}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
 
-    def load(self, training: Training) -> list[Record]:
-        """Take `training` to the end of its first stage if another method or run has trained it.
+    def load(self, trainer: Trainer) -> list[Record]:
+        """Move a new trainer to the end of its first stage if another method or run has trained it.
 
-        Returns the records of its epochs, as the method's own; none if it is still to be trained.
+        Returns:
+            The records of its epochs, with the trainer's method; an empty list if the stage remains to be trained.
         """
-        kind = FIRST_STAGES.get(training.name)
-        saved = distributed.broadcast_from_rank0(lambda: self._read(kind)) if kind else None
+        group = FIRST_STAGES.get(trainer.name)
+        saved = distributed.broadcast_from_rank0(lambda: self._read(group)) if group else None
         if saved is None:
             return []
-        training.load_state_dict(saved["training"])
-        return [record | {"method": training.name} for record in saved["records"]]
+        trainer.load_state_dict(saved["training"])
+        return [record | {"method": trainer.name} for record in saved["records"]]
 
-    def _read(self, kind: str) -> Record | None:
-        file = self._file(kind)
+    def _read(self, group: str) -> dict[str, Any] | None:
+        file = self._file(group)
         if not file.exists():
             return None
-        saved: Record = torch.load(file, map_location="cpu", weights_only=True)
+        saved: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         return saved
 
-    def save(self, training: Training, records: list[Record]) -> None:
-        """Keep the first stage that `training` has come to the end of, if it will be wanted."""
-        kind = FIRST_STAGES.get(training.name)
-        later = map(FIRST_STAGES.get, self.methods[self.methods.index(training.name) + 1 :])
-        if kind is None or not (self.kept or kind in later):
+    def save(self, trainer: Trainer, records: list[Record]) -> None:
+        """Save the first stage that a trainer has finished, if another method or run may need it."""
+        group = FIRST_STAGES.get(trainer.name)
+        later = map(FIRST_STAGES.get, self.methods[self.methods.index(trainer.name) + 1 :])
+        if group is None or not (self.shared or group in later):
             return
-        own = [r for r in records if r["event"] == "epoch" and r["method"] == training.name]
-        records = [{"first_stage_of": training.name} | record for record in own]
-        saved = {"training": training.state_dict(), "records": records}  # with others: of all processes
+        epochs = [r for r in records if r["event"] == "epoch" and r["method"] == trainer.name]
+        records = [{"first_stage_of": trainer.name} | record for record in epochs]
+        saved = {"training": trainer.state_dict(), "records": records}  # state_dict is a collective
         if distributed.rank() == 0:
             self.folder.mkdir(exist_ok=True)
-            write_atomically(self._file(kind), lambda path: torch.save(saved, path))
+            write_atomically(self._file(group), lambda path: torch.save(saved, path))
 
     def clear(self) -> None:
-        """Remove what no other run may want."""
-        if not self.kept and distributed.rank() == 0 and self.folder.exists():
+        """Remove the files if no other run uses them."""
+        if not self.shared and distributed.rank() == 0 and self.folder.exists():
             for file in self.folder.iterdir():
                 file.unlink()
             self.folder.rmdir()

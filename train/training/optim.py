@@ -1,4 +1,4 @@
-"""Which parameters learn at which rate, and how it falls."""
+"""The optimizer, its parameter groups, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -6,43 +6,61 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ..config import Config
+import torch
+
+from ..config import Config, OptimConfig
 from ..model.model import Model
 
-#: What moves displacements, by the names of the head's parameters.
-DISPLACEMENTS = ("displacements", "axis", "mlp_in", "mlp_out")
+#: The head's parameters that have the displacements' learning rate and weight decay.
+DISPLACEMENT_PARAMETERS = ("displacements", "axis", "mlp_in", "mlp_out")
+
+
+def make_optimizer(model: Model, config: Config) -> torch.optim.Optimizer:
+    """Return SGD with momentum over the parameter groups."""
+    return torch.optim.SGD(
+        parameter_groups(model, config),
+        lr=config.optim.lr,
+        momentum=config.optim.momentum,
+        weight_decay=config.optim.weight_decay,
+        # The fused kernel makes one pass over memory: a seventh of the time for a head of 8,142 × 2,048 on a CPU. But when
+        # GradScaler skips the first step, torch's fused CPU kernel later reads an uninitialized momentum buffer.
+        fused=config.runtime.precision != "fp16",
+    )
 
 
 def parameter_groups(model: Model, config: Config) -> list[dict[str, Any]]:
-    """Temperatures without weight decay, which would pull them down; displacements, and what moves them, apart."""
+    """Return three parameter groups: weights, temperatures without weight decay, and displacements."""
+    displacements = config.displacements
     groups: dict[str, dict[str, Any]] = {
         "weights": {},
-        "temperatures": {"weight_decay": 0.0},
-        "displacements": {"lr": config.optim.lr * config.displacements.displacement_lr},
+        "temperatures": {"weight_decay": 0.0},  # weight decay would lower them
+        "displacements": {"lr": config.optim.lr * displacements.displacement_lr},
     }
-    if config.displacements.displacement_weight_decay is not None:
-        groups["displacements"]["weight_decay"] = config.displacements.displacement_weight_decay
+    if displacements.displacement_weight_decay is not None:
+        groups["displacements"]["weight_decay"] = displacements.displacement_weight_decay
     for group in groups.values():
         group["params"] = []
-    for name, parameter in model.named_parameters():
-        own = name.removeprefix("head.")
-        kind = (
-            "temperatures" if own.endswith("tau") else "displacements" if own in DISPLACEMENTS else "weights"
-        )
-        groups[kind]["params"].append(parameter)
+    for full_name, parameter in model.named_parameters():
+        name = full_name.removeprefix("head.")
+        if name.endswith("tau"):
+            groups["temperatures"]["params"].append(parameter)
+        elif name in DISPLACEMENT_PARAMETERS:
+            groups["displacements"]["params"].append(parameter)
+        else:
+            groups["weights"]["params"].append(parameter)
     return list(groups.values())
 
 
-def lr_schedule(config: Config, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
-    """The factor of the learning rate at each step of a stage."""
+def lr_schedule(optim: OptimConfig, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
+    """Return a function from the step of a stage to the factor of the learning rate."""
 
     def factor(step: int) -> float:
-        done = step / max(1, epochs * steps_per_epoch)
-        if config.optim.schedule == "cosine":
-            value = 0.5 * (1 + math.cos(math.pi * done))
+        progress = step / max(1, epochs * steps_per_epoch)
+        if optim.schedule == "cosine":
+            value = 0.5 * (1 + math.cos(math.pi * progress))
         else:
-            value = 0.1 ** sum(done >= drop for drop in config.optim.lr_drops)
-        warmup_steps = config.optim.warmup_epochs * steps_per_epoch
+            value = 0.1 ** sum(progress >= drop for drop in optim.lr_drops)
+        warmup_steps = optim.warmup_epochs * steps_per_epoch
         return value * min(1.0, (step + 1) / warmup_steps) if warmup_steps else value
 
     return factor

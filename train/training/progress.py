@@ -1,4 +1,4 @@
-"""What is shown while a run goes on: a progress bar on a terminal, a line an epoch anywhere else."""
+"""The progress of a run: a progress bar on a terminal, one line per epoch elsetitle."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-WINDOW = 30.0  # seconds
+WINDOW = 30.0  # seconds over which the rate is averaged
 
 
 class Display:
-    """Shows loss, rate and time left of a whole run, counted in images."""
+    """Shows the loss, the rate and the remaining time of a run.
+
+    Args:
+        console: where to print.
+        total_images: image passes of the whole run.
+        done_images: image passes before the checkpoint that the run resumes from.
+    """
 
     def __init__(self, console: Console, total_images: int, done_images: int) -> None:
         self.console = console
@@ -38,22 +44,23 @@ class Display:
 
     @property
     def shows_steps(self) -> bool:
-        """True if anyone sees a step's loss."""
+        """Whether the loss of each step is shown."""
         return not self._progress.disable
 
     @property
     def rate(self) -> float:
-        """Images a second of late, evaluations included: what the time left depends on."""
+        """The recent number of images per second, evaluations included."""
         (begin, before), now = self._recent[0], time.perf_counter()
         return (self.done - before) / max(now - begin, 1e-9)
 
     @property
-    def left(self) -> str:
+    def remaining(self) -> str:
+        """The remaining time, as h:mm:ss."""
         seconds = round((self.total - self.done) / self.rate) if self.rate > 0 else 0
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
-    def step(self, where: str, images: int, loss: float | None) -> None:
-        """Count a step of `images` images; `loss` if it is at hand."""
+    def step(self, title: str, images: int, loss: float | None) -> None:
+        """Count a step of `images` images and show its loss, if given."""
         self.done += images
         now = time.perf_counter()
         self._recent.append((now, self.done))
@@ -61,25 +68,25 @@ class Display:
             self._recent.popleft()
         if self._progress.disable:
             return
-        self._progress.update(self._task, completed=self.done, description=where)
+        self._progress.update(self._task, completed=self.done, description=title)
         if loss is not None:
-            status = f"loss {loss:.3f}  {self.rate:,.0f} images/s  {self.left} left"
+            status = f"loss {loss:.3f}  {self.rate:,.0f} images/s  {self.remaining} left"
             self._progress.update(self._task, status=status)
 
     def skip(self, images: int) -> None:
-        """So many need not be gone through."""
+        """Reduce the total by `images`, which another method or run has trained on."""
         self.total -= images
         self._progress.update(self._task, total=self.total)
 
-    def epoch(self, where: str, record: dict[str, Any]) -> None:
-        """A line for an epoch's record: on a terminal only where it was evaluated."""
+    def epoch(self, title: str, record: dict[str, Any]) -> None:
+        """Print a line for the record of an epoch; on a terminal only if the epoch was evaluated."""
         accuracy = record.get("accuracy")
         if accuracy is None and not self._progress.disable:
             return
-        parts = [f"{where:<28}", f"loss {record['loss']:.3f}", f"lr {record['lr']:.4f}"]
+        parts = [f"{title:<28}", f"loss {record['loss']:.3f}", f"lr {record['lr']:.4f}"]
         waited = 1 - record["images_per_second"] / max(record["model_images_per_second"], 1e-9)
         parts += [f"{record['images_per_second']:,.0f} images/s ({waited:.0%} waiting for input)"]
-        parts += [f"{self.left} left"]
+        parts += [f"{self.remaining} left"]
         if accuracy is not None:
             parts.append(f"{record['split']} accuracy {100 * accuracy['overall']:.1f}")
         self.console.print("  ".join(parts), highlight=False, soft_wrap=True)

@@ -1,11 +1,14 @@
-"""A run's folder. A process killed at any moment leaves every file in it whole, or as it was before.
+"""The folder of a run.
 
-But for lines at the end of metrics.jsonl and TensorBoard's logs, which a resumed run writes anew.
+If a process is killed at any moment, each file is complete or has its previous content. Only the last lines of metrics.jsonl and
+TensorBoard's event files may be incomplete; a resumed run rewrites them.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,62 +21,70 @@ from ..config import Config, ConfigError
 from ..files import write_atomically
 from ..options import Mark
 from ..recipes import load_recipe
-from .tensorboard import Board
+from .tensorboard import TensorBoardWriter
+
+Record = dict[str, Any]  # a line of metrics.jsonl: the record of an epoch, or the result of a method
 
 
 class RunFolder:
-    """`runs/<name>/`: config.toml, metrics.jsonl, checkpoint.pt, and what the run ends with; tensorboard/ if asked for."""
+    """`runs/<name>/`: config.toml, metrics.jsonl, checkpoint.pt, trained models, the report; tensorboard/ on request.
+
+    Only rank 0 writes.
+
+    Args:
+        config: the options of the run.
+    """
 
     def __init__(self, config: Config) -> None:
         self.path = Path(config.run.runs) / config.run.name
         self.config_file = self.path / "config.toml"
         self.checkpoint_file = self.path / "checkpoint.pt"
         self.metrics_file = self.path / "metrics.jsonl"
-        logs = config.run.tensorboard and distributed.rank() == 0
-        self.board = Board(self.path / "tensorboard") if logs else None
+        self.records: list[Record] = []
+        self._checkpoint_time = -math.inf  # when the last checkpoint was saved
+        writes_events = config.run.tensorboard and distributed.rank() == 0
+        self.tensorboard = TensorBoardWriter(self.path / "tensorboard") if writes_events else None
 
     def open(self, config: Config, data_fingerprint: str) -> dict[str, Any] | None:
-        """Make the folder ready; returns the checkpoint to go on from, or None to begin.
+        """Create the folder and return the checkpoint to resume from, or None to start.
 
         Raises:
-            ConfigError: it would write over another run, or resume one with other options or data.
+            ConfigError: the run would overwrite another one, or resume one with other options or data.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError("name", "a folder", f"{self.path}, which is a file")
-        if not config.run.resume and self.path.exists() and self._begun():
-            advice = "give another --name, or --resume to go on with it"
-            raise ConfigError("name", "a new run", f"{self.path}, which is there already; {advice}")
+        if not config.run.resume and self.path.exists() and self._has_results():
+            advice = "choose another --name, or continue it with --resume"
+            raise ConfigError("name", "a new run", f"{self.path}, which exists; {advice}")
         saved = self._load_checkpoint()
         if saved and self.config_file.exists():
-            self._check_same(config)
+            self._check_same_options(config)
         if saved and saved["data"] != data_fingerprint:
             expected = f"the data that the run began with ({saved['data']})"
             raise ConfigError("data", expected, f"{config.data.data} ({data_fingerprint})")
-        self._data = data_fingerprint
+        self._data_fingerprint = data_fingerprint
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(
-                "runs", "a folder that can be written", f"{config.run.runs} ({error})"
-            ) from None
+            raise ConfigError("runs", "a writable folder", f"{config.run.runs} ({error})") from None
         values = {name: value for name, value in config.recorded().items() if value is not None}
         text = (
-            f"# From the recipe {config.run.recipe}. `--recipe` takes this file too.\n{tomli_w.dumps(values)}"
+            f"# From the recipe {config.run.recipe}. `--recipe` accepts this file.\n{tomli_w.dumps(values)}"
         )
         self.write(self.config_file.name, lambda path: path.write_text(text))
         return saved
 
-    def _begun(self) -> bool:
-        """Whether there is more than a run leaves that ended before its first epoch."""
-        left = {"config.toml", "metrics.jsonl", "tensorboard"}
-        empty = not self.metrics_file.exists() or self.metrics_file.stat().st_size == 0
-        return not empty or any(entry.name not in left for entry in self.path.iterdir())
+    def _has_results(self) -> bool:
+        """Return whether the folder has more files than a run leaves that ends before its first epoch."""
+        initial = {"config.toml", "metrics.jsonl", "tensorboard"}
+        has_records = self.metrics_file.exists() and self.metrics_file.stat().st_size > 0
+        return has_records or any(entry.name not in initial for entry in self.path.iterdir())
 
-    def _check_same(self, config: Config) -> None:
+    def _check_same_options(self, config: Config) -> None:
         before, now = load_recipe(str(self.config_file)).recorded(), config.recorded()
         for option in sorted(now.keys() - config.marked(Mark.CHANGEABLE)):
             if before[option] != now[option]:
-                expected = f"{before[option]!r} as in {self.config_file}, which is to be resumed"
+                expected = f"{before[option]!r} as in {self.config_file}, the run to resume"
                 raise ConfigError(option, expected, repr(now[option]))
 
     def _load_checkpoint(self) -> dict[str, Any] | None:
@@ -83,25 +94,44 @@ class RunFolder:
         return saved
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
-        """Let `write` make the file `name`, whole or not at all; in the first process alone."""
+        """Write the file `name` atomically with `write`, which is called with a temporary path."""
         if distributed.rank() == 0:
             write_atomically(self.path / name, write)
 
-    def save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.write(
-            self.checkpoint_file.name, lambda path: torch.save({**checkpoint, "data": self._data}, path)
-        )
+    def save_checkpoint(
+        self, trainer_state: Callable[[], dict[str, Any]], min_seconds: float | None = None
+    ) -> None:
+        """Save the records and the trainer's state.
 
-    def restart_metrics(self, records: list[dict[str, Any]]) -> None:
-        """Make metrics.jsonl hold these records: what came after the checkpoint comes again."""
+        Args:
+            trainer_state: returns the state; called in all processes or in none.
+            min_seconds: skip the checkpoint if the last one is more recent; None never skips it.
+        """
+        # The clocks of the processes differ, so rank 0 decides.
+        if min_seconds and not distributed.broadcast_from_rank0(
+            lambda: self._checkpoint_age() >= min_seconds
+        ):
+            return
+        state = {"training": trainer_state(), "records": self.records, "data": self._data_fingerprint}
+        self.write(self.checkpoint_file.name, lambda path: torch.save(state, path))
+        self._checkpoint_time = time.monotonic()
+
+    def _checkpoint_age(self) -> float:
+        return time.monotonic() - self._checkpoint_time
+
+    def start_records(self, records: list[Record]) -> None:
+        """Set the records to those of the checkpoint, and rewrite metrics.jsonl and the event files with them."""
+        self.records = records
         text = "".join(json.dumps(record) + "\n" for record in records)
         self.write(self.metrics_file.name, lambda path: path.write_text(text))
-        if self.board:
-            self.board.restart(records)
+        if self.tensorboard:
+            self.tensorboard.restart(records)
 
-    def append_metrics(self, record: dict[str, Any]) -> None:
+    def append_record(self, record: Record) -> None:
+        """Append a record to the records, to metrics.jsonl and to the event files."""
+        self.records.append(record)
         if distributed.rank() == 0:
             with open(self.metrics_file, "a") as file:
                 file.write(json.dumps(record) + "\n")
-            if self.board:
-                self.board.append(record)
+            if self.tensorboard:
+                self.tensorboard.append(record)

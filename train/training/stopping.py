@@ -1,4 +1,4 @@
-"""A run that is asked to end, by SIGTERM, writes a checkpoint after the step that it is at: as queues of clusters ask."""
+"""The request to stop by SIGTERM, which cluster schedulers send. The run writes a checkpoint after its current step and ends."""
 
 from __future__ import annotations
 
@@ -9,28 +9,32 @@ from contextlib import contextmanager
 
 from .. import distributed
 
-CODE = 75  # what a run that was stopped exits with: try again, with --resume
+EXIT_CODE = 75  # of a run that was stopped and can be resumed: EX_TEMPFAIL
 
-_asked = threading.Event()
+_stop_requested = threading.Event()
 
 
 class Stopped(RuntimeError):
-    """The run was asked to end, and its checkpoint is written."""
+    """The run was asked to stop and has written its checkpoint."""
 
 
 @contextmanager
-def listening() -> Iterator[None]:
-    """True once SIGTERM has asked. With several processes it ends them as ever, as each would come to another step."""
-    _asked.clear()
+def handle_sigterm() -> Iterator[None]:
+    """Record SIGTERM for `stop_requested` while the context is active.
+
+    With several processes SIGTERM ends them at once, as without this context: each process would stop at another step.
+    """
+    _stop_requested.clear()
     if distributed.is_initialized() or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: _asked.set())
+    previous = signal.signal(signal.SIGTERM, lambda *_: _stop_requested.set())
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
-def asked() -> bool:
-    return _asked.is_set()
+def stop_requested() -> bool:
+    """Return whether SIGTERM has arrived."""
+    return _stop_requested.is_set()

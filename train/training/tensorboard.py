@@ -1,4 +1,4 @@
-"""Epochs as TensorBoard's scalars, beside metrics.jsonl: `tensorboard --logdir runs`."""
+"""The records of epochs as TensorBoard scalars: `tensorboard --logdir runs`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 
-class Board:
-    """Event files of a run, in one folder for each method; their steps are image passes, which all methods share."""
+class TensorBoardWriter:
+    """Writes the event files of a run, in one folder per method. Steps are image passes, which all methods have in common.
+
+    Args:
+        folder: contains the folders of the methods.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._method = ""  # whose writer is open
+        self._method = ""  # of the open writer
         self._writer: SummaryWriter | None = None
 
     def restart(self, records: list[Record]) -> None:
-        """Make the folder hold these records alone: event files can only be added to, so nothing would be taken back.
+        """Replace all event files by new ones with these records, because records cannot be removed from event files.
 
-        Their times are then those of this call.
+        Their wall-clock times are those of this call.
         """
         self._close()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -32,7 +36,7 @@ class Board:
             self.append(record)
 
     def append(self, record: Record) -> None:
-        """Write an epoch's record; a method's result, which follows its last epoch, closes its file."""
+        """Write the record of an epoch. The result of a method, which follows its last epoch, closes the file."""
         if record["event"] != "epoch":
             self._close()
             return
@@ -42,7 +46,7 @@ class Board:
         writer.flush()
 
     def _open(self, method: str) -> SummaryWriter:
-        from torch.utils.tensorboard import SummaryWriter  # takes a second, and is not everywhere there
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, and may not be installed
 
         if self._writer is None or method != self._method:
             self._close()
@@ -55,13 +59,13 @@ class Board:
         self._writer = None
 
 
-def scalars(record: Record, above: str = "") -> Iterator[tuple[str, float]]:
-    """Every number in a record, by its tag: `accuracy/many`, `slot_usage/0` (the centre), `displacement_norms/1`."""
+def scalars(record: Record, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the tag and value of every number in a record, such as `accuracy/many` and `slot_usage/0` (the bare center)."""
     for name, value in record.items():
         if isinstance(value, list):
-            # Displacements count from one, as slot 0 is the bare centre.
+            # Displacements count from one because slot 0 is the bare center.
             value = {str(j): x for j, x in enumerate(value, start=name == "displacement_norms")}
         if isinstance(value, dict):
-            yield from scalars(value, f"{above}{name}/")
+            yield from scalars(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)):
-            yield f"{above}{name}", value
+            yield f"{prefix}{name}", value

@@ -1,328 +1,295 @@
-"""One model on its way through the stages of its method."""
+"""The trainer: the training loop of one method, and its step."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import gc
 import math
 import time
-import warnings
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from gistops.sampling import ClassBalancedBatchSampler
-
 from .. import distributed
 from ..config import Config
 from ..data.dataset import Dataset
-from ..data.stream.augment import Augmentation
-from ..data.stream.batches import Batches, MicroBatch, step_sizes
-from ..data.stream.streams import BalancedStream, RandomStream
+from ..data.stream.batches import MicroBatch
+from ..evaluation.analysis import analyze
 from ..evaluation.evaluate import evaluate
 from ..methods import METHODS
-from ..model.model import build_model
-from ..model.sync_batch_norm import normalize_over_processes
-from .cuda_graph import GraphedSteps
-from .losses import CompiledFeatures, Losses
-from .optim import lr_schedule, parameter_groups
+from ..model.model import build_model, save_model
+from ..model.sync_batch_norm import convert_sync_batch_norm
+from .checkpoint import load_trainer_state, trainer_state
+from .cuda_graph import GraphedSteps, graphed_steps
+from .input import make_batches, with_evaluation_data_on
+from .optim import lr_schedule, make_optimizer
+from .stopping import Stopped, stop_requested
+from .training_model import CompiledFeatures, TrainingModel
 
-Record = dict[str, Any]
-POSITION = ("stage", "epoch", "step_of_epoch", "images", "lr")
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+if TYPE_CHECKING:
+    from .first_stages import FirstStages
+    from .progress import Display
+    from .run_folder import Record, RunFolder
+
+T = TypeVar("T")
+HALF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss is not finite."""
 
 
-class Training:
-    """Weights, optimiser, streams and position: all that a checkpoint must hold, and the step."""
+class Trainer:
+    """Trains one model with one method: `fit` is the training loop, `step` takes one step.
+
+    Its state is everything that a checkpoint holds; see checkpoint.py.
+
+    Args:
+        name: the name of the method.
+        config: the options.
+        data: the dataset.
+    """
+
+    training_model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
 
     def __init__(self, name: str, config: Config, data: Dataset) -> None:
-        self.name, self.config, self.data = name, config, data
+        self.name, self.config = name, config
         self.device = torch.device(config.runtime.device)
         if self.device.type == "cuda" and self.device.index is None:
-            # Said in full, as threads have a current GPU of their own.
+            # The index is needed because the current GPU is a property of each thread.
             self.device = torch.device("cuda", torch.cuda.current_device())
-        # Each method starts from the seed, so that its weights do not depend on what was trained before it.
+        # Each method starts from the seed, so that its weights do not depend on the methods before it.
         torch.manual_seed(config.run.seed)
         self.method = METHODS[name](config, data.train_counts.to(self.device))
-        self.model = build_model(data, config, self.method.head).to(self.device)
-        self.data = watched_on(data, self.device)
+        self.model = build_model(
+            data,
+            self.method.make_head,
+            backbone_name=config.model.backbone,
+            pretrained=config.model.pretrained,
+            center_features=config.model.center_features,
+            crop_size=config.augment.crop_size,
+        ).to(self.device)
+        self.data = with_evaluation_data_on(self.device, data)
         if distributed.is_initialized():
-            normalize_over_processes(self.model, self.device)
+            convert_sync_batch_norm(self.model, self.device)
         if rank := distributed.rank():
-            torch.manual_seed(
-                config.run.seed + (rank << 32)
-            )  # dropout of its own; weights are the first one's
-        self.batches = self._make_batches()
+            torch.manual_seed(config.run.seed + (rank << 32))  # for dropout; weights are those of rank 0
+        self.batches = make_batches(config, data, self.method, self.device)
         self.features: Callable[[Tensor], Tensor] = self.model.features
         if config.runtime.compile:
             self.features = CompiledFeatures(self.model, self.batches.micro_batch_sizes())
         self.steps_per_epoch = len(self.batches.sizes)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.runtime.precision == "fp16")
-        self.images = 0
-        self.waited = 0.0  # seconds for the input, in this epoch
+        self.images = 0  # image passes so far
+        self.input_seconds = 0.0  # time spent waiting for input in this epoch
         self.begin_stage(0)
 
-    def _make_batches(self) -> Batches:
-        config, data = self.config, self.data
-        generator = torch.Generator().manual_seed(config.run.seed)  # of the data's order and augmentation
-        sizes = sizes_of(config, data)
-        return Batches(
-            placed(data.x_train, self.device),
-            data.y_train.to(self.device),
-            RandomStream(len(data.y_train), generator),
-            BalancedStream(
-                ClassBalancedBatchSampler(
-                    data.y_train,
-                    config.method.classes_per_batch,
-                    config.method.samples_per_class,
-                    seed=config.run.seed,
-                )
-            ),
-            [self.method.draws(num_balanced, num_random) for num_balanced, num_random in sizes],
-            Augmentation(
-                config.augment.crop_padding,
-                config.augment.flip,
-                config.augment.crop_size or 0,
-                config.augment.crop_scale,
-                config.augment.color_jitter,
-            ),
-            generator,
-            torch.Generator().manual_seed(-1 - config.run.seed),
-            own_parts(config),
-            ahead=self.device.type != "cpu",  # where the CPU has nothing else to do
-        )
-
-    def begin_stage(self, stage: int) -> None:
-        """Keep the weights, change the head as the stage asks; optimiser and schedule start afresh."""
-        self.stage, self.epoch, self.step_of_epoch, self.lr = stage, 0, 0, self.config.optim.lr
-        self.sums: dict[str, Tensor] = {}  # of the epoch's losses
-        self.graphed: GraphedSteps | None = None  # what a stage's held in memory
-        if stage == len(self.method.stages):
-            return
-        self.method.begin_stage(stage, self.model.head, self._sample)
-        self.model.train()
-        config = self.config
-        self.losses: nn.Module = Losses(self.model, self.method, config, self.features)
-        if distributed.is_initialized():  # the first one's weights become those of all
-            self.losses = nn.parallel.DistributedDataParallel(self.losses)
-        self.optimizer = torch.optim.SGD(
-            parameter_groups(self.model, config),
-            lr=config.optim.lr,
-            momentum=config.optim.momentum,
-            weight_decay=config.optim.weight_decay,
-            # One pass over memory: a seventh of the time, for a head of 8,142 × 2,048 on a CPU. But where a
-            # scaler leaves out the first step, torch's CPU kernel goes on with a momentum that nobody wrote.
-            fused=config.runtime.precision != "fp16",
-        )
-        self.graphed = GraphedSteps(self) if self._can_be_graphed() else None
-        factor = lr_schedule(self.config, self.method.stages[stage].epochs, self.steps_per_epoch)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+    def fit(self, folder: RunFolder, first_stages: FirstStages, display: Display) -> None:
+        """Train the remaining stages, and write records, checkpoints, the trained model and the result to the run's folder."""
+        while self.stage < len(self.method.stages):
+            while self.epoch < self.method.stages[self.stage].epochs:
+                title, start, images = self._epoch_title(), time.perf_counter(), self.images
+                while self.step_of_epoch < self.steps_per_epoch:
+                    num_images = sum(self.batches.sizes[self.step_of_epoch])
+                    loss = self.step()
+                    display.step(title, num_images, self._loss_to_show(loss, display))
+                    if self._is_checkpoint_step():
+                        folder.save_checkpoint(self.state_dict)
+                    self._stop_if_requested(folder)
+                self.synchronize()
+                speed = throughput(self.images - images, time.perf_counter() - start, self.input_seconds)
+                record = self.end_epoch() | speed
+                record |= self.evaluate() if self._is_evaluation_epoch() else self.slot_usage()
+                folder.append_record(record)
+                folder.save_checkpoint(self.state_dict, min_seconds=self.config.run.checkpoint_seconds)
+                display.epoch(title, record)
+            if self.stage == 0:
+                first_stages.save(self, folder.records)
+            self.begin_stage(self.stage + 1)
+        self._stop_if_requested(folder)
+        model_file = f"model-{self.name}.safetensors"
+        folder.write(model_file, lambda path: save_model(path, self.model, self.data.class_names))
+        folder.append_record(self._result())
+        folder.save_checkpoint(self.state_dict)
 
     def step(self) -> Tensor:
-        """One step of SGD on one batch of both streams; returns this process's estimate of the loss."""
-        begin, size = time.perf_counter(), self.batches.sizes[self.step_of_epoch]
+        """Take one step on the next mini-batch of both streams; return this process's estimate of the loss."""
+        size = self.batches.sizes[self.step_of_epoch]
         if self.graphed:
-            drawn = self.batches.next_draws()
-            self.waited += time.perf_counter() - begin
-            loss = self.graphed.step(drawn, size)
+            loss = self.graphed.step(self._wait_for(self.batches.next_draws), size)
         else:
-            parts = self.batches.next()
-            self.waited += time.perf_counter() - begin
-            loss = self.optimize(parts)
+            loss = self.optimize(self._wait_for(self.batches.next))
         self.lr = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step()
         self.images += sum(size)
         self.step_of_epoch += 1
         return loss
 
-    def optimize(self, parts: list[MicroBatch]) -> Tensor:
-        """Gradients of all parts, and the optimizer's step: on a GPU no more than launches, which a CUDA graph can hold."""
+    def optimize(self, micro_batches: list[MicroBatch]) -> Tensor:
+        """Compute the gradients of all micro-batches and update the weights; return the loss.
+
+        The host does not wait for the GPU here, so that a CUDA graph can capture it.
+        """
         self.optimizer.zero_grad()
-        total = sum(self._backward(part, i == len(parts) - 1) for i, part in enumerate(parts))
+        total: Tensor | float = 0.0
+        for i, batch in enumerate(micro_batches):
+            with self._gradient_sync(last=i == len(micro_batches) - 1):
+                with self._autocast():
+                    losses = self.training_model(
+                        batch.x, batch.y, batch.num_balanced, batch.transfer_uniforms
+                    )
+                losses = {name: batch.loss_weights[name] * loss for name, loss in losses.items()}
+                weighted = [self.method.loss_coefficients[name] * loss for name, loss in losses.items()]
+                loss = torch.stack(weighted).sum()
+                # DistributedDataParallel averages gradients over processes, but each loss is a part of the sum.
+                self.scaler.scale(loss * distributed.world_size()).backward()
+            self._accumulate_loss_sums(losses, loss)
+            total = total + loss.detach()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         assert isinstance(total, Tensor)
-        return total * distributed.world_size() if distributed.is_initialized() else total
+        return total * distributed.world_size()
 
-    def _can_be_graphed(self) -> bool:
-        """True if steps are to be held in CUDA graphs; says why not where they were asked for and cannot be."""
-        if not self.config.runtime.cuda_graph:
-            return False
-        reasons = {
-            f"there are none on {self.device.type}": self.device.type != "cuda",
-            "not with several processes": distributed.is_initialized(),
-            "the scaler of fp16 looks at every step": self.config.runtime.precision == "fp16",
-            "the samples do not fit on the GPU": self.batches.x.device != self.device,
-        }
-        for reason, holds in reasons.items():
-            if holds:
-                warnings.warn(
-                    f"--cuda-graph: {reason}, so steps are launched kernel by kernel",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                return False
-        return True
+    def begin_stage(self, stage: int) -> None:
+        """Keep the weights, let the method change the head, and start with a new optimizer and schedule."""
+        config = self.config
+        self.stage, self.epoch, self.step_of_epoch, self.lr = stage, 0, 0, config.optim.lr
+        self.loss_sums: dict[str, Tensor] = {}  # of this epoch
+        self.graphed: GraphedSteps | None = None  # frees the memory of the previous stage's graph
+        if stage == len(self.method.stages):
+            return
+        self.method.begin_stage(stage, self.model, self.training_features)
+        self.model.train()
+        self.training_model = TrainingModel(
+            self.model, self.method, self.features, split_batch_norm=config.model.batch_norm == "split"
+        )
+        if distributed.is_initialized():  # also broadcasts the weights of rank 0
+            self.training_model = nn.parallel.DistributedDataParallel(self.training_model)
+        self.optimizer = make_optimizer(self.model, config)
+        factor = lr_schedule(config.optim, self.method.stages[stage].epochs, self.steps_per_epoch)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.graphed = graphed_steps(self)
 
-    def _backward(self, part: MicroBatch, last: bool) -> Tensor:
-        """Add a part's share of the gradients, with the last one those of all processes; returns its share of the loss."""
-        together = contextlib.nullcontext()
-        if distributed.is_initialized() and not last:
-            together = self.losses.no_sync()  # type: ignore[operator]
-        with together:
-            with torch.autocast(
-                self.device.type,
-                HALF.get(self.config.runtime.precision),
-                self.config.runtime.precision in HALF,
-            ):
-                losses = self.losses(part.x, part.y, part.num_balanced, part.transfer_uniforms)
-            shares = {name: part.loss_weights[name] * loss for name, loss in losses.items()}
-            loss = torch.stack([self.method.weights[name] * share for name, share in shares.items()]).sum()
-            # DistributedDataParallel takes the mean over processes, of which each has a part of the sum.
-            self.scaler.scale(loss * distributed.world_size()).backward()
-        if len(shares) > 1:
-            self._count(shares)
-        self._count({"loss": loss})
-        return loss.detach()
+    def end_epoch(self) -> Record:
+        """Move to the next epoch and return the record of the finished one, with its mean losses."""
+        names = sorted(self.loss_sums)
+        sums = distributed.all_reduce_sum(torch.stack([self.loss_sums[name] for name in names]))
+        means = dict(zip(names, (sums / self.step_of_epoch).tolist(), strict=True))
+        if not math.isfinite(means["loss"]):
+            raise Diverged(f"the loss is {means['loss']}; a lower --lr or a longer --warmup-epochs may help")
+        self.method.end_epoch(self.model, self.training_features)
+        for total in self.loss_sums.values():
+            total.zero_()
+        self.epoch, self.step_of_epoch, self.input_seconds = self.epoch + 1, 0, 0.0
+        record = {"event": "epoch", "method": self.name, "stage": self.stage + 1, "epoch": self.epoch}
+        return record | {"images": self.images, "lr": self.lr} | means | self.method.describe(self.model.head)
 
-    def _count(self, losses: dict[str, Tensor]) -> None:
-        """Add to the epoch's sums, in place, where a CUDA graph finds them."""
-        for name, loss in losses.items():
-            if name not in self.sums:
-                self.sums[name] = torch.zeros((), dtype=torch.float64, device=self.device)
-            self.sums[name] += loss.detach()
+    def evaluate(self, final: bool = False) -> Record:
+        """Return accuracies: of the validation samples, or the test samples without any; if `final`, of the test samples."""
+        data, rule = self.data, self.config.run.split_rule
+        split, x, y = ("test", data.x_test, data.y_test) if final else data.eval_split
+        result, alternatives = evaluate(self.model, x, y, data.num_classes, self.method.alternative_scores)
+        record: Record = {"split": split, "accuracy": result.accuracy(data.train_counts, rule)}
+        if alternatives:
+            accuracy_of = {
+                name: other.accuracy(data.train_counts, rule) for name, other in alternatives.items()
+            }
+            record["accuracy_of"] = accuracy_of
+        if result.slot_usage is not None:
+            record["slot_usage"] = result.slot_usage.tolist()
+        if final:
+            record |= {"accuracy_per_class": result.per_class(), "train_counts": data.train_counts.tolist()}
+        return record
+
+    def slot_usage(self) -> Record:
+        """Return the slot usage on about a thousand evaluation samples, for epochs without an evaluation."""
+        if not getattr(self.model.head, "num_displacements", 0):
+            return {}
+        _, x, y = self.data.eval_split
+        every = max(1, len(y) // 1000)
+        result, _ = evaluate(self.model, x[::every], y[::every], self.data.num_classes)
+        return {} if result.slot_usage is None else {"slot_usage": result.slot_usage.tolist()}
 
     @torch.no_grad()
-    def _sample(self) -> tuple[Tensor, Tensor]:
-        """Features of all training samples, without augmentation, and their classes."""
+    def training_features(self) -> tuple[Tensor, Tensor]:
+        """Return the features of all training samples, without augmentation, and their classes."""
         self.model.eval()
         features = torch.cat([self.model.features(x.to(self.device)) for x in self.batches.x.split(500)])
         self.model.train()
         return features, self.batches.y
 
-    def wait(self) -> None:
-        """Until what was launched is done, so that a clock that is read then tells the truth."""
+    def synchronize(self) -> None:
+        """Wait until the GPU has finished all work, before a clock is read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def end_epoch(self) -> Record:
-        """Go to the next epoch; returns the record of the one that ends, with its mean losses."""
-        names = sorted(self.sums)
-        sums = (
-            distributed.all_reduce_sum(torch.stack([self.sums[name] for name in names])) / self.step_of_epoch
-        )
-        means = dict(zip(names, sums.tolist(), strict=True))
-        if not math.isfinite(means["loss"]):
-            raise Diverged(f"the loss is {means['loss']}; a lower --lr or a longer --warmup-epochs may help")
-        self.method.end_epoch(self.model.head, self._sample)
-        for total in self.sums.values():
-            total.zero_()
-        self.epoch, self.step_of_epoch, self.waited = self.epoch + 1, 0, 0.0
-        record = {"event": "epoch", "method": self.name, "stage": self.stage + 1, "epoch": self.epoch}
-        return record | {"images": self.images, "lr": self.lr} | means | self.method.describe(self.model.head)
+    def state_dict(self) -> dict[str, Any]:
+        return trainer_state(self)
 
-    def evaluate(self, final: bool = False) -> Record:
-        """Accuracies on the validation samples, or the test samples where there are none; at the end on the test samples."""
-        data, rule = self.data, self.config.run.split_rule
-        split, x, y = ("test", data.x_test, data.y_test) if final else data.eval_split
-        found, readings = evaluate(self.model, x, y, data.num_classes, self.method.readings)
-        record: Record = {"split": split, "accuracy": found.accuracy(data.train_counts, rule)}
-        if readings:
-            record["accuracy_of"] = {
-                name: e.accuracy(data.train_counts, rule) for name, e in readings.items()
-            }
-        if found.slot_usage is not None:
-            record["slot_usage"] = found.slot_usage.tolist()
-        if final:
-            record |= {"accuracy_per_class": found.per_class(), "train_counts": data.train_counts.tolist()}
-        return record
-
-    def slot_usage(self) -> Record:
-        """Which slots win, on about a thousand of the watched samples: for epochs that are not evaluated."""
-        if not getattr(self.model.head, "num_displacements", 0):
-            return {}
-        _, x, y = self.data.eval_split
-        every = max(1, len(y) // 1000)
-        found, _ = evaluate(self.model, x[::every], y[::every], self.data.num_classes)
-        return {} if found.slot_usage is None else {"slot_usage": found.slot_usage.tolist()}
-
-    def state_dict(self) -> Record:
-        """All that the steps to come depend on, in plain types and tensors; the same in all processes."""
-        return {
-            "name": self.name,
-            "position": {name: getattr(self, name) for name in POSITION},
-            "sums": {name: distributed.all_reduce_sum(total.clone()) for name, total in self.sums.items()},
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "batches": self.batches.state_dict(),
-            "torch_rng": distributed.all_gather(torch.get_rng_state()),
-            "cuda_rng": distributed.all_gather(torch.cuda.get_rng_state(self.device))
-            if self.device.type == "cuda"
-            else [],
-        }
-
-    def load_state_dict(self, state: Record) -> None:
-        """Go back to where `state_dict` was called, also with another number of processes.
-
-        With as many processes as before, all random numbers are as they would have been.
-        """
-        for stage in range(1, state["position"]["stage"] + 1):
-            self.begin_stage(stage)  # so that parameters and optimiser are those of the saved stage
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        load_trainer_state(self, state)
         if self.graphed:
-            self.graphed = GraphedSteps(self)  # the sums, which a graph holds, are others
-        for name in POSITION:
-            setattr(self, name, state["position"][name])
-        first = distributed.rank() == 0  # the sums are over all processes
-        self.sums = {name: total.to(self.device) * first for name, total in state["sums"].items()}
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.batches.load_state_dict(state["batches"])
-        rank = distributed.rank()
-        if rank < len(state["torch_rng"]):
-            torch.set_rng_state(state["torch_rng"][rank])
-        if rank < len(state["cuda_rng"]):
-            torch.cuda.set_rng_state(state["cuda_rng"][rank], self.device)
+            self.graphed = GraphedSteps(self)  # a graph would keep adding to the old loss sums
+
+    def _result(self) -> Record:
+        data, run = self.data, self.config.run
+        record = {"event": "result", "method": self.name, "images": self.images}
+        record |= self.method.describe(self.model.head) | self.evaluate(final=True)
+        return record | {"analysis": analyze(self.model, data, run.split_rule, run.seed)}
+
+    def _epoch_title(self) -> str:
+        stage = self.method.stages[self.stage]
+        return f"{self.name} {stage.name}".strip() + f" epoch {self.epoch + 1}/{stage.epochs}"
+
+    def _loss_to_show(self, loss: Tensor, display: Display) -> float | None:
+        """Return the loss if it is shown. On a GPU reading it waits for the step, so it is read every 20 steps."""
+        due = self.device.type == "cpu" or self.step_of_epoch % 20 == 0
+        return loss.item() if due and display.shows_steps else None
+
+    def _is_checkpoint_step(self) -> bool:
+        every = self.config.run.checkpoint_steps
+        return every is not None and self.step_of_epoch % every == 0
+
+    def _is_evaluation_epoch(self) -> bool:
+        is_last = self.epoch == self.method.stages[self.stage].epochs
+        return is_last or self.epoch % self.config.run.evaluate_every == 0
+
+    def _stop_if_requested(self, folder: RunFolder) -> None:
+        if stop_requested():
+            folder.save_checkpoint(self.state_dict)
+            raise Stopped(f"stopped in {self.name}, after {self.images:,} images")
+
+    def _wait_for(self, load: Callable[[], T]) -> T:
+        start = time.perf_counter()
+        loaded = load()
+        self.input_seconds += time.perf_counter() - start
+        return loaded
+
+    def _autocast(self) -> torch.autocast:
+        precision = self.config.runtime.precision
+        return torch.autocast(self.device.type, HALF_PRECISION.get(precision), precision in HALF_PRECISION)
+
+    def _gradient_sync(self, last: bool) -> AbstractContextManager[None]:
+        """Return a context in which backward all-reduces the gradients only with the last micro-batch."""
+        if last or not distributed.is_initialized():
+            return contextlib.nullcontext()
+        no_sync: AbstractContextManager[None] = self.training_model.no_sync()  # type: ignore[operator]
+        return no_sync
+
+    def _accumulate_loss_sums(self, losses: dict[str, Tensor], loss: Tensor) -> None:
+        """Add to the epoch's sums in place, so that a CUDA graph finds them."""
+        for name, value in {**(losses if len(losses) > 1 else {}), "loss": loss}.items():
+            if name not in self.loss_sums:
+                self.loss_sums[name] = torch.zeros((), dtype=torch.float64, device=self.device)
+            self.loss_sums[name] += value.detach()
 
 
-def placed(x: Tensor, device: torch.device, most: float = 0.5) -> Tensor:
-    """`x` on the device if it takes no more than so much of what is free there; otherwise where it is."""
-    if device.type != "cuda":
-        return x
-    gc.collect()
-    torch.cuda.empty_cache()  # what the method before left in torch's hands is free
-    if x.nbytes > most * torch.cuda.mem_get_info(device)[0]:
-        return x
-    return x.to(device)
-
-
-def watched_on(data: Dataset, device: torch.device) -> Dataset:
-    """The data, with samples that are evaluated again and again on the device if they are small beside it."""
-    x_val = None if data.x_val is None else placed(data.x_val, device, 1 / 16)
-    return dataclasses.replace(data, x_test=placed(data.x_test, device, 1 / 16), x_val=x_val)
-
-
-def own_parts(config: Config) -> tuple[range, int]:
-    """Of the parts that a step is divided into, those of this process, and how many there are."""
-    each, rank = config.optim.accumulate, distributed.rank()
-    return range(rank * each, (rank + 1) * each), each * distributed.world_size()
-
-
-def sizes_of(config: Config, data: Dataset) -> list[tuple[int, int]]:
-    """For each step of an epoch, the samples of the balanced and of the random stream."""
-    balanced = config.method.classes_per_batch * config.method.samples_per_class
-    # Batch normalisation needs two samples at least.
-    least = own_parts(config)[1] * (2 if config.model.batch_norm == "split" else 1)
-    return step_sizes(
-        len(data.y_train), config.method.batch_size, balanced, config.optim.max_steps_per_epoch, least
-    )
+def throughput(images: int, seconds: float, input_seconds: float) -> Record:
+    """Return the images per second, and those of the model alone: without the time spent waiting for input."""
+    model_seconds = max(seconds - input_seconds, 1e-9)
+    rates = {"images_per_second": images / seconds, "model_images_per_second": images / model_seconds}
+    return {"seconds": round(seconds, 3)} | {name: round(rate, 1) for name, rate in rates.items()}

@@ -9,9 +9,9 @@ import torch
 
 from train.data.dataset import Dataset
 from train.evaluation.analysis import BINS, analyze, calibration, common_slot, confusion, feature_map
-from train.training.trainer import Training
+from train.training.trainer import Trainer
 
-from ..test_engine import FEATURES, finish
+from ..short_runs import FEATURES, finish
 
 
 def test_calibration_by_hand() -> None:
@@ -71,7 +71,7 @@ def test_confusion_of_many_classes_one_at_a_time(seed: int) -> None:
 
 @pytest.mark.parametrize("method", ["gist", "plain", "gist-rotation"])
 def test_the_map_has_the_samples_and_vectors_of_each_class(method: str, features: Dataset) -> None:
-    training = Training(method, FEATURES.replace(num_displacements=2), features)
+    training = Trainer(method, FEATURES.replace(num_displacements=2), features)
     finish(training)
     found = feature_map(training.model, features, seed=0)
     assert len(found["classes"]) == 5
@@ -83,7 +83,7 @@ def test_the_map_has_the_samples_and_vectors_of_each_class(method: str, features
 
 
 def test_analysis_does_not_change_the_training(features: Dataset) -> None:
-    training = Training("gist", FEATURES, features)
+    training = Trainer("gist", FEATURES, features)
     training.step()
     before = training.state_dict()["model"]
     rng = torch.get_rng_state()

@@ -14,11 +14,11 @@ from rich.console import Console
 from train.__main__ import main
 from train.cli import parse_run
 from train.run import load
-from train.training.engine import run
 from train.training.first_stages import FirstStages
 from train.training.progress import Display
 from train.training.run_folder import RunFolder
 from train.training.tensorboard import scalars
+from train.training.train_methods import train_methods
 
 SHORT = "--classes-per-batch 3 --stage1-epochs 2 --stage2-epochs 2 --batch-size 50 --device cpu"
 
@@ -104,7 +104,7 @@ def test_a_resumed_run_shows_each_epoch_once(feature_file: Path, tmp_path: Path)
     folder = Stopped(config)
     folder.open(config, data.fingerprint())
     with Display(console, 1, 0) as display, pytest.raises(InterruptedError):
-        run(config, data, folder, FirstStages(tmp_path, config, ""), display, None)
+        train_methods(config, data, folder, FirstStages(tmp_path, config, ""), display, None)
     assert len(check(tmp_path / "r", "gist")["loss"]) == 3
 
     assert main([*args, "--resume", "--tensorboard"]) == 0

@@ -1,4 +1,4 @@
-"""Training itself: streams, stages, schedules, determinism, and going on from any step."""
+"""`Trainer`: streams, stages, schedules, determinism, and resuming from any step."""
 
 from __future__ import annotations
 
@@ -14,111 +14,83 @@ import torch
 from torch import Tensor
 
 from train.__main__ import main
-from train.config import Config
+from train.config import OptimConfig
 from train.data.dataset import Dataset
+from train.training.input import epoch_step_sizes
 from train.training.optim import lr_schedule
-from train.training.trainer import Diverged, Training, sizes_of
+from train.training.trainer import Diverged, Trainer
 
-IMAGES = Config().replace(backbone="resnet8-half", crop_padding=1, flip=True, batch_size=50, classes_per_batch=3, samples_per_class=4,
-    stage1_epochs=1, stage2_epochs=2, lr=0.05, device="cpu", center_features=True,
-)  # fmt: skip
-FEATURES = IMAGES.replace(backbone="none", crop_padding=0, flip=False)
-
-
-def finish(training: Training, steps: int | None = None) -> list[dict[str, Any]]:
-    """Train to the end, or for so many steps; returns the records of the epochs that end."""
-    records: list[dict[str, Any]] = []
-    while training.stage < len(training.method.stages):
-        while training.epoch < training.method.stages[training.stage].epochs:
-            while training.step_of_epoch < training.steps_per_epoch:
-                if steps == 0:
-                    return records
-                training.step()
-                steps = None if steps is None else steps - 1
-            records.append(training.end_epoch())
-        training.begin_stage(training.stage + 1)
-    return records
-
-
-def equal(a: Any, b: Any) -> bool:
-    """Whether two nested states are the same to the bit."""
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return bool(a == b)
+from ..short_runs import FEATURES, IMAGES, equal, finish
 
 
 @pytest.mark.parametrize("method", ["gist", "plain"])
 def test_learns_and_counts_its_images(method: str, images: Dataset) -> None:
-    training = Training(method, IMAGES.replace(stage1_epochs=4, stage2_epochs=4), images)
-    records = finish(training)
+    trainer = Trainer(method, IMAGES.replace(stage1_epochs=4, stage2_epochs=4), images)
+    records = finish(trainer)
     per_epoch = 232 + 5 * 12  # one pass of the random stream, and a balanced batch in each of its 5 steps
     assert [record["images"] for record in records] == [per_epoch * epoch for epoch in range(1, 9)]
     assert records[-1]["loss"] < records[0]["loss"]
-    assert training.evaluate()["accuracy"]["overall"] > 0.5  # by chance 0.2
+    assert trainer.evaluate()["accuracy"]["overall"] > 0.5  # by chance 0.2
 
 
 def test_gist_sees_each_random_image_once_an_epoch_and_balanced_classes(images: Dataset) -> None:
     seen: list[Tensor] = []
-    training = Training("gist", IMAGES, images)
-    original = training.method.losses
+    trainer = Trainer("gist", IMAGES, images)
+    original = trainer.method.losses
 
     def losses(head: Any, features: Tensor, labels: Tensor, num_balanced: int) -> dict[str, Tensor]:
         assert torch.bincount(labels[:num_balanced]).unique().tolist() in ([0, 4], [4])
         seen.append(labels[num_balanced:])
         return original(head, features, labels, num_balanced)
 
-    training.method.losses = losses  # type: ignore[method-assign]
-    while training.step_of_epoch < training.steps_per_epoch:
-        training.step()
+    trainer.method.losses = losses  # type: ignore[method-assign]
+    while trainer.step_of_epoch < trainer.steps_per_epoch:
+        trainer.step()
     assert torch.equal(torch.bincount(torch.cat(seen)), images.train_counts)
 
 
 def test_stage_two_keeps_weights_and_starts_the_rest_afresh(images: Dataset) -> None:
-    training = Training("gist", IMAGES, images)
-    while training.step_of_epoch < training.steps_per_epoch:
-        training.step()
-    training.end_epoch()
-    before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    trainer = Trainer("gist", IMAGES, images)
+    while trainer.step_of_epoch < trainer.steps_per_epoch:
+        trainer.step()
+    trainer.end_epoch()
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     assert before["head.displacements"].shape == (0, 128)
-    assert training.optimizer.state
-    training.begin_stage(1)
-    after = training.model.state_dict()
+    assert trainer.optimizer.state
+    trainer.begin_stage(1)
+    after = trainer.model.state_dict()
     assert after["head.displacements"].shape == (4, 128)
     assert all(torch.equal(before[name], after[name]) for name in before if name != "head.displacements")
-    assert not training.optimizer.state
-    assert training.optimizer.param_groups[0]["lr"] == IMAGES.lr
-    displacements = training.model.head.displacements.detach().clone()
-    training.step()
-    assert not torch.equal(displacements, training.model.head.displacements)  # the new optimiser has them
+    assert not trainer.optimizer.state
+    assert trainer.optimizer.param_groups[0]["lr"] == IMAGES.lr
+    displacements = trainer.model.head.displacements.detach().clone()
+    trainer.step()
+    assert not torch.equal(displacements, trainer.model.head.displacements)  # the new optimiser has them
 
 
 def test_temperatures_have_no_decay(features: Dataset) -> None:
-    training = Training("gist", FEATURES, features)
-    weights, temperatures, displacements = training.optimizer.param_groups
-    head = training.model.head
+    trainer = Trainer("gist", FEATURES, features)
+    weights, temperatures, displacements = trainer.optimizer.param_groups
+    head = trainer.model.head
     assert {id(p) for p in temperatures["params"]} == {id(head.raw_tau), id(head.raw_random_tau)}
     assert (temperatures["lr"], temperatures["weight_decay"]) == (FEATURES.lr, 0.0)
     assert (weights["lr"], weights["weight_decay"]) == (FEATURES.lr, FEATURES.weight_decay)
     assert [id(p) for p in displacements["params"]] == [id(head.displacements)]
-    assert len(weights["params"]) + 3 == len(list(training.model.parameters()))
+    assert len(weights["params"]) + 3 == len(list(trainer.model.parameters()))
 
 
 def test_displacements_have_a_rate_and_a_decay_of_their_own(features: Dataset) -> None:
     config = FEATURES.replace(displacement_lr=0.5, displacement_weight_decay=0.0)
     for method, number in (("gist", 1), ("gist-rotation", 2), ("gist-mlp", 3)):
-        training = Training(method, config, features)
-        training.begin_stage(1)
-        group = training.optimizer.param_groups[2]
+        trainer = Trainer(method, config, features)
+        trainer.begin_stage(1)
+        group = trainer.optimizer.param_groups[2]
         assert (group["lr"], group["weight_decay"], len(group["params"])) == (
             config.optim.lr / 2,
             0.0,
             number,
         )
-    still = Training("gist", config.replace(displacement_lr=0.0), features)
+    still = Trainer("gist", config.replace(displacement_lr=0.0), features)
     still.begin_stage(1)
     before = still.model.head.displacements.detach().clone()
     still.step()
@@ -130,25 +102,25 @@ def test_same_seed_same_bits_other_seed_others(method: str, images: Dataset) -> 
     states = []
     for seed in (3, 3, 4):
         torch.rand(5)  # what was drawn before must not matter
-        training = Training(method, IMAGES.replace(seed=seed), images)
-        finish(training, steps=7)
-        states.append(training.state_dict()["model"])
+        trainer = Trainer(method, IMAGES.replace(seed=seed), images)
+        finish(trainer, steps=7)
+        states.append(trainer.state_dict()["model"])
     assert equal(states[0], states[1])
     assert not equal(states[0], states[2])
 
 
 @pytest.mark.parametrize("method", ["gist", "plain"])
 def test_goes_on_from_any_step_to_the_same_bits(method: str, images: Dataset, seed: int) -> None:
-    whole = Training(method, IMAGES, images)
+    whole = Trainer(method, IMAGES, images)
     expected = finish(whole)
     total = 3 * whole.steps_per_epoch
     for steps in {0, 5, *random.Random(seed).sample(range(total), 3)}:  # 5: between the stages
-        first = Training(method, IMAGES, images)
+        first = Trainer(method, IMAGES, images)
         records = finish(first, steps)
         file = io.BytesIO()
         torch.save(first.state_dict(), file)
         file.seek(0)
-        second = Training(method, IMAGES, images)
+        second = Trainer(method, IMAGES, images)
         second.load_state_dict(torch.load(file, weights_only=True))
         torch.rand(3)  # nothing but the saved state may count …
         torch.set_rng_state(torch.load(io.BytesIO(file.getvalue()), weights_only=True)["torch_rng"][0])
@@ -157,37 +129,37 @@ def test_goes_on_from_any_step_to_the_same_bits(method: str, images: Dataset, se
 
 
 def test_steps_of_an_epoch(images: Dataset) -> None:
-    assert sizes_of(IMAGES, images) == [(12, 50)] * 4 + [(12, 32)]
-    assert sizes_of(IMAGES.replace(batch_size=116), images) == [(12, 116)] * 2
-    assert sizes_of(IMAGES.replace(max_steps_per_epoch=3), images) == [(12, 50)] * 3
+    assert epoch_step_sizes(IMAGES, len(images.y_train)) == [(12, 50)] * 4 + [(12, 32)]
+    assert epoch_step_sizes(IMAGES.replace(batch_size=116), len(images.y_train)) == [(12, 116)] * 2
+    assert epoch_step_sizes(IMAGES.replace(max_steps_per_epoch=3), len(images.y_train)) == [(12, 50)] * 3
     uneven = IMAGES.replace(batch_size=115)  # leaves two
-    assert sizes_of(uneven, images) == [(12, 115), (12, 115), (12, 2)]
-    assert sizes_of(uneven.replace(accumulate=3), images) == [(12, 115), (12, 117)]
+    assert epoch_step_sizes(uneven, len(images.y_train)) == [(12, 115), (12, 115), (12, 2)]
+    assert epoch_step_sizes(uneven.replace(accumulate=3), len(images.y_train)) == [(12, 115), (12, 117)]
 
 
 def test_schedules() -> None:
     step = lr_schedule(
-        Config().replace(schedule="step", lr_drops=(0.25, 0.5, 0.75)), epochs=60, steps_per_epoch=10
+        OptimConfig(schedule="step", lr_drops=(0.25, 0.5, 0.75)), epochs=60, steps_per_epoch=10
     )
     for epoch, power in ((0, 0), (14, 0), (15, 1), (29, 1), (30, 2), (45, 3), (59, 3)):
         assert step(epoch * 10) == pytest.approx(0.1**power)
-    cosine = lr_schedule(Config().replace(schedule="cosine", warmup_epochs=2), epochs=20, steps_per_epoch=5)
+    cosine = lr_schedule(OptimConfig(schedule="cosine", warmup_epochs=2), epochs=20, steps_per_epoch=5)
     assert [cosine(i) for i in range(3)] == pytest.approx([0.1, 0.2, 0.3], rel=0.01)
     assert cosine(50) == pytest.approx(0.5)
     assert cosine(100) == pytest.approx(0.0)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(features: Dataset) -> None:
-    training = Training("plain", FEATURES.replace(lr=1e30), features)
+    trainer = Trainer("plain", FEATURES.replace(lr=1e30), features)
     with pytest.raises(Diverged, match=r"the loss is (nan|inf); a lower --lr"):
-        finish(training)
+        finish(trainer)
 
 
 def test_displacements_stay_in_use_on_centred_features(features: Dataset) -> None:
-    training = Training("gist", FEATURES.replace(stage1_epochs=3, stage2_epochs=3), features)
-    records = finish(training)
+    trainer = Trainer("gist", FEATURES.replace(stage1_epochs=3, stage2_epochs=3), features)
+    records = finish(trainer)
     assert records[-1]["displacement_norms"] != records[3]["displacement_norms"]
-    usage = training.evaluate()["slot_usage"]
+    usage = trainer.evaluate()["slot_usage"]
     assert len(usage) == 5
     assert sum(usage) == pytest.approx(1, abs=1e-5)
     assert usage[0] < 0.99
@@ -216,9 +188,9 @@ def test_usage_on_a_thousand_samples(features: Dataset) -> None:
     many = dataclasses.replace(
         features, x_test=features.x_test.repeat(25, 1), y_test=features.y_test.repeat(25)
     )
-    training = Training("gist", FEATURES.replace(num_displacements=2), many)
-    finish(training)
+    trainer = Trainer("gist", FEATURES.replace(num_displacements=2), many)
+    finish(trainer)
     sample = dataclasses.replace(many, x_test=many.x_test[::2], y_test=many.y_test[::2])
-    found = training.slot_usage()
-    training.data = sample
-    assert found["slot_usage"] == training.evaluate()["slot_usage"]
+    found = trainer.slot_usage()
+    trainer.data = sample
+    assert found["slot_usage"] == trainer.evaluate()["slot_usage"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from train.__main__ import main
-from train.training.trainer import Training
+from train.training.trainer import Trainer
 
 SHORT = "--stage1-epochs 2 --stage2-epochs 2 --classes-per-batch 3 --batch-size 50 --device cpu"
 METHODS = ("cos-cb", "cos-cs-cb", "cos-gist", "gist", "gist-rotation", "gist-mlp", "gist-combined", "plain")
@@ -26,14 +26,14 @@ def records(folder: Path) -> list[dict[str, Any]]:
 def steps(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], int]:
     """How many steps each method has trained of each stage."""
     counts: dict[tuple[str, int], int] = {}
-    step = Training.step
+    step = Trainer.step
 
-    def counted(training: Training) -> Any:
-        at = (training.name, training.stage)
+    def counted(trainer: Trainer) -> Any:
+        at = (trainer.name, trainer.stage)
         counts[at] = counts.get(at, 0) + 1
-        return step(training)
+        return step(trainer)
 
-    monkeypatch.setattr(Training, "step", counted)
+    monkeypatch.setattr(Trainer, "step", counted)
     return counts
 
 
@@ -63,21 +63,21 @@ def test_a_run_stopped_within_a_second_stage_goes_on(
         f"--recipe features --data {feature_file} --runs {tmp_path} {SHORT} --methods cos-gist gist".split()
     )
     assert main([*args, "--name", "whole"]) == 0
-    counted = Training.step
+    counted = Trainer.step
 
-    def stopping(training: Training) -> Any:
-        if (training.name, training.stage, training.epoch) == stop:
+    def stopping(trainer: Trainer) -> Any:
+        if (trainer.name, trainer.stage, trainer.epoch) == stop:
             raise KeyboardInterrupt
-        return counted(training)
+        return counted(trainer)
 
-    monkeypatch.setattr(Training, "step", stopping)
+    monkeypatch.setattr(Trainer, "step", stopping)
     for epoch in (0, 1):  # before GistNet's first checkpoint, and after it
         stop = ("gist", 1, epoch)
         name = f"stopped-{epoch}"
         assert main([*args, "--name", name]) == 130
-        monkeypatch.setattr(Training, "step", counted)
+        monkeypatch.setattr(Trainer, "step", counted)
         assert main([*args, "--name", name, "--resume"]) == 0
-        monkeypatch.setattr(Training, "step", stopping)
+        monkeypatch.setattr(Trainer, "step", stopping)
         for method in ("cos-gist", "gist"):
             model = f"model-{method}.safetensors"
             assert (tmp_path / name / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()

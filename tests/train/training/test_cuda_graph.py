@@ -11,10 +11,10 @@ from torch import Tensor
 
 from train.config import Config
 from train.data.dataset import Dataset
-from train.training.cuda_graph import WARM_UP, GraphedSteps, rates_in
-from train.training.trainer import Training
+from train.training.cuda_graph import WARM_UP_STEPS, GraphedSteps, tensor_learning_rates
+from train.training.trainer import Trainer
 
-from .test_engine import equal
+from ..short_runs import equal
 
 CONFIG = Config().replace(backbone="none", batch_size=50, classes_per_batch=3, samples_per_class=4, stage1_epochs=2, stage2_epochs=2,
     lr=0.0625, lr_drops=(), device="cpu", center_features=True, displacement_update="residuals",
@@ -23,17 +23,17 @@ CONFIG = Config().replace(backbone="none", batch_size=50, classes_per_batch=3, s
 Step = Callable[[], Tensor]
 
 
-def finish(training: Training, capture: Callable[[Step], Step] | None = None) -> list[dict[str, Any]]:
+def finish(trainer: Trainer, capture: Callable[[Step], Step] | None = None) -> list[dict[str, Any]]:
     """Train to the end, with steps held by `capture` in place of CUDA graphs; returns the epochs' records."""
     records = []
-    while training.stage < len(training.method.stages):
+    while trainer.stage < len(trainer.method.stages):
         if capture:
-            training.graphed = GraphedSteps(training, capture)
-        while training.epoch < training.method.stages[training.stage].epochs:
-            while training.step_of_epoch < training.steps_per_epoch:
-                training.step()
-            records.append(training.end_epoch())
-        training.begin_stage(training.stage + 1)
+            trainer.graphed = GraphedSteps(trainer, capture)
+        while trainer.epoch < trainer.method.stages[trainer.stage].epochs:
+            while trainer.step_of_epoch < trainer.steps_per_epoch:
+                trainer.step()
+            records.append(trainer.end_epoch())
+        trainer.begin_stage(trainer.stage + 1)
     return records
 
 
@@ -57,19 +57,19 @@ class Recorder:
 @pytest.mark.parametrize("way", [{}, {"accumulate": 2}, {"precision": "bf16"}])
 def test_held_steps_are_the_eager_ones(way: dict[str, Any], method: str, features: Dataset) -> None:
     config = CONFIG.replace(**way)
-    eager, held, recorder = Training(method, config, features), Training(method, config, features), Recorder()
+    eager, held, recorder = Trainer(method, config, features), Trainer(method, config, features), Recorder()
     assert finish(held, recorder) == finish(eager)
     assert equal(held.state_dict(), eager.state_dict())
     stages = len(eager.method.stages)
     assert recorder.captures == stages
-    assert recorder.replays == 4 * (eager.steps_per_epoch - 1) - stages * WARM_UP, (
+    assert recorder.replays == 4 * (eager.steps_per_epoch - 1) - stages * WARM_UP_STEPS, (
         "an epoch's last step is another's"
     )
 
 
 def test_rates_follow_the_schedule(features: Dataset) -> None:
     config = CONFIG.replace(schedule="cosine", warmup_epochs=1)
-    eager, held = Training("gist", config, features), Training("gist", config, features)
+    eager, held = Trainer("gist", config, features), Trainer("gist", config, features)
     records = finish(held, Recorder()), finish(eager)
     for mine, theirs in zip(*records, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
@@ -77,7 +77,7 @@ def test_rates_follow_the_schedule(features: Dataset) -> None:
     for mine, theirs in zip(held.model.parameters(), eager.model.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     groups = held.optimizer.param_groups
-    with rates_in(held.optimizer, [torch.zeros(()) for _ in groups]):
+    with tensor_learning_rates(held.optimizer, [torch.zeros(()) for _ in groups]):
         assert all(isinstance(group["lr"], Tensor) for group in groups)
     assert not any(isinstance(group["lr"], Tensor) for group in groups)
 
@@ -86,7 +86,7 @@ def test_a_capture_that_fails_is_said_and_the_steps_are_taken(features: Dataset)
     def capture(step: Step) -> Step:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    eager, held = Training("plain", CONFIG, features), Training("plain", CONFIG, features)
+    eager, held = Trainer("plain", CONFIG, features), Trainer("plain", CONFIG, features)
     with pytest.warns(RuntimeWarning, match=r"--cuda-graph: .* kernel by kernel, .* not permitted when"):
         records = finish(held, capture)
     assert records == finish(eager)
@@ -95,10 +95,10 @@ def test_a_capture_that_fails_is_said_and_the_steps_are_taken(features: Dataset)
 
 def test_a_step_reads_nothing_on_the_host(features: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step held in a graph must not look at a value: on a GPU that waits, and ends a capture."""
-    training = Training("gist", CONFIG, features)
-    training.begin_stage(1)
-    parts = training.batches.next()
-    training.optimize(parts)
+    trainer = Trainer("gist", CONFIG, features)
+    trainer.begin_stage(1)
+    parts = trainer.batches.next()
+    trainer.optimize(parts)
 
     def refuse(*_: object) -> None:
         raise AssertionError("a value was read")
@@ -109,20 +109,20 @@ def test_a_step_reads_nothing_on_the_host(features: Dataset, monkeypatch: pytest
     monkeypatch.setattr(
         "gistops.functional.cross_entropy.check_loss", lambda input, classifier, target, options: target
     )  # looks on the CPU alone
-    training.optimize(parts)
+    trainer.optimize(parts)
 
 
 def test_asked_for_in_vain(features: Dataset) -> None:
     with pytest.warns(RuntimeWarning, match="--cuda-graph: there are none on cpu, so"):
-        training = Training("plain", CONFIG.replace(cuda_graph=True), features)
-    assert training.graphed is None
-    training.step()
+        trainer = Trainer("plain", CONFIG.replace(cuda_graph=True), features)
+    assert trainer.graphed is None
+    trainer.step()
 
 
 def test_made_ahead_goes_on_with_graphs(features: Dataset) -> None:
     """A checkpoint of steps that were made ahead is one for steps that are not."""
-    training = Training("gist", CONFIG, features)
-    made = training.batches
+    trainer = Trainer("gist", CONFIG, features)
+    made = trainer.batches
     ahead = type(made)(
         made.x,
         made.y,
@@ -164,8 +164,8 @@ def test_the_network_is_compiled_once_for_the_usual_size(
     for way in ({}, {"batch_norm": "split"}, {"accumulate": 2}):
         compiled.clear()
         sizes.clear()
-        training = Training("cos-gist", config.replace(**way), images)
-        finish(training)
-        assert compiled == [training.model.features]
-        usual = {"joint": [62] * 8, "split": [12, 50] * 8 + [12, 12]}[training.config.model.batch_norm]
-        assert sorted(sizes) == sorted([31] * 16 if training.config.optim.accumulate == 2 else usual)
+        trainer = Trainer("cos-gist", config.replace(**way), images)
+        finish(trainer)
+        assert compiled == [trainer.model.features]
+        usual = {"joint": [62] * 8, "split": [12, 50] * 8 + [12, 12]}[trainer.config.model.batch_norm]
+        assert sorted(sizes) == sorted([31] * 16 if trainer.config.optim.accumulate == 2 else usual)

@@ -19,28 +19,28 @@ from torch import Tensor, nn
 from train.config import Config
 from train.data.dataset import Dataset
 from train.data.sources.arrays import load_arrays
-from train.training.trainer import Training
+from train.training.trainer import Trainer
 
-from ..processes import in_group
-from .test_engine import FEATURES, IMAGES, equal, finish
+from ...processes import in_group
+from ..short_runs import FEATURES, IMAGES, equal, finish
 
 #: Batches that cannot be halved; features as they are, as statistics over a micro-batch are its own.
 UNEVEN = IMAGES.replace(batch_size=51)
 PLAIN_FEATURES = FEATURES.replace(batch_size=51, center_features=False)
 
 
-def in_float64(method: str, config: Config, data: Dataset) -> Training:
+def in_float64(method: str, config: Config, data: Dataset) -> Trainer:
     """In which no rounding tips a ReLU or a maximum."""
     if not data.is_images:
         data = dataclasses.replace(data, x_train=data.x_train.double(), x_test=data.x_test.double())
-    training = Training(method, config, data)
-    training.model.double()
-    training.begin_stage(0)
-    return training
+    trainer = Trainer(method, config, data)
+    trainer.model.double()
+    trainer.begin_stage(0)
+    return trainer
 
 
-def gradients(training: Training) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in training.model.named_parameters() if p.grad is not None}
+def gradients(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -62,8 +62,8 @@ def test_micro_batches_add_up_to_the_gradients_of_the_step(method: str, features
         losses = whole.step(), parts.step()
         assert_same(gradients(parts), gradients(whole))
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-6)
-    for name in ("loss", *whole.sums):
-        torch.testing.assert_close(parts.sums[name], whole.sums[name], rtol=1e-4, atol=1e-6)
+    for name in ("loss", *whole.loss_sums):
+        torch.testing.assert_close(parts.loss_sums[name], whole.loss_sums[name], rtol=1e-4, atol=1e-6)
     assert whole.images == parts.images
 
 
@@ -71,38 +71,38 @@ def test_micro_batches_of_displaced_features_too(features: Dataset) -> None:
     config = PLAIN_FEATURES.replace(transfer_directions=5)
     trained = []
     for accumulate in (1, 4):
-        training = in_float64("gist", config.replace(accumulate=accumulate), features)
-        training.begin_stage(1)
-        training.model.double()
-        training.step()
-        trained.append(gradients(training))
+        trainer = in_float64("gist", config.replace(accumulate=accumulate), features)
+        trainer.begin_stage(1)
+        trainer.model.double()
+        trainer.step()
+        trained.append(gradients(trainer))
     assert_same(*trained)
 
 
 def test_streams_share_statistics_or_not(images: Dataset) -> None:
     seen: dict[str, list[int]] = {}
     for choice in ("joint", "split"):
-        training = Training("gist", IMAGES.replace(batch_norm=choice), images)
+        trainer = Trainer("gist", IMAGES.replace(batch_norm=choice), images)
         sizes = seen[choice] = []
-        norm: Any = training.model.backbone.bn1
+        norm: Any = trainer.model.backbone.bn1
         norm.register_forward_pre_hook(lambda _, args, sizes=sizes: sizes.append(len(args[0])))
-        training.step()
+        trainer.step()
     assert seen == {"joint": [62], "split": [12, 50]}
 
 
 def _as_one_process(rank: int, folder: str, method: str, config: Config) -> None:
-    training = in_float64(method, config, load_arrays(f"{folder}/data.npz"))
+    trainer = in_float64(method, config, load_arrays(f"{folder}/data.npz"))
     expected = torch.load(f"{folder}/expected.pt")
     for step, wanted in enumerate(expected["steps"]):
-        training.step()
+        trainer.step()
         try:
-            assert_same(gradients(training), wanted)
+            assert_same(gradients(trainer), wanted)
         except AssertionError as error:
             raise AssertionError(f"process {rank}, step {step}: {error}") from None
-    buffers = dict(training.model.named_buffers())
+    buffers = dict(trainer.model.named_buffers())
     for name, wanted in expected["buffers"].items():
         torch.testing.assert_close(buffers[name], wanted, rtol=1e-6, atol=1e-9)
-    record = training.evaluate(final=True)
+    record = trainer.evaluate(final=True)
     assert record["accuracy_per_class"] == expected["record"]["accuracy_per_class"]
     torch.testing.assert_close(record.get("slot_usage"), expected["record"].get("slot_usage"))
 
@@ -144,16 +144,16 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def resumed_equals_whole(config: Config, data: Dataset, stop: int) -> Training:
+def resumed_equals_whole(config: Config, data: Dataset, stop: int) -> Trainer:
     """Train, and train again with a halt after `stop` steps: both come to the same bits."""
-    whole = Training("gist", config, data)
+    whole = Trainer("gist", config, data)
     expected = finish(whole)
-    first = Training("gist", config, data)
+    first = Trainer("gist", config, data)
     records = finish(first, stop)
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     file.seek(0)
-    second = Training("gist", config, data)
+    second = Trainer("gist", config, data)
     second.load_state_dict(torch.load(file, weights_only=True))
     assert records + finish(second) == expected
     assert equal(second.state_dict(), whole.state_dict())
@@ -171,31 +171,31 @@ def test_goes_on_to_the_same_bits(way: str, images: Dataset, seed: int) -> None:
 def test_half_precision_is_used_and_learns(images: Dataset) -> None:
     for precision, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         config = IMAGES.replace(precision=precision, stage1_epochs=4, stage2_epochs=4)
-        training = Training("gist", config, images)
+        trainer = Trainer("gist", config, images)
         seen: list[torch.dtype] = []
-        convolution: Any = training.model.backbone.conv1
+        convolution: Any = trainer.model.backbone.conv1
         convolution.register_forward_hook(lambda _, args, out, seen=seen: seen.append(out.dtype))
-        records = finish(training)
+        records = finish(trainer)
         assert set(seen) == {dtype}
         assert records[-1]["loss"] < records[0]["loss"]
-        assert training.evaluate()["accuracy"]["overall"] > 0.5
+        assert trainer.evaluate()["accuracy"]["overall"] > 0.5
 
 
 def test_the_scaler_leaves_out_a_step_that_overflows(features: Dataset) -> None:
-    training = Training("plain", PLAIN_FEATURES.replace(precision="fp16"), features)
-    training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
-    before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
-    training.step()
-    assert all(torch.equal(p, before[name]) for name, p in training.model.named_parameters())
-    assert training.scaler.get_scale() < 2.0**127
+    trainer = Trainer("plain", PLAIN_FEATURES.replace(precision="fp16"), features)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.step()
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    assert trainer.scaler.get_scale() < 2.0**127
 
 
 def test_compiled_the_same_gradients_and_resumed(features: Dataset, seed: int) -> None:
     config = PLAIN_FEATURES.replace(stage1_epochs=1, stage2_epochs=1)
-    eager, compiled = (Training("gist", config.replace(compile=choice), features) for choice in (False, True))
-    for training in (eager, compiled):
+    eager, compiled = (Trainer("gist", config.replace(compile=choice), features) for choice in (False, True))
+    for trainer in (eager, compiled):
         torch.manual_seed(seed)
-        training.begin_stage(1)
+        trainer.begin_stage(1)
     for _ in range(3):
         eager.step()
         compiled.step()
@@ -205,7 +205,7 @@ def test_compiled_the_same_gradients_and_resumed(features: Dataset, seed: int) -
 
 def test_steps_made_ahead_are_the_same_and_go_on(images: Dataset) -> None:
     def batches(ahead: bool) -> Any:
-        made = Training("gist", UNEVEN, images).batches
+        made = Trainer("gist", UNEVEN, images).batches
         return type(made)(
             made.x,
             made.y,
@@ -242,12 +242,12 @@ def test_processes_go_on_to_the_same_bits(way: dict[str, Any], image_file: Path,
 
 
 def _compiled(rank: int, file: str, config: Config) -> None:
-    training = Training("gist", config, load_arrays(file))
-    eager = Training("gist", config.replace(compile=False), load_arrays(file))
+    trainer = Trainer("gist", config, load_arrays(file))
+    eager = Trainer("gist", config.replace(compile=False), load_arrays(file))
     for _ in range(2):
-        training.step()
+        trainer.step()
         eager.step()
-        assert_same(gradients(training), gradients(eager))
+        assert_same(gradients(trainer), gradients(eager))
 
 
 def test_processes_compiled(feature_file: Path, tmp_path: Path) -> None:

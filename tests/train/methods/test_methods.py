@@ -14,9 +14,9 @@ from train.data.dataset import Dataset
 from train.data.stream.streams import BalancedStream
 from train.methods import METHODS, TITLES
 from train.recipes import load_recipe
-from train.training.trainer import Training
+from train.training.trainer import Trainer
 
-from .test_engine import FEATURES, IMAGES, finish
+from ..short_runs import FEATURES, IMAGES, finish
 
 CONFIG: Config = FEATURES.replace(num_displacements=3)
 #: Images of the balanced and the random stream in a step of 12 + 48.
@@ -36,13 +36,13 @@ def test_every_name_has_a_method_and_a_title() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_each_method_trains_on_as_many_samples_and_learns(name: str, features: Dataset) -> None:
     config = CONFIG.replace(stage1_epochs=4, stage2_epochs=4)
-    training = Training(name, config, features)
-    assert training.method.draws(12, 48) == DRAWS.get(name, DRAWS["gist"] if "gist" in name else (0, 60))
-    records = finish(training)
-    per_epoch = sum(map(sum, training.batches.sizes))
+    trainer = Trainer(name, config, features)
+    assert trainer.method.split_batch(12, 48) == DRAWS.get(name, DRAWS["gist"] if "gist" in name else (0, 60))
+    records = finish(trainer)
+    per_epoch = sum(map(sum, trainer.batches.sizes))
     assert [record["images"] for record in records] == [per_epoch * n for n in range(1, len(records) + 1)]
     assert records[-1]["loss"] < records[0]["loss"]
-    found = training.evaluate()
+    found = trainer.evaluate()
     assert found["accuracy"]["overall"] > 0.5
     displaced = name.startswith("gist") or name == "cos-cs-cb"
     assert len(found.get("slot_usage", [0])) == (4 if displaced else 1)
@@ -50,21 +50,21 @@ def test_each_method_trains_on_as_many_samples_and_learns(name: str, features: D
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_parameter_gets_its_gradient(name: str, features: Dataset) -> None:
-    training = Training(name, CONFIG, features)
-    if len(training.method.stages) > 1:
-        training.begin_stage(1)
-    training.step()
-    for what, parameter in training.model.named_parameters():
+    trainer = Trainer(name, CONFIG, features)
+    if len(trainer.method.stages) > 1:
+        trainer.begin_stage(1)
+    trainer.step()
+    for what, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, what
             assert parameter.grad.any(), what
 
 
 def test_the_combined_head_learns_its_displacements_from_the_random_stream(features: Dataset) -> None:
-    training = Training("gist-combined", CONFIG, features)
-    training.begin_stage(1)
-    head, x, y = training.model.head, torch.randn(20, 12), torch.randint(5, (20,))
-    losses = training.method.losses(head, x, y, 8)
+    trainer = Trainer("gist-combined", CONFIG, features)
+    trainer.begin_stage(1)
+    head, x, y = trainer.model.head, torch.randn(20, 12), torch.randint(5, (20,))
+    losses = trainer.method.losses(head, x, y, 8)
     losses["loss_balanced"].backward(retain_graph=True)
     assert head.displacements.grad is None
     assert head.centers.grad is not None
@@ -80,24 +80,24 @@ def test_priors(strength: float, features: Dataset) -> None:
     prior = strength * (features.train_counts / len(features.y_train)).log()
     x, y = torch.randn(20, 12), torch.randint(5, (20,))
     for name in ("balanced-softmax", "cos-balanced-softmax"):
-        training = Training(name, config, features)
-        loss = training.method.losses(training.model.head, x, y, 0)["loss_random"]
-        torch.testing.assert_close(loss, F.cross_entropy(training.model.head(x) + prior, y))
-        assert training.method.readings(training.model.head, x, training.model.head(x)) == {}
-    training = Training("plain", config, features)
-    (adjusted,) = training.method.readings(training.model.head, x, training.model.head(x)).values()
-    torch.testing.assert_close(adjusted, training.model.head(x) - prior)
-    training = Training("gist", config, features)
-    adjusted, both = training.method.readings(training.model.head, x, training.model.head(x)).values()
-    torch.testing.assert_close(adjusted, training.model.head.random_logits(x) - prior)
-    torch.testing.assert_close(both, adjusted.log_softmax(1) + training.model.head(x).log_softmax(1))
+        trainer = Trainer(name, config, features)
+        loss = trainer.method.losses(trainer.model.head, x, y, 0)["loss_random"]
+        torch.testing.assert_close(loss, F.cross_entropy(trainer.model.head(x) + prior, y))
+        assert trainer.method.alternative_scores(trainer.model.head, x, trainer.model.head(x)) == {}
+    trainer = Trainer("plain", config, features)
+    (adjusted,) = trainer.method.alternative_scores(trainer.model.head, x, trainer.model.head(x)).values()
+    torch.testing.assert_close(adjusted, trainer.model.head(x) - prior)
+    trainer = Trainer("gist", config, features)
+    adjusted, both = trainer.method.alternative_scores(trainer.model.head, x, trainer.model.head(x)).values()
+    torch.testing.assert_close(adjusted, trainer.model.head.random_logits(x) - prior)
+    torch.testing.assert_close(both, adjusted.log_softmax(1) + trainer.model.head(x).log_softmax(1))
 
 
 @pytest.mark.parametrize("name", ["gist", "cos-cs-cb"])
 def test_no_displacements_where_no_epoch_would_train_them(name: str, features: Dataset) -> None:
-    training = Training(name, CONFIG.replace(stage2_epochs=0), features)
-    finish(training)
-    assert training.model.head.num_displacements == 0
+    trainer = Trainer(name, CONFIG.replace(stage2_epochs=0), features)
+    finish(trainer)
+    assert trainer.model.head.num_displacements == 0
 
 
 def test_a_balanced_stream_in_any_runs_is_the_samplers(features: Dataset) -> None:
@@ -117,12 +117,12 @@ def test_a_balanced_stream_in_any_runs_is_the_samplers(features: Dataset) -> Non
 @pytest.mark.parametrize("name", ["cos-cs-cb", "gist-mlp", "gist-rotation", "balanced-softmax"])
 def test_methods_resume_exactly(name: str, images: Dataset) -> None:
     config = IMAGES.replace(displacement_init="residuals")
-    whole = Training(name, config, images)
+    whole = Trainer(name, config, images)
     finish(whole, steps=9)
-    half = Training(name, config, images)
+    half = Trainer(name, config, images)
     finish(half, steps=4)
     state = half.state_dict()
-    rest = Training(name, config, images)
+    rest = Trainer(name, config, images)
     rest.load_state_dict(state)
     finish(rest, steps=5)
     for key, value in whole.state_dict()["model"].items():
@@ -136,12 +136,12 @@ def test_recipes_name_methods_that_are_there() -> None:
 
 @pytest.mark.parametrize("name", ["gist", "cos-cs-cb", "gist-rotation", "gist-mlp"])
 def test_centres_alone(name: str, features: Dataset) -> None:
-    training = Training(name, CONFIG.replace(displacement_scale=1.0), features)
-    head, x = training.model.head, torch.randn(20, 12)
-    assert "centres alone" not in training.method.readings(head, x, head(x))
-    training.begin_stage(1)
-    head = training.model.head
-    alone = training.method.readings(head, x, head(x))["centres alone"]
+    trainer = Trainer(name, CONFIG.replace(displacement_scale=1.0), features)
+    head, x = trainer.model.head, torch.randn(20, 12)
+    assert "centers alone" not in trainer.method.alternative_scores(head, x, head(x))
+    trainer.begin_stage(1)
+    head = trainer.model.head
+    alone = trainer.method.alternative_scores(head, x, head(x))["centers alone"]
     expected = head.tau * F.normalize(x) @ F.normalize(head.centers).T
     torch.testing.assert_close(alone, expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(alone, head(x), atol=0.1)

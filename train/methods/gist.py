@@ -1,0 +1,65 @@
+"""GistNet and its variants with two sets of centers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from gistops.nn import ConstellationClassifier, GistClassifier
+
+from ..config import Config
+from .two_stage import TwoStageMethod
+
+
+class Gist(TwoStageMethod):
+    """GistNet (Liu, Li, Kang, Hua, Vasconcelos, ICCV 2021), eq. 4-7; without displacements COS+GIST.
+
+        L          = L_random + λ L_balanced
+        L_balanced = CE(s, y) on the balanced stream,  s_k = τ  max_j cos(f, w_k + sg(δ_j))
+        L_random   = CE(s, y) on the random stream,    s_k = τ' max_j cos(f, v_k + δ_j)
+
+    δ_0 = 0, λ is --balanced-loss-weight, and sg stops the gradient: the displacements learn from the random stream only.
+    `gistops.nn.GistClassifier.losses` routes the gradients. w and δ are kept for inference. Rotations and MLPs (eq. 8-9) replace
+    w_k + δ_j with other functions of w_k and δ_j.
+
+    Args:
+        config: the options of the run.
+        counts: the number of training samples of each class, [K].
+        displacements: add displacements in the second stage.
+        transform: the way in which displacements change a center.
+    """
+
+    transfers_features = True
+
+    def __init__(
+        self,
+        config: Config,
+        counts: Tensor,
+        *,
+        displacements: bool = True,
+        transform: Literal["translation", "rotation", "mlp"] = "translation",
+    ) -> None:
+        super().__init__(config, counts, displacements=displacements)
+        self.transform = transform
+
+    def make_head(self, in_features: int, num_classes: int) -> nn.Module:
+        return GistClassifier(
+            in_features, num_classes, num_displacements=0, transform=self.transform, backend=self.backend
+        )
+
+    def alternative_scores(
+        self, head: ConstellationClassifier, features: Tensor, logits: Tensor
+    ) -> dict[str, Tensor]:
+        """Return also the random head's scores without the prior, and the mean of both heads' log-probabilities, times two."""
+        assert isinstance(head, GistClassifier)
+        adjusted = head.random_logits(features) - self.log_prior
+        scores = {
+            "random head, adjusted": adjusted,
+            "both heads": logits.log_softmax(1) + adjusted.log_softmax(1),
+        }
+        return scores | super().alternative_scores(head, features, logits)
+
+    def describe(self, head: ConstellationClassifier) -> dict[str, Any]:
+        assert isinstance(head, GistClassifier)
+        return super().describe(head) | {"tau_random": float(head.random_tau.detach())}

@@ -1,0 +1,55 @@
+"""Softmax classifiers: linear or cosine, with or without the log prior in the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gistops.nn import ConstellationClassifier
+
+from ..config import Config
+from .method import Method, Stage, describe_constellation
+
+
+class SoftmaxClassifier(Method):
+    """A softmax classifier on the random stream, trained in one stage.
+
+        L = CE(s + c · log π, y),    s = w_k · f + b_k,  or  τ cos(f, w_k) with `cosine`
+
+    π_k is class k's fraction of the training samples. With `prior` c is --prior-strength: logit adjustment (Menon et al.,
+    ICLR 2021), and for c = 1 balanced softmax (Ren et al., NeurIPS 2020). Without it c is 0, and the log prior may be
+    subtracted after training.
+    """
+
+    def __init__(self, config: Config, counts: Tensor, *, cosine: bool = False, prior: bool = False) -> None:
+        super().__init__(config, counts)
+        self.cosine, self.prior = cosine, prior
+        self.stages = [Stage("", config.optim.stage1_epochs + config.optim.stage2_epochs)]
+        self.loss_coefficients = {"loss_random": 1.0}
+
+    def split_batch(self, num_balanced: int, num_random: int) -> tuple[int, int]:
+        return 0, num_balanced + num_random
+
+    def make_head(self, in_features: int, num_classes: int) -> nn.Module:
+        if self.cosine:
+            return ConstellationClassifier(in_features, num_classes, 0, backend=self.backend)
+        return nn.Linear(in_features, num_classes)
+
+    def losses(
+        self, head: nn.Module, features: Tensor, labels: Tensor, num_balanced: int
+    ) -> dict[str, Tensor]:
+        bias = self.log_prior if self.prior else None
+        if isinstance(head, ConstellationClassifier):
+            return {"loss_random": head.loss(features, labels, class_bias=bias)}
+        logits = head(features)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return {"loss_random": F.cross_entropy(logits if bias is None else logits + bias, labels)}
+
+    def alternative_scores(self, head: nn.Module, features: Tensor, logits: Tensor) -> dict[str, Tensor]:
+        return {} if self.prior else {"adjusted afterwards": logits - self.log_prior}
+
+    def describe(self, head: nn.Module) -> dict[str, Any]:
+        return describe_constellation(head) if isinstance(head, ConstellationClassifier) else {}

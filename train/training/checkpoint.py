@@ -1,0 +1,55 @@
+"""The state of a trainer in checkpoints: everything that the remaining steps depend on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import distributed
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+POSITION = ("stage", "epoch", "step_of_epoch", "images", "lr")
+RENAMED = {"head.transfer_directions": "feature_transfer.directions"}  # tensors of older checkpoints
+
+
+def trainer_state(trainer: Trainer) -> dict[str, Any]:
+    """Return the state of a trainer in plain types and tensors. It is the same in all processes."""
+    on_gpu = trainer.device.type == "cuda"
+    return {
+        "name": trainer.name,
+        "position": {name: getattr(trainer, name) for name in POSITION},
+        "sums": {name: distributed.all_reduce_sum(sum_.clone()) for name, sum_ in trainer.loss_sums.items()},
+        "model": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scheduler": trainer.scheduler.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "batches": trainer.batches.state_dict(),
+        "torch_rng": distributed.all_gather(torch.get_rng_state()),
+        "cuda_rng": distributed.all_gather(torch.cuda.get_rng_state(trainer.device)) if on_gpu else [],
+    }
+
+
+def load_trainer_state(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Restore a state that `trainer_state` returned, into a new trainer, also with another number of processes.
+
+    With the same number of processes, all random numbers continue as if the run had not been interrupted.
+    """
+    for stage in range(1, state["position"]["stage"] + 1):
+        trainer.begin_stage(stage)  # so that the parameters and the optimizer are those of the saved stage
+    for name in POSITION:
+        setattr(trainer, name, state["position"][name])
+    rank = distributed.rank()
+    # The saved sums are over all processes: rank 0 continues them, the others start from zero.
+    trainer.loss_sums = {name: sum_.to(trainer.device) * (rank == 0) for name, sum_ in state["sums"].items()}
+    trainer.model.load_state_dict({RENAMED.get(name, name): x for name, x in state["model"].items()})
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.scheduler.load_state_dict(state["scheduler"])
+    trainer.scaler.load_state_dict(state["scaler"])
+    trainer.batches.load_state_dict(state["batches"])
+    if rank < len(state["torch_rng"]):
+        torch.set_rng_state(state["torch_rng"][rank])
+    if rank < len(state["cuda_rng"]):
+        torch.cuda.set_rng_state(state["cuda_rng"][rank], trainer.device)

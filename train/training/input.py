@@ -1,0 +1,82 @@
+"""The input of training: the sizes of steps, the batches, and the device that holds the samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+
+import torch
+from torch import Tensor
+
+from gistops.sampling import ClassBalancedBatchSampler
+
+from .. import distributed
+from ..config import Config
+from ..data.dataset import Dataset
+from ..data.stream.augment import Augmentation
+from ..data.stream.batches import Batches, step_sizes
+from ..data.stream.streams import BalancedStream, RandomStream
+from ..methods.method import Method
+
+
+def make_batches(config: Config, data: Dataset, method: Method, device: torch.device) -> Batches:
+    """Return the batches of a method, from the start of the run's random streams."""
+    generator = torch.Generator().manual_seed(config.run.seed)  # of the order of samples and of augmentation
+    sampler = ClassBalancedBatchSampler(
+        data.y_train,
+        config.method.classes_per_batch,
+        config.method.samples_per_class,
+        seed=config.run.seed,
+    )
+    augment = config.augment
+    return Batches(
+        to_device_if_it_fits(data.x_train, device),
+        data.y_train.to(device),
+        RandomStream(len(data.y_train), generator),
+        BalancedStream(sampler),
+        [method.split_batch(*sizes) for sizes in epoch_step_sizes(config, len(data.y_train))],
+        Augmentation(
+            augment.crop_padding,
+            augment.flip,
+            augment.crop_size or 0,
+            augment.crop_scale,
+            augment.color_jitter,
+        ),
+        generator,
+        torch.Generator().manual_seed(-1 - config.run.seed),
+        local_micro_batches(config),
+        ahead=device.type != "cpu",  # on the CPU, preparing batches would compete with training
+    )
+
+
+def epoch_step_sizes(config: Config, num_samples: int) -> list[tuple[int, int]]:
+    """Return the numbers of balanced and random samples in each step of an epoch, before a method splits them."""
+    balanced = config.method.classes_per_batch * config.method.samples_per_class
+    # Batch normalization needs at least two samples.
+    least = local_micro_batches(config)[1] * (2 if config.model.batch_norm == "split" else 1)
+    return step_sizes(
+        num_samples, config.method.batch_size, balanced, config.optim.max_steps_per_epoch, least
+    )
+
+
+def local_micro_batches(config: Config) -> tuple[range, int]:
+    """Return the indices of this process's micro-batches, and the number of all micro-batches of a step."""
+    accumulate, rank = config.optim.accumulate, distributed.rank()
+    return range(rank * accumulate, (rank + 1) * accumulate), accumulate * distributed.world_size()
+
+
+def to_device_if_it_fits(x: Tensor, device: torch.device, max_fraction: float = 0.5) -> Tensor:
+    """Return `x` on a GPU if it takes at most `max_fraction` of the GPU's free memory, otherwise `x` itself."""
+    if device.type != "cuda":
+        return x
+    gc.collect()
+    torch.cuda.empty_cache()  # memory that the previous method left in torch's cache is free
+    if x.nbytes > max_fraction * torch.cuda.mem_get_info(device)[0]:
+        return x
+    return x.to(device)
+
+
+def with_evaluation_data_on(device: torch.device, data: Dataset) -> Dataset:
+    """Return the dataset with validation and test samples on the device, if they are small."""
+    x_val = None if data.x_val is None else to_device_if_it_fits(data.x_val, device, 1 / 16)
+    return dataclasses.replace(data, x_test=to_device_if_it_fits(data.x_test, device, 1 / 16), x_val=x_val)
