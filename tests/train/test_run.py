@@ -1,4 +1,4 @@
-"""What a run ends with: models that load again, the table, files that are whole."""
+"""The results of a run: model files that load again, the table, complete files."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_the_table_counts_the_classes_of_each_group(capsys: pytest.CaptureFixtur
 
 
 def test_a_head_alone_on_real_features(tmp_path: Path) -> None:
-    """A plain head reaches 41 %, COS+GIST 47 %, in single figures taken elsewhere with another program."""
+    """A plain head reaches 41 %, COS+GIST 47 % in another program's runs, one each."""
     file = shared_file("cifar100_lt100_features.npz")
     assert (
         main(["--recipe", "features", "--data", str(file), "--runs", str(tmp_path), "--device", "cpu"]) == 0

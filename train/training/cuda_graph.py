@@ -69,7 +69,7 @@ class GraphedSteps:
 
     @property
     def captured(self) -> bool:
-        """Whether a graph has been captured."""
+        """True after a graph has been captured."""
         return self._replay is not None
 
     def step(self, draws: list[MicroBatchDraw], size: tuple[int, int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Each method: what it draws, what its losses train, how its scores are read, where displacements start."""
+"""The methods: batches, losses, gradients, alternative scores and displacements."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_recipes_name_methods_that_are_there() -> None:
 
 
 @pytest.mark.parametrize("name", ["gist", "cos-cs-cb", "gist-rotation", "gist-mlp"])
-def test_centres_alone(name: str, features: Dataset) -> None:
+def test_scores_of_the_centers_alone(name: str, features: Dataset) -> None:
     trainer = Trainer(name, CONFIG.replace(displacement_scale=1.0), features)
     head, x = trainer.model.head, torch.randn(20, 12)
     assert "centers alone" not in trainer.method.alternative_scores(head, x, head(x))

@@ -10,7 +10,7 @@ from train.methods.residual_directions import residual_directions
 
 
 def test_residual_directions_are_those_in_which_classes_spread(seed: int) -> None:
-    """Classes whose samples lie off their mean in two opposite shared directions give these directions."""
+    """Two opposite directions in which all classes spread around their means are found."""
     spread = F.normalize(torch.randn(32), dim=0)
     means = F.normalize(torch.randn(6, 32), dim=1)
     means = F.normalize(means - (means @ spread)[:, None] * spread, dim=1)

@@ -1,4 +1,4 @@
-"""The structure that classes share: where it is found, how it follows the features, what it displaces."""
+"""`TwoStageMethod`: displacements and transfer directions that start at or follow residual directions."""
 
 from __future__ import annotations
 

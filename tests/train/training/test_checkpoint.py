@@ -1,4 +1,4 @@
-"""A run killed at any moment goes on to the same weights, bit for bit, and leaves every file whole."""
+"""Resuming: a run that is killed at any moment reaches bitwise the same weights, and leaves complete files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without what depends on the clock."""
+    """Return the records of metrics.jsonl without the values that depend on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
         {
@@ -51,7 +51,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def tensors(value: Any, path: str = "") -> dict[str, torch.Tensor]:
-    """All tensors in nested dictionaries and lists, by their path."""
+    """Return all tensors in nested dictionaries and lists, by their path."""
     if isinstance(value, torch.Tensor):
         return {path: value}
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -74,9 +74,7 @@ def test_killed_and_resumed(whole: Path, tmp_path: Path, seed: int) -> None:
         process = start(tmp_path, "killed", *(["--resume"] if kills else []))
         deadline = time.monotonic() + chance.uniform(0.0, 0.4)
         before = (folder / "checkpoint.pt").stat().st_mtime_ns if (folder / "checkpoint.pt").exists() else 0
-        while (
-            process.poll() is None
-        ):  # some time after its first checkpoint, in the midst of whatever it does
+        while process.poll() is None:  # kill it some time after its first checkpoint, at an arbitrary moment
             checkpoint = folder / "checkpoint.pt"
             moved = checkpoint.exists() and checkpoint.stat().st_mtime_ns != before
             if not moved:
@@ -89,10 +87,10 @@ def test_killed_and_resumed(whole: Path, tmp_path: Path, seed: int) -> None:
         if process.returncode == 0:
             break
         kills += 1
-        torch.load(folder / "checkpoint.pt", weights_only=True)  # whole, and safe to load
+        torch.load(folder / "checkpoint.pt", weights_only=True)  # complete, and safe to load
     else:
         finish(start(tmp_path, "killed", "--resume"))
-    assert kills, "the run ended before it was killed: the test tests nothing"
+    assert kills, "the run ended before it was killed, so nothing was tested"
 
     for model in ("model-gist.safetensors", "model-plain.safetensors"):
         expected, value = load_file(whole / model), load_file(folder / model)
@@ -105,7 +103,9 @@ def test_killed_and_resumed(whole: Path, tmp_path: Path, seed: int) -> None:
     different = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
     assert not different
     assert metrics(folder) == metrics(whole)
-    assert not list(folder.glob(".*.tmp")) or kills  # a kill may leave a part of a file aside, never in place
+    assert (
+        not list(folder.glob(".*.tmp")) or kills
+    )  # a kill may leave an incomplete temporary file, never an incomplete file
 
 
 def test_a_run_is_not_written_over_nor_resumed_with_other_options(whole: Path) -> None:

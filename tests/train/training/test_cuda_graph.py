@@ -1,4 +1,4 @@
-"""Steps as a CUDA graph takes them: all but the graph itself, which a GPU is needed for."""
+"""`GraphedSteps` without the capture itself, which needs a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Step = Callable[[], Tensor]
 
 
 def finish(trainer: Trainer, capture: Callable[[Step], Step] | None = None) -> list[dict[str, Any]]:
-    """Train to the end, with steps held by `capture` in place of CUDA graphs; returns the epochs' records."""
+    """Train to the end, with steps captured by `capture` instead of CUDA graphs; return the records of the epochs."""
     records = []
     while trainer.stage < len(trainer.method.stages):
         if capture:
@@ -38,7 +38,7 @@ def finish(trainer: Trainer, capture: Callable[[Step], Step] | None = None) -> l
 
 
 class Recorder:
-    """Repeats a step by calling it again, on whatever the tensors that it reads then hold."""
+    """Replays a step by calling it again, with the current contents of the tensors that it reads."""
 
     def __init__(self) -> None:
         self.captures = self.replays = 0
@@ -87,14 +87,14 @@ def test_a_capture_that_fails_is_said_and_the_steps_are_taken(features: Dataset)
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     eager, held = Trainer("plain", CONFIG, features), Trainer("plain", CONFIG, features)
-    with pytest.warns(RuntimeWarning, match=r"--cuda-graph: .* kernel by kernel, .* not permitted when"):
+    with pytest.warns(RuntimeWarning, match=r"--cuda-graph: .* one by one, .* not permitted when"):
         records = finish(held, capture)
     assert records == finish(eager)
     assert equal(held.state_dict(), eager.state_dict())
 
 
 def test_a_step_reads_nothing_on_the_host(features: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step held in a graph must not look at a value: on a GPU that waits, and ends a capture."""
+    """A captured step must not read a value on the host: on a GPU it would wait, and the capture would fail."""
     trainer = Trainer("gist", CONFIG, features)
     trainer.begin_stage(1)
     parts = trainer.batches.next()
@@ -120,7 +120,7 @@ def test_asked_for_in_vain(features: Dataset) -> None:
 
 
 def test_made_ahead_goes_on_with_graphs(features: Dataset) -> None:
-    """A checkpoint of steps that were made ahead is one for steps that are not."""
+    """A checkpoint of batches that are prepared ahead can be loaded into batches that are not."""
     trainer = Trainer("gist", CONFIG, features)
     made = trainer.batches
     ahead = type(made)(
@@ -146,7 +146,7 @@ def test_made_ahead_goes_on_with_graphs(features: Dataset) -> None:
 def test_the_network_is_compiled_once_for_the_usual_size(
     images: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not for an epoch's last step, nor again in another stage."""
+    """The last step of an epoch is not compiled, and later stages do not compile again."""
     compiled: list[Any] = []
     sizes: list[int] = []
 

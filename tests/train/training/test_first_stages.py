@@ -1,4 +1,4 @@
-"""First stages in common: the bits that each method would have come to alone, and no work done twice."""
+"""`FirstStages`: each method reaches the bits of a run of its own, and no first stage is trained twice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ METHODS = ("cos-cb", "cos-cs-cb", "cos-gist", "gist", "gist-rotation", "gist-mlp
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """Without what depends on the clock, or says who trained it."""
+    """Return the records without the values that depend on the clock or name the trained method."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     other = ("seconds", "images_per_second", "model_images_per_second", "first_stage_of")
     return [{key: value for key, value in line.items() if key not in other} for line in lines]
@@ -24,7 +24,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], int]:
-    """How many steps each method has trained of each stage."""
+    """Count the steps of each method and stage, by (method, stage)."""
     counts: dict[tuple[str, int], int] = {}
     step = Trainer.step
 

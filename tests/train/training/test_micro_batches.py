@@ -1,4 +1,4 @@
-"""A step divided: into micro-batches, among processes, into streams; in half precision, compiled, made ahead."""
+"""Steps that are split into micro-batches, processes and streams; half precision, torch.compile, batches prepared ahead."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PLAIN_FEATURES = FEATURES.replace(batch_size=51, center_features=False)
 
 
 def in_float64(method: str, config: Config, data: Dataset) -> Trainer:
-    """In which no rounding tips a ReLU or a maximum."""
+    """Return a trainer in float64, where rounding does not change the outcome of a ReLU or a maximum."""
     if not data.is_images:
         data = dataclasses.replace(data, x_train=data.x_train.double(), x_test=data.x_test.double())
     trainer = Trainer(method, config, data)
@@ -44,7 +44,7 @@ def gradients(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """But for rounding, which is measured by the largest of all gradients of a parameter."""
+    """Check that gradients are equal up to rounding, relative to the largest gradient of each parameter."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         difference = (found[name] - value).abs().max()
@@ -145,7 +145,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def resumed_equals_whole(config: Config, data: Dataset, stop: int) -> Trainer:
-    """Train, and train again with a halt after `stop` steps: both come to the same bits."""
+    """Train with and without an interruption after `stop` steps; check that both reach the same bits."""
     whole = Trainer("gist", config, data)
     expected = finish(whole)
     first = Trainer("gist", config, data)
@@ -260,7 +260,7 @@ LAUNCHED = "--standalone --local-addr 127.0.0.1 --nproc-per-node 2"
 
 
 def ran(command: list[str]) -> str:
-    """What a command says; with all the processes that it started it ends in time."""
+    """Run a command and return its output; after a timeout, kill it with all the processes that it started."""
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -274,7 +274,7 @@ def ran(command: list[str]) -> str:
 
 
 def test_a_run_by_torchrun(tmp_path: Path) -> None:
-    """As one process does it, but for rounding; and it goes on as one process."""
+    """Two processes train as one process does, up to rounding, and a single process can resume the run."""
     options = [
         "--recipe",
         "smoke",

@@ -1,4 +1,4 @@
-"""--tensorboard: what event files hold is what metrics.jsonl holds, once, also after a run was resumed."""
+"""--tensorboard: the event files hold the records of metrics.jsonl, each once, also after a run was resumed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHORT = "--classes-per-batch 3 --stage1-epochs 2 --stage2-epochs 2 --batch-size 
 
 
 def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Tag -> steps and values, of one method's event files."""
+    """Return the steps and values of each tag in the event files of one method."""
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
     )
@@ -38,7 +38,7 @@ def epochs(folder: Path, method: str) -> list[dict[str, Any]]:
 
 
 def check(folder: Path, method: str) -> dict[str, list[tuple[int, float]]]:
-    """The event files hold every number of every epoch, as float32, and no other."""
+    """Check that the event files hold exactly the numbers of all epochs, as float32."""
     expected: dict[str, list[tuple[int, float]]] = {}
     for record in epochs(folder, method):
         for tag, value in scalars(record):
@@ -86,7 +86,7 @@ def test_events_are_the_records(feature_file: Path, tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_shows_each_epoch_once(feature_file: Path, tmp_path: Path) -> None:
-    """Stopped between two checkpoints, after an epoch that comes again; and begun without the option."""
+    """Stopped between two checkpoints, so that an epoch is trained again; then resumed with and without the option."""
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     args = f"--recipe features --data {feature_file} --runs {tmp_path} --name r {SHORT}".split()
     config = parse_run([*args, "--tensorboard"])
@@ -94,7 +94,7 @@ def test_a_resumed_run_shows_each_epoch_once(feature_file: Path, tmp_path: Path)
     console = Console(quiet=True)
 
     class Stopped(RunFolder):
-        """Does not survive its third epoch: that is written down, but in no checkpoint."""
+        """Fails after its third epoch, whose record is written, but not its checkpoint."""
 
         def save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             if len(checkpoint["records"]) == 3:

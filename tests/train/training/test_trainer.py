@@ -62,10 +62,10 @@ def test_stage_two_keeps_weights_and_starts_the_rest_afresh(images: Dataset) -> 
     assert after["head.displacements"].shape == (4, 128)
     assert all(torch.equal(before[name], after[name]) for name in before if name != "head.displacements")
     assert not trainer.optimizer.state
-    assert trainer.optimizer.param_groups[0]["lr"] == IMAGES.lr
+    assert trainer.optimizer.param_groups[0]["lr"] == IMAGES.optim.lr
     displacements = trainer.model.head.displacements.detach().clone()
     trainer.step()
-    assert not torch.equal(displacements, trainer.model.head.displacements)  # the new optimiser has them
+    assert not torch.equal(displacements, trainer.model.head.displacements)  # the new optimizer has them
 
 
 def test_temperatures_have_no_decay(features: Dataset) -> None:
@@ -73,8 +73,8 @@ def test_temperatures_have_no_decay(features: Dataset) -> None:
     weights, temperatures, displacements = trainer.optimizer.param_groups
     head = trainer.model.head
     assert {id(p) for p in temperatures["params"]} == {id(head.raw_tau), id(head.raw_random_tau)}
-    assert (temperatures["lr"], temperatures["weight_decay"]) == (FEATURES.lr, 0.0)
-    assert (weights["lr"], weights["weight_decay"]) == (FEATURES.lr, FEATURES.weight_decay)
+    assert (temperatures["lr"], temperatures["weight_decay"]) == (FEATURES.optim.lr, 0.0)
+    assert (weights["lr"], weights["weight_decay"]) == (FEATURES.optim.lr, FEATURES.optim.weight_decay)
     assert [id(p) for p in displacements["params"]] == [id(head.displacements)]
     assert len(weights["params"]) + 3 == len(list(trainer.model.parameters()))
 
@@ -155,7 +155,7 @@ def test_a_loss_that_is_no_number_stops_the_run(features: Dataset) -> None:
         finish(trainer)
 
 
-def test_displacements_stay_in_use_on_centred_features(features: Dataset) -> None:
+def test_displacements_stay_in_use_on_centered_features(features: Dataset) -> None:
     trainer = Trainer("gist", FEATURES.replace(stage1_epochs=3, stage2_epochs=3), features)
     records = finish(trainer)
     assert records[-1]["displacement_norms"] != records[3]["displacement_norms"]
@@ -167,7 +167,7 @@ def test_displacements_stay_in_use_on_centred_features(features: Dataset) -> Non
 
 @pytest.mark.parametrize("method", ["gist", "plain"])
 def test_usage_is_logged_every_epoch(method: str, feature_file: Path, tmp_path: Path) -> None:
-    """From the second stage on, also where epochs are not evaluated."""
+    """The slot usage is recorded from the second stage on, also for epochs without an evaluation."""
     args = (
         f"--recipe features --data {feature_file} --runs {tmp_path} --name r --methods {method} --device cpu"
     )
