@@ -45,7 +45,7 @@ def test_a_missing_timm_is_named(image_file: Any, tmp_path: Any, capsys: pytest.
         pass
     args = f"--recipe smoke --data {image_file} --num-classes 5 --classes-per-batch 4 --runs {tmp_path} --device cpu"
     assert main([*args.split(), "--backbone", "timm/resnet50"]) == 2
-    assert "--backbone: expected timm, which `pip install timm` brings" in capsys.readouterr().err
+    assert "--backbone: expected timm, which `pip install timm` installs" in capsys.readouterr().err
 
 
 def test_pretrained_needs_timm(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
