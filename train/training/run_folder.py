@@ -42,6 +42,7 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.jsonl"
         self.records: list[Record] = []
         self._checkpoint_time = -math.inf  # when the last checkpoint was saved
+        self._data_fingerprint = ""  # set by `open`, on rank 0
         writes_events = config.run.tensorboard and distributed.rank() == 0
         self.tensorboard = TensorBoardWriter(self.path / "tensorboard") if writes_events else None
 
@@ -112,8 +113,8 @@ class RunFolder:
             lambda: self._checkpoint_age() >= min_seconds
         ):
             return
-        state = {"training": trainer_state(), "records": self.records, "data": self._data_fingerprint}
-        self.write(self.checkpoint_file.name, lambda path: torch.save(state, path))
+        checkpoint = {"training": trainer_state(), "records": self.records, "data": self._data_fingerprint}
+        self.write(self.checkpoint_file.name, lambda path: torch.save(checkpoint, path))
         self._checkpoint_time = time.monotonic()
 
     def _checkpoint_age(self) -> float:
