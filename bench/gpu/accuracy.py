@@ -90,6 +90,6 @@ def check_errors(errors: dict[str, float], precision: str) -> dict[str, Any]:
     """Return the errors in a form that JSON can hold, and a description of those above the tolerance."""
     most = dict(zip(("logits", "gradients", "loss"), TOLERANCE[precision], strict=True))
     # `not <=` includes NaN.
-    wrong = [f"{what}: {error:.1e}" for what, error in errors.items() if not error <= most[what]]
+    wrong = [f"{name}: {error:.1e}" for name, error in errors.items() if not error <= most[name]]
     found: dict[str, Any] = {"error": {k: v if math.isfinite(v) else str(v) for k, v in errors.items()}}
     return found | ({"inexact": ", ".join(wrong)} if wrong else {})

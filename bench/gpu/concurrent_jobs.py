@@ -128,13 +128,13 @@ def run_sanitizer(program: Path, backend: str, tool: str, seconds: float, logs: 
 
 def parse_sanitizer(done: CommandResult, seconds: float) -> Report:
     """Parse the output of a sanitizer."""
-    said = [line.strip("= ") for line in done.output.splitlines() if line.startswith("=========")]
-    summary = [line for line in said if "SUMMARY" in line]
+    lines = [line.strip("= ") for line in done.output.splitlines() if line.startswith("=========")]
+    summary = [line for line in lines if "SUMMARY" in line]
     run: Report = {"seconds": done.seconds, "summary": summary[-1] if summary else None}
     run["reached"] = re.findall(r"^.*: done$", done.output, re.M)[-1:]
     if done.code == 0 and summary:
         return run
-    run["tail"] = "\n".join(said[:40]) or done.tail()
+    run["tail"] = "\n".join(lines[:40]) or done.tail()
     if done.code is None:
         run["problem"] = f"stopped after {seconds:.0f} s"
     else:

@@ -65,11 +65,11 @@ class Logs:
     def text(self) -> str:
         """Join all parts."""
         most = MAX_BYTES // max(1, len(self.parts)) // 2  # characters may take more than a byte
-        said = [
+        sections = [
             f"===== {name}\n{cut(path.read_text(encoding='utf-8', errors='replace'), most)}\n"
             for name, path in list(self.parts.items())
         ]
-        return "\n".join(said)
+        return "\n".join(sections)
 
 
 def pack(folder: Path) -> bytes:

@@ -57,20 +57,20 @@ def line(result: dict[str, Found]) -> str:
     case = Case.from_json(result["case"])
     if "skipped" in result:
         return f"{case.name}: {result['skipped']}"
-    said = []
+    entries = []
     for variant, found in result["variants"].items():
         if "ratio" in found:
-            said.append(f"{variant} {found['ratio']['median']:.2f}" + ("!" if "inexact" in found else ""))
+            entries.append(f"{variant} {found['ratio']['median']:.2f}" + ("!" if "inexact" in found else ""))
         elif "value" in found:
-            said.append(f"{variant} {found['value']:.4g}")
+            entries.append(f"{variant} {found['value']:.4g}")
     failed = [variant for variant, found in result["variants"].items() if "failed" in found]
-    text = ", ".join(said) + (f"; failed: {', '.join(failed)}" if failed else "")
+    text = ", ".join(entries) + (f"; failed: {', '.join(failed)}" if failed else "")
     return f"{case.name}: {text} ({result['seconds']:.1f} s)"
 
 
 def _parts(document: Document) -> Iterator[str]:
     for name, part in document.get("parts", {}).items():
-        said = (
+        status = (
             f"**{_cell(part['problem'])}**"
             if "problem" in part
             else "not run"
@@ -81,11 +81,11 @@ def _parts(document: Document) -> Iterator[str]:
             f"{part[k]} {k}" for k in ("cases", "warmed", "late", "done", "skipped") if part.get(k)
         )
         more = _cell(part["not run"]) if "not run" in part else counted
-        lines = [f"{name}: {said}" + (f" ({more})" if more else "")]
+        lines = [f"{name}: {status}" + (f" ({more})" if more else "")]
         for run, found in part.get("runs", {}).items():
             counts = ", ".join(f"{n} {word}" for word, n in found.get("counts", {}).items())
-            what = counts or found.get("summary") or found.get("problem") or found.get("not run", "done")
-            lines.append(f"  - {run}: {_cell(what)}")
+            outcome = counts or found.get("summary") or found.get("problem") or found.get("not run", "done")
+            lines.append(f"  - {run}: {_cell(outcome)}")
             lines += [f"    - `{_cell(failure)}`" for failure in found.get("failures", [])[:10]]
             lines += [f"    - `{_cell(str(model))}`" for model in found.get("models", [])]
         yield "- " + "\n".join(lines)
@@ -179,9 +179,9 @@ def _left_out(document: Document) -> Iterator[str]:
     reasons: dict[str, list[str]] = {}
     for name, reason in document.get("absent", {}).items():
         reasons.setdefault(f"absent: {reason}", []).append(name)
-    for what, wrong in document.get("out", {}).items():
+    for kind, wrong in document.get("out", {}).items():
         for variant, reason in wrong.items():
-            reasons.setdefault(f"{variant}, excluded by its smoke check: {reason}", []).append(what)
+            reasons.setdefault(f"{variant}, excluded by its smoke check: {reason}", []).append(kind)
     for result in (*document.get("cases", []), *document.get("profiles", [])):
         name = Case.from_json(result["case"]).name
         if "skipped" in result:

@@ -119,16 +119,16 @@ def choose_all(document: dict[str, Any]) -> dict[str, Any]:
 
 def summary(chosen: dict[str, Any]) -> Iterator[str]:
     """Yield a line per selection."""
-    for what, pick in chosen.items():
+    for selection, pick in chosen.items():
         if "winner" in pick:
             but = "; ".join(
                 f"at {size} {b['variant']} ({b['ratio']:.2f})" for size, b in pick.get("but", {}).items()
             )
             coverage = f" over {pick['of sizes']} sizes" if "of sizes" in pick else ""
-            yield f"- {what}: **{pick['winner']}** ({pick['mean']:.2f} × F.linear{coverage})" + (
+            yield f"- {selection}: **{pick['winner']}** ({pick['mean']:.2f} × F.linear{coverage})" + (
                 f"; but {but}" if but else ""
             )
         elif "none" in pick:
-            yield f"- {what}: none; {pick['none']}"
+            yield f"- {selection}: none; {pick['none']}"
         else:
-            yield f"- {what}: " + ", ".join(f"{key}: {value}" for key, value in pick.items())
+            yield f"- {selection}: " + ", ".join(f"{key}: {value}" for key, value in pick.items())

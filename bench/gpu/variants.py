@@ -47,11 +47,11 @@ class Variant:
         return bool(self.backend)
 
 
-def _tiles(what: str, kind: str, *tiles: tuple[int, int, int, int, int]) -> list[Variant]:
-    """Forced tiles: classes, rows, dims in bf16, warps, stages."""
+def _tiles(matmul: str, kind: str, *tiles: tuple[int, int, int, int, int]) -> list[Variant]:
+    """Return variants with forced tiles: classes, rows, dims in bf16, warps, stages."""
     return [
         Variant(
-            f"triton {what} {'x'.join(map(str, tile[:3]))} w{tile[3]} s{tile[4]}",
+            f"triton {matmul} {'x'.join(map(str, tile[:3]))} w{tile[3]} s{tile[4]}",
             "triton",
             (kind,),
             "triton",

@@ -122,8 +122,8 @@ def _measure(method: str, config: Any, data: Dataset) -> dict[str, Any]:
     }
     if on_gpu:
         line["peak_MiB"] = torch.cuda.max_memory_allocated() // 2**20
-    if said := sorted({str(warning.message).split("\n")[0][:300] for warning in warned}):
-        line["warned"] = said
+    if messages := sorted({str(warning.message).split("\n")[0][:300] for warning in warned}):
+        line["warned"] = messages
     return line
 
 
