@@ -22,8 +22,8 @@ FLOORS = {
         "sampling", "info",
     ],
     "train": [
-        "files", "distributed", "console", "shot_groups", "data", "config", "model", "evaluation", "methods", "cli",
-        "training", "report", "run", "commands", "__main__",
+        "recipes", "files", "distributed", "console", "shot_groups", "options", "data", "config", "model", "evaluation",
+        "methods", "cli", "training", "report", "run", "commands", "__main__",
     ],
 }  # fmt: skip
 
