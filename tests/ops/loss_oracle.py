@@ -1,4 +1,4 @@
-"""What the loss's tests share: cases, and cross-entropy in float64 with every score written out."""
+"""Helpers of the tests of the loss: cases, and the cross-entropy of materialized logits in float64."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Options:
-    """What a call asks for beside the tensors."""
+    """The options of a call besides its tensors."""
 
     reduction: str = "mean"
     smoothing: float = 0.0
     bias: bool = False
     weight: bool = False
     margin: str | None = None
-    ignored: float = 0.2  # share of the rows
+    ignored: float = 0.2  # fraction of the rows
     target: torch.dtype = torch.int64
 
     @property
@@ -51,7 +51,7 @@ OPTIONS = [
 
 @dataclass(frozen=True)
 class Call:
-    """One call's arguments: x, w, δ, τ, and (even where not asked for) bias, margin, weight, target."""
+    """The arguments of a call: x, w, δ, τ, and bias, margin, weight and target, used or not."""
 
     tensors: list[Tensor]
     bias: Tensor
@@ -66,19 +66,19 @@ class Call:
         tensors = sample.tensors(seed, requires_grad=False)
         target = torch.randint(0, sample.K, (sample.B,), generator=source)
         target[torch.rand(sample.B, generator=source) < options.ignored] = IGNORED
-        target[:1] = 0  # a mean needs one
+        target[:1] = 0  # a mean needs at least one row
         bias = torch.randn(sample.K, generator=source)
         margin = torch.rand(sample.K, generator=source) * 0.5
         weight = torch.rand(sample.K, generator=source)
         return cls(tensors, bias, margin, weight, target.to(options.target), options)
 
     def leaves(self, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Fresh leaves: x, w, δ, τ, bias, margin."""
+        """Return new leaves: x, w, δ, τ, bias, margin."""
         every = [*self.tensors, self.bias, self.margin]
         return [t.detach().clone().to(dtype or t.dtype).requires_grad_() for t in every]
 
     def ours(self, leaves: list[Tensor], backend: str, **more: Any) -> tuple[Tensor, Tensor]:
-        """Loss and lse by the public function."""
+        """Return loss and lse by the public function."""
         o = self.options
         arguments: dict[str, Any] = {
             "class_bias": leaves[4] if o.bias else None,
@@ -99,7 +99,7 @@ class Call:
         return made
 
     def written_out(self, logits: Tensor, leaves: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Loss and lse of logits [B, K], by the definition."""
+        """Return loss and lse of logits [B, K] by the definition."""
         o, y = self.options, self.target.long()
         counted = y != IGNORED
         tau = leaves[3].to(logits.dtype)
@@ -122,7 +122,7 @@ class Call:
 
 
 def gradients(loss: Tensor, lse: Tensor, leaves: list[Tensor], seed: int) -> list[Tensor]:
-    """Of all leaves, for non-uniform gradients of both outputs; zeros where unused."""
+    """Return the gradients of all leaves for non-uniform gradients of loss and lse; zeros for unused leaves."""
     source = generator(seed + 2)
     grads = [torch.randn(t.shape, generator=source).to(t.dtype) for t in (loss, lse)]
     made = torch.autograd.grad([loss, lse], leaves, [grads[0], 0.1 * grads[1]], allow_unused=True)

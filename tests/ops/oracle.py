@@ -1,4 +1,4 @@
-"""What the operator's tests share: samples, the float64 judge, and how far from it a backend may be."""
+"""Helpers of the tests of ops: samples, the definition in float64, and error bounds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FACTOR = 8.0
 
 @dataclass(frozen=True)
 class Sample:
-    """Sizes and dtypes of one call. `spread` is |δ| against |w|."""
+    """Sizes and dtypes of one call. `spread` is |δ| / |w|."""
 
     B: int
     K: int
@@ -38,7 +38,7 @@ class Sample:
         return f"{self.B}x{self.K}x{self.d}m{self.m}-{dtypes}"
 
     def tensors(self, seed: int, requires_grad: bool = True) -> list[Tensor]:
-        """input, centers, displacements, tau: fresh random values."""
+        """Return random input, centers, displacements and tau."""
         source = generator(seed)
         scale = self.d**-0.5
         values = [
@@ -51,7 +51,7 @@ class Sample:
 
 
 def generator(seed: int) -> torch.Generator:
-    """Random numbers on the device under test."""
+    """Return a generator on the device under test."""
     return torch.Generator(device=torch.get_default_device()).manual_seed(seed)
 
 
@@ -62,7 +62,7 @@ def operators(backend: str) -> tuple[Any, Any]:
 
 
 half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64
-# Larger than every block (256 features, 512 classes, strips of 512 dimensions) in each dimension, and odd.
+# Odd sizes, larger than every block (256 rows, 512 classes, 512 dimensions).
 SAMPLES = [
     Sample(517, 1043, 37, 4),
     Sample(19, 2101, 41, 4),
@@ -84,44 +84,44 @@ IDS = [s.id for s in SAMPLES]
 
 
 def scores(input: Tensor, centers: Tensor, displacements: Tensor) -> Tensor:
-    """All cosines, [B, K, M], differentiable, as the definition has them."""
+    """Return all cosines [B, K, M] by the definition; differentiable."""
     vectors = centers[:, None, :] + F.pad(displacements, (0, 0, 1, 0))
     return torch.einsum("bd,kmd->bkm", F.normalize(input, eps=1e-12), F.normalize(vectors, dim=2, eps=1e-12))
 
 
 def routed(input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor, slots: Tensor) -> Tensor:
-    """Logits of the definition where each (feature, class) uses the slot given: what gradients flow through."""
+    """Return the logits by the definition for given slots, as gradients flow through the chosen slot alone."""
     chosen = scores(input, centers, displacements).gather(2, slots.long()[..., None]).squeeze(2)
     return tau * chosen
 
 
 def leaves(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Fresh leaves with the same values."""
+    """Return new leaves with the same values."""
     return [t.detach().clone().to(dtype or t.dtype).requires_grad_(t.requires_grad) for t in tensors]
 
 
 def gradients(function: Any, tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
-    """Gradients of all tensors for a given, non-uniform grad of the logits."""
+    """Return the gradients of all tensors for a non-uniform gradient of the logits."""
     output = function(*tensors)
     return list(torch.autograd.grad(output, tensors, grad.to(output.dtype)))
 
 
 def plain(tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The reference backend in the sample's own dtypes: the error that plain PyTorch makes."""
+    """Return the reference backend's result in the dtypes of the sample, whose error is that of plain PyTorch."""
     return reference.constellation_logits(*tensors)
 
 
 def error(value: Tensor, truth: Tensor) -> float:
-    """Largest absolute error."""
+    """Return the largest absolute error."""
     if not value.numel():
         return 0.0
     return float((value.detach().double() - truth.detach().double()).abs().max())
 
 
 def allowed(plain_error: float, truth: Tensor, dtype: torch.dtype, terms: int = 1) -> float:
-    """FACTOR times plain PyTorch's error, or a few roundings of the largest value where plain happens to have none.
+    """Return the error bound: FACTOR times plain PyTorch's error, but at least FACTOR roundings of the largest value.
 
-    One rounding to `dtype`, or those of a sum of `terms`, which is made in float32 at least.
+    A rounding is one to `dtype`, or that of a sum of `terms` in float32 at least.
     """
     size = float(truth.detach().abs().max()) if truth.numel() else 0.0
     sums = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps

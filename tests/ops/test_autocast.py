@@ -1,6 +1,6 @@
-"""A backward that runs inside an autocast region: many training loops call it there, and it must change nothing.
+"""A backward inside an autocast region, where many training loops call it: autocast must not change the gradients.
 
-Products that an operator makes through the dispatcher are cast there like everyone's, unless it sees to it.
+Without `below_autocast`, autocast casts the matrix products that an op computes through the dispatcher.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CALLS: dict[str, Callable[[list[Tensor], str], Tensor]] = {
     "loss": lambda t, backend: gistops.constellation_cross_entropy(
         *t[:4], torch.arange(37), reduction="none", label_smoothing=0.1, class_bias=t[5], backend=backend
     ),
-    "free": lambda t, backend: gistops.subcenter_cross_entropy(
+    "subcenters": lambda t, backend: gistops.subcenter_cross_entropy(
         t[0], t[4], t[3], torch.arange(37), reduction="none", backend=backend
     ),
     "rotation": lambda t, backend: gistops.constellation_logits(
@@ -58,7 +58,7 @@ def test_backward_inside_autocast(
         if a is None or b is None:
             continue
         assert a.dtype == b.dtype
-        if name == "rotation":  # its tables are products of torch's own, whose backward is cast
+        if name == "rotation":  # its coefficients are products of torch, whose backward is cast
             torch.testing.assert_close(a, b, atol=0.03 * float(b.abs().max()), rtol=0)
         else:
             assert torch.equal(a, b)
@@ -68,7 +68,7 @@ def test_backward_inside_autocast(
 @pytest.mark.parametrize("region", [bf16, half])
 @pytest.mark.parametrize("name", CALLS)
 def test_all_of_a_step_inside_autocast(name: str, region: torch.dtype, fused: str, seed: int) -> None:
-    """A GPU multiplies in the region's dtype: what comes out is that of tensors rounded before, and float32."""
+    """A GPU multiplies in the dtype of autocast: results are those of rounded tensors, in float32."""
     x, w, delta, tau = Sample(*SIZES).tensors(seed)
     source = generator(seed + 1)
     free = (torch.randn(67, 2, 40, generator=source) / 6).requires_grad_()
@@ -82,9 +82,9 @@ def test_all_of_a_step_inside_autocast(name: str, region: torch.dtype, fused: st
     expected = CALLS[name](rounded, fused)
     most = (
         0.03 * float(expected.abs().max()) if name == "rotation" else 2e-4
-    )  # its tables are of tensors not rounded
+    )  # its coefficients use unrounded tensors
     torch.testing.assert_close(made, expected, atol=most, rtol=1e-4)
-    if name == "rotation":  # where the two differ, another vector may win, and takes the gradient
+    if name == "rotation":  # another slot may win and take the gradient
         return
     theirs = torch.autograd.grad(expected.square().sum(), rounded, allow_unused=True)
     for leaf, a, b in zip(leaves, ours, theirs, strict=True):
@@ -95,7 +95,7 @@ def test_all_of_a_step_inside_autocast(name: str, region: torch.dtype, fused: st
 
 
 def test_chunks_call_their_kernels_below_autocast() -> None:
-    """A backward inside autocast must not have the scores that it makes again cast."""
+    """A backward inside autocast recomputes the scores without a cast."""
     excluded = []
 
     def forward(a: LogitsForward) -> Logits:

@@ -39,7 +39,7 @@ def test_same_inputs_give_the_same_bits(fused: str, seed: int) -> None:
 
     first = bits()
     for _ in range(5):
-        torch.empty(1 << 20).normal_()  # memory is laid out anew
+        torch.empty(1 << 20).normal_()  # changes the memory layout
         assert all(torch.equal(a, b) for a, b in zip(first, bits(), strict=True))
 
 
@@ -80,7 +80,7 @@ def test_zero_vectors_score_zero_with_finite_gradients(backend: str, seed: int) 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("argument", [0, 1, 2])
-def test_what_is_not_finite_gives_nan_where_it_is_used(
+def test_non_finite_values_give_nan_where_they_are_used(
     value: float, argument: int, fused: str, seed: int
 ) -> None:
     tensors = Sample(6, 40, 19, 2).tensors(seed)
@@ -100,7 +100,7 @@ def test_empty_and_tiny(B: int, K: int, m: int, backend: str, seed: int) -> None
     logits, slots = run(tensors, backend)
     assert logits.shape == slots.shape == (B, K)
     if backend == "reference" and K == 0:
-        return  # nothing was computed from the arguments: no gradient, not one of zeros
+        return  # the logits do not depend on the arguments, so there is no gradient
     for tensor, gradient in zip(tensors, torch.autograd.grad(logits.sum(), tensors), strict=True):
         assert gradient.shape == tensor.shape
         assert gradient.isfinite().all()
@@ -109,7 +109,7 @@ def test_empty_and_tiny(B: int, K: int, m: int, backend: str, seed: int) -> None
 
 
 def test_layouts(fused: str, seed: int) -> None:
-    """Transposed, strided and expanded arguments and gradients give what contiguous ones give."""
+    """Transposed, strided and expanded tensors give the results of contiguous tensors."""
     tensors = Sample(21, 90, 33, 3).tensors(seed, requires_grad=False)
     grad = torch.randn(21, 90)
     plain = [t.clone().requires_grad_() for t in tensors]
@@ -136,7 +136,7 @@ def test_layouts(fused: str, seed: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_converted_exactly(dtype: torch.dtype, fused: str, seed: int) -> None:
-    """Logits of half-precision input are those of the same values in float32: on the CPU to the bit."""
+    """Half-precision inputs give the logits of the same values in float32, on the CPU bit for bit."""
     tensors = Sample(40, 70, 33, 3, dtype, dtype, dtype).tensors(seed, requires_grad=False)
     special = torch.tensor([0.0, -0.0, 6e-8, -6e-8, 5.9e-5, 6.2e-5, 1.0, -2.5, 448.0, 60000.0])
     tensors[0][0, : len(special)] = special.to(dtype)
@@ -152,7 +152,7 @@ def test_half_precision_is_converted_exactly(dtype: torch.dtype, fused: str, see
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)))
 def test_only_the_gradients_asked_for(needs: tuple[bool, ...], fused: str, seed: int) -> None:
-    """The backward operator returns nothing for frozen arguments, and the others are as with none frozen."""
+    """The backward op returns empty gradients for frozen arguments, and does not change the others."""
     tensors = Sample(70, 530, 21, 4).tensors(seed, requires_grad=False)
     forward, backward = operators(fused)
     saved = forward(*tensors)
@@ -160,7 +160,7 @@ def test_only_the_gradients_asked_for(needs: tuple[bool, ...], fused: str, seed:
     every = backward(grad, *tensors, *saved, True, True, True, True)
     some = backward(grad, *tensors, *saved, *needs)
     for needed, value, expected in zip(needs, some, every, strict=True):
-        if needed:  # tau's sum may be contracted differently where nothing else is made in that loop
+        if needed:  # the compiler may contract tau's sum differently in a loop without the others
             torch.testing.assert_close(value, expected, atol=1e-4, rtol=1e-5)
         else:
             assert value.numel() == 0

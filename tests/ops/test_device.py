@@ -1,7 +1,7 @@
-"""Nothing goes from the host to the device, or back, while operators run: a GPU would have to be waited for.
+"""Ops copy nothing between host and device, which would make the host wait for a GPU.
 
-On meta tensors, whose values cannot be read, and with functions that copy from the host refused; on a GPU, torch itself
-says where it waits.
+The tests use meta tensors, whose values cannot be read, and refuse functions that copy from the host. On a GPU, torch
+raises an error where the host waits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import gistops
 from .oracle import Sample
 
 K, d, m = 67, 20, 3
-Tensors = tuple[Tensor, ...]  # x, w, δ, u, A, B, free centres, one number a class, target
+Tensors = tuple[Tensor, ...]  # x, w, δ, u, A, B, sub-centers, one number per class, target
 
 
 def tensors_of(seed: int, requires_grad: bool = True) -> Tensors:
@@ -47,10 +47,10 @@ def loss(**more: Any) -> Callable[[Tensors, str], Any]:
     return call
 
 
-def turned(name: str) -> Callable[[Tensors, str], Any]:
+def transformed(name: str) -> Callable[[Tensors, str], Any]:
     def call(t: Tensors, backend: str) -> Any:
-        how = {"axis": t[3]} if name == "rotation" else {"mlp": (t[4], t[5])}
-        more: Any = {"transform": name, "backend": backend, **how}
+        extra = {"axis": t[3]} if name == "rotation" else {"mlp": (t[4], t[5])}
+        more: Any = {"transform": name, "backend": backend, **extra}
         logits = gistops.constellation_logits(*t[:3], 16.0, **more)
         with torch.no_grad():
             gistops.constellation_topk(*t[:3], 16.0, 5, **more)
@@ -59,24 +59,24 @@ def turned(name: str) -> Callable[[Tensors, str], Any]:
     return call
 
 
-#: Everything that takes a number where a tensor would do, and all else.
+#: Every public function, and every argument that may be a number instead of a tensor.
 CALLS: dict[str, Callable[[Tensors, str], Any]] = {
     "logits": bare(gistops.constellation_logits),
-    "free logits": lambda t, backend: gistops.subcenter_logits(t[0], t[6], 16, backend=backend),
+    "subcenter logits": lambda t, backend: gistops.subcenter_logits(t[0], t[6], 16, backend=backend),
     "loss": loss(),
     "margin logit": loss(margin=0.3),
     "margin cosine": loss(margin=1, margin_kind="cosine"),
     "margin angle": loss(margin=0.3, margin_kind="angle", reduction="sum"),
-    "margin a class": loss(margin=Tensor, reduction="none"),
-    "free loss": lambda t, backend: gistops.subcenter_cross_entropy(
+    "margin per class": loss(margin=Tensor, reduction="none"),
+    "subcenter loss": lambda t, backend: gistops.subcenter_cross_entropy(
         t[0], t[6], 16.0, t[8], margin=0.5, margin_kind="angle", backend=backend
     ),
     "topk": lambda t, backend: gistops.constellation_topk(
         *t[:3], 16.0, 5, class_bias=t[7], return_lse=True, backend=backend
     ),
-    "free topk": lambda t, backend: gistops.subcenter_topk(t[0], t[6], 16.0, 5, backend=backend),
-    "rotation": turned("rotation"),
-    "mlp": turned("mlp"),
+    "subcenter topk": lambda t, backend: gistops.subcenter_topk(t[0], t[6], 16.0, 5, backend=backend),
+    "rotation": transformed("rotation"),
+    "mlp": transformed("mlp"),
 }
 
 
@@ -87,7 +87,7 @@ def backward(made: Any) -> None:
 
 
 class FromTheHost(TorchFunctionMode):
-    """Refuses what makes a tensor on a device of values on the host."""
+    """A mode that refuses to make tensors from values on the host."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func not in (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy), func
@@ -95,7 +95,7 @@ class FromTheHost(TorchFunctionMode):
 
 
 class OneDevice(TorchDispatchMode):
-    """Refuses operators that take or give a tensor on the CPU."""
+    """A mode that refuses ops with a tensor on the CPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -114,7 +114,7 @@ def test_no_value_comes_from_the_host_or_is_read_by_it(name: str, backend: str, 
 
 @contextmanager
 def refusing_to_wait() -> Iterator[None]:
-    """torch raises where it makes the host wait for the GPU."""
+    """A context in which torch raises an error if the host waits for the GPU."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -127,6 +127,6 @@ def refusing_to_wait() -> Iterator[None]:
 @pytest.mark.parametrize("name", CALLS)
 def test_the_host_never_waits_for_the_gpu(name: str, fused: str, seed: int) -> None:
     tensors = tensors_of(seed)
-    backward(CALLS[name](tensors, fused))  # what is compiled or loaded first may wait
+    backward(CALLS[name](tensors, fused))  # the first call may compile, and wait
     with refusing_to_wait():
         backward(CALLS[name](tensors, fused))

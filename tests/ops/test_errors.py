@@ -1,4 +1,4 @@
-"""What is said of bad arguments: the argument's name, what was expected, what came."""
+"""Errors name the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("change", "kind", "words"), CASES, ids=[c[2][:40] for c in CASES])
-def test_words(change: dict[str, Any], kind: type[Exception], words: str, backend: str) -> None:
+def test_messages(change: dict[str, Any], kind: type[Exception], words: str, backend: str) -> None:
     arguments = {"input": x, "centers": w, "displacements": delta, "tau": tau, "backend": backend} | change
     with pytest.raises(kind, match=words):
         gistops.constellation_logits(**arguments)
 
 
-def test_operators_called_without_the_checks_stay_safe(fused: str) -> None:
-    """Whoever calls the operators themselves gets an error for what would read out of bounds."""
+def test_ops_called_directly_are_memory_safe(fused: str) -> None:
+    """Ops that are called directly raise an error instead of reading out of bounds."""
     if fused == "triton":
         pytest.skip("Triton's wrappers are Python: no memory is at stake")
     forward, backward = operators(fused)
@@ -70,7 +70,7 @@ def test_operators_called_without_the_checks_stay_safe(fused: str) -> None:
         backward(saved[0], x, w, delta, tau, *saved[:2], saved[2].T, saved[3], True, True, True, True)
 
 
-def test_second_derivatives_say_what_to_do(fused: str) -> None:
+def test_second_derivatives_name_the_reference(fused: str) -> None:
     leaf = x.clone().requires_grad_()
     logits = gistops.constellation_logits(leaf, w, delta, tau, backend=fused)
     (gradient,) = torch.autograd.grad(logits.square().sum(), leaf, create_graph=True)

@@ -1,4 +1,4 @@
-"""The compiled backend against the definition in float64: logits, slots and every gradient."""
+"""Logits, slots and all gradients against the definition in float64."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_logits_and_slots(sample: Sample, backend: str, seed: int) -> None:
     assert logits.shape == slots.shape == (sample.B, sample.K)
     bound = allowed(error(plain(tensors)[0], truth), truth, logits.dtype)
     assert error(logits, truth) <= bound
-    # The slot's own score is within rounding of the best: ties within rounding may go either way.
+    # The score of the returned slot is within rounding of the best, as near-ties may go either way.
     assert error(every.gather(2, slots.long()[..., None]).squeeze(2), truth) <= 2 * bound
 
 
@@ -58,11 +58,11 @@ def test_gradients(sample: Sample, backend: str, seed: int) -> None:
     ):
         assert value.dtype == tensor.dtype
         assert value.shape == tensor.shape
-        # plain routes a rounding tie its own way now and then: then it says nothing about rounding, and eps does
+        # Plain PyTorch may resolve a near-tie differently. Then its error is not one of rounding, and eps bounds the error.
         bound = allowed(0.0, true, _coarsest(tensor.dtype, logits.dtype), max(sample.B, sample.K))
         if name == "tau":
             bound = allowed_of_tau(grad, logits, tensor, true, torch.float32)
-        elif sample.d > 1:  # with d = 1 the true gradients of the vectors are zero: roundings alone remain
+        elif sample.d > 1:  # if d is 1, the true gradients of the vectors are zero
             bound = max(bound, min(allowed(error(comparable, true), true, tensor.dtype), 1e3 * bound))
         else:
             bound = max(bound, 1e-4 * float(grad.abs().sum()))
@@ -74,8 +74,8 @@ def _coarsest(*dtypes: torch.dtype) -> torch.dtype:
 
 
 @pytest.mark.parametrize("closeness", [1e-1, 1e-3, 1e-6])
-def test_centers_that_a_displacement_all_but_cancels(closeness: float, backend: str, seed: int) -> None:
-    """w_k + δ_j close to zero: the sums of the fused form lose all digits there, and must not be used."""
+def test_centers_that_a_displacement_nearly_cancels(closeness: float, backend: str, seed: int) -> None:
+    """Where w_k + δ_j is close to zero, the sums of the fused form lose all digits and must not be used."""
     tensors = Sample(37, 129, 24, 3).tensors(seed)
     with torch.no_grad():
         tensors[1][7:90] = -tensors[2][1] + closeness * tensors[1][7:90]
@@ -83,7 +83,7 @@ def test_centers_that_a_displacement_all_but_cancels(closeness: float, backend: 
     logits, slots = gistops.constellation_logits(*tensors, return_slots=True, backend=backend)
     wide = leaves(tensors, torch.float64)
     truth = (wide[3] * scores(*wide[:3])).max(dim=2).values
-    assert (slots[:, 7:90] == 2).any(), "the cancelled slot wins nowhere: the test tests nothing"
+    assert (slots[:, 7:90] == 2).any(), "expected the cancelled slot to win somewhere"
     assert error(logits, truth) <= allowed(error(plain(tensors)[0], truth), truth, torch.float32)
     ours = torch.autograd.grad(logits, tensors, grad)
     expected = gradients(lambda *t: routed(*t, slots), wide, grad)
@@ -98,7 +98,7 @@ def test_centers_that_a_displacement_all_but_cancels(closeness: float, backend: 
     "choice", ["CAPABILITY=baseline", "CAPABILITY=v3", "PRODUCTS=blas", "PRODUCTS=onednn"]
 )
 def test_other_processors(choice: str, request: pytest.FixtureRequest) -> None:
-    """The same tests with the kernels and products that other processors would choose."""
+    """The tests pass with the kernels and matrix products that other processors use."""
     if any(name.startswith("GISTOPS_CPU_") for name in os.environ):
         pytest.skip("already running under a forced choice")
     name, value = choice.split("=")

@@ -1,4 +1,4 @@
-"""Operators in CUDA graphs: captured forward and backward, and replayed on other values, to the bit as without a graph."""
+"""CUDA graphs: forward and backward captured and replayed on other values, with the bits of eager mode."""
 
 from __future__ import annotations
 

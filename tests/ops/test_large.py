@@ -1,6 +1,6 @@
-"""Sizes that 32 bits do not count: B·K and K·d beyond 2³¹. Sampled rows and classes against float64.
+"""Sizes beyond 32-bit indices: B·K or K·d above 2³¹. Sampled rows and classes are compared with float64.
 
-The same checks on small sizes run everywhere, so that they are known to be right where there is no such memory.
+The same checks run on small sizes everywhere, so that an error in the checks themselves is found without a large GPU.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import gistops
 from .oracle import Sample, allowed, error, generator, routed, scores
 
 bf16 = torch.bfloat16
-PART = 50_000  # classes whose vectors are written out at a time
-COLUMNS = 5_000  # of [B, K] that are float64 at a time
+PART = 50_000  # classes per chunk of vectors
+COLUMNS = 5_000  # columns of [B, K] per chunk in float64
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Size:
     memory: int  # GiB free
 
     def tensors(self, seed: int) -> list[Tensor]:
-        """As `Sample.tensors`, drawn in bfloat16, which a GPU does without a float32 copy."""
+        """Draw input, centers, displacements and tau directly in bfloat16, without a float32 copy."""
         source = generator(seed)
         shapes = ((self.B, self.d), (self.K, self.d), (self.m, self.d))
         x, w, delta = (torch.randn(*shape, generator=source, dtype=bf16) for shape in shapes)
@@ -70,22 +70,22 @@ def wide(tensors: list[Tensor], requires_grad: bool = False) -> list[Tensor]:
     return [t.detach().double().requires_grad_(requires_grad) for t in tensors]
 
 
-def of_rows(tensors: list[Tensor], rows: Tensor, slots: Tensor | None = None) -> Tensor:
-    """Logits of some rows and all classes in float64: the best, or those of the slots given."""
+def logits_of(tensors: list[Tensor], rows: Tensor, slots: Tensor | None = None) -> Tensor:
+    """Return float64 logits of the rows and all classes: of the best slots, or of given slots."""
     x, w, delta, tau = tensors
-    some = [x[rows].double(), delta.double(), tau.double()]
-    made = []
+    x, delta, tau = x[rows].double(), delta.double(), tau.double()
+    chunks = []
     for start in range(0, len(w), PART):
-        part = (some[0], w[start : start + PART].double(), some[1])
+        tensors = [x, w[start : start + PART].double(), delta]
         if slots is None:
-            made.append(some[2] * scores(*part).amax(2))
+            chunks.append(tau * scores(*tensors).amax(2))
         else:
-            made.append(routed(*part, some[2], slots[rows, start : start + PART]))
-    return torch.cat(made, 1)
+            chunks.append(routed(*tensors, tau, slots[rows, start : start + PART]))
+    return torch.cat(chunks, 1)
 
 
 def gradient_of_rows(tensors: list[Tensor], rows: Tensor, grad: Tensor, slots: Tensor) -> Tensor:
-    """∂ of some rows for their own grad [rows, K], a part of the classes at a time."""
+    """Return the gradient of the rows of input for grad [rows, K], one chunk of classes at a time."""
     x, w, delta, tau = wide([tensors[0][rows], tensors[1][:0], *tensors[2:]])
     x.requires_grad_()
     for start in range(0, len(tensors[1]), PART):
@@ -97,7 +97,7 @@ def gradient_of_rows(tensors: list[Tensor], rows: Tensor, grad: Tensor, slots: T
 
 
 def gradient_of_classes(tensors: list[Tensor], classes: Tensor, grad: Tensor, slots: Tensor) -> Tensor:
-    """∂ of some centres for their own grad [B, classes]."""
+    """Return the gradient of the centers of these classes for grad [B, classes]."""
     x, w, delta, tau = wide([tensors[0], tensors[1][classes], *tensors[2:]])
     w.requires_grad_()
     routed(x, w, delta, tau, slots[:, classes]).backward(grad.double())
@@ -116,9 +116,9 @@ def test_logits(size: Size, memory: None, fused: str, seed: int) -> None:
     rows, classes = size.rows(), size.classes()
     logits, slots = gistops.constellation_logits(*tensors, return_slots=True, backend=fused)
     with torch.no_grad():
-        truth = of_rows(tensors, rows)
+        truth = logits_of(tensors, rows)
         close("logits", logits[rows], truth, torch.float32, size.d)
-        close("slots", of_rows(tensors, rows, slots), truth, torch.float32, size.d)
+        close("slots", logits_of(tensors, rows, slots), truth, torch.float32, size.d)
     grad = torch.randn(size.B, size.K, generator=generator(seed + 1))
     ours = torch.autograd.grad(logits, tensors, grad)
     of_x = gradient_of_rows(tensors, rows, grad[rows], slots)
@@ -145,12 +145,12 @@ def test_loss(size: Size, memory: None, fused: str, seed: int) -> None:
     tensors = size.tensors(seed)
     rows, classes = size.rows(), size.classes()
     target = torch.randint(0, size.K, (size.B,), generator=generator(seed + 2))
-    target[rows] = classes  # so that sampled classes have targets, and the last row the last class
+    target[rows] = classes  # the sampled rows have the sampled classes as targets
     loss, lse = gistops.constellation_cross_entropy(
         *tensors, target, reduction="none", return_lse=True, backend=fused
     )
     with torch.no_grad():
-        logits = of_rows(tensors, rows)
+        logits = logits_of(tensors, rows)
         close(
             "loss", loss[rows], F.cross_entropy(logits, target[rows], reduction="none"), torch.float32, size.K
         )
@@ -178,7 +178,7 @@ def test_topk(size: Size, memory: None, fused: str, seed: int) -> None:
     tensors, rows = size.tensors(seed), size.rows()
     values, classes, _ = gistops.constellation_topk(*tensors, 5, backend=fused)
     with torch.no_grad():
-        truth = of_rows(tensors, rows)
+        truth = logits_of(tensors, rows)
     close("values", values[rows], truth.topk(5, dim=1).values, torch.float32, size.d)
     close("classes", truth.gather(1, classes[rows]), values[rows].double(), torch.float32, size.d)
 
@@ -186,13 +186,12 @@ def test_topk(size: Size, memory: None, fused: str, seed: int) -> None:
 @pytest.mark.cpu
 @pytest.mark.large
 def test_more_logits_than_32_bits_count(fused: str, seed: int) -> None:
-    """On the CPU, forward alone, in 12 GB."""
+    """The forward on the CPU, in 12 GB."""
     B, K = 21_500, 100_003
     tensors = Sample(B, K, 2, 1).tensors(seed, requires_grad=False)
     logits, slots = gistops.constellation_logits(*tensors, return_slots=True, backend=fused)
     rows = torch.tensor([0, 1, B // 2, B - 2, B - 1])
     assert B * K > 2**31
-    some = [tensors[0][rows], *tensors[1:]]
-    expected = gistops.constellation_logits(*some, backend="reference")
+    expected = gistops.constellation_logits(tensors[0][rows], *tensors[1:], backend="reference")
     torch.testing.assert_close(logits[rows], expected, atol=1e-4, rtol=1e-4)
     assert (slots[rows] == 1).any()

@@ -1,4 +1,4 @@
-"""Cross-entropy without the logits: against float64, with every option, and its contract."""
+"""The cross-entropy against float64, with every option, and its contract."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .loss_oracle import IGNORED, OPTIONS, Call, Options, gradients
 from .oracle import Sample, allowed, error, generator, routed, scores
 
 half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64
-# With d >= 320 the scores of all, or some, features wait in the memory of the centres' gradient (csrc/cpu/cross_entropy.h).
+# If d >= 320, the CPU stashes the scores of all rows, or of the first rows (csrc/cpu/cross_entropy.h).
 SAMPLES = [
     Sample(37, 1043, 80, 4),
     Sample(300, 700, 64, 3),
@@ -33,7 +33,7 @@ NAMES = ("input", "centers", "displacements", "tau", "class_bias", "margin")
 
 
 def compare(call: Call, backend: str, seed: int) -> None:
-    """Loss, lse and all gradients against the definition in float64, routed as the backend's logits are."""
+    """Compare loss, lse and all gradients with float64, for the slots that the backend chose."""
     ours = call.leaves()
     loss, lse = call.ours(ours, backend)
     made = [loss, lse, *gradients(loss, lse, ours, seed)]
@@ -46,7 +46,7 @@ def compare(call: Call, backend: str, seed: int) -> None:
     ties, steep = ties_and_steepness(call, slots, seed)
     for i, (value, truth, plain) in enumerate(zip(made, *expected, strict=True)):
         name = ("loss", "lse", *NAMES)[i]
-        # Sums over rows (τ's over classes too) whose terms cancel; and the softmax makes τ roundings of one.
+        # The terms of sums over rows (for τ also over classes) cancel, and the softmax multiplies a rounding by τ.
         terms = (
             call.target.numel() * (call.bias.numel() if name == "tau" else 1) + float(ours[3].detach()) ** 2
         )
@@ -113,7 +113,7 @@ def test_the_reference_is_the_definition(options: Options, seed: int) -> None:
 @pytest.mark.parametrize("index", [-100, -1, 3])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_ignored_rows_count_for_nothing(index: int, smoothing: float, backend: str, seed: int) -> None:
-    """An index of a class ignores the rows of that class, as in F.cross_entropy."""
+    """If ignore_index is a class, the rows of the class are ignored, as in F.cross_entropy."""
     x, w, delta, tau = Sample(60, 12, 20, 2).tensors(seed)
     target = torch.randint(0, 12, (60,))
     target[::7] = index
@@ -164,7 +164,7 @@ def test_no_classes(backend: str) -> None:
         gistops.constellation_cross_entropy(*tensors, torch.zeros(2, dtype=torch.int64), backend=backend)
 
 
-@pytest.mark.cpu  # a device-side assertion ends the process's use of the GPU
+@pytest.mark.cpu  # a device-side assertion makes the GPU unusable for the process
 @pytest.mark.parametrize(("value", "index"), [(12, -100), (-1, -100), (-100, -1)])
 def test_a_target_out_of_range(value: int, index: int, backend: str, seed: int) -> None:
     tensors = Sample(6, 12, 20, 2).tensors(seed)
@@ -177,7 +177,7 @@ def test_a_target_out_of_range(value: int, index: int, backend: str, seed: int) 
 
 
 def test_small_losses_keep_their_digits(fused: str, seed: int) -> None:
-    """A loss of 1e-20 is the sum of the others' probabilities, not the 0 of lse - logit."""
+    """A loss of 1e-20 is the sum of the other classes' probabilities; lse - logit would be 0."""
     x, w, delta, _ = Sample(9, 9, 64, 2).tensors(seed)
     x = w.detach().clone().requires_grad_()
     tau, target = torch.tensor(64.0), torch.arange(9)
@@ -188,14 +188,14 @@ def test_small_losses_keep_their_digits(fused: str, seed: int) -> None:
     truth = F.softplus(others - logits.diagonal())
     assert truth.max() < 1e-12
     torch.testing.assert_close(loss.double(), truth, rtol=1e-3, atol=0)
-    # And the target's score gets -(1 - p), which is not 0 either.
+    # The gradient of the target's score, -(1 - p), is not 0 either.
     (grad,) = torch.autograd.grad(loss.sum(), w)
     (expected,) = torch.autograd.grad(truth.sum(), wide[1])
     assert error(grad, expected) < 1e-2 * expected.abs().max()
 
 
-def test_classes_barred_by_their_bias(backend: str, seed: int) -> None:
-    """A bias of minus infinity takes a class out: no probability and no gradient, and nothing is NaN."""
+def test_classes_excluded_by_their_bias(backend: str, seed: int) -> None:
+    """A bias of minus infinity excludes a class: zero probability, zero gradient, and no NaN."""
     tensors = Sample(11, 700, 20, 2).tensors(seed)
     bias = torch.zeros(700)
     bias[100:] = -torch.inf
@@ -215,7 +215,7 @@ def test_classes_barred_by_their_bias(backend: str, seed: int) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_what_is_not_finite_is_not_hidden(value: float, requires_grad: bool, backend: str, seed: int) -> None:
+def test_non_finite_values_are_not_hidden(value: float, requires_grad: bool, backend: str, seed: int) -> None:
     tensors = Sample(6, 40, 330, 2).tensors(seed, requires_grad)
     with torch.no_grad():
         tensors[0][2, 5] = value
@@ -242,7 +242,7 @@ def test_same_inputs_give_the_same_bits(B: int, fused: str, seed: int) -> None:
 
     first = bits()
     for _ in range(4):
-        torch.empty(1 << 20).normal_()  # memory is laid out anew
+        torch.empty(1 << 20).normal_()  # changes the memory layout
         assert all(torch.equal(a, b) for a, b in zip(first, bits(), strict=True))
 
 
@@ -293,7 +293,7 @@ def test_margins_of_one_number(backend: str, seed: int) -> None:
 
 
 def test_an_angle_beyond_pi_still_costs_more(backend: str, seed: int) -> None:
-    """θ + margin > π: cos would rise again; the authors' code goes on linearly instead."""
+    """If θ + margin > π, cos would rise again; the authors' code continues linearly."""
     w = F.normalize(torch.randn(3, 8), dim=1).requires_grad_()
     x = -w[:1].detach()
     none = torch.empty(0, 8)

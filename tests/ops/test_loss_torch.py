@@ -1,4 +1,4 @@
-"""The loss in the hands of the rest of PyTorch: opcheck, gradcheck, compile, autocast, graphs used twice; memory."""
+"""The loss and the rest of PyTorch: opcheck, gradcheck, compile, autocast, second backwards, memory."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_gradcheck(options: Options, backend: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("B", [37, 400])
-def test_a_graph_used_twice(B: int, fused: str, seed: int) -> None:
-    """The second backward has no parked scores: it makes them again, and gives the same."""
+def test_two_backwards_of_one_graph(B: int, fused: str, seed: int) -> None:
+    """The second backward has no stashed scores; it recomputes them and gives the same gradients."""
     call = Call.of(Sample(B, 530, 330, 3), ALL, seed)
     leaves = call.leaves()
     loss, lse = call.ours(leaves, fused)
@@ -72,7 +72,7 @@ def test_a_graph_used_twice(B: int, fused: str, seed: int) -> None:
 
 
 def test_gradients_accumulate_and_do_not_alias(fused: str, seed: int) -> None:
-    """The parked memory becomes the gradient: a second step must not write into the first one's."""
+    """The stash becomes the gradient; a second step must not write into the first gradient."""
     call = Call.of(Sample(20, 530, 330, 3), Options(ignored=0.0), seed)
     leaves = call.leaves()
     call.ours(leaves, fused)[0].backward()
@@ -84,7 +84,7 @@ def test_gradients_accumulate_and_do_not_alias(fused: str, seed: int) -> None:
     torch.testing.assert_close(leaves[1].grad, 3 * copy, atol=1e-6, rtol=1e-4)
 
 
-def test_weights_changed_between_are_noticed(fused: str, seed: int) -> None:
+def test_weights_changed_before_the_backward_raise(fused: str, seed: int) -> None:
     leaves = Sample(20, 53, 33, 3).tensors(seed)
     loss = gistops.constellation_cross_entropy(*leaves, torch.zeros(20, dtype=torch.int64), backend=fused)
     with torch.no_grad():
@@ -104,8 +104,8 @@ def test_only_the_gradients_asked_for(needed: int, fused: str, seed: int) -> Non
     torch.testing.assert_close(value, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_second_derivatives_are_refused(fused: str, seed: int) -> None:
-    for B in (5, 400):  # parked, and not
+def test_second_derivatives_raise(fused: str, seed: int) -> None:
+    for B in (5, 400):  # with and without a stash
         leaves = Sample(B, 53, 330, 3).tensors(seed)
         target = torch.zeros(B, dtype=torch.int64)
         loss = gistops.constellation_cross_entropy(*leaves, target, backend=fused)
@@ -185,7 +185,7 @@ print(status("VmHWM") - before)
 """
 CALLS = {
     "loss": "gistops.constellation_cross_entropy(x, w, delta, 16.0, y).backward()",
-    "loss, no scores parked": "gistops.constellation_cross_entropy(x, w.detach(), delta, 16.0, y).backward()",
+    "loss, no stash": "gistops.constellation_cross_entropy(x, w.detach(), delta, 16.0, y).backward()",
     "topk": "gistops.constellation_topk(x, w, delta, 16.0, 5, return_lse=True)",
     "rotation": "gistops.constellation_cross_entropy(x, w, delta, 16.0, y, transform='rotation', "
     "axis=torch.ones(d)).backward()",
@@ -195,13 +195,13 @@ CALLS = {
 @pytest.mark.cpu
 @pytest.mark.parametrize("call", CALLS)
 def test_memory_does_not_grow_with_the_pairs(call: str, fused: str) -> None:
-    """Beyond the gradients (and a rotation's tables), a step adds less than a tenth of one [B, K] tensor."""
+    """Beyond the gradients (and a rotation's coefficients), a step adds less than a tenth of one [B, K] tensor."""
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc")
     B, K, d = 1024, 60_000, 64
     code = PEAK.format(B=B, K=K, call=CALLS[call])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    gradient = 0 if call == "topk" or "parked" in call else 4 * K * d
+    gradient = 0 if call == "topk" or "no stash" in call else 4 * K * d
     tables = 0 if call != "rotation" else 6 * 4 * K * 5 * 2
     assert int(done.stdout) - gradient - tables < 0.1 * 4 * B * K
 

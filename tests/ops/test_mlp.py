@@ -1,4 +1,4 @@
-"""Centres moved by a network: logits, loss and best k in chunks against vectors written out."""
+"""Centers moved by an MLP: logits, loss and top-k in chunks against materialized vectors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def leaves_of(seed: int, dtype: torch.dtype = f64, sample: Sample = SIZES) -> list[Tensor]:
-    """x, w, δ, τ, A, B."""
+    """Return x, w, δ, τ, A and B."""
     source = generator(seed + 7)
     hidden = 9
     both = (
@@ -36,7 +36,7 @@ def leaves_of(seed: int, dtype: torch.dtype = f64, sample: Sample = SIZES) -> li
 
 
 def written_out(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """All scores [B, K, M]: each vector from the definition."""
+    """Return all scores [B, K, M], each vector from the definition."""
     every = [w]
     for j in range(len(delta)):
         entry = torch.stack([torch.cat([F.normalize(v, dim=0), delta[j]]) for v in w])

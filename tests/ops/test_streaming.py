@@ -66,8 +66,8 @@ def same(made: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: torch.dt
     for a, b in zip(made, expected, strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         if a.dtype == torch.uint8 and dtype != f64:
-            # Two scores of a pair may tie within rounding, and products of other sizes round otherwise: two of 4.8 million pairs,
-            # over 150 seeds. The logits that go with the slots are compared all the same, and float64 allows for none.
+            # Near-ties may go either way, as products of other sizes round differently: two of 4.8 million pairs over 150
+            # seeds. The logits are compared all the same, and float64 allows no difference.
             assert (a != b).sum() <= 3
             continue
         torch.testing.assert_close(a, b, **loose, equal_nan=True)
@@ -108,9 +108,9 @@ def test_topk(kind: str, k: int, chunk: None, ops: Any, seed: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, f64])
 def test_topk_of_equals(dtype: torch.dtype, chunk: None, ops: Any, seed: int) -> None:
-    """Keys hold score and place: equals, both zeros, NaNs and infinities come in the CPU's order."""
-    some = torch.tensor([0.0, -0.0, 1.0, 1.0, -1.0, torch.nan, -torch.nan, torch.inf, -torch.inf, 1e-40])
-    bias = some[torch.randint(0, len(some), (431,), generator=generator(seed))].to(dtype)
+    """Ties, zeros of both signs, NaNs and infinities come in the order of the CPU kernel."""
+    values = torch.tensor([0.0, -0.0, 1.0, 1.0, -1.0, torch.nan, -torch.nan, torch.inf, -torch.inf, 1e-40])
+    bias = values[torch.randint(0, len(values), (431,), generator=generator(seed))].to(dtype)
     zeros = (torch.zeros(3, 4, dtype=dtype), torch.ones(431, 4, dtype=dtype), torch.empty(0, 4, dtype=dtype))
     tensors = (*zeros, torch.tensor(1.0), bias, None, None)
     for k in (1, 100, 431):
@@ -153,7 +153,7 @@ def test_rotation_logits(dtype: torch.dtype, chunk: None, ops: Any, seed: int) -
 
 
 def test_chunks_bound_the_scores(monkeypatch: pytest.MonkeyPatch, ops: Any, seed: int) -> None:
-    """No tensor of a chunk has more scores than CPU_CHUNK_ELEMENTS says."""
+    """A chunk has at most CPU_CHUNK_ELEMENTS scores."""
     monkeypatch.setattr(scorers, "CPU_CHUNK_ELEMENTS", 37 * 100)
     x, w, delta, tau = arguments("translation", torch.float32, seed)[:4]
     scorer = scorers.make_scorer(ops, Topk(x, w, delta, tau, None, None, None, 1))

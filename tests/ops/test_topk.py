@@ -1,4 +1,4 @@
-"""The best classes without the logits."""
+"""The top k classes without logits [B, K]."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gistops.functional.topk import topk as checked_topk
 from .oracle import SAMPLES, Sample, allowed, error, generator, plain, scores
 
 Case = tuple[Sample, int]
-#: k of one, some, more than a block of classes (512), and all.
+#: k: one, several, more than a block of classes (512), all.
 CASES: list[Case] = [
     (s, k) for s, k in zip(SAMPLES, (10, 3, 600, 67, 1, 130, 7, 1, 33, 5, 5, 5, 5, 5, 5), strict=True)
 ]
@@ -43,7 +43,7 @@ def test_values_classes_slots_and_lse(case: Case, biased: bool, backend: str, se
     assert values.shape == classes.shape == slots.shape == (sample.B, k)
     assert (classes.dtype, slots.dtype) == (torch.int64, torch.uint8)
     assert values.dtype == lse.dtype == gistops.constellation_logits(*tensors, backend=backend).dtype
-    # They are the largest, in order; classes and slots are where such a score is.
+    # The values are the largest in order; classes and slots point to scores of these values.
     assert error(values, truth.topk(k, dim=1).values) <= limit
     assert (values.diff(dim=1) <= 0).all()
     assert error(truth.gather(1, classes), values) <= limit
@@ -56,8 +56,8 @@ def test_values_classes_slots_and_lse(case: Case, biased: bool, backend: str, se
     )
 
 
-def test_equals_come_lowest_class_first(backend: str, seed: int) -> None:
-    """As a stable sort has them, over blocks and threads; the bias makes the scores."""
+def test_ties_go_to_the_lowest_class(backend: str, seed: int) -> None:
+    """Ties have the order of a stable sort, across blocks and threads; the scores come from the bias."""
     source = generator(seed)
     K = 1700
     x, w, delta, tau = torch.zeros(7, 8), torch.ones(K, 8), torch.empty(0, 8), torch.tensor(1.0)
@@ -79,7 +79,7 @@ def test_nan_is_largest_and_minus_infinity_smallest(backend: str) -> None:
     assert values[0, 2:].tolist() == [torch.inf, -2.0, -torch.inf, -torch.inf]
 
 
-def test_free_centres(backend: str, seed: int) -> None:
+def test_subcenters(backend: str, seed: int) -> None:
     x, w = torch.randn(30, 20), torch.randn(700, 3, 20)
     logits, slots = gistops.subcenter_logits(x, w, 9.0, return_slots=True, backend=backend)
     assert isinstance(logits, Tensor)
@@ -92,7 +92,7 @@ def test_free_centres(backend: str, seed: int) -> None:
 
 @pytest.mark.cpu
 def test_same_bits_as_the_logits(fused: str, seed: int) -> None:
-    """On the CPU a score does not depend on who asks; nor on the norms having been made before."""
+    """On the CPU, scores have the bits of the logits, with precomputed norms too."""
     tensors = Sample(300, 1100, 40, 4).tensors(seed, requires_grad=False)
     logits, slots = gistops.constellation_logits(*tensors, return_slots=True)
     values, classes, best = gistops.constellation_topk(*tensors, 50)
@@ -112,7 +112,7 @@ def test_same_bits_as_the_logits(fused: str, seed: int) -> None:
         torch.testing.assert_close(again[0], values, atol=1e-5, rtol=1e-5)
 
 
-def test_no_features(backend: str) -> None:
+def test_empty_batch(backend: str) -> None:
     made = gistops.constellation_topk(*Sample(0, 5, 7, 2).tensors(0), 3, return_lse=True, backend=backend)
     assert [t.shape for t in made] == [(0, 3), (0, 3), (0, 3), (0,)]
 

@@ -188,7 +188,7 @@ def test_ties_go_to_the_lowest_slot(m: int, seed: int) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("argument", [0, 1, 2])
 def test_what_is_not_finite_gives_nan_where_it_is_used(value: float, argument: int, seed: int) -> None:
-    contract.test_what_is_not_finite_gives_nan_where_it_is_used(value, argument, "triton", seed)
+    contract.test_non_finite_values_give_nan_where_they_are_used(value, argument, "triton", seed)
 
 
 def test_zero_vectors_score_zero(seed: int) -> None:

@@ -161,8 +161,8 @@ def test_same_bits(tiles: str, seed: int) -> None:
 def test_contract(seed: int) -> None:
     for index in (-100, 3):
         loss.test_ignored_rows_count_for_nothing(index, 0.2, "triton", seed)
-    loss.test_classes_barred_by_their_bias("triton", seed)
-    loss.test_what_is_not_finite_is_not_hidden(float("nan"), True, "triton", seed)
+    loss.test_classes_excluded_by_their_bias("triton", seed)
+    loss.test_non_finite_values_are_not_hidden(float("nan"), True, "triton", seed)
     loss.test_layouts("triton", seed)
     loss.test_an_angle_beyond_pi_still_costs_more("triton", seed)
 
@@ -205,7 +205,7 @@ def test_the_operators_in_pytorch(seed: int) -> None:
     in_torch.test_gradcheck(in_torch.ALL, "triton", seed)
     in_torch.test_gradcheck(Options("mean", smoothing=0.2, margin="angle"), "triton", seed)
     in_torch.test_gradient_checkpointing("triton", seed)
-    in_torch.test_weights_changed_between_are_noticed("triton", seed)
+    in_torch.test_weights_changed_before_the_backward_raise("triton", seed)
     leaves = Sample(5, 30, 8, 2).tensors(seed)
     target = torch.zeros(5, dtype=torch.int64)
     value = gistops.constellation_cross_entropy(*leaves, target, backend="triton")

@@ -64,7 +64,7 @@ def test_backward_inside_autocast(name: str, dtype: torch.dtype, seed: int) -> N
 
 
 def test_the_loss_in_pytorch(seed: int) -> None:
-    in_torch.test_weights_changed_between_are_noticed("triton", seed)
+    in_torch.test_weights_changed_before_the_backward_raise("triton", seed)
     in_torch.test_opcheck(True, False, "triton", seed)
     in_torch.test_gradcheck(Options("none"), "triton", seed)
     call = Call.of(Sample(5, 67, 8, 2), in_torch.ALL, seed)
@@ -92,7 +92,7 @@ def test_topk(case: topk.Case, seed: int) -> None:
 
 def test_contract_of_topk(seed: int) -> None:
     topk.test_nan_is_largest_and_minus_infinity_smallest("triton")
-    topk.test_no_features("triton")
+    topk.test_empty_batch("triton")
     topk.test_no_gradient("triton", seed)
 
 
