@@ -44,9 +44,9 @@ def test_backward_inside_autocast(
 ) -> None:
     x, w, delta, tau = Sample(*SIZES, dtype, dtype, dtype).tensors(seed)
     source = generator(seed + 1)
-    free = (torch.randn(67, 2, 40, generator=source) / 6).to(dtype).requires_grad_()
+    subcenters = (torch.randn(67, 2, 40, generator=source) / 6).to(dtype).requires_grad_()
     bias = torch.randn(67, generator=source, requires_grad=True)
-    leaves = [x, w, delta, tau, free, bias]
+    leaves = [x, w, delta, tau, subcenters, bias]
     made = CALLS[name](leaves, fused)
     grad = torch.randn(made.shape, generator=source).to(made.dtype)
     expected = torch.autograd.grad(made, leaves, grad, allow_unused=True)
@@ -71,9 +71,9 @@ def test_all_of_a_step_inside_autocast(name: str, region: torch.dtype, fused: st
     """A GPU multiplies in the dtype of autocast: results are those of rounded tensors, in float32."""
     x, w, delta, tau = Sample(*SIZES).tensors(seed)
     source = generator(seed + 1)
-    free = (torch.randn(67, 2, 40, generator=source) / 6).requires_grad_()
+    subcenters = (torch.randn(67, 2, 40, generator=source) / 6).requires_grad_()
     bias = torch.randn(67, generator=source, requires_grad=True)
-    leaves = [x, w, delta, tau, free, bias]
+    leaves = [x, w, delta, tau, subcenters, bias]
     with torch.autocast("cuda", region):
         made = CALLS[name](leaves, fused)
         assert made.dtype == torch.float32

@@ -75,7 +75,7 @@ def _coarsest(*dtypes: torch.dtype) -> torch.dtype:
 
 @pytest.mark.parametrize("closeness", [1e-1, 1e-3, 1e-6])
 def test_centers_that_a_displacement_nearly_cancels(closeness: float, backend: str, seed: int) -> None:
-    """Where w_k + δ_j is close to zero, the sums of the fused form lose all digits and must not be used."""
+    """The sums of the fused form lose all digits where w_k + δ_j is close to zero, and must not be used."""
     tensors = Sample(37, 129, 24, 3).tensors(seed)
     with torch.no_grad():
         tensors[1][7:90] = -tensors[2][1] + closeness * tensors[1][7:90]

@@ -57,10 +57,10 @@ def compare(call: Call, backend: str, seed: int) -> None:
 
 
 def ties_and_steepness(call: Call, slots: torch.Tensor, seed: int) -> tuple[dict[str, float], float]:
-    """How much gradients may differ because two slots tie within rounding, and how much an angle's margin enlarges errors.
+    """Return the error allowed per gradient for near-ties, and the factor by which an angular margin enlarges errors.
 
-    The loss works on other blocks of classes than the logits: where the best two slots are within roundings, each may
-    find another one best.
+    The loss uses other blocks of classes than the logits. If the best two slots differ by roundings alone, loss and logits
+    may choose different slots.
     """
     leaves = call.leaves(f64)
     x, w, delta, tau = leaves[:4]

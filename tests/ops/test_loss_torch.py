@@ -23,13 +23,13 @@ ALL = Options("none", smoothing=0.1, bias=True, weight=True, margin="cosine")
 
 
 @pytest.mark.parametrize("optional", [False, True])
-@pytest.mark.parametrize("free", [False, True])
-def test_opcheck(optional: bool, free: bool, fused: str, seed: int) -> None:
-    call = Call.of(Sample(37, 130, 20, 0 if free else 3), ALL, seed)
+@pytest.mark.parametrize("subcenters", [False, True])
+def test_opcheck(optional: bool, subcenters: bool, fused: str, seed: int) -> None:
+    call = Call.of(Sample(37, 130, 20, 0 if subcenters else 3), ALL, seed)
     x, w, delta, tau, bias, _ = call.leaves()
-    if free:
+    if subcenters:
         w = torch.randn(130, 3, 20, requires_grad=True)
-    both = (torch.randn(37, 3), torch.randn(2, 3, 130)) if optional and not free else (None, None)
+    both = (torch.randn(37, 3), torch.randn(2, 3, 130)) if optional and not subcenters else (None, None)
     if both[0] is not None:
         delta = delta[:0].detach()
     extra = (

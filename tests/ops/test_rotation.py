@@ -1,4 +1,4 @@
-"""Rotated centres: that the rotations are rotations, and logits and gradients against matrices written out."""
+"""Rotated centers: logits and gradients against rotation matrices."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def axis_of(sample: Sample, seed: int) -> Tensor:
 
 
 def matrices(displacements: Tensor, axis: Tensor) -> list[Tensor]:
-    """exp(θ(v uᵀ - u vᵀ)) for each displacement: no formula of gistops'."""
+    """Return exp(θ(v uᵀ - u vᵀ)) for each displacement, a formula that gistops does not use."""
     u = F.normalize(axis, dim=0)
     made = []
     for delta in F.normalize(displacements, dim=1):
@@ -45,7 +45,7 @@ def matrices(displacements: Tensor, axis: Tensor) -> list[Tensor]:
 
 
 def written_out(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor, axis: Tensor) -> Tensor:
-    """All scores [B, K, M]."""
+    """Return all scores [B, K, M]."""
     vectors = torch.stack([w, *(w @ turn.T for turn in matrices(delta, axis))], dim=1)
     cosines = torch.einsum("bd,kmd->bkm", F.normalize(x), F.normalize(vectors, dim=2))
     return tau * cosines
@@ -93,12 +93,12 @@ def test_logits_and_gradients(sample: Sample, backend: str, seed: int) -> None:
     chosen = every.gather(2, slots.long()[..., None])[..., 0]
     expected = torch.autograd.grad(chosen, wide, grad.double(), allow_unused=True)
     for name, leaf, value, true in zip(("x", "w", "δ", "τ", "u"), leaves, ours, expected, strict=True):
-        if true is None:  # no displacement: nothing turns
+        if true is None:  # without displacements, axis has no effect
             assert value is None or not value.any()
             continue
         assert (value.dtype, value.shape) == (leaf.dtype, leaf.shape)
         eps = max(torch.finfo(leaf.dtype).eps, 1e-5 if not exact else 1e-11)
-        # Sums over all pairs, of both signs.
+        # The sums over all pairs have terms of both signs.
         size = float(true.abs().max()) if true.numel() else 0.0
         size += float(grad.norm()) * (1 if name in ("τ", "u", "δ") else 0)
         assert error(value, true) <= 16 * eps * max(size, 1e-3), name
@@ -125,7 +125,7 @@ def test_loss_and_topk(reduction: str, fused: str, seed: int) -> None:
 
 
 def test_a_displacement_along_the_axis_turns_nothing(backend: str, seed: int) -> None:
-    """s = 0: there is no direction v, and the gradients must stay finite."""
+    """If s is 0, v has no direction, and the gradients must stay finite."""
     x, w, delta, tau = Sample(9, 40, 16, 2).tensors(seed)
     axis = delta[0].detach().clone().requires_grad_()
     logits = rotated([x, w, delta[:1], tau, axis], backend)

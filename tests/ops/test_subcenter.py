@@ -1,4 +1,4 @@
-"""Classes with centres of their own, [K, M, d]: logits and loss."""
+"""Sub-centers [K, M, d]: logits and loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64
 
 
 @dataclass(frozen=True)
-class Free:
+class SubcenterSample:
     B: int
     K: int
     M: int
@@ -40,16 +40,16 @@ class Free:
 
 
 SAMPLES = [
-    Free(300, 600, 3, 40),
-    Free(37, 1043, 2, 37),
-    Free(260, 530, 3, 130),  # blocks large enough for oneDNN
-    Free(5, 67, 10, 517),
-    Free(9, 33, 256, 8),
-    Free(3, 2, 2, 5),
-    Free(20, 70, 1, 16),
-    Free(67, 129, 4, 40, f64, f64),
-    Free(67, 129, 4, 40, bf16, bf16),
-    Free(67, 129, 4, 40, half, torch.float32),
+    SubcenterSample(300, 600, 3, 40),
+    SubcenterSample(37, 1043, 2, 37),
+    SubcenterSample(260, 530, 3, 130),  # blocks large enough for oneDNN
+    SubcenterSample(5, 67, 10, 517),
+    SubcenterSample(9, 33, 256, 8),
+    SubcenterSample(3, 2, 2, 5),
+    SubcenterSample(20, 70, 1, 16),
+    SubcenterSample(67, 129, 4, 40, f64, f64),
+    SubcenterSample(67, 129, 4, 40, bf16, bf16),
+    SubcenterSample(67, 129, 4, 40, half, torch.float32),
 ]
 IDS = [
     "x".join(map(str, (s.B, s.K, s.M, s.d))) + f"-{s.input}-{s.centers}".replace("torch.", "")
@@ -71,7 +71,7 @@ def both(tensors: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=IDS)
-def test_logits_slots_and_gradients(sample: Free, backend: str, seed: int) -> None:
+def test_logits_slots_and_gradients(sample: SubcenterSample, backend: str, seed: int) -> None:
     tensors = sample.tensors(seed)
     logits, slots = both(tensors, backend)
     wide = [t.detach().double().requires_grad_() for t in tensors]
@@ -96,8 +96,15 @@ def test_logits_slots_and_gradients(sample: Free, backend: str, seed: int) -> No
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=[o.id for o in OPTIONS])
-@pytest.mark.parametrize("sample", [Free(37, 530, 3, 40), Free(90, 200, 2, 330), Free(7, 90, 4, 9, f64, f64)])
-def test_loss(sample: Free, options: Options, fused: str, seed: int) -> None:
+@pytest.mark.parametrize(
+    "sample",
+    [
+        SubcenterSample(37, 530, 3, 40),
+        SubcenterSample(90, 200, 2, 330),
+        SubcenterSample(7, 90, 4, 9, f64, f64),
+    ],
+)
+def test_loss(sample: SubcenterSample, options: Options, fused: str, seed: int) -> None:
     x, w, tau = sample.tensors(seed, requires_grad=False)
     call = Call.of(Sample(sample.B, sample.K, sample.d, 0), options, seed)
     call.tensors[:] = [x, w, call.tensors[2].to(x.dtype), tau]
@@ -112,22 +119,22 @@ def test_loss(sample: Free, options: Options, fused: str, seed: int) -> None:
         assert error(value, true) <= (1e-9 if value.dtype == f64 else 1e-4) * size
 
 
-def test_a_constellation_is_free_centres_that_share(backend: str, seed: int) -> None:
+def test_a_constellation_equals_its_vectors_as_subcenters(backend: str, seed: int) -> None:
     x, w, delta, tau = Sample(67, 529, 40, 3, f64, f64, f64).tensors(seed)
     grad = torch.randn(67, 529, dtype=f64)
     vectors = w[:, None] + F.pad(delta, (0, 0, 1, 0))
-    free, slots = both([x, vectors, tau], backend)
+    subcenters, slots = both([x, vectors, tau], backend)
     shared, same = gistops.constellation_logits(x, w, delta, tau, return_slots=True, backend=backend)
-    torch.testing.assert_close(free, shared)
+    torch.testing.assert_close(subcenters, shared)
     assert torch.equal(slots, same)
     leaves = [x, w, delta, tau]
     torch.testing.assert_close(
-        torch.autograd.grad(free, leaves, grad), torch.autograd.grad(shared, leaves, grad)
+        torch.autograd.grad(subcenters, leaves, grad), torch.autograd.grad(shared, leaves, grad)
     )
 
 
 def test_ties_zeros_and_what_is_not_finite(backend: str, seed: int) -> None:
-    x, w, tau = Free(20, 600, 3, 24).tensors(seed, requires_grad=False)
+    x, w, tau = SubcenterSample(20, 600, 3, 24).tensors(seed, requires_grad=False)
     x, w = (2 * x).round(), (2 * w).round()  # sums of integers are exact in any order
     w[:, 2] = w[:, 0]
     w[5] = 0
@@ -141,7 +148,7 @@ def test_ties_zeros_and_what_is_not_finite(backend: str, seed: int) -> None:
 
 
 def test_same_bits_and_layouts(fused: str, seed: int) -> None:
-    x, w, tau = Free(130, 700, 3, 66).tensors(seed)
+    x, w, tau = SubcenterSample(130, 700, 3, 66).tensors(seed)
     grad = torch.randn(130, 700)
     first = both([x, w, tau], fused)
     expected = torch.autograd.grad(first[0], [x, w, tau], grad)
@@ -158,7 +165,7 @@ def test_same_bits_and_layouts(fused: str, seed: int) -> None:
 
 
 def test_opcheck_gradcheck_and_compile(fused: str, seed: int) -> None:
-    tensors = Free(37, 130, 3, 20).tensors(seed)
+    tensors = SubcenterSample(37, 130, 3, 20).tensors(seed)
     x, w, tau = tensors
     ops = backends.ops(fused)
     forward, backward = ops.subcenter_forward.default, ops.subcenter_backward.default
@@ -169,7 +176,7 @@ def test_opcheck_gradcheck_and_compile(fused: str, seed: int) -> None:
     for needs in ((True,) * 3, (True, False, True), (False, True, False)):
         torch.library.opcheck(backward, (torch.randn_like(saved[0]), *frozen, *saved, *needs))
 
-    small = [t.detach().double().requires_grad_() for t in Free(3, 5, 2, 4).tensors(seed)]
+    small = [t.detach().double().requires_grad_() for t in SubcenterSample(3, 5, 2, 4).tensors(seed)]
     assert torch.autograd.gradcheck(lambda *t: gistops.subcenter_logits(*t, backend=fused), small)
 
     torch._dynamo.reset()

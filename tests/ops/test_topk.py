@@ -122,17 +122,17 @@ def test_no_gradient(backend: str, seed: int) -> None:
     assert not any(t.requires_grad for t in made)
 
 
-@pytest.mark.parametrize("free", [False, True])
-def test_opcheck_and_compile(free: bool, fused: str, seed: int) -> None:
-    x, w, delta, tau = Sample(37, 130, 20, 0 if free else 3).tensors(seed, requires_grad=False)
-    if free:
+@pytest.mark.parametrize("subcenters", [False, True])
+def test_opcheck_and_compile(subcenters: bool, fused: str, seed: int) -> None:
+    x, w, delta, tau = Sample(37, 130, 20, 0 if subcenters else 3).tensors(seed, requires_grad=False)
+    if subcenters:
         w = torch.randn(130, 2, 20)
     operator = backends.ops(fused).topk.default
     for bias, lse in ((None, True), (torch.randn(130), False)):
         torch.library.opcheck(operator, (x, w, delta, tau, bias, None, None, 7, lse))
 
     def best(x: Tensor) -> tuple[Tensor, ...]:
-        if free:
+        if subcenters:
             return gistops.subcenter_topk(x, w, tau, 7, backend=fused)
         return gistops.constellation_topk(x, w, delta, tau, 7, backend=fused)
 

@@ -1,4 +1,4 @@
-"""The operator in the hands of the rest of PyTorch: opcheck, gradcheck, compile, export, autocast, checkpointing."""
+"""The logits and the rest of PyTorch: opcheck, gradcheck, compile, export, autocast, checkpointing."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_compile_without_a_graph_break(compiler: str, dynamic: bool, fused: str,
 
 
 def test_compile_of_the_default_backend(seed: int) -> None:
-    """The choice of the backend, with its look at the file system, leaves no mark in the graph."""
+    """The choice of a backend, which reads the file system, is not part of the graph."""
     torch._dynamo.reset()
     x, w, delta, tau = HEAD.tensors(seed, requires_grad=False)
     function = torch.compile(gistops.constellation_logits, fullgraph=True, backend="aot_eager")
@@ -124,7 +124,7 @@ def test_gradient_checkpointing(fused: str, seed: int) -> None:
 @pytest.mark.cpu  # GPUs multiply in the autocast dtype
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_on_the_cpu(dtype: torch.dtype, backend: str, seed: int) -> None:
-    """Features come in low precision from autocast layers, centres stay float32, and so do the sums and logits."""
+    """Autocast layers give low-precision features; centers, sums and logits stay in float32."""
     head, body = Head(HEAD, seed, backend), nn.Linear(20, 20)
     x = torch.randn(37, 20)
     with torch.autocast("cpu", dtype=dtype):

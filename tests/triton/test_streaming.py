@@ -17,7 +17,7 @@ from tests.ops import test_subcenter as subcenter
 from tests.ops import test_topk as topk
 from tests.ops.loss_oracle import OPTIONS, Call, Options
 from tests.ops.oracle import Sample
-from tests.ops.test_subcenter import Free
+from tests.ops.test_subcenter import SubcenterSample
 
 from .conftest import INTERPRETED
 
@@ -97,9 +97,14 @@ def test_contract_of_topk(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "sample", [Free(21, 150, 3, 20), Free(4, 67, 2, 9, bf16, bf16), Free(3, 5, 20, 8, f64, f64)]
+    "sample",
+    [
+        SubcenterSample(21, 150, 3, 20),
+        SubcenterSample(4, 67, 2, 9, bf16, bf16),
+        SubcenterSample(3, 5, 20, 8, f64, f64),
+    ],
 )
-def test_subcenters(sample: Free, seed: int) -> None:
+def test_subcenters(sample: SubcenterSample, seed: int) -> None:
     subcenter.test_logits_slots_and_gradients(sample, "triton", seed)
     if sample.input == torch.float32:
         subcenter.test_loss(sample, OPTIONS[6], "triton", seed)
