@@ -22,7 +22,7 @@ FLOORS = {
         "sampling", "info",
     ],
     "train": [
-        "recipes", "files", "distributed", "console", "shot_groups", "options", "config", "data", "model", "evaluation",
+        "files", "distributed", "console", "shot_groups", "options", "config", "recipes", "data", "model", "evaluation",
         "methods", "cli", "training", "report", "run", "commands", "__main__",
     ],
 }  # fmt: skip
