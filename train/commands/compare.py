@@ -1,4 +1,4 @@
-"""`report`: writes an HTML page that compares several runs."""
+"""The command `report`: an HTML page that compares several runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..cli import program
 from ..config import ConfigError
 from ..console import say
 from ..files import write_atomically
@@ -21,7 +22,7 @@ def compare(args: list[str], console: Console) -> int:
         ConfigError: a folder does not hold a finished run, or the page cannot be written.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m train report", description="Writes an HTML page that compares several runs."
+        prog=program("report"), description="Writes an HTML page that compares several runs."
     )
     parser.add_argument("folders", nargs="+", type=Path, help="folders of finished runs, such as runs/smoke")
     parser.add_argument(
