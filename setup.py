@@ -1,13 +1,13 @@
-"""Compiles the operators while the package is installed, where that can be done.
+"""Installs the folder `train` as `gistops.train`, and compiles the operators if possible.
 
-torch is no build requirement: pip would fetch a second one of several gigabytes and compile against the wrong
-version. `gistops/_build.py` finds the one that is installed instead. GISTOPS_BUILD says what is wanted:
+torch is not a build requirement: pip would download a second torch of several gigabytes and compile against the wrong
+version. `gistops/_build.py` finds the installed torch instead. The environment variable GISTOPS_BUILD is one of
 
-    auto (default)  compile; where that fails the install succeeds, and the first use compiles
+    auto (default)  compile; if that fails, the install succeeds and the first use compiles
     1               compile; a failure is an error
     0               do not compile
 
-The kernels for NVIDIA GPUs are compiled too where torch has CUDA and nvcc is found; GISTOPS_CUDA=0 leaves them out.
+The kernels for NVIDIA GPUs are compiled as well if torch has CUDA and nvcc is found. GISTOPS_CUDA=0 leaves them out.
 """
 
 import os
@@ -16,13 +16,13 @@ import sys
 import types
 from pathlib import Path
 
-from setuptools import Distribution, setup
+from setuptools import Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
-# `import gistops` would import torch, which is hidden here; this empty package in its place does not.
+# `import gistops` would import torch, which an isolated build cannot see. This empty package stands in for it.
 package = types.ModuleType("gistops")
 package.__path__ = [str(ROOT / "gistops")]
 sys.modules["gistops"] = package
@@ -31,7 +31,7 @@ from gistops._toolchain import BuildError  # noqa: E402
 
 
 class GistopsDistribution(Distribution):
-    """Holds native code once it has been compiled; only then is the wheel bound to a platform."""
+    """A distribution that is bound to a platform only once native code has been compiled."""
 
     compiled = False
 
@@ -40,12 +40,14 @@ class GistopsDistribution(Distribution):
 
 
 class BuildPackage(build_py):
-    """Copies the Python files, adds the C++ sources for a build on first use, and compiles."""
+    """Copies the Python files and the C++ sources, which a build on first use needs, and compiles."""
 
     def run(self):
-        if self.editable_mode:  # the source folder is the package; what is edited there is compiled when used
+        if (
+            self.editable_mode
+        ):  # the package is the source folder, where edited sources are compiled on first use
             return super().run()
-        for name in ("gistops", "train"):  # what an earlier build left must not be shipped
+        for name in ("gistops", "train"):  # files of an earlier build must not be shipped
             shutil.rmtree(Path(self.build_lib, name), ignore_errors=True)
         super().run()
         built = Path(self.build_lib, "gistops")
@@ -77,7 +79,7 @@ class BuildPackage(build_py):
 
 
 class Wheel(bdist_wheel):
-    """Tagged for any Python, and for this platform if there is native code inside."""
+    """A wheel for any Python, and for this platform alone if it holds native code."""
 
     def run(self):
         self.run_command("build")
@@ -88,4 +90,13 @@ class Wheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2] if self.distribution.compiled else "any")
 
 
-setup(distclass=GistopsDistribution, cmdclass={"build_py": BuildPackage, "bdist_wheel": Wheel})
+DRIVER = find_packages(str(ROOT), include=["train", "train.*"])
+
+setup(
+    # A top-level package `train` would collide with the train.py of users, so the driver is a part of gistops.
+    packages=find_packages(str(ROOT), include=["gistops", "gistops.*"])
+    + [f"gistops.{name}" for name in DRIVER],
+    package_dir={"gistops.train": "train"},
+    distclass=GistopsDistribution,
+    cmdclass={"build_py": BuildPackage, "bdist_wheel": Wheel},
+)

@@ -1,6 +1,6 @@
-"""`pip install .` into new environments, as a user does it. Minutes: run by .ci/run with `pytest -m install`.
+"""Tests of `pip install .` in new environments. They take minutes; .ci/run runs them with `pytest -m install`.
 
-The new environments share the torch of the one that runs the tests, by links; all else in them is real.
+The new environments link to the torch of the environment that runs the tests. Everything else in them is installed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from gistops.backends import native
 
@@ -38,7 +39,7 @@ print(choose("cpu", None), native.load().origin, native.PACKAGE, sep="|")
 
 
 class Environment:
-    """A new virtual environment and a copy of the repository to install into it."""
+    """A new virtual environment, and a copy of the repository to install into it."""
 
     def __init__(self, root: Path, with_torch: bool = True) -> None:
         self.root = root
@@ -58,12 +59,12 @@ class Environment:
                 shutil.copy(REPOSITORY / name, self.source / name)
 
     def link_torch(self) -> None:
-        """Make the running environment's torch, and what it needs, packages of this one."""
+        """Link the packages of the running environment, torch and its dependencies among them, into this environment."""
         for entry in Path(torch.__file__).parents[1].iterdir():
             if not entry.name.startswith(NOT_LINKED) and not (self.site / entry.name).exists():
                 (self.site / entry.name).symlink_to(entry)
 
-    def start(self, *arguments: str, **changes: str | None) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, cwd: Path | None = None, **changes: str | None) -> subprocess.Popen[str]:
         env: dict[str, str | None] = {
             **os.environ,
             **dict.fromkeys(UNSET),
@@ -73,14 +74,16 @@ class Environment:
         return subprocess.Popen(
             [str(self.python), *arguments],
             env={name: value for name, value in env.items() if value is not None},
-            cwd=self.root,  # outside the repository, so that the installed package is imported
+            cwd=cwd or self.root,  # outside the repository, so that the installed package is imported
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
 
-    def run(self, *arguments: str, fails: bool = False, **changes: str | None) -> str:
-        process = self.start(*arguments, **changes)
+    def run(
+        self, *arguments: str, fails: bool = False, cwd: Path | None = None, **changes: str | None
+    ) -> str:
+        process = self.start(*arguments, cwd=cwd, **changes)
         output, _ = process.communicate(timeout=600)
         assert (process.returncode != 0) == fails, output
         return output
@@ -100,7 +103,7 @@ def environment(tmp_path: Path) -> Environment:
 
 @pytest.fixture
 def nowhere(tmp_path: Path) -> str:
-    """A PATH that leads to no compiler."""
+    """A PATH without a compiler."""
     (tmp_path / "empty").mkdir()
     return str(tmp_path / "empty")
 
@@ -126,7 +129,33 @@ def test_with_a_compiler(environment: Environment) -> None:
     said = environment.run("-m", "gistops.info")
     assert f"compiled at install: {environment.site / 'gistops' / native.LIBRARY}" in said
     assert torch.__version__ in said
-    assert "usage" in environment.run("-m", "train", "--help").lower()
+
+
+@pytest.mark.parametrize("options", [(), ("--editable",)], ids=["installed", "editable"])
+def test_the_driver_is_a_part_of_gistops(options: tuple[str, ...], environment: Environment) -> None:
+    stale = environment.source / "build" / "lib" / "train"
+    stale.mkdir(parents=True)
+    (stale / "__init__.py").write_text("stale")
+
+    environment.install(*options, GISTOPS_BUILD="0")
+    assert "No module named 'train'" in environment.run("-c", "import train", fails=True)
+    assert not (environment.site / "train").exists()
+    script = environment.run(str(environment.python.with_name("gistops-train")), "--help")
+    assert "usage: gistops-train" in script
+    module = environment.run("-m", "gistops.train", "doctor", "--help")
+    assert "usage: python -m gistops.train doctor" in module
+    # Recipes, the data set and the page of the report are in the package.
+    backend = ("--backend", "reference", "--device", "cpu", "--threads", "1")
+    environment.run("-m", "gistops.train", "--recipe", "smoke", *backend)
+    assert (environment.root / "runs" / "smoke" / "report.html").is_file()
+    # Spawned processes decode images; they import the driver by the name that it has here.
+    for name in ("train/ant", "train/bee", "val/ant", "val/bee"):
+        (environment.root / "set" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (250, 10, 10)).save(environment.root / "set" / name / "0.png")
+    words = ("--recipe", "smoke", "--data", "set", "--num-classes", "2", "--cache", "decoded")
+    assert "2 classes" in environment.run("-m", "gistops.train", "doctor", *words, fails=True)  # of one color
+    checkout = environment.run("-m", "train", "--help", cwd=environment.source)
+    assert "usage: python -m train" in checkout
 
 
 def test_without_a_compiler(environment: Environment, nowhere: str) -> None:
