@@ -1,1 +1,1 @@
-"""The driver: trains GistNet, and a plain softmax model to hold it against. `python -m train --help`."""
+"""The driver, which trains GistNet and a plain softmax classifier for comparison. See `python -m train --help`."""

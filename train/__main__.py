@@ -1,8 +1,7 @@
-"""`python -m train`: checks what it was asked for, trains, and says what came of it.
+"""`python -m train [COMMAND]`: train and report (no command), ablation, doctor, features or report.
 
-`python -m train ablation` does so for many seeds; `python -m train doctor` only looks at the data; `python -m train features`
-runs a trained network over it; `python -m train report` puts runs beside one another in a page. `torchrun
---nproc-per-node=N -m train` trains on N GPUs, the same as on one.
+`torchrun --nproc-per-node=N -m train` trains on N GPUs, with the results of one. An installed driver is `gistops-train`
+or `python -m gistops.train`.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from .training.trainer import Diverged
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 2 for an option that cannot be, 1 for a run that failed, 75
-    for one that SIGTERM stopped."""
+    """Run the command line and return the exit code: 2 for an invalid option, 1 for a run that failed, 75 for a run that
+    SIGTERM stopped, 130 for an interrupted run."""
     args = sys.argv[1:] if args is None else args
     with warnings.catch_warnings():
         try:
@@ -37,26 +36,26 @@ def main(args: list[str] | None = None) -> int:
             print(f"{f'process {rank()}: ' if rank() else ''}error: {error}", file=sys.stderr)
             return 2 if isinstance(error, ConfigError) else 1
         except Stopped as stopped:
-            print(f"{stopped}; the same command with --resume goes on from there", file=sys.stderr)
+            print(f"{stopped}; the same command with --resume continues", file=sys.stderr)
             return EXIT_CODE
         except KeyboardInterrupt:
             print(
-                "interrupted; the same command with --resume goes on from the last checkpoint",
+                "interrupted; the same command with --resume continues from the last checkpoint",
                 file=sys.stderr,
             )
             return 130
 
 
 def dispatch(args: list[str]) -> int:
-    """Do what the first word says; the first process alone speaks."""
+    """Run the command that the first word names. Rank 0 alone writes to the console."""
     console = Console(quiet=rank() > 0)
     warnings.showwarning = lambda message, *_: say(console, f"warning: {message}")
-    # fp16: a first step that overflows is left out, as it should be.
+    # fp16: GradScaler skips a first step that overflows, which is intended.
     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before", UserWarning)
     if args[:1] == ["ablation"]:
         return ablate(parse(args[1:], Ablation, program("ablation")), console)
     if rank() and args[:1] in (["report"], ["doctor"], ["features"]):
-        return 0  # done once
+        return 0  # rank 0 alone runs these commands
     if args[:1] == ["report"]:
         return compare(args[1:], console)
     if args[:1] == ["doctor"]:

@@ -1,4 +1,4 @@
-"""A run from its options to its report: load, announce, train, report."""
+"""A run from its options to its report."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from .training.train_methods import train_methods
 
 
 def start(config: Config, console: Console, shared: Path | None = None) -> list[dict[str, Any]]:
-    """Load, train, report; returns the results of all methods.
+    """Load the data, train all methods, write the report, and return the results of all methods.
 
     Args:
         config: the options.
-        console: where to speak.
-        shared: a folder for first stages that other runs may have in common with this one.
+        console: the console for messages and progress.
+        shared: a folder of first stages that other runs may share with this run.
 
     Raises:
-        ConfigError: an option that cannot be.
-        Diverged: the loss is no longer a number.
+        ConfigError: an invalid option.
+        Diverged: the loss is not finite.
     """
     with distributed.local_rank0_first():
         data = load(config)
@@ -69,7 +69,11 @@ def start(config: Config, console: Console, shared: Path | None = None) -> list[
 
 
 def load(config: Config) -> Dataset:
-    """The data, and whether the other options fit it."""
+    """Load the data and check the other options against it.
+
+    Raises:
+        ConfigError: the data cannot be read, or an option does not fit the data.
+    """
     try:
         data = load_data(config.data)
     except DataError as error:
@@ -89,15 +93,19 @@ def load(config: Config) -> Dataset:
 
 
 def check_parts(config: Config, data: Dataset) -> None:
-    """Whether every process has a device, and something of each stream in each of its micro-batches."""
+    """Check that each process has a device, and samples of both streams in each of its micro-batches.
+
+    Raises:
+        ConfigError: there are too few devices or samples.
+    """
     if distributed.is_initialized() and config.runtime.device.startswith("cuda"):
         if config.runtime.device != "cuda":
             raise ConfigError(
-                "device", "cuda, or auto, for each process to take its own", repr(config.runtime.device)
+                "device", "cuda or auto, as each process takes its own GPU", repr(config.runtime.device)
             )
         if (local := int(os.environ["LOCAL_WORLD_SIZE"])) > torch.cuda.device_count():
-            there = f"{torch.cuda.device_count()} GPUs for {local} processes"
-            raise ConfigError("device", "a GPU for each process of a machine", there)
+            available = f"{torch.cuda.device_count()} GPUs for {local} processes"
+            raise ConfigError("device", "a GPU per process of this machine", available)
     parts = local_micro_batches(config)[1]
     balanced = config.method.classes_per_batch * config.method.samples_per_class
     for option, samples in (
@@ -105,21 +113,23 @@ def check_parts(config: Config, data: Dataset) -> None:
         ("classes_per_batch", balanced),
     ):
         if samples < parts:
-            expected = f"a sample for each of {distributed.world_size()} processes times {config.optim.accumulate} micro-batches"
+            expected = f"at least {parts}, a sample per process and micro-batch ({distributed.world_size()} × {config.optim.accumulate})"
             raise ConfigError(option, expected, samples)
 
 
 def describe_data(config: Config, data: Dataset) -> str:
+    """Describe the data in one line."""
     counts = data.train_counts
     samples = "images" if data.is_images else "features"
     validation = "" if data.y_val is None else f", {len(data.y_val):,} for validation"
     return (
         f"{config.data.data}: {len(data.y_train):,} training {samples} {data.sample_shape} in {data.num_classes} classes "
-        f"({int(counts.max()):,} to {int(counts.min()):,} each), {len(data.y_test):,} for testing{validation}"
+        f"({int(counts.max()):,} to {int(counts.min()):,} samples per class), {len(data.y_test):,} for testing{validation}"
     )
 
 
 def announce(console: Console, config: Config, data: Dataset, saved: dict[str, Any] | None) -> None:
+    """Print the data, the device, and the checkpoint that the run continues from."""
     lines = [
         describe_data(config, data),
         f"backbone {config.model.backbone}, {config.runtime.device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}",
@@ -129,23 +139,23 @@ def announce(console: Console, config: Config, data: Dataset, saved: dict[str, A
         where = f"{saved['training']['name']} stage {at['stage'] + 1} epoch {at['epoch']} step {at['step_of_epoch']}"
         lines.append(f"resuming after {where}")
     elif config.run.resume:
-        lines.append("no checkpoint to resume: from the beginning")
+        lines.append("no checkpoint to resume; starting from the beginning")
     if data.y_val is None:
         lines.append(
-            "warning: no validation split, so epochs are evaluated on the test samples; choose no setting by them"
+            "warning: no validation split, so epochs are evaluated on the test samples; do not tune options on them"
         )
     for line in lines:
         say(console, line)
 
 
 def images_in_all(config: Config, data: Dataset) -> int:
-    """Image passes of all methods and stages."""
+    """Return the number of image passes of all methods and stages."""
     epochs = config.optim.stage1_epochs + config.optim.stage2_epochs
     return len(config.method.methods) * epochs * sum(map(sum, epoch_step_sizes(config, len(data.y_train))))
 
 
 def images_done(saved: dict[str, Any] | None) -> int:
-    """Image passes before the checkpoint."""
+    """Return the number of image passes before the checkpoint."""
     if not saved:
         return 0
     training = saved["training"]

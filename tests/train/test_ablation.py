@@ -1,4 +1,4 @@
-"""Many seeds: one run each, a table over all, and no work done twice."""
+"""Tests of `python -m train ablation`: a run per seed, a table over all runs, and no repeated work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def results_of(folder: Path) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if record["event"] == "result"]
 
 
-def test_seeds_a_table_and_going_on(
+def test_runs_per_seed_are_summarized_and_not_repeated(
     feature_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = (
@@ -48,7 +48,7 @@ def test_seeds_a_table_and_going_on(
     assert "seeds 3, 5, 4" in (tmp_path / "grid" / "table.md").read_text()
 
 
-def test_options_that_differ_are_refused(
+def test_changed_options_are_refused(
     feature_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = f"ablation --recipe features --data {feature_file} --runs {tmp_path} --methods plain {SHORT} --seeds 0"
@@ -56,10 +56,10 @@ def test_options_that_differ_are_refused(
     assert main([*args.split(), "--lr", "0.5"]) == 2
     assert "--lr: expected" in capsys.readouterr().err
     assert main([*args.split(), "1", "1"]) == 2
-    assert "--seeds: expected one seed at least, each once, got (0, 1, 1)" in capsys.readouterr().err
+    assert "--seeds: expected at least one seed, each once, got (0, 1, 1)" in capsys.readouterr().err
 
 
-def test_cells() -> None:
+def test_cells_of_the_table() -> None:
     assert spread([0.5, 0.6]) == "55.0 ± 7.1"
     assert spread([0.5]) == "50.0"
     assert spread([0.5, None]) == "–"

@@ -1,15 +1,22 @@
-"""Options that cannot be are refused before any work starts, in one line that names them."""
+"""Tests of options: invalid options are refused before any work starts, in one line that names the option."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from train import config
 from train.__main__ import main
-from train.cli import parse_run
-from train.config import ConfigError, DisplacementConfig
+from train.cli import parse, parse_run
+from train.commands import ablation, features
+from train.commands.ablation import Ablation
+from train.commands.doctor import Doctor
+from train.commands.features import Features
+from train.config import Config, ConfigError, DisplacementConfig, MethodConfig
+from train.options import Sections
 from train.recipes import load_recipe, recipe_names
 
 GOOD = {
@@ -41,7 +48,9 @@ WORDS = [
 
 
 @pytest.mark.parametrize(("options", "words"), WORDS, ids=[w[0] for w in WORDS])
-def test_words(options: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_are_named(
+    options: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code = main(["--recipe", "smoke", "--runs", str(tmp_path), *options.split()])
     message = capsys.readouterr().err
     assert code == 2
@@ -77,7 +86,7 @@ BAD_ARRAYS = [
 
 
 @pytest.mark.parametrize(("change", "words"), BAD_ARRAYS, ids=[w[1][:40] for w in BAD_ARRAYS])
-def test_arrays(
+def test_invalid_arrays_are_named(
     change: dict[str, np.ndarray], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arrays = {name: value for name, value in (GOOD | change).items() if value is not None}
@@ -88,7 +97,7 @@ def test_arrays(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_recipe_with_a_mistake(tmp_path: Path) -> None:
+def test_a_mistake_in_a_recipe_is_named(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text('leraning_rate = 1.0\ndata = "fashion-mnist-lt"\n')
     with pytest.raises(ConfigError, match="leraning_rate"):
         load_recipe(str(tmp_path / "r.toml"))
@@ -106,13 +115,13 @@ def test_every_recipe_is_valid(recipe: str) -> None:
     assert config.run.name == recipe
 
 
-def test_the_command_line_wins_over_the_recipe() -> None:
+def test_the_command_line_overrides_the_recipe() -> None:
     config = parse_run(["--recipe", "smoke", "--lr", "0.25", "--methods", "plain"])
     assert (config.optim.lr, config.method.methods) == (0.25, ("plain",))
     assert config.optim.max_steps_per_epoch == load_recipe("smoke").optim.max_steps_per_epoch
 
 
-def test_the_papers_settings_stay_available() -> None:
+def test_preset_paper_restores_the_papers_settings() -> None:
     recipe = parse_run(["--recipe", "features", "--data", "x.npz"])
     paper = parse_run(["--recipe", "features", "--data", "x.npz", "--preset", "paper"])
     assert recipe.model.center_features
@@ -123,3 +132,59 @@ def test_the_papers_settings_stay_available() -> None:
     assert (paper.optim, paper.run.preset) == (recipe.optim, "paper")
     mixed = parse_run(["--recipe", "features", "--data", "x.npz", "--preset", "paper", "--center-features"])
     assert mixed.model.center_features
+
+
+def test_names_of_options_are_unique_over_the_sections() -> None:
+    names = [part.name for _, section in Config.sections() for part in dataclasses.fields(section)]
+    assert len(set(names)) == len(names)
+    assert Config.fields().keys() == set(names)
+
+
+def test_options_are_replaced_in_their_sections() -> None:
+    changed = Config().replace(lr=0.25, batch_size=7)
+    assert (changed.optim.lr, changed.method) == (0.25, MethodConfig(batch_size=7))
+    assert changed.options() == Config().options() | {"lr": 0.25, "batch_size": 7}
+    with pytest.raises(TypeError, match="got rate"):
+        changed.replace(rate=1)
+    with pytest.raises(ConfigError, match="--lr: expected a number above 0, got 0"):
+        changed.replace(lr=0)
+
+
+@pytest.mark.parametrize("kind", [Config, Ablation, Features, Doctor])
+def test_help_has_a_box_per_section(kind: type[Sections], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"], kind, "prog")
+    text = capsys.readouterr().out
+    assert text.startswith("usage: prog ")
+    for name, _ in kind.sections():
+        assert f" {name} options " in text
+    for name in kind.fields():
+        assert f"--{name.replace('_', '-')}" in text
+
+
+def test_every_option_has_a_help_text_of_one_paragraph() -> None:
+    """tyro takes help texts from comments above fields, and breaks them before lines that do not start with a letter."""
+    comments = {}
+    for module in (config, ablation, features):
+        lines = Path(str(module.__file__)).read_text().splitlines()
+        for before, line, after in zip(lines, lines[1:], lines[2:], strict=False):
+            if before.startswith("    #: ") and line.startswith("    #: "):
+                assert line[7].isalpha(), line
+            if line.startswith("    #: ") and not after.startswith("    #: "):
+                comments[after.split(":")[0].strip()] = line
+    assert comments.keys() == Config.fields().keys() | {"seeds", "vary", "weights", "out"}
+
+
+def test_commands_take_the_options_that_they_use() -> None:
+    assert {
+        "data",
+        "image_size",
+        "backbone",
+        "pretrained",
+        "crop_size",
+        "device",
+        "threads",
+    } < Features.fields().keys()
+    assert {"data", "num_classes", "center_features"} < Doctor.fields().keys()
+    for kind in (Features, Doctor):
+        assert not {"lr", "methods", "stage1_epochs", "name", "seed", "precision"} & kind.fields().keys()

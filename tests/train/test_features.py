@@ -1,4 +1,4 @@
-"""`python -m train features`: the features of a trained network, and only of one."""
+"""Tests of `python -m train features`: the features of a trained network, and its errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from train.__main__ import main
 from train.cli import parse
-from train.commands.features import Features, network
+from train.commands.features import Features, load_network
 from train.data.dataset import Dataset
 from train.data.errors import DataError
 from train.data.sources.arrays import load_arrays
@@ -28,7 +28,7 @@ SHORT = "--classes-per-batch 3 --stage1-epochs 2 --stage2-epochs 2 --batch-size 
 
 @pytest.fixture
 def run(arrays: dict[str, np.ndarray], tmp_path: Path) -> Path:
-    """The folder of a run on images/named.npz, with crops, so that they must be repeated."""
+    """The folder of a run on images/named.npz, with crops that feature extraction must repeat."""
     (tmp_path / "images").mkdir()
     validation = {"x_val": arrays["x_test"][::-3], "y_val": arrays["y_test"][::-3]}
     np.savez(tmp_path / "images" / "named.npz", **arrays, **validation, classes=np.array(NAMES))
@@ -45,11 +45,11 @@ def extract(run: Path, out: Path, *more: str, method: str = "gist") -> int:
 
 
 @pytest.mark.parametrize("method", ["gist", "plain"])
-def test_a_trained_head_finds_the_features_that_it_was_evaluated_on(
+def test_features_are_those_of_the_evaluation(
     method: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "features.safetensors"
-    # What the model's file says holds, whatever these options say.
+    # The backbone and the crop of the model file take precedence over these options.
     assert extract(run, out, "--backbone", "resnet20", "--crop-size", "5", method=method) == 0
     shown = capsys.readouterr().out
     images = load_arrays(str(run.parent / "images" / "named.npz"))
@@ -70,7 +70,7 @@ def test_a_trained_head_finds_the_features_that_it_was_evaluated_on(
     assert found.per_class() == result["accuracy_per_class"]
 
 
-def test_a_run_takes_the_file(run: Path, tmp_path: Path) -> None:
+def test_a_run_trains_on_the_file(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "features.safetensors"
     assert extract(run, out) == 0
     args = f"--recipe features --data {out} --runs {tmp_path} --name head --methods plain {SHORT}"
@@ -78,7 +78,7 @@ def test_a_run_takes_the_file(run: Path, tmp_path: Path) -> None:
     assert load_model(tmp_path / "head" / "model-plain.safetensors")[1] == NAMES
 
 
-def test_more_samples_than_a_batch(run: Path, arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
+def test_more_samples_than_one_batch(run: Path, arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
     many = {name: np.concatenate([array] * 5) for name, array in arrays.items()}
     np.savez(run.parent / "images" / "named.npz", **many)
     out = tmp_path / "features.safetensors"
@@ -92,7 +92,7 @@ def test_more_samples_than_a_batch(run: Path, arrays: dict[str, np.ndarray], tmp
     assert torch.equal(made.x_train, torch.cat(parts))
 
 
-def test_what_cannot_be_is_said(
+def test_invalid_options_are_refused(
     run: Path, feature_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "features.safetensors"
@@ -115,7 +115,7 @@ def test_what_cannot_be_is_said(
     refuses("--data: expected images, got features [12]", "--data", str(feature_file))
     refuses("--data: expected a data set, got nowhere.npz", "--data", "nowhere.npz")
     refuses("--out: expected a file named .safetensors", "--out", str(tmp_path / "features.npz"))
-    refuses("--out: expected a file in a folder that is there", "--out", f"{tmp_path}/no/f.safetensors")
+    refuses("--out: expected a file in an existing folder", "--out", f"{tmp_path}/no/f.safetensors")
     refuses("--out: expected a new file", "--out", str(run / "model-gist.safetensors"))
     fashion = ("--data", "fashion-mnist-lt", "--num-classes", "10")
     refuses("--weights: expected a network for images with 1 channels", *fashion)
@@ -145,7 +145,7 @@ def test_names_in_a_safetensors_file(feature_arrays: dict[str, np.ndarray], tmp_
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_network_of_timms_is_normalised_as_it_was_trained(
+def test_a_timm_network_gets_images_normalized_as_in_its_training(
     channels: int, images: Dataset, image_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timm: Any = pytest.importorskip("timm", reason="timm is not installed")
@@ -161,7 +161,7 @@ def test_a_network_of_timms_is_normalised_as_it_was_trained(
     data = dataclasses.replace(
         images, **{part: getattr(images, part)[:, :channels] for part in ("x_train", "x_test")}
     )
-    model = network(parse(words.split(), Features, ""), data)
+    model = load_network(parse(words.split(), Features, ""), data)
     assert asked == [True]
     mean, std = model.normalize.mean.flatten(), model.normalize.std.flatten()
     expected = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

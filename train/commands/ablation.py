@@ -1,8 +1,8 @@
-"""`python -m train ablation`: the same run for several seeds and values of options, and a table of means over the seeds.
+"""`python -m train ablation`: runs for several seeds and values of options, and a table of means over the seeds.
 
-Each is a run of its own, `runs/<name>/seed-<s>/` or `runs/<name>/<option>=<value>/seed-<s>/`, so that what is finished is
-not done again: the same command goes on where it stopped, from the last checkpoint. First stages that runs have in common
-are trained once (`runs/<name>/first-stages/`).
+Each run has its own folder, `runs/<name>/seed-<s>/` or `runs/<name>/<option>=<value>/seed-<s>/`. The same command
+continues an interrupted ablation: it skips finished runs and resumes the last run from its checkpoint. First stages that
+runs share are trained once (`runs/<name>/first-stages/`).
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from ..run import start
 from ..shot_groups import GROUPS
 
 Result = dict[str, Any]
-Variant = dict[str, Any]  # options and their values
+Variant = dict[str, Any]  # the varied options and their values
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation(Config):
-    """Every option of a run, for which seeds, and which options to vary; --seed and --resume are its own to set."""
+    """Trains runs for several seeds and values of options, and writes a table of means. Sets --seed and --resume itself."""
 
-    #: The seeds, each a run of all methods.
+    #: Seeds, with a run of all methods for each.
     seeds: tuple[int, ...] = (0, 1, 2)
-    #: OPTION=VALUE,VALUE,…: a run of each seed for each of the values, such as num-displacements=2,4,8,16; of
-    #: several options, for each combination.
+    #: OPTION=VALUE,VALUE,…: a run per seed and value, for example num-displacements=2,4,8,16. With several
+    #: options, a run per combination of values.
     vary: tuple[str, ...] = ()
 
 
 def ablate(ablation: Ablation, console: Console) -> int:
-    """Run everything that is not finished, and write `runs/<name>/table.md`.
+    """Complete all runs and write `runs/<name>/table.md`.
 
     Raises:
-        ConfigError: an option that cannot be, or differs from what an earlier seed was run with.
+        ConfigError: an invalid option, or an option that differs from an earlier run in the same folder.
     """
     if not ablation.seeds or len(set(ablation.seeds)) != len(ablation.seeds):
-        raise ConfigError("seeds", "one seed at least, each once", repr(ablation.seeds))
+        raise ConfigError("seeds", "at least one seed, each once", repr(ablation.seeds))
     folder = Path(ablation.run.runs) / ablation.run.name
     base = Config().replace(**ablation.options())
     variants = variants_of(ablation.vary)
@@ -56,12 +56,12 @@ def ablate(ablation: Ablation, console: Console) -> int:
         check(base.replace(**variant))
     results: dict[str, dict[int, list[Result]]] = {label(variant): {} for variant in variants}
     text = ""
-    # A seed of every variant before the next seed: what there is can be compared at any time.
+    # All variants of a seed come before the next seed, so that variants can be compared at any time.
     for seed, variant in itertools.product(ablation.seeds, variants):
         name = label(variant)
         say(console, f"seed {seed}{name and ', '}{name}")
-        own = {"runs": str(folder / name), "name": f"seed-{seed}", "seed": seed, "resume": True}
-        config = base.replace(**variant | own)
+        place = {"runs": str(folder / name), "name": f"seed-{seed}", "seed": seed, "resume": True}
+        config = base.replace(**variant | place)
         results[name][seed] = start(config, console, folder / "first-stages")
         text = table(results, ablation)
         if distributed.rank() == 0:
@@ -72,34 +72,37 @@ def ablate(ablation: Ablation, console: Console) -> int:
 
 
 def variants_of(vary: tuple[str, ...]) -> list[Variant]:
-    """Every combination of the values; one that changes nothing if there are none.
+    """All combinations of the values; a single empty combination if nothing varies.
 
     Raises:
-        ConfigError: not OPTION=VALUE,VALUE,…, an option that is none or is given twice, or a value that is none of its.
+        ConfigError: an argument is not OPTION=VALUE,VALUE,…, names an unknown option or an option twice, or has an invalid
+            value.
     """
     values: dict[str, list[Any]] = {}
     for words in vary:
         option, _, listed = words.partition("=")
         name = option.removeprefix("--").replace("-", "_")
         if not listed or name in values:
-            raise ConfigError("vary", "OPTION=VALUE,VALUE,… of each option once", repr(words))
+            raise ConfigError("vary", "OPTION=VALUE,VALUE,…, each option once", repr(words))
         if name in Config.marked(Mark.IDENTITY):
-            raise ConfigError("vary", "an option that a run's outcome depends on", repr(option))
+            raise ConfigError(
+                "vary", "an option that influences results and is not set by the ablation", repr(option)
+            )
         values[name] = [parse_value(name, value) for value in listed.split(",")]
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 
 def label(variant: Variant) -> str:
-    """`num-displacements=8, displacement-lr=0.1`; empty for one that changes nothing."""
+    """The name of a variant, such as `num-displacements=8, displacement-lr=0.1`."""
     return ", ".join(f"{name.replace('_', '-')}={value}" for name, value in variant.items())
 
 
 def table(results: dict[str, dict[int, list[Result]]], config: Config) -> str:
-    """Markdown: mean ± standard deviation over the seeds of each method's accuracies, and the usage of its slots.
+    """Return a Markdown table: mean ± standard deviation of accuracies over seeds, and mean slot usage, per method.
 
     Args:
         results: label of a variant -> seed -> results of all methods.
-        config: for what all have in common.
+        config: the options that all runs share.
     """
     rows: dict[str, list[Result]] = {}
     for variant, by_seed in results.items():
@@ -126,7 +129,7 @@ def table(results: dict[str, dict[int, list[Result]]], config: Config) -> str:
 
 
 def spread(values: list[float | None]) -> str:
-    """`48.3 ± 0.2` of shares, in percent."""
+    """Mean ± standard deviation of fractions, in percent."""
     if any(value is None for value in values):
         return "–"
     percent = [100 * value for value in values if value is not None]
@@ -135,6 +138,6 @@ def spread(values: list[float | None]) -> str:
 
 
 def usage(found: list[Result]) -> str:
-    """Mean share of each slot, `26 / 23 / 18`; nothing where there is one slot."""
+    """Mean usage of each slot in percent, such as `26 / 23 / 18`; empty for methods with one slot."""
     shares = [result["slot_usage"] for result in found if len(result.get("slot_usage", [])) > 1]
     return " / ".join(f"{100 * statistics.fmean(s):.0f}" for s in zip(*shares, strict=True))

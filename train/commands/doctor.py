@@ -1,4 +1,4 @@
-"""`python -m train doctor`: looks at the data of a run before the run does, and says in words what is wrong with it."""
+"""`python -m train doctor`: examines a data set before a run uses it, and lists its problems."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..data.load import is_list, load, read_listings
 from ..options import Sections
 from ..shot_groups import SPLIT_RULES, split_classes
 
-SHOWN = 10  # of each kind of trouble
+SHOWN = 10  # names per problem
 SPLITS = {"train": "training", "test": "test", "val": "validation"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor(Sections):
-    """Examines the data of a run and lists the problems."""
+    """Examines a data set and lists its problems."""
 
     run: RecipeConfig = field(default_factory=RecipeConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -32,42 +32,42 @@ class Doctor(Sections):
 
 
 def examine(config: Doctor, console: Console) -> int:
-    """Print what was found; returns 0 if nothing is wrong, otherwise 1.
+    """Print a description of the data and its problems. Return 0 if there are none, otherwise 1.
 
     Raises:
-        ConfigError: the data cannot be read at all.
+        ConfigError: the data cannot be read.
     """
-    troubles = _missing_files(config)
+    problems = _missing_files(config)
     source = dataclasses.replace(config.data, unreadable="skip")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             data = load(source)
     except DataError as error:
-        for trouble in troubles:
-            say(console, f"problem: {trouble}")
+        for problem in problems:
+            say(console, f"problem: {problem}")
         raise ConfigError("data", "a data set", str(error)) from None
-    troubles += [str(warning.message) for warning in caught] + _odd(data, config)
+    problems += [str(warning.message) for warning in caught] + _content_problems(data, config)
     for line in describe(data, config):
         say(console, line)
-    for trouble in troubles:
-        say(console, f"problem: {trouble}")
-    say(console, f"{len(troubles)} problems" if troubles else "nothing is wrong with it")
-    return 1 if troubles else 0
+    for problem in problems:
+        say(console, f"problem: {problem}")
+    say(console, f"{len(problems)} problems" if problems else "no problems")
+    return 1 if problems else 0
 
 
 def describe(data: Dataset, config: Doctor) -> list[str]:
-    """Sizes, counts, and what each rule makes of them."""
+    """Describe sizes, class counts, and the groups of classes by each split rule."""
     counts = data.train_counts
     largest, smallest = int(counts.max()), int(counts.min())
     lines = [
         f"{config.data.data}: {data.num_classes} classes, samples {data.sample_shape}",
-        f"training: {len(data.y_train):,} samples, {largest:,} to {smallest:,} a class (ratio {largest / smallest:.0f}), "
+        f"training: {len(data.y_train):,} samples, {largest:,} to {smallest:,} per class (ratio {largest / smallest:.0f}), "
         f"median {float(counts.double().median()):.0f}",
         f"test: {len(data.y_test):,} samples",
         *data.notes,
     ]
-    validation = "none: epochs are evaluated on the test samples"
+    validation = "none; epochs are evaluated on the test samples"
     if data.y_val is not None:
         validation = f"{len(data.y_val):,} samples"
     lines.append(f"validation: {validation}")
@@ -78,55 +78,56 @@ def describe(data: Dataset, config: Doctor) -> list[str]:
 
 
 def _missing_files(config: Doctor) -> list[str]:
-    """Files of lists that are not there, a layout that does not fit, and images in both lists."""
+    """Find listed files that do not exist, and images that are listed twice or in two splits."""
     if not is_list(config.data.data):
         return []
     try:
         lists = read_listings(config.data)
     except DataError:
-        return []  # said by load()
-    troubles = []
+        return []  # load() reports the error
+    problems = []
     for part, listing in ((SPLITS[name], listing) for name, listing in lists.items()):
         missing = [file for file in listing.files if not file.is_file()]
         if missing:
-            some = _some(list(map(str, missing)))
+            names = _first_names(list(map(str, missing)))
             advice = ""
             if len(missing) == len(listing):
-                advice = "; none is there: see --images, where paths begin, and --path-prefixes OLD=NEW"
-            troubles.append(f"{len(missing)} of {len(listing)} {part} images are not there: {some}{advice}")
+                advice = "; none exists: set --images, the folder that paths start from, or --path-prefixes OLD=NEW"
+            problems.append(f"{len(missing)} of {len(listing)} {part} images do not exist: {names}{advice}")
         if twice := len(listing) - len(set(listing.files)):
-            troubles.append(f"{twice} {part} images are listed more than once")
-    for one, other in itertools.combinations(lists, 2):
-        if both := sorted(set(lists[one].files) & set(lists[other].files)):
-            some = _some(list(map(str, both)))
-            troubles.append(
-                f"{len(both)} images are in the {SPLITS[one]} and the {SPLITS[other]} list: {some}"
+            problems.append(f"{twice} {part} images are listed more than once")
+    for first, second in itertools.combinations(lists, 2):
+        if shared := sorted(set(lists[first].files) & set(lists[second].files)):
+            names = _first_names(list(map(str, shared)))
+            problems.append(
+                f"{len(shared)} images are in the {SPLITS[first]} and the {SPLITS[second]} list: {names}"
             )
-    return troubles
+    return problems
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
 
-def _odd(data: Dataset, config: Doctor) -> list[str]:
-    troubles = []
+def _content_problems(data: Dataset, config: Doctor) -> list[str]:
+    """Find classes without test samples, blank images, and features that are zero or share one direction."""
+    problems = []
     tested = torch.bincount(data.y_test, minlength=data.num_classes)
     if untested := (tested == 0).nonzero().flatten().tolist():
-        names = _some([data.class_names[k] for k in untested])
-        troubles.append(f"{len(untested)} classes have no test sample: {names}")
+        names = _first_names([data.class_names[k] for k in untested])
+        problems.append(f"{len(untested)} classes have no test sample: {names}")
     if data.is_images:
         flat = data.x_train[:2000].flatten(1)
         blank = int((flat == flat[:, :1]).all(1).sum())
         if blank:
-            troubles.append(f"{blank} of the first {len(flat)} training images are of one colour")
+            problems.append(f"{blank} of the first {len(flat)} training images have a single color")
     else:
         if zero := int((data.x_train == 0).all(1).sum()):
-            troubles.append(f"{zero} training features are all zero")
-        shared = data.x_train.mean(0).norm() > 0.5 * data.x_train.norm(dim=1).mean()
-        if shared and not config.model.center_features:
-            troubles.append(
-                "the features share one direction (their mean is over half as long as they are), which keeps "
-                "displacements from being used: --center-features takes it away"
+            problems.append(f"{zero} training features are all zero")
+        is_shared = data.x_train.mean(0).norm() > 0.5 * data.x_train.norm(dim=1).mean()
+        if is_shared and not config.model.center_features:
+            problems.append(
+                "all features share one direction (the norm of their mean is over half of their mean norm), which keeps "
+                "displacements from being used; --center-features removes the direction"
             )
-    return troubles
+    return problems

@@ -1,6 +1,6 @@
-"""`python -m train features`: runs a trained network over a data set once, and writes features that `--data` takes.
+"""`python -m train features`: writes the features of a data set from a trained network, in a file for `--data`.
 
-A head on them trains in seconds (`--recipe features`), where each pass of a run takes all images through the network.
+A head trains on features in seconds (`--recipe features`), because images pass through the network only once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..model.backbones import BackboneError, Timm, make_backbone
 from ..model.model import Model, Normalize, load_model
 from ..options import Sections
 
-BATCH_SIZE = 500  # evaluation's, so that a head finds the very features that it was evaluated on
+BATCH_SIZE = 500  # as in evaluation, so that the features are bitwise those of the evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,27 +38,27 @@ class Features(Sections):
     model: BackboneConfig = field(default_factory=BackboneConfig)
     augment: CropConfig = field(default_factory=CropConfig)
     runtime: DeviceConfig = field(default_factory=DeviceConfig)
-    #: A trained model, runs/<name>/model-<method>.safetensors: its network, normalisation, crop and centring
-    #: are used, whatever --backbone, --crop-size and --center-features say. If not given, timm's
-    #: weights: --backbone timm/NAME --pretrained.
+    #: A trained model, runs/<name>/model-<method>.safetensors. Its own network, normalization, crop and centering
+    #: are used, and --backbone and --crop-size have no effect. If not given, use the weights of timm:
+    #: set --backbone timm/NAME and --pretrained.
     weights: str = ""
-    #: The file to write: x_train, y_train, x_test, y_test, and the classes' names.
+    #: The .safetensors file to write, with x_train, y_train, x_test, y_test and the names of the classes.
     out: str = "features.safetensors"
 
 
 def extract(features: Features, console: Console) -> int:
-    """Write the features of all samples, made in evaluation mode without augmentation.
+    """Write the features of all samples, computed in evaluation mode without augmentation.
 
     Raises:
-        ConfigError: there are no images or no trained network for them, or the file cannot be written.
+        ConfigError: the data are not images, there is no trained network for them, or the file cannot be written.
     """
     out = Path(features.out)
     if out.suffix != ".safetensors":
         raise ConfigError("out", "a file named .safetensors", repr(features.out))
     if out.exists():
-        raise ConfigError("out", "a new file", f"{out}, which is there already")
+        raise ConfigError("out", "a new file", f"{out}, which exists")
     if not out.parent.is_dir():
-        raise ConfigError("out", "a file in a folder that is there", repr(features.out))
+        raise ConfigError("out", "a file in an existing folder", repr(features.out))
     if features.runtime.threads:
         torch.set_num_threads(features.runtime.threads)
     try:
@@ -66,17 +66,15 @@ def extract(features: Features, console: Console) -> int:
     except DataError as error:
         raise ConfigError("data", "a data set", str(error)) from None
     if not data.is_images:
-        got = (
-            f"features {data.sample_shape} in {features.data.data}, which --recipe features takes as they are"
-        )
+        got = f"features {data.sample_shape} in {features.data.data}, which --recipe features trains on directly"
         raise ConfigError("data", "images", got)
-    model = network(features, data).to(features.runtime.device).eval()
+    model = load_network(features, data).to(features.runtime.device).eval()
     parts = {"train": (data.x_train, data.y_train), "test": (data.x_test, data.y_test)}
     if data.x_val is not None and data.y_val is not None:
         parts["val"] = (data.x_val, data.y_val)
     arrays: dict[str, Tensor] = {}
     for part, (x, y) in parts.items():
-        arrays[f"x_{part}"] = through(model, x, part, console)
+        arrays[f"x_{part}"] = compute_features(model, x, part, console)
         arrays[f"y_{part}"] = y
     metadata = {"classes": json.dumps(data.class_names)}
     write_atomically(out, lambda path: safetensors.torch.save_file(arrays, path, metadata))
@@ -84,11 +82,11 @@ def extract(features: Features, console: Console) -> int:
     return 0
 
 
-def network(features: Features, data: Dataset) -> Model:
-    """What makes features of the images of `data`: trained weights, of an earlier run or of timm's.
+def load_network(features: Features, data: Dataset) -> Model:
+    """Return the network that computes the features, with the weights of an earlier run or of timm.
 
     Raises:
-        ConfigError: there are none, or they are not for such images.
+        ConfigError: no weights are given, or the network is for other images.
     """
     channels, side = data.sample_shape[0], min(data.sample_shape[1:])
     if features.weights and features.model.pretrained:
@@ -105,14 +103,14 @@ def network(features: Features, data: Dataset) -> Model:
             backbone = make_backbone(features.model.backbone, channels, pretrained=True)
         except BackboneError as error:
             raise ConfigError("backbone", str(error), repr(features.model.backbone)) from None
-        assert isinstance(backbone, Timm)  # no other has such weights: see config.check
+        assert isinstance(backbone, Timm)  # cli.check refuses other backbones
         option, crop_size = "crop_size", features.augment.crop_size or 0
-        # A network that is not trained on wants the statistics that it was trained with, not those of the data.
+        # The network is used as it is, so images are normalized as in its training, not with the statistics of the data.
         normalize = Normalize(*backbone.mean_std(channels), crop_size)
         model = Model(normalize, backbone, nn.Identity(), nn.Identity(), features.model.backbone)
     else:
         expected = "--weights PATH, a run's model, or --backbone timm/NAME --pretrained"
-        raise ConfigError("weights", expected, f"neither: {features.model.backbone} would not be trained")
+        raise ConfigError("weights", expected, f"neither, so {features.model.backbone} would be untrained")
     if crop_size > side:
         raise ConfigError(option, f"a crop of at most the images' side, {side}", crop_size)
     return model
@@ -133,17 +131,17 @@ def _read_model(weights: str) -> Model:
 
 
 @torch.no_grad()
-def through(model: Model, x: Tensor, part: str, console: Console) -> Tensor:
-    """Features of all images `x` [n, c, h, w], [n, d] float32 on the CPU."""
+def compute_features(model: Model, x: Tensor, part: str, console: Console) -> Tensor:
+    """Return the features of all images `x` [n, c, h, w], as [n, d] float32 on the CPU."""
     device = next(model.parameters()).device
-    made: Tensor | None = None
+    result: Tensor | None = None
     batches = list(range(0, len(x), BATCH_SIZE))
     for first in track(batches, f"{part} features", console=console, disable=not console.is_terminal):
         rows = slice(first, first + BATCH_SIZE)
         features = model.features(x[rows].to(device))
-        if made is None:  # all at once: a list of parts, joined in the end, would take twice the memory
-            made = torch.empty(len(x), features.shape[1])
-        made[rows] = features
-    assert made is not None  # no data set is empty
-    say(console, f"{part}: {len(made):,} features [{made.shape[1]}]")
-    return made
+        if result is None:  # allocated once: concatenating a list of batches would take twice the memory
+            result = torch.empty(len(x), features.shape[1])
+        result[rows] = features
+    assert result is not None  # no data set is empty
+    say(console, f"{part}: {len(result):,} features [{result.shape[1]}]")
+    return result

@@ -166,8 +166,8 @@ def test_training_on_a_folder_and_the_doctor(
     assert main(["doctor", *common.split()]) == 0
     said = capsys.readouterr().out
     assert "3 classes, samples [3, 16, 16]" in said
-    assert "training: 9 samples, 4 to 2 a class" in said
-    assert "nothing is wrong with it" in said
+    assert "training: 9 samples, 4 to 2 per class" in said
+    assert "no problems" in said
     assert main([*common.split(), *train.split()]) == 0
     assert (tmp_path / "smoke" / "model-plain.safetensors").is_file()
 
@@ -185,7 +185,7 @@ def test_the_doctor_lists_problems(tree: Path, cache: str, capsys: pytest.Captur
     assert main(args.split()) == 1
     said = capsys.readouterr().out
     for words in (
-        "1 of 9 training images are not there",
+        "1 of 9 training images do not exist",
         "1 images are in the training and the test list",
         "left out 2 of 9 images of the train split that cannot be read",
         "1 classes have no test sample: 2",

@@ -128,12 +128,15 @@ def test_options_that_first_stages_depend_on_are_told_apart(
 @pytest.mark.parametrize(
     ("vary", "message"),
     [
-        ("lr", "--vary: expected OPTION=VALUE,VALUE,… of each option once, got 'lr'"),
+        ("lr", "--vary: expected OPTION=VALUE,VALUE,…, each option once, got 'lr'"),
         ("rate=1", "--vary: expected the name of an option, got 'rate'"),
         ("lr=high", "--lr: expected float, got 'high'"),
         ("num-displacements=2.5", "--num-displacements: expected int, got '2.5'"),
         ("num-displacements=2,256", "--num-displacements: expected 0 to 255, got 256"),
-        ("seed=1,2", "--vary: expected an option that a run's outcome depends on, got 'seed'"),
+        (
+            "seed=1,2",
+            "--vary: expected an option that influences results and is not set by the ablation, got 'seed'",
+        ),
     ],
 )
 def test_what_cannot_be_varied(
