@@ -34,7 +34,7 @@ WORDS = [
     ("--num-displacements 256", "--num-displacements: expected 0 to 255, got 256"),
     ("--backbone resnet99", "--backbone: expected one of none, "),
     ("--data nowhere.npz", "nowhere.npz: expected an existing file, got none"),
-    ("--data README.md", "expected arrays in a file named .npz or .safetensors"),
+    ("--data README.md", "expected a file of arrays named .npz or .safetensors"),
     ("--num-classes 11", "expected 11 classes"),
     ("--backbone none", "--backbone: expected a network, for images"),
     ("--device gpu9", "--device: expected cpu, cuda or auto"),
