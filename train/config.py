@@ -215,7 +215,7 @@ class MethodConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class DisplacementConfig(Section):
-    """How displacements start and move, in the second stage."""
+    """Start and movement of the displacements, in the second stage."""
 
     marks = Mark.SECOND_STAGE | Mark.DEPARTURE
 
