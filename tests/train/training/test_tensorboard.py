@@ -96,10 +96,10 @@ def test_a_resumed_run_shows_each_epoch_once(feature_file: Path, tmp_path: Path)
     class Stopped(RunFolder):
         """Fails after its third epoch, whose record is written, but not its checkpoint."""
 
-        def save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            if len(checkpoint["records"]) == 3:
+        def save_checkpoint(self, *args: Any, **options: Any) -> None:
+            if len(self.records) == 3:
                 raise InterruptedError
-            super().save_checkpoint(checkpoint)
+            super().save_checkpoint(*args, **options)
 
     folder = Stopped(config)
     folder.open(config, data.fingerprint())
@@ -110,7 +110,7 @@ def test_a_resumed_run_shows_each_epoch_once(feature_file: Path, tmp_path: Path)
     assert main([*args, "--resume", "--tensorboard"]) == 0
     assert len(check(tmp_path / "r", "gist")["loss"]) == 4
     assert len(check(tmp_path / "r", "plain")["loss"]) == 4
-    # The option decides nothing: a run may be resumed with or without it, and what it shows is all of it.
+    # A run may be resumed with or without the option, and the event files hold all of its records.
     before = events(tmp_path / "r" / "tensorboard" / "plain")
     assert main([*args, "--resume"]) == 0
     assert events(tmp_path / "r" / "tensorboard" / "plain") == before
@@ -119,7 +119,7 @@ def test_a_resumed_run_shows_each_epoch_once(feature_file: Path, tmp_path: Path)
     assert "tensorboard" not in (tmp_path / "r" / "config.toml").read_text()
 
 
-def test_without_the_package_it_is_said(
+def test_a_missing_tensorboard_is_named(
     feature_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)  # as if it were not installed
