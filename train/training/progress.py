@@ -1,4 +1,4 @@
-"""The progress of a run: a progress bar on a terminal, one line per epoch elsetitle."""
+"""The progress of a run: a progress bar on a terminal, one line per epoch elsewhere."""
 
 from __future__ import annotations
 
