@@ -21,7 +21,7 @@ _patient_group: dist.ProcessGroup | None = None
 
 @contextmanager
 def init_process_group() -> Iterator[None]:
-    """Initialize torch.distributed if torchrun started this process: gloo for the CPU, NCCL for GPUs, one GPU per process."""
+    """Initialize torch.distributed if torchrun started this process: gloo for the CPU, NCCL for one GPU per process."""
     global _patient_group
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         yield

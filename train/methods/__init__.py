@@ -2,10 +2,10 @@
 
 To add a method:
 
-1. Write a subclass of `Method` (method.py) in a file of its own. `TwoStageMethod` (two_stage.py) is the base class for methods whose
-   displacements are added in a second stage.
-2. Add its name to `MethodName` in config.py, and to METHODS and TITLES below. Add it to FIRST_STAGES if it differs from another
-   method in the second stage only, so that their first stage is trained once.
+1. Write a subclass of `Method` (method.py) in a file of its own. `TwoStageMethod` (two_stage.py) is the base class for
+   methods whose displacements are added in a second stage.
+2. Add its name to `MethodName` in config.py, and to METHODS and TITLES below. Add it to FIRST_STAGES if it differs from
+   another method in the second stage only, so that their first stage is trained once.
 
 The gradients of GistNet's two streams are routed in `gistops.nn.GistClassifier.losses`.
 """

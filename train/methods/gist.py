@@ -20,7 +20,7 @@ class Gist(TwoStageMethod):
         L_random   = CE(s, y) on the random stream,    s_k = τ' max_j cos(f, v_k + δ_j)
 
     δ_0 = 0, λ is --balanced-loss-weight, and sg stops the gradient: the displacements learn from the random stream only.
-    `gistops.nn.GistClassifier.losses` routes the gradients. w and δ are kept for inference. Rotations and MLPs (eq. 8-9) replace
+    `gistops.nn.GistClassifier.losses` routes the gradients. w and δ are kept for inference. Rotations and MLPs replace
     w_k + δ_j with other functions of w_k and δ_j.
 
     Args:
@@ -51,7 +51,7 @@ class Gist(TwoStageMethod):
     def alternative_scores(
         self, head: ConstellationClassifier, features: Tensor, logits: Tensor
     ) -> dict[str, Tensor]:
-        """Return also the random head's scores without the prior, and the mean of both heads' log-probabilities, times two."""
+        """Return also the random head's scores minus the log prior, and the sum of both heads' log-probabilities."""
         assert isinstance(head, GistClassifier)
         adjusted = head.random_logits(features) - self.log_prior
         scores = {

@@ -122,10 +122,10 @@ class Timm(nn.Module):
         self.out_features: int = self.network.num_features
 
     def mean_std(self, channels: int) -> tuple[Tensor, Tensor]:
-        """Return the mean and standard deviation of the images that the weights were trained on, [channels] each, from 0 to 1.
+        """Return the mean and standard deviation of the images that the weights were trained on, [channels] each.
 
-        If the weights were trained with another number of channels, the values are averaged over their channels, as timm does
-        with the weights of the first layer.
+        They are for pixels from 0 to 1. If the weights were trained with another number of channels, the values are
+        averaged over those channels, as timm does with the weights of the first layer.
         """
         known = (torch.tensor(self.network.pretrained_cfg[name]) for name in ("mean", "std"))
         mean, std = (t if len(t) == channels else t.mean().expand(channels) for t in known)

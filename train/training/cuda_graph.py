@@ -1,8 +1,8 @@
 """Training steps as CUDA graphs.
 
-A step of a small network launches about 700 kernels of a few microseconds each, and the GPU waits for the CPU that launches them.
-A CUDA graph launches all of them at once. Values that change from step to step are in tensors with fixed addresses: the
-samples' indices, the random numbers, the learning rates. The samples themselves are on the GPU.
+A step of a small network launches about 700 kernels of a few microseconds each, and the GPU waits for the CPU to launch
+them. A CUDA graph launches all of them at once. Values that change from step to step are in tensors with fixed addresses:
+the samples' indices, the random numbers, the learning rates. The samples themselves are on the GPU.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """First stages that several methods or runs share, so that they are trained once.
 
-COS+GIST, GistNet and its rotations and MLPs differ in their second stage only, as do COS+CB and COS+CS+CB, and runs of one method
-with other displacements. Each continues from the same weights, optimizer, streams and random numbers that it would have
-reached alone; on the CPU, from the same bits.
+COS+GIST, GistNet and its rotations and MLPs differ in their second stage only, as do COS+CB and COS+CS+CB, and runs of
+one method with other displacements. Each continues from the same weights, optimizer, streams and random numbers that it
+would have reached alone; on the CPU, from the same bits.
 """
 
 from __future__ import annotations

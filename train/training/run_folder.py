@@ -1,7 +1,7 @@
 """The folder of a run.
 
-If a process is killed at any moment, each file is complete or has its previous content. Only the last lines of metrics.jsonl and
-TensorBoard's event files may be incomplete; a resumed run rewrites them.
+If a process is killed at any moment, each file is complete or has its previous content. Only the last lines of
+metrics.jsonl and TensorBoard's event files may be incomplete; a resumed run rewrites them.
 """
 
 from __future__ import annotations

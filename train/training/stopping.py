@@ -1,4 +1,4 @@
-"""The request to stop by SIGTERM, which cluster schedulers send. The run writes a checkpoint after its current step and ends."""
+"""Stopping on SIGTERM, which cluster schedulers send: the run writes a checkpoint after its current step and ends."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class Trainer:
         self.begin_stage(0)
 
     def fit(self, folder: RunFolder, first_stages: FirstStages, display: Display) -> None:
-        """Train the remaining stages, and write records, checkpoints, the trained model and the result to the run's folder."""
+        """Train the remaining stages; write records, checkpoints, the model and the result to the run's folder."""
         while self.stage < len(self.method.stages):
             while self.epoch < self.method.stages[self.stage].epochs:
                 title, start, images = self._epoch_title(), time.perf_counter(), self.images
