@@ -13,7 +13,7 @@ from .two_stage import TwoStageMethod
 
 
 class Gist(TwoStageMethod):
-    """GistNet (Liu, Li, Kang, Hua, Vasconcelos, ICCV 2021), eq. 4-7; without displacements COS+GIST.
+    """GistNet (Liu, Li, Kang, Hua, Vasconcelos, ICCV 2021, equations 4 to 9); COS+GIST without displacements.
 
         L          = L_random + λ L_balanced
         L_balanced = CE(s, y) on the balanced stream,  s_k = τ  max_j cos(f, w_k + sg(δ_j))
