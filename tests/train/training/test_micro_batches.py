@@ -312,5 +312,5 @@ def test_fewer_samples_than_parts_are_refused(tmp_path: Path, capsys: pytest.Cap
     from train.__main__ import main
 
     assert main(f"--recipe smoke --runs {tmp_path} --batch-size 4 --accumulate 5".split()) == 2
-    words = "--batch-size: expected a sample for each of 1 processes times 5 micro-batches, got 4"
+    words = "--batch-size: expected at least 5, a sample per process and micro-batch (1 × 5), got 4"
     assert words in capsys.readouterr().err
