@@ -134,6 +134,8 @@ def test_spelling_is_american() -> None:
         for path in tracked(TEXT)
         if path.name != Path(__file__).name and path.parent.name != "results"
         for i, line in enumerate(path.read_text().splitlines(), 1)
-        for found in BRITISH.finditer(line)
+        for found in BRITISH.finditer(
+            line.replace('"centres alone"', "")
+        )  # a key in records of early versions
     ]
     assert words == []

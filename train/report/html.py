@@ -10,6 +10,7 @@ import jinja2
 
 from ..methods import TITLES
 from ..shot_groups import GROUPS
+from ..training.run_folder import with_current_names
 from . import figures
 from .figures import Record
 from .table import percent
@@ -82,4 +83,5 @@ def read_records(folder: Path) -> list[Record]:
     Raises:
         OSError, ValueError: the folder has no metrics.jsonl, or it is damaged.
     """
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return with_current_names([json.loads(line) for line in lines])

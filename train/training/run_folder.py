@@ -23,6 +23,9 @@ from ..options import Mark
 from ..recipes import load_recipe
 from .tensorboard import TensorBoardWriter
 
+#: Name in the records of earlier versions -> name of today.
+RENAMED = {"centres alone": "centers alone"}
+
 Record = dict[str, Any]  # a line of metrics.jsonl: the record of an epoch, or the result of a method
 
 
@@ -92,7 +95,7 @@ class RunFolder:
         if not self.checkpoint_file.exists():
             return None
         saved: dict[str, Any] = torch.load(self.checkpoint_file, map_location="cpu", weights_only=True)
-        return saved
+        return saved | {"records": with_current_names(saved["records"])}
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
         """Write the file `name` atomically with `write`, which is called with a temporary path."""
@@ -136,3 +139,11 @@ class RunFolder:
                 file.write(json.dumps(record) + "\n")
             if self.tensorboard:
                 self.tensorboard.append(record)
+
+
+def with_current_names(records: list[Record]) -> list[Record]:
+    """Return records of any version with the names of this one."""
+    for record in records:
+        if "accuracy_of" in record:
+            record["accuracy_of"] = {RENAMED.get(name, name): a for name, a in record["accuracy_of"].items()}
+    return records

@@ -77,7 +77,8 @@ class Trainer:
         if distributed.is_initialized():
             convert_sync_batch_norm(self.model, self.device)
         if rank := distributed.rank():
-            torch.manual_seed(config.run.seed + (rank << 32))  # for dropout; weights are those of rank 0
+            # For dropout; the weights are those of rank 0. The CPU's generator reads the low 32 bits of a seed only.
+            torch.manual_seed(config.run.seed + 1_000_003 * rank)
         self.batches = make_batches(config, data, self.method, self.device)
         self.features: Callable[[Tensor], Tensor] = self.model.features
         if config.runtime.compile:

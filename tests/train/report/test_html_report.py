@@ -17,7 +17,7 @@ from train.methods import TITLES
 from train.report.figures import (
     accuracy_by_size,
 )
-from train.report.html import write_page
+from train.report.html import read_records, write_page
 
 from ..conftest import COUNTS
 
@@ -46,6 +46,13 @@ def test_results_of_early_versions_are_shown(tmp_path: Path) -> None:
     page = Page((tmp_path / "page.html").read_text())
     assert "plain softmax: a name from an early version" in page.words
     assert len(page.images) == 2  # losses and accuracies
+
+
+def test_names_of_early_versions_are_those_of_today(tmp_path: Path) -> None:
+    scores = {"centres alone": {"overall": 0.5}, "both heads": {"overall": 0.6}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"event": "result", "accuracy_of": scores}) + "\n")
+    (record,) = read_records(tmp_path)
+    assert record["accuracy_of"] == {"centers alone": {"overall": 0.5}, "both heads": {"overall": 0.6}}
 
 
 class Page(HTMLParser):

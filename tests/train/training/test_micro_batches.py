@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from train import distributed
 from train.config import Config
 from train.data.dataset import Dataset
 from train.data.sources.arrays import load_arrays
@@ -254,6 +255,17 @@ def test_processes_compiled(feature_file: Path, tmp_path: Path) -> None:
     config = PLAIN_FEATURES.replace(compile=True, accumulate=2)
     (tmp_path / "group").mkdir()
     in_group(_compiled, 2, tmp_path / "group", str(feature_file), config)
+
+
+def _draws_its_own(rank: int, file: str, config: Config) -> None:
+    Trainer("gist", config, load_arrays(file))
+    draws = distributed.all_gather(torch.rand(8))
+    assert not torch.equal(*draws)
+
+
+def test_each_process_draws_its_own_dropout(feature_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "group").mkdir()
+    in_group(_draws_its_own, 2, tmp_path / "group", str(feature_file), PLAIN_FEATURES)
 
 
 LAUNCHED = "--standalone --local-addr 127.0.0.1 --nproc-per-node 2"
