@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from gistops.backends.triton import configs, loss, operators
+from gistops.backends.triton import configs, logits, loss
 from gistops.operators.cross_entropy import CrossEntropyBackward, CrossEntropyForward
 from gistops.operators.logits import LogitsBackward, LogitsForward
 
@@ -61,13 +61,13 @@ def main() -> None:
         (torch.float16, 5, 7, 33, 20),
     ):
         tensors = [torch.randn(n, d, dtype=dtype) for n in (B, K, m)] + [torch.tensor(3.0)]
-        saved = operators.forward(LogitsForward(*tensors))
+        saved = logits.forward(LogitsForward(*tensors))
         made: tuple[torch.Tensor, ...]
-        made = operators.backward(LogitsBackward(torch.randn(B, K), *tensors, *saved, True, True, True, True))
+        made = logits.backward(LogitsBackward(torch.randn(B, K), *tensors, *saved, True, True, True, True))
         assert all(g.shape == t.shape and g.dtype == t.dtype for g, t in zip(made, tensors, strict=True))
         with configs.forced(product="fused", centers_product="cublas"):
-            saved = operators.forward(LogitsForward(*tensors))
-            operators.backward(LogitsBackward(torch.randn(B, K), *tensors, *saved, False, True, False, False))
+            saved = logits.forward(LogitsForward(*tensors))
+            logits.backward(LogitsBackward(torch.randn(B, K), *tensors, *saved, False, True, False, False))
         arguments = (
             *tensors,
             torch.zeros(B, dtype=torch.int64),

@@ -33,13 +33,13 @@ def why_not(device_type: str) -> str | None:
 def _define() -> str | None:
     """Import the kernels and define the ops in `torch.ops.gistops_triton`, once. Return why not, if that fails."""
     try:
-        from . import loss, operators
+        from . import logits, loss
     except ImportError as error:
         return f"Triton does not load: {error}"
     ops = torch.ops.gistops_triton
     kernels: dict[registry.Op, Callable[[Any], Any]] = {
-        LOGITS_FORWARD: operators.forward,
-        LOGITS_BACKWARD: operators.backward,
+        LOGITS_FORWARD: logits.forward,
+        LOGITS_BACKWARD: logits.backward,
         CROSS_ENTROPY_FORWARD: loss.forward,
         CROSS_ENTROPY_BACKWARD: loss.backward,
         **ChunkedOps(ops).kernels(),
