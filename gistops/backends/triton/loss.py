@@ -20,11 +20,12 @@ from ...operators.cross_entropy import (
     CrossEntropyGradients,
     padded_rows,
 )
-from . import configs, gradients, operators
+from . import configs, gradients
 from .cancellation_lse import rescore_cancelled_lse_kernel
 from .configs import grouped, power_of_two
 from .configs import tiles as tiles_of
 from .launch_args import LaunchArgs, multiply, on_device
+from .logits import compute_norms, like_argument
 from .lse import lse_kernel
 from .route_loss_grad import route_loss_grad_kernel
 from .routing import Needs, Routed, RoutingPartials, Saved, reduce_partials
@@ -131,7 +132,7 @@ def forward(a: CrossEntropyForward) -> CrossEntropy:
         for c in every:
             classes = slice(c.first_class, c.first_class + c.args.sizes[1])
             rnorms = out.center_rnorms if c.groups == groups else new(M, c.args.sizes[1], dtype=acc)
-            operators.compute_norms(c.args, shifts, rnorms, out.input_rnorms if c.first_class == 0 else None)
+            compute_norms(c.args, shifts, rnorms, out.input_rnorms if c.first_class == 0 else None)
             scores, slots = (out.scores, out.slots) if keep else (out.scores[: c.args.sizes[1]], None)
             _score(c, a, scores, slots, rnorms, out.input_rnorms, shifts, partials)
             if rnorms is not out.center_rnorms:
@@ -236,7 +237,7 @@ def backward(a: CrossEntropyBackward) -> CrossEntropyGradients:
         grad_margin = grad_margin.sum()
     return CrossEntropyGradients(
         *(
-            operators.like_argument(x, g) if needed and x is not None else a.lse.new_empty(0)
+            like_argument(x, g) if needed and x is not None else a.lse.new_empty(0)
             for g, x, needed in zip((*others, grad_margin), arguments, needs, strict=True)
         )
     )
@@ -281,7 +282,7 @@ def _gradients_in_chunks(
     B, K, _, M = args.sizes
     new, acc = args.input.new_empty, args.acc_dtype
     shifts = new(M, B, dtype=acc)
-    operators.compute_norms(args, shifts, None, new(B, dtype=acc))
+    compute_norms(args, shifts, None, new(B, dtype=acc))
     size = min(chunk_size(args, False), K)
     scores, slots = new(size, padded_rows(B), dtype=acc), new(size, padded_rows(B), dtype=torch.uint8)
     sums: list[Tensor] = []
