@@ -13,9 +13,9 @@ from rich.console import Console
 
 from .cli import parse, parse_run, program
 from .commands.ablation import Ablation, ablate
-from .commands.compare import compare
 from .commands.doctor import Doctor, examine
 from .commands.features import Features, extract
+from .commands.report import compare
 from .config import ConfigError
 from .console import say
 from .distributed import init_process_group, rank

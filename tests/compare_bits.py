@@ -1,8 +1,8 @@
 """Compare the bits of this checkout's results with those of another commit, on this machine's CPU.
 
-    python tests/bits.py --against ee8676f            # build and run that commit too; exit code 1 if any bit differs
-    python tests/bits.py --write before.json          # keep the digests of this checkout
-    python tests/bits.py --compare before.json        # compare with kept ones
+    python tests/compare_bits.py --against ee8676f            # build and run that commit too; exit code 1 if any bit differs
+    python tests/compare_bits.py --write before.json          # keep the digests of this checkout
+    python tests/compare_bits.py --compare before.json        # compare with kept ones
 
 The digests cover logits, slots, losses, gradients and best classes, for every transform and dtype, and the weights and
 losses of three short training runs. Bits depend on the processor, on its libraries and on the number of threads, so
@@ -71,10 +71,10 @@ def digests_of(commit: str, no_runs: bool) -> dict[str, str]:
             ["git", "worktree", "add", "--detach", "--quiet", str(tree), commit], cwd=ROOT, check=True
         )
         try:
-            Path(tree, "tests", "bits.py").write_text(Path(__file__).read_text())
+            Path(tree, "tests", "compare_bits.py").write_text(Path(__file__).read_text())
             words = [
                 sys.executable,
-                "tests/bits.py",
+                "tests/compare_bits.py",
                 "--write",
                 str(out),
                 *(["--no-runs"] if no_runs else []),

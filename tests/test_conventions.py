@@ -15,8 +15,8 @@ MAX_LINES = 350
 CODE = {".py", ".cpp", ".h", ".cu", ".cuh"}
 TEXT = CODE | {".md", ".toml", ".html"}
 
-#: Rooms of each package, lowest floor first. A module may import its own room and rooms before it.
-FLOORS = {
+#: Folders and modules of each package, lowest layer first. A module may import its own layer and the layers before it.
+LAYERS = {
     "gistops": [
         "_toolchain", "_build", "_classifier", "_checks", "operators", "backends", "functional", "export", "nn",
         "sampling", "info",
@@ -88,20 +88,20 @@ def test_no_file_is_longer_than_the_limit() -> None:
     assert {str(path.relative_to(ROOT)): n for path, n in lines.items() if n > MAX_LINES} == {}
 
 
-@pytest.mark.parametrize("package", FLOORS)
+@pytest.mark.parametrize("package", LAYERS)
 def test_imports_point_down(package: str) -> None:
-    floors = FLOORS[package]
+    layers = LAYERS[package]
     upward = []
     for module, tree in modules(package):
         own = module.split(".")[1]
-        if own == "__init__":  # the package's public names, above all rooms
+        if own == "__init__":  # the package's public names, above all layers
             continue
-        assert own in floors, f"{module}: name its floor in FLOORS"
+        assert own in layers, f"{module}: add it to LAYERS"
         for name in imports(module, tree):
             target = name.split(".")
-            if target[0] != package or len(target) < 2 or target[1] not in floors:
+            if target[0] != package or len(target) < 2 or target[1] not in layers:
                 continue
-            if floors.index(target[1]) > floors.index(own):
+            if layers.index(target[1]) > layers.index(own):
                 upward.append(f"{module} -> {name}")
     assert upward == []
 
