@@ -28,9 +28,9 @@ STABLE_TORCH_LIBRARY(gistops, m) {
       " Tensor center_rnorms, Tensor input_rnorms, bool need_input, bool need_centers, bool need_tau,"
       " bool allow_tf32=False) -> (Tensor grad_input, Tensor grad_centers, Tensor grad_tau)");
 
-  // The same for rotations: slot j >= 1 of class k is w_k + y[0, j, k] a + y[1, j, k] b_j, as long as w_k, with a and
-  // b_j shared by the classes. input_coeffs x [B, M]: f.a in slot 0, f.b_j in slot j >= 1; class_coeffs y [2, M, K], 0
-  // in slot 0.
+  // The same for rotations: slot j >= 1 of class k is w_k + y[0, j, k] a + y[1, j, k] b_j, of the same norm as w_k,
+  // with a and b_j shared by the classes. input_coeffs x [B, M]: f.a in slot 0, f.b_j in slot j >= 1; class_coeffs y
+  // [2, M, K], 0 in slot 0.
   m.def(
       "rotation_forward(Tensor input, Tensor centers, Tensor tau, Tensor input_coeffs, Tensor class_coeffs,"
       " bool allow_tf32=False) -> (Tensor logits, Tensor slots, Tensor center_rnorms, Tensor input_rnorms)");

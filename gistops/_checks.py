@@ -77,7 +77,7 @@ def check_constellation(
 
 
 def check_subcenters(input: object, centers: object, tau: object) -> Classifier:
-    """Check the arguments of the logits of sub-centers [K, M, d]; return all but input. Raises as above."""
+    """Check the arguments of the logits of sub-centers [K, M, d]; return all but input. Raises as `check_constellation`."""
     input = _floating("input", input)
     centers = _floating("centers", centers)
     if input.dim() != 2 or input.shape[1] == 0:
@@ -97,7 +97,7 @@ def check_subcenters(input: object, centers: object, tau: object) -> Classifier:
 
 
 def check_classifier(input: Tensor, classifier: Classifier) -> Classifier:
-    """Check the arguments of any logits. Raises as above."""
+    """Check the arguments of any logits. Raises as `check_constellation`."""
     if classifier.transform == "subcenters":
         return check_subcenters(input, classifier.centers, classifier.tau)
     return check_constellation(input, *classifier)  # type: ignore[arg-type]
@@ -120,7 +120,7 @@ def on_device(number: float, dtype: torch.dtype, device: torch.device) -> Tensor
 
 
 def check_class_vector(name: str, value: object, classes: int, input: Tensor) -> Tensor:
-    """Check a floating-point tensor [K] on the device of input. Raises as above."""
+    """Check a floating-point tensor [K] on the device of input. Raises TypeError or ValueError that names it."""
     value = _floating(name, value)
     if value.shape != (classes,):
         raise ValueError(f"{name}: expected shape [{classes}], one element per class, got {_shape(value)}")

@@ -251,8 +251,8 @@ class DisplacementConfig(Section):
 class OptimConfig(Section):
     """Optimizer and schedule."""
 
-    #: Epochs of the first stage, without displacements. Softmax classifiers train in a single stage as long
-    #: as both.
+    #: Epochs of the first stage, without displacements. Softmax classifiers train in one
+    #: stage of --stage1-epochs plus --stage2-epochs.
     stage1_epochs: int = 60
     #: Epochs of the second stage, with displacements. Optimizer and schedule start afresh.
     stage2_epochs: int = option(60, Mark.SECOND_STAGE)

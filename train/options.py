@@ -88,7 +88,7 @@ class Sections:
         return {key: value for name, _ in self.sections() for key, value in vars(getattr(self, name)).items()}
 
     def replace(self: Self, **options: Any) -> Self:
-        """A copy with other values of options, whichever section they are in."""
+        """Return a copy with some options replaced, in any section."""
         changed: dict[str, Section] = {}
         for name, section in self.sections():
             names = options.keys() & {part.name for part in dataclasses.fields(section)}

@@ -89,7 +89,7 @@ def _tile(loop: str) -> Callable[[Any, Any, str], Any]:
 SETTINGS: dict[str, Setting] = {
     "chunk": _attribute("backends.chunked.scorers", "CHUNK_ELEMENTS"),
     "triton chunk": _attribute("backends.triton.loss", "CHUNK_ELEMENTS"),
-    "held bytes": _attribute("backends.eager_loss", "HELD_BYTES"),
+    "held bytes": _attribute("backends.eager_loss", "MAX_KEPT_BYTES"),
     "forward tile": _forced("forward", _tile("dims")),
     "centers tile": _forced("centers", _tile("rows")),
     "product": _forced("product"),

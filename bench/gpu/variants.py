@@ -43,7 +43,7 @@ class Variant:
 
     @property
     def ours(self) -> bool:
-        """True for variants of gistops."""
+        """Return True for variants of gistops."""
         return bool(self.backend)
 
 

@@ -7,7 +7,8 @@
 
 namespace gistops {
 
-// A GradSource: G from autograd, and logits, slots and norms as saved by the forward.
+// A GradSource (template parameter of the backward): G from autograd, and logits, slots and norms as saved by the
+// forward.
 template <class T>
 class SavedScores {
  public:

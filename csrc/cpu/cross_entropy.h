@@ -92,7 +92,7 @@ void cross_entropy_forward(const Problem<T>& p, const LossArguments<T>& loss, co
     Scratch<T> scores;       // [chunk, size]
     Scratch<uint8_t> slots;  // [chunk, size]
     Scratch<T> chunk_sums;   // [chunk]: the weighted sums of one block
-    Scratch<double> sums;    // [B]: of all blocks
+    Scratch<double> sums;    // [B]: the sums over all blocks
     RunningLogSumExp<T> lse;
   };
   const int64_t workers = partition.workers(threads);

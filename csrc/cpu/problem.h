@@ -33,7 +33,7 @@ struct StoredMatrix {
   }
 };
 
-// How the M slots of a class come about:
+// The definition of a class's M slots:
 //   translation: w_k and w_k + delta_j, with m = M - 1 displacements shared by all classes;
 //   subcenter:   M vectors per class;
 //   rotation:    w_k and w_k + a rank-2 term (RotationCoeffs), of the same norm.

@@ -9,7 +9,7 @@
 
 namespace gistops::cuda {
 
-// The gradients to compute: of the arguments of the logits, and of a loss's class_bias and margin. Null: not needed.
+// The buffers of the gradients to compute: those of the logits, and a loss's class_bias and margin. Null: not needed.
 template <class T>
 struct GradOutputs {
   using S = Sum<T>;

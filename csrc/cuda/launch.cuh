@@ -28,7 +28,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int thre
 // Return a grid of x by y blocks.
 inline dim3 blocks(int64_t x, int64_t y = 1) { return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)); }
 
-// Set n bytes to zero; x may be null.
+// Set `bytes` bytes at x to zero; x may be null.
 inline void set_zero(void* x, int64_t bytes, void* stream) {
   if (x && bytes) check(cudaMemsetAsync(x, 0, bytes, static_cast<cudaStream_t>(stream)), "backward");
 }

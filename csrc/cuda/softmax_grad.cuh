@@ -16,7 +16,7 @@ template <class S>
 struct SoftmaxGradRow {
   S factor, weight_grad, shift;  // not the target: G = factor exp(z + bias - shift) + weight_grad weight
   S target_grad, by_logit;       // the target: G = target_grad by_logit; target_grad is with respect to its score
-  S tau_grad, margin_grad;       // through the margin, of the target
+  S tau_grad, margin_grad;       // what the target's margin adds to these gradients
   int target;                    // its position in the chunk of classes, or -1
 };
 

@@ -13,7 +13,7 @@ from . import native, triton
 NAMES = ("cpu", "cuda", "triton", "reference")
 
 #: Backend -> the device types that it serves, and a function of a device type that returns why it cannot serve, or None.
-_JUDGES: dict[str, tuple[tuple[str, ...], Callable[[str], str | None]]] = {
+_AVAILABILITY: dict[str, tuple[tuple[str, ...], Callable[[str], str | None]]] = {
     "cpu": (("cpu", "meta"), native.why_not_cpu),
     "cuda": (("cuda", "meta"), native.why_not_cuda),
     "triton": (("cuda", "cpu", "meta"), triton.why_not),
@@ -36,7 +36,7 @@ def why_not(name: str, device_type: str | None = None) -> str | None:
     """
     if name == "reference":
         return None
-    devices, judge = _JUDGES[name]
+    devices, judge = _AVAILABILITY[name]
     return judge(device_type or devices[0])
 
 
@@ -54,7 +54,7 @@ def choose(device_type: str, requested: str | None) -> str:
             )
         if requested == "reference":
             return requested
-        devices, judge = _JUDGES[requested]
+        devices, judge = _AVAILABILITY[requested]
         if device_type not in devices:
             raise ValueError(
                 f"backend: {requested!r} serves tensors on {devices[0]!r}, got tensors on {device_type!r}"

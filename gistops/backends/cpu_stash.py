@@ -1,4 +1,4 @@
-"""The parts of a cross-entropy on the CPU, with scores stashed where the gradient of the centers will lie.
+"""The parts of a cross-entropy on the CPU, with scores stored in the buffer that later holds grad_centers.
 
 This saves the backward one matrix product. The buffer is held from the forward on and can be used once; a second backward
 of the same graph recomputes the scores.
@@ -27,7 +27,7 @@ def can_stash(centers: Tensor, *others: Tensor | None) -> bool:
 
 
 class StashedCrossEntropyParts(torch.autograd.Function):
-    """`cross_entropy_parts_forward` with a stash; takes the fields of `PartsForward` but allow_tf32."""
+    """`cross_entropy_parts_forward` with a stash; takes the fields of `PartsForward` except allow_tf32."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The whole loss in eager mode, past the dispatcher, whose layers in Python take longer than a small training step."""
+"""The whole loss in eager mode. It bypasses the dispatcher, whose Python layers take longer than a small training step."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from ..operators.cross_entropy import (
 )
 from ..operators.registry import cast_operands, compute_dtype
 
-#: Memory that scores and slots may take from the forward to the backward. A constant: to ask the device how much is
-#: free would make the answer depend on what else runs.
-HELD_BYTES = 2 << 30
+#: Maximum memory of the scores and slots that the forward keeps for the backward. It is a constant, because the free
+#: memory depends on other processes.
+MAX_KEPT_BYTES = 2 << 30
 Forward = Callable[[CrossEntropyForward], CrossEntropy]
 Backward = Callable[[CrossEntropyBackward], CrossEntropyGradients]
 #: Namespace -> Python kernels of the loss. The compiled ones are called through their ops.
@@ -48,7 +48,7 @@ def cross_entropy(
     tensors: tuple[Any, ...]
     tensors = (input, centers, displacements, tau, target, options.class_bias, options.weight, margin)
     graph = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    keep_scores = graph and input.shape[0] * centers.shape[0] * (dtype.itemsize + 1) <= HELD_BYTES
+    keep_scores = graph and input.shape[0] * centers.shape[0] * (dtype.itemsize + 1) <= MAX_KEPT_BYTES
     values = (
         MARGIN_KINDS[options.margin_kind], REDUCTIONS[options.reduction], int(options.ignore_index),
         float(options.label_smoothing), keep_scores, allow_tf32,

@@ -51,7 +51,7 @@ class ConstellationClassifier(MaxCosineHead):
         transform: effect of a displacement on a center: "translation", "rotation" or "mlp", as in
             `gistops.constellation_logits`.
         hidden_features: width of the MLP's hidden layer; default: a quarter of `in_features`.
-        device, dtype: of the parameters, as in `torch.nn.Linear`.
+        device, dtype: device and dtype of the parameters, as in `torch.nn.Linear`.
         backend: as in `gistops.constellation_logits`.
 
     Raises:

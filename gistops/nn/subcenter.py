@@ -28,7 +28,7 @@ class SubcenterClassifier(MaxCosineHead):
         num_classes: number of classes K.
         num_subcenters: number of sub-centers per class M, 1 to 256.
         tau: initial temperature, above 0.
-        device, dtype: of the parameters, as in `torch.nn.Linear`.
+        device, dtype: device and dtype of the parameters, as in `torch.nn.Linear`.
         backend: as in `gistops.constellation_logits`.
 
     Raises:

@@ -95,9 +95,9 @@ def _register(ops: Any, name: str, kernel: Callable[..., Any], key: str) -> None
 
 
 def _autocast(ops: Any, op: Op, device: str) -> Callable[..., Any]:
-    """Return the autocast kernel of an op, which follows torch's matrix products: low precision where it is faster.
+    """Return the autocast kernel of an op, with the rule of torch.matmul: the lower precision where it is faster.
 
-    A GPU multiplies in the autocast dtype. The CPU kernels compute in float32 from any mix of dtypes, so a cast there
+    On a GPU the operands are cast to the autocast dtype. The CPU kernels compute in float32 from any mix of dtypes, so a cast there
     would lose bits and gain no time. The outputs are float32 either way, and tau is never cast.
     """
     operator = getattr(ops, op.name).default

@@ -159,7 +159,7 @@ def test_the_probe_measures_every_launch_mode(image_file: Path, tmp_path: Path) 
     lines = {line["way"]: line for line in map(json.loads, done.stdout.splitlines())}
     assert lines["eager"]["ms_per_step"] > 0
     assert lines["graph"]["losses"] == lines["eager"]["losses"]
-    assert "there are none on cpu" in lines["graph"]["warned"][0]
+    assert "CUDA graphs are not available on cpu" in lines["graph"]["warned"][0]
 
 
 def test_one_process_compiles_and_the_others_reuse_its_code(

@@ -121,7 +121,7 @@ def error(value: Tensor, truth: Tensor) -> float:
 def allowed(plain_error: float, truth: Tensor, dtype: torch.dtype, terms: int = 1) -> float:
     """Return the error bound: FACTOR times plain PyTorch's error, but at least FACTOR roundings of the largest value.
 
-    A rounding is one to `dtype`, or that of a sum of `terms` in float32 at least.
+    A rounding is eps of `dtype`, and at least √terms · eps of float32 (float64 for float64).
     """
     size = float(truth.detach().abs().max()) if truth.numel() else 0.0
     sums = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
@@ -129,7 +129,7 @@ def allowed(plain_error: float, truth: Tensor, dtype: torch.dtype, terms: int = 
 
 
 def allowed_of_tau(grad: Tensor, logits: Tensor, tau: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
-    """For tau's gradient, one sum over all pairs whose terms cancel: a few roundings of the terms' size."""
+    """Return the error bound of grad_tau, a sum over all pairs whose terms cancel: a few roundings of the terms' size."""
     terms = (
         grad.double() * logits.detach().double() / float(tau.detach())
     ).norm() + truth.detach().double().abs()

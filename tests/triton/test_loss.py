@@ -98,7 +98,7 @@ def test_a_step_takes_few_launches(
 @pytest.mark.parametrize("options", [OPTIONS[4], OPTIONS[8]], ids=lambda o: o.id)
 def test_recomputed_scores(options: Options, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Use chunks of 64 classes, the minimum, in both directions."""
-    monkeypatch.setattr(eager_loss, "HELD_BYTES", 0)
+    monkeypatch.setattr(eager_loss, "MAX_KEPT_BYTES", 0)
     monkeypatch.setattr(kernels, "CHUNK_ELEMENTS", 1)
     loss.compare(Call.of(Sample(21, 150, 20, 3), options, seed), "triton", seed)
 
@@ -122,7 +122,7 @@ def with_cancelled_pairs(call: Call) -> Call:
 @pytest.mark.parametrize("held", [True, False])
 def test_pairs_that_cancel(held: bool, tiles: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     if not held:
-        monkeypatch.setattr(eager_loss, "HELD_BYTES", 0)
+        monkeypatch.setattr(eager_loss, "MAX_KEPT_BYTES", 0)
         monkeypatch.setattr(kernels, "CHUNK_ELEMENTS", 1)
     call = with_cancelled_pairs(Call.of(Sample(37, 70, 20, 3), OPTIONS[6], seed))
     leaves = call.leaves()

@@ -19,7 +19,7 @@ def residual_directions(
     normalized.
 
     Args:
-        features: of training samples, [n, d].
+        features: the features of training samples, [n, d].
         labels: their classes, [n].
         counts: the number of training samples of each class, [K].
         num: the number of directions, at least 1.

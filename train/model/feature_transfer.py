@@ -29,7 +29,7 @@ class FeatureTransfer(nn.Module):
         """Return the features [b, d] in float32 (float64 for float64), those of the random stream unchanged.
 
         Args:
-            features: of both streams, [b, d], those of the balanced stream first.
+            features: the features of both streams, [b, d], the balanced stream first.
             num_balanced: the number of features of the balanced stream.
             uniforms: random numbers in [0, 1) that select the directions, [b].
         """

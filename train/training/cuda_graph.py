@@ -33,7 +33,7 @@ def graphed_steps(trainer: Trainer) -> GraphedSteps | None:
     if not trainer.config.runtime.cuda_graph:
         return None
     obstacles = {
-        f"there are none on {trainer.device.type}": trainer.device.type != "cuda",
+        f"CUDA graphs are not available on {trainer.device.type}": trainer.device.type != "cuda",
         "not supported with several processes": distributed.is_initialized(),
         "not supported with fp16, whose gradient scaler reads a value in each step": trainer.scaler.is_enabled(),
         "the samples do not fit on the GPU": trainer.batches.x.device != trainer.device,
@@ -49,8 +49,8 @@ def graphed_steps(trainer: Trainer) -> GraphedSteps | None:
 class GraphedSteps:
     """The steps of a stage. After a few warm-up steps, steps of the usual size are replayed from a graph.
 
-    Steps of other sizes, such as the last one of an epoch, are launched kernel by kernel. If a capture fails, all steps are,
-    with a warning.
+    Steps of other sizes, such as the last one of an epoch, are launched kernel by kernel. If a capture fails, all
+    steps are launched kernel by kernel, and a warning is given.
 
     Args:
         trainer: the trainer, at any step of the stage.
@@ -69,7 +69,7 @@ class GraphedSteps:
 
     @property
     def captured(self) -> bool:
-        """True after a graph has been captured."""
+        """Return True after a graph has been captured."""
         return self._replay is not None
 
     def step(self, draws: list[MicroBatchDraw], size: tuple[int, int]) -> Tensor:

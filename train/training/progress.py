@@ -44,7 +44,7 @@ class Display:
 
     @property
     def shows_steps(self) -> bool:
-        """True if the loss of each step is shown."""
+        """Return True if the loss of each step is shown."""
         return not self._progress.disable
 
     @property

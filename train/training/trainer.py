@@ -190,7 +190,7 @@ class Trainer:
         return record | {"images": self.images, "lr": self.lr} | means | self.method.describe(self.model.head)
 
     def evaluate(self, final: bool = False) -> Record:
-        """Return accuracies: of the validation samples, or the test samples without any; if `final`, of the test samples."""
+        """Evaluate on the validation split; on the test split if there is none, or if `final`. Return the accuracies."""
         data, rule = self.data, self.config.run.split_rule
         split, x, y = ("test", data.x_test, data.y_test) if final else data.eval_split
         result, alternatives = evaluate(self.model, x, y, data.num_classes, self.method.alternative_scores)

@@ -1,4 +1,4 @@
-"""From samples to losses: the part of a step that is differentiated."""
+"""The differentiable part of a step: samples to losses."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def best_first(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if scores.dtype == torch.float64:
         values, order = scores.sort(dim=1, descending=True, stable=True)
         return values[:, :k], order[:, :k]
-    # topk leaves the order of equals open. So it gets distinct keys: the score's bits as an integer, then the position.
+    # torch.topk does not define the order of ties, so each score gets a unique key: its bits, then its position.
     scores = torch.where(scores.isnan(), torch.nan, scores) + 0.0  # one NaN, one zero
     bits = scores.view(torch.int32)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()

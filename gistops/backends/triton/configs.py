@@ -3,7 +3,7 @@
 The choice follows from sizes and device alone. A choice by timing, as `triton.autotune` makes it, may differ between
 processes; other tiles sum in another order, so the results would not be deterministic. To prefer speed, set
 GISTOPS_TRITON_TUNE=1: the first call of each class of shapes times the entries, which synchronizes with the GPU. During
-a CUDA graph capture, where that is not allowed, the rule holds; warm up first.
+a CUDA graph capture, timing is not allowed and the rule is used; warm up first.
 """
 
 from __future__ import annotations
@@ -187,8 +187,8 @@ def first_that_fills(
 ) -> Config:
     """Return the first, and largest, entry that wastes less than half of its columns and occupies the device.
 
-    Nine tenths of the multiprocessors are enough: a larger tile reads its operands less often, which gains more than
-    the last tenth would.
+    It is enough to occupy 90 % of the multiprocessors: a larger tile reads its operands less often, which gains more
+    than full occupancy.
     """
     fitting = []
     max_width = max(64, power_of_two(max(columns, 1)))

@@ -76,7 +76,7 @@ def fused_forward(args: LaunchArgs, out: Logits, shifts: Tensor) -> None:
 def compute_norms(
     args: LaunchArgs, shifts: Tensor, center_rnorms: Tensor | None, input_rnorms: Tensor | None
 ) -> None:
-    """Fill center_rnorms [M, K], and input_rnorms [B] with shifts [M, B], in one launch. None leaves that part out."""
+    """Compute center_rnorms [M, K], and input_rnorms [B] with shifts [M, B], in one launch; None: not computed."""
     B, K, d, M = args.sizes
     B, K = 0 if input_rnorms is None else B, 0 if center_rnorms is None else K
     pointers = (

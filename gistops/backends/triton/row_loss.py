@@ -1,4 +1,4 @@
-"""From partial log-sum-exps to the loss: one launch over the rows, and one that sums over them.
+"""The loss from partial log-sum-exps: one launch over the rows, and one that sums over them.
 
 Let O be the log-sum-exp of a row's non-target logits, and s its target logit, bias and margin included. The row's loss
 is log(1 + exp(O - s)), which is accurate however small it is. The backward needs O and O - s of each row.

@@ -113,7 +113,7 @@ def test_a_step_reads_nothing_on_the_host(features: Dataset, monkeypatch: pytest
 
 
 def test_asked_for_in_vain(features: Dataset) -> None:
-    with pytest.warns(RuntimeWarning, match="--cuda-graph: there are none on cpu, so"):
+    with pytest.warns(RuntimeWarning, match="--cuda-graph: CUDA graphs are not available on cpu, so"):
         trainer = Trainer("plain", CONFIG.replace(cuda_graph=True), features)
     assert trainer.graphed is None
     trainer.step()
