@@ -53,7 +53,7 @@ def constellation_cross_entropy(
         class_bias: added to the logits, [K], floating-point. Log class frequencies give the balanced softmax (Ren et al.,
             NeurIPS 2020), or logit adjustment (Menon et al., ICLR 2021).
         weight: class weights, [K], floating-point, not negative; not differentiable.
-        margin: lowers the target's logit; a number, a tensor of one element, or one element per class, [K].
+        margin: lowers the target's logit; a number, a tensor without dimensions, or one element per class, [K].
         margin_kind: "logit": logit - margin. "cosine": τ (cos θ - margin), as in CosFace (Wang et al., CVPR 2018), and in
             LDAM (Cao et al., NeurIPS 2019) with margins proportional to n_k^-1/4. "angle": τ cos(θ + margin), as in ArcFace
             (Deng et al., CVPR 2019); where θ + margin exceeds π, τ (cos θ - margin sin margin), as in the authors' code.

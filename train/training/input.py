@@ -43,7 +43,7 @@ def make_batches(config: Config, data: Dataset, method: Method, device: torch.de
             augment.color_jitter,
         ),
         generator,
-        torch.Generator().manual_seed(-1 - config.run.seed),
+        torch.Generator().manual_seed(2**64 - 1 - config.run.seed),
         local_micro_batches(config),
         ahead=device.type != "cpu",  # on the CPU, preparing batches would compete with training
     )
