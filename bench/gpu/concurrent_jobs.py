@@ -15,7 +15,7 @@ from typing import Any
 from gistops._toolchain import find_nvcc
 
 from .output import Logs
-from .subprocesses import ROOT, CommandResult, python_command, run_command
+from .subprocesses import ROOT, CommandResult, kill_all, python_command, run_command
 
 Report = dict[str, Any]
 Job = tuple[str, str, Callable[[], Report]]  # part, name, function
@@ -199,8 +199,14 @@ def run_concurrently(
         )
         changed()
 
-    with ThreadPoolExecutor(most or max(1, len(jobs))) as pool:
+    pool = ThreadPoolExecutor(most or max(1, len(jobs)))
+    try:
         list(pool.map(run, jobs))
+    except BaseException:  # SIGTERM or an interrupt: jobs that run would otherwise be waited for
+        kill_all(exiting=True)
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def num_cores() -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 _running: set[int] = set()
 _lock = threading.Lock()
+_exiting = threading.Event()
 
 
 @dataclass
@@ -68,6 +69,8 @@ def run_command(
         )
         with _lock:
             _running.add(process.pid)
+            if _exiting.is_set():
+                kill_group(process.pid)
         late = False
         try:
             process.wait(max(seconds - grace, 0.5))
@@ -91,8 +94,10 @@ def kill_group(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
 
 
-def kill_all() -> None:
-    """Kill all running commands, because this process is about to exit."""
+def kill_all(exiting: bool = False) -> None:
+    """Kill all running commands; if this process is exiting, also those that other threads start from now on."""
+    if exiting:
+        _exiting.set()
     with _lock:
         for group in _running:
             kill_group(group)

@@ -21,7 +21,10 @@ def compile_cache_env(archive: Path | None) -> dict[str, str]:
     CACHE.mkdir(parents=True, exist_ok=True)
     if archive and archive.exists():
         with tarfile.open(archive) as file:
-            file.extractall(CACHE, filter="data")
+            if hasattr(tarfile, "data_filter"):  # Python 3.10.12, 3.11.4 and newer
+                file.extractall(CACHE, filter="data")
+            else:
+                file.extractall(CACHE)
     return env
 
 

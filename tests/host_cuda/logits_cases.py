@@ -111,6 +111,7 @@ def test_cancelled_pairs_are_found_in_every_group_of_classes(module: Any, seed: 
     cancelled = [0, 70, 9000, 16499]
     with torch.no_grad():
         tensors[1][cancelled] = -tensors[2][1] + 1e-3 * tensors[1][cancelled]
+        tensors[0][0] = tensors[1][70] + tensors[2][1]  # so that slot 2 of class 70 wins in row 0
     kernels = HostLogits(module, tensors)
     assert (kernels.center_rnorms < 0).sum() >= len(cancelled)
     slots = kernels.slots
