@@ -76,7 +76,7 @@ def parse_run(args: list[str] | None = None) -> Config:
 
 
 def check(config: Sections) -> None:
-    """Check the options whose valid values depend on this machine or on the driver's data sets and networks.
+    """Check the options whose valid values depend on this machine or on the driver's datasets and networks.
 
     Raises:
         ConfigError: the first invalid option.
@@ -120,7 +120,7 @@ def _description(kind: type[Sections]) -> str:
     if kind is not Config:
         return inspect.getdoc(kind) or ""
     paragraphs = [
-        "Trains GistNet in two stages on a long-tailed data set, and a plain softmax classifier for comparison.",
+        "Trains GistNet in two stages on a long-tailed dataset, and a plain softmax classifier for comparison.",
         f"Other commands: {program('ablation')}, doctor, features and report, each with a --help of its own.",
         "Recipes:",
         *(f"{name}: {read_recipe(name).get('description', '')}" for name in recipe_names()),

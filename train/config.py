@@ -79,7 +79,7 @@ class RunConfig(RecipeConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
-    """The data set."""
+    """The dataset."""
 
     #: One of: a .npz or .safetensors file with x_train, y_train, x_test, y_test and optionally x_val, y_val,
     #: where x is uint8 images [n, h, w] or [n, h, w, c], or floating-point features [n, d]; the archive of

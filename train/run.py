@@ -77,7 +77,7 @@ def load(config: Config) -> Dataset:
     try:
         data = load_data(config.data)
     except DataError as error:
-        raise ConfigError("data", "a data set", str(error)) from None
+        raise ConfigError("data", "a dataset", str(error)) from None
     if data.is_images != (config.model.backbone != "none"):
         kind = "a network, for images" if data.is_images else "none, for features"
         raise ConfigError(

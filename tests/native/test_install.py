@@ -144,7 +144,7 @@ def test_the_driver_is_a_part_of_gistops(options: tuple[str, ...], environment: 
     assert "usage: gistops-train" in script
     module = environment.run("-m", "gistops.train", "doctor", "--help")
     assert "usage: python -m gistops.train doctor" in module
-    # Recipes, the data set and the page of the report are in the package.
+    # Recipes, the dataset and the page of the report are in the package.
     backend = ("--backend", "reference", "--device", "cpu", "--threads", "1")
     environment.run("-m", "gistops.train", "--recipe", "smoke", *backend)
     assert (environment.root / "runs" / "smoke" / "report.html").is_file()

@@ -1,4 +1,4 @@
-"""`python -m train doctor`: examines a data set before a run uses it, and lists its problems."""
+"""`python -m train doctor`: examines a dataset before a run uses it, and lists its problems."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPLITS = {"train": "training", "test": "test", "val": "validation"}
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor(Sections):
-    """Examines a data set and lists its problems."""
+    """Examines a dataset and lists its problems."""
 
     run: RecipeConfig = field(default_factory=RecipeConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -46,7 +46,7 @@ def examine(config: Doctor, console: Console) -> int:
     except DataError as error:
         for problem in problems:
             say(console, f"problem: {problem}")
-        raise ConfigError("data", "a data set", str(error)) from None
+        raise ConfigError("data", "a dataset", str(error)) from None
     problems += [str(warning.message) for warning in caught] + _content_problems(data, config)
     for line in describe(data, config):
         say(console, line)

@@ -1,4 +1,4 @@
-"""`python -m train features`: writes the features of a data set from a trained network, in a file for `--data`.
+"""`python -m train features`: writes the features of a dataset from a trained network, in a file for `--data`.
 
 A head trains on features in seconds (`--recipe features`), because images pass through the network only once.
 """
@@ -31,7 +31,7 @@ BATCH_SIZE = 500  # as in evaluation, so that the features are bitwise those of 
 
 @dataclass(frozen=True, kw_only=True)
 class Features(Sections):
-    """Computes the features of all samples of a data set with a trained network."""
+    """Computes the features of all samples of a dataset with a trained network."""
 
     run: RecipeConfig = field(default_factory=RecipeConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -64,7 +64,7 @@ def extract(features: Features, console: Console) -> int:
     try:
         data = load(features.data)
     except DataError as error:
-        raise ConfigError("data", "a data set", str(error)) from None
+        raise ConfigError("data", "a dataset", str(error)) from None
     if not data.is_images:
         got = f"features {data.sample_shape} in {features.data.data}, which --recipe features trains on directly"
         raise ConfigError("data", "images", got)
@@ -142,6 +142,6 @@ def compute_features(model: Model, x: Tensor, part: str, console: Console) -> Te
         if result is None:  # allocated once: concatenating a list of batches would take twice the memory
             result = torch.empty(len(x), features.shape[1])
         result[rows] = features
-    assert result is not None  # no data set is empty
+    assert result is not None  # no dataset is empty
     say(console, f"{part}: {len(result):,} features [{result.shape[1]}]")
     return result
