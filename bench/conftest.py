@@ -63,9 +63,9 @@ def tables(request: pytest.FixtureRequest) -> Tables:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def require_compiled_operators() -> None:
+def require_compiled_ops() -> None:
     status = native.load()
-    assert status.loaded, f"the compiled operators are not available: {status.reason}"
+    assert status.loaded, f"the compiled ops are not available: {status.reason}"
 
 
 @pytest.fixture

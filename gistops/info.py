@@ -92,9 +92,9 @@ def render(facts: dict[str, Any]) -> str:
     indent = "\n" + " " * (width + 2)
     lines += [f"{name:<{width}}  {str(value).replace(chr(10), indent)}" for name, value in rows.items()]
     lines += ["", f"{'backend':<{width}}  available  why"]
-    for name, judged in facts["backends"].items():
-        available = "yes" if judged["available"] else "no"
-        reason = judged["reason"].replace("\n", indent + " " * 11)
+    for name, status in facts["backends"].items():
+        available = "yes" if status["available"] else "no"
+        reason = status["reason"].replace("\n", indent + " " * 11)
         lines.append(f"{name:<{width}}  {available:<9}  {reason}")
     lines += ["", *(f"Chosen for tensors on {device!r}: {name}" for device, name in facts["chosen"].items())]
     if facts["mismatch"]:

@@ -103,7 +103,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--library",
         type=Path,
         metavar="FOLDER",
-        help="GISTOPS_CACHE with compiled operators; nothing is built then",
+        help="GISTOPS_CACHE with compiled ops; nothing is built then",
     )
     add("--output", type=Path, metavar="FOLDER", help="folder of the files")
     # "cpu" tries this command without a GPU. Its figures mean little.

@@ -99,7 +99,7 @@ class Session:
     # Build and smoke checks
 
     def build(self, seconds: float) -> Report:
-        """Compile the operators in a new process, as the first use does, and report the available backends."""
+        """Compile the ops in a new process, as the first use does, and report the available backends."""
         done = run_command(
             python_command("-m", "gistops.info"), seconds, self.output.logs["build.log"].part("gistops.info")
         )

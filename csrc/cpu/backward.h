@@ -1,4 +1,4 @@
-// The backward of all operators: the shards of the workers (backward_shard.h), and their reduction. Each shard adds its
+// The backward of all ops: the shards of the workers (backward_shard.h), and their reduction. Each shard adds its
 // classes in order, and the shards are added in order: the results are bitwise deterministic.
 #pragma once
 #include <vector>
@@ -7,8 +7,8 @@
 
 namespace gistops {
 
-// A GradSource (template parameter of the backward): G from autograd, and logits, slots and norms as saved by the
-// forward.
+// Implements GradSource (a template parameter of the backward): provides G from autograd, and logits, slots and norms
+// as saved by the forward.
 template <class T>
 class SavedScores {
  public:

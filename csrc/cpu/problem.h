@@ -1,4 +1,4 @@
-// The arguments of the operators, as pointers and sizes.
+// The arguments of the ops, as pointers and sizes.
 #pragma once
 #include <algorithm>
 #include <cstdint>

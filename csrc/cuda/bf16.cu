@@ -1,4 +1,4 @@
-// The operators for bfloat16 operands.
+// The ops for bfloat16 operands.
 #include "op_table.cuh"
 
 namespace gistops::cuda {

@@ -1,4 +1,4 @@
-// The operators for float16 operands.
+// The ops for float16 operands.
 #include "op_table.cuh"
 
 namespace gistops::cuda {

@@ -1,4 +1,4 @@
-// The operators for float32 operands.
+// The ops for float32 operands.
 #include "op_table.cuh"
 
 namespace gistops::cuda {

@@ -1,4 +1,4 @@
-// The operators for float64 operands.
+// The ops for float64 operands.
 #include "op_table.cuh"
 
 namespace gistops::cuda {

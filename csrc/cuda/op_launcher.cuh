@@ -1,4 +1,4 @@
-// The base of the operators' launchers. An operator is a sequence of kernels around matrix products of PyTorch.
+// The base of the ops' launchers. An op is a sequence of kernels around matrix products of PyTorch.
 //
 // Scores and the weights of the backward lie class-major, [K, ld] with ld = B rounded up to whole vectors, so that
 // every product is aligned for every number of classes. All work goes to the caller's stream. Nothing waits for the

@@ -1,4 +1,4 @@
-// The operators for one type of operands.
+// The ops for one type of operands.
 #pragma once
 #include "cross_entropy.cuh"
 #include "logits.cuh"

@@ -36,8 +36,8 @@ def why_not(name: str, device_type: str | None = None) -> str | None:
     """
     if name == "reference":
         return None
-    devices, judge = _AVAILABILITY[name]
-    return judge(device_type or devices[0])
+    devices, find_reason = _AVAILABILITY[name]
+    return find_reason(device_type or devices[0])
 
 
 def choose(device_type: str, requested: str | None) -> str:
@@ -54,12 +54,12 @@ def choose(device_type: str, requested: str | None) -> str:
             )
         if requested == "reference":
             return requested
-        devices, judge = _AVAILABILITY[requested]
+        devices, find_reason = _AVAILABILITY[requested]
         if device_type not in devices:
             raise ValueError(
                 f"backend: {requested!r} serves tensors on {devices[0]!r}, got tensors on {device_type!r}"
             )
-        if reason := judge(device_type):
+        if reason := find_reason(device_type):
             raise BackendUnavailable(f"backend: {requested!r} is not available: {reason}")
         return requested
     reasons = []

@@ -131,9 +131,9 @@ def build_on_first_use(wanted: str) -> Path:
         if out.is_file():
             return out
         if alone:
-            for left in out.parent.glob("build-*"):  # of a killed process
+            for left in out.parent.glob("build-*"):  # left by a killed process
                 shutil.rmtree(left, ignore_errors=True)
-        say = f"gistops: compiling the operators for torch {torch.__version__}, once (seconds; with CUDA a minute or two)"
+        say = f"gistops: compiling the ops for torch {torch.__version__}, once (seconds; with CUDA a minute or two)"
         print(f"{say}; they are kept in {out.parent}", file=sys.stderr, flush=True)
         tmp = Path(tempfile.mkdtemp(prefix="build-", dir=out.parent))
         try:

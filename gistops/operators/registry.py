@@ -95,10 +95,10 @@ def _register(ops: Any, name: str, kernel: Callable[..., Any], key: str) -> None
 
 
 def _autocast(ops: Any, op: Op, device: str) -> Callable[..., Any]:
-    """Return the autocast kernel of an op, with the rule of torch.matmul: the lower precision where it is faster.
+    """Return the autocast kernel of an op. It casts the operands to the autocast dtype on GPUs, not on CPUs.
 
-    On a GPU the operands are cast to the autocast dtype. The CPU kernels compute in float32 from any mix of dtypes, so a cast there
-    would lose bits and gain no time. The outputs are float32 either way, and tau is never cast.
+    The CPU kernels compute in float32 from any mix of dtypes, so a cast would lose bits and gain no time. The outputs
+    are float32 on both devices, and tau is never cast.
     """
     operator = getattr(ops, op.name).default
     operands = op.autocast
@@ -156,5 +156,5 @@ def needed_gradients(
 def no_double_backward(ops: Any, ctx: Any, *grads: Tensor) -> None:
     """Raise: the autograd formula of every backward op."""
     raise NotImplementedError(
-        "the operators of gistops are differentiable once; for second derivatives use backend='reference'"
+        "the ops of gistops are differentiable once; for second derivatives use backend='reference'"
     )

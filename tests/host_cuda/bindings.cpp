@@ -1,4 +1,4 @@
-// Python bindings of the CUDA operators, compiled for the host, on numpy arrays. Half-precision arrays are uint16.
+// Python bindings of the CUDA ops, compiled for the host, on numpy arrays. Half-precision arrays are uint16.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

@@ -212,7 +212,7 @@ def test_layouts(seed: int) -> None:
 
 
 def run_operator(tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    gistops.constellation_logits(*tensors, backend="triton")  # defines the operators
+    gistops.constellation_logits(*tensors, backend="triton")  # defines the ops
     return tuple(torch.ops.gistops_triton.logits_forward(*tensors))
 
 

@@ -183,7 +183,7 @@ def test_a_target_out_of_range_on_the_device(monkeypatch: pytest.MonkeyPatch, se
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("optional", [False, True])
 def test_opcheck(optional: bool, keep: bool, seed: int) -> None:
-    assert gistops.backends.choose("cpu", "triton") == "triton"  # which defines the operators
+    assert gistops.backends.choose("cpu", "triton") == "triton"  # which defines the ops
     call = Call.of(Sample(5, 20, 8, 2), in_torch.ALL, seed)
     x, w, delta, tau, bias, margin = call.leaves()
     extra = (bias, call.weight, margin) if optional else (None, None, None)
