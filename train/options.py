@@ -44,7 +44,7 @@ def option(default: Any, marks: Mark) -> Any:
 class Section:
     """Options that belong together."""
 
-    marks: ClassVar[Mark] = Mark.NONE  # of all options of the section
+    marks: ClassVar[Mark] = Mark.NONE  # marks of all options of the section
 
     def _expect(self, name: str, valid: bool, expected: str) -> None:
         if not valid:

@@ -43,7 +43,7 @@ def test_peak_of_a_loss(size: Size, name: str, tables: Tables) -> None:
         pytest.skip(reason)
     gradients = 4 * (size.d * (size.B + size.K + size.m) + 1)
     added = peak(size, name, "loss") - gradients
-    title = "Peak memory of a loss and its backward beyond arguments and gradients, of the logits' size"
+    title = "Peak memory of a loss and its backward beyond arguments and gradients, in % of the logits' size"
     tables.add(title, name, str(size), f"{added / (4 * size.B * size.K):.1%} ({added / 2**20:.0f} MiB)")
 
 
@@ -51,5 +51,5 @@ def test_peak_of_a_loss(size: Size, name: str, tables: Tables) -> None:
 @pytest.mark.parametrize("name", TOPK)
 def test_peak_of_topk(size: Size, name: str, tables: Tables) -> None:
     added = peak(size, name, "topk")
-    title = f"Peak memory of the top {TOP_K} classes beyond the arguments, of the logits' size"
+    title = f"Peak memory of the top {TOP_K} classes beyond the arguments, in % of the logits' size"
     tables.add(title, name, str(size), f"{added / (4 * size.B * size.K):.1%} ({added / 2**20:.0f} MiB)")

@@ -15,8 +15,8 @@ from typing import Any
 
 MAX_INTERVAL = 30.0  # seconds between two writes
 MIN_INTERVAL = 2.0
-MAX_BYTES = 15 << 20  # of a file
-MAX_ARCHIVED_BYTES = 1 << 20  # of a file in runs.tgz
+MAX_BYTES = 15 << 20  # the largest size of a file
+MAX_ARCHIVED_BYTES = 1 << 20  # the largest size of a file in runs.tgz
 
 
 def save(path: Path, content: str | bytes) -> None:

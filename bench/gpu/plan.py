@@ -36,7 +36,7 @@ class Case:
     size: Size
     kind: str  # one of variants.KINDS; or "smoke", "warm", "constants", "profile"
     variants: tuple[str, ...]
-    seconds: float = 1.0  # of the timed rounds
+    seconds: float = 1.0  # time for the timed rounds
     graph: bool = False  # replay from a CUDA graph, without the launch overhead
 
     @property

@@ -15,7 +15,7 @@ WIDTHS = {"bf16": 2, "float32": 4, "tf32": 4}
 class Work(NamedTuple):
     """The minimal work of a phase. A phase begins after the previous phase: the loss needs all logits."""
 
-    flops: int  # of matmuls; a multiply-add counts as two
+    flops: int  # operations of matmuls; a multiply-add counts as two
     bytes: int  # each input is read once, each output written once
 
 

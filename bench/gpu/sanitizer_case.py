@@ -1,4 +1,4 @@
-"""Small forwards and backwards of each op, to run under compute-sanitizer.
+"""Run the forward and the backward of each op on small tensors, under compute-sanitizer.
 
 `python -m bench.gpu.sanitizer_case cuda 300x200x136`. The results are not checked here.
 """

@@ -21,8 +21,8 @@ from .subprocesses import ROOT, die_with_parent
 SILENCE = 25.0  # seconds without an event after which a kernel counts as hung
 STARTING = 90.0  # the same while the process starts, or creates the tensors of a case
 GRACE = 8.0  # seconds beyond the deadline, for a case that began in time
-MAX_STARTS = 8  # of the worker
-MAX_CRASHES = 2  # of a variant, which is then excluded from all other cases
+MAX_STARTS = 8  # the number of times that the worker is started, at most
+MAX_CRASHES = 2  # a variant with this many crashes is excluded from all other cases
 
 
 def read_events(

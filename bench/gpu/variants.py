@@ -34,7 +34,7 @@ class Variant:
     name: str
     family: str  # one of SIMPLICITY: ours; "torch" for plain PyTorch, "peer" for other libraries
     kinds: tuple[str, ...] = KINDS
-    backend: str = ""  # of gistops; empty for other code
+    backend: str = ""  # the backend of gistops; empty for other code
     settings: dict[str, Any] = field(default_factory=dict)  # see settings.py
     cosine: bool = False  # has no displacements: m = 0, or a linear layer
     compiled: bool = False  # by torch.compile, which takes seconds per size

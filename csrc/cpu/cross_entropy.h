@@ -144,7 +144,7 @@ struct LossRows {
   const T *lse_others, *grad_lse_others, *grad_target_logits, *grad_weighted_sums;
 };
 
-// A GradSource: G from stashed or recomputed scores.
+// Implements GradSource: provides G from stashed or recomputed scores.
 template <class T, bool STASHED>
 class LossScores {
  public:

@@ -27,7 +27,7 @@ class GradCentersProduct {
     warp_dim_ = warp_ % Shape::kWarpsD * kFragmentsD * 8;
   }
 
-  // Compute the product. The ring is free for other use afterwards.
+  // Compute the product. Afterward, the ring is free for other use.
   __device__ __forceinline__ void multiply() {
 #pragma unroll
     for (int i = 0; i < kFragmentsC; ++i)

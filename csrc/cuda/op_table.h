@@ -66,7 +66,7 @@ struct LossResults {
   void *loss, *lse;           // [B] or [1]; [B]
   bool* targets_in_range;     // [1]
   void* scores;               // [K, padded_rows(B)] sums; null: not kept for the backward
-  uint8_t* slots;             // as scores
+  uint8_t* slots;             // in the shape of scores; null: not kept
   void* center_rnorms;        // [M, K]
   void* input_rnorms;         // [B]
   void *row_stats, *scalars;  // [2, B], or [5, B] with a margin; [2]: as in softmax_grad.cuh

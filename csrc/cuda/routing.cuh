@@ -39,7 +39,7 @@ struct GradSource {
   const S* center_rnorms;  // [M, ldr]
   int64_t ldr;
   const S* input_rnorms;  // [B]
-  const S* scores;        // element (k, i) is at k * score_class + i * score_row; slots and grad likewise
+  const S* scores;        // element (k, i) is at k * score_class + i * score_row, as in slots and grad
   const uint8_t* slots;
   int64_t score_class, score_row;
   const S* grad;  // gradient of the logits; null: softmax gives the gradient of a loss

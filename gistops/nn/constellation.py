@@ -202,7 +202,7 @@ class ConstellationClassifier(MaxCosineHead):
 
         All other parameters keep their values. `displacements`, and the parameters of a rotation or an MLP, become
         new trainable parameters on the device and in the dtype of the old `displacements`. Create the optimizer (and
-        a DDP or FSDP wrapper) anew afterwards: otherwise the new parameters are not trained.
+        a DDP or FSDP wrapper) anew afterward, because the old ones do not train the new parameters.
 
         Args:
             num: number of displacements, 1 to 255.

@@ -125,9 +125,9 @@ def test_wrong_or_incomplete_variants_do_not_win() -> None:
 def test_a_hand_written_forward_is_compared_with_aligned_classes() -> None:
     written = sizes(linear=ONES, cuda=[0.023] * 4)
     written["constants"] = {"linear forward K=8192": {"ms": 0.019}}
-    assert selection_rule.worth_hand_written(written)["worth filing"] is True
+    assert selection_rule.worth_hand_written(written)["above threshold"] is True
     written["constants"] = {"linear forward K=8192": {"ms": 0.020}}
-    assert selection_rule.worth_hand_written(written)["worth filing"] is False
+    assert selection_rule.worth_hand_written(written)["above threshold"] is False
 
 
 # The page

@@ -69,7 +69,7 @@ def check(
 ) -> None:
     """Compare loss, lse and all gradients.
 
-    near: Scale of what is left of some centers after a displacement cancels them; 0: no center is cancelled.
+    near: After a displacement cancels a center, this fraction of the center remains; 0: no center is cancelled.
     """
     tensors = sample.tensors(seed)
     if near:

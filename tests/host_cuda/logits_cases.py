@@ -177,7 +177,7 @@ def test_zero_vectors(m: int, module: Any, seed: int) -> None:
     assert torch.equal(kernels.slots, slots)
     assert not kernels.logits[2].any()
     grad = torch.randn(6, 40, generator=torch.Generator().manual_seed(seed))
-    grad[:, 5] = grad[:, 9] = 0  # of a clamped norm the gradient is 1e12 times the rest
+    grad[:, 5] = grad[:, 9] = 0  # the gradient of a clamped norm is 1e12 times the others
     for value, true in zip(
         kernels.gradients(grad), torch.autograd.grad(expected, tensors, grad), strict=True
     ):

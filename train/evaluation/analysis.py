@@ -15,7 +15,7 @@ from ..model.model import Model
 from ..shot_groups import split_classes
 from .evaluate import eval_batch_size
 
-BINS = 15  # of confidence
+BINS = 15  # intervals of confidence
 MAPPED_CLASSES = 10
 MAPPED_SAMPLES = 60  # per class, at most
 LISTED_CONFUSIONS = 3  # per class, at most

@@ -21,7 +21,7 @@ from ..methods.method import Method
 
 def make_batches(config: Config, data: Dataset, method: Method, device: torch.device) -> Batches:
     """Return the batches of a method, from the start of the run's random streams."""
-    generator = torch.Generator().manual_seed(config.run.seed)  # of the order of samples and of augmentation
+    generator = torch.Generator().manual_seed(config.run.seed)  # for the order and augmentation of samples
     sampler = ClassBalancedBatchSampler(
         data.y_train,
         config.method.classes_per_batch,

@@ -22,7 +22,7 @@ class TensorBoardWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._method = ""  # of the open writer
+        self._method = ""  # method of the open writer
         self._writer: SummaryWriter | None = None
 
     def restart(self, records: list[Record]) -> None:

@@ -159,7 +159,7 @@ class Trainer:
         """Keep the weights, let the method change the head, and start with a new optimizer and schedule."""
         config = self.config
         self.stage, self.epoch, self.step_of_epoch, self.lr = stage, 0, 0, config.optim.lr
-        self.loss_sums: dict[str, Tensor] = {}  # of this epoch
+        self.loss_sums: dict[str, Tensor] = {}  # sums over the steps of this epoch
         self.graphed: GraphedSteps | None = None  # frees the memory of the previous stage's graph
         if stage == len(self.method.stages):
             return

@@ -136,9 +136,8 @@ def rescore_cancelled_kernel(
     class_valid = classes < K
     marks = mark_cancelled(tl.zeros((BLOCK_C,), tl.int32), center_rnorms, classes, class_valid, K, M)
     if tl.max(marks, 0) > 0:
-        for first in range(
-            0, tl.maximum(B, 1), BLOCK_B
-        ):  # once if B is 0, because the norms must still be written
+        # If B is 0, the loop runs once, because the norms must still be written.
+        for first in range(0, tl.maximum(B, 1), BLOCK_B):
             rows = first + tl.arange(0, BLOCK_B)
             row_valid = rows < B
             best, slot = recomputed_scores(

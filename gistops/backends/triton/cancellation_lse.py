@@ -34,9 +34,9 @@ def rescore_cancelled_lse_kernel(
     stride,
     M,
     group_tiles,  # class tiles per group
-    first_class,  # of the chunk
-    first_group,  # of the chunk
-    groups,  # of all chunks
+    first_class,  # the first class of the chunk
+    first_group,  # the first group of the chunk
+    groups,  # number of groups of all chunks
     ignore_index,
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,

@@ -185,10 +185,10 @@ def choose(
 def first_that_fills(
     kernel: Literal["forward", "centers"], entries: Sequence[Config], K: int, columns: int, processors: int
 ) -> Config:
-    """Return the first, and largest, entry that wastes less than half of its columns and occupies the device.
+    """Return the first entry that wastes less than half of its columns and occupies the device.
 
-    It is enough to occupy 90 % of the multiprocessors: a larger tile reads its operands less often, which gains more
-    than full occupancy.
+    The tables begin with the largest tiles. Tiles for 90 % of the multiprocessors are enough, because a larger tile
+    reads its operands less often, which gains more than full occupancy.
     """
     fitting = []
     max_width = max(64, power_of_two(max(columns, 1)))

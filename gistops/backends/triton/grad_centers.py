@@ -130,21 +130,21 @@ def grad_centers_kernel(
     centers,  # [K, d]
     displacements,  # [m, d]
     grad,  # G [B, K], addressed by row_stride and class_stride
-    slots,  # [B, K], addressed likewise
+    slots,  # [B, K], addressed as grad is
     center_rnorms,  # [M, K]
     moments,  # U [M, K]
     input_rnorms,  # [B]
     tau,  # one element
     products,  # with PRECOMPUTED, H'f of the classes from `first_class` on: grad_centers, or a buffer of a wider dtype
     grad_centers,  # [K, d]
-    partials,  # [class tiles, m, d]: of the displacements' gradient
-    first_class,  # of this launch, a multiple of BLOCK_C
+    partials,  # [class tiles, m, d]: partial sums of the displacements' gradient
+    first_class,  # the first class of this launch, a multiple of BLOCK_C
     B,
     K,
     d,
     stride,
     M,
-    row_stride,  # of grad and slots
+    row_stride,  # distance between rows of grad and slots
     class_stride,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,

@@ -73,7 +73,7 @@ def grad_input_epilogue_kernel(
     centers,  # [K, d]
     displacements,  # [m, d]
     grad,  # G [B, K], addressed by row_stride and class_stride
-    slots,  # [B, K], addressed likewise
+    slots,  # [B, K], addressed as grad is
     center_rnorms,  # [M, K]
     input_rnorms,  # [B]
     tau,  # one element
@@ -86,7 +86,7 @@ def grad_input_epilogue_kernel(
     groups,
     group_classes,  # classes per group
     split_rows,  # rows per split
-    row_stride,  # of grad and slots
+    row_stride,  # distance between rows of grad and slots
     class_stride,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,

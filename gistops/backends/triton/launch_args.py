@@ -29,8 +29,8 @@ class LaunchArgs(NamedTuple):
     kind: Kind
     sizes: tuple[int, int, int, int]  # B, K, d (a multiple of 16), M
     dtype: torch.dtype
-    acc_dtype: torch.dtype  # of logits, norms and sums
-    store_dtype: torch.dtype  # of H' and of gradients: `dtype`, except for bfloat16 under the interpreter
+    acc_dtype: torch.dtype  # dtype of logits, norms and sums
+    store_dtype: torch.dtype  # dtype of H' and gradients: `dtype`; differs for bfloat16 if interpreted
     tile_sizes: TileSizes
 
     @classmethod

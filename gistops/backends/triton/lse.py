@@ -34,9 +34,9 @@ def lse_kernel(
     stride,  # B rounded up to a multiple of 16
     M,
     group_tiles,  # class tiles per group
-    first_class,  # of the chunk
-    first_group,  # of the chunk
-    groups,  # of all chunks
+    first_class,  # the first class of the chunk
+    first_group,  # the first group of the chunk
+    groups,  # number of groups of all chunks
     ignore_index,
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -45,7 +45,7 @@ def lse_kernel(
     STASH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
-    SUMS: tl.constexpr,  # of weight·z, for label smoothing
+    SUMS: tl.constexpr,  # also sum weight·z, for label smoothing
 ):
     """Compute logits, and their partial log-sum-exps, of a group of class tiles and BLOCK_B rows.
 

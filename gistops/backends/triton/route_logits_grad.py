@@ -47,7 +47,7 @@ def route_logits_grad_kernel(
     flags,  # [splits, groups]: 1 if a pair that cancels has won there
     B,
     K,
-    stride,  # of H': B rounded up to a multiple of 16, for wide loads
+    stride,  # row stride of H': B rounded up to a multiple of 16, for wide loads
     M,
     group_tiles,  # class tiles per group
     BLOCK_B: tl.constexpr,

@@ -28,7 +28,7 @@ def row_factors(
     target,  # [B]
     class_weight,  # [K], or unused
     B,
-    num_classes,  # of all chunks
+    num_classes,  # number of classes of all chunks
     ignore_index,
     SMOOTHING: tl.constexpr,
     MEAN: tl.constexpr,
@@ -135,8 +135,8 @@ def route_loss_grad_kernel(
     group_tiles,  # class tiles per group
     grad_stride,
     lse_stride,
-    first_class,  # of the chunk
-    num_classes,  # of all chunks
+    first_class,  # the first class of the chunk
+    num_classes,  # number of classes of all chunks
     ignore_index,
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,

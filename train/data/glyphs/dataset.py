@@ -25,7 +25,7 @@ from .faces import PACKAGES, Coverage, Face, check_coverage, find_faces, system_
 from .plan import ClassFaces, Plan, Rule, plan_evaluation, plan_training, training_counts
 
 NAME = "glyphs"
-VERSION = 1  # of the images' content; a change makes cached images obsolete
+VERSION = 1  # version of the images' content; a change makes cached images obsolete
 BATCH = 1000  # images per task of a worker process
 
 

@@ -53,7 +53,7 @@ def fit_to_square(image: Image.Image, size: int, variation: Variation) -> np.nda
     forward = (
         np.array([[cos, -sin], [sin, cos]]) @ [[1.0, variation.shear], [0.0, 1.0]] @ np.diag([wide, high])
     )
-    extent = np.abs(forward) @ image.size  # of the bounding box after the map
+    extent = np.abs(forward) @ image.size  # size of the bounding box after the map
     forward *= math.exp(variation.shrink) * SUPERSAMPLING * (size - 2 * MARGIN) / extent.max()
     inverse = np.linalg.inv(forward)  # PIL takes the map from output pixels to input pixels
     side = SUPERSAMPLING * size

@@ -45,7 +45,7 @@ class BalancedStream:
     def __init__(self, sampler: ClassBalancedBatchSampler) -> None:
         self.sampler = sampler
         self._batches = iter(sampler)
-        self._rest: list[int] = []  # of the last batch
+        self._rest: list[int] = []  # samples of the last batch that are not taken yet
 
     def take(self, count: int) -> Tensor:
         """Return the indices of the next `count` samples, [count]."""
