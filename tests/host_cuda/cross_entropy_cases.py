@@ -14,7 +14,7 @@ from gistops.backends import reference
 from tests.ops.oracle import Sample, allowed, error, leaves, plain, scores
 
 from .host_cross_entropy import HostLoss
-from .logits_cases import of_one_element
+from .logits_cases import assert_same_bits_in_any_order, of_one_element
 
 half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64
 #: Options by name; "each" stands for a vector with one value per class.
@@ -171,13 +171,4 @@ def test_loss_same_bits_in_any_order_of_threads(module: Any, seed: int) -> None:
         ours = HostLoss(module, tensors, target, **options)
         return [ours.loss, ours.lse, *ours.gradients(torch.ones(()), torch.ones(70))]
 
-    first = bits()
-    for order in ("reverse", "shuffled"):
-        module.set_thread_order(order, seed % 1000)
-        try:
-            for value, expected in zip(bits(), first, strict=True):
-                assert value is not None
-                assert expected is not None
-                assert torch.equal(value, expected), order
-        finally:
-            module.set_thread_order("forward", 0)
+    assert_same_bits_in_any_order(module, seed, bits)

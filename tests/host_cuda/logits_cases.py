@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -226,15 +227,8 @@ def test_only_requested_gradients_are_computed(missing: int | None, module: Any,
             assert torch.equal(value, expected)
 
 
-def test_same_bits_in_any_order_of_threads(module: Any, seed: int) -> None:
-    """The results do not depend on the order of a block's threads, so no barrier is missing."""
-    tensors = Sample(70, 133, 72, 4, bf16, bf16, bf16).tensors(seed)
-    grad = torch.randn(70, 133, generator=torch.Generator().manual_seed(seed))
-
-    def bits() -> list[Tensor | None]:
-        kernels = HostLogits(module, tensors)
-        return [kernels.logits, kernels.slots, kernels.center_rnorms, *kernels.gradients(grad)]
-
+def assert_same_bits_in_any_order(module: Any, seed: int, bits: Callable[[], list[Tensor | None]]) -> None:
+    """Check that results do not depend on the order in which a block's threads run."""
     first = bits()
     for order in ("reverse", "shuffled"):
         module.set_thread_order(order, seed % 1000)
@@ -245,6 +239,18 @@ def test_same_bits_in_any_order_of_threads(module: Any, seed: int) -> None:
                 assert torch.equal(value, expected), order
         finally:
             module.set_thread_order("forward", 0)
+
+
+def test_same_bits_in_any_order_of_threads(module: Any, seed: int) -> None:
+    """The results do not depend on the order of a block's threads, so no barrier is missing."""
+    tensors = Sample(70, 133, 72, 4, bf16, bf16, bf16).tensors(seed)
+    grad = torch.randn(70, 133, generator=torch.Generator().manual_seed(seed))
+
+    def bits() -> list[Tensor | None]:
+        kernels = HostLogits(module, tensors)
+        return [kernels.logits, kernels.slots, kernels.center_rnorms, *kernels.gradients(grad)]
+
+    assert_same_bits_in_any_order(module, seed, bits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, bf16])
