@@ -7,15 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from train.config import DataConfig
 from train.data.errors import DataError
 from train.data.load import load
-from train.data.sources import decode, image_files
+from train.data.sources import decode
 
 from ..conftest import check_colors, write_image
 
@@ -90,26 +88,3 @@ def test_many_images_by_several_processes(tmp_path: Path, cache: str) -> None:
     reds = data.x_train[:, 0, 4, 4]
     order = sorted(range(150), key=lambda i: (i % 3, f"{i}.png"))
     assert reds.tolist() == order
-
-
-def test_images_of_all_modes_and_orientations(tmp_path: Path) -> None:
-    for mode, color in (
-        ("L", 90),
-        ("P", 3),
-        ("RGBA", (1, 2, 3, 4)),
-        ("CMYK", (9, 9, 9, 9)),
-        ("I;16", 5),
-        ("1", 1),
-    ):
-        path = tmp_path / f"{mode.replace(';', '')}.tiff"
-        Image.new(mode, (7, 50), color).save(path)
-        assert image_files.decode(path, 12).shape == (12, 12, 3)
-    turned = Image.fromarray(
-        np.repeat(np.array([[[255, 0, 0]], [[0, 0, 255]]], np.uint8), 20, 1).repeat(10, 0)
-    )
-    exif = turned.getexif()
-    exif[0x0112] = 3  # upside down
-    turned.save(tmp_path / "turned.png", exif=exif)
-    image = image_files.decode(tmp_path / "turned.png", 20)
-    assert image[2, 10, 2] > 200
-    assert image[17, 10, 0] > 200

@@ -15,6 +15,7 @@ from ..dataset import read_only_tensor
 from .image_files import decode_into, decoding_error
 from .listing import Listing
 
+VERSION = 3  # version of the decoded pixels; a change makes cached images obsolete
 BATCH = 64  # images per task of a worker process
 RETRIES = 20  # at most this many unreadable files are tried again when the cache is opened
 
@@ -90,11 +91,12 @@ def _remove_rows(array: Path, total: int, size: int, left_out: set[int]) -> None
 
 
 def _cache_key(listing: Listing, size: int) -> str:
-    digest = hashlib.sha256(f"2 {size}".encode())  # version 2: unreadable files have no rows
+    digest = hashlib.sha256(f"{VERSION} {size}".encode())
     for file in listing.files:
+        digest.update(str(file).encode("utf-8", "surrogatepass"))  # a name may be any bytes
         try:
             status = file.stat()
-            digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-        except OSError:
-            digest.update(f"{file}\0missing\n".encode())
+            digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        except (OSError, ValueError):
+            digest.update(b"\0missing\n")
     return digest.hexdigest()[:16]
