@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..cache import atomic_folder, process_map
+from ..cache import atomic_folder, folder_lock, process_map, reserve
 from ..errors import DataError
 from .characters import character_frequencies, word_list
 from .drawing import SUPERSAMPLING, Variation, fit_to_square, render_ink
@@ -83,12 +83,13 @@ def load_glyphs(
         frequencies = character_frequencies(word_list(), rule.num_classes)
     fonts = system_fonts() if fonts is None else fonts
     folder = cache / f"{NAME}-{_cache_key(size, frequencies, fonts, rule)}-{size}"
-    if not (folder / "done.json").is_file():
-        _draw_dataset(
-            size, folder, frequencies, find_faces(fonts, sum(rule.families.values(), ())), rule, workers
-        )
-    arrays = {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
-    notes = json.loads((folder / "done.json").read_text(encoding="utf-8"))["notes"]
+    with folder_lock(folder):
+        if not (folder / "done.json").is_file():
+            _draw_dataset(
+                size, folder, frequencies, find_faces(fonts, sum(rule.families.values(), ())), rule, workers
+            )
+        arrays = {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
+        notes = json.loads((folder / "done.json").read_text(encoding="utf-8"))["notes"]
     return Glyphs(arrays, list(frequencies), tuple(notes))
 
 
@@ -124,6 +125,7 @@ def _draw_dataset(
             plan = plan_training(counts, class_faces, rule.seed) if training else plan_evaluation(class_faces)
             file = temporary / f"x_{split}.npy"
             np.lib.format.open_memmap(file, "w+", np.uint8, (len(plan.labels), 1, size, size))
+            reserve(file, file.stat().st_size)
             np.save(temporary / f"y_{split}.npy", plan.labels)
             list(each(functools.partial(_draw_into, file, size), _tasks(plan, faces, characters)))
         (temporary / "done.json").write_text(json.dumps({"notes": notes}), encoding="utf-8")

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ..cache import atomic_folder, process_map
+from ..cache import atomic_folder, folder_lock, process_map, reserve
 from ..dataset import read_only_tensor
 from .image_files import decode_into, decoding_error
 from .listing import Listing
 
+ARRAY = "images.u8"
 VERSION = 3  # version of the decoded pixels; a change makes cached images obsolete
 BATCH = 64  # images per task of a worker process
 RETRIES = 20  # at most this many unreadable files are tried again when the cache is opened
@@ -37,41 +38,49 @@ def load_images(
         that cannot be decoded, which has no image.
     """
     folder = cache / f"{_cache_key(listing, size)}-{size}"
-    if not (folder / "done.json").is_file():
-        _decode_all(listing, size, folder, workers)
-    elif any(not decoding_error(listing.files[row], size) for row, _ in _read_errors(folder)[:RETRIES]):
-        _decode_all(listing, size, folder, workers)  # the errors were temporary, as of a network drive
-    errors = _read_errors(folder)
-    left_out = {row for row, _ in errors}
-    rows = [row for row in range(len(listing)) if row not in left_out]
-    if rows:
-        images = np.memmap(folder / "images.u8", np.uint8, "r", shape=(len(rows), size, size, 3))
-    else:
-        images = np.empty((0, size, size, 3), np.uint8)  # type: ignore[assignment]  # an empty file cannot be mapped
+    with folder_lock(folder):
+        errors = _read_errors(folder, len(listing), size)
+        # Errors may have been temporary, as of a network drive.
+        if errors is None or any(not decoding_error(listing.files[row], size) for row, _ in errors[:RETRIES]):
+            errors = _decode_all(listing, size, folder, workers)
+        left_out = {row for row, _ in errors}
+        rows = [row for row in range(len(listing)) if row not in left_out]
+        if rows:
+            images = np.memmap(folder / ARRAY, np.uint8, "r", shape=(len(rows), size, size, 3))
+        else:
+            images = np.empty((0, size, size, 3), np.uint8)  # type: ignore[assignment]  # an empty file cannot be mapped
     return read_only_tensor(images).permute(0, 3, 1, 2), rows, [error for _, error in errors]
 
 
-def _read_errors(folder: Path) -> list[tuple[int, str]]:
-    return [(row, error) for row, error in json.loads((folder / "done.json").read_text())["unreadable"]]
+def _read_errors(folder: Path, total: int, size: int) -> list[tuple[int, str]] | None:
+    """Return the rows and errors of unreadable files; None if the folder is absent or damaged."""
+    try:
+        content = json.loads((folder / "done.json").read_text(encoding="utf-8"))
+        errors = [(row, error) for row, error in content["unreadable"]]
+        is_whole = (folder / ARRAY).stat().st_size == (total - len(errors)) * size * size * 3
+    except (OSError, ValueError):
+        return None
+    return errors if is_whole else None
 
 
-def _decode_all(listing: Listing, size: int, folder: Path, workers: int | None) -> None:
+def _decode_all(listing: Listing, size: int, folder: Path, workers: int | None) -> list[tuple[int, str]]:
+    """Decode all files into the folder; return the rows and errors of the unreadable ones."""
     total = len(listing)
     needed = total * size * size * 3
     with (
         atomic_folder(folder, needed) as temporary,
         process_map(workers, serial=total <= BATCH) as each,
     ):
-        array = temporary / "images.u8"
-        with open(array, "wb") as file:
-            file.truncate(needed)
+        array = temporary / ARRAY
+        reserve(array, needed)
         starts = range(0, total, BATCH)
         batches = [listing.files[start : start + BATCH] for start in starts]
         results = each(functools.partial(decode_into, array, total, size), starts, batches)
         errors = [pair for batch_errors in results for pair in batch_errors]
         if errors:
             _remove_rows(array, total, size, {row for row, _ in errors})
-        (temporary / "done.json").write_text(json.dumps({"unreadable": errors}))
+        (temporary / "done.json").write_text(json.dumps({"unreadable": errors}), encoding="utf-8")
+    return errors
 
 
 def _remove_rows(array: Path, total: int, size: int, left_out: set[int]) -> None:
