@@ -71,9 +71,8 @@ def check_constellation(
         raise ValueError(
             f"displacements: expected at most {MAX_SLOTS - 1} rows (slots are uint8), got {_shape(displacements)}"
         )
-    tau = _tau(tau, input)
     _check_transform(transform, axis, mlp, input)
-    return Classifier(centers, displacements, tau, transform, axis, mlp)
+    return _with_tau(tau, input, Classifier(centers, displacements, input, transform, axis, mlp))
 
 
 def check_subcenters(input: object, centers: object, tau: object) -> Classifier:
@@ -93,7 +92,7 @@ def check_subcenters(input: object, centers: object, tau: object) -> Classifier:
         )
     if centers.device != input.device:
         raise ValueError(f"centers: expected device {input.device} to match input, got {centers.device}")
-    return Classifier(centers, no_displacements(centers), _tau(tau, input), "subcenters")
+    return _with_tau(tau, input, Classifier(centers, no_displacements(centers), input, "subcenters"))
 
 
 def check_classifier(input: Tensor, classifier: Classifier) -> Classifier:
@@ -103,15 +102,16 @@ def check_classifier(input: Tensor, classifier: Classifier) -> Classifier:
     return check_constellation(input, *classifier)  # type: ignore[arg-type]
 
 
-def _tau(tau: object, input: Tensor) -> Tensor:
+def _with_tau(tau: object, input: Tensor, classifier: Classifier) -> Classifier:
+    """Return the classifier with tau checked; a number becomes a tensor of the dtype of the logits."""
     if isinstance(tau, (int, float)) and not isinstance(tau, bool):
-        tau = on_device(tau, torch.float32, input.device)
+        tau = on_device(tau, classifier.compute_dtype(input), input.device)
     tau = _floating("tau", tau)
     if tau.numel() != 1:
         raise ValueError(f"tau: expected a tensor of one element, got shape {_shape(tau)}")
     if tau.device != input.device:
         raise ValueError(f"tau: expected device {input.device} to match input, got {tau.device}")
-    return tau
+    return classifier._replace(tau=tau)
 
 
 def on_device(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 Transform = Literal["translation", "rotation", "mlp"]
@@ -19,6 +20,12 @@ class Classifier(NamedTuple):
     transform: Literal["translation", "rotation", "mlp", "subcenters"] = "translation"
     axis: Tensor | None = None  # of a rotation
     mlp: tuple[Tensor, Tensor] | None = None
+
+    def compute_dtype(self, input: Tensor) -> torch.dtype:
+        """Return the dtype of logits, norms and sums: float64 if any tensor but tau is float64, otherwise float32."""
+        tensors = (input, self.centers, self.displacements, self.axis, *(self.mlp or ()))
+        is_double = any(x is not None and x.dtype == torch.float64 for x in tensors)
+        return torch.float64 if is_double else torch.float32
 
 
 class LossOptions(NamedTuple):

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._checks import on_device
 from .._classifier import Classifier, LossOptions
-from ..operators.registry import compute_dtype, no_autocast
+from ..operators.registry import compute_dtype, no_autocast, widest_dtype
 
 #: Maximum number of elements in the vectors [k, M, d] and in the scores [B, k, M] of a chunk: 64 MiB in float32.
 CHUNK_ELEMENTS = 1 << 24
@@ -81,20 +81,31 @@ def rotated_logits(
     input: Tensor, centers: Tensor, displacements: Tensor, axis: Tensor, tau: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return logits and slots of centers [K, d] and of their rotations from `axis` to each displacement, as matrices."""
-    dtype = compute_dtype(input, centers, displacements)
-    w = centers.to(dtype)
-    u = F.normalize(axis.to(dtype), dim=0, eps=1e-12)
-    vectors = [w]
-    for delta in F.normalize(displacements.to(dtype), dim=1, eps=1e-12):
-        c = delta @ u
-        rest = delta - c * u
-        s = rest.norm()
-        v = rest / s.clamp(min=1e-12)
-        rotation = (c - 1) * (torch.outer(u, u) + torch.outer(v, v)) + s * (
-            torch.outer(v, u) - torch.outer(u, v)
-        )
-        vectors.append(w + w @ rotation.T)
-    return subcenter_logits(input, torch.stack(vectors, 1), tau)
+    dtype = compute_dtype(input, centers, displacements, axis)
+    with no_autocast(input.device.type):
+        w = centers.to(dtype)
+        widest = widest_dtype(input.device.type)
+        axis, displacements = axis.to(widest), displacements.to(widest)
+        turns = [rotation(axis, delta).to(dtype) for delta in displacements]
+        vectors = torch.stack([w, *(w + w @ turn.T for turn in turns)], 1)
+    return subcenter_logits(input.to(dtype), vectors, tau)
+
+
+def rotation(axis: Tensor, displacement: Tensor) -> Tensor:
+    """Return R - I [d, d] of the rotation R from `axis` to `displacement`, both in float64.
+
+    With u and v their unit vectors and A = v uᵀ - u vᵀ, R = I + A + A² / (1 + u·v), and 1 + u·v = |u + v|² / 2.
+    `gistops.constellation_logits` defines the cases without a plane.
+    """
+    u, v = (F.normalize(x, dim=0, eps=1e-12) for x in (axis, displacement))
+    skew = torch.outer(v, u) - torch.outer(u, v)
+    middle = (u + v).square().sum()
+    turn = skew + 2 * skew @ skew / middle.clamp(min=1e-24)
+    e = (torch.arange(len(u), device=u.device) == u.abs().argmin()).to(u.dtype)
+    e = F.normalize(e - (e @ u) * u, dim=0, eps=1e-12)
+    half_turn = -2 * (torch.outer(u, u) + torch.outer(e, e))
+    is_zero = (axis.norm() <= 1e-12) | (displacement.norm() <= 1e-12)
+    return torch.where(is_zero, 0, torch.where(middle <= 1e-24, half_turn, turn))
 
 
 def mlp_logits(
@@ -109,7 +120,7 @@ def mlp_logits(
         for delta in displacements.to(dtype):
             mlp_input = torch.cat([unit, delta.expand_as(unit)], dim=1)
             vectors.append(w + (mlp_input @ first.T).relu() @ second.T)
-    return subcenter_logits(input, torch.stack(vectors, 1), tau)
+    return subcenter_logits(input.to(dtype), torch.stack(vectors, 1), tau)
 
 
 def logits(input: Tensor, classifier: Classifier) -> tuple[Tensor, Tensor]:
@@ -128,11 +139,13 @@ def cross_entropy(
     input: Tensor, classifier: Classifier, target: Tensor, options: LossOptions
 ) -> tuple[Tensor, Tensor]:
     """Return `F.cross_entropy` of materialized logits, and their log-sum-exp [B]."""
+    # The logits and the margin both use tau. Converted once here, its gradient is rounded once.
+    classifier = classifier._replace(tau=classifier.tau.to(classifier.compute_dtype(input)))
     scores, _ = logits(input, classifier)
     margin, ignore_index = options.margin, options.ignore_index
     if margin is not None:
         is_target = F.one_hot(torch.where(target == ignore_index, 0, target), scores.shape[1]).bool()
-        scale = classifier.tau.to(scores.dtype).reshape(())
+        scale = classifier.tau.reshape(())
         cosine_limit = 1 - torch.finfo(scores.dtype).eps  # acos has no finite derivative at 1
         angle = (scores / scale).clamp(-cosine_limit, cosine_limit).acos()
         if not isinstance(margin, Tensor):

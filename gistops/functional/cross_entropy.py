@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -123,6 +124,11 @@ def _loss_from_parts(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and the log-sum-exp [B]; the op sums over the classes, and autograd covers everything else here."""
     classes, smoothing = classifier.centers.shape[0], options.label_smoothing
+    # The op and the lines below both use tau and class_bias. Converted once here, their gradients are rounded once.
+    dtype = classifier.compute_dtype(input)
+    classifier = classifier._replace(tau=classifier.tau.to(dtype))
+    bias = None if options.class_bias is None else options.class_bias.to(dtype)
+    options = options._replace(class_bias=bias)
     ignored = target == options.ignore_index
     row = torch.where(ignored, 0, target)
     shares = None  # class weights of the smoothed part
@@ -130,12 +136,9 @@ def _loss_from_parts(
         weight = options.weight
         shares = input.new_ones(classes, dtype=torch.float32) if weight is None else weight
     lse_others, logit, sums = _parts(backend, input, classifier, target, options, shares)
-    dtype = logit.dtype
     lowered = logit
     if options.margin is not None:
-        tau = classifier.tau.to(dtype).reshape(())
-        lowered = _apply_margin(logit, tau, options.margin, options.margin_kind, row)
-    bias = None if options.class_bias is None else options.class_bias.to(dtype)
+        lowered = _apply_margin(logit, classifier.tau.reshape(()), options.margin, options.margin_kind, row)
     score = lowered if bias is None else lowered + bias[row]
     loss = -F.logsigmoid(score - lse_others)  # log(1 + Σ e^z / e^score): accurate for tiny losses
     lse = torch.where(ignored, lse_others, score + loss)
@@ -169,9 +172,9 @@ def _parts(
     """Return the outputs of `cross_entropy_parts_forward`."""
     centers, displacements, tau = classifier[:3]
     class_bias, ignore_index = options.class_bias, options.ignore_index
-    coefficients: tuple[Tensor | None, Tensor | None] = (None, None)
+    coefficients: Sequence[Tensor | None] = (None, None)
     if classifier.transform == "rotation":
-        coefficients = rotation.coefficients(input, classifier)
+        input, centers, *coefficients = rotation.operands(input, classifier)
         displacements = no_displacements(input)
     arguments = (input, centers, displacements, tau, class_bias, *coefficients, target, weight)
     if backend == "cpu" and classifier.mlp is None and can_stash(centers, *arguments):

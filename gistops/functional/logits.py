@@ -87,7 +87,9 @@ def constellation_logits(
         tau: temperature τ > 0, a tensor of one element or a number.
         transform: the transform that makes slot j of a center and a displacement. "translation": w_k + δ_j. "rotation":
             w_k rotated in the plane of `axis` and δ_j, by the angle from `axis` to δ_j (equations 8 and 9, read as a
-            rotation). "mlp": w_k + B relu(A [w_k / |w_k|; δ_j]), the paper's learned g; takes m + 1 matrix products
+            rotation). If the norm of `axis` or δ_j is at most 1e-12, slot j is w_k itself, and slot 0 wins the tie. If δ_j
+            is opposite to `axis` (their unit vectors add up to a norm of at most 1e-12), the rotation is by π in the plane
+            of `axis` and the coordinate axis in which `axis` has its smallest component. "mlp": w_k + B relu(A [w_k / |w_k|; δ_j]), the paper's learned g; takes m + 1 matrix products
             instead of one, in chunks of classes.
         axis: the direction u of a rotation, shared by all classes, [d], floating-point; differentiable.
         mlp: the weights A [h, 2 d] and B [d, h] of an MLP, floating-point; differentiable.
@@ -95,8 +97,8 @@ def constellation_logits(
         backend: "cpu", "cuda", "triton", "reference", or None for the best one on the device of input.
 
     Returns:
-        Logits [B, K], float64 if input, centers or displacements is float64, otherwise float32. With `return_slots` also
-        slots [B, K], uint8. If several slots attain the maximum, the lowest is returned.
+        Logits [B, K], float64 if input, centers, displacements, axis or a weight of the MLP is float64, otherwise float32.
+        With `return_slots` also slots [B, K], uint8. If several slots attain the maximum, the lowest is returned.
 
     Raises:
         TypeError: an argument is not a dense floating-point tensor.
@@ -151,7 +153,7 @@ def _logits(input: Tensor, classifier: Classifier, backend: str | None) -> tuple
     elif classifier.transform == "subcenters":
         outputs = ops.subcenter_forward.default(input, centers, tau, allow_tf32)
     elif classifier.transform == "rotation":
-        coefficients = rotation.coefficients(input, classifier)
+        input, centers, *coefficients = rotation.operands(input, classifier)
         outputs = ops.rotation_forward.default(input, centers, tau, *coefficients, allow_tf32)
     else:
         outputs = mlp_transform.logits(ops, input, classifier, allow_tf32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -96,9 +98,9 @@ def topk(
     elif classifier.mlp is not None:
         outputs = mlp_transform.topk(ops, input, classifier, class_bias, k, return_lse, allow_tf32)
     else:
-        coefficients: tuple[Tensor | None, Tensor | None] = (None, None)
+        coefficients: Sequence[Tensor | None] = (None, None)
         if classifier.transform == "rotation":
-            coefficients = rotation.coefficients(input, classifier)
+            input, centers, *coefficients = rotation.operands(input, classifier)
             displacements = no_displacements(input)
         outputs = ops.topk.default(
             input, centers, displacements, tau, class_bias, *coefficients, k, return_lse, allow_tf32, norms

@@ -144,6 +144,11 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def widest_dtype(device_type: str) -> torch.dtype:
+    """Return the widest floating-point dtype of a device type; Apple's GPUs have no float64."""
+    return torch.float32 if device_type == "mps" else torch.float64
+
+
 def needed_gradients(
     gradients: Sequence[Tensor], arguments: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor | None]:

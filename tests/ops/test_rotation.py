@@ -62,12 +62,15 @@ def test_they_are_rotations_that_take_the_axis_to_the_displacement(seed: int) ->
     sample = Sample(1, 1, 23, 5, f64, f64, f64)
     delta = sample.tensors(seed, requires_grad=False)[2]
     axis = axis_of(sample, seed).detach().double()
-    u, v, c, s = plane(delta, axis)
+    delta[1] += axis  # angles on either side of π / 2
+    delta[2] -= axis
+    u, p, a, b, n = plane(delta, axis)
     for j, expected in enumerate(matrices(delta, axis)):
         turn = (
             torch.eye(23, dtype=f64)
-            + (c[j] - 1) * (torch.outer(u, u) + torch.outer(v[j], v[j]))
-            + s[j] * (torch.outer(v[j], u) - torch.outer(u, v[j]))
+            + a[j] * torch.outer(u, u)
+            + b[j] * torch.outer(p[j], p[j])
+            + n[j] * (torch.outer(p[j], u) - torch.outer(u, p[j]))
         )
         torch.testing.assert_close(turn, expected)
         torch.testing.assert_close(turn @ turn.T, torch.eye(23, dtype=f64))

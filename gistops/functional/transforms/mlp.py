@@ -18,21 +18,35 @@ from torch.utils.checkpoint import checkpoint
 
 from ..._classifier import Classifier, no_displacements
 from ...backends.chunked.best import join_best
-from ...operators.registry import compute_dtype, no_autocast
+from ...operators.registry import no_autocast
 
 #: Maximum number of elements in the vectors of a chunk: 64 MiB in float32.
 CHUNK_ELEMENTS = 1 << 24
 
 
 def vectors(centers: Tensor, displacements: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Return v [k, m + 1, d] of centers [k, d]; the hidden layer's term of ŵ is computed once for all slots."""
-    dtype = compute_dtype(centers, displacements, first, second)
+    """Return v [k, m + 1, d] of centers [k, d]; the hidden layer's term of ŵ is computed once for all slots.
+
+    The vectors have the dtype of `first`, the dtype of the logits; centers may have another.
+    """
     with no_autocast(centers.device.type):
-        w, a = centers.to(dtype), first.to(dtype)
-        weight_center, weight_displacement = a.split(centers.shape[1], dim=1)
+        w = centers.to(first.dtype)
+        weight_center, weight_displacement = first.split(centers.shape[1], dim=1)
         center_term = F.linear(F.normalize(w, dim=1, eps=1e-12), weight_center)
-        hidden = (center_term[:, None] + F.linear(displacements.to(dtype), weight_displacement)).relu()
-        return torch.cat([w[:, None], w[:, None] + F.linear(hidden, second.to(dtype))], dim=1)
+        hidden = (center_term[:, None] + F.linear(displacements, weight_displacement)).relu()
+        return torch.cat([w[:, None], w[:, None] + F.linear(hidden, second)], dim=1)
+
+
+def _converted(input: Tensor, classifier: Classifier) -> tuple[Tensor, Classifier]:
+    """Return all that several chunks use in the dtype of the logits, so that its gradient is summed there."""
+    assert classifier.mlp is not None
+    dtype = classifier.compute_dtype(input)
+    first, second = classifier.mlp
+    return input.to(dtype), classifier._replace(
+        displacements=classifier.displacements.to(dtype),
+        tau=classifier.tau.to(dtype),
+        mlp=(first.to(dtype), second.to(dtype)),
+    )
 
 
 def logits(ops: Any, input: Tensor, classifier: Classifier, allow_tf32: bool) -> tuple[Tensor, Tensor]:
@@ -42,6 +56,7 @@ def logits(ops: Any, input: Tensor, classifier: Classifier, allow_tf32: bool) ->
         outputs = ops.subcenter_forward.default(input, v, tau, allow_tf32)
         return outputs[0], outputs[1]
 
+    input, classifier = _converted(input, classifier)
     outputs = [_recomputed(chunk_logits, input, classifier, chunk) for chunk in _chunks(classifier)]
     return torch.cat([best for best, _ in outputs], 1), torch.cat([slots for _, slots in outputs], 1)
 
@@ -76,6 +91,7 @@ def cross_entropy_parts(
         )
         return tuple(ops.cross_entropy_parts_forward.default(*arguments))
 
+    input, classifier = _converted(input, classifier)
     outputs = []
     for chunk in _chunks(classifier):
         in_chunk = (target >= chunk.start) & (target < chunk.stop) & (target != ignore_index)
@@ -102,6 +118,7 @@ def topk(
     allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the outputs of `topk`."""
+    input, classifier = _converted(input, classifier)
     centers, displacements, tau = classifier[:3]
     best: tuple[Tensor, ...] = ()
     lse_of_chunks = []

@@ -1,0 +1,40 @@
+"""Gradients in half precision, dtypes and degenerate rotations. Run by test_interpreter.py."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+
+from gistops._classifier import Transform
+from tests.ops import test_half_gradients as half_gradients
+from tests.ops import test_rotation_degenerate as degenerate
+
+from .conftest import INTERPRETED
+
+if not INTERPRETED:
+    pytest.skip("needs TRITON_INTERPRET=1; test_interpreter.py runs this file", allow_module_level=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("transform", get_args(Transform))
+def test_gradients_are_rounded_once(transform: str, dtype: torch.dtype, seed: int) -> None:
+    for kind in ("cosine", "angle"):
+        half_gradients.check_rounded_once(transform, kind, dtype, "triton", seed, rows=24)
+
+
+@pytest.mark.parametrize("transform", ["rotation", "mlp"])
+def test_partial_sums_beyond_float16(transform: str, seed: int) -> None:
+    half_gradients.check_no_overflow_of_partial_sums(transform, "triton", seed, rows=8)
+
+
+@pytest.mark.parametrize("transform", get_args(Transform))
+def test_float64_in_any_argument(transform: str, seed: int) -> None:
+    half_gradients.check_float64_anywhere(transform, "triton", seed)
+
+
+def test_degenerate_rotations(seed: int) -> None:
+    degenerate.check_without_a_plane("triton", seed)
+    degenerate.check_opposite("triton", seed, torch.float32)
+    degenerate.check_nearly_parallel(-1, "triton", seed)
