@@ -144,7 +144,7 @@ def announce(console: Console, config: Config, data: Dataset, saved: dict[str, A
         lines.append(
             "warning: no validation split, so epochs are evaluated on the test samples; do not tune options on them"
         )
-    for line in lines:
+    for line in (*lines, *data.notes):
         say(console, line)
 
 

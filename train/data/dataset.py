@@ -27,7 +27,7 @@ class Dataset:
     train_counts: Tensor  # [K]
     x_val: Tensor | None = None
     y_val: Tensor | None = None
-    notes: tuple[str, ...] = ()  # how the dataset was made, for `doctor`
+    notes: tuple[str, ...] = ()  # how the dataset was made and what was left out
 
     @property
     def num_classes(self) -> int:
@@ -101,7 +101,11 @@ def make_dataset(
         )
     if names is not None and len(names) != found:
         raise DataError(f"classes: expected {found} names to match y_train, got {len(names)}")
-    class_names = [str(name) for name in (range(found) if names is None else names)]
+    # A name may have bytes that are no text, which no file could be written with.
+    class_names = [
+        str(name).encode("utf-8", "backslashreplace").decode()
+        for name in (range(found) if names is None else names)
+    ]
     return Dataset(*splits["train"], *splits["test"], class_names, counts, *splits.get("val", ()))
 
 

@@ -93,8 +93,10 @@ def read_listings(config: DataConfig) -> dict[str, Listing]:
 
 def _load_image_files(config: DataConfig) -> Dataset:
     splits: Splits = {}
+    notes: list[str] = []
     lists = read_listings(config)
     for split, listing in lists.items():
+        notes += _check_left_out(config, split, listing)
         images, rows, errors = load_images(listing, config.image_size, cache_folder(config.cache))
         labels = torch.tensor(listing.labels)[rows]
         if errors:
@@ -110,7 +112,29 @@ def _load_image_files(config: DataConfig) -> Dataset:
                 f"{config.data}: expected at least one readable image of the {split} split, got none"
             )
         splits[split] = images, labels
-    return make_dataset(splits, lists["train"].names, config.num_classes)
+    data = make_dataset(splits, lists["train"].names, config.num_classes)
+    return dataclasses.replace(data, notes=tuple(notes))
+
+
+def _check_left_out(config: DataConfig, split: str, listing: Listing) -> list[str]:
+    """Return notes on what a folder's list leaves out, and warn about what is probably a mistake.
+
+    Raises:
+        DataError: a folder cannot be read, and unreadable files stop the run.
+    """
+    notes = []
+    for left_out in listing.left_out:
+        words = f"left out of the {split} split: {left_out}"
+        if left_out.kind == "note":
+            notes.append(words)
+        elif left_out.kind == "unreadable" and config.unreadable == "stop":
+            expected = f"folders of the {split} split that can be read"
+            raise DataError(
+                f"{config.data}: expected {expected}, got {left_out} (--unreadable skip leaves them out)"
+            )
+        else:
+            warnings.warn(words, RuntimeWarning, stacklevel=2)
+    return notes
 
 
 def _load_glyphs(config: DataConfig) -> Dataset:

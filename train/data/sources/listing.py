@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError
+from .folders import LeftOut, read_folder
 
-IMAGE_SUFFIXES = {
-    *(".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
-}
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
 LABEL_COLUMNS = ("label", "class", "category", "target", "category_id")
 
@@ -25,6 +24,7 @@ class Listing:
     labels: list[int]
     names: list[str] | None = None
     ids: list[int] | None = None
+    left_out: tuple[LeftOut, ...] = ()  # from a folder
 
     def __len__(self) -> int:
         return len(self.files)
@@ -61,7 +61,7 @@ def _read(source: str, root: str, prefixes: tuple[str, ...], trained: Listing | 
     path = Path(source)
     names = trained.names if trained else None
     if path.is_dir():
-        return _read_folder(path, names)
+        return _read_folder(path, trained)
     readers: dict[str, Callable[[Path], tuple[list[str], list[str]]]] = {
         ".txt": _read_text,
         ".csv": _read_csv,
@@ -147,16 +147,15 @@ def _read_coco(path: Path) -> tuple[list[str], list[int], list[int]]:
     return [files[image] for image, _ in pairs], [category for _, category in pairs], sorted(categories)
 
 
-def _read_folder(path: Path, names: list[str] | None) -> Listing:
-    found = [
-        (file, folder.name)
-        for folder in sorted(entry for entry in path.iterdir() if entry.is_dir())
-        for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES
-    ]
-    if not found:
-        raise DataError(f"{path}: expected a folder with images for each class, got none")
-    return _label_by_name(path, [file for file, _ in found], [name for _, name in found], names)
+def _read_folder(path: Path, trained: Listing | None) -> Listing:
+    found, left_out = read_folder(path)
+    names = trained.names if trained else None
+    try:
+        listing = _label_by_name(path, [file for file, _ in found], [name for _, name in found], names)
+    except DataError as error:
+        reasons = [str(entry) for entry in (trained.left_out if trained else ()) if entry.kind != "note"]
+        raise DataError("; ".join([str(error), *(f"the training folder has {r}" for r in reasons)])) from None
+    return dataclasses.replace(listing, left_out=left_out)
 
 
 def _label_by_name(path: Path, files: list[Path], classes: list[str], names: list[str] | None) -> Listing:
