@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._classifier import Classifier, LossOptions, no_displacements
+from ._functorch import is_wrapped
 
 MAX_SLOTS = 256  # slots are stored as uint8
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -175,7 +176,8 @@ def check_loss(input: Tensor, classifier: Classifier, target: object, options: L
         raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
     if not 0.0 <= options.label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected 0 to 1, got {options.label_smoothing}")
-    if target.device.type == "cpu" and type(target) is Tensor and not torch.compiler.is_compiling():
+    has_data = not (torch.compiler.is_compiling() or is_wrapped(target))
+    if target.device.type == "cpu" and type(target) is Tensor and has_data:
         outside = (target != ignore_index) & ((target < 0) | (target >= classes))
         if outside.any():
             position = int(outside.nonzero()[0])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .._functorch import unsupported_transform
 from . import native, triton
 
 NAMES = ("cpu", "cuda", "triton", "reference")
@@ -43,9 +44,12 @@ def why_not(name: str, device_type: str | None = None) -> str | None:
 def choose(device_type: str, requested: str | None) -> str:
     """Return the backend for tensors on `device_type`: the requested backend, or the preferred one that is available.
 
+    Inside a transform of `torch.func` other than `vmap`, and inside `torch.autograd.forward_ad`, it is the reference.
+
     Raises:
         ValueError: `requested` is not the name of a backend, or the backend does not serve the device type.
         BackendUnavailable: the requested backend cannot serve here.
+        NotImplementedError: the requested backend does not support an active transform.
     """
     if requested is not None:
         if requested not in NAMES:
@@ -61,7 +65,14 @@ def choose(device_type: str, requested: str | None) -> str:
             )
         if reason := find_reason(device_type):
             raise BackendUnavailable(f"backend: {requested!r} is not available: {reason}")
+        if transform := unsupported_transform():
+            raise NotImplementedError(
+                f"backend: expected None or 'reference' inside {transform}, got {requested!r}, "
+                "which supports torch.vmap and reverse-mode autograd, once"
+            )
         return requested
+    if unsupported_transform():
+        return "reference"
     reasons = []
     for name in _PREFERRED.get(device_type, ()):
         reason = why_not(name, device_type)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._functorch import is_wrapped, transforms_active
 from ..operators.registry import needed_gradients
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -20,6 +21,7 @@ def can_stash(centers: Tensor, *others: Tensor | None) -> bool:
     """Return True for plain CPU tensors in eager mode, if the centers need a gradient."""
     return (
         not torch.compiler.is_compiling()
+        and not transforms_active()
         and torch.is_grad_enabled()
         and centers.requires_grad
         and all(t is None or (type(t) in _PLAIN and t.device.type == "cpu") for t in (centers, *others))
@@ -44,7 +46,8 @@ class StashedCrossEntropyParts(torch.autograd.Function):
         arguments = (*(g.contiguous() for g in grads), *tensors, ctx.ignore_index, lse_others)
         needs = ctx.needs_input_grad[:7]
         ops = torch.ops.gistops
-        stash = ctx.stash.pop() if ctx.stash else None
+        # A vmap over the gradients, as by is_grads_batched, calls the op once per gradient and leaves the stash.
+        stash = ctx.stash.pop() if ctx.stash and not is_wrapped(*grads) else None
         if stash is not None and needs[1] and not torch.is_grad_enabled():
             gradients = ops.stashed_cross_entropy_parts_backward.default(
                 *arguments, needs[0], *needs[2:5], stash

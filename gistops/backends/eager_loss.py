@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._checks import on_device
 from .._classifier import Classifier, LossOptions
+from .._functorch import is_wrapped, transforms_active
 from ..operators.cross_entropy import (
     MARGIN_KINDS,
     REDUCTIONS,
@@ -54,7 +55,7 @@ def cross_entropy(
         float(options.label_smoothing), keep_scores, allow_tf32,
     )  # fmt: skip
     plain = not input.is_meta and all(x is None or type(x) in _PLAIN for x in tensors)
-    if torch.compiler.is_compiling() or not plain:
+    if torch.compiler.is_compiling() or not plain or transforms_active():
         output = ops.cross_entropy_forward.default(*tensors, *values)
         return output[0], output[1], output[2]
     if input.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
@@ -84,7 +85,8 @@ class _Function(torch.autograd.Function):
         def kernel(*arguments: Any) -> tuple[Tensor, ...]:
             return _backward(ctx.ops, CrossEntropyBackward(*arguments))
 
-        if torch.is_grad_enabled():  # the op raises the error for second derivatives
+        # The op raises the error for second derivatives, and serves a vmap over gradients.
+        if torch.is_grad_enabled() or is_wrapped(grad_loss, grad_lse):
             kernel = ctx.ops.cross_entropy_backward.default
         return None, *gradients(kernel, ctx, grad_loss, grad_lse, ctx.needs_input_grad[1:])
 

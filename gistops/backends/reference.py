@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._checks import on_device
 from .._classifier import Classifier, LossOptions
+from .._functorch import transforms_active
 from ..operators.registry import compute_dtype, no_autocast, widest_dtype
 
 #: Maximum number of elements in the vectors [k, M, d] and in the scores [B, k, M] of a chunk: 64 MiB in float32.
@@ -51,10 +52,11 @@ def constellation_logits(
         # A compiled graph serves any batch size, so there the chunks do not depend on the batch.
         rows = d if torch.compiler.is_compiling() else max(d, input.shape[0])
         chunk = max(1, CHUNK_ELEMENTS // (slots_count * rows))
+        recompute = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transforms_active()
         logits, slots = [], []
         for start in range(0, centers.shape[0], chunk):
             part = centers[start : start + chunk].to(dtype)
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if recompute:
                 best, slot = checkpoint(best_cosine, unit, part, structure, use_reentrant=False)
             else:
                 best, slot = best_cosine(unit, part, structure)
@@ -144,7 +146,8 @@ def cross_entropy(
     scores, _ = logits(input, classifier)
     margin, ignore_index = options.margin, options.ignore_index
     if margin is not None:
-        is_target = F.one_hot(torch.where(target == ignore_index, 0, target), scores.shape[1]).bool()
+        # Not F.one_hot, which torch.func cannot transform.
+        is_target = target[:, None] == torch.arange(scores.shape[1], device=target.device)
         scale = classifier.tau.reshape(())
         cosine_limit = 1 - torch.finfo(scores.dtype).eps  # acos has no finite derivative at 1
         angle = (scores / scale).clamp(-cosine_limit, cosine_limit).acos()
@@ -163,14 +166,20 @@ def cross_entropy(
         scores = torch.where(is_target & (target != ignore_index)[:, None], lowered, scores)
     if options.class_bias is not None:
         scores = scores + options.class_bias.to(scores.dtype)
+    weight = None if options.weight is None else options.weight.to(scores.dtype)
     loss = F.cross_entropy(
         scores,
         target,
-        None if options.weight is None else options.weight.to(scores.dtype),
-        reduction=options.reduction,
+        weight,
+        reduction="none",  # torch.func cannot transform the mean with weights and smoothing
         ignore_index=ignore_index,
         label_smoothing=options.label_smoothing,
     )
+    counted = (target != ignore_index).to(scores.dtype)
+    if weight is not None:
+        counted = counted * weight[torch.where(target == ignore_index, 0, target)]
+    if options.reduction != "none":
+        loss = loss.sum() if options.reduction == "sum" else loss.sum() / counted.sum()
     return loss, scores.logsumexp(1)
 
 

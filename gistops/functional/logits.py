@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import backends
 from .._checks import check_constellation, check_subcenters
 from .._classifier import Classifier, Transform
+from .._functorch import unsupported_transform
 from ..backends import reference
 from .transforms import mlp as mlp_transform
 from .transforms import rotation
@@ -79,6 +80,11 @@ def constellation_logits(
     closest to the input. Differentiable once in every floating-point argument. Norms are clamped at 1e-12, so a zero
     vector scores 0. Results are deterministic.
 
+    Derivatives beyond the first reverse-mode gradient need the reference backend, which has all of them. Inside
+    `torch.func.grad`, `vjp`, `jacrev`, `jvp`, `jacfwd` and `hessian` and inside `torch.autograd.forward_ad`, backend None
+    chooses it: exact, but slower, and its memory grows with B·K·M. For `create_graph=True` outside `torch.func`, pass
+    backend="reference". `torch.vmap` alone and `is_grads_batched` call the fused ops once per sample.
+
     Args:
         input: features f, [B, d], float32, float16, bfloat16 or float64; not normalized.
         centers: class centers w, [K, d]; their dtype may differ from that of input.
@@ -104,6 +110,8 @@ def constellation_logits(
         TypeError: an argument is not a dense floating-point tensor.
         ValueError: a shape, a device or the name of the backend is wrong; the message names the argument.
         gistops.BackendUnavailable: the requested backend cannot serve here.
+        NotImplementedError: a second derivative of a fused backend, or a fused backend that is requested by name inside a
+            transform of `torch.func` other than `vmap`.
     """
     classifier = check_constellation(input, centers, displacements, tau, transform, axis, mlp)
     logits, slots = _logits(input, classifier, backend)
@@ -169,6 +177,8 @@ def center_norms(classifier: Classifier) -> Tensor:
 
 def frozen_logits(input: Tensor, classifier: Classifier, norms: Tensor) -> tuple[Tensor, Tensor]:
     """Return logits and slots by the `cpu` backend from `center_norms`: the same bits, but not differentiable."""
+    if unsupported_transform():  # a derivative in forward mode would be zero
+        return _logits(input, classifier, None)
     tensors = (t.detach() for t in classifier[:3])
     logits, slots = torch.ops.gistops.frozen_logits.default(input, *tensors, norms)
     return logits, slots

@@ -1,4 +1,4 @@
-"""Registration of ops: schema, kernels, fake kernel, autograd formula and autocast rule.
+"""Registration of ops: schema, kernels, fake kernel, autograd formula, rules of vmap and autocast.
 
 An op's arguments are the fields of one NamedTuple, its record, which the fake kernel and all Python kernels take. Ops
 have the same names in every namespace: `torch.ops.gistops` holds the compiled ones, `torch.ops.gistops_triton` Triton's.
@@ -77,8 +77,9 @@ def implement(ops: Any, op: Op, kernel: Callable[[Any], Any], key: str) -> None:
 
 
 def complete(ops: Any, op: Op) -> None:
-    """Register the fake kernel, the autograd formula and the autocast rule of a defined op."""
+    """Register the fake kernel, the autograd formula, the rules of vmap and of autocast of a defined op."""
     name = f"{ops.name}::{op.name}"
+    torch.library.register_vmap(name, functools.partial(_once_per_sample, getattr(ops, op.name).default))
     torch.library.register_fake(name, lambda *arguments: op.fake(op.arguments(*arguments)))
     if op.backward is not None:
         backward = functools.partial(op.backward, ops)
@@ -86,6 +87,17 @@ def complete(ops: Any, op: Op) -> None:
     if op.autocast is not None:
         for device in ("CPU", "CUDA"):
             _register(ops, op.name, _autocast(ops, op, device.lower()), f"Autocast{device}")
+
+
+def _once_per_sample(operator: Any, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    """Call an op once per sample of a `torch.vmap`; return the stacked outputs and their dimension, 0."""
+    outputs = [
+        operator(*(x if d is None else x.select(d, i) for x, d in zip(arguments, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(outputs[0], Tensor):
+        return torch.stack(outputs), 0
+    return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
 
 
 def _register(ops: Any, name: str, kernel: Callable[..., Any], key: str) -> None:
@@ -161,5 +173,5 @@ def needed_gradients(
 def no_double_backward(ops: Any, ctx: Any, *grads: Tensor) -> None:
     """Raise: the autograd formula of every backward op."""
     raise NotImplementedError(
-        "the ops of gistops are differentiable once; for second derivatives use backend='reference'"
+        "the ops of gistops are differentiable once; for second derivatives use backend='reference' or torch.func"
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..._classifier import Classifier, no_displacements
+from ..._functorch import transforms_active
 from ...backends.chunked.best import join_best
 from ...operators.registry import no_autocast
 
@@ -156,6 +157,6 @@ def _recomputed(
 
     centers, displacements, tau = classifier[:3]
     arguments: tuple[Any, ...] = (input, tau, centers[chunk], displacements, *classifier.mlp, *rest)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or transforms_active():
         return compute(*arguments)
     return checkpoint(compute, *arguments, use_reentrant=False, preserve_rng_state=False)
