@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
+
 from rich.console import Console
+
+#: Controls of the direction of text, which reorder the words around them.
+DIRECTIONS = "\u200e\u200f\u202a-\u202e\u2066-\u2069"
+
+
+def printable(text: str) -> str:
+    r"""Return a text with its control characters and undecodable bytes written out, such as `\x1b` and `\n`.
+
+    Names of files and classes may hold any character. None of these may move the cursor, color or hide other text, begin
+    a line, or be impossible to encode.
+    """
+    if text.isprintable():
+        return text
+    return "".join(map(_written_out, text))
+
+
+def _written_out(character: str) -> str:
+    is_control = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+    if is_control or re.match(f"[{DIRECTIONS}]", character):
+        return character.encode("unicode_escape").decode()
+    return character
 
 
 def say(console: Console, line: str) -> None:
-    """Print a line without colors or wrapping."""
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
+    """Print a line without colors or wrapping. Nothing in it is markup."""
+    console.print(printable(line), highlight=False, soft_wrap=True, markup=False, emoji=False)

@@ -56,16 +56,27 @@ def start(config: Config, console: Console, shared: Path | None = None) -> list[
         except BackboneError as error:
             raise ConfigError("backbone", str(error), repr(config.model.backbone)) from None
     print_results(console, results, data.train_counts, config.run.split_rule)
-    titled = {TITLES[result["method"]]: result for result in results}
-    if distributed.rank():
-        return results
-    if drawn := figures.accuracy_by_size(titled):
-        folder.write("accuracy.png", lambda path: path.write_bytes(drawn))
-    about = f"{describe_data(config, data)}. Seed {config.run.seed}, backbone {config.model.backbone}, torch {torch.__version__}."
-    records = {config.run.name: read_records(folder.path)}
-    folder.write("report.html", lambda path: write_page(path, records, config.run.name, about))
-    say(console, f"written to {folder.path}")
+    if distributed.rank() == 0:
+        write_report(config, data, folder, results, console)
+        say(console, f"written to {folder.path}")
     return results
+
+
+def write_report(
+    config: Config, data: Dataset, folder: RunFolder, results: list[dict[str, Any]], console: Console
+) -> None:
+    """Write accuracy.png and report.html. An error in them, but for that of a disk, is a warning: the models are trained."""
+    titled = {TITLES[result["method"]]: result for result in results}
+    about = f"{describe_data(config, data)}. Seed {config.run.seed}, backbone {config.model.backbone}, torch {torch.__version__}."
+    try:
+        if drawn := figures.accuracy_by_size(titled):
+            folder.write("accuracy.png", lambda path: path.write_bytes(drawn))
+        records = {config.run.name: read_records(folder.path)}
+        folder.write("report.html", lambda path: write_page(path, records, config.run.name, about))
+    except OSError:
+        raise
+    except Exception as error:
+        say(console, f"warning: the report is incomplete: {type(error).__name__}: {error}")
 
 
 def load(config: Config) -> Dataset:

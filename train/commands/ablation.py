@@ -8,6 +8,7 @@ runs share are trained once (`runs/<name>/first-stages/`).
 from __future__ import annotations
 
 import itertools
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.console import Console
 from .. import distributed
 from ..cli import check
 from ..config import Config, ConfigError
-from ..console import say
+from ..console import printable, say
 from ..files import write_atomically
 from ..methods import TITLES
 from ..options import Mark
@@ -66,7 +67,8 @@ def ablate(ablation: Ablation, console: Console) -> int:
         text = table(results, ablation)
         if distributed.rank() == 0:
             write_atomically(folder / "table.md", lambda path, text=text: path.write_text(text))  # type: ignore[misc]
-    say(console, text)
+    for line in text.splitlines():
+        say(console, line)
     say(console, f"written to {folder / 'table.md'}")
     return 0
 
@@ -107,7 +109,7 @@ def table(results: dict[str, dict[int, list[Result]]], config: Config) -> str:
     rows: dict[str, list[Result]] = {}
     for variant, by_seed in results.items():
         for result in itertools.chain.from_iterable(by_seed.values()):
-            title = TITLES[result["method"]] + (variant and f", {variant}")
+            title = TITLES[result["method"]] + (variant and f", {markdown(variant)}")
             rows.setdefault(title, []).append(result)
             for name, accuracy in result.get("accuracy_of", {}).items():
                 rows.setdefault(f"{title}: {name}", []).append(
@@ -116,7 +118,7 @@ def table(results: dict[str, dict[int, list[Result]]], config: Config) -> str:
     seeds = dict.fromkeys(itertools.chain.from_iterable(results.values()))
     lines = [
         f"Test accuracy in %, mean ± standard deviation over seeds {', '.join(map(str, seeds))}; "
-        f"data {Path(config.data.data).name}, split rule {config.run.split_rule}.",
+        f"data {markdown(Path(config.data.data).name)}, split rule {config.run.split_rule}.",
         "",
         "| | overall | " + " | ".join(GROUPS) + " | slot usage, % | image passes |",
         "|---|" + "---|" * (len(GROUPS) + 3),
@@ -126,6 +128,11 @@ def table(results: dict[str, dict[int, list[Result]]], config: Config) -> str:
         cells += [usage(found), f"{found[0]['images']:,}"]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def markdown(name: str) -> str:
+    """Return a name as plain text of a Markdown table. An underscore inside a word is no markup."""
+    return re.sub(r"([\\`*|<\[$]|(?<!\w)_|_(?!\w))", r"\\\1", printable(name))
 
 
 def spread(values: list[float | None]) -> str:

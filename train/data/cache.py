@@ -75,7 +75,7 @@ def _acquire(file: Path) -> int:
             time.sleep(0.05)
             if is_patient and time.monotonic() - began > PATIENCE:
                 is_patient = False
-                print(f"waiting for another process, which holds {file}", file=sys.stderr, flush=True)
+                print(f"waiting for another process, which holds {str(file)!r}", file=sys.stderr, flush=True)
         except BaseException:
             os.close(descriptor)
             raise

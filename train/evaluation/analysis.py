@@ -141,9 +141,11 @@ def feature_map(model: Model, data: Dataset, seed: int) -> dict[str, Any]:
         labels += [k] * len(rows)
     vectors = _constellations(model.head, chosen)
     points = F.normalize(torch.cat([*features, *vectors]).float(), dim=1).cpu()
-    perplexity = min(30.0, max(1.0, (len(points) - 1) / 3))
-    if len(points) < 3:
+    # scikit-learn crashes or raises with points that are equal or not finite, as of a network that has collapsed.
+    spread = (points - points.mean(0)).abs().max()
+    if len(points) < 3 or not points.isfinite().all() or spread < 1e-5:
         return {"classes": [], "samples": [], "vectors": []}
+    perplexity = min(30.0, max(1.0, (len(points) - 1) / 3))
     places = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points.numpy())
     places = places.round(2).tolist()
     samples = [[data.class_names[k], *place] for k, place in zip(labels, places, strict=False)]

@@ -2,48 +2,38 @@
 
 from __future__ import annotations
 
-import functools
 import io
 from collections.abc import Callable
 from math import nan
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findSystemFonts, fontManager, get_font_names
 
 from ..shot_groups import GROUPS
+from . import names
 
 Record = dict[str, Any]
 
-#: Fonts for Chinese class names, which matplotlib's own font cannot draw, and their files.
-CJK_FONTS = {"Noto Sans CJK JP": "NotoSansCJK-Regular.ttc", "WenQuanYi Micro Hei": "wqy-microhei.ttc"}
-
 
 def render(draw: Callable[[Axes], None], width: float = 6.0, height: float = 3.6, **axes: Any) -> bytes:
-    """Render a figure with one pair of axes, on which `draw` plots."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    subplot = figure.add_subplot(**axes)
-    draw(subplot)
-    if subplot.get_legend_handles_labels()[0]:
-        subplot.legend(prop={"family": ["sans-serif", *installed_cjk_fonts()], "size": 8})
-    subplot.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format="png")
+    """Render a figure with one pair of axes, on which `draw` plots. Labels of the legend are plain text, not formulas."""
+    with rc_context({"text.usetex": False}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        subplot = figure.add_subplot(**axes)
+        draw(subplot)
+        if labels := subplot.get_legend_handles_labels()[1]:
+            extra = names.families("".join(labels).replace(names.GUARD, ""))
+            legend = subplot.legend(prop={"family": [*rcParams["font.family"], *extra], "size": 8})
+            for text in legend.get_texts():
+                text.set_parse_math(False)
+                text.set_text(text.get_text().removeprefix(names.GUARD))
+        subplot.grid(alpha=0.3)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=110, format="png")
     return buffer.getvalue()
-
-
-@functools.cache
-def installed_cjk_fonts() -> list[str]:
-    """Return the names in `CJK_FONTS` that are installed."""
-    if CJK_FONTS.keys().isdisjoint(get_font_names()):
-        for file in findSystemFonts():  # matplotlib's own list may be older than the fonts
-            if Path(file).name in CJK_FONTS.values():
-                fontManager.addfont(file)
-    return [name for name in CJK_FONTS if name in get_font_names()]
 
 
 def mean_accuracy_by_size(result: Record) -> list[tuple[float, float]]:
@@ -68,7 +58,9 @@ def accuracy_by_size(results: dict[str, Record]) -> bytes | None:
         return None
 
     def draw(axes: Axes) -> None:
-        for number, (name, result) in enumerate(counted.items()):
+        for number, (name, result) in enumerate(
+            zip(names.labels(list(counted)), counted.values(), strict=True)
+        ):
             color, marker = f"C{number % 10}", "os^vD"[number % 5]
             label = f"{name}, overall {100 * result['accuracy']['overall']:.1f}"
             accuracies = [nan if value is None else 100 * value for value in result["accuracy_per_class"]]
@@ -118,9 +110,9 @@ def slot_usage(epochs: list[Record]) -> bytes | None:
 
     def draw(axes: Axes) -> None:
         usage = list(zip(*(record["slot_usage"] for record in epochs), strict=True))
-        names = ["center", *(f"δ{j}" for j in range(1, len(usage)))]
+        slots = ["center", *(f"δ{j}" for j in range(1, len(usage)))]
         percent = [[100 * share for share in slot] for slot in usage]
-        axes.stackplot(image_passes(epochs), percent, labels=names, alpha=0.8)
+        axes.stackplot(image_passes(epochs), percent, labels=slots, alpha=0.8)
 
     ylabel = f"{epochs[-1]['split']} samples won by each slot (%)"
     return render(draw, xlabel="image passes", ylabel=ylabel, ylim=(0, 100))
@@ -169,11 +161,12 @@ def feature_map(mapped: Record) -> bytes | None:
         return None
 
     def draw(axes: Axes) -> None:
-        for number, name in enumerate(mapped["classes"]):
+        shown = names.labels(mapped["classes"])
+        for number, (name, label) in enumerate(zip(mapped["classes"], shown, strict=True)):
             color = colormaps["tab10"](number % 10)
-            x, y = zip(*[(x, y) for label, x, y in mapped["samples"] if label == name], strict=True)
-            axes.scatter(x, y, s=8, alpha=0.5, color=color, label=name)
-            vectors = [(x, y) for label, _, x, y in mapped["vectors"] if label == name]
+            x, y = zip(*[(x, y) for owner, x, y in mapped["samples"] if owner == name], strict=True)
+            axes.scatter(x, y, s=8, alpha=0.5, color=color, label=label)
+            vectors = [(x, y) for owner, _, x, y in mapped["vectors"] if owner == name]
             if not vectors:
                 continue
             (left, bottom), *displaced = vectors

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
+from ..console import printable
 from ..methods import TITLES
 from ..shot_groups import GROUPS
 from ..training.run_folder import with_current_names
-from . import figures
+from . import figures, names
 from .figures import Record
 from .table import percent
 
-TEMPLATE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+
+def _plain(value: Any) -> Any:
+    """Return a value of the template; a text without control characters. jinja2 escapes the text afterward."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+TEMPLATE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_plain).from_string(
     Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 )
 CAPTIONS = {
@@ -49,7 +59,9 @@ def write_page(path: Path, runs: dict[str, list[Record]], title: str, about: str
                 rows.append({"name": key, "cells": [*cells, f"{result['images']:,}"]})
             epochs = [r for r in records if r["event"] == "epoch" and r["method"] == result["method"]]
             sections.append({"name": name, **_section(epochs, result.get("analysis"))})
-    overview = _embed({"accuracy by size": figures.accuracy_by_size(results)})
+    overview = _embed({"accuracy by size": lambda: figures.accuracy_by_size(results)})
+    if overview and (numbers := names.explanation(list(results))):
+        overview[0]["caption"] += f". {numbers}"
     html = TEMPLATE.render(
         title=title, about=about, groups=GROUPS, rows=rows, overview=overview, sections=sections
     )
@@ -57,24 +69,35 @@ def write_page(path: Path, runs: dict[str, list[Record]], title: str, about: str
 
 
 def _section(epochs: list[Record], analysis: Record | None) -> Record:
-    plots = {
-        "losses": figures.loss_curves(epochs),
-        "accuracies": figures.accuracy_curves(epochs),
-        "slot usage": figures.slot_usage(epochs),
-        "norms": figures.norms_and_temperatures(epochs),
+    plots: dict[str, Callable[[], bytes | None]] = {
+        "losses": lambda: figures.loss_curves(epochs),
+        "accuracies": lambda: figures.accuracy_curves(epochs),
+        "slot usage": lambda: figures.slot_usage(epochs),
+        "norms": lambda: figures.norms_and_temperatures(epochs),
     }
-    if analysis:
-        plots["reliability"] = figures.reliability(analysis["calibration"])
-        plots["feature map"] = figures.feature_map(analysis["map"])
-    return {"figures": _embed(plots), "confusion": analysis["confusion"] if analysis else []}
+    if not analysis:
+        return {"figures": _embed(plots), "confusion": []}
+    plots["reliability"] = lambda: figures.reliability(analysis["calibration"])
+    plots["feature map"] = lambda: figures.feature_map(analysis["map"])
+    drawn = _embed(plots)
+    if numbers := names.explanation(analysis["map"]["classes"]):
+        drawn[-1]["caption"] += f". {numbers}"
+    return {"figures": drawn, "confusion": analysis["confusion"]}
 
 
-def _embed(plots: dict[str, bytes | None]) -> list[Record]:
-    return [
-        {"caption": CAPTIONS[name], "data": base64.b64encode(png).decode()}
-        for name, png in plots.items()
-        if png
-    ]
+def _embed(plots: dict[str, Callable[[], bytes | None]]) -> list[Record]:
+    """Draw the figures. A figure that cannot be drawn is a sentence, because it must not end a run that is trained."""
+    embedded = []
+    for name, draw in plots.items():
+        try:
+            png = draw()
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            embedded.append({"caption": f"{CAPTIONS[name]}. Not drawn: {why}", "data": ""})
+            continue
+        if png:
+            embedded.append({"caption": CAPTIONS[name], "data": base64.b64encode(png).decode()})
+    return embedded
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -83,5 +106,5 @@ def read_records(folder: Path) -> list[Record]:
     Raises:
         OSError, ValueError: the folder has no metrics.jsonl, or it is damaged.
     """
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return with_current_names([json.loads(line) for line in lines])

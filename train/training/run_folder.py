@@ -18,6 +18,7 @@ import torch
 
 from .. import distributed
 from ..config import Config, ConfigError
+from ..console import printable
 from ..files import write_atomically
 from ..options import Mark
 from ..recipes import load_recipe
@@ -72,9 +73,7 @@ class RunFolder:
         except OSError as error:
             raise ConfigError("runs", "a writable folder", f"{config.run.runs} ({error})") from None
         values = {name: value for name, value in config.recorded().items() if value is not None}
-        text = (
-            f"# From the recipe {config.run.recipe}. `--recipe` accepts this file.\n{tomli_w.dumps(values)}"
-        )
+        text = f"# From the recipe {printable(config.run.recipe)}. `--recipe` accepts this file.\n{tomli_w.dumps(values)}"
         self.write(self.config_file.name, lambda path: path.write_text(text))
         return saved
 

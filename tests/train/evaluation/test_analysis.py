@@ -82,6 +82,14 @@ def test_the_map_has_the_samples_and_vectors_of_each_class(method: str, features
     assert found == feature_map(training.model, features, seed=0)
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0, float("nan")])
+def test_a_network_that_collapsed_has_no_map(value: float, features: Dataset) -> None:
+    """Equal features make scikit-learn's t-SNE crash, which no exception handler sees."""
+    model = Trainer("plain", FEATURES, features).model
+    model.features = lambda x: torch.full((len(x), 12), value)  # type: ignore[method-assign]
+    assert feature_map(model, features, seed=0) == {"classes": [], "samples": [], "vectors": []}
+
+
 def test_analysis_does_not_change_the_training(features: Dataset) -> None:
     training = Trainer("gist", FEATURES, features)
     training.step()

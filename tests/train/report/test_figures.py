@@ -1,19 +1,10 @@
-"""Figures of the report: means by class size, and Chinese class names."""
+"""Figures of the report: means by class size."""
 
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
-
 import pytest
-from matplotlib.font_manager import findSystemFonts, fontManager
 
-from train.report.figures import (
-    CJK_FONTS,
-    installed_cjk_fonts,
-    mean_accuracy_by_size,
-    render,
-)
+from train.report.figures import mean_accuracy_by_size
 
 
 def test_accuracy_by_class_size_by_hand() -> None:
@@ -25,16 +16,3 @@ def test_accuracy_by_class_size_by_hand() -> None:
     assert [value for pair in mean_accuracy_by_size(many) for value in pair] == pytest.approx(
         [value for pair in expected for value in pair]
     )
-
-
-def test_chinese_class_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fonts may have been installed after matplotlib made its list of fonts."""
-    there = [file for file in findSystemFonts() if Path(file).name in CJK_FONTS.values()]
-    if not there:
-        pytest.skip(f"none of {', '.join(CJK_FONTS.values())} is installed")
-    monkeypatch.setattr(fontManager, "ttflist", [f for f in fontManager.ttflist if f.fname not in there])
-    installed_cjk_fonts.cache_clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # matplotlib warns about missing glyphs
-        render(lambda axes: axes.plot([0, 1], label="一 is a class"))
-    installed_cjk_fonts.cache_clear()
