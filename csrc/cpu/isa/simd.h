@@ -23,6 +23,7 @@ struct Simd<float> {
   static constexpr int N = GISTOPS_VECTOR_BYTES / 4;
   typedef float V __attribute__((vector_size(GISTOPS_VECTOR_BYTES)));
   typedef int32_t I __attribute__((vector_size(GISTOPS_VECTOR_BYTES)));
+  typedef uint32_t U __attribute__((vector_size(GISTOPS_VECTOR_BYTES)));
   typedef uint8_t Bytes __attribute__((vector_size(GISTOPS_VECTOR_BYTES / 4)));
 };
 
@@ -31,6 +32,7 @@ struct Simd<double> {
   static constexpr int N = GISTOPS_VECTOR_BYTES / 8;
   typedef double V __attribute__((vector_size(GISTOPS_VECTOR_BYTES)));
   typedef int64_t I __attribute__((vector_size(GISTOPS_VECTOR_BYTES)));
+  typedef uint64_t U __attribute__((vector_size(GISTOPS_VECTOR_BYTES)));
   typedef uint8_t Bytes __attribute__((vector_size(GISTOPS_VECTOR_BYTES / 8)));
 };
 

@@ -15,13 +15,15 @@ struct ExpConstants<float> {
   // ln 2 in two parts, so that n * kHigh is exact. Adding kMagic rounds to an integer in the low bits.
   static constexpr float kHigh = 0.693359375f, kLow = -2.12194440e-4f, kMagic = 12582912.0f;
   static constexpr float kSmallest = -87.3f, kLargest = 89.0f;  // x of the smallest normal result, and of infinity
-  static constexpr int kBias = 127, kShift = 23, kTerms = 8;
+  static constexpr unsigned kBias = 127;
+  static constexpr int kShift = 23, kTerms = 8;
 };
 template <>
 struct ExpConstants<double> {
   static constexpr double kHigh = 6.93145751953125e-1, kLow = 1.42860682030941723212e-6, kMagic = 6755399441055744.0;
   static constexpr double kSmallest = -708.0, kLargest = 710.0;
-  static constexpr int kBias = 1023, kShift = 52, kTerms = 14;
+  static constexpr unsigned kBias = 1023;
+  static constexpr int kShift = 52, kTerms = 14;
 };
 
 // e^x = 2^n e^r with |r| <= ln 2 / 2 and the Taylor series of e^r; the error is at most two roundings. A NaN stays NaN,
@@ -29,7 +31,7 @@ struct ExpConstants<double> {
 template <class T>
 GISTOPS_INLINE typename Simd<T>::V exp_of(typename Simd<T>::V x) {
   using V = typename Simd<T>::V;
-  using I = typename Simd<T>::I;
+  using U = typename Simd<T>::U;  // unsigned: the bits of lanes that are discarded below may overflow
   using C = ExpConstants<T>;
   x = x > C::kLargest ? V{} + C::kLargest : x;
   const V rounded = x * static_cast<T>(1.4426950408889634) + C::kMagic;
@@ -37,9 +39,9 @@ GISTOPS_INLINE typename Simd<T>::V exp_of(typename Simd<T>::V x) {
   const V r = (x - n * C::kHigh) - n * C::kLow;
   V sum = V{} + 1;
   for (int term = C::kTerms - 1; term > 0; --term) sum = 1 + sum * r * static_cast<T>(1.0 / term);
-  I power;
+  U power;
   std::memcpy(&power, &rounded, sizeof(power));
-  power = (power << C::kShift) + ((I{} + C::kBias) << C::kShift);
+  power = (power + C::kBias) << C::kShift;
   V scale;
   std::memcpy(&scale, &power, sizeof(scale));
   return x < C::kSmallest ? V{} : sum * scale;
