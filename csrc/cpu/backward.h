@@ -64,7 +64,7 @@ void reduce_shards(const Problem<T>& p, const Input<T>& input, const Gradients& 
     std::copy_n(sums.dd.get(), p.m * p.d, static_cast<T*>(out.displacements));
   }
   if (!out.input) return;
-  torch::stable::parallel_for(0, p.B, 8, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.B, 8, [&](int64_t begin, int64_t end) {
     T* g = sums.g.get() + begin * p.d;
     const int64_t rows = end - begin;
     for (size_t i = 1; i < shards.size(); ++i) {

@@ -19,7 +19,7 @@ void forward(const Problem<T>& p, T* logits, uint8_t* slots, T* center_rnorms, T
                                                  : std::clamp<int64_t>(threads / std::max<int64_t>(blocks.count, 1), 1,
                                                                        std::max<int64_t>(1, p.B / 64));
   const int64_t group_rows = ceil_div(p.B, groups);
-  torch::stable::parallel_for(0, blocks.count * groups, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks.count * groups, 1, [&](int64_t begin, int64_t end) {
     ClassBlock<T> block(p, input, blocks.size, std::min(kBlockRows, p.B));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t k = blocks.begin(task / groups), n = blocks.classes(task / groups);

@@ -17,6 +17,8 @@
 #include <string>
 #include <vector>
 
+#include "../torch_calls.h"
+
 extern "C" {
 // Weak: with a libtorch that lacks these functions, this library still loads, and the ops raise an error.
 __attribute__((weak)) void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*,
@@ -76,8 +78,10 @@ inline torch::stable::Tensor onednn_product(const Matrix<float>& a, const Matrix
       torch::stable::detail::from(std::vector<int64_t>()),
       torch::stable::detail::from(std::optional<std::string>()),
   };
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return explained("a matrix product", [&] {
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  });
 }
 
 inline bool choose_onednn() {

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
+#include <mutex>
 
 #include "problem.h"
 
@@ -15,6 +17,23 @@ constexpr int64_t kLossBlockClasses = 192;  // the same for a loss: as fast, wit
 constexpr int64_t kMinBlockClasses = 64;    // fewer make the matrix product inefficient
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls f(begin, end) for parts of [begin, end) in PyTorch's thread pool. The first exception of a part is rethrown;
+// the stable ABI would lose its message.
+template <class F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  std::exception_ptr error;
+  std::mutex mutex;
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
+    try {
+      f(first, last);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (!error) error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
 
 // The number of threads to use: one per kWorkPerThread multiply-adds, about 40 us.
 constexpr int64_t kWorkPerThread = 1 << 21;
@@ -44,7 +63,7 @@ struct Partition {
   // order of its sums is fixed.
   template <class Run>
   void for_each_block(int64_t workers, Run run) const {
-    torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i)
         for (int64_t b = count * i / workers; b < count * (i + 1) / workers; ++b) run(i, begin(b), classes(b));
     });

@@ -4,7 +4,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
-#include <new>
+#include <stdexcept>
+#include <string>
 
 namespace gistops {
 
@@ -33,7 +34,9 @@ class Scratch {
   static T* allocate(int64_t n) {
     const int64_t bytes = std::max<int64_t>(n, 1) * static_cast<int64_t>(sizeof(T));
     void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-    if (!memory) throw std::bad_alloc();
+    if (!memory)
+      throw std::runtime_error("gistops: out of memory: cannot allocate " + std::to_string(bytes) +
+                               " bytes of scratch memory; a smaller batch needs less");
     return static_cast<T*>(memory);
   }
   int64_t size_;

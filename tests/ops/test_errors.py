@@ -57,16 +57,16 @@ def test_ops_called_directly_are_memory_safe(fused: str) -> None:
     if fused == "triton":
         pytest.skip("Triton's wrappers are Python: no memory is at stake")
     forward, backward = operators(fused)
-    with pytest.raises(RuntimeError, match="expected input"):
+    with pytest.raises(RuntimeError, match="centers: expected shape"):
         forward(x, w[:, :7], delta, tau)
-    with pytest.raises(RuntimeError, match="tau of one element"):
+    with pytest.raises(RuntimeError, match="tau: expected one element"):
         forward(x, w, delta, torch.ones(2))
     with pytest.raises(RuntimeError, match="expected float32"):
         forward(x.long(), w, delta, tau)
     saved = forward(x, w, delta, tau)
-    with pytest.raises(RuntimeError, match="grad: expected the forward's shape"):
+    with pytest.raises(RuntimeError, match="grad: expected .*shape"):
         backward(torch.ones(3, 4), x, w, delta, tau, *saved, True, True, True, True)
-    with pytest.raises(RuntimeError, match="center_rnorms: expected the forward's shape"):
+    with pytest.raises(RuntimeError, match="center_rnorms: expected .*shape"):
         backward(saved[0], x, w, delta, tau, *saved[:2], saved[2].T, saved[3], True, True, True, True)
 
 

@@ -6,18 +6,18 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <limits>
 #include <optional>
+#include <utility>
 
+#include "../../torch_calls.h"
 #include "../backward.h"
 #include "../gemm.h"
 #include "../problem.h"
 
 namespace gistops {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-inline Format format_of(const Tensor& x) {
+inline Format format_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
     case ScalarType::Float: return Format::f32;
     case ScalarType::Double: return Format::f64;
@@ -25,15 +25,12 @@ inline Format format_of(const Tensor& x) {
     case ScalarType::BFloat16: return Format::bf16;
     default: break;
   }
-  STD_TORCH_CHECK(false, "gistops: expected float32, float16, bfloat16 or float64");
+  STD_TORCH_CHECK(false, "gistops: ", name, ": expected float32, float16, bfloat16 or float64, got ",
+                  torch::headeronly::toString(x.scalar_type()));
   return Format::f32;
 }
 
 inline bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
-
-inline Tensor like(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
-  return torch::stable::new_empty(x, sizes, dtype);
-}
 
 template <class T>
 T* data(const Tensor& x) {
@@ -61,25 +58,20 @@ struct Arguments {
 
   Arguments(const Tensor& f, const Tensor& w, const Tensor& delta, const Tensor& t, const OptionalTensor& x = {},
             const OptionalTensor& y = {})
-      : input(torch::stable::contiguous(f)), centers(torch::stable::contiguous(w)), displacements(delta), tau(t),
+      : input(f), centers(w), displacements(delta), tau(t),
         is_float64(is_double(f) || is_double(w) || is_double(delta)),
         compute(is_float64 ? ScalarType::Double : ScalarType::Float) {
-    STD_TORCH_CHECK(blas_available(),
-                    "gistops: this PyTorch exports no BLAS (sgemm_, dgemm_); use backend='reference'");
-    STD_TORCH_CHECK(f.dim() == 2 && (w.dim() == 2 || w.dim() == 3) && delta.dim() == 2 &&
-                        f.size(1) == w.size(w.dim() - 1) && f.size(1) == delta.size(1),
-                    "gistops: expected input [B, d], centers [K, d] or [K, M, d], and displacements [m, d]");
-    STD_TORCH_CHECK(delta.size(0) < 256, "gistops: displacements: expected at most 255, got ", delta.size(0));
-    STD_TORCH_CHECK(w.dim() == 2 || (delta.size(0) == 0 && w.size(1) >= 1 && w.size(1) <= 256),
-                    "gistops: centers: expected sub-centers [K, M, d] with 1 <= M <= 256, and no displacements");
-    STD_TORCH_CHECK(t.numel() == 1, "gistops: expected tau of one element, got ", t.numel());
-    STD_TORCH_CHECK(f.is_cpu() && w.is_cpu() && delta.is_cpu() && t.is_cpu(), "gistops: expected tensors on the CPU");
-    displacements = torch::stable::contiguous(torch::stable::to(displacements, compute));
-    tau = torch::stable::to(tau, compute);
-    if (!x || !y) return;
+    check(f, w, delta, t);
+    input = converted(f, f.scalar_type()), centers = converted(w, w.scalar_type());
+    displacements = converted(delta, compute), tau = converted(t, compute);
+    STD_TORCH_CHECK(x.has_value() == y.has_value(), "gistops: input_coeffs, class_coeffs: expected both or neither");
+    if (!x) return;
     const int64_t slots = x->dim() == 2 ? x->size(1) : 0;
     STD_TORCH_CHECK(w.dim() == 2 && delta.size(0) == 0 && slots >= 1 && slots <= 256,
-                    "gistops: input_coeffs: expected [B, M] with 1 <= M <= 256, centers [K, d], and no displacements");
+                    "gistops: input_coeffs: expected shape [B, M] with 1 <= M <= 256, centers [K, d] and no "
+                    "displacements, got ",
+                    shape_text(x->sizes()), " with centers ", shape_text(w.sizes()), " and displacements ",
+                    shape_text(delta.sizes()));
     input_coeffs = in_compute(*x, {B(), slots}, "input_coeffs");
     class_coeffs = in_compute(*y, {2, slots, K()}, "class_coeffs");
   }
@@ -94,8 +86,8 @@ struct Arguments {
   template <class T>
   Problem<T> problem() const {
     const int64_t d = input.size(1);
-    return {.input = {input.const_data_ptr(), format_of(input), B(), d},
-            .centers = {centers.const_data_ptr(), format_of(centers), K() * (has_subcenters() ? M() : 1), d},
+    return {.input = {input.const_data_ptr(), format_of(input, "input"), B(), d},
+            .centers = {centers.const_data_ptr(), format_of(centers, "centers"), K() * (has_subcenters() ? M() : 1), d},
             .delta = values<T>(displacements),
             .transform = has_subcenters() ? Transform::subcenter
                          : input_coeffs   ? Transform::rotation
@@ -119,18 +111,57 @@ struct Arguments {
   // Returns x, checked and contiguous.
   Tensor checked(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype,
                  const char* name) const {
-    bool fits = x.is_cpu() && x.dim() == static_cast<int64_t>(sizes.size()) && x.scalar_type() == dtype;
-    for (size_t e = 0; fits && e < sizes.size(); ++e) fits = x.size(static_cast<int64_t>(e)) == sizes[e];
-    STD_TORCH_CHECK(fits, "gistops: ", name, ": expected the forward's shape, dtype and device (csrc/schema.cpp)");
-    return torch::stable::contiguous(x);
+    check_sizes(x, sizes, name);
+    STD_TORCH_CHECK(x.scalar_type() == dtype, "gistops: ", name, ": expected ", torch::headeronly::toString(dtype),
+                    ", got ", torch::headeronly::toString(x.scalar_type()));
+    return converted(x, dtype);
   }
 
   // Returns x in the dtype of computation, checked and contiguous.
   Tensor in_compute(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, const char* name) const {
-    return checked(torch::stable::to(x, compute), sizes, compute, name);
+    check_sizes(x, sizes, name);
+    format_of(x, name);
+    return converted(x, compute);
   }
   OptionalTensor per_class(const OptionalTensor& x, const char* name) const {
     return x ? OptionalTensor(in_compute(*x, {K()}, name)) : OptionalTensor();
+  }
+
+ private:
+  static void check(const Tensor& f, const Tensor& w, const Tensor& delta, const Tensor& t) {
+    STD_TORCH_CHECK(blas_available(),
+                    "gistops: this PyTorch exports no BLAS (sgemm_, dgemm_); use backend='reference'");
+    const std::pair<const Tensor*, const char*> tensors[] = {
+        {&f, "input"}, {&w, "centers"}, {&delta, "displacements"}, {&t, "tau"}};
+    for (const auto& [x, name] : tensors) {
+      check_device(*x, name);
+      format_of(*x, name);
+    }
+    STD_TORCH_CHECK(f.dim() == 2 && f.size(1) >= 1, "gistops: input: expected shape [B, d] with d >= 1, got ",
+                    shape_text(f.sizes()));
+    const int64_t d = f.size(1);
+    STD_TORCH_CHECK((w.dim() == 2 || w.dim() == 3) && w.size(w.dim() - 1) == d, "gistops: centers: expected shape [K, ",
+                    d, "] or [K, M, ", d, "], got ", shape_text(w.sizes()));
+    STD_TORCH_CHECK(delta.dim() == 2 && delta.size(1) == d, "gistops: displacements: expected shape [m, ", d, "], got ",
+                    shape_text(delta.sizes()));
+    STD_TORCH_CHECK(delta.size(0) < 256, "gistops: displacements: expected at most 255 rows, got ", delta.size(0));
+    STD_TORCH_CHECK(w.dim() == 2 || (delta.size(0) == 0 && w.size(1) >= 1 && w.size(1) <= 256),
+                    "gistops: centers: expected sub-centers [K, M, d] with 1 <= M <= 256 and no displacements, got ",
+                    shape_text(w.sizes()), " with displacements ", shape_text(delta.sizes()));
+    STD_TORCH_CHECK(t.numel() == 1, "gistops: tau: expected one element, got shape ", shape_text(t.sizes()));
+    constexpr int64_t kMost = std::numeric_limits<int>::max();  // BLAS takes int
+    STD_TORCH_CHECK(f.size(0) <= kMost && w.size(0) <= kMost && d <= kMost, "gistops: expected B, K and d up to ",
+                    kMost, ", got input ", shape_text(f.sizes()), " and centers ", shape_text(w.sizes()));
+  }
+
+  static void check_device(const Tensor& x, const char* name) {
+    STD_TORCH_CHECK(x.is_cpu(), "gistops: ", name, ": expected a tensor on the CPU");
+  }
+
+  static void check_sizes(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, const char* name) {
+    check_device(x, name);
+    STD_TORCH_CHECK(std::equal(x.sizes().begin(), x.sizes().end(), sizes.begin(), sizes.end()), "gistops: ", name,
+                    ": expected shape ", shape_text(sizes), ", got ", shape_text(x.sizes()));
   }
 };
 
@@ -156,7 +187,7 @@ struct GradientTensors {
             .class_coeffs = a.class_coeffs ? class_coeffs.mutable_data_ptr() : nullptr} {}
 
   static Tensor make(bool needed, const Tensor& x, ScalarType dtype) {
-    return needed ? torch::stable::new_empty(x, x.sizes(), dtype) : torch::stable::new_empty(x, {0}, x.scalar_type());
+    return needed ? empty_on_device_of(x, x.sizes(), dtype) : empty_on_device_of(x, {0}, x.scalar_type());
   }
 };
 

@@ -24,13 +24,13 @@ struct LossCall {
            const OptionalTensor& class_bias, const OptionalTensor& input_coeffs, const OptionalTensor& class_coeffs,
            const Tensor& y, const OptionalTensor& class_weight, int64_t ignore_index)
       : a(input, centers, displacements, tau, input_coeffs, class_coeffs), bias(a.per_class(class_bias, "class_bias")),
-        weight(a.per_class(class_weight, "weight")), target(like(a.input, {a.B()}, ScalarType::Long)),
+        weight(a.per_class(class_weight, "weight")), target(empty_on_device_of(a.input, {a.B()}, ScalarType::Long)),
         displacements_dtype(displacements.scalar_type()), tau_dtype(tau.scalar_type()),
         bias_dtype(class_bias ? class_bias->scalar_type() : a.compute) {
     const Tensor given = a.checked(y, {a.B()}, ScalarType::Long, "target");
     for (int64_t i = 0; i < a.B(); ++i) {
       const int64_t k = values<int64_t>(given)[i];
-      STD_TORCH_CHECK(k == ignore_index || (k >= 0 && k < a.K()), "target: expected 0 to ", a.K() - 1,
+      STD_TORCH_CHECK(k == ignore_index || (k >= 0 && k < a.K()), "gistops: target: expected 0 to ", a.K() - 1,
                       " or ignore_index ", ignore_index, ", got ", k, " at position ", i);
       data<int64_t>(target)[i] = k == ignore_index ? -1 : k;
     }
@@ -45,15 +45,17 @@ struct LossCall {
   template <class T>
   Stash<T> stash_in(const Problem<T>& p, const Tensor* stash) const {
     if (!stash) return {};
-    STD_TORCH_CHECK(stash->is_cpu() && stash->is_contiguous() && stash->numel() == a.centers.numel() &&
-                        stash->scalar_type() == a.centers.scalar_type(),
-                    "gistops: stash: expected a contiguous tensor of the shape and dtype of centers");
+    a.checked(*stash, a.centers.sizes(), a.centers.scalar_type(), "stash");
+    STD_TORCH_CHECK(
+        stash->is_contiguous() && reinterpret_cast<uintptr_t>(stash->const_data_ptr()) % alignof(double) == 0,
+        "gistops: stash: expected contiguous memory at a multiple of ", alignof(double), " bytes");
     return {p, stash->mutable_data_ptr()};
   }
 
   Parts forward(const Tensor* stash) const {
-    const Tensor lse_others = like(a.input, {a.B()}, a.compute), target_logits = like(a.input, {a.B()}, a.compute),
-                 weighted_sums = like(a.input, {weight ? a.B() : 0}, a.compute);
+    const Tensor lse_others = empty_on_device_of(a.input, {a.B()}, a.compute),
+                 target_logits = empty_on_device_of(a.input, {a.B()}, a.compute),
+                 weighted_sums = empty_on_device_of(a.input, {weight ? a.B() : 0}, a.compute);
     a.dispatch([&]<class T>(T) {
       const Problem<T> p = a.problem<T>();
       cross_entropy_forward(p, loss<T>(), stash_in(p, stash), data<T>(lse_others), data<T>(target_logits),
@@ -69,7 +71,7 @@ struct LossCall {
                  grad_lse = a.checked(grad_lse_others, {a.B()}, a.compute, "grad_lse_others"),
                  grad_target = a.checked(grad_target_logits, {a.B()}, a.compute, "grad_target_logits"),
                  grad_sums = a.checked(grad_weighted_sums, {weight ? a.B() : 0}, a.compute, "grad_weighted_sums"),
-                 grad_bias = like(a.input, {need_bias && bias ? a.K() : 0}, a.compute);
+                 grad_bias = empty_on_device_of(a.input, {need_bias && bias ? a.K() : 0}, a.compute);
     const GradientTensors g(a, need_input, need_centers, need_displacements, need_tau, stash);
     a.dispatch([&]<class T>(T) {
       const Problem<T> p = a.problem<T>();
@@ -82,9 +84,9 @@ struct LossCall {
     });
     return {g.input,
             g.centers,
-            torch::stable::to(g.displacements, displacements_dtype),
-            torch::stable::to(g.tau, tau_dtype),
-            torch::stable::to(grad_bias, bias_dtype),
+            converted(g.displacements, displacements_dtype),
+            converted(g.tau, tau_dtype),
+            converted(grad_bias, bias_dtype),
             g.input_coeffs,
             g.class_coeffs};
   }

@@ -14,16 +14,16 @@ namespace {
 
 // No displacements, [0, d].
 Tensor no_displacements(const Tensor& input) {
-  return like(input, {0, input.dim() == 2 ? input.size(1) : 0}, input.scalar_type());
+  return empty_on_device_of(input, {0, input.dim() == 2 ? input.size(1) : 0}, input.scalar_type());
 }
 
 using Logits = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Logits logits_and_norms(const Arguments& a) {
-  const Tensor logits = like(a.input, {a.B(), a.K()}, a.compute),
-               slots = like(a.input, {a.B(), a.K()}, ScalarType::Byte),
-               center_rnorms = like(a.input, {a.M(), a.K()}, a.compute),
-               input_rnorms = like(a.input, {a.B()}, a.compute);
+  const Tensor logits = empty_on_device_of(a.input, {a.B(), a.K()}, a.compute),
+               slots = empty_on_device_of(a.input, {a.B(), a.K()}, ScalarType::Byte),
+               center_rnorms = empty_on_device_of(a.input, {a.M(), a.K()}, a.compute),
+               input_rnorms = empty_on_device_of(a.input, {a.B()}, a.compute);
   a.dispatch([&]<class T>(T) {
     forward(a.problem<T>(), data<T>(logits), data<uint8_t>(slots), data<T>(center_rnorms), data<T>(input_rnorms));
   });
@@ -31,12 +31,13 @@ Logits logits_and_norms(const Arguments& a) {
 }
 
 GradientTensors logits_gradients(const Arguments& a, const Tensor& grad, const Tensor& logits, const Tensor& slots,
-                                 const Tensor& center_rnorms, bool need_input, bool need_centers,
-                                 bool need_displacements, bool need_tau) {
+                                 const Tensor& center_rnorms, const Tensor& input_rnorms, bool need_input,
+                                 bool need_centers, bool need_displacements, bool need_tau) {
   const Tensor G = a.checked(grad, {a.B(), a.K()}, a.compute, "grad"),
                z = a.checked(logits, {a.B(), a.K()}, a.compute, "logits"),
                j = a.checked(slots, {a.B(), a.K()}, ScalarType::Byte, "slots"),
                R = a.checked(center_rnorms, {a.M(), a.K()}, a.compute, "center_rnorms");
+  a.checked(input_rnorms, {a.B()}, a.compute, "input_rnorms");  // not used here, but part of the forward's result
   const GradientTensors gradients(a, need_input, need_centers, need_displacements, need_tau);
   a.dispatch([&]<class T>(T) {
     backward(a.problem<T>(), values<T>(G), values<T>(z), values<uint8_t>(j), values<T>(R), gradients.out);
@@ -52,13 +53,14 @@ Logits logits_forward(const Tensor& input, const Tensor& centers, const Tensor& 
 std::tuple<Tensor, Tensor, Tensor, Tensor> logits_backward(const Tensor& grad, const Tensor& input,
                                                            const Tensor& centers, const Tensor& displacements,
                                                            const Tensor& tau, const Tensor& logits, const Tensor& slots,
-                                                           const Tensor& center_rnorms, const Tensor& /*input_rnorms*/,
+                                                           const Tensor& center_rnorms, const Tensor& input_rnorms,
                                                            bool need_input, bool need_centers, bool need_displacements,
                                                            bool need_tau, bool /*allow_tf32*/) {
-  const GradientTensors g = logits_gradients(Arguments(input, centers, displacements, tau), grad, logits, slots,
-                                             center_rnorms, need_input, need_centers, need_displacements, need_tau);
-  return {g.input, g.centers, torch::stable::to(g.displacements, displacements.scalar_type()),
-          torch::stable::to(g.tau, tau.scalar_type())};
+  const GradientTensors g =
+      logits_gradients(Arguments(input, centers, displacements, tau), grad, logits, slots, center_rnorms, input_rnorms,
+                       need_input, need_centers, need_displacements, need_tau);
+  return {g.input, g.centers, converted(g.displacements, displacements.scalar_type()),
+          converted(g.tau, tau.scalar_type())};
 }
 
 Logits subcenter_forward(const Tensor& input, const Tensor& centers, const Tensor& tau, bool /*allow_tf32*/) {
@@ -67,12 +69,13 @@ Logits subcenter_forward(const Tensor& input, const Tensor& centers, const Tenso
 
 std::tuple<Tensor, Tensor, Tensor> subcenter_backward(const Tensor& grad, const Tensor& input, const Tensor& centers,
                                                       const Tensor& tau, const Tensor& logits, const Tensor& slots,
-                                                      const Tensor& center_rnorms, const Tensor& /*input_rnorms*/,
+                                                      const Tensor& center_rnorms, const Tensor& input_rnorms,
                                                       bool need_input, bool need_centers, bool need_tau,
                                                       bool /*allow_tf32*/) {
-  const GradientTensors g = logits_gradients(Arguments(input, centers, no_displacements(input), tau), grad, logits,
-                                             slots, center_rnorms, need_input, need_centers, false, need_tau);
-  return {g.input, g.centers, torch::stable::to(g.tau, tau.scalar_type())};
+  const GradientTensors g =
+      logits_gradients(Arguments(input, centers, no_displacements(input), tau), grad, logits, slots, center_rnorms,
+                       input_rnorms, need_input, need_centers, false, need_tau);
+  return {g.input, g.centers, converted(g.tau, tau.scalar_type())};
 }
 
 Logits rotation_forward(const Tensor& input, const Tensor& centers, const Tensor& tau, const Tensor& input_coeffs,
@@ -83,18 +86,19 @@ Logits rotation_forward(const Tensor& input, const Tensor& centers, const Tensor
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rotation_backward(
     const Tensor& grad, const Tensor& input, const Tensor& centers, const Tensor& tau, const Tensor& input_coeffs,
     const Tensor& class_coeffs, const Tensor& logits, const Tensor& slots, const Tensor& center_rnorms,
-    const Tensor& /*input_rnorms*/, bool need_input, bool need_centers, bool need_tau, bool /*allow_tf32*/) {
+    const Tensor& input_rnorms, bool need_input, bool need_centers, bool need_tau, bool /*allow_tf32*/) {
   const GradientTensors g =
       logits_gradients(Arguments(input, centers, no_displacements(input), tau, input_coeffs, class_coeffs), grad,
-                       logits, slots, center_rnorms, need_input, need_centers, false, need_tau);
-  return {g.input, g.centers, torch::stable::to(g.tau, tau.scalar_type()), g.input_coeffs, g.class_coeffs};
+                       logits, slots, center_rnorms, input_rnorms, need_input, need_centers, false, need_tau);
+  return {g.input, g.centers, converted(g.tau, tau.scalar_type()), g.input_coeffs, g.class_coeffs};
 }
 
 Tensor center_norms_op(const Tensor& centers, const Tensor& displacements) {
   const int64_t d = centers.dim() > 0 ? centers.size(centers.dim() - 1) : 0;
-  const Arguments a(like(centers, {0, d}, centers.scalar_type()), centers, displacements,
-                    torch::stable::fill_(like(centers, {1}, ScalarType::Float), 1.0));
-  const Tensor norms = like(centers, {a.M(), a.K()}, a.compute);
+  STD_TORCH_CHECK(d >= 1, "gistops: centers: expected shape [K, d] with d >= 1, got ", shape_text(centers.sizes()));
+  const Arguments a(empty_on_device_of(centers, {0, d}, centers.scalar_type()), centers, displacements,
+                    torch::stable::fill_(empty_on_device_of(centers, {1}, ScalarType::Float), 1.0));
+  const Tensor norms = empty_on_device_of(centers, {a.M(), a.K()}, a.compute);
   a.dispatch([&]<class T>(T) { center_norms(a.problem<T>(), data<T>(norms)); });
   return norms;
 }
@@ -103,7 +107,8 @@ std::tuple<Tensor, Tensor> frozen_logits(const Tensor& input, const Tensor& cent
                                          const Tensor& tau, const Tensor& norms) {
   const Arguments a(input, centers, displacements, tau);
   const Tensor known = a.in_compute(norms, {a.M(), a.K()}, "norms");
-  const Tensor logits = like(input, {a.B(), a.K()}, a.compute), slots = like(input, {a.B(), a.K()}, ScalarType::Byte);
+  const Tensor logits = empty_on_device_of(input, {a.B(), a.K()}, a.compute),
+               slots = empty_on_device_of(input, {a.B(), a.K()}, ScalarType::Byte);
   a.dispatch([&]<class T>(T) {
     Problem<T> p = a.problem<T>();
     p.norms = values<T>(known);
@@ -120,8 +125,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_op(const Tensor& input, const Te
   const Arguments a(input, centers, displacements, tau, input_coeffs, class_coeffs);
   const OptionalTensor bias = a.per_class(class_bias, "class_bias");
   STD_TORCH_CHECK(k >= 1 && k <= a.K(), "gistops: k: expected 1 to ", a.K(), ", got ", k);
-  const Tensor top_values = like(input, {a.B(), k}, a.compute), classes = like(input, {a.B(), k}, ScalarType::Long),
-               slots = like(input, {a.B(), k}, ScalarType::Byte), lse = like(input, {need_lse ? a.B() : 0}, a.compute);
+  const Tensor top_values = empty_on_device_of(input, {a.B(), k}, a.compute),
+               classes = empty_on_device_of(input, {a.B(), k}, ScalarType::Long),
+               slots = empty_on_device_of(input, {a.B(), k}, ScalarType::Byte),
+               lse = empty_on_device_of(input, {need_lse ? a.B() : 0}, a.compute);
   if (norms) norms = a.in_compute(*norms, {a.M(), a.K()}, "norms");
   a.dispatch([&]<class T>(T) {
     Problem<T> p = a.problem<T>();
