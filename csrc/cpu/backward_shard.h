@@ -123,7 +123,10 @@ class BackwardShard {
   std::vector<Pair> cancelled_pairs() const {
     std::vector<Pair> pairs;
     const SlotMatrix<T> r = source_.r();
-    const auto square = [&](int64_t j, int64_t c) { return 1 / (r.data[j * r.ld + c] * r.data[j * r.ld + c]); };
+    const auto square = [&](int64_t j, int64_t c) {
+      const T rnorm = r.data[j * r.ld + c];
+      return is_clamped(rnorm) ? 0 : 1 / (rnorm * rnorm);  // a clamped norm hides the square
+    };
     for (int64_t j = 1; j <= p_.m; ++j)
       for (int64_t c = 0; c < n_; ++c)
         if (cancels(square(j, c), square(0, c), input_.delta_squares[j - 1])) pairs.push_back({c, j});

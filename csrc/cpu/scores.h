@@ -33,7 +33,7 @@ class Input {
   void compute() const {
     constexpr int64_t kGrain = 16;  // rows that a thread converts, then reads again from its own cache
     const int64_t grains_per_thread = ceil_div(kWorkPerThread, kGrain * p_.d * p_.M);
-    torch::stable::parallel_for(0, ceil_div(p_.B, kGrain), grains_per_thread, [&](int64_t first, int64_t last) {
+    parallel_for(0, ceil_div(p_.B, kGrain), grains_per_thread, [&](int64_t first, int64_t last) {
       T squares[kGrain];
       for (int64_t begin = first * kGrain; begin < std::min(last * kGrain, p_.B); begin += kGrain) {
         const int64_t n = std::min(kGrain, p_.B - begin);
@@ -153,20 +153,35 @@ class ClassBlock {
     for (int64_t j = 1; j < p_.M; ++j) std::copy_n(r_.get(), n_, r_.get() + j * size_);
   }
 
-  // From |w + delta|^2 = |w|^2 + 2 w.delta + |delta|^2.
+  // From |w + delta|^2 = |w|^2 + 2 w.delta + |delta|^2, or from w + delta itself for classes with a cancelled pair. The
+  // backward decides from these norms which pairs have cancelled, so they must be exact before any score is.
   void translation_norms() {
     for (int64_t k = 0; k < n_; ++k) {
       r_[k] = clamped_rnorm(squares_[k]);
-      bool cancelled = false;
+      bool cancelled = false, has_nan = false;
       for (int64_t j = 1; j <= p_.m; ++j) {
         const T delta_square = input_.delta_squares[j - 1];
         const T square = squares_[k] + delta_square + 2 * dots_[k * p_.m + j - 1];
         r_[j * size_ + k] = clamped_rnorm(square);
         cancelled |= cancels(square, squares_[k], delta_square);
-        if (std::isnan(square) || !std::isfinite(delta_square)) set_nan(k);
+        has_nan |= std::isnan(square) || !std::isfinite(delta_square);
       }
-      if (cancelled) cancelled_.push_back(k);
+      if (has_nan) set_nan(k);
+      if (cancelled && !has_nan) cancelled_.push_back(k);
     }
+    if (cancelled_.empty()) return;
+    Scratch<T> u(p_.M * p_.d), squares(p_.M);
+    for (const int64_t k : cancelled_) {
+      load_slots(k, u);
+      kernels<T>().dots(u.get(), p_.M, p_.d, u.get(), 0, squares.get(), nullptr, 0);
+      for (int64_t j = 0; j < p_.M; ++j) r_[j * size_ + k] = clamped_rnorm(squares[j]);
+    }
+  }
+
+  // Writes w_k + delta_j for all slots j to u [M, d].
+  void load_slots(int64_t k, const Scratch<T>& u) const {
+    for (int64_t j = 0; j < p_.M; ++j)
+      for (int64_t e = 0; e < p_.d; ++e) u[j * p_.d + e] = w_[k * p_.d + e] + (j ? p_.delta[(j - 1) * p_.d + e] : 0);
   }
 
   // Gives slot 0 of class k a NaN, which the comparisons of the maximum keep; they would drop a NaN of a slot j >= 1.
@@ -185,13 +200,9 @@ class ClassBlock {
   void score_cancelled(const T* f, const T* scale, const ScoreBlock<T>& out) {
     if (cancelled_.empty()) return;
     const int64_t M = p_.M;
-    Scratch<T> u(M * p_.d), squares(M), scores(out.rows * M);
+    Scratch<T> u(M * p_.d), scores(out.rows * M);
     for (const int64_t k : cancelled_) {
-      for (int64_t j = 0; j < M; ++j)
-        for (int64_t e = 0; e < p_.d; ++e) u[j * p_.d + e] = w_[k * p_.d + e] + (j ? p_.delta[(j - 1) * p_.d + e] : 0);
-      kernels<T>().dots(u.get(), M, p_.d, u.get(), 0, squares.get(), nullptr, 0);
-      for (int64_t j = 0; j < M; ++j)
-        if (!std::isnan(r_[k])) r_[j * size_ + k] = clamped_rnorm(squares[j]);
+      load_slots(k, u);
       kernels<T>().dots(f, out.rows, p_.d, u.get(), M, nullptr, scores.get(), M);
       for (int64_t i = 0; i < out.rows; ++i) {
         T best = scores[i * M] * r_[k];

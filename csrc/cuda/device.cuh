@@ -91,10 +91,11 @@ __device__ __forceinline__ S clamped_rnorm(S square) {
 
 // Return true if square = |w|^2 + 2 w.delta + |delta|^2 has lost more digits to cancellation than the sum of a long
 // vector loses to rounding. A cancelled pair (k, j) is computed from the elements of w_k + delta_j instead, and its
-// reciprocal norm is stored with a minus sign, so that the backward finds it.
+// reciprocal norm is stored with a minus sign, so that the backward finds it. A NaN, as the difference of two infinite
+// squares is, counts as cancelled.
 template <class S>
 __device__ __forceinline__ bool cancels(S square, S w_square, S delta_square) {
-  return square < (w_square + delta_square) * S(1.0 / 8);
+  return !(square >= (w_square + delta_square) * S(1.0 / 8));
 }
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

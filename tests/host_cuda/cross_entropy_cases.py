@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gistops._classifier import Classifier, LossOptions
 from gistops.backends import reference
+from tests.ops import test_cancellation as cancellation
 from tests.ops.oracle import Sample, allowed, error, leaves, plain, scores
 
 from .host_cross_entropy import HostLoss
@@ -130,6 +131,17 @@ def test_loss_of_centers_that_a_displacement_nearly_cancels(
     m: int, dtype: torch.dtype, module: Any, seed: int
 ) -> None:
     check(Sample(37, 129, 24, m, dtype, dtype, dtype), {}, True, module, seed, near=1e-3)
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "recomputed"])
+def test_loss_of_centers_that_a_displacement_cancels_to_any_degree(
+    keep: bool, module: Any, seed: int
+) -> None:
+    for closeness in cancellation.CLOSENESS:
+        tensors, target = cancellation.sample(20, 24, closeness, seed)
+        ours = HostLoss(module, tensors, target, keep, reduction="sum")
+        gradients = ours.gradients(torch.ones(()), None)[:4]
+        cancellation.assert_close([ours.loss, *gradients], tensors, target)
 
 
 def test_loss_of_targets_out_of_range(module: Any, seed: int) -> None:

@@ -73,7 +73,7 @@ def _coarsest(*dtypes: torch.dtype) -> torch.dtype:
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("closeness", [1e-1, 1e-3, 1e-6])
+@pytest.mark.parametrize("closeness", [1e-1, 1e-3, 1e-5, 1e-6, 1e-7, 0.0])
 def test_centers_that_a_displacement_nearly_cancels(closeness: float, backend: str, seed: int) -> None:
     """The sums of the fused form lose all digits where w_k + δ_j is close to zero, and must not be used."""
     tensors = Sample(37, 129, 24, 3).tensors(seed)
@@ -106,7 +106,10 @@ def test_other_processors(choice: str, request: pytest.FixtureRequest) -> None:
     folder = Path(__file__).parent
     files = [
         __file__,
-        *(str(folder / f"test_{name}.py") for name in ("loss", "topk", "subcenter", "rotation")),
+        *(
+            str(folder / f"test_{name}.py")
+            for name in ("loss", "topk", "subcenter", "rotation", "cancellation")
+        ),
     ]
     command = [
         sys.executable,

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gistops
+from tests.ops import test_cancellation as cancellation
 from tests.ops import test_loss as loss
 from tests.ops import test_loss_torch as in_torch
 from tests.ops.loss_oracle import OPTIONS, Call, Options, gradients
@@ -134,6 +135,18 @@ def test_pairs_that_cancel(held: bool, tiles: str, monkeypatch: pytest.MonkeyPat
     for value, expected in zip(made, truth, strict=True):
         assert value.isfinite().all()
         assert error(value, expected) <= 2e-4 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_pairs_that_cancel_to_any_degree(held: bool, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    if not held:
+        monkeypatch.setattr(eager_loss, "MAX_KEPT_BYTES", 0)
+        monkeypatch.setattr(kernels, "CHUNK_ELEMENTS", 1)
+    for closeness in cancellation.CLOSENESS:
+        tensors, target = cancellation.sample(20, 24, closeness, seed)
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        value = cancellation.loss_of(leaves, target, "triton")
+        cancellation.assert_close([value, *torch.autograd.grad(value, leaves)], tensors, target)
 
 
 def test_zero_vectors(seed: int) -> None:

@@ -38,6 +38,7 @@ def signed_rnorm(center_square, product, displacement_square):
     """
     sum_of_squares = center_square + displacement_square
     square = sum_of_squares + 2.0 * product
-    cancelled = square < sum_of_squares * 0.125
+    # A NaN, as the difference of two infinite squares is, has cancelled too. A NaN of the vectors themselves stays.
+    cancelled = (sum_of_squares == sum_of_squares) & ((square >= sum_of_squares * 0.125) == 0)
     one = tl.full(square.shape, 1.0, square.dtype)
     return tl.where(cancelled, -one, clamped_rnorm(tl.where(cancelled, one, square)))
