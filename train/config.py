@@ -102,7 +102,7 @@ class DataConfig(Section):
     #: Side in pixels of the squares that image files are cropped and resized to when they are decoded, and
     #: that characters are rendered at. Done once; the result is kept in --cache.
     image_size: int = 64
-    #: Stop at image files that cannot be read, or skip them with a warning. Both name the files.
+    #: Stop at image files and class folders that cannot be read, or skip them with a warning. Both name them.
     unreadable: Literal["stop", "skip"] = "stop"
     #: Folder of decoded and rendered images; ~/.cache/gistops/images if not given.
     cache: str = option("", Mark.UNRECORDED)

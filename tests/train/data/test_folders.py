@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from train.__main__ import main
@@ -40,6 +41,14 @@ def test_images_are_sorted_by_path_and_subfolders_belong_to_the_class(tmp_path: 
     images, left_out = found(tmp_path / "set")
     assert left_out == []
     assert images == [f"{name} {name.split('/')[0]}" for name in map(str, sorted(map(Path, names)))]
+
+
+def test_composed_and_decomposed_accents_are_one_class(tree: Path, cache: str) -> None:
+    (tree / "train" / "ant").rename(tree / "train" / "\u00e9t\u00e9")
+    (tree / "val" / "ant").rename(tree / "val" / "e\u0301te\u0301")
+    data = load(DataConfig(data=str(tree), image_size=8, cache=cache))
+    assert data.class_names == ["bee", "cat", "\u00e9t\u00e9"]
+    assert torch.bincount(data.y_test).tolist() == [1, 1, 1]
 
 
 def test_hidden_entries_are_neither_classes_nor_images(tree: Path) -> None:

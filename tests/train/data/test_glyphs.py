@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from fontTools.ttLib import TTFont
 from PIL import Image
 
 from train.__main__ import main
@@ -21,7 +22,7 @@ from train.data.glyphs import dataset as glyphs
 from train.data.glyphs.characters import character_frequencies, word_list
 from train.data.glyphs.dataset import load_glyphs
 from train.data.glyphs.drawing import SUPERSAMPLING, Variation, fit_to_square, render_ink
-from train.data.glyphs.faces import FAMILIES, Face, find_faces, system_fonts
+from train.data.glyphs.faces import FAMILIES, Face, check_coverage, find_faces, system_fonts
 from train.data.glyphs.plan import Rule, plan_training, training_counts
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -128,6 +129,22 @@ def test_duplicate_faces_are_left_out(tmp_path: Path) -> None:
     assert same(first, twice, "train", "val", "test")
     assert any(note.startswith("left out: 0 duplicate faces") for note in first.notes), first.notes
     assert any(note.startswith("left out: 1 duplicate faces") for note in twice.notes), twice.notes
+
+
+def test_a_damaged_glyph_is_left_out(tmp_path: Path) -> None:
+    """FreeType raises an error when it draws the glyph, not when it opens the font."""
+    font = TTFont(FONTS / "DejaVuSans.ttf")
+    start = font["loca"].locations[font.getGlyphID(font.getBestCmap()[ord("B")])]
+    content = bytearray((FONTS / "DejaVuSans.ttf").read_bytes())
+    position = font.reader.tables["glyf"].offset + start
+    content[position : position + 2] = b"\x7f\xff"  # the number of contours
+    (tmp_path / "damaged.ttf").write_bytes(content)
+    [face] = find_faces([tmp_path / "damaged.ttf"], ["DejaVu Sans"])
+    with pytest.raises(OSError, match="invalid outline"):
+        render_ink(face.open(32), "B")
+    covered = check_coverage(face, list("ABC"), 32)
+    assert covered.present == [True, False, True]
+    assert covered.num_blank == 1
 
 
 def test_images_are_drawn_once(tmp_path: Path) -> None:

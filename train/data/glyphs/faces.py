@@ -120,7 +120,11 @@ def check_coverage(face: Face, characters: Sequence[str], em: int) -> Coverage:
 
 
 def _image_digest(font: ImageFont.FreeTypeFont, character: str) -> bytes:
-    image = render_ink(font, character)
+    """Return a checksum of the character's image; an empty one for a glyph that is blank or damaged."""
+    try:
+        image = render_ink(font, character)
+    except OSError:  # as FreeType's errors are raised
+        return b""
     if image is None:
         return b""
     return hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()

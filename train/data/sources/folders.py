@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,8 @@ class _Walk:
 
     def _read_class(self, folder: Path) -> None:
         before = len(self.images), self._suffixes.copy(), len(self.unreadable)
-        self._read(folder, folder.name, {_identity(self.root)})
+        # The file system of macOS decomposes accents, so that a name may differ between the copies of two splits.
+        self._read(folder, unicodedata.normalize("NFC", folder.name), {_identity(self.root)})
         if len(self.images) == before[0] and len(self.unreadable) == before[2]:
             others = self._suffixes - before[1]
             content = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(SHOWN))
