@@ -9,15 +9,13 @@ from __future__ import annotations
 import sys
 import warnings
 
-from rich.console import Console
-
 from .cli import parse, parse_run, program
 from .commands.ablation import Ablation, ablate
 from .commands.doctor import Doctor, examine
 from .commands.features import Features, extract
 from .commands.report import compare
 from .config import ConfigError
-from .console import say
+from .console import open_console, say
 from .distributed import init_process_group, rank
 from .run import start
 from .training.stopping import EXIT_CODE, Stopped, handle_sigterm
@@ -48,7 +46,7 @@ def main(args: list[str] | None = None) -> int:
 
 def dispatch(args: list[str]) -> int:
     """Run the command that the first word names. Rank 0 alone writes to the console."""
-    console = Console(quiet=rank() > 0)
+    console = open_console(quiet=rank() > 0)
     warnings.showwarning = lambda message, *_: say(console, f"warning: {message}")
     # fp16: GradScaler skips a first step that overflows, which is intended.
     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before", UserWarning)

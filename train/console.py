@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import re
+import sys
 import unicodedata
 
 from rich.console import Console
 
 #: Controls of the direction of text, which reorder the words around them.
 DIRECTIONS = "\u200e\u200f\u202a-\u202e\u2066-\u2069"
+
+
+def open_console(*, quiet: bool) -> Console:
+    """Return the console for standard output. A character that the terminal's encoding lacks is written out."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    return Console(quiet=quiet)
 
 
 def printable(text: str) -> str:

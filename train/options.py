@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
+from .console import printable
+
 Self = TypeVar("Self", bound="Sections")
 
 
@@ -15,7 +17,7 @@ class ConfigError(Exception):
     """An invalid option. The message names the option, what was expected and what came."""
 
     def __init__(self, option: str, expected: str, got: object) -> None:
-        super().__init__(f"--{option.replace('_', '-')}: expected {expected}, got {got}")
+        super().__init__(printable(f"--{option.replace('_', '-')}: expected {expected}, got {got}"))
 
 
 class Mark(enum.Flag):

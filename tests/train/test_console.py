@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 
+import pytest
 from rich.console import Console
 
+from train.__main__ import main
 from train.console import printable, say
 
 
@@ -30,3 +35,18 @@ def test_controls_are_written_out() -> None:
     assert said("a\nno problems\r\t\x00\x9b\u2028") == "a\\nno problems\\r\\t\\x00\\x9b\\u2028\n"
     assert said("\u202efdp.exe\u2069") == "\\u202efdp.exe\\u2069\n"
     assert printable("\udcff\ud800") == "\\udcff\\ud800"
+
+
+def test_a_terminal_without_unicode() -> None:
+    script = "from train.console import open_console, say; say(open_console(quiet=False), '豹 τ \\udcff')"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("\\u8c79 \\u03c4 \\udcff\n", "")
+
+
+def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--recipe", "smoke", "--data", "no\x1b[31m\nwhere.npz"]) == 2
+    expected = (
+        r"error: --data: expected a dataset, got no\x1b[31m\nwhere.npz: expected an existing file, got none"
+    )
+    assert capsys.readouterr().err.splitlines()[-1] == expected
