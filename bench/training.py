@@ -130,7 +130,7 @@ def load_data(config: Measured) -> Dataset:
     if config.made_up_features is None:
         return load(config)
     try:
-        counts = torch.tensor(json.loads(Path(config.data.data).read_text())["counts"])
+        counts = torch.tensor(json.loads(Path(config.data.data).read_text(encoding="utf-8"))["counts"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError("data", "a JSON file with class counts", f"{config.data.data} ({error})") from None
     return random_features(counts, config.made_up_features, config.run.seed)

@@ -128,6 +128,21 @@ def test_docstrings_begin_with_a_statement(package: str) -> None:
     assert clauses == []
 
 
+@pytest.mark.parametrize("package", ["gistops", "train", "bench"])
+def test_text_files_name_their_encoding(package: str) -> None:
+    """The default encoding depends on the machine."""
+    found = []
+    for module, tree in modules(package):
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call) or any(word.arg == "encoding" for word in node.keywords):
+                continue
+            call = ast.unparse(node.func)
+            mode = "".join(map(ast.unparse, node.args[1:2]))
+            if (call == "open" and "b" not in mode) or call.endswith((".read_text", ".write_text")):
+                found.append(f"{module}:{node.lineno}: {ast.unparse(node)}")
+    assert found == []
+
+
 def test_spelling_is_american() -> None:
     words = [
         f"{path.relative_to(ROOT)}:{i}: {found.group(0)}"

@@ -1,10 +1,29 @@
-"""Atomic file writes."""
+"""Atomic file writes, and text files that users write."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
+
+
+class TextError(ValueError):
+    """A file that is not text in UTF-8. The message names the file and the line."""
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file, without the byte order mark that some editors put before it.
+
+    Raises:
+        OSError: the file cannot be read.
+        TextError: the file has another encoding.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = len((error.object[: error.start] + b".").splitlines())
+        byte = error.object[error.start]
+        raise TextError(f"{path}, line {line}: expected text in UTF-8, got the byte 0x{byte:02x}") from None
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -21,7 +21,7 @@ from .logits import PASSES, implementation
 
 def read_status(field: str) -> int:
     """Return a field of this process's status, such as VmRSS, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status: expected a line {field}, found none")
@@ -29,7 +29,7 @@ def read_status(field: str) -> int:
 
 def reset_peak() -> int:
     """Reset VmHWM and return the resident bytes."""
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return read_status("VmRSS")
 
 

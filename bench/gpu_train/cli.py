@@ -115,7 +115,10 @@ def main(words: Sequence[str] | None = None) -> int:
     def emit(record: Record) -> None:
         lines.append(json.dumps(record))
         print(lines[-1], flush=True)
-        write_atomically(args.folder / "results.jsonl", lambda path: path.write_text("\n".join(lines) + "\n"))
+        write_atomically(
+            args.folder / "results.jsonl",
+            lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8"),
+        )
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

@@ -99,14 +99,14 @@ def unpack(data: Path | None, folder: Path, unpacker: Path | None) -> Path | Non
 def read_records(folder: Path, job: Job) -> list[Record]:
     """Return the records that the job's run has written so far, without an incomplete last line."""
     file = folder / job.name / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def read_log(folder: Path, job: Job) -> str:
     """Return the output of the job's processes."""
     file = folder / f"{job.name}.log"
-    return file.read_text(errors="replace") if file.exists() else ""
+    return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
 
 
 def finished_models(folder: Path, job: Job) -> dict[str, Record]:

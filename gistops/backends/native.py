@@ -102,7 +102,7 @@ def _use_installed(path: Path, wanted: str) -> Status:
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
     """Hold the folder's lock; yield False if locks do not work. The lock of a killed process is released."""
-    with open(folder / "lock", "w") as file:
+    with open(folder / "lock", "w", encoding="utf-8") as file:
         try:
             import fcntl
 

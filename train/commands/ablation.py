@@ -7,6 +7,7 @@ runs share are trained once (`runs/<name>/first-stages/`).
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import statistics
@@ -66,7 +67,8 @@ def ablate(ablation: Ablation, console: Console) -> int:
         results[name][seed] = start(config, console, folder / "first-stages")
         text = table(results, ablation)
         if distributed.rank() == 0:
-            write_atomically(folder / "table.md", lambda path, text=text: path.write_text(text))  # type: ignore[misc]
+            write = functools.partial(Path.write_text, data=text, encoding="utf-8")
+            write_atomically(folder / "table.md", write)
     for line in text.splitlines():
         say(console, line)
     say(console, f"written to {folder / 'table.md'}")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import warnings
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .classes import Labels, number_classes
 from .errors import DataError
 
-Splits = dict[str, tuple[Tensor, Tensor]]  # "train", "test" and possibly "val" -> samples and labels
+Splits = dict[str, tuple[Tensor, Labels]]  # "train", "test" and possibly "val" -> samples and labels
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Dataset:
     x_val: Tensor | None = None
     y_val: Tensor | None = None
     notes: tuple[str, ...] = ()  # how the dataset was made and what was left out
+    class_labels: tuple[str, ...] = ()  # what the data call each class: a label, a name or an id
 
     @property
     def num_classes(self) -> int:
@@ -71,42 +74,40 @@ class Dataset:
 
 
 def make_dataset(
-    splits: Splits, names: np.ndarray | Tensor | list[str] | None, num_classes: int | None
+    splits: Splits,
+    names: Sequence[object] | None,
+    num_classes: int | None,
+    class_labels: Sequence[object] | None = None,
 ) -> Dataset:
-    """Make a dataset and check its labels.
+    """Make a dataset, with classes numbered as by `number_classes`.
 
     Args:
-        splits: samples and labels.
-        names: the classes' names; their numbers if None.
+        splits: samples and labels. With names, labels are positions in `names`; otherwise any integers.
+        names: the classes' names; their labels if None.
         num_classes: the expected number of classes; not checked if None.
+        class_labels: what the data call each class; the labels if None.
 
     Raises:
-        DataError: a class has no training sample, another split has other classes, or the number of classes or names
-            is not the expected one.
+        DataError: a label has no name, another split has classes without training samples, or the number of classes is
+            not the expected one.
     """
-    y_train = splits["train"][1]
-    found = int(y_train.max()) + 1
+    numbering = number_classes({split: y for split, (_, y) in splits.items()}, names, class_labels)
+    found = len(numbering.names)
     if num_classes is not None and found != num_classes:
-        raise DataError(
-            f"y_train: expected {num_classes} classes (--num-classes), got labels up to {found - 1}"
-        )
-    for split, (_, y) in splits.items():
-        if int(y.max()) >= found:
-            raise DataError(f"y_{split}: expected labels below {found} as in y_train, got {int(y.max())}")
-    counts = torch.bincount(y_train, minlength=found)
-    if absent := (counts == 0).nonzero().flatten().tolist():
-        listed = ", ".join(map(str, absent[:5])) + (", …" if len(absent) > 5 else "")
-        raise DataError(
-            f"y_train: expected at least one sample of each class from 0 to {found - 1}, got none of {listed}"
-        )
-    if names is not None and len(names) != found:
-        raise DataError(f"classes: expected {found} names to match y_train, got {len(names)}")
-    # A name may have bytes that are no text, which no file could be written with.
-    class_names = [
-        str(name).encode("utf-8", "backslashreplace").decode()
-        for name in (range(found) if names is None else names)
-    ]
-    return Dataset(*splits["train"], *splits["test"], class_names, counts, *splits.get("val", ()))
+        raise DataError(f"y_train: expected {num_classes} classes (--num-classes), got {found}")
+    x, y = {split: x for split, (x, _) in splits.items()}, numbering.labels
+    return Dataset(
+        x["train"],
+        y["train"],
+        x["test"],
+        y["test"],
+        numbering.names,
+        torch.bincount(y["train"], minlength=found),
+        x.get("val"),
+        y.get("val"),
+        tuple(numbering.notes),
+        tuple(numbering.sources),
+    )
 
 
 def read_only_tensor(array: np.ndarray) -> Tensor:

@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from ..config import DataConfig
 from .cache import cache_folder
@@ -98,7 +98,7 @@ def _load_image_files(config: DataConfig) -> Dataset:
     for split, listing in lists.items():
         notes += _check_left_out(config, split, listing)
         images, rows, errors = load_images(listing, config.image_size, cache_folder(config.cache))
-        labels = torch.tensor(listing.labels)[rows]
+        labels = np.array(listing.labels)[rows]
         if errors:
             unreadable = f"{len(errors)} of {len(listing)} images of the {split} split that cannot be read: "
             unreadable += "; ".join(errors[:5]) + ("; …" if len(errors) > 5 else "")
@@ -112,8 +112,9 @@ def _load_image_files(config: DataConfig) -> Dataset:
                 f"{config.data}: expected at least one readable image of the {split} split, got none"
             )
         splits[split] = images, labels
-    data = make_dataset(splits, lists["train"].names, config.num_classes)
-    return dataclasses.replace(data, notes=tuple(notes))
+    classes = lists["train"].classes
+    data = make_dataset(splits, classes.names, config.num_classes, classes.keys)
+    return dataclasses.replace(data, notes=(*notes, *data.notes))
 
 
 def _check_left_out(config: DataConfig, split: str, listing: Listing) -> list[str]:
@@ -140,6 +141,8 @@ def _check_left_out(config: DataConfig, split: str, listing: Listing) -> list[st
 def _load_glyphs(config: DataConfig) -> Dataset:
     glyphs = load_glyphs(config.image_size, cache_folder(config.cache))
     tensors = {name: read_only_tensor(array) for name, array in glyphs.arrays.items()}
-    splits = {split: (tensors[f"x_{split}"], tensors[f"y_{split}"]) for split in ("train", "test", "val")}
+    splits: Splits = {
+        split: (tensors[f"x_{split}"], tensors[f"y_{split}"]) for split in ("train", "test", "val")
+    }
     data = make_dataset(splits, glyphs.characters, config.num_classes)
     return dataclasses.replace(data, notes=glyphs.notes)

@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 import typeguard
 
 from ..config import Config, ConfigError
+from ..files import TextError, read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,14 +38,17 @@ def read_recipe(recipe: str) -> dict[str, Any]:
         ConfigError: the recipe does not exist or is not TOML.
     """
     try:
-        with open(recipe if recipe.endswith(".toml") else FOLDER / f"{recipe}.toml", "rb") as file:
-            values: dict[str, Any] = tomllib.load(file)
-            return values
+        path = Path(recipe) if recipe.endswith(".toml") else FOLDER / f"{recipe}.toml"
+        values: dict[str, Any] = tomllib.loads(read_text(path))
+        return values
     except FileNotFoundError:
         expected = f"an existing .toml file, or one of {', '.join(recipe_names())}"
         raise ConfigError("recipe", expected, repr(recipe)) from None
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError("recipe", "a readable TOML file", f"{recipe}: {error}") from None
+    except TextError as error:
+        raise ConfigError("recipe", "a readable TOML file", str(error)) from None
+    except (OSError, ValueError, RecursionError) as error:
+        why = f"{recipe}: {error}".partition("\n")[0]
+        raise ConfigError("recipe", "a readable TOML file", why) from None
 
 
 def load_recipe(recipe: str) -> Config:

@@ -74,7 +74,7 @@ class RunFolder:
             raise ConfigError("runs", "a writable folder", f"{config.run.runs} ({error})") from None
         values = {name: value for name, value in config.recorded().items() if value is not None}
         text = f"# From the recipe {printable(config.run.recipe)}. `--recipe` accepts this file.\n{tomli_w.dumps(values)}"
-        self.write(self.config_file.name, lambda path: path.write_text(text))
+        self.write(self.config_file.name, lambda path: path.write_text(text, encoding="utf-8"))
         return saved
 
     def _has_results(self) -> bool:
@@ -126,7 +126,7 @@ class RunFolder:
         """Set the records to those of the checkpoint, and rewrite metrics.jsonl and the event files with them."""
         self.records = records
         text = "".join(json.dumps(record) + "\n" for record in records)
-        self.write(self.metrics_file.name, lambda path: path.write_text(text))
+        self.write(self.metrics_file.name, lambda path: path.write_text(text, encoding="utf-8"))
         if self.tensorboard:
             self.tensorboard.restart(records)
 
@@ -134,7 +134,7 @@ class RunFolder:
         """Append a record to the records, to metrics.jsonl and to the event files."""
         self.records.append(record)
         if distributed.rank() == 0:
-            with open(self.metrics_file, "a") as file:
+            with open(self.metrics_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             if self.tensorboard:
                 self.tensorboard.append(record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,10 @@ def changed(
     return lambda arrays: arrays | {name: change(arrays[name])}
 
 
+def named(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda arrays: change(arrays) | {"classes": np.array(list("abcde"))}
+
+
 def put(index: int, value: int) -> Callable[[np.ndarray], np.ndarray]:
     def change(array: np.ndarray) -> np.ndarray:
         array = array.copy()
@@ -89,12 +94,17 @@ def put(index: int, value: int) -> Callable[[np.ndarray], np.ndarray]:
             r"y_test: expected integer labels \[n\], got int64 \[100, 1\]",
         ),
         (changed("y_test", lambda y: y * 1.0), r"y_test: expected integer labels \[n\], got float64 \[100\]"),
-        (changed("y_train", put(3, -1)), "y_train: expected labels of at least 0, got -1"),
-        (changed("y_test", put(3, 5)), "y_test: expected labels below 5 as in y_train, got 5"),
+        (changed("y_test", put(3, 5)), "y_test: expected only classes that y_train has, got 5 too"),
+        (named(changed("y_train", put(3, -1))), "y_train: expected labels of at least 0, .* got -1"),
+        (named(changed("y_train", put(3, 7))), "classes: expected 8 names to match y_train, got 5"),
+        (named(changed("y_test", put(3, 7))), "y_test: expected labels below 5, the number of names, got 7"),
+        (lambda arrays: arrays | {"classes": np.array("a")}, r"classes: expected names \[K\], got <U1 \[\]"),
         (
-            changed("y_train", put(3, 7)),
-            "y_train: expected at least one sample of each class from 0 to 7, got none of 5, 6",
+            lambda arrays: arrays | {"classes": np.array([["a"] * 5])},
+            r"classes: expected names \[K\], got <U1 \[1, 5\]",
         ),
+        (changed("x_train", lambda x: x[0, 0, 0, 0]), r"x_train: expected uint8 images .* got uint8 \[\]"),
+        (changed("x_train", lambda x: x[:, :0]), r"x_train: expected samples that are not empty"),
         (
             changed("x_test", lambda x: x[:, 1:]),
             r"x_test: expected samples of x_train's shape .* got \[3, 9, 10\]",
@@ -129,7 +139,7 @@ def test_invalid_files(image_file: Path, feature_arrays: dict[str, Any], tmp_pat
         DataError, match=r"expected a file named .npz or .safetensors, or one of fashion-mnist-lt"
     ):
         load_arrays("fashion-mnist")
-    with pytest.raises(DataError, match=r"y_train: expected 9 classes \(--num-classes\), got labels up to 4"):
+    with pytest.raises(DataError, match=r"y_train: expected 9 classes \(--num-classes\), got 5"):
         load_arrays(str(image_file), num_classes=9)
     for name in ("torn.npz", "torn.safetensors"):
         (tmp_path / name).write_bytes(image_file.read_bytes()[:3000])
@@ -141,3 +151,44 @@ def test_invalid_files(image_file: Path, feature_arrays: dict[str, Any], tmp_pat
         DataError, match="x_train: expected finite features, got 1 values that are not finite"
     ):
         load_arrays(str(tmp_path / "nan.npz"))
+
+
+def test_a_single_array_named_npz_is_named(arrays: dict[str, Any], tmp_path: Path) -> None:
+    with open(tmp_path / "a.npz", "wb") as file:
+        np.save(file, arrays["x_train"])
+    with pytest.raises(
+        DataError, match=r"a\.npz: expected arrays from numpy.savez, got a single array from numpy.save"
+    ):
+        load_arrays(str(tmp_path / "a.npz"))
+
+
+def test_names_may_be_bytes_or_integers(arrays: dict[str, Any], tmp_path: Path) -> None:
+    for names, expected in (
+        (np.array([b"a", b"b", b"c", b"d", b"e"]), list("abcde")),
+        (np.arange(5), list("01234")),
+    ):
+        np.savez(tmp_path / "a.npz", **arrays, classes=names)
+        assert load_arrays(str(tmp_path / "a.npz")).class_names == expected
+    tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+    safetensors.torch.save_file(tensors | {"classes": torch.arange(10, 15)}, tmp_path / "a.safetensors")
+    assert load_arrays(str(tmp_path / "a.safetensors")).class_names == ["10", "11", "12", "13", "14"]
+    for metadata in ('"abcde"', '{"a": 1}', "[1, 2, 3, 4, 5]", "["):
+        safetensors.torch.save_file(tensors, tmp_path / "b.safetensors", {"classes": metadata})
+        with pytest.raises(DataError, match=r"b\.safetensors: expected a (list of texts|readable)"):
+            load_arrays(str(tmp_path / "b.safetensors"))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_flipped_bytes_of_an_npz_are_found(save: Callable[..., None], seed: int, tmp_path: Path) -> None:
+    """A file with flipped bits is refused, or gives the arrays that were saved."""
+    rng = np.random.default_rng(seed)
+    x = rng.integers(0, 256, (6, 3, 3)).astype(np.uint8)
+    save(tmp_path / "a.npz", x_train=x, y_train=np.arange(6), x_test=x, y_test=np.arange(6))
+    expected = load_arrays(str(tmp_path / "a.npz")).fingerprint()
+    whole = (tmp_path / "a.npz").read_bytes()
+    for _ in range(100):
+        position, bit = rng.integers(len(whole)), 1 << int(rng.integers(8))
+        changed = bytes([whole[position] ^ bit])
+        (tmp_path / "b.npz").write_bytes(whole[:position] + changed + whole[position + 1 :])
+        with contextlib.suppress(DataError):
+            assert load_arrays(str(tmp_path / "b.npz")).fingerprint() == expected

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import struct
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,25 @@ import safetensors
 import torch
 from torch import Tensor
 
+from ..classes import Labels
 from ..dataset import Dataset, Splits, make_dataset
 from ..errors import DataError
 
 EMBEDDED = {"fashion-mnist-lt": Path(__file__).parents[1] / "fashion_mnist_lt" / "fashion_mnist_lt100.npz"}
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 VALIDATION = ("x_val", "y_val")  # optional
+KNOWN = {*ARRAYS, *VALIDATION, "classes"}
+#: Errors that damaged files raise in zipfile, zlib and numpy.
+DAMAGED = (
+    OSError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+)
 
 
 def load_arrays(source: str, num_classes: int | None = None) -> Dataset:
@@ -38,10 +53,7 @@ def from_arrays(
     path: Path, arrays: Mapping[str, np.ndarray | Tensor], num_classes: int | None = None
 ) -> Dataset:
     """Make a dataset of arrays that were read from `path`. The arrays and errors are as for `load_arrays`."""
-    missing = [name for name in ARRAYS if name not in arrays]
-    if missing:
-        raise DataError(f"{path}: expected the arrays {', '.join(ARRAYS)}, got {', '.join(arrays) or 'none'}")
-    names = arrays.get("classes")
+    _check_present(path, arrays)
     splits = ("train", "test", "val") if any(name in arrays for name in VALIDATION) else ("train", "test")
     missing = [f"{kind}_{split}" for split in splits for kind in "xy" if f"{kind}_{split}" not in arrays]
     if missing:
@@ -49,7 +61,7 @@ def from_arrays(
             f"{path}: expected {missing[0]} in addition to {VALIDATION[missing[0] == 'x_val']}, got none"
         )
     try:
-        checked = {
+        checked: Splits = {
             split: (
                 _samples(f"x_{split}", arrays[f"x_{split}"]),
                 _labels(f"y_{split}", arrays[f"y_{split}"]),
@@ -57,9 +69,16 @@ def from_arrays(
             for split in splits
         }
         _check_shapes(checked)
+        names = _names(arrays["classes"]) if "classes" in arrays else None
         return make_dataset(checked, names, num_classes)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
+
+
+def _check_present(path: Path, names: Iterable[str]) -> None:
+    names = list(names)
+    if any(name not in names for name in ARRAYS):
+        raise DataError(f"{path}: expected the arrays {', '.join(ARRAYS)}, got {', '.join(names) or 'none'}")
 
 
 def _read(path: Path) -> dict[str, np.ndarray | Tensor]:
@@ -70,21 +89,45 @@ def _read(path: Path) -> dict[str, np.ndarray | Tensor]:
     if not path.is_file():
         raise DataError(f"{path}: expected an existing file, got none")
     try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return dict(file)
-        return _read_safetensors(path)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
-        raise DataError(f"{path}: expected a readable {path.suffix} file, got {error}") from None
+        return _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
+    except DataError:
+        raise
+    except (*DAMAGED, safetensors.SafetensorError) as error:
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise DataError(f"{path}: expected a readable {path.suffix} file, got {why}") from None
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray | Tensor]:
+    """Read the arrays that a dataset has, each to its end, so that its checksum is verified."""
+    with open(path, "rb") as file:
+        if file.read(6) == b"\x93NUMPY":
+            raise DataError(f"{path}: expected arrays from numpy.savez, got a single array from numpy.save")
+    arrays: dict[str, np.ndarray | Tensor] = {}
+    with zipfile.ZipFile(path) as archive:
+        members = {member.removesuffix(".npy"): member for member in archive.namelist()}
+        _check_present(path, members)
+        for name in members.keys() & KNOWN:
+            with archive.open(members[name]) as content:
+                arrays[name] = np.lib.format.read_array(content, allow_pickle=False)
+                if content.read(1):
+                    raise ValueError(f"more bytes than {name} has")
+    return arrays
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray | Tensor]:
     """Read the tensors, and the class names: a JSON list in the metadata, as the format has no tensors of strings."""
     with safetensors.safe_open(path, framework="pt") as file:
-        arrays: dict[str, np.ndarray | Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        names_in_file = list(file.keys())
+        _check_present(path, names_in_file)
+        arrays: dict[str, np.ndarray | Tensor] = {
+            name: file.get_tensor(name) for name in KNOWN.intersection(names_in_file)
+        }
         names = (file.metadata() or {}).get("classes")
     if names is not None:
-        arrays["classes"] = np.array(json.loads(names), ndmin=1)
+        texts = json.loads(names)
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{path}: expected a list of texts as the metadata `classes`, got other JSON")
+        arrays["classes"] = np.array(texts, object)
     return arrays
 
 
@@ -109,18 +152,27 @@ def _samples(name: str, array: np.ndarray | Tensor) -> Tensor:
     raise DataError(f"{name}: expected {shapes}, got {got}")
 
 
-def _labels(name: str, array: np.ndarray | Tensor) -> Tensor:
+def _labels(name: str, array: np.ndarray | Tensor) -> Labels:
     got = _describe(array)
     if array.ndim != 1 or not got.startswith(("int", "uint")):
         raise DataError(f"{name}: expected integer labels [n], got {got}")
-    labels = torch.as_tensor(array.astype(np.int64) if isinstance(array, np.ndarray) else array.long())
-    if len(labels) and int(labels.min()) < 0:
-        raise DataError(f"{name}: expected labels of at least 0, got {int(labels.min())}")
-    return labels
+    return array
+
+
+def _names(array: np.ndarray | Tensor) -> list[str]:
+    """Return the names of classes from an array of text, bytes or integers."""
+    if array.ndim != 1:
+        raise DataError(f"classes: expected names [K], got {_describe(array)}")
+    return [
+        name.decode("utf-8", "backslashreplace") if isinstance(name, bytes) else str(name)
+        for name in array.tolist()
+    ]
 
 
 def _check_shapes(splits: Splits) -> None:
     shape = list(splits["train"][0].shape[1:])
+    if 0 in shape:
+        raise DataError(f"x_train: expected samples that are not empty, got the shape {shape}")
     for split, (x, y) in splits.items():
         if len(x) == 0:
             raise DataError(f"x_{split}: expected at least one sample, got none")

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...files import TextError
 from ..errors import DataError
+from .coco import read_coco
 from .folders import LeftOut, read_folder
-
-PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
-LABEL_COLUMNS = ("label", "class", "category", "target", "category_id")
+from .labels import Classes, Key, class_numbers, classes_of
+from .text_lists import read_csv, read_txt
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Image files and their labels. A label is an index into `names` or `ids` if the list has them."""
+    """Image files and their labels, which are positions in `classes`."""
 
     files: list[Path]
     labels: list[int]
-    names: list[str] | None = None
-    ids: list[int] | None = None
+    classes: Classes
     left_out: tuple[LeftOut, ...] = ()  # from a folder
 
     def __len__(self) -> int:
         return len(self.files)
-
-    @property
-    def class_key(self) -> str:
-        """The kind of key by which the list identifies classes."""
-        return "name" if self.names is not None else "COCO id" if self.ids is not None else "number"
 
 
 def read_listing(
@@ -50,122 +42,80 @@ def read_listing(
         DataError: the list cannot be read, or it identifies classes in another way than the training list. The message
             names the file and, where possible, the line.
     """
-    listing = _read(source, root, prefixes, trained)
-    if trained and listing.class_key != trained.class_key:
-        expected = f"classes by {trained.class_key}, as in the training list"
-        raise DataError(f"{source}: expected {expected}, got classes by {listing.class_key}")
-    return listing
-
-
-def _read(source: str, root: str, prefixes: tuple[str, ...], trained: Listing | None) -> Listing:
     path = Path(source)
-    names = trained.names if trained else None
     if path.is_dir():
         return _read_folder(path, trained)
-    readers: dict[str, Callable[[Path], tuple[list[str], list[str]]]] = {
-        ".txt": _read_text,
-        ".csv": _read_csv,
-    }
-    if path.suffix not in (*readers, ".json"):
+    if path.suffix not in (".txt", ".csv", ".json"):
         expected = "a folder of class folders, or a list named .txt, .csv or .json"
         raise DataError(f"{path}: expected {expected}, got {path.suffix or 'no suffix'}")
     if not path.is_file():
         raise DataError(f"{path}: expected an existing file, got none")
     try:
-        if path.suffix == ".json":
-            relative, categories, ids = _read_coco(path)
-            labels: list[str] = []
-        else:
-            (relative, labels), categories = readers[path.suffix](path), None
-    except (OSError, UnicodeDecodeError) as error:
+        relative, labels, classes = _read_file(path, trained)
+    except OSError as error:
         raise DataError(f"{path}: expected a readable text file, got {error}") from None
-    if not relative:
-        raise DataError(f"{path}: expected at least one image, got none")
+    except TextError as error:
+        raise DataError(str(error)) from None
     replacements = [_parse_prefix(prefix) for prefix in prefixes]
     base = Path(root) if root else path.parent
-    files = [base / _replace_prefix(name, replacements) for name in relative]
-    if categories is not None:
-        ids = trained.ids if trained and trained.ids else ids
-        labels_of_ids = {category: label for label, category in enumerate(ids)}
-        if unknown := sorted(set(categories) - set(ids)):
-            raise DataError(
-                f"{path}: expected only categories of the training list, got the categories {unknown[:5]} too"
-            )
-        return Listing(files, [labels_of_ids[category] for category in categories], ids=ids)
-    if names is None and all(label.isdecimal() for label in labels):
-        return Listing(files, [int(label) for label in labels])
-    return _label_by_name(path, files, labels, names)
+    return Listing([base / _replace_prefix(name, replacements) for name in relative], labels, classes)
 
 
-def _read_text(path: Path) -> tuple[list[str], list[str]]:
-    names: list[str] = []
-    labels: list[str] = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        if not line.strip():
-            continue
-        words = line.rsplit(maxsplit=1)
-        if len(words) != 2 or not words[1].isdecimal():
-            raise DataError(f"{path}, line {number}: expected `relative/path.jpg label`, got {line!r}")
-        names.append(words[0].strip())
-        labels.append(words[1])
-    return names, labels
-
-
-def _read_csv(path: Path) -> tuple[list[str], list[str]]:
-    with open(path, newline="") as file:
-        rows = csv.DictReader(file)
-        header = list(rows.fieldnames or [])
-        columns = [
-            next((name for name in choice if name in header), None)
-            for choice in (PATH_COLUMNS, LABEL_COLUMNS)
-        ]
-        if None in columns:
-            expected = f"one of the columns {', '.join(PATH_COLUMNS)} and one of {', '.join(LABEL_COLUMNS)}"
-            raise DataError(f"{path}: expected {expected}, got {', '.join(header) or 'no header'}")
-        names, labels = [], []
-        for row in rows:
-            name, label = (row[column] for column in columns if column)
-            if not name or not label:
-                raise DataError(f"{path}, line {rows.line_num}: expected a path and a label, got {row}")
-            names.append(name)
-            labels.append(label)
-    return names, labels
-
-
-def _read_coco(path: Path) -> tuple[list[str], list[int], list[int]]:
-    """Return the images' paths, the ids of their categories, and the sorted ids of all categories."""
+def _read_file(path: Path, trained: Listing | None) -> tuple[list[str], list[int], Classes]:
+    """Return the paths and labels of a list, and its classes or those of the training list."""
+    if path.suffix == ".json":
+        relative, categories, classes = read_coco(path)
+        _expect_images(path, relative)
+        _expect_kind(path, classes, trained)
+        classes = trained.classes if trained else classes
+        return relative, _numbers(path, categories, classes), classes
+    relative, labels = (read_csv if path.suffix == ".csv" else read_txt)(path)
+    _expect_images(path, relative)
+    if trained and trained.classes.kind == "name":
+        return relative, _numbers(path, labels, trained.classes), trained.classes
     try:
-        content = json.loads(path.read_text())
-        files = {image["id"]: image["file_name"] for image in content["images"]}
-        pairs = [(note["image_id"], note["category_id"]) for note in content["annotations"]]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        expected = "COCO's images (id, file_name) and annotations (image_id, category_id)"
-        raise DataError(f"{path}: expected {expected}, got {type(error).__name__}: {error}") from None
-    if missing := [image for image, _ in pairs if image not in files]:
-        raise DataError(f"{path}: expected an image for each annotation, got none with id {missing[0]}")
-    categories = {category for _, category in pairs} | {c["id"] for c in content.get("categories", [])}
-    return [files[image] for image, _ in pairs], [category for _, category in pairs], sorted(categories)
+        classes, numbers = classes_of(labels)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    if not trained:
+        return relative, numbers, classes
+    _expect_kind(path, classes, trained)
+    return relative, _numbers(path, labels, trained.classes), trained.classes
+
+
+def _expect_images(path: Path, relative: list[str]) -> None:
+    if not relative:
+        raise DataError(f"{path}: expected at least one image, got none")
+
+
+def _expect_kind(path: Path, classes: Classes, trained: Listing | None) -> None:
+    if trained and classes.kind != trained.classes.kind:
+        expected = f"classes by {trained.classes.kind}, as in the training list"
+        raise DataError(f"{path}: expected {expected}, got classes by {classes.kind}")
+
+
+def _numbers(path: Path, labels: Iterable[Key], classes: Classes) -> list[int]:
+    try:
+        return class_numbers(labels, classes)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def _read_folder(path: Path, trained: Listing | None) -> Listing:
     found, left_out = read_folder(path)
-    names = trained.names if trained else None
+    names = [name for _, name in found]
+    if trained:
+        classes = trained.classes
+    else:
+        in_order = sorted(set(names))
+        classes = Classes("name", [*in_order], in_order)
     try:
-        listing = _label_by_name(path, [file for file, _ in found], [name for _, name in found], names)
+        _expect_kind(path, Classes("name", [], []), trained)
+        labels = _numbers(path, names, classes)
     except DataError as error:
         reasons = [str(entry) for entry in (trained.left_out if trained else ()) if entry.kind != "note"]
         raise DataError("; ".join([str(error), *(f"the training folder has {r}" for r in reasons)])) from None
-    return dataclasses.replace(listing, left_out=left_out)
-
-
-def _label_by_name(path: Path, files: list[Path], classes: list[str], names: list[str] | None) -> Listing:
-    names = sorted(set(classes)) if names is None else names
-    labels = {name: label for label, name in enumerate(names)}
-    if unknown := sorted(set(classes) - set(names)):
-        raise DataError(
-            f"{path}: expected only classes of the training list, got the classes {', '.join(unknown[:5])} too"
-        )
-    return Listing(files, [labels[name] for name in classes], names)
+    return Listing([file for file, _ in found], labels, classes, left_out)
 
 
 def _parse_prefix(text: str) -> tuple[str, str]:
