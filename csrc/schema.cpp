@@ -49,12 +49,12 @@ STABLE_TORCH_LIBRARY(gistops, m) {
   // weight [K]. Sub-centers [K, M, d] and rotations (both coefficients or neither) take no displacements: [0, d].
   m.def(
       "cross_entropy_parts_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias,"
-      " Tensor? input_coeffs, Tensor? class_coeffs, Tensor target, Tensor? weight, int ignore_index,"
+      " Tensor? input_coeffs, Tensor? class_coeffs, Tensor target, Tensor? weight, SymInt ignore_index,"
       " bool allow_tf32=False) -> (Tensor lse_others, Tensor target_logits, Tensor weighted_sums)");
   m.def(
       "cross_entropy_parts_backward(Tensor grad_lse_others, Tensor grad_target_logits, Tensor grad_weighted_sums,"
       " Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias, Tensor? input_coeffs,"
-      " Tensor? class_coeffs, Tensor target, Tensor? weight, int ignore_index, Tensor lse_others, bool need_input,"
+      " Tensor? class_coeffs, Tensor target, Tensor? weight, SymInt ignore_index, Tensor lse_others, bool need_input,"
       " bool need_centers, bool need_displacements, bool need_tau, bool need_bias, bool allow_tf32=False)"
       " -> (Tensor grad_input, Tensor grad_centers, Tensor grad_displacements, Tensor grad_tau,"
       " Tensor grad_class_bias, Tensor grad_input_coeffs, Tensor grad_class_coeffs)");
@@ -63,11 +63,11 @@ STABLE_TORCH_LIBRARY(gistops, m) {
   m.def(
       "stashed_cross_entropy_parts_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau,"
       " Tensor? class_bias, Tensor? input_coeffs, Tensor? class_coeffs, Tensor target, Tensor? weight,"
-      " int ignore_index, Tensor(a!) stash) -> (Tensor lse_others, Tensor target_logits, Tensor weighted_sums)");
+      " SymInt ignore_index, Tensor(a!) stash) -> (Tensor lse_others, Tensor target_logits, Tensor weighted_sums)");
   m.def(
       "stashed_cross_entropy_parts_backward(Tensor grad_lse_others, Tensor grad_target_logits,"
       " Tensor grad_weighted_sums, Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias,"
-      " Tensor? input_coeffs, Tensor? class_coeffs, Tensor target, Tensor? weight, int ignore_index,"
+      " Tensor? input_coeffs, Tensor? class_coeffs, Tensor target, Tensor? weight, SymInt ignore_index,"
       " Tensor lse_others, bool need_input, bool need_displacements, bool need_tau, bool need_bias, Tensor(a!) stash)"
       " -> (Tensor grad_input, Tensor grad_displacements, Tensor grad_tau, Tensor grad_class_bias,"
       " Tensor grad_input_coeffs, Tensor grad_class_coeffs)");
@@ -75,7 +75,7 @@ STABLE_TORCH_LIBRARY(gistops, m) {
   // The whole loss, on GPUs: gistops/operators/cross_entropy.py describes the arguments.
   m.def(
       "cross_entropy_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor target,"
-      " Tensor? class_bias, Tensor? weight, Tensor? margin, int margin_kind, int reduction, int ignore_index,"
+      " Tensor? class_bias, Tensor? weight, Tensor? margin, int margin_kind, int reduction, SymInt ignore_index,"
       " float label_smoothing, bool keep_scores, bool allow_tf32=False)"
       " -> (Tensor loss, Tensor lse, Tensor in_range, Tensor scores, Tensor slots, Tensor center_rnorms,"
       " Tensor input_rnorms, Tensor rows, Tensor scalars)");
@@ -83,7 +83,7 @@ STABLE_TORCH_LIBRARY(gistops, m) {
       "cross_entropy_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor input, Tensor centers, Tensor displacements,"
       " Tensor tau, Tensor target, Tensor? class_bias, Tensor? weight, Tensor? margin, Tensor lse, Tensor scores,"
       " Tensor slots, Tensor center_rnorms, Tensor input_rnorms, Tensor rows, Tensor scalars, int margin_kind,"
-      " int reduction, int ignore_index, float label_smoothing, bool need_input, bool need_centers,"
+      " int reduction, SymInt ignore_index, float label_smoothing, bool need_input, bool need_centers,"
       " bool need_displacements, bool need_tau, bool need_bias, bool need_margin, bool allow_tf32=False)"
       " -> (Tensor grad_input, Tensor grad_centers, Tensor grad_displacements, Tensor grad_tau,"
       " Tensor grad_class_bias, Tensor grad_margin)");
@@ -92,7 +92,7 @@ STABLE_TORCH_LIBRARY(gistops, m) {
   // k] int64, slots [B, k] uint8. lse [B] over all classes, [0] unless need_lse. norms: from center_norms, CPU only.
   m.def(
       "topk(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias, Tensor? input_coeffs,"
-      " Tensor? class_coeffs, int k, bool need_lse=False, bool allow_tf32=False, Tensor? norms=None)"
+      " Tensor? class_coeffs, SymInt k, bool need_lse=False, bool allow_tf32=False, Tensor? norms=None)"
       " -> (Tensor values, Tensor classes, Tensor slots, Tensor lse)");
 
   // CPU only: R of frozen centers and displacements, computed once for frozen_logits and topk. A negative entry marks a

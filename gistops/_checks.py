@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from numbers import Integral, Real
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from ._classifier import Classifier, LossOptions, no_displacements
+from ._classifier import Classifier, LossOptions, MarginKind, no_displacements
 from ._functorch import is_wrapped
 
 MAX_SLOTS = 256  # slots are stored as uint8
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LARGEST = sys.float_info.max
+SMALLEST = 5e-324  # above 0
+PI = 3.1415928  # π, rounded up so that π in float32 is within
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _floating(name: str, value: object) -> Tensor:
@@ -32,6 +36,18 @@ def _floating(name: str, value: object) -> Tensor:
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {value.dtype}")
     return value
+
+
+def _readable(value: Tensor) -> bool:
+    """Return True if values can be read: in eager mode on the CPU, where nothing waits for a device and no graph breaks."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and type(value) in _PLAIN
+        and value.device.type == "cpu"
+        and not is_in_torch_dispatch_mode()
+        and not is_wrapped(value)
+    )
 
 
 def _shape(value: Tensor) -> str:
@@ -105,19 +121,24 @@ def check_classifier(input: Tensor, classifier: Classifier) -> Classifier:
 
 def _with_tau(tau: object, input: Tensor, classifier: Classifier) -> Classifier:
     """Return the classifier with tau checked; a number becomes a tensor of the dtype of the logits."""
-    if isinstance(tau, (int, float)) and not isinstance(tau, bool):
-        tau = on_device(tau, classifier.compute_dtype(input), input.device)
+    if not isinstance(tau, Tensor):
+        number = check_number("tau", tau, "a tensor of one element or a finite number above 0", SMALLEST)
+        return classifier._replace(tau=on_device(number, classifier.compute_dtype(input), input.device))
     tau = _floating("tau", tau)
     if tau.numel() != 1:
         raise ValueError(f"tau: expected a tensor of one element, got shape {_shape(tau)}")
     if tau.device != input.device:
         raise ValueError(f"tau: expected device {input.device} to match input, got {tau.device}")
+    if _readable(tau) and tau.item() <= 0:
+        raise ValueError(f"tau: expected a value above 0, got {tau.item()}")
     return classifier._replace(tau=tau)
 
 
 def on_device(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a number as a tensor filled on its device: a copy from the host would wait and break a CUDA graph."""
-    return torch.full((), float(number), dtype=dtype, device=device)
+    if torch.compiler.is_compiling():  # `full` would make each value of the number a graph of its own
+        return torch.ones((), dtype=dtype, device=device) * number
+    return torch.full((), number, dtype=dtype, device=device)
 
 
 def check_class_vector(name: str, value: object, classes: int, input: Tensor) -> Tensor:
@@ -141,8 +162,10 @@ def check_some_classes(centers: Tensor) -> int:
     return centers.shape[0]
 
 
-def check_loss(input: Tensor, classifier: Classifier, target: object, options: LossOptions) -> Tensor:
-    """Check the arguments of a loss besides those of the logits; return the target as int64.
+def check_loss(
+    input: Tensor, classifier: Classifier, target: object, options: LossOptions
+) -> tuple[Tensor, LossOptions]:
+    """Check the arguments of a loss besides those of the logits; return target, and options with plain numbers.
 
     Raises:
         TypeError: target is not an int64 or int32 tensor, or an option has the wrong type.
@@ -150,49 +173,79 @@ def check_loss(input: Tensor, classifier: Classifier, target: object, options: L
         IndexError: on the CPU, in eager mode, a target is out of range.
     """
     classes = check_some_classes(classifier.centers)
-    ignore_index = options.ignore_index
+    for name, choice, choices in (
+        ("margin_kind", options.margin_kind, get_args(MarginKind)),
+        ("reduction", options.reduction, ("mean", "sum", "none")),
+    ):
+        if not isinstance(choice, str) or choice not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {choice!r}")
+    options = options._replace(
+        ignore_index=check_integer("ignore_index", options.ignore_index, -(2**63), 2**63 - 1),
+        label_smoothing=check_number(
+            "label_smoothing", options.label_smoothing, "a number from 0 to 1", 0.0, 1.0
+        ),
+        margin=_margin(options, classes, input),
+    )
+    for name, value in (("class_bias", options.class_bias), ("weight", options.weight)):
+        if value is not None:
+            check_class_vector(name, value, classes, input)
+    weight = options.weight
+    if weight is not None:
+        if weight.requires_grad:
+            raise ValueError("weight: expected a tensor that needs no gradient; call .detach() first")
+        if _readable(weight) and weight.min() < 0:
+            raise ValueError(
+                f"weight: expected no negative value, got {weight.min().item()} at class {int(weight.argmin())}"
+            )
+    return _target(target, options.ignore_index, classes, input), options
+
+
+def _margin(options: LossOptions, classes: int, input: Tensor) -> Tensor | float | None:
+    margin, angle = options.margin, options.margin_kind == "angle"
+    if margin is None:
+        return None
+    low, high = (0.0, PI) if angle else (-LARGEST, LARGEST)
+    if not isinstance(margin, Tensor):
+        number = "a number from 0 to π" if angle else "a finite number"
+        return check_number("margin", margin, f"a tensor or {number}", low, high)
+    margin = _floating("margin", margin)
+    if margin.dim() > 0:
+        return _angles(check_class_vector("margin", margin, classes, input), angle)
+    if margin.device != input.device:
+        raise ValueError(f"margin: expected device {input.device} to match input, got {margin.device}")
+    return _angles(margin, angle)
+
+
+def _angles(margin: Tensor, angle: bool) -> Tensor:
+    if angle and _readable(margin):
+        low, high = (x.item() for x in margin.aminmax())
+        if low < 0 or high > PI:
+            raise ValueError(f"margin: expected angles from 0 to π, got {low if low < 0 else high}")
+    return margin
+
+
+def _target(target: object, ignore_index: int, classes: int, input: Tensor) -> Tensor:
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a torch.Tensor, got {type(target).__name__}")
     if target.dtype not in (torch.int64, torch.int32):
+        probabilities = "; for class probabilities use F.cross_entropy of the logits"
         raise TypeError(
             f"target: expected int64 or int32 classes, got {target.dtype}"
-            + (
-                "; for class probabilities use F.cross_entropy of the logits"
-                if target.is_floating_point()
-                else ""
-            )
+            + (probabilities if target.is_floating_point() else "")
         )
     if target.shape != input.shape[:1]:
         raise ValueError(f"target: expected shape [{input.shape[0]}], got {_shape(target)}")
     if target.device != input.device:
         raise ValueError(f"target: expected device {input.device} to match input, got {target.device}")
-    for name, value, choices in (
-        ("margin_kind", options.margin_kind, ("logit", "cosine", "angle")),
-        ("reduction", options.reduction, ("mean", "sum", "none")),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
-        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
-    if not 0.0 <= options.label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: expected 0 to 1, got {options.label_smoothing}")
-    has_data = not (torch.compiler.is_compiling() or is_wrapped(target))
-    if target.device.type == "cpu" and type(target) is Tensor and has_data:
-        outside = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if _readable(target):
+        outside = (target.long() != ignore_index) & ((target < 0) | (target >= classes))
         if outside.any():
             position = int(outside.nonzero()[0])
             raise IndexError(
                 f"target: expected 0 to {classes - 1} or ignore_index {ignore_index}, "
                 f"got {int(target[position])} at position {position}"
             )
-    for name, value in (("class_bias", options.class_bias), ("weight", options.weight)):
-        if value is not None:
-            check_class_vector(name, value, classes, input)
-    if options.weight is not None and options.weight.requires_grad:
-        raise ValueError("weight: expected a tensor that needs no gradient; call .detach() first")
-    if isinstance(options.margin, Tensor) and options.margin.dim() > 0:
-        check_class_vector("margin", options.margin, classes, input)
-    return target.long()
+    return target
 
 
 def _check_transform(transform: str, axis: object, mlp: object, input: Tensor) -> None:
@@ -247,9 +300,22 @@ def check_positive(name: str, value: object) -> float:
         TypeError: `value` is not a real number.
         ValueError: `value` is not finite or not above 0.
     """
+    return check_number(name, value, "a finite number above 0", SMALLEST)
+
+
+def check_number(name: str, value: object, expected: str, low: float, high: float = LARGEST) -> float:
+    """Return `value` as a float. Scalars of numpy are numbers; arrays, lists, tensors and bools are not.
+
+    Raises:
+        TypeError: `value` is not a real number; the message says what was `expected`.
+        ValueError: `value` is NaN, below `low` or above `high`.
+    """
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number above 0, got {value!r} of type {type(value).__name__}")
-    number = float(value)
-    if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{name}: expected a finite number above 0, got {number}")
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = float("inf")
+    if not low <= number <= high:
+        raise ValueError(f"{name}: expected {expected}, got {value}")
     return number

@@ -29,7 +29,7 @@ __device__ __forceinline__ MarginLogit<S> apply_margin(S logit, S tau, S margin,
   // cospi and sinpi reduce the angle without the local memory that cos and sin take.
   const S turns = margin * S(0.318309886183790671537767526745), cosine_m = cospi(turns), sine_m = sinpi(turns);
   const S sine = sqrt(flat ? kSmallestNormal<S> : square);
-  const bool beyond = cosine < -cosine_m;  // theta + margin is above pi
+  const bool beyond = turns > S(1) || (margin >= S(0) && cosine < -cosine_m);  // theta + margin is above pi
   const S value = beyond ? cosine - margin * sine_m : cosine * cosine_m - sine * sine_m;
   const S by_cosine = beyond ? S(1) : cosine_m + (flat ? S(0) : sine_m * cosine / sine);
   const S by_margin = beyond ? -sine_m - margin * cosine_m : -cosine * sine_m - sine * cosine_m;
@@ -41,6 +41,13 @@ template <class S>
 __device__ __forceinline__ S softplus(S x) {
   const S tail = log1p(exp(x > S(0) ? -x : x));
   return x > S(0) ? x + tail : tail;
+}
+
+// Return log(e^a + e^b). A NaN stays NaN, and minus infinity adds nothing.
+template <class S>
+__device__ __forceinline__ S logaddexp(S a, S b) {
+  const S max = a > b ? a : b;
+  return a == b && a == -kInfinity<S> ? a : max + softplus(a > b ? b - a : a - b);
 }
 
 }  // namespace gistops::cuda

@@ -82,13 +82,15 @@ __global__ void __launch_bounds__(RowLossShape<S>::kThreads)
       const S margin = args.margin[args.margin_per_class && counted ? y : 0];
       target = apply_margin(logit, *args.tau, margin, args.margin_kind);
     }
-    const S score = target.value + (terms.bias && counted ? terms.bias[y] : S(0));
+    const S bias = terms.bias && counted ? terms.bias[y] : S(0), sum = target.value + bias,
+            score = sum == kInfinity<S> ? sum - sum : sum;  // NaN, as in F.cross_entropy
     const S excess = others_lse - score, weight = terms.weight && counted ? terms.weight[y] : S(1);
-    S loss = softplus(excess);
-    const S lse = ignored ? others_lse : score + loss;
-    loss *= weight;
+    const S nll = softplus(excess), lse = ignored ? others_lse : logaddexp(others_lse, score);
+    S loss = weight * nll;
     if (terms.smoothed) {
-      const S smooth_loss = lse * weights - (weighted + weight * (target.value - logit) + biases);
+      // The sum of weight (lse - score) over the classes; functional/cross_entropy.py explains its order.
+      const S target_term = bias == -kInfinity<S> ? lse - target.value : nll + bias;
+      const S smooth_loss = lse * (weights - weight) - (weighted + biases) + weight * (logit + target_term);
       loss = (S(1) - args.smoothing) * loss + args.smoothing / static_cast<S>(args.classes) * smooth_loss;
     }
     if (ignored) loss = 0;

@@ -51,8 +51,8 @@ def cross_entropy(
     graph = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     keep_scores = graph and input.shape[0] * centers.shape[0] * (dtype.itemsize + 1) <= MAX_KEPT_BYTES
     values = (
-        MARGIN_KINDS[options.margin_kind], REDUCTIONS[options.reduction], int(options.ignore_index),
-        float(options.label_smoothing), keep_scores, allow_tf32,
+        MARGIN_KINDS[options.margin_kind], REDUCTIONS[options.reduction], options.ignore_index,
+        options.label_smoothing, keep_scores, allow_tf32,
     )  # fmt: skip
     plain = not input.is_meta and all(x is None or type(x) in _PLAIN for x in tensors)
     if torch.compiler.is_compiling() or not plain or transforms_active():

@@ -144,7 +144,7 @@ def cross_entropy(
     # The logits and the margin both use tau. Converted once here, its gradient is rounded once.
     classifier = classifier._replace(tau=classifier.tau.to(classifier.compute_dtype(input)))
     scores, _ = logits(input, classifier)
-    margin, ignore_index = options.margin, options.ignore_index
+    target, margin, ignore_index = target.long(), options.margin, options.ignore_index
     if margin is not None:
         # Not F.one_hot, which torch.func cannot transform.
         is_target = target[:, None] == torch.arange(scores.shape[1], device=target.device)
@@ -180,7 +180,8 @@ def cross_entropy(
         counted = counted * weight[torch.where(target == ignore_index, 0, target)]
     if options.reduction != "none":
         loss = loss.sum() if options.reduction == "sum" else loss.sum() / counted.sum()
-    return loss, scores.logsumexp(1)
+    lse = scores.logsumexp(1)
+    return loss, torch.where(lse == torch.inf, torch.nan, lse)
 
 
 def topk(

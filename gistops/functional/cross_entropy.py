@@ -40,8 +40,9 @@ def constellation_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the cross-entropy of `constellation_logits` without materializing the logits.
 
-    Names and meanings are those of `F.cross_entropy`. Losses are exact: no probability is approximated. Differentiable
-    once in input, centers, displacements, tau, axis, mlp, class_bias, and a margin given as a tensor.
+    Names and meanings are those of `F.cross_entropy`. Losses are exact: no probability is approximated. Huge and infinite
+    biases and margins give what `F.cross_entropy` gives for such logits: NaN where a weight of 0 meets an infinite
+    loss. Differentiable once in input, centers, displacements, tau, axis, mlp, class_bias, and a margin given as a tensor.
 
     Beyond the gradients, the memory of a training step does not grow with B·K, with one exception: for translations on
     GPUs, scores are kept from the forward to the backward if they take at most 2 GiB. A step takes three matrix products,
@@ -52,12 +53,15 @@ def constellation_cross_entropy(
         input, centers, displacements, tau, transform, axis, mlp, backend: as in `constellation_logits`.
         target: classes, [B], int64 or int32, from 0 to K - 1, or `ignore_index`.
         class_bias: added to the logits, [K], floating-point. Log class frequencies give the balanced softmax (Ren et al.,
-            NeurIPS 2020), or logit adjustment (Menon et al., ICLR 2021).
+            NeurIPS 2020), or logit adjustment (Menon et al., ICLR 2021). Minus infinity excludes a class. Plus infinity
+            makes loss and lse NaN.
         weight: class weights, [K], floating-point, not negative; not differentiable.
-        margin: lowers the target's logit; a number, a tensor without dimensions, or one element per class, [K].
+        margin: lowers the target's logit; a finite number, or a floating-point tensor without dimensions or with one
+            element per class, [K].
         margin_kind: "logit": logit - margin. "cosine": τ (cos θ - margin), as in CosFace (Wang et al., CVPR 2018), and in
             LDAM (Cao et al., NeurIPS 2019) with margins proportional to n_k^-1/4. "angle": τ cos(θ + margin), as in ArcFace
-            (Deng et al., CVPR 2019); where θ + margin exceeds π, τ (cos θ - margin sin margin), as in the authors' code.
+            (Deng et al., CVPR 2019), for margins from 0 to π; where θ + margin exceeds π, τ (cos θ - margin sin margin),
+            as in the authors' code.
         reduction: "mean" (weighted by the targets' `weight`, as in `F.cross_entropy`), "sum" or "none".
         ignore_index: rows with this target do not count. If no row counts, the mean is NaN.
         label_smoothing: share of the target distribution that is spread evenly over all classes, from 0 to 1.
@@ -68,6 +72,8 @@ def constellation_cross_entropy(
 
     Raises:
         TypeError, ValueError, gistops.BackendUnavailable: as in `constellation_logits`; the message names the argument.
+            Negative weights and angular margins beyond 0 to π are found as a tau of 0 is: for numbers everywhere, for
+            tensors on the CPU in eager mode.
         IndexError: a target is out of range; the message names its position. In a compiled graph, and on a GPU, where
             the check must not make the host wait, a RuntimeError is raised instead. On a GPU, it comes from a device-side
             assertion: later, and without the position.
@@ -107,7 +113,7 @@ def _cross_entropy(
     input: Tensor, classifier: Classifier, target: Tensor, options: LossOptions, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and the log-sum-exp [B]."""
-    target = check_loss(input, classifier, target, options)
+    target, options = check_loss(input, classifier, target, options)
     chosen = backends.choose(input.device.type, backend)
     if chosen == "reference":
         return reference.cross_entropy(input, classifier, target, options)
@@ -122,15 +128,19 @@ def _cross_entropy(
 def _loss_from_parts(
     backend: str, input: Tensor, classifier: Classifier, target: Tensor, options: LossOptions
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss and the log-sum-exp [B]; the op sums over the classes, and autograd covers everything else here."""
+    """Return the loss and the log-sum-exp [B]; the op sums over the classes, and autograd covers everything else here.
+
+    No large number is added and taken off again, so that a bias or a margin of 1e9 or minus infinity costs no digit.
+    """
     classes, smoothing = classifier.centers.shape[0], options.label_smoothing
     # The op and the lines below both use tau and class_bias. Converted once here, their gradients are rounded once.
     dtype = classifier.compute_dtype(input)
     classifier = classifier._replace(tau=classifier.tau.to(dtype))
     bias = None if options.class_bias is None else options.class_bias.to(dtype)
     options = options._replace(class_bias=bias)
-    ignored = target == options.ignore_index
-    row = torch.where(ignored, 0, target)
+    labels = target.long()  # the ops take target itself, so that a later in-place change of it is detected
+    ignored = labels == options.ignore_index
+    row = torch.where(ignored, 0, labels)
     shares = None  # class weights of the smoothed part
     if smoothing > 0:
         weight = options.weight
@@ -139,18 +149,20 @@ def _loss_from_parts(
     lowered = logit
     if options.margin is not None:
         lowered = _apply_margin(logit, classifier.tau.reshape(()), options.margin, options.margin_kind, row)
-    score = lowered if bias is None else lowered + bias[row]
+    score, row_bias = lowered, None
+    if bias is not None:
+        row_bias = bias[row]
+        score = lowered + row_bias
+        score = torch.where(score == torch.inf, torch.nan, score)  # as in F.cross_entropy
     loss = -F.logsigmoid(score - lse_others)  # log(1 + Σ e^z / e^score): accurate for tiny losses
-    lse = torch.where(ignored, lse_others, score + loss)
+    lse = torch.where(ignored, lse_others, torch.logaddexp(lse_others, score))
     scale = None if options.weight is None else options.weight.to(dtype)[row]
+    spread = None
+    if shares is not None:
+        spread = _smoothed_loss(lse, loss, logit, lowered, sums, shares.to(dtype), scale, bias, row_bias)
     if scale is not None:
         loss = scale * loss
-    if shares is not None:
-        shares = shares.to(dtype)
-        total = sums + (lowered - logit if scale is None else scale * (lowered - logit))
-        if bias is not None:
-            total = total + (shares * bias).sum()
-        spread = lse * shares.sum() - total
+    if spread is not None:
         loss = (1 - smoothing) * loss + smoothing / classes * spread
     loss = torch.where(ignored, 0, loss)
     if options.reduction == "sum":
@@ -159,6 +171,38 @@ def _loss_from_parts(
         counted = (~ignored).to(dtype) if scale is None else torch.where(ignored, 0, scale)
         loss = loss.sum() / counted.sum()
     return loss, lse
+
+
+def _smoothed_loss(
+    lse: Tensor,
+    loss: Tensor,
+    logit: Tensor,
+    lowered: Tensor,
+    sums: Tensor,
+    shares: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    row_bias: Tensor | None,
+) -> Tensor:
+    """Return Σ_k weight_k (lse - score_k), [B].
+
+    Args:
+        loss: lse minus the target's score, without a class weight.
+        logit, lowered: the target's logit before and after its margin, without bias.
+        sums: Σ_k weight_k z_k, without margin and bias.
+        shares: class weights, [K].
+        scale: the target's class weight; None: 1.
+        bias, row_bias: the biases [K], and those of the targets [B].
+    """
+    target_term = loss
+    if bias is not None and row_bias is not None:
+        # The target's bias is in the sum over all biases too. Of an infinite bias, only the latter may remain.
+        target_term = torch.where(row_bias == -torch.inf, lse - lowered, loss + row_bias)
+        sums = sums + (shares * bias).sum()
+    target_term = logit + target_term
+    if scale is None:
+        return lse * (shares.sum() - 1) - sums + target_term
+    return lse * (shares.sum() - scale) - sums + scale * target_term
 
 
 def _parts(
@@ -182,12 +226,12 @@ def _parts(
         parts = StashedCrossEntropyParts.apply(*arguments, ignore_index)  # type: ignore[no-untyped-call]
         return parts
     if target.device.type == "cuda":
-        in_range = (target == ignore_index) | ((target >= 0) & (target < centers.shape[0]))
+        in_range = (target.long() == ignore_index) | ((target >= 0) & (target < centers.shape[0]))
         _assert_in_range(in_range.all(), classifier, options)
     ops, allow_tf32 = backends.ops(backend), backends.allow_tf32(backend)
     if classifier.mlp is not None:
         return mlp_transform.cross_entropy_parts(
-            ops, input, classifier, class_bias, target, weight, ignore_index, allow_tf32
+            ops, input, classifier, class_bias, target.long(), weight, ignore_index, allow_tf32
         )
     parts = ops.cross_entropy_parts_forward.default(*arguments, ignore_index, allow_tf32)
     return parts
@@ -213,5 +257,5 @@ def _apply_margin(
     cosine = logit / tau
     sine = (1 - cosine * cosine).clamp(min=torch.finfo(logit.dtype).tiny).sqrt()
     rotated = cosine * margin.cos() - sine * margin.sin()
-    beyond = cosine < (math.pi - margin).cos()
+    beyond = (margin > math.pi) | ((margin >= 0) & (cosine < -margin.cos()))  # θ + margin exceeds π
     return tau * torch.where(beyond, cosine - margin * margin.sin(), rotated)

@@ -90,7 +90,8 @@ def constellation_logits(
         centers: class centers w, [K, d]; their dtype may differ from that of input.
         displacements: displacements δ, shared by all classes, [m, d] with 0 <= m <= 255. If m is 0, this is a cosine
             classifier.
-        tau: temperature τ > 0, a tensor of one element or a number.
+        tau: temperature τ > 0, a tensor of one element or a number, of Python or numpy. A tensor's value is checked on
+            the CPU in eager mode alone; elsewhere the gradient of a τ of 0 is NaN.
         transform: the transform that makes slot j of a center and a displacement. "translation": w_k + δ_j. "rotation":
             w_k rotated in the plane of `axis` and δ_j, by the angle from `axis` to δ_j (equations 8 and 9, read as a
             rotation). If the norm of `axis` or δ_j is at most 1e-12, slot j is w_k itself, and slot 0 wins the tie. If δ_j
@@ -107,8 +108,8 @@ def constellation_logits(
         With `return_slots` also slots [B, K], uint8. If several slots attain the maximum, the lowest is returned.
 
     Raises:
-        TypeError: an argument is not a dense floating-point tensor.
-        ValueError: a shape, a device or the name of the backend is wrong; the message names the argument.
+        TypeError: an argument is not a dense floating-point tensor, or, where a number is expected, not a number.
+        ValueError: a shape, a device, a number or the name of the backend is wrong; the message names the argument.
         gistops.BackendUnavailable: the requested backend cannot serve here.
         NotImplementedError: a second derivative of a fused backend, or a fused backend that is requested by name inside a
             transform of `torch.func` other than `vmap`.

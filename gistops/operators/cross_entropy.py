@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .registry import Op, compute_dtype, no_double_backward
+from .registry import Op, SymInt, compute_dtype, no_double_backward
 
 MARGIN_KINDS = {"logit": 0, "cosine": 1, "angle": 2}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -30,7 +30,7 @@ class CrossEntropyForward(NamedTuple):
     margin: Tensor | None  # one element, or K
     margin_kind: int  # a value of MARGIN_KINDS
     reduction: int  # a value of REDUCTIONS
-    ignore_index: int
+    ignore_index: SymInt
     label_smoothing: float
     keep_scores: (
         bool  # return scores and slots for the backward; if False, they are empty and recomputed there
@@ -74,7 +74,7 @@ class CrossEntropyBackward(NamedTuple):
     scalars: Tensor
     margin_kind: int
     reduction: int
-    ignore_index: int
+    ignore_index: SymInt
     label_smoothing: float
     need_input: bool
     need_centers: bool

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .registry import Op, compute_dtype, needed_gradients, no_double_backward
+from .registry import Op, SymInt, compute_dtype, needed_gradients, no_double_backward
 
 
 class PartsForward(NamedTuple):
@@ -24,7 +24,7 @@ class PartsForward(NamedTuple):
     class_coeffs: Tensor | None
     target: Tensor
     weight: Tensor | None
-    ignore_index: int
+    ignore_index: SymInt
     allow_tf32: bool = False
 
 
@@ -51,7 +51,7 @@ class PartsBackward(NamedTuple):
     class_coeffs: Tensor | None
     target: Tensor
     weight: Tensor | None
-    ignore_index: int
+    ignore_index: SymInt
     lse_others: Tensor
     need_input: bool
     need_centers: bool

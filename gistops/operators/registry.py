@@ -9,13 +9,17 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
+#: An integer that may differ from call to call: one compiled graph serves all its values.
+SymInt = Annotated[int, "SymInt"]
 _libraries: list[torch.library.Library] = []  # kept alive: registrations end with them
-_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "int", float: "float"}
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "int", SymInt: "SymInt", float: "float",
+}  # fmt: skip
 
 
 class Op(NamedTuple):
@@ -50,7 +54,7 @@ def _fields(record: type[Any]) -> list[str]:
     defaults = record._field_defaults
     return [
         f"{_SCHEMA_TYPES[kind]} {name}" + (f"={defaults[name]}" if name in defaults else "")
-        for name, kind in get_type_hints(record).items()
+        for name, kind in get_type_hints(record, include_extras=True).items()
     ]
 
 

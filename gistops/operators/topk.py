@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .registry import Op, compute_dtype
+from .registry import Op, SymInt, compute_dtype
 
 
 class Topk(NamedTuple):
@@ -20,7 +20,7 @@ class Topk(NamedTuple):
     class_bias: Tensor | None
     input_coeffs: Tensor | None
     class_coeffs: Tensor | None
-    k: int
+    k: SymInt
     need_lse: bool = False
     allow_tf32: bool = False
     norms: Tensor | None = None

@@ -144,6 +144,29 @@ def test_loss_of_centers_that_a_displacement_cancels_to_any_degree(
         cancellation.assert_close([ours.loss, *gradients], tensors, target)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("value", [-1e9, 1e9, -torch.inf, torch.inf])
+def test_loss_of_extreme_biases(value: float, smoothing: float, module: Any, seed: int) -> None:
+    """One class with an extreme bias is the target of some rows, and its class weight is 0 unless that gives NaN."""
+    tensors = Sample(12, 40, 19, 2).tensors(seed)
+    target = torch.arange(12)
+    bias, weight = torch.randn(40), torch.rand(40) + 0.5
+    bias[5] = value
+    weight[5] = abs(value) == torch.inf
+    options = {"class_bias": bias, "weight": weight, "label_smoothing": smoothing, "reduction": "none"}
+    ours = HostLoss(module, tensors, target, **options)
+    loss, lse, wide = truth(tensors, target, options)
+    close = {"atol": 2e-4, "rtol": 1e-5, "equal_nan": True, "check_dtype": False}
+    torch.testing.assert_close(ours.loss, loss.detach(), **close)
+    torch.testing.assert_close(ours.lse, lse.detach(), **close)
+    gradients = [g for g in ours.gradients(torch.ones(12), torch.ones(12)) if g is not None]
+    for gradient, true in zip(gradients, torch.autograd.grad(loss.sum() + lse.sum(), wide), strict=True):
+        if true.isfinite().all():
+            torch.testing.assert_close(gradient, true, **close)
+        else:
+            assert not gradient.isfinite().all()
+
+
 def test_loss_of_targets_out_of_range(module: Any, seed: int) -> None:
     tensors = Sample(40, 70, 24, 3).tensors(seed)
     for wrong in (-1, 70, 1 << 40):

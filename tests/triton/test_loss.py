@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gistops
 from tests.ops import test_cancellation as cancellation
 from tests.ops import test_loss as loss
+from tests.ops import test_loss_extremes as extremes
 from tests.ops import test_loss_torch as in_torch
 from tests.ops.loss_oracle import OPTIONS, Call, Options, gradients
 from tests.ops.oracle import Sample, error
@@ -85,7 +86,8 @@ def test_a_step_takes_few_launches(
     call = dataclasses.replace(call, target=target, weight=weight)
     # The checks of a target on the CPU do not run on a GPU.
     monkeypatch.setattr(
-        "gistops.functional.cross_entropy.check_loss", lambda input, classifier, target, options: target
+        "gistops.functional.cross_entropy.check_loss",
+        lambda input, classifier, target, options: (target, options),
     )
     with Launches(monkeypatch) as launches:
         made = call.ours(leaves, "triton", return_lse=False)
@@ -180,10 +182,16 @@ def test_contract(seed: int) -> None:
     loss.test_an_angle_beyond_pi_still_costs_more("triton", seed)
 
 
+@pytest.mark.parametrize("case", extremes.FEW, ids=extremes.identifier)
+def test_extreme_biases_and_margins(case: dict[str, Any], seed: int) -> None:
+    extremes.test_extreme_biases_and_margins(case, 0.1, "triton", seed)
+
+
 def test_a_target_out_of_range_on_the_device(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """The assertion that runs on the device finds targets out of range that no earlier check has seen."""
     monkeypatch.setattr(
-        "gistops.functional.cross_entropy.check_loss", lambda input, classifier, target, options: target
+        "gistops.functional.cross_entropy.check_loss",
+        lambda input, classifier, target, options: (target, options),
     )
     tensors = Sample(6, 12, 20, 2).tensors(seed)
     for value in (12, -1):

@@ -78,11 +78,12 @@ class ChunkedOps:
         scorer, weight = make_scorer(self.ops, a), a.weight
         target_logits = a.input.new_zeros(a.input.shape[0], 1, dtype=scorer.dtype)
         sums = target_logits[:, 0] if weight is not None else a.input.new_empty(0, dtype=scorer.dtype)
-        minus_infinity, counted = target_logits.new_full((), -torch.inf), a.target != a.ignore_index
+        target = a.target.long()
+        minus_infinity, counted = target_logits.new_full((), -torch.inf), target != a.ignore_index
         lse_of_chunks = []
         for chunk in scorer.chunks():
             z = scorer.forward(chunk).logits
-            columns, in_chunk = _targets(a.target, counted, chunk)
+            columns, in_chunk = _targets(target, counted, chunk)
             target_scores = z.gather(1, columns)
             target_logits = torch.where(in_chunk, target_scores, target_logits)
             if weight is not None:
@@ -92,6 +93,7 @@ class ChunkedOps:
             z.scatter_(1, columns, torch.where(in_chunk, minus_infinity, target_scores))
             lse_of_chunks.append(z.logsumexp(1))
         lse_others = _logsumexp(lse_of_chunks, minus_infinity.expand(a.input.shape[0]))
+        lse_others = torch.where(lse_others == torch.inf, torch.nan, lse_others)  # as the other backends
         return Parts(lse_others, target_logits[:, 0], sums)
 
     def cross_entropy_parts_backward(self, a: PartsBackward) -> PartsGradients:
@@ -101,10 +103,11 @@ class ChunkedOps:
         need_bias = a.need_bias and bias is not None
         grad_bias = lse.new_empty(a.centers.shape[0] if need_bias else 0)
         shift = torch.where(lse == -torch.inf, torch.inf, lse)[:, None]  # no other class: probability 0
-        zero, counted = lse.new_zeros(()), a.target != a.ignore_index
+        target = a.target.long()
+        zero, counted = lse.new_zeros(()), target != a.ignore_index
         for chunk in scorer.chunks():
             output = scorer.forward(chunk)
-            columns, in_chunk = _targets(a.target, counted, chunk)
+            columns, in_chunk = _targets(target, counted, chunk)
             z = output.logits if bias is None else output.logits + bias[chunk].to(lse.dtype)
             grad = (z - shift).exp_().mul_(a.grad_lse_others[:, None])
             grad_target = a.grad_target_logits[:, None]

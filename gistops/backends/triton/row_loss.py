@@ -47,7 +47,7 @@ def apply_margin(logit, tau, margin, MARGIN: tl.constexpr):
         sine = _root(tl.where(square < tiny, tiny, square))
         cosine_m = tl.cos(margin)
         sine_m = tl.sin(margin)
-        beyond = cosine < -cosine_m  # θ + margin exceeds π
+        beyond = (margin > 3.141592653589793) | ((margin >= 0) & (cosine < -cosine_m))  # θ + margin exceeds π
         value = tl.where(beyond, cosine - margin * sine_m, cosine * cosine_m - sine * sine_m)
         by_sine = tl.where(square < tiny, tl.zeros_like(sine), sine_m * cosine / sine)
         by_cosine = tl.where(beyond, one, cosine_m + by_sine)
@@ -62,6 +62,13 @@ def softplus(x):
     one_plus_y = 1.0 + y
     tail = tl.where(one_plus_y == 1.0, y, tl.log(one_plus_y) * (y / (one_plus_y - 1.0)))
     return tl.where(x > 0, x, tl.zeros_like(x)) + tl.where(x == x, tail, x)
+
+
+@triton.jit
+def logaddexp(a, b):
+    """Return log(e^a + e^b). A NaN stays NaN, and minus infinity adds nothing."""
+    largest = tl.where(a > b, a, b)
+    return tl.where((a == b) & (a == float("-inf")), a, largest + softplus(-tl.abs(a - b)))
 
 
 @triton.jit
@@ -140,20 +147,28 @@ def row_loss_kernel(
         tl.store(saved_ptrs + BY_MARGIN * stride, by_margin, mask=row_valid)
     score = target_logit
     if HAS_BIAS:
-        score = score + tl.load(class_bias + y).to(ACC)
+        bias = tl.load(class_bias + y).to(ACC)
+        score = score + bias
+    score = tl.where(
+        score == float("inf"), tl.full(score.shape, float("nan"), ACC), score
+    )  # as in F.cross_entropy
     excess = lse_others - score
     value = softplus(excess)
-    lse_all = tl.where(ignored, lse_others, score + value)
+    lse_all = tl.where(ignored, lse_others, logaddexp(lse_others, score))
     weight = tl.full((BLOCK_B,), 1.0, ACC)
     if HAS_WEIGHT:
         weight = tl.load(class_weight + y).to(ACC)
-        value = weight * value
     if SMOOTHING > 0:
-        weight_sum = tl.sum(weights, 0)
-        weighted_sum = tl.sum(weighted, 0) + weight * (target_logit - logit)
+        # The sum of weight (lse - score) over the classes; functional/cross_entropy.py explains its order.
+        target_term = value
+        weighted_sum = tl.sum(weighted, 0)
         if HAS_BIAS:
+            target_term = tl.where(bias == float("-inf"), lse_all - target_logit, value + bias)
             weighted_sum += tl.sum(biases, 0)
-        value = (1 - SMOOTHING) * value + SMOOTHING / tl.cast(K, ACC) * (lse_all * weight_sum - weighted_sum)
+        spread = lse_all * (tl.sum(weights, 0) - weight) - weighted_sum + weight * (logit + target_term)
+        value = (1 - SMOOTHING) * weight * value + SMOOTHING / tl.cast(K, ACC) * spread
+    elif HAS_WEIGHT:
+        value = weight * value
     if tl.program_id(0) == 0:
         tl.store(scalars + 1, tl.sum(weights, 0))
     value = tl.where(ignored, tl.zeros_like(value), value)

@@ -1,0 +1,93 @@
+"""Losses of huge and infinite biases and margins: what `F.cross_entropy` gives for logits in float64, on every backend."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gistops
+
+from .oracle import Sample
+
+f64, inf, nan = torch.float64, math.inf, math.nan
+TARGET = 3  # of every second row
+CASES: list[dict[str, Any]] = [
+    {"bias": {TARGET: -1e9}},
+    {"bias": {TARGET: -inf}},
+    {"bias": {TARGET: 1e9}},
+    {"bias": {5: -1e9, 6: -inf}},
+    {"bias": {5: 1e9}},
+    {"bias": {TARGET: -1e9}, "weight": {TARGET: 0.0}},
+    {"bias": {5: -1e9}, "weight": {5: 0.0}},
+    {"bias": {5: 1e9}, "weight": {5: 0.0, TARGET: 0.0}},
+    {"bias": {5: inf}},
+    {"bias": {TARGET: inf}},
+    {"bias": dict.fromkeys(range(9), -inf)},
+    {"bias": {TARGET: -inf}, "weight": {TARGET: 0.0}},
+    {"margin": 1e9},
+    {"margin": -1e9},
+    {"margin": -1e9, "weight": {k: 0.0 for k in range(9) if k != TARGET}},
+    {"margin": 1e9, "margin_kind": "cosine"},
+    {"margin": 1e9, "weight": {TARGET: 0.0}, "bias": {TARGET: -1e9}},
+]
+#: Cases for slow backends.
+FEW = [CASES[i] for i in (1, 2, 5, 8, 9, 13, 14, 15)]
+
+
+def identifier(case: dict[str, Any]) -> str:
+    return "-".join(f"{name}{value}" for name, value in case.items()).translate(
+        str.maketrans("", "", "{}:, ")
+    )
+
+
+def changed(values: Tensor, changes: dict[int, float]) -> Tensor:
+    values = values.clone()
+    for place, value in changes.items():
+        values[place] = value
+    return values
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("case", CASES, ids=identifier)
+def test_extreme_biases_and_margins(case: dict[str, Any], smoothing: float, backend: str, seed: int) -> None:
+    """Loss, lse and gradients are those of the logits; they are infinite or NaN only where theirs are."""
+    x, w, delta, tau = Sample(8, 9, 6, 2).tensors(seed)
+    target = torch.tensor([TARGET, 1] * 4)
+    target[6] = -100
+    bias = changed(torch.randn(9), case.get("bias", {})).requires_grad_()
+    weight = changed(torch.rand(9) + 0.5, case["weight"]) if "weight" in case else None
+    margin, kind = case.get("margin", 0.0), case.get("margin_kind", "logit")
+    leaves = [x, w, delta, tau, bias]
+    loss, lse = gistops.constellation_cross_entropy(
+        *leaves[:4], target, class_bias=bias, weight=weight, margin=margin, margin_kind=kind,
+        label_smoothing=smoothing, reduction="none", return_lse=True, backend=backend,
+    )  # fmt: skip
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    logits = gistops.constellation_logits(*wide[:4], backend="reference")
+    lowered = logits - margin * (wide[3] if kind == "cosine" else 1)
+    is_target = F.one_hot(target.clamp(min=0), 9).bool() & (target >= 0)[:, None]
+    scores = torch.where(is_target, lowered, logits) + wide[4]
+    wide_weight = None if weight is None else weight.double()
+    true = F.cross_entropy(scores, target, wide_weight, reduction="none", label_smoothing=smoothing)
+    true_lse = scores.logsumexp(1)
+    true_lse = torch.where(true_lse == inf, nan, true_lse)
+    close(loss, true)
+    close(lse, true_lse)
+    for rows in (slice(None), target == TARGET):
+        grads = torch.autograd.grad(loss[rows].sum() + 0.5 * lse[rows].sum(), leaves, retain_graph=True)
+        expected = torch.autograd.grad(true[rows].sum() + 0.5 * true_lse[rows].sum(), wide, retain_graph=True)
+        for value, truth in zip(grads, expected, strict=True):
+            if truth.isfinite().all():
+                close(value, truth)
+            else:
+                assert not value.isfinite().all()
+
+
+def close(value: Tensor, truth: Tensor) -> None:
+    """Compare with a tolerance of 64 roundings, relative to each element, and to 1 and τ for sums that cancel."""
+    torch.testing.assert_close(value.double(), truth, rtol=1e-5, atol=2e-4, equal_nan=True)
