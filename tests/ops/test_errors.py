@@ -64,9 +64,9 @@ def test_ops_called_directly_are_memory_safe(fused: str) -> None:
     with pytest.raises(RuntimeError, match="expected float32"):
         forward(x.long(), w, delta, tau)
     saved = forward(x, w, delta, tau)
-    with pytest.raises(RuntimeError, match="grad: expected .*shape"):
+    with pytest.raises(RuntimeError, match=r"grad: expected .*shape"):
         backward(torch.ones(3, 4), x, w, delta, tau, *saved, True, True, True, True)
-    with pytest.raises(RuntimeError, match="center_rnorms: expected .*shape"):
+    with pytest.raises(RuntimeError, match=r"center_rnorms: expected .*shape"):
         backward(saved[0], x, w, delta, tau, *saved[:2], saved[2].T, saved[3], True, True, True, True)
 
 
