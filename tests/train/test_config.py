@@ -75,7 +75,7 @@ BAD_ARRAYS = [
     ({"y_train": np.zeros(12)}, "y_train: expected integer labels"),
     ({"y_train": np.arange(12) % 3 * 2}, "y_test: expected only classes that y_train has, got 1 too"),
     ({"y_val": np.arange(3)}, "expected x_val in addition to y_val, got none"),
-    ({"y_test": np.array([0, 1, 7])}, "y_test: expected labels below 3"),
+    ({"y_test": np.array([0, 1, 7])}, "y_test: expected only classes that y_train has, got 7 too"),
     ({"x_test": np.zeros((3, 4), np.float32)}, "x_test: expected samples of x_train's shape"),
     ({"x_train": np.full((12, 5), np.nan, np.float32)}, "x_train: expected finite features, got 60"),
     ({"x_train": np.zeros((12, 5, 5, 7), np.uint8)}, "x_train: expected uint8 images"),
