@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -85,6 +86,9 @@ def _family(character: str) -> str | None:
 @functools.cache
 def _glyphs(family: str) -> frozenset[int]:
     """Return the characters of the font that matplotlib takes for a family, or by default."""
+    logger = logging.getLogger("matplotlib.font_manager")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns about each family without a regular weight
     try:
         if not family:
             return frozenset(get_font(findfont(FontProperties())).get_charmap())
@@ -92,6 +96,8 @@ def _glyphs(family: str) -> frozenset[int]:
         return frozenset(get_font(file).get_charmap())
     except (OSError, RuntimeError, ValueError):  # a font of bitmaps, or a damaged one
         return frozenset()
+    finally:
+        logger.setLevel(level)
 
 
 @functools.cache

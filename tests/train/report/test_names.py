@@ -96,11 +96,12 @@ def test_names_are_no_formulas_with_latex() -> None:
 
 
 @pytest.mark.usefixtures("few_fonts")
-def test_a_name_without_a_font_has_a_number() -> None:
+def test_a_name_without_a_font_has_a_number(caplog: pytest.LogCaptureFixture) -> None:
     classes = ["cat", HAN, "כלב", "हिन्दी", "dog"]
     assert [label.removeprefix(GUARD) for label in labels(classes)] == ["cat", "#2", "#3", "#4", "dog"]
     assert explanation(classes) == f"#2 is {HAN}, #3 is כלב, #4 is हिन्दी"
     drawn(classes)
+    assert caplog.text == ""
 
 
 @pytest.mark.usefixtures("few_fonts")
