@@ -84,13 +84,30 @@ def complete(ops: Any, op: Op) -> None:
     """Register the fake kernel, the autograd formula, the rules of vmap and of autocast of a defined op."""
     name = f"{ops.name}::{op.name}"
     torch.library.register_vmap(name, functools.partial(_once_per_sample, getattr(ops, op.name).default))
-    torch.library.register_fake(name, lambda *arguments: op.fake(op.arguments(*arguments)))
+    torch.library.register_fake(name, functools.partial(_fake, op))
     if op.backward is not None:
         backward = functools.partial(op.backward, ops)
         torch.library.register_autograd(name, backward, setup_context=op.save)
     if op.autocast is not None:
         for device in ("CPU", "CUDA"):
             _register(ops, op.name, _autocast(ops, op, device.lower()), f"Autocast{device}")
+
+
+def _fake(op: Op, *arguments: Any) -> Any:
+    """Call the fake kernel of an op.
+
+    Raises:
+        RuntimeError: the tensors are on several devices. One meta tensor is enough for torch to select this kernel, which
+            would return uninitialized memory on the device of the others.
+    """
+    record = op.arguments(*arguments)
+    tensors = [(name, x) for name, x in zip(record._fields, record, strict=True) if isinstance(x, Tensor)]
+    for name, x in tensors:
+        if x.device != record.centers.device:
+            raise RuntimeError(
+                f"{op.name}: {name}: expected device {record.centers.device} to match centers, got {x.device}"
+            )
+    return op.fake(record)
 
 
 def _once_per_sample(operator: Any, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:

@@ -19,6 +19,11 @@ Tensor no_displacements(const Tensor& input) {
 
 using Logits = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+void check_dims(const Tensor& centers, int64_t dims, const char* shape) {
+  STD_TORCH_CHECK(centers.dim() == dims, "gistops: centers: expected shape ", shape, ", got ",
+                  shape_text(centers.sizes()));
+}
+
 Logits logits_and_norms(const Arguments& a) {
   const Tensor logits = empty_on_device_of(a.input, {a.B(), a.K()}, a.compute),
                slots = empty_on_device_of(a.input, {a.B(), a.K()}, ScalarType::Byte),
@@ -47,6 +52,7 @@ GradientTensors logits_gradients(const Arguments& a, const Tensor& grad, const T
 
 Logits logits_forward(const Tensor& input, const Tensor& centers, const Tensor& displacements, const Tensor& tau,
                       bool /*allow_tf32*/) {
+  check_dims(centers, 2, "[K, d]");
   return logits_and_norms(Arguments(input, centers, displacements, tau));
 }
 
@@ -56,6 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logits_backward(const Tensor& grad, c
                                                            const Tensor& center_rnorms, const Tensor& input_rnorms,
                                                            bool need_input, bool need_centers, bool need_displacements,
                                                            bool need_tau, bool /*allow_tf32*/) {
+  check_dims(centers, 2, "[K, d]");
   const GradientTensors g =
       logits_gradients(Arguments(input, centers, displacements, tau), grad, logits, slots, center_rnorms, input_rnorms,
                        need_input, need_centers, need_displacements, need_tau);
@@ -64,6 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logits_backward(const Tensor& grad, c
 }
 
 Logits subcenter_forward(const Tensor& input, const Tensor& centers, const Tensor& tau, bool /*allow_tf32*/) {
+  check_dims(centers, 3, "[K, M, d]");
   return logits_and_norms(Arguments(input, centers, no_displacements(input), tau));
 }
 
@@ -72,6 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> subcenter_backward(const Tensor& grad, const 
                                                       const Tensor& center_rnorms, const Tensor& input_rnorms,
                                                       bool need_input, bool need_centers, bool need_tau,
                                                       bool /*allow_tf32*/) {
+  check_dims(centers, 3, "[K, M, d]");
   const GradientTensors g =
       logits_gradients(Arguments(input, centers, no_displacements(input), tau), grad, logits, slots, center_rnorms,
                        input_rnorms, need_input, need_centers, false, need_tau);
@@ -95,6 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rotation_backward(
 
 Tensor center_norms_op(const Tensor& centers, const Tensor& displacements) {
   const int64_t d = centers.dim() > 0 ? centers.size(centers.dim() - 1) : 0;
+  format_of(centers, "centers");
   STD_TORCH_CHECK(d >= 1, "gistops: centers: expected shape [K, d] with d >= 1, got ", shape_text(centers.sizes()));
   const Arguments a(empty_on_device_of(centers, {0, d}, centers.scalar_type()), centers, displacements,
                     torch::stable::fill_(empty_on_device_of(centers, {1}, ScalarType::Float), 1.0));
