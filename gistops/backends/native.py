@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +17,8 @@ from .._toolchain import BuildError, Tools
 from ..operators import registry
 from ..operators.cross_entropy import CROSS_ENTROPY_BACKWARD, CROSS_ENTROPY_FORWARD
 from ..operators.logits import CENTER_NORMS, FROZEN_LOGITS, LOGITS_BACKWARD, LOGITS_FORWARD
+from . import _own_files
+from ._own_files import UnsafeError
 from .chunked import ChunkedOps
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -99,36 +99,26 @@ def _use_installed(path: Path, wanted: str) -> Status:
     return _loaded("compiled at install", "install", path, record)
 
 
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[bool]:
-    """Hold the folder's lock; yield False if locks do not work. The lock of a killed process is released."""
-    with open(folder / "lock", "w", encoding="utf-8") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            yield False
-        else:
-            yield True
-
-
 def build_on_first_use(wanted: str) -> Path:
     """Return the library in the cache folder; compile it if needed. Safe with several processes at once.
 
     Raises:
         BuildError: the library cannot be compiled here.
         OSError: the cache folder cannot be written.
+        UnsafeError: other users may write the cache folder or the library.
     """
     out = first_use_path(wanted)
+    _own_files.make_folder(cache_dir())
     if out.is_file():
+        _own_files.check(out.parent, out, _build.Record.path(out))
         return out
     tools = Tools.find()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    _own_files.make_folder(out.parent)
     # One process compiles and the others wait. If locks do not work, every process compiles for itself. This is slower
     # but just as safe, because a build in a temporary folder is moved into place in one step.
-    with _lock(out.parent) as alone:
+    with _own_files.lock(out.parent / "lock") as alone:
         if out.is_file():
+            _own_files.check(out, _build.Record.path(out))
             return out
         if alone:
             for left in out.parent.glob("build-*"):  # left by a killed process
@@ -138,6 +128,8 @@ def build_on_first_use(wanted: str) -> Path:
         tmp = Path(tempfile.mkdtemp(prefix="build-", dir=out.parent))
         try:
             _build.build(source_dir(), tmp / LIBRARY, tmp, tools)
+            for path, mode in ((tmp / LIBRARY, 0o755), (_build.Record.path(tmp / LIBRARY), 0o644)):
+                path.chmod(mode)  # whatever the umask: the checks above refuse what a group may write
             # The record first, so that a library always has one.
             os.replace(_build.Record.path(tmp / LIBRARY), _build.Record.path(out))
             os.replace(tmp / LIBRARY, out)
@@ -153,6 +145,8 @@ def _use_first_use(wanted: str) -> Status:
         path = build_on_first_use(wanted)
     except BuildError as failure:
         return Status(False, f"cannot compile on first use: {failure}")
+    except UnsafeError as failure:
+        return Status(False, str(failure), error=str(failure))
     except OSError as failure:
         why = f"cannot compile on first use into {cache_dir()}: {failure}"
         return Status(False, f"{why}; set GISTOPS_CACHE to a writable folder")
