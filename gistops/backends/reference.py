@@ -15,6 +15,7 @@ from .._checks import on_device
 from .._classifier import Classifier, LossOptions
 from .._functorch import transforms_active
 from ..operators.registry import compute_dtype, no_autocast, widest_dtype
+from .in_place import detect_changes
 
 #: Maximum number of elements in the vectors [k, M, d] and in the scores [B, k, M] of a chunk: 64 MiB in float32.
 CHUNK_ELEMENTS = 1 << 24
@@ -141,9 +142,11 @@ def cross_entropy(
     input: Tensor, classifier: Classifier, target: Tensor, options: LossOptions
 ) -> tuple[Tensor, Tensor]:
     """Return `F.cross_entropy` of materialized logits, and their log-sum-exp [B]."""
+    watched = (*classifier[1:3], classifier.axis, *(classifier.mlp or ()), target, *options[:3])
     # The logits and the margin both use tau. Converted once here, its gradient is rounded once.
     classifier = classifier._replace(tau=classifier.tau.to(classifier.compute_dtype(input)))
     scores, _ = logits(input, classifier)
+    scores = detect_changes(scores, *watched)
     target, margin, ignore_index = target.long(), options.margin, options.ignore_index
     if margin is not None:
         # Not F.one_hot, which torch.func cannot transform.

@@ -14,6 +14,7 @@ from .._checks import check_constellation, check_loss, check_subcenters, on_devi
 from .._classifier import Classifier, LossOptions, MarginKind, Transform, no_displacements
 from ..backends import eager_loss, reference
 from ..backends.cpu_stash import StashedCrossEntropyParts, can_stash
+from ..backends.in_place import detect_changes
 from .transforms import mlp as mlp_transform
 from .transforms import rotation
 
@@ -133,6 +134,7 @@ def _loss_from_parts(
     No large number is added and taken off again, so that a bias or a margin of 1e9 or minus infinity costs no digit.
     """
     classes, smoothing = classifier.centers.shape[0], options.label_smoothing
+    copied = _copied(input, classifier, target, options)
     # The op and the lines below both use tau and class_bias. Converted once here, their gradients are rounded once.
     dtype = classifier.compute_dtype(input)
     classifier = classifier._replace(tau=classifier.tau.to(dtype))
@@ -146,6 +148,7 @@ def _loss_from_parts(
         weight = options.weight
         shares = input.new_ones(classes, dtype=torch.float32) if weight is None else weight
     lse_others, logit, sums = _parts(backend, input, classifier, target, options, shares)
+    lse_others = detect_changes(lse_others, *copied)
     lowered = logit
     if options.margin is not None:
         lowered = _apply_margin(logit, classifier.tau.reshape(()), options.margin, options.margin_kind, row)
@@ -171,6 +174,23 @@ def _loss_from_parts(
         counted = (~ignored).to(dtype) if scale is None else torch.where(ignored, 0, scale)
         loss = loss.sum() / counted.sum()
     return loss, lse
+
+
+def _copied(
+    input: Tensor, classifier: Classifier, target: Tensor, options: LossOptions
+) -> list[Tensor | float | None]:
+    """Return those arguments of which the ops save no more than a copy; they save translations and sub-centers themselves."""
+    _, displacements, tau, transform, axis, mlp = classifier
+    dtype = classifier.compute_dtype(input)
+    copied = [x for x in (tau, options.class_bias) if x is not None and x.dtype != dtype]
+    if transform in ("rotation", "mlp"):
+        copied += [
+            displacements,
+            tau,
+            target,
+            *(x for x in (axis, options.class_bias, *(mlp or ())) if x is not None),
+        ]
+    return [options.weight, options.margin, *copied]
 
 
 def _smoothed_loss(

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gistops
 from tests.ops import test_cancellation as cancellation
+from tests.ops import test_in_place as in_place
 from tests.ops import test_loss as loss
 from tests.ops import test_loss_extremes as extremes
 from tests.ops import test_loss_torch as in_torch
@@ -185,6 +186,10 @@ def test_contract(seed: int) -> None:
 @pytest.mark.parametrize("case", extremes.FEW, ids=extremes.identifier)
 def test_extreme_biases_and_margins(case: dict[str, Any], seed: int) -> None:
     extremes.test_extreme_biases_and_margins(case, 0.1, "triton", seed)
+
+
+def test_in_place_changes_of_arguments(seed: int) -> None:
+    in_place.test_every_argument_of_a_loss("translation", "angle", bf16, "triton", seed)
 
 
 def test_a_target_out_of_range_on_the_device(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
