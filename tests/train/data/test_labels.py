@@ -53,6 +53,12 @@ def test_another_encoding_is_named_with_its_line(name: str, tmp_path: Path) -> N
         read_listing(str(tmp_path / name))
 
 
+def test_accents_are_composed(tmp_path: Path) -> None:
+    """One program writes an accented letter as one character, another as two."""
+    listing = read(tmp_path / "a.csv", "path,label\na,caf\u00e9\nb,cafe\u0301\n")
+    assert listing.classes.names == ["caf\u00e9"]
+
+
 def test_names_in_utf_8_and_separators_of_unicode_are_kept(tmp_path: Path) -> None:
     listing = read(tmp_path / "a.csv", "path,label\n\u732b/\u2028 1.jpg,\u732b\nb.jpg,\u72ac\n")
     assert listing.classes.names == ["\u72ac", "\u732b"]

@@ -106,7 +106,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray | Tensor]:
     with zipfile.ZipFile(path) as archive:
         members = {member.removesuffix(".npy"): member for member in archive.namelist()}
         _check_present(path, members)
-        for name in members.keys() & KNOWN:
+        for name in sorted(members.keys() & KNOWN):
             with archive.open(members[name]) as content:
                 arrays[name] = np.lib.format.read_array(content, allow_pickle=False)
                 if content.read(1):
@@ -120,7 +120,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray | Tensor]:
         names_in_file = list(file.keys())
         _check_present(path, names_in_file)
         arrays: dict[str, np.ndarray | Tensor] = {
-            name: file.get_tensor(name) for name in KNOWN.intersection(names_in_file)
+            name: file.get_tensor(name) for name in sorted(KNOWN.intersection(names_in_file))
         }
         names = (file.metadata() or {}).get("classes")
     if names is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def read_csv(path: Path) -> tuple[list[str], list[str]]:
         if not name or not label:
             raise DataError(f"{path}, line {line}: expected a path and a label, got {', '.join(row)!r}")
         names.append(checked_path(f"{path}, line {line}", name))
-        labels.append(label)
+        labels.append(unicodedata.normalize("NFC", label))  # as the names of class folders
     return names, labels
 
 
