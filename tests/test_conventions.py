@@ -22,8 +22,8 @@ LAYERS = {
         "sampling", "info",
     ],
     "train": [
-        "files", "distributed", "console", "shot_groups", "options", "config", "recipes", "data", "model", "evaluation",
-        "methods", "cli", "training", "report", "run", "commands", "__main__",
+        "files", "distributed", "console", "shot_groups", "options", "data_options", "config", "recipes", "data", "model", "evaluation",
+        "methods", "trained", "cli", "training", "footprint", "checks", "report", "run", "commands", "__main__",
     ],
 }  # fmt: skip
 

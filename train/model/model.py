@@ -12,11 +12,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from gistops.nn import ConstellationClassifier, GistClassifier
+from gistops.nn import ConstellationClassifier
 
 from ..data.dataset import Dataset
 from .backbones import make_backbone
 from .feature_transfer import FeatureTransfer
+
+RANDOM_HEAD = ("head.random_", "head.raw_random_")  # tensors of the random stream's head
 
 HeadMaker = Callable[[int, int], nn.Module]  # (in_features, num_classes) -> head
 
@@ -108,57 +110,79 @@ def build_model(
     return Model(normalize, backbone, center, make_head(in_features, data.num_classes), backbone_name)
 
 
-def save_model(path: Path, model: Model, class_names: list[str]) -> None:
-    """Write a trained model for inference: weights as safetensors, with metadata for `load_model`.
+def save_model(
+    path: Path, model: Model, class_names: list[str], details: dict[str, Any] | None = None
+) -> None:
+    """Write a trained model: weights as safetensors, with metadata for `load_model`.
 
-    Parts that only training needs are left out: the random stream's centers and the feature transfer.
+    The random stream's centers are kept, because rows of the results table use them. The feature transfer is left out.
+
+    Args:
+        path: the file.
+        model: the model.
+        class_names: the names of the classes.
+        details: more values for the metadata, in plain types, such as those that `trained.describe` returns.
     """
-    head = model.head.export() if isinstance(model.head, GistClassifier) else model.head
-    other_parts = ("head.", "feature_transfer.")
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(other_parts)}
-    state |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+    head = model.head
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("feature_transfer.")
+    }
     # A single metadata entry: safetensors does not keep the order of several, and equal models must give equal bytes.
     crop_size = model.normalize.crop_size if isinstance(model.normalize, Normalize) else 0
     description = {"backbone": model.backbone_name, "classes": class_names, "crop_size": crop_size}
     if isinstance(head, ConstellationClassifier):
         description |= {"transform": head.transform, "hidden_features": head.hidden_features}
-    metadata = {"train": json.dumps(description)}
+    metadata = {"train": json.dumps(description | (details or {}))}
     contiguous = {name: tensor.contiguous() for name, tensor in state.items()}  # required by safetensors
     path.write_bytes(safetensors.torch.save(contiguous, metadata))
 
 
+def read_model_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the description and the tensors of a model file."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        description: dict[str, Any] = json.loads(file.metadata()["train"])
+        return description, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def network_of(
+    description: dict[str, Any], state: dict[str, Tensor]
+) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Return the normalization, the backbone and the centering of a model file, without their weights."""
+    normalize: nn.Module = nn.Identity()
+    backbone: nn.Module = nn.Identity()
+    center: nn.Module = nn.Identity()
+    if "normalize.mean" in state:
+        mean, std = state["normalize.mean"].flatten(), state["normalize.std"].flatten()
+        normalize = Normalize(mean, std, description["crop_size"])
+        backbone = make_backbone(description["backbone"], len(mean))
+    if "center.running_mean" in state:
+        center = nn.BatchNorm1d(len(state["center.running_mean"]), affine=False)
+    return normalize, backbone, center
+
+
 def load_model(path: str | Path) -> tuple[Model, list[str]]:
-    """Load a trained model from `runs/<name>/model-<method>.safetensors`.
+    """Load a trained model from `runs/<name>/model-<method>.safetensors`, with the head for inference.
 
     Returns:
         The model in evaluation mode, and the names of its classes.
     """
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = json.loads(file.metadata()["train"])
-        state: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    names, backbone_name = metadata["classes"], metadata["backbone"]
-    normalize: nn.Module = nn.Identity()
-    backbone: nn.Module = nn.Identity()
-    center: nn.Module = nn.Identity()
+    description, state = read_model_file(path)
+    names = description["classes"]
     head: nn.Module
-    if "normalize.mean" in state:
-        mean, std = state["normalize.mean"].flatten(), state["normalize.std"].flatten()
-        normalize = Normalize(mean, std, metadata["crop_size"])
-        backbone = make_backbone(backbone_name, len(mean))
-    if "center.running_mean" in state:
-        center = nn.BatchNorm1d(len(state["center.running_mean"]), affine=False)
     if "head.centers" in state:
         num_displacements, in_features = state["head.displacements"].shape
-        hidden = metadata["hidden_features"] if metadata["transform"] == "mlp" else None
+        hidden = description["hidden_features"] if description["transform"] == "mlp" else None
         head = ConstellationClassifier(
             in_features,
             len(names),
             num_displacements,
-            transform=metadata["transform"],
+            transform=description["transform"],
             hidden_features=hidden,
         )
     else:
         head = nn.Linear(state["head.weight"].shape[1], len(names))
-    model = Model(normalize, backbone, center, head, backbone_name)
-    model.load_state_dict(state)
+    model = Model(*network_of(description, state), head, description["backbone"])
+    model.load_state_dict({name: x for name, x in state.items() if not name.startswith(RANDOM_HEAD)})
     return model.eval(), names

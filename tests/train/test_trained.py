@@ -1,0 +1,96 @@
+"""Tests of model files: every row of the results table is computed again from the file alone, and older files load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from train.config import Config
+from train.data.dataset import Dataset
+from train.evaluation.evaluate import evaluate
+from train.model.model import load_model, read_model_file, save_model
+from train.trained import describe, load_trained
+from train.training.trainer import Trainer
+
+from .short_runs import FEATURES, IMAGES, finish
+
+ALTERNATIVES = {
+    "gist": {"random head, adjusted", "both heads", "centers alone"},
+    "gist-rotation": {"random head, adjusted", "both heads", "centers alone"},
+    "gist-mlp": {"random head, adjusted", "both heads", "centers alone"},
+    "cos-gist": {"random head, adjusted", "both heads"},
+    "gist-combined": {"centers alone"},
+    "cos-cs-cb": {"centers alone"},
+    "plain": {"adjusted afterwards"},
+    "balanced-softmax": set(),
+}
+
+
+def trained(method: str, config: Config, data: Dataset, file: Path) -> Trainer:
+    short = config.replace(
+        stage2_epochs=1, max_steps_per_epoch=2, prior_strength=0.7, split_rule="paper_code"
+    )
+    trainer = Trainer(method, short, data)
+    finish(trainer)
+    details = describe(method, short, data)
+    save_model(file, trainer.model, data.class_names, details)
+    return trainer
+
+
+@pytest.mark.parametrize("method", ALTERNATIVES)
+def test_every_row_of_the_table_comes_from_the_file(method: str, features: Dataset, tmp_path: Path) -> None:
+    trainer = trained(method, FEATURES, features, tmp_path / "model")
+    expected = trainer.evaluate(final=True)
+    loaded = load_trained(tmp_path / "model")
+    assert loaded.method_name == method
+    own, others = evaluate(
+        loaded.model, features.x_test, features.y_test, 5, loaded.method.alternative_scores
+    )
+    counts, rule = loaded.train_counts, loaded.split_rule
+    assert own.accuracy(counts, rule) == expected["accuracy"]
+    assert {name: other.accuracy(counts, rule) for name, other in others.items()} == expected.get(
+        "accuracy_of", {}
+    )
+    assert others.keys() == ALTERNATIVES[method]
+    loaded.model.eval()
+    scores = loaded.scores(features.x_test)
+    assert scores.keys() == {"", *ALTERNATIVES[method]}
+    again = torch.bincount(features.y_test[scores[""].argmax(1) == features.y_test], minlength=5)
+    assert torch.equal(again, own.correct)
+
+
+def test_a_file_holds_all_that_inference_needs(images: Dataset, tmp_path: Path) -> None:
+    trainer = trained("gist", IMAGES.replace(crop_size=8), images, tmp_path / "model")
+    loaded = load_trained(tmp_path / "model")
+    assert loaded.image_size == [10, 10]
+    assert loaded.model.normalize.crop_size == 8
+    mean, std = images.mean_std()
+    assert torch.equal(loaded.model.normalize.mean.flatten(), mean)
+    assert torch.equal(loaded.model.normalize.std.flatten(), std)
+    assert loaded.class_names == images.class_names
+    assert loaded.train_counts.tolist() == [120, 60, 30, 15, 7]
+    assert loaded.shot_groups == ["many", "medium", "medium", "few", "few"]
+    assert torch.equal(loaded.method.log_prior, 0.7 * (images.train_counts / 232).log())
+    trainer.model.eval()
+    assert torch.equal(loaded.scores(images.x_test[:7])[""], trainer.model(images.x_test[:7]))
+
+
+def test_files_of_earlier_versions_load(features: Dataset, tmp_path: Path) -> None:
+    """They have the head for inference alone, and a shorter description."""
+    trained("gist", FEATURES, features, tmp_path / "model")
+    description, state = read_model_file(tmp_path / "model")
+    names = ("backbone", "classes", "crop_size", "transform", "hidden_features")
+    earlier = {name: tensor for name, tensor in state.items() if "random" not in name}
+    assert len(earlier) < len(state)
+    metadata = {"train": json.dumps({name: description[name] for name in names})}
+    safetensors.torch.save_file(earlier, tmp_path / "earlier", metadata)
+    models = [load_model(tmp_path / name)[0] for name in ("model", "earlier")]
+    assert torch.equal(*(model(features.x_test) for model in models))
+    with pytest.raises(
+        ValueError, match="expected a model file with its method, got one of an earlier version"
+    ):
+        load_trained(tmp_path / "earlier")

@@ -1,0 +1,96 @@
+"""Trained models with everything that a row of the results table needs: both heads, the prior and the groups of classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import Config
+from .data.dataset import Dataset
+from .methods import METHODS
+from .methods.method import Method
+from .model.model import Model, network_of, read_model_file
+from .shot_groups import split_classes
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A trained model and the description in its file.
+
+    `model` has the heads of training and is in evaluation mode. `train_counts` holds the training samples of each class, [K],
+    `shot_groups` the group of each class by `split_rule`: many, medium or few. `image_size` is the height and the width of
+    the images before the crop; it is empty if the model takes features.
+    """
+
+    model: Model
+    method_name: str
+    method: Method
+    class_names: list[str]
+    train_counts: Tensor
+    shot_groups: list[str]
+    split_rule: str
+    image_size: list[int]
+
+    @torch.no_grad()
+    def scores(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the scores [b, K] of each row of the results table, by the row's name; "" names the head's own logits.
+
+        Args:
+            x: images [b, c, h, w] uint8 or features [b, d].
+        """
+        features = self.model.features(x)
+        logits = self.model.head(features)
+        return {"": logits} | self.method.alternative_scores(self.model.head, features, logits)
+
+
+def describe(method: str, config: Config, data: Dataset) -> dict[str, Any]:
+    """Return the description of a trained model for `save_model`, in plain types."""
+    groups = split_classes(data.train_counts, config.run.split_rule)
+    return {
+        "method": method,
+        "train_counts": data.train_counts.tolist(),
+        "split_rule": config.run.split_rule,
+        "shot_groups": [
+            next(name for name, mask in groups.items() if mask[k]) for k in range(data.num_classes)
+        ],
+        "prior_strength": config.method.prior_strength,
+        "image_size": data.sample_shape[1:],
+    }
+
+
+def load_trained(path: str | Path) -> TrainedModel:
+    """Load a trained model from `runs/<name>/model-<method>.safetensors` with all its heads.
+
+    `load_model` loads the head for inference alone, also from files of earlier versions.
+
+    Raises:
+        ValueError: the file is of an earlier version, which has neither the method nor the random stream's head.
+    """
+    description, state = read_model_file(path)
+    if "method" not in description:
+        raise ValueError(f"{path}: expected a model file with its method, got one of an earlier version")
+    counts = torch.tensor(description["train_counts"])
+    num_displacements = len(state.get("head.displacements", ()))
+    config = Config().replace(
+        prior_strength=description["prior_strength"], num_displacements=num_displacements
+    )
+    method = METHODS[description["method"]](config, counts)
+    in_features = state["head.centers" if "head.centers" in state else "head.weight"].shape[1]
+    head = method.make_head(in_features, len(counts))
+    if num_displacements:
+        head.add_displacements(num_displacements)  # type: ignore[operator]
+    model = Model(*network_of(description, state), head, description["backbone"])
+    model.load_state_dict(state)
+    names = ("shot_groups", "split_rule", "image_size")
+    return TrainedModel(
+        model=model.eval(),
+        method_name=description["method"],
+        method=method,
+        class_names=description["classes"],
+        train_counts=counts,
+        **{name: description[name] for name in names},
+    )
