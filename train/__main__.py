@@ -6,7 +6,9 @@ or `python -m gistops.train`.
 
 from __future__ import annotations
 
+import errno
 import sys
+import time
 import warnings
 
 from .cli import parse, parse_run, program
@@ -17,31 +19,55 @@ from .commands.report import compare
 from .config import ConfigError
 from .console import open_console, say
 from .distributed import init_process_group, rank
+from .files import WriteError
 from .run import start
-from .training.stopping import EXIT_CODE, Stopped, handle_sigterm
+from .training.stopping import Stopped, handle_signals
 from .training.trainer import Diverged
+
+#: Errors of files and disks that a traceback would not explain better.
+STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+SECONDS_FOR_RANK0 = 5.0
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command line and return the exit code: 2 for an invalid option, 1 for a run that failed, 75 for a run that
-    SIGTERM stopped, 130 for an interrupted run."""
+    """Run the command line and return the exit code: 2 for an invalid option, 1 for a run that failed, 143 for a run that
+    SIGTERM stopped and 130 for one that SIGINT stopped."""
     args = sys.argv[1:] if args is None else args
     with warnings.catch_warnings():
         try:
-            with init_process_group(), handle_sigterm():
+            with init_process_group(), handle_signals():
                 return dispatch(args)
         except (ConfigError, Diverged) as error:
-            print(f"{f'process {rank()}: ' if rank() else ''}error: {error}", file=sys.stderr)
+            report_error(str(error))
             return 2 if isinstance(error, ConfigError) else 1
-        except Stopped as stopped:
-            print(f"{stopped}; the same command with --resume continues", file=sys.stderr)
-            return EXIT_CODE
-        except KeyboardInterrupt:
-            print(
-                "interrupted; the same command with --resume continues from the last checkpoint",
-                file=sys.stderr,
+        except OSError as error:
+            if not isinstance(error, WriteError) and error.errno not in STORAGE:
+                raise
+            what = (
+                f"cannot write {error}"
+                if isinstance(error, WriteError)
+                else f"{error.filename}: {error.strerror}"
             )
+            advice = "the same command with --resume continues from the last checkpoint"
+            report_error(f"{what}; when this is repaired, {advice}")
+            return 1
+        except Stopped as stopped:
+            if not rank():
+                print(f"{stopped}; the same command with --resume continues", file=sys.stderr)
+            return stopped.exit_code
+        except KeyboardInterrupt:
+            report_error("interrupted; the same command with --resume continues from the last checkpoint")
             return 130
+
+
+def report_error(message: str) -> None:
+    """Print an error in one line, once: rank 0 prints errors that all processes find, such as invalid options.
+
+    torchrun ends the other processes as soon as rank 0 has failed. A process that is left alone prints its own error.
+    """
+    if rank():
+        time.sleep(SECONDS_FOR_RANK0)
+    print(f"{f'process {rank()}: ' if rank() else ''}error: {message}", file=sys.stderr)
 
 
 def dispatch(args: list[str]) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import inspect
+import io
 import sys
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +16,7 @@ import tyro
 
 from gistops import backends
 
+from . import distributed
 from .config import DEFAULT_RECIPE, Config, ConfigError
 from .data.load import NAMED
 from .model.backbones import BACKBONES, TIMM
@@ -43,31 +46,49 @@ def parse(args: list[str] | None, kind: type[Options], prog: str) -> Options:
         SystemExit: --help, an unknown option, or a value of another type (code 2).
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default=DEFAULT_RECIPE)
+    first.add_argument("--recipe")
+    first.add_argument("--data")
     first.add_argument("--preset", default="")
     known = first.parse_known_args(args)[0]
-    defaults = load_recipe(known.recipe)
+    defaults = load_recipe(known.recipe or DEFAULT_RECIPE)
+    other_data = known.recipe is None and known.data not in (None, defaults.data.data)
+    if other_data:  # the classes are those of the data, not those of the default recipe
+        general = Config().options()
+        defaults = defaults.replace(**{name: general[name] for name in Config.marked(Mark.DATASET)})
     if known.preset == "paper":
         paper = Config().options()
         defaults = defaults.replace(**{name: paper[name] for name in Config.marked(Mark.DEPARTURE)})
     values = defaults.options()
-    config = tyro.cli(
-        kind,
-        args=args,
-        default=kind().replace(**{name: values[name] for name in kind.fields()}),
-        prog=prog,
-        description=_description(kind),
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    with contextlib.ExitStack() as stack:
+        if distributed.rank():  # rank 0 prints the help and the errors
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        config = tyro.cli(
+            kind,
+            args=args,
+            default=kind().replace(**{name: values[name] for name in kind.fields()}),
+            prog=prog,
+            description=_description(kind),
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
     values = config.options()
-    resolved = {}
     if values.get("name") == "":
-        resolved["name"] = Path(values["recipe"]).stem
-    if values.get("device") == "auto":
-        resolved["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    config = config.replace(**resolved)
+        name = data_name(values["data"]) if other_data else Path(values["recipe"]).stem
+        config = config.replace(name=name)
     check(config)
     return config
+
+
+def data_name(data: str) -> str:
+    """Return the name of a run on data that no recipe names: the data's name, without its suffix."""
+    path = Path(data).resolve()
+    if path.is_dir():
+        inner = path.name.lower() in ("train", "training")
+        return (path.parent if inner else path).name or "data"
+    name = path.name
+    for suffix in (".gz", ".tgz", path.suffix):
+        name = name.removesuffix(suffix)
+    return name.removesuffix(".tar") or "data"
 
 
 def parse_run(args: list[str] | None = None) -> Config:
@@ -90,7 +111,7 @@ def check(config: Sections) -> None:
     if values.get("tensorboard") and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("tensorboard", "the package, which `pip install tensorboard` brings", "none")
     if "device" in values:
-        _check_device(values["device"], values.get("backend", "auto"))
+        _check_device(config.runtime.resolved_device, values.get("backend", "auto"))  # type: ignore[attr-defined]
 
 
 def _check_backbone(backbone: str, pretrained: bool) -> None:

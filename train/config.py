@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
+
+from .data_options import DataConfig as DataConfig
 from .options import ConfigError as ConfigError
 from .options import Mark, Section, Sections, option
 from .shot_groups import SplitRule
@@ -43,7 +46,8 @@ class RecipeConfig(Section):
 class RunConfig(RecipeConfig):
     """The run and its folder."""
 
-    #: Name of the run's folder in --runs; the name of the recipe if not given.
+    #: Name of the run's folder in --runs. If not given, the name of --recipe; without --recipe, that of
+    #: the data.
     name: str = option("", Mark.SECOND_STAGE | Mark.IDENTITY)
     #: Folder that holds the folders of all runs.
     runs: str = option("runs", Mark.UNRECORDED | Mark.IDENTITY)
@@ -75,45 +79,6 @@ class RunConfig(RecipeConfig):
         self._expect_at_least(0, "seed", "checkpoint_seconds")
         is_name = Path(self.name).name == self.name and self.name != ".."
         self._expect("name", is_name, "a folder's name, not a path (see --runs)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(Section):
-    """The dataset."""
-
-    #: One of: a .npz or .safetensors file with x_train, y_train, x_test, y_test and optionally x_val, y_val,
-    #: where x is uint8 images [n, h, w] or [n, h, w, c], or floating-point features [n, d]; the archive of
-    #: CIFAR (cifar-100-python.tar.gz); a list of image files, which is .txt (path and label, as
-    #: ImageNet-LT), .csv or .json (iNaturalist); a folder with train/ and test/ (or val/) that hold a folder
-    #: per class; fashion-mnist-lt, which is included; or glyphs, which renders 8,141 Chinese characters with
-    #: the installed fonts.
-    data: str = option("", Mark.CHANGEABLE)
-    #: List or folder of test images. If not given, the file beside --data whose name has test (or val) in
-    #: place of train.
-    test_data: str = option("", Mark.CHANGEABLE)
-    #: List or folder of validation images. If neither --val-data nor --test-data is given, the file
-    #: beside --data whose name has val in place of train, provided that there is one with test. Epochs are
-    #: evaluated on the validation images, final results on the test images.
-    val_data: str = option("", Mark.CHANGEABLE)
-    #: Folder that relative paths in lists start from; the folder of the list if not given.
-    images: str = option("", Mark.CHANGEABLE)
-    #: OLD=NEW: replace the prefix OLD of paths in lists by NEW, for example data_256/a/=train/.
-    path_prefixes: tuple[str, ...] = option((), Mark.CHANGEABLE)
-    #: Side in pixels of the squares that image files are cropped and resized to when they are decoded, and
-    #: that characters are rendered at. Done once; the result is kept in --cache.
-    image_size: int = 64
-    #: Stop at image files and class folders that cannot be read, or skip them with a warning. Both name them.
-    unreadable: Literal["stop", "skip"] = "stop"
-    #: Folder of decoded and rendered images; ~/.cache/gistops/images if not given.
-    cache: str = option("", Mark.UNRECORDED)
-    #: Subsample the training set to this ratio between the largest and the smallest class, with the
-    #: exponential profile of CIFAR-LT. 1 keeps all samples.
-    imbalance_ratio: float = 1.0
-    #: Number of classes that the data must have; not checked if not given.
-    num_classes: int | None = None
-
-    def __post_init__(self) -> None:
-        self._expect_at_least(1, "imbalance_ratio", "image_size", "num_classes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,11 +164,12 @@ class MethodConfig(Section):
     balanced_loss_weight: float = 0.5
     #: Samples per step from the random stream, over all processes. An epoch is one pass of this stream.
     batch_size: int = 128
-    #: Classes per step from the balanced stream.
-    classes_per_batch: int = 32
-    #: Samples of each of these classes. Methods without a balanced stream take as many more samples from the
+    #: Classes per step from the balanced stream. If not given, 32, or all classes if the data has fewer.
+    classes_per_batch: int | None = option(None, Mark.DATASET)
+    #: Samples of each of these classes. If not given, 4; if --classes-per-batch is not given either, as many
+    #: as give 128 samples per step. Methods without a balanced stream take as many more samples from the
     #: random stream.
-    samples_per_class: int = 4
+    samples_per_class: int | None = option(None, Mark.DATASET)
 
     def __post_init__(self) -> None:
         self._expect_at_least(1, "batch_size", "classes_per_batch", "samples_per_class")
@@ -211,6 +177,17 @@ class MethodConfig(Section):
         self._expect("num_displacements", 0 <= self.num_displacements <= 255, "0 to 255")
         self._expect("methods", len(self.methods) > 0, f"at least one of {', '.join(get_args(MethodName))}")
         self._expect("methods", len(set(self.methods)) == len(self.methods), "each method once")
+
+    def balanced_sizes(self, num_classes: int | None = None) -> tuple[int, int]:
+        """Return the classes per step of the balanced stream and the samples per class.
+
+        Args:
+            num_classes: the number of classes in the data, for options that are not given.
+        """
+        if self.classes_per_batch is not None:
+            return self.classes_per_batch, self.samples_per_class or 4
+        classes = min(32, num_classes or 32)
+        return classes, self.samples_per_class or 128 // classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,6 +275,13 @@ class DeviceConfig(Section):
 
     def __post_init__(self) -> None:
         self._expect_at_least(1, "threads")
+
+    @property
+    def resolved_device(self) -> str:
+        """The device, with `auto` replaced by the device of this machine."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,15 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     return value
 
 
+def largest(value: int) -> int:
+    """Return the largest of the processes' values."""
+    if not is_initialized():
+        return value
+    tensor = torch.tensor(value)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_patient_group)
+    return int(tensor)
+
+
 def all_gather(value: Tensor) -> list[Tensor]:
     """Return the CPU tensors of all processes, which have the same shape."""
     if not is_initialized():

@@ -1,7 +1,9 @@
-"""Atomic file writes, and text files that users write."""
+"""Atomic file writes, text files that users write, and errors that name the file."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,20 +28,78 @@ def read_text(path: Path) -> str:
         raise TextError(f"{path}, line {line}: expected text in UTF-8, got the byte 0x{byte:02x}") from None
 
 
+class WriteError(OSError):
+    """A file cannot be written. The message names the file and the reason."""
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file so that it is complete or absent, even if the process is killed or the power fails.
 
     Args:
         path: the file.
         write: called with a temporary path in the same folder, where it writes the content.
+
+    Raises:
+        WriteError: the disk is full, or the folder cannot be written to. The previous content remains.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if reason := _reason(error):
+            raise WriteError(f"{path}: {reason}") from error
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # otherwise a power failure could undo the rename
     finally:
         os.close(folder)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file; the whole line or nothing.
+
+    Raises:
+        WriteError: the disk is full, or the file cannot be written to.
+    """
+    try:
+        with open(path, "ab", buffering=0) as file:
+            start, content = file.tell(), f"{line}\n".encode()
+            try:
+                if file.write(content) < len(content):
+                    raise OSError("no space is left for the line")
+            except OSError:
+                file.truncate(start)
+                raise
+    except OSError as error:
+        raise WriteError(f"{path}: {_reason(error)}") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Check that this user may create files in a folder.
+
+    Raises:
+        PermissionError: the user may not.
+    """
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+
+def existing_folder(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that exists."""
+    path = path.absolute()
+    while not path.is_dir() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def _reason(error: BaseException | None) -> str:
+    """Return the reason of an OSError, also of one that led to another error; an empty string if there is none."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return "" if error is None else error.strerror or str(error)

@@ -33,6 +33,8 @@ class Mark(enum.Flag):
     """Does not influence the first stage, beside the options marked CHANGEABLE."""
     DEPARTURE = enum.auto()
     """Recipes depart from the paper here; --preset paper restores the default."""
+    DATASET = enum.auto()
+    """Describes the dataset of a recipe: other data than the default recipe's brings its own value."""
     IDENTITY = enum.auto()
     """Identifies a run, so that an ablation cannot vary it."""
 

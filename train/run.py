@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from rich.console import Console
 
 from . import distributed
+from .checks import check_options, fill_in
 from .config import Config, ConfigError
 from .console import say
 from .data.dataset import Dataset
@@ -21,7 +21,8 @@ from .report import figures
 from .report.html import read_records, write_page
 from .report.table import print_results
 from .training.first_stages import FirstStages
-from .training.input import epoch_step_sizes, local_micro_batches
+from .training.input import epoch_step_sizes
+from .training.lock import locked
 from .training.progress import Display
 from .training.run_folder import RunFolder
 from .training.train_methods import train_methods
@@ -39,11 +40,20 @@ def start(config: Config, console: Console, shared: Path | None = None) -> list[
         ConfigError: an invalid option.
         Diverged: the loss is not finite.
     """
+    folder = RunFolder(config)
+    if distributed.rank() == 0:
+        folder.check_new(config)  # before images are decoded, which may take hours
     with distributed.local_rank0_first():
         data = load(config)
-    check_parts(config, data)
-    folder = RunFolder(config)
-    saved = distributed.broadcast_from_rank0(lambda: folder.open(config, data.fingerprint()))
+    check_options(config, data)
+    with locked(folder.path):
+        return _train(fill_in(config, data), data, folder, console, shared)
+
+
+def _train(
+    config: Config, data: Dataset, folder: RunFolder, console: Console, shared: Path | None
+) -> list[dict[str, Any]]:
+    config, saved = distributed.broadcast_from_rank0(lambda: folder.open(config, data.fingerprint()))
     first_stages = FirstStages(
         shared or folder.path / "first-stages", config, data.fingerprint(), shared=shared is not None
     )
@@ -53,7 +63,7 @@ def start(config: Config, console: Console, shared: Path | None = None) -> list[
     with Display(console, images_in_all(config, data), images_done(saved)) as display:
         try:
             results = train_methods(config, data, folder, first_stages, display, saved)
-        except BackboneError as error:
+        except BackboneError as error:  # pretrained weights that cannot be loaded
             raise ConfigError("backbone", str(error), repr(config.model.backbone)) from None
     print_results(console, results, data.train_counts, config.run.split_rule)
     if distributed.rank() == 0:
@@ -80,52 +90,15 @@ def write_report(
 
 
 def load(config: Config) -> Dataset:
-    """Load the data and check the other options against it.
+    """Load the data.
 
     Raises:
-        ConfigError: the data cannot be read, or an option does not fit the data.
+        ConfigError: the data cannot be read.
     """
     try:
-        data = load_data(config.data)
+        return load_data(config.data)
     except DataError as error:
         raise ConfigError("data", "a dataset", str(error)) from None
-    if data.is_images != (config.model.backbone != "none"):
-        kind = "a network, for images" if data.is_images else "none, for features"
-        raise ConfigError(
-            "backbone", f"{kind} {data.sample_shape} in {config.data.data}", repr(config.model.backbone)
-        )
-    if config.augment.crop_size and data.is_images and config.augment.crop_size > min(data.sample_shape[1:]):
-        expected = f"at most the images' side, {min(data.sample_shape[1:])}"
-        raise ConfigError("crop_size", expected, config.augment.crop_size)
-    if config.method.classes_per_batch > data.num_classes:
-        expected = f"at most {data.num_classes}, the classes in {config.data.data}"
-        raise ConfigError("classes_per_batch", expected, config.method.classes_per_batch)
-    return data
-
-
-def check_parts(config: Config, data: Dataset) -> None:
-    """Check that each process has a device, and samples of both streams in each of its micro-batches.
-
-    Raises:
-        ConfigError: there are too few devices or samples.
-    """
-    if distributed.is_initialized() and config.runtime.device.startswith("cuda"):
-        if config.runtime.device != "cuda":
-            raise ConfigError(
-                "device", "cuda or auto, as each process takes its own GPU", repr(config.runtime.device)
-            )
-        if (local := int(os.environ["LOCAL_WORLD_SIZE"])) > torch.cuda.device_count():
-            available = f"{torch.cuda.device_count()} GPUs for {local} processes"
-            raise ConfigError("device", "a GPU per process of this machine", available)
-    parts = local_micro_batches(config)[1]
-    balanced = config.method.classes_per_batch * config.method.samples_per_class
-    for option, samples in (
-        ("batch_size", min(config.method.batch_size, len(data.y_train))),
-        ("classes_per_batch", balanced),
-    ):
-        if samples < parts:
-            expected = f"at least {parts}, a sample per process and micro-batch ({distributed.world_size()} × {config.optim.accumulate})"
-            raise ConfigError(option, expected, samples)
 
 
 def describe_data(config: Config, data: Dataset) -> str:
@@ -143,7 +116,7 @@ def announce(console: Console, config: Config, data: Dataset, saved: dict[str, A
     """Print the data, the device, and the checkpoint that the run continues from."""
     lines = [
         describe_data(config, data),
-        f"backbone {config.model.backbone}, {config.runtime.device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}",
+        f"backbone {config.model.backbone}, {config.runtime.resolved_device}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}",
     ]
     if saved:
         at = saved["training"]["position"]
@@ -162,7 +135,7 @@ def announce(console: Console, config: Config, data: Dataset, saved: dict[str, A
 def images_in_all(config: Config, data: Dataset) -> int:
     """Return the number of image passes of all methods and stages."""
     epochs = config.optim.stage1_epochs + config.optim.stage2_epochs
-    return len(config.method.methods) * epochs * sum(map(sum, epoch_step_sizes(config, len(data.y_train))))
+    return len(config.method.methods) * epochs * sum(map(sum, epoch_step_sizes(config, data)))
 
 
 def images_done(saved: dict[str, Any] | None) -> int:

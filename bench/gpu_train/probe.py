@@ -74,7 +74,7 @@ def probe(args: argparse.Namespace, data_file: Path | None, emit: Callable[[Reco
             record = {"error": f"{type(error).__name__}: {error}"[:500]}
         at = round(time.monotonic() - began, 1)
         emit({"event": "probe", "way": way, "method": method, **record, "at": at})
-        if way in ("eager", "compile") and torch.device(base.runtime.device).type == "cuda":
+        if way in ("eager", "compile") and torch.device(base.runtime.resolved_device).type == "cuda":
             emit({"event": "kernels", "way": way, **_kernels(method, config, data)})
     timer.cancel()
     save_compile_cache(args.compile_cache)
@@ -98,7 +98,7 @@ def _step(trainer: Trainer) -> torch.Tensor:
 
 def _measure(method: str, config: Any, data: Dataset) -> dict[str, Any]:
     """Return the times, the losses and the warnings of one launch mode."""
-    on_gpu = torch.device(config.runtime.device).type == "cuda"
+    on_gpu = torch.device(config.runtime.resolved_device).type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     with warnings.catch_warnings(record=True) as warned:

@@ -83,9 +83,9 @@ def test_a_stopped_pool_resumes(image_file: Path, tmp_path: Path) -> None:
             time.sleep(0.1)
             epochs = [jobs.unfinished(tmp_path, job, None)["epochs"] for job in both]
         running.stop(time.monotonic() + 100)
-        assert list(running.codes.values()) == [75, 75]
+        assert list(running.codes.values()) == [143, 143]
         for job in both:
-            assert "stopped in gist, after " in jobs.read_log(tmp_path, job)
+            assert "stopped by SIGTERM in gist, after " in jobs.read_log(tmp_path, job)
             assert (tmp_path / job.name / "checkpoint.pt").exists()
     assert all("resuming after gist" in jobs.read_log(tmp_path, job) for job in both)
 

@@ -153,7 +153,18 @@ def test_the_driver_is_a_part_of_gistops(options: tuple[str, ...], environment: 
         (environment.root / "set" / name).mkdir(parents=True)
         for i in range(count):
             Image.new("RGB", (8, 8), (250, 10, i)).save(environment.root / "set" / name / f"{i}.png")
-    words = ("--recipe", "smoke", "--data", "set", "--num-classes", "2", "--cache", "decoded")
+    words = (
+        "--recipe",
+        "smoke",
+        "--data",
+        "set",
+        "--num-classes",
+        "2",
+        "--classes-per-batch",
+        "2",
+        "--cache",
+        "decoded",
+    )
     assert "no problems" in environment.run("-m", "gistops.train", "doctor", *words)
     checkout = environment.run("-m", "train", "--help", cwd=environment.source)
     assert "usage: python -m train" in checkout

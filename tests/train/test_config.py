@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train import config
+from train import config, data_options
 from train.__main__ import main
 from train.cli import parse, parse_run
 from train.commands import ablation, features
@@ -162,7 +162,7 @@ def test_help_has_a_box_per_section(kind: type[Sections], capsys: pytest.Capture
 def test_every_option_has_a_help_text_of_one_paragraph() -> None:
     """tyro takes help texts from comments above fields, and breaks them before lines that do not start with a letter."""
     comments = {}
-    for module in (config, ablation, features):
+    for module in (config, data_options, ablation, features):
         lines = Path(str(module.__file__)).read_text().splitlines()
         for before, line, after in zip(lines, lines[1:], lines[2:], strict=False):
             if before.startswith("    #: ") and line.startswith("    #: "):
@@ -182,6 +182,5 @@ def test_commands_take_the_options_that_they_use() -> None:
         "device",
         "threads",
     } < Features.fields().keys()
-    assert {"data", "num_classes", "center_features"} < Doctor.fields().keys()
-    for kind in (Features, Doctor):
-        assert not {"lr", "methods", "stage1_epochs", "name", "seed", "precision"} & kind.fields().keys()
+    assert Doctor.fields().keys() == Config.fields().keys()
+    assert not {"lr", "methods", "stage1_epochs", "name", "seed", "precision"} & Features.fields().keys()

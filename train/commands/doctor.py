@@ -1,21 +1,21 @@
-"""`python -m train doctor`: examines a dataset before a run uses it, and lists its problems."""
+"""`python -m train doctor`: examines a dataset and the options before a run uses them, and lists their problems."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 
-from ..config import CenteringConfig, ConfigError, DataConfig, RecipeConfig
+from ..checks import problems_of
+from ..config import Config, ConfigError
 from ..console import say
 from ..data.dataset import Dataset
 from ..data.errors import DataError
 from ..data.load import is_list, load, read_listings
-from ..options import Sections
 from ..shot_groups import SPLIT_RULES, split_classes
 
 SHOWN = 10  # names per problem
@@ -23,12 +23,8 @@ SPLITS = {"train": "training", "test": "test", "val": "validation"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Doctor(Sections):
-    """Examines a dataset and lists its problems."""
-
-    run: RecipeConfig = field(default_factory=RecipeConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    model: CenteringConfig = field(default_factory=CenteringConfig)
+class Doctor(Config):
+    """Examines a dataset, and makes every check of a run with the same options, without training. Lists the problems."""
 
 
 def examine(config: Doctor, console: Console) -> int:
@@ -48,6 +44,7 @@ def examine(config: Doctor, console: Console) -> int:
             say(console, f"problem: {problem}")
         raise ConfigError("data", "a dataset", str(error)) from None
     problems += [str(warning.message) for warning in caught] + _content_problems(data, config)
+    problems += [str(problem) for problem in problems_of(config, data)]
     for line in describe(data, config):
         say(console, line)
     for problem in problems:

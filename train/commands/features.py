@@ -68,7 +68,7 @@ def extract(features: Features, console: Console) -> int:
     if not data.is_images:
         got = f"features {data.sample_shape} in {features.data.data}, which --recipe features trains on directly"
         raise ConfigError("data", "images", got)
-    model = load_network(features, data).to(features.runtime.device).eval()
+    model = load_network(features, data).to(features.runtime.resolved_device).eval()
     parts = {"train": (data.x_train, data.y_train), "test": (data.x_test, data.y_test)}
     if data.x_val is not None and data.y_val is not None:
         parts["val"] = (data.x_val, data.y_val)

@@ -10,6 +10,22 @@ from torch import Tensor
 MAX_SAMPLES = 20_000
 
 
+def many_shot(counts: Tensor) -> Tensor:
+    """Return a mask over the classes, [K] bool: those with more than the mean number of samples; all if none has more."""
+    many = counts > counts.double().mean()
+    return many if many.any() else torch.ones_like(many)
+
+
+def num_residuals(counts: Tensor) -> int:
+    """Return the number of residuals that are clustered: the largest number of directions."""
+    samples = int(counts[many_shot(counts)].sum())
+    return len(range(0, samples, _stride(samples)))
+
+
+def _stride(samples: int) -> int:
+    return max(1, samples // MAX_SAMPLES)
+
+
 def residual_directions(
     features: Tensor, labels: Tensor, counts: Tensor, num: int, seed: int, start: Tensor | None = None
 ) -> Tensor:
@@ -31,16 +47,13 @@ def residual_directions(
     """
     from sklearn.cluster import KMeans  # here because the import takes a second, too long for --help
 
-    many = counts.to(labels.device) > counts.double().mean()
-    if not many.any():  # all classes have the same number of samples
-        many = torch.ones_like(many)
-    kept = many[labels].nonzero().flatten()
+    kept = many_shot(counts).to(labels.device)[labels].nonzero().flatten()
     label = labels[kept]
     sums = features.new_zeros(len(counts), features.shape[1], dtype=torch.float64)
     for rows in kept.split(MAX_SAMPLES):  # in chunks, because all samples in float64 may not fit into memory
         sums.index_add_(0, labels[rows], F.normalize(features[rows].double(), dim=1))
     means = sums / torch.bincount(label, minlength=len(counts)).clamp(min=1)[:, None]
-    sample = kept[:: max(1, len(kept) // MAX_SAMPLES)]
+    sample = kept[:: _stride(len(kept))]
     residuals = F.normalize(F.normalize(features[sample].double(), dim=1) - means[labels[sample]], dim=1)
     if len(residuals) < num:
         raise ValueError(

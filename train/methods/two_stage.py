@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class TwoStageMethod(Method):
     """
 
     transfers_features = False  # whether --transfer-directions applies
+    transform: Literal["translation", "rotation", "mlp"] = "translation"
 
     def __init__(self, config: Config, counts: Tensor, *, displacements: bool = True) -> None:
         super().__init__(config, counts)
@@ -67,6 +68,15 @@ class TwoStageMethod(Method):
     def end_epoch(self, model: Model, training_features: TrainingFeatures) -> None:
         if constellation(model).num_displacements:
             self._set_residual_directions(model, training_features, start=False)
+
+    def num_directions(self) -> int:
+        """Return the largest number of residual directions that the second stage computes at once; 0 for none."""
+        options = self.config.displacements
+        if not self.num_displacements or not self.stages[1].epochs:
+            return 0
+        residuals = "residuals" in (options.displacement_init, options.displacement_update)
+        displacements = self.num_displacements if residuals and self.transform == "translation" else 0
+        return max(displacements, options.transfer_directions if self.transfers_features else 0)
 
     def _follows_residuals(self, head: ConstellationClassifier) -> bool:
         """Return whether displacements follow the residuals. Rotations and MLPs are always trained by gradients."""

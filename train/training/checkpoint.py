@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,12 @@ if TYPE_CHECKING:
 
 POSITION = ("stage", "epoch", "step_of_epoch", "images", "lr")
 RENAMED = {"head.transfer_directions": "feature_transfer.directions"}  # tensors of older checkpoints
+
+
+def save_torch(value: object, path: Path) -> None:
+    """Save a value with torch.save. The error of a full disk has an OSError as its cause or context."""
+    with open(path, "wb") as file:  # given a path, torch.save raises errors without their reason
+        torch.save(value, file)
 
 
 def trainer_state(trainer: Trainer) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ..config import Config
 from ..files import write_atomically
 from ..methods import FIRST_STAGES
 from ..options import Mark
+from .checkpoint import save_torch
 from .run_folder import Record
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class FirstStages:
         self._key = {name: value for name, value in config.recorded().items() if name not in later}
         self._key |= {
             "data": data_fingerprint,
+            "device": config.runtime.resolved_device,
             "torch": torch.__version__,
             "processes": distributed.world_size(),
         }
@@ -80,7 +82,7 @@ class FirstStages:
         saved = {"training": trainer.state_dict(), "records": records}  # state_dict is a collective
         if distributed.rank() == 0:
             self.folder.mkdir(exist_ok=True)
-            write_atomically(self._file(group), lambda path: torch.save(saved, path))
+            write_atomically(self._file(group), lambda path: save_torch(saved, path))
 
     def clear(self) -> None:
         """Remove the files if no other run uses them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 
 import torch
 from torch import Tensor
@@ -16,25 +17,22 @@ from ..data.dataset import Dataset
 from ..data.stream.augment import Augmentation
 from ..data.stream.batches import Batches, step_sizes
 from ..data.stream.streams import BalancedStream, RandomStream
+from ..methods import METHODS
 from ..methods.method import Method
 
 
 def make_batches(config: Config, data: Dataset, method: Method, device: torch.device) -> Batches:
     """Return the batches of a method, from the start of the run's random streams."""
     generator = torch.Generator().manual_seed(config.run.seed)  # for the order and augmentation of samples
-    sampler = ClassBalancedBatchSampler(
-        data.y_train,
-        config.method.classes_per_batch,
-        config.method.samples_per_class,
-        seed=config.run.seed,
-    )
+    classes, samples = config.method.balanced_sizes(data.num_classes)
+    sampler = ClassBalancedBatchSampler(data.y_train, classes, samples, seed=config.run.seed)
     augment = config.augment
     return Batches(
         to_device_if_it_fits(data.x_train, device),
         data.y_train.to(device),
         RandomStream(len(data.y_train), generator),
         BalancedStream(sampler),
-        [method.split_batch(*sizes) for sizes in epoch_step_sizes(config, len(data.y_train))],
+        [method.split_batch(*sizes) for sizes in epoch_step_sizes(config, data)],
         Augmentation(
             augment.crop_padding,
             augment.flip,
@@ -49,14 +47,25 @@ def make_batches(config: Config, data: Dataset, method: Method, device: torch.de
     )
 
 
-def epoch_step_sizes(config: Config, num_samples: int) -> list[tuple[int, int]]:
+def epoch_step_sizes(config: Config, data: Dataset) -> list[tuple[int, int]]:
     """Return the numbers of balanced and random samples in each step of an epoch, before a method splits them."""
-    balanced = config.method.classes_per_batch * config.method.samples_per_class
+    balanced = math.prod(config.method.balanced_sizes(data.num_classes))
     # Batch normalization needs at least two samples.
     least = local_micro_batches(config)[1] * (2 if config.model.batch_norm == "split" else 1)
     return step_sizes(
-        num_samples, config.method.batch_size, balanced, config.optim.max_steps_per_epoch, least
+        len(data.y_train), config.method.batch_size, balanced, config.optim.max_steps_per_epoch, least
     )
+
+
+def smallest_part(config: Config, data: Dataset, method: str) -> int:
+    """Return the smallest number of samples that go through the network together in training, in one process."""
+    parts = local_micro_batches(config)[1]
+    split = METHODS[method](config, data.train_counts).split_batch
+    streams = {split(*sizes) for sizes in epoch_step_sizes(config, data)}
+    samples = {(balanced // parts, random // parts) for balanced, random in streams}
+    if config.model.batch_norm == "split":
+        return min((stream for sizes in samples for stream in sizes if stream), default=0)
+    return min(map(sum, samples))
 
 
 def local_micro_batches(config: Config) -> tuple[range, int]:

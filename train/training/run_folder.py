@@ -19,9 +19,10 @@ import torch
 from .. import distributed
 from ..config import Config, ConfigError
 from ..console import printable
-from ..files import write_atomically
-from ..options import Mark
-from ..recipes import load_recipe
+from ..files import append_line, check_writable, existing_folder, write_atomically
+from .checkpoint import save_torch
+from .continuation import continued, environment
+from .lock import LOCK
 from .tensorboard import TensorBoardWriter
 
 #: Name in the records of earlier versions -> name of today.
@@ -50,45 +51,51 @@ class RunFolder:
         writes_events = config.run.tensorboard and distributed.rank() == 0
         self.tensorboard = TensorBoardWriter(self.path / "tensorboard") if writes_events else None
 
-    def open(self, config: Config, data_fingerprint: str) -> dict[str, Any] | None:
-        """Create the folder and return the checkpoint to resume from, or None to start.
+    def check_new(self, config: Config) -> None:
+        """Check that the run would not overwrite another one.
+
+        Raises:
+            ConfigError: the folder has results and is not resumed, or cannot be written to.
+        """
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise ConfigError("name", "a folder", f"{self.path}, which is a file")
+            if not config.run.resume and self.path.exists() and self._has_results():
+                advice = "choose another --name, or continue it with --resume"
+                raise ConfigError("name", "a new run", f"{self.path}, which exists; {advice}")
+            check_writable(existing_folder(self.path))
+        except OSError as error:
+            raise ConfigError("runs", "a writable folder", f"{self.path} ({error.strerror})") from None
+
+    def open(self, config: Config, data_fingerprint: str) -> tuple[Config, dict[str, Any] | None]:
+        """Write the options into the folder, whose lock is held, and return the checkpoint to resume from, if there is one.
+
+        Returns:
+            The options, with the methods in the order in which the run trains them; and the checkpoint, or None to start.
 
         Raises:
             ConfigError: the run would overwrite another one, or resume one with other options or data.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError("name", "a folder", f"{self.path}, which is a file")
-        if not config.run.resume and self.path.exists() and self._has_results():
-            advice = "choose another --name, or continue it with --resume"
-            raise ConfigError("name", "a new run", f"{self.path}, which exists; {advice}")
+        self.check_new(config)
         saved = self._load_checkpoint()
-        if saved and self.config_file.exists():
-            self._check_same_options(config)
         if saved and saved["data"] != data_fingerprint:
             expected = f"the data that the run began with ({saved['data']})"
             raise ConfigError("data", expected, f"{config.data.data} ({data_fingerprint})")
+        if saved and self.config_file.exists():
+            config = continued(config, self.config_file, saved)
         self._data_fingerprint = data_fingerprint
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError("runs", "a writable folder", f"{config.run.runs} ({error})") from None
         values = {name: value for name, value in config.recorded().items() if value is not None}
         text = f"# From the recipe {printable(config.run.recipe)}. `--recipe` accepts this file.\n{tomli_w.dumps(values)}"
         self.write(self.config_file.name, lambda path: path.write_text(text, encoding="utf-8"))
-        return saved
+        described = json.dumps(environment(config), indent=2) + "\n"
+        self.write("environment.json", lambda path: path.write_text(described, encoding="utf-8"))
+        return config, saved
 
     def _has_results(self) -> bool:
         """Return whether the folder has more files than a run leaves that ends before its first epoch."""
-        initial = {"config.toml", "metrics.jsonl", "tensorboard"}
+        initial = {"config.toml", "environment.json", "metrics.jsonl", "tensorboard", LOCK}
         has_records = self.metrics_file.exists() and self.metrics_file.stat().st_size > 0
         return has_records or any(entry.name not in initial for entry in self.path.iterdir())
-
-    def _check_same_options(self, config: Config) -> None:
-        before, now = load_recipe(str(self.config_file)).recorded(), config.recorded()
-        for option in sorted(now.keys() - config.marked(Mark.CHANGEABLE)):
-            if before[option] != now[option]:
-                expected = f"{before[option]!r} as in {self.config_file}, the run to resume"
-                raise ConfigError(option, expected, repr(now[option]))
 
     def _load_checkpoint(self) -> dict[str, Any] | None:
         if not self.checkpoint_file.exists():
@@ -116,7 +123,7 @@ class RunFolder:
         ):
             return
         checkpoint = {"training": trainer_state(), "records": self.records, "data": self._data_fingerprint}
-        self.write(self.checkpoint_file.name, lambda path: torch.save(checkpoint, path))
+        self.write(self.checkpoint_file.name, lambda path: save_torch(checkpoint, path))
         self._checkpoint_time = time.monotonic()
 
     def _checkpoint_age(self) -> float:
@@ -134,8 +141,7 @@ class RunFolder:
         """Append a record to the records, to metrics.jsonl and to the event files."""
         self.records.append(record)
         if distributed.rank() == 0:
-            with open(self.metrics_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            append_line(self.metrics_file, json.dumps(record))
             if self.tensorboard:
                 self.tensorboard.append(record)
 

@@ -9,6 +9,7 @@ from ..data.dataset import Dataset
 from .first_stages import FirstStages
 from .progress import Display
 from .run_folder import Record, RunFolder
+from .stopping import raise_if_stopped
 from .trainer import Trainer
 
 
@@ -38,6 +39,7 @@ def train_methods(
     for name in config.method.methods:
         if name in finished:
             continue
+        raise_if_stopped()  # while the result of the last method was computed
         trainer = Trainer(name, config, data)
         if saved and saved["training"]["name"] == name:
             trainer.load_state_dict(saved["training"])

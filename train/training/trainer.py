@@ -21,11 +21,12 @@ from ..evaluation.evaluate import evaluate
 from ..methods import METHODS
 from ..model.model import build_model, save_model
 from ..model.sync_batch_norm import convert_sync_batch_norm
+from ..trained import describe
 from .checkpoint import load_trainer_state, trainer_state
 from .cuda_graph import GraphedSteps, graphed_steps
 from .input import make_batches, with_evaluation_data_on
 from .optim import lr_schedule, make_optimizer
-from .stopping import Stopped, stop_requested
+from .stopping import Stopped, stop_requested, training
 from .training_model import CompiledFeatures, TrainingModel
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Trainer:
 
     def __init__(self, name: str, config: Config, data: Dataset) -> None:
         self.name, self.config = name, config
-        self.device = torch.device(config.runtime.device)
+        self.device = torch.device(config.runtime.resolved_device)
         if self.device.type == "cuda" and self.device.index is None:
             # The index is needed because the current GPU is a property of each thread.
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -90,7 +91,16 @@ class Trainer:
         self.begin_stage(0)
 
     def fit(self, folder: RunFolder, first_stages: FirstStages, display: Display) -> None:
-        """Train the remaining stages; write records, checkpoints, the model and the result to the run's folder."""
+        """Train the remaining stages; write records, checkpoints, the model and the result to the run's folder.
+
+        Raises:
+            Diverged: the loss is not finite.
+            Stopped: a signal has arrived; the checkpoint is written.
+        """
+        with training():
+            self._fit(folder, first_stages, display)
+
+    def _fit(self, folder: RunFolder, first_stages: FirstStages, display: Display) -> None:
         while self.stage < len(self.method.stages):
             while self.epoch < self.method.stages[self.stage].epochs:
                 title, start, images = self._epoch_title(), time.perf_counter(), self.images
@@ -108,12 +118,14 @@ class Trainer:
                 folder.append_record(record)
                 folder.save_checkpoint(self.state_dict, min_seconds=self.config.run.checkpoint_seconds)
                 display.epoch(title, record)
+                self._stop_if_requested(folder)
             if self.stage == 0:
                 first_stages.save(self, folder.records)
             self.begin_stage(self.stage + 1)
         self._stop_if_requested(folder)
         model_file = f"model-{self.name}.safetensors"
-        folder.write(model_file, lambda path: save_model(path, self.model, self.data.class_names))
+        details = describe(self.name, self.config, self.data)
+        folder.write(model_file, lambda path: save_model(path, self.model, self.data.class_names, details))
         folder.append_record(self._result())
         folder.save_checkpoint(self.state_dict)
 
@@ -260,9 +272,12 @@ class Trainer:
         return is_last or self.epoch % self.config.run.evaluate_every == 0
 
     def _stop_if_requested(self, folder: RunFolder) -> None:
-        if stop_requested():
+        if number := stop_requested():
             folder.save_checkpoint(self.state_dict)
-            raise Stopped(f"stopped in {self.name}, after {self.images:,} images")
+            distributed.broadcast_from_rank0(
+                lambda: None
+            )  # torchrun ends all processes when the first one ends
+            raise Stopped(number, f" in {self.name}, after {self.images:,} images")
 
     def _wait_for(self, load: Callable[[], T]) -> T:
         start = time.perf_counter()

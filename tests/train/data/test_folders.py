@@ -170,7 +170,7 @@ def test_the_doctor_and_a_run_say_what_is_left_out(
     tree: Path, cache: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = tree / "train"
-    common = f"--recipe smoke --data {tree} --cache {cache} --num-classes 3 --image-size 16".split()
+    common = f"--recipe smoke --data {tree} --cache {cache} --num-classes 3 --image-size 16 --classes-per-batch 2".split()
     shutil.copytree(train / "ant", train / ".ipynb_checkpoints")
     hidden = "left out of the train split: 1 hidden files and folders: .ipynb_checkpoints"
     assert main(["doctor", *common]) == 0

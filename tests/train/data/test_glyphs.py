@@ -207,6 +207,7 @@ def test_the_doctor_and_a_run(
     letters = functools.partial(load_glyphs, frequencies=LETTERS, fonts=ALL, rule=RULE)
     monkeypatch.setattr(load, "load_glyphs", letters)
     options = f"--recipe glyphs --num-classes 26 --image-size {SIZE} --cache {tmp_path / 'cache'}".split()
+    options += ["--classes-per-batch", "26"]
     assert main(["doctor", *options]) == 0
     said = capsys.readouterr().out
     for words in (

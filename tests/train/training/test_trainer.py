@@ -129,12 +129,12 @@ def test_goes_on_from_any_step_to_the_same_bits(method: str, images: Dataset, se
 
 
 def test_steps_of_an_epoch(images: Dataset) -> None:
-    assert epoch_step_sizes(IMAGES, len(images.y_train)) == [(12, 50)] * 4 + [(12, 32)]
-    assert epoch_step_sizes(IMAGES.replace(batch_size=116), len(images.y_train)) == [(12, 116)] * 2
-    assert epoch_step_sizes(IMAGES.replace(max_steps_per_epoch=3), len(images.y_train)) == [(12, 50)] * 3
+    assert epoch_step_sizes(IMAGES, images) == [(12, 50)] * 4 + [(12, 32)]
+    assert epoch_step_sizes(IMAGES.replace(batch_size=116), images) == [(12, 116)] * 2
+    assert epoch_step_sizes(IMAGES.replace(max_steps_per_epoch=3), images) == [(12, 50)] * 3
     uneven = IMAGES.replace(batch_size=115)  # leaves two
-    assert epoch_step_sizes(uneven, len(images.y_train)) == [(12, 115), (12, 115), (12, 2)]
-    assert epoch_step_sizes(uneven.replace(accumulate=3), len(images.y_train)) == [(12, 115), (12, 117)]
+    assert epoch_step_sizes(uneven, images) == [(12, 115), (12, 115), (12, 2)]
+    assert epoch_step_sizes(uneven.replace(accumulate=3), images) == [(12, 115), (12, 117)]
 
 
 def test_schedules() -> None:

@@ -1,0 +1,152 @@
+"""The checks of a run's options against its data. `run` raises the first problem before it trains; `doctor` lists all."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+from . import distributed
+from .config import Config, ConfigError
+from .data.dataset import Dataset
+from .footprint import disk_available, disk_needed, memory_available, memory_needed, try_network
+from .methods import METHODS
+from .methods.residual_directions import num_residuals
+from .methods.two_stage import TwoStageMethod
+from .model.backbones import BackboneError
+from .training.input import local_micro_batches, smallest_part
+
+
+def fill_in(config: Config, data: Dataset) -> Config:
+    """Return the options with those that were not given and depend on the data."""
+    classes, samples = config.method.balanced_sizes(data.num_classes)
+    return config.replace(classes_per_batch=classes, samples_per_class=samples)
+
+
+class Doubt(ConfigError):
+    """An option with which a run may be slow or run out of memory: the run warns and starts."""
+
+
+def check_options(config: Config, data: Dataset) -> None:
+    """Check the options against the data, and warn of doubtful ones.
+
+    Raises:
+        ConfigError: the first option that does not fit the data, this machine or the number of processes.
+    """
+    for problem in problems_of(config, data):
+        if not isinstance(problem, Doubt):
+            raise problem
+        warnings.warn(str(problem), RuntimeWarning, stacklevel=2)
+
+
+def problems_of(config: Config, data: Dataset) -> Iterator[ConfigError]:
+    """Yield an error for every option that does not fit the data, this machine or the number of processes."""
+    usable = True
+    for check in (_backbone, _crop, _classes, _devices, _micro_batches, _directions, _precision):
+        found = list(check(config, data))
+        yield from found
+        usable &= all(isinstance(problem, Doubt) for problem in found)
+    if usable:  # otherwise the trial would fail for the same reasons
+        yield from _network(config, data)
+
+
+def _backbone(config: Config, data: Dataset) -> Iterator[ConfigError]:
+    if data.is_images != (config.model.backbone != "none"):
+        kind = "a network, for images" if data.is_images else "none (--recipe features), for features"
+        expected = f"{kind} {data.sample_shape} in {config.data.data}"
+        yield ConfigError("backbone", expected, repr(config.model.backbone))
+
+
+def _crop(config: Config, data: Dataset) -> Iterator[ConfigError]:
+    crop = config.augment.crop_size
+    if crop and data.is_images and crop > min(data.sample_shape[1:]):
+        yield ConfigError("crop_size", f"at most the images' side, {min(data.sample_shape[1:])}", crop)
+
+
+def _classes(config: Config, data: Dataset) -> Iterator[ConfigError]:
+    classes, _ = config.method.balanced_sizes(data.num_classes)
+    if classes > data.num_classes:
+        expected = f"at most {data.num_classes}, the classes in {config.data.data}"
+        yield ConfigError("classes_per_batch", expected, classes)
+
+
+def _devices(config: Config, data: Dataset) -> Iterator[ConfigError]:
+    device = config.runtime.resolved_device
+    if not distributed.is_initialized() or not device.startswith("cuda"):
+        return
+    if device != "cuda":
+        yield ConfigError("device", "cuda or auto, as each process takes its own GPU", repr(device))
+    elif (local := int(os.environ["LOCAL_WORLD_SIZE"])) > torch.cuda.device_count():
+        available = f"{torch.cuda.device_count()} GPUs for {local} processes"
+        yield ConfigError("device", "a GPU per process of this machine", available)
+
+
+def _micro_batches(config: Config, data: Dataset) -> Iterator[ConfigError]:
+    """Check that each micro-batch of each process has samples of both streams."""
+    parts = local_micro_batches(config)[1]
+    balanced = math.prod(config.method.balanced_sizes(data.num_classes))
+    for option, samples in (
+        ("batch_size", min(config.method.batch_size, len(data.y_train))),
+        ("classes_per_batch", balanced),
+    ):
+        if samples < parts:
+            expected = f"at least {parts}, a sample per process and micro-batch ({distributed.world_size()} × {config.optim.accumulate})"
+            yield ConfigError(option, expected, samples)
+
+
+def _directions(config: Config, data: Dataset) -> Iterator[ConfigError]:
+    """Check that the larger classes have a sample for each residual direction, which is the least for the clustering."""
+    most = num_residuals(data.train_counts)
+    for name in config.method.methods:
+        method = METHODS[name](config, data.train_counts)
+        if isinstance(method, TwoStageMethod) and method.num_directions() > most:
+            transfers = method.num_directions() == config.displacements.transfer_directions
+            option = "transfer_directions" if transfers else "num_displacements"
+            expected = f"at most {most}, the training samples of the classes with more than the mean number"
+            yield ConfigError(option, expected, f"{method.num_directions()} for {name}")
+            return
+
+
+def _precision(config: Config, data: Dataset) -> Iterator[ConfigError]:
+    if config.runtime.precision == "fp16" and config.runtime.resolved_device == "cpu":
+        yield Doubt("precision", "float32 or bf16 on a CPU, where fp16 is slower than float32", "'fp16'")
+
+
+def _network(config: Config, data: Dataset) -> Iterator[ConfigError]:
+    """Check by a trial that the network takes the samples, and that its training fits into memory and onto the disk."""
+    smallest = min(config.method.methods, key=lambda method: smallest_part(config, data, method))
+    try:
+        trial = try_network(config, data, max(1, smallest_part(config, data, smallest)))
+    except BackboneError as error:
+        yield ConfigError("backbone", str(error), repr(config.model.backbone))
+        return
+    except Exception as error:  # the type depends on the network
+        yield _refused(config, data, smallest, error)
+        return
+    if (space := disk_needed(config, data, trial)) > (free := disk_available(config)):
+        expected = f"about {space:,} bytes free for checkpoints and models"
+        yield ConfigError("runs", expected, f"{free:,} in {config.run.runs}")
+    device = config.runtime.resolved_device
+    needed = {method: memory_needed(method, config, data, trial) for method in config.method.methods}
+    largest = max(needed, key=lambda method: needed[method])
+    available = memory_available(torch.device(device))
+    if available is not None and needed[largest] > available:
+        expected = f"about {needed[largest]:,} bytes of free memory on {device} for {largest}"
+        advice = "a lower --batch-size or a higher --accumulate needs less"
+        yield Doubt("batch_size", expected, f"{available:,}; {advice}")
+
+
+def _refused(config: Config, data: Dataset, method: str, error: Exception) -> ConfigError:
+    """Return the error of a network that refused its samples: they are too few for their statistics, or of a wrong size."""
+    why = str(error).partition("\n")[0]
+    if "more than 1 value per channel" in why:
+        samples = smallest_part(config, data, method)
+        option = "batch_norm" if config.model.batch_norm == "split" else "batch_size"
+        expected = "at least 2 samples in each part of a step, for batch normalization"
+        return ConfigError(option, expected, f"{samples} in a part of a step of {method}")
+    option = "crop_size" if config.augment.crop_size else "image_size"
+    side = config.augment.crop_size or data.sample_shape[1:]
+    return ConfigError(option, f"a size that {config.model.backbone} takes", f"{side} ({why})")
