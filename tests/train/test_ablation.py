@@ -73,3 +73,32 @@ def test_cells_of_the_table() -> None:
     text = table({"": {0: [one]}}, Config().replace(data="somewhere/file.npz"))
     assert "data file.npz" in text
     assert text.splitlines()[-1] == "| plain softmax | 50.0 | 50.0 | 50.0 | 50.0 |  | 7 |"
+
+
+def test_values_and_seeds_of_earlier_commands_stay_in_the_table(
+    feature_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = (
+        f"ablation --recipe features --data {feature_file} --runs {tmp_path} --name g --methods plain {SHORT}"
+    )
+    assert main([*args.split(), "--seeds", "0", "--vary", "lr=0.1,0.2"]) == 0
+    assert main([*args.split(), "--seeds", "0", "1", "--vary", "lr=0.4"]) == 0
+    text = (tmp_path / "g" / "table.md").read_text()
+    assert "over seeds 0, 1;" in text
+    for row in ("lr=0.4 |", "lr=0.1, seeds 0 only |", "lr=0.2, seeds 0 only |"):
+        assert f"| plain softmax, {row}" in text
+    assert main([*args.split(), "--seeds", "0", "--vary", "momentum=0.5", "--split-rule", "paper_text"]) == 2
+    expected = (
+        f"--split-rule: expected 'standard' as in the earlier runs in {tmp_path / 'g'}, or another --name"
+    )
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "g" / "momentum=0.5").exists()
+    assert main([*args.split(), "--vary", "lr=0.1,0.1"]) == 2
+    assert "--vary: expected each value once" in capsys.readouterr().err
+
+    page = tmp_path / "page.html"
+    assert main(["report", str(tmp_path / "g"), "--out", str(page)]) == 0
+    assert all(f"lr={lr}/seed-0: plain softmax" in page.read_text() for lr in (0.1, 0.2, 0.4))
+    (tmp_path / "empty").mkdir()
+    assert main(["report", str(tmp_path / "empty"), "--out", str(page)]) == 2
+    assert "--folders: expected folders of finished runs" in capsys.readouterr().err

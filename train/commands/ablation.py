@@ -1,8 +1,9 @@
 """`python -m train ablation`: runs for several seeds and values of options, and a table of means over the seeds.
 
 Each run has its own folder, `runs/<name>/seed-<s>/` or `runs/<name>/<option>=<value>/seed-<s>/`. The same command
-continues an interrupted ablation: it skips finished runs and resumes the last run from its checkpoint. First stages that
-runs share are trained once (`runs/<name>/first-stages/`).
+continues an interrupted ablation: it skips finished runs and resumes the last run from its checkpoint. A command with
+other seeds or values adds their runs to those of the folder, and the table shows all of them. First stages that runs share
+are trained once (`runs/<name>/first-stages/`).
 """
 
 from __future__ import annotations
@@ -24,12 +25,18 @@ from ..console import printable, say
 from ..files import write_atomically
 from ..methods import TITLES
 from ..options import Mark
-from ..recipes import parse_value
+from ..recipes import load_recipe, parse_value
+from ..report.html import read_records
 from ..run import start
 from ..shot_groups import GROUPS
+from ..training.lock import locked
+from ..training.stopping import raise_if_stopped
 
 Result = dict[str, Any]
+Results = dict[str, dict[int, list[Result]]]  # label of a variant -> seed -> results of all methods
 Variant = dict[str, Any]  # the varied options and their values
+
+UNCOMPARED = Mark.IDENTITY | Mark.CHANGEABLE  # options that differ between runs which one table may hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +63,20 @@ def ablate(ablation: Ablation, console: Console) -> int:
     variants = variants_of(ablation.vary)
     for variant in variants:
         check(base.replace(**variant))
-    results: dict[str, dict[int, list[Result]]] = {label(variant): {} for variant in variants}
+    with locked(folder):
+        return _complete(ablation, base, variants, folder, console)
+
+
+def _complete(
+    ablation: Ablation, base: Config, variants: list[Variant], folder: Path, console: Console
+) -> int:
+    results: Results = {label(variant): {} for variant in variants}
+    for name, by_seed in distributed.broadcast_from_rank0(lambda: earlier_results(folder, base)).items():
+        results.setdefault(name, {}).update(by_seed)
     text = ""
     # All variants of a seed come before the next seed, so that variants can be compared at any time.
     for seed, variant in itertools.product(ablation.seeds, variants):
+        raise_if_stopped()  # after the last method of the last run
         name = label(variant)
         say(console, f"seed {seed}{name and ', '}{name}")
         place = {"runs": str(folder / name), "name": f"seed-{seed}", "seed": seed, "resume": True}
@@ -73,6 +90,29 @@ def ablate(ablation: Ablation, console: Console) -> int:
         say(console, line)
     say(console, f"written to {folder / 'table.md'}")
     return 0
+
+
+def earlier_results(folder: Path, base: Config) -> Results:
+    """Return the results of the finished runs in the folder.
+
+    Raises:
+        ConfigError: an earlier run has another value of an option that it does not vary, so the runs are not comparable.
+    """
+    results: Results = {}
+    for config_file in sorted(folder.rglob("seed-*/config.toml")):
+        run, earlier = config_file.parent, load_recipe(str(config_file))
+        name = run.parent.relative_to(folder).as_posix().removeprefix(".")
+        varied = {pair.partition("=")[0].replace("-", "_") for pair in name.split(", ")}
+        now, before = base.recorded(), earlier.recorded()
+        for option in sorted(now.keys() - varied - {"methods", "device"}):
+            from_data = now[option] is None and option in Config.marked(Mark.DATASET)
+            if now[option] != before[option] and not from_data and option not in Config.marked(UNCOMPARED):
+                expected = f"{before[option]!r} as in the earlier runs in {folder}"
+                raise ConfigError(option, f"{expected}, or another --name", repr(now[option]))
+        found = [record for record in read_records(run) if record["event"] == "result"]
+        if len(found) == len(earlier.method.methods):
+            results.setdefault(name, {})[earlier.run.seed] = found
+    return results
 
 
 def variants_of(vary: tuple[str, ...]) -> list[Variant]:
@@ -93,6 +133,8 @@ def variants_of(vary: tuple[str, ...]) -> list[Variant]:
                 "vary", "an option that influences results and is not set by the ablation", repr(option)
             )
         values[name] = [parse_value(name, value) for value in listed.split(",")]
+        if len(set(values[name])) < len(values[name]):
+            raise ConfigError("vary", "each value once", repr(words))
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 
@@ -101,7 +143,7 @@ def label(variant: Variant) -> str:
     return ", ".join(f"{name.replace('_', '-')}={value}" for name, value in variant.items())
 
 
-def table(results: dict[str, dict[int, list[Result]]], config: Config) -> str:
+def table(results: Results, config: Config) -> str:
     """Return a Markdown table: mean ± standard deviation of accuracies over seeds, and mean slot usage, per method.
 
     Args:
@@ -109,7 +151,12 @@ def table(results: dict[str, dict[int, list[Result]]], config: Config) -> str:
         config: the options that all runs share.
     """
     rows: dict[str, list[Result]] = {}
+    seeds = list(dict.fromkeys(itertools.chain.from_iterable(results.values())))
     for variant, by_seed in results.items():
+        if by_seed.keys() != set(seeds):
+            variant = ", ".join(
+                [*([variant] if variant else []), f"seeds {' '.join(map(str, by_seed))} only"]
+            )
         for result in itertools.chain.from_iterable(by_seed.values()):
             title = TITLES[result["method"]] + (variant and f", {markdown(variant)}")
             rows.setdefault(title, []).append(result)
@@ -117,7 +164,6 @@ def table(results: dict[str, dict[int, list[Result]]], config: Config) -> str:
                 rows.setdefault(f"{title}: {name}", []).append(
                     {"accuracy": accuracy, "images": result["images"]}
                 )
-    seeds = dict.fromkeys(itertools.chain.from_iterable(results.values()))
     lines = [
         f"Test accuracy in %, mean ± standard deviation over seeds {', '.join(map(str, seeds))}; "
         f"data {markdown(Path(config.data.data).name)}, split rule {config.run.split_rule}.",

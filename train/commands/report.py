@@ -15,6 +15,20 @@ from ..report.figures import Record
 from ..report.html import read_records, write_page
 
 
+def runs_in(folder: Path) -> list[Path]:
+    """Return the folder of a run, or the folders of all runs in the folder of an ablation."""
+    if (folder / "metrics.jsonl").is_file():
+        return [folder]
+    return [file.parent for file in sorted(folder.rglob("metrics.jsonl"))] or [folder]
+
+
+def _records_of(run: Path) -> list[Record]:
+    try:
+        return read_records(run)
+    except (OSError, ValueError) as error:
+        raise ConfigError("folders", "folders of finished runs", f"{run} ({error})") from None
+
+
 def compare(args: list[str], console: Console) -> int:
     """Write an HTML page that compares several runs.
 
@@ -24,19 +38,30 @@ def compare(args: list[str], console: Console) -> int:
     parser = argparse.ArgumentParser(
         prog=program("report"), description="Writes an HTML page that compares several runs."
     )
-    parser.add_argument("folders", nargs="+", type=Path, help="folders of finished runs, such as runs/smoke")
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        type=Path,
+        help="folders of finished runs or ablations, such as runs/smoke",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("report.html"), help="the page (default: report.html)"
     )
     options = parser.parse_args(args)
     runs: dict[str, list[Record]] = {}
     for folder in options.folders:
-        try:
-            runs[str(folder)] = read_records(folder)
-        except (OSError, ValueError) as error:
-            raise ConfigError("folders", "folders of finished runs", f"{folder} ({error})") from None
-        if not any(record["event"] == "result" for record in runs[str(folder)]):
-            raise ConfigError("folders", "folders of finished runs", f"{folder}, which has no result yet")
+        for run in runs_in(folder):
+            records = _records_of(run)
+            if any(record["event"] == "result" for record in records):
+                runs[str(run)] = records
+            elif run == folder:
+                raise ConfigError("folders", "folders of finished runs", f"{folder}, which has no result yet")
+            else:
+                say(console, f"left out {run}, which has no result yet")
+        if not any(Path(run).is_relative_to(folder) for run in runs):
+            raise ConfigError(
+                "folders", "folders of finished runs", f"{folder}, whose runs have no result yet"
+            )
     about = "Runs: " + ", ".join(runs) + "."
     if not options.out.absolute().parent.is_dir():
         raise ConfigError("out", "a file in an existing folder", str(options.out))

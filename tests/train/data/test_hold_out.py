@@ -1,0 +1,144 @@
+"""Tests of datasets whose splits are folders of other names, or one folder that is split by class."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.__main__ import main
+from train.config import DataConfig
+from train.data.errors import DataError
+from train.data.hold_out import hold_out
+from train.data.load import load, read_listings
+from train.data.sources.listing import Listing
+
+from ..conftest import COLORS, check_colors, write_image
+
+
+def lists(folder: Path, **options: object) -> dict[str, Listing]:
+    return read_listings(DataConfig(data=str(folder), **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (("train", "val"), {"train": "train", "test": "val"}),
+        (("Train", "Val"), {"train": "Train", "test": "Val"}),
+        (("TRAINING", "Validation"), {"train": "TRAINING", "test": "Validation"}),
+        (("training", "valid", "test"), {"train": "training", "test": "test", "val": "valid"}),
+        (("train", "dev", "Testing"), {"train": "train", "test": "Testing", "val": "dev"}),
+    ],
+)
+def test_splits_have_their_customary_names(
+    names: tuple[str, ...], splits: dict[str, str], tmp_path: Path
+) -> None:
+    for name in names:
+        for kind, color in COLORS.items():
+            write_image(tmp_path / name / kind / "0.png", color)
+    for source in (tmp_path, tmp_path / names[0]):
+        found = lists(source)
+        assert {split: listing.files[0].parent.parent.name for split, listing in found.items()} == splits
+    with (
+        pytest.raises(DataError, match="expected no val samples to hold out for")
+        if "val" in splits
+        else torch.no_grad()
+    ):
+        held = lists(tmp_path, hold_out=0.5)
+        assert held["val"].files == []  # one image per class stays for training
+
+
+def test_a_class_may_be_named_as_a_split(tmp_path: Path) -> None:
+    for name in ("train", "car", "test"):  # vehicles, and a folder of experiments
+        write_image(tmp_path / "Train" / name / "0.png", (250, 10, 10))
+        write_image(tmp_path / "Test" / name / "0.png", (250, 10, 10))
+    found = lists(tmp_path)
+    assert found["train"].names == found["test"].names == ["car", "test", "train"]
+    assert lists(tmp_path / "Train", hold_out=0.5)["train"].names == ["car", "test", "train"]
+
+
+MISTAKES = [
+    (
+        ("ant", "bee"),
+        "expected train/ and test/ (or val/) with a folder per class, got the folders ant, bee; --hold-out 0.1 holds",
+    ),
+    (("val/ant", "Test/ant"), "expected train/ with a folder per class, got Test, val alone"),
+    (("train/ant", "Train/ant"), "expected one folder of train samples, got Train, train"),
+    (("Train/ant",), "expected a list or folder of test images, such as {}/Train/Test or"),
+    ((), "expected train/ and test/ (or val/) with a folder per class, got no folder; --hold-out"),
+]
+
+
+@pytest.mark.parametrize(("folders", "words"), MISTAKES)
+def test_a_folder_of_another_shape_is_explained(folders: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    root.mkdir()
+    for folder in folders:
+        write_image(root / folder / "0.png", (9, 9, 9))
+    with pytest.raises(DataError) as error:
+        lists(root)
+    assert words.replace("{}/Train/", f"{root}/") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def make_list(counts: list[int]) -> Listing:
+    labels = [label for label, count in enumerate(counts) for _ in range(count)]
+    return Listing(
+        [Path(f"{row}.png") for row in range(len(labels))], labels, [f"c{k}" for k in range(len(counts))]
+    )
+
+
+def test_each_class_holds_its_share_out_and_keeps_a_sample(seed: int) -> None:
+    counts = [1, 2, 4, 5, 14, 16, 100]
+    listing = make_list(counts)
+    kept, held = hold_out(listing, 0.1, seed)
+    assert [Counter(held.labels)[k] for k in range(7)] == [0, 1, 1, 1, 1, 2, 10]
+    assert sorted(kept.files + held.files) == sorted(listing.files)
+    assert kept.names == held.names == listing.names
+    label = dict(zip(listing.files, listing.labels, strict=True))
+    assert [label[file] for file in held.files] == held.labels
+    most, _ = hold_out(listing, 0.999, seed)
+    assert Counter(most.labels) == dict.fromkeys(range(7), 1)
+    assert hold_out(listing, 0.1, seed) == (kept, held)
+
+
+def test_the_split_depends_on_its_seed_alone() -> None:
+    listing = make_list([50, 50])
+    held = [hold_out(listing, 0.2, seed)[1].files for seed in (0, 1)]
+    assert held[0] != held[1]
+    expected = [2, 4, 10, 11, 22, 27, 28, 31, 38, 41, 52, 59, 63, 66, 73, 78, 80, 83, 87, 95]
+    assert [int(file.stem) for file in held[0]] == expected  # on every machine
+
+
+def test_a_file_that_is_listed_twice_is_in_one_part() -> None:
+    listing = make_list([6, 6])
+    twice = Listing(listing.files * 2, listing.labels * 2, listing.names)
+    kept, held = hold_out(twice, 0.5, 0)
+    assert not set(kept.files) & set(held.files)
+    assert Counter(held.files) == dict.fromkeys(held.files, 2)
+    assert len(held) == 12
+
+
+def test_a_run_on_one_folder(tmp_path: Path, cache: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "animals"
+    for name, color in COLORS.items():
+        for i in range(6):
+            write_image(folder / name / f"{i}.png", color)
+    data = load(DataConfig(data=str(folder), hold_out=0.3, cache=cache, image_size=8))
+    assert (len(data.y_train), len(data.y_test), data.x_val) == (12, 6, None)
+    check_colors(data.x_test, data.y_test)
+    words = f"--data {folder} --cache {cache} --image-size 8 --runs {tmp_path / 'runs'} --device cpu --methods plain"
+    short = ["--stage1-epochs", "1", "--stage2-epochs", "0"]
+    assert main([*words.split(), *short, "--hold-out", "0.3"]) == 0
+    assert (
+        "hold_out = 0.3\nhold_out_seed = 0\n" in (tmp_path / "runs" / "animals" / "config.toml").read_text()
+    )
+    assert main([*words.split(), *short, "--hold-out", "0.3", "--resume"]) == 0
+    capsys.readouterr()
+    assert main([*words.split(), *short, "--hold-out", "0.3", "--hold-out-seed", "1", "--resume"]) == 2
+    assert main(["--recipe", "smoke", "--hold-out", "0.3", "--runs", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert "--hold-out-seed: expected 0 as in" in message or "--data: expected the data" in message
+    assert "--hold-out: expected a folder or a list of image files, got fashion-mnist-lt" in message
