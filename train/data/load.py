@@ -14,11 +14,13 @@ from .dataset import Dataset, Splits, make_dataset, read_only_tensor
 from .errors import DataError
 from .glyphs.dataset import NAME as GLYPHS
 from .glyphs.dataset import load_glyphs
+from .hold_out import hold_out
 from .longtail import long_tailed
 from .sources.arrays import EMBEDDED, from_arrays, load_arrays
 from .sources.cifar import read_cifar
 from .sources.decode import load_images
 from .sources.listing import Listing, read_listing
+from .sources.splits import describe_missing_test, find_splits
 
 NAMED = (*EMBEDDED, GLYPHS)  # datasets that have a name instead of a path
 ARCHIVES = (".tar.gz", ".tgz", ".tar")
@@ -32,6 +34,8 @@ def load(config: DataConfig) -> Dataset:
         DataError: the data cannot be used. The message names the option, file or array.
     """
     path = Path(config.data)
+    if config.hold_out and not is_list(config.data):
+        raise DataError(f"--hold-out: expected a folder or a list of image files, got {config.data}")
     if config.data == GLYPHS:
         data = _load_glyphs(config)
     elif config.data in EMBEDDED or path.suffix in (".npz", ".safetensors"):
@@ -61,34 +65,28 @@ def read_listings(config: DataConfig) -> dict[str, Listing]:
     Raises:
         DataError: a list is missing or cannot be read.
     """
-    train, test, val = config.data, config.test_data, config.val_data
-    path = Path(train)
-    if path.is_dir() and (path / "train").is_dir():
-        train = str(path / "train")
-        siblings = {split: path / split for split in ("test", "val")}
-    elif "train" in path.name:
-        before, _, after = path.name.rpartition("train")
-        siblings = {split: path.with_name(f"{before}{split}{after}") for split in ("test", "val")}
-    else:
-        siblings = {}
-    existing = [str(sibling) for sibling in siblings.values() if sibling.exists()]
+    test, val = config.test_data, config.val_data
+    splits = find_splits(Path(config.data))
+    train = str(splits.get("train", config.data))
     if not test:
-        if not siblings:
-            raise DataError(
-                f"--test-data: expected a list of test images, as the name of {train} has no 'train' to replace, got none"
-            )
-        if not existing:
-            expected = " or ".join(map(str, siblings.values()))
-            raise DataError(f"--test-data: expected a list of test images, such as {expected}, got none")
-        test = existing[0]
-        val = val or (existing[1] if len(existing) > 1 else "")
+        found = [str(splits[split]) for split in ("test", "val") if split in splits]
+        if not found and not config.hold_out:
+            raise DataError(describe_missing_test(Path(config.data), splits))
+        test = found[0] if found else ""
+        val = val or (found[1] if len(found) > 1 else "")
     trained = read_listing(train, config.images, config.path_prefixes)
-    others = {"test": test, "val": val}
-    return {"train": trained} | {
+    lists = {"train": trained} | {
         split: read_listing(source, config.images, config.path_prefixes, trained)
-        for split, source in others.items()
+        for split, source in {"test": test, "val": val}.items()
         if source
     }
+    if config.hold_out:
+        split = "val" if test else "test"
+        if split in lists:
+            raise DataError(f"--hold-out: expected no {split} samples to hold out for, got those of {val}")
+        lists["train"], lists[split] = hold_out(trained, config.hold_out, config.hold_out_seed)
+        lists = {split: lists[split] for split in ("train", "test", "val") if split in lists}
+    return lists
 
 
 def _load_image_files(config: DataConfig) -> Dataset:
