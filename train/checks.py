@@ -119,7 +119,8 @@ def _network(config: Config, data: Dataset) -> Iterator[ConfigError]:
     """Check by a trial that the network takes the samples, and that its training fits into memory and onto the disk."""
     smallest = min(config.method.methods, key=lambda method: smallest_part(config, data, method))
     try:
-        trial = try_network(config, data, max(1, smallest_part(config, data, smallest)))
+        # Two samples show what more would show, and a large network takes them in a second.
+        trial = try_network(config, data, min(2, max(1, smallest_part(config, data, smallest))))
     except BackboneError as error:
         yield ConfigError("backbone", str(error), repr(config.model.backbone))
         return
