@@ -13,6 +13,7 @@ from train.config import DataConfig
 from train.data.errors import DataError
 from train.data.hold_out import hold_out
 from train.data.load import load, read_listings
+from train.data.sources.labels import Classes
 from train.data.sources.listing import Listing
 
 from ..conftest import COLORS, check_colors, write_image
@@ -55,8 +56,8 @@ def test_a_class_may_be_named_as_a_split(tmp_path: Path) -> None:
         write_image(tmp_path / "Train" / name / "0.png", (250, 10, 10))
         write_image(tmp_path / "Test" / name / "0.png", (250, 10, 10))
     found = lists(tmp_path)
-    assert found["train"].names == found["test"].names == ["car", "test", "train"]
-    assert lists(tmp_path / "Train", hold_out=0.5)["train"].names == ["car", "test", "train"]
+    assert found["train"].classes.names == found["test"].classes.names == ["car", "test", "train"]
+    assert lists(tmp_path / "Train", hold_out=0.5)["train"].classes.names == ["car", "test", "train"]
 
 
 MISTAKES = [
@@ -85,9 +86,9 @@ def test_a_folder_of_another_shape_is_explained(folders: tuple[str, ...], words:
 
 def make_list(counts: list[int]) -> Listing:
     labels = [label for label, count in enumerate(counts) for _ in range(count)]
-    return Listing(
-        [Path(f"{row}.png") for row in range(len(labels))], labels, [f"c{k}" for k in range(len(counts))]
-    )
+    names = [f"c{k}" for k in range(len(counts))]
+    files = [Path(f"{row}.png") for row in range(len(labels))]
+    return Listing(files, labels, Classes("name", list(names), names))
 
 
 def test_each_class_holds_its_share_out_and_keeps_a_sample(seed: int) -> None:
@@ -96,7 +97,7 @@ def test_each_class_holds_its_share_out_and_keeps_a_sample(seed: int) -> None:
     kept, held = hold_out(listing, 0.1, seed)
     assert [Counter(held.labels)[k] for k in range(7)] == [0, 1, 1, 1, 1, 2, 10]
     assert sorted(kept.files + held.files) == sorted(listing.files)
-    assert kept.names == held.names == listing.names
+    assert kept.classes == held.classes == listing.classes
     label = dict(zip(listing.files, listing.labels, strict=True))
     assert [label[file] for file in held.files] == held.labels
     most, _ = hold_out(listing, 0.999, seed)
@@ -114,7 +115,7 @@ def test_the_split_depends_on_its_seed_alone() -> None:
 
 def test_a_file_that_is_listed_twice_is_in_one_part() -> None:
     listing = make_list([6, 6])
-    twice = Listing(listing.files * 2, listing.labels * 2, listing.names)
+    twice = Listing(listing.files * 2, listing.labels * 2, listing.classes)
     kept, held = hold_out(twice, 0.5, 0)
     assert not set(kept.files) & set(held.files)
     assert Counter(held.files) == dict.fromkeys(held.files, 2)
