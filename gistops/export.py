@@ -99,7 +99,8 @@ def _best_slot(slots: Iterable[tuple[Tensor, Tensor]], f: Tensor, tau: Tensor) -
 
 
 def _rnorm(vectors: Tensor) -> Tensor:
-    return vectors.square().sum(1).sqrt().clamp(min=1e-12).reciprocal()
+    norm = vectors.square().sum(1).sqrt()
+    return torch.where(norm == torch.inf, torch.nan, norm).clamp(min=1e-12).reciprocal()
 
 
 def _running_max(score: Tensor, j: int, best: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,13 @@ struct StoredMatrix {
 //   rotation:    w_k and w_k + a rank-2 term (RotationCoeffs), of the same norm.
 enum class Transform { translation, subcenter, rotation };
 
+// Returns tau, of magnitude 1e-20 at least: the backward finds the cosine of a logit by division.
+template <class T>
+T nonzero_tau(T tau) {
+  constexpr T kSmallest = static_cast<T>(1e-20);
+  return tau > -kSmallest && tau < kSmallest ? (tau < 0 ? -kSmallest : kSmallest) : tau;
+}
+
 template <class T>
 struct Problem {
   StoredMatrix input, centers;  // [B, d], [K * vectors_per_class(), d]

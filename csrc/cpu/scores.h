@@ -164,7 +164,7 @@ class ClassBlock {
         const T square = squares_[k] + delta_square + 2 * dots_[k * p_.m + j - 1];
         r_[j * size_ + k] = clamped_rnorm(square);
         cancelled |= cancels(square, squares_[k], delta_square);
-        has_nan |= std::isnan(square) || !std::isfinite(delta_square);
+        has_nan |= !std::isfinite(square);
       }
       if (has_nan) set_nan(k);
       if (cancelled && !has_nan) cancelled_.push_back(k);

@@ -82,11 +82,20 @@ __host__ __device__ constexpr S max_rnorm() {
   return S(1) / S(1e-12);
 }
 
-// Return 1 / max(|v|, 1e-12) for square = |v|^2, which rounding may leave below zero. NaN stays NaN.
+// Return 1 / max(|v|, 1e-12) for square = |v|^2, which rounding may leave below zero. NaN stays NaN, and a square that
+// has overflowed gives NaN.
 template <class S>
 __device__ __forceinline__ S clamped_rnorm(S square) {
   const S norm = sqrt(square > S(0) || square != square ? square : S(0));
-  return norm < S(1e-12) ? max_rnorm<S>() : S(1) / norm;
+  if (norm < S(1e-12)) return max_rnorm<S>();
+  return norm < kInfinity<S> ? S(1) / norm : norm - norm;
+}
+
+// Return tau, of magnitude 1e-20 at least: the backward finds the cosine of a logit by division.
+template <class S>
+__device__ __forceinline__ S load_tau(const S* tau) {
+  const S value = *tau;
+  return magnitude(value) < S(1e-20) ? (value < S(0) ? S(-1e-20) : S(1e-20)) : value;
 }
 
 // Return true if square = |w|^2 + 2 w.delta + |delta|^2 has lost more digits to cancellation than the sum of a long

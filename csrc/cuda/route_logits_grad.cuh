@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(RouteLogitsShape<T>::kThreads, sizeof(T) == 8 
   const int64_t first_row = row_tile * kRows;
   const int64_t first_tile = group * shape.tiles_per_group;
   const int64_t last_tile = min(first_tile + shape.tiles_per_group, shape.tiles);
-  const S tau = *in.p.tau;
+  const S tau = load_tau(in.p.tau);
   S gz_sum = 0;
   bool cancelled = false;
 

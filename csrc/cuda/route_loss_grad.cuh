@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(RouteLossShape::kThreads, sizeof(T) == 8 ? 1 :
   const int64_t first_row = row_tile * Shape::kRows, thread_row = first_row + lane * kRowsPerThread;
   const int64_t first_tile = group * shape.tiles_per_group;
   const int64_t last_tile = min(first_tile + shape.tiles_per_group, shape.tiles);
-  const S tau = *in.p.tau;
+  const S tau = load_tau(in.p.tau);
   const bool weighted = in.softmax.weight, smoothed = in.softmax.smoothing > S(0);
   if (thread < Shape::kRows && first_row + thread < B) rows[thread] = in.softmax.row(first_row + thread);
   __syncthreads();

@@ -58,7 +58,7 @@ struct GradSource {
       const SoftmaxGradRow<S> row = softmax.row(i);
       g = k == row.target ? row.target_grad * row.by_logit : softmax.other_class_grad(row, k, scores[at]);
     }
-    return *p.tau * g * magnitude(r) * input_rnorms[i];
+    return load_tau(p.tau) * g * magnitude(r) * input_rnorms[i];
   }
 };
 

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(RowLossShape<S>::kThreads)
     MarginLogit<S> target{logit, S(1), S(0), S(0)};
     if (args.margin) {
       const S margin = args.margin[args.margin_per_class && counted ? y : 0];
-      target = apply_margin(logit, *args.tau, margin, args.margin_kind);
+      target = apply_margin(logit, load_tau(args.tau), margin, args.margin_kind);
     }
     const S bias = terms.bias && counted ? terms.bias[y] : S(0), sum = target.value + bias,
             score = sum == kInfinity<S> ? sum - sum : sum;  // NaN, as in F.cross_entropy

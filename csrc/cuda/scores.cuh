@@ -71,7 +71,7 @@ __device__ __forceinline__ void score_cancelled(const ScoreInputs<T>& in, const 
         if (j == 0 || score > best || score != score) best = score, slot = static_cast<int>(j);
       }
       if (lane == 0) {
-        in.products[k * in.ld + i] = best * (*p.tau * in.input_rnorms[i]);
+        in.products[k * in.ld + i] = best * (load_tau(p.tau) * in.input_rnorms[i]);
         in.slots[k * in.slot_class + i * in.slot_row] = static_cast<uint8_t>(slot);
       }
     }
@@ -159,7 +159,7 @@ __device__ __forceinline__ void compute_scores(const ScoreInputs<T>& in, ScoresT
       }
     }
   }
-  const S tau = *in.p.tau;
+  const S tau = load_tau(in.p.tau);
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     const S scale = thread_row + e < B ? tau * in.input_rnorms[thread_row + e] : S(0);

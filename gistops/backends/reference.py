@@ -21,6 +21,12 @@ from .in_place import detect_changes
 CHUNK_ELEMENTS = 1 << 24
 
 
+def normalized(x: Tensor, dim: int) -> Tensor:
+    """Return `F.normalize(x, dim, eps=1e-12)`, but NaN where the norm has overflowed, which `F.normalize` makes zero."""
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    return x / torch.where(norm == torch.inf, torch.nan, norm).clamp(min=1e-12)
+
+
 def best_cosine(unit: Tensor, centers: Tensor, structure: Tensor) -> tuple[Tensor, Tensor]:
     """Return `max_j cos(f_i, w_k + δ_j)` and the lowest slot j that attains it, [B, K] each.
 
@@ -30,7 +36,7 @@ def best_cosine(unit: Tensor, centers: Tensor, structure: Tensor) -> tuple[Tenso
         structure: δ_j, [M, d]; row 0 is zero, so that slot 0 is the bare center and slot j is w_k + δ_j.
     """
     vectors = centers[:, None, :] + structure  # [K, M, d]
-    vectors = F.normalize(vectors, dim=2, eps=1e-12)
+    vectors = normalized(vectors, dim=2)
     scores = unit @ vectors.flatten(0, 1).T  # [B, K·M]
     best, slots = scores.unflatten(1, vectors.shape[:2]).max(dim=2)
     return best, slots.to(torch.uint8)
@@ -46,7 +52,7 @@ def constellation_logits(
     """
     dtype = compute_dtype(input, centers, displacements)
     with no_autocast(input.device.type):
-        unit = F.normalize(input.to(dtype), dim=1, eps=1e-12)
+        unit = normalized(input.to(dtype), dim=1)
         structure = F.pad(displacements.to(dtype), (0, 0, 1, 0))  # [M, d]; row 0 is zero
         scale = tau.to(dtype).reshape(())
         slots_count, d = structure.shape
@@ -73,8 +79,8 @@ def subcenter_logits(input: Tensor, centers: Tensor, tau: Tensor) -> tuple[Tenso
     """Return `τ · max_j cos(f_i, w_kj)` of sub-centers [K, M, d] and the lowest slot j that attains it."""
     dtype = compute_dtype(input, centers)
     with no_autocast(input.device.type):
-        unit = F.normalize(input.to(dtype), dim=1, eps=1e-12)
-        vectors = F.normalize(centers.to(dtype), dim=2, eps=1e-12)
+        unit = normalized(input.to(dtype), dim=1)
+        vectors = normalized(centers.to(dtype), dim=2)
         scores = (unit @ vectors.flatten(0, 1).T).unflatten(1, centers.shape[:2])
         best, slot = scores.max(dim=2)
         return tau.to(dtype).reshape(()) * best, slot.to(torch.uint8)
@@ -100,12 +106,12 @@ def rotation(axis: Tensor, displacement: Tensor) -> Tensor:
     With u and v their unit vectors and A = v uᵀ - u vᵀ, R = I + A + A² / (1 + u·v), and 1 + u·v = |u + v|² / 2.
     `gistops.constellation_logits` defines the cases without a plane.
     """
-    u, v = (F.normalize(x, dim=0, eps=1e-12) for x in (axis, displacement))
+    u, v = (normalized(x, dim=0) for x in (axis, displacement))
     skew = torch.outer(v, u) - torch.outer(u, v)
     middle = (u + v).square().sum()
     turn = skew + 2 * skew @ skew / middle.clamp(min=1e-24)
     e = (torch.arange(len(u), device=u.device) == u.abs().argmin()).to(u.dtype)
-    e = F.normalize(e - (e @ u) * u, dim=0, eps=1e-12)
+    e = normalized(e - (e @ u) * u, dim=0)
     half_turn = -2 * (torch.outer(u, u) + torch.outer(e, e))
     is_zero = (axis.norm() <= 1e-12) | (displacement.norm() <= 1e-12)
     return torch.where(is_zero, 0, torch.where(middle <= 1e-24, half_turn, turn))
@@ -118,7 +124,7 @@ def mlp_logits(
     dtype = compute_dtype(input, centers, displacements, *mlp)
     with no_autocast(input.device.type):
         w, first, second = centers.to(dtype), mlp[0].to(dtype), mlp[1].to(dtype)
-        unit = F.normalize(w, dim=1, eps=1e-12)
+        unit = normalized(w, dim=1)
         vectors = [w]
         for delta in displacements.to(dtype):
             mlp_input = torch.cat([unit, delta.expand_as(unit)], dim=1)
@@ -145,15 +151,16 @@ def cross_entropy(
     watched = (*classifier[1:3], classifier.axis, *(classifier.mlp or ()), target, *options[:3])
     # The logits and the margin both use tau. Converted once here, its gradient is rounded once.
     classifier = classifier._replace(tau=classifier.tau.to(classifier.compute_dtype(input)))
-    scores, _ = logits(input, classifier)
+    scale = classifier.tau.reshape(())
+    cosines, _ = logits(input, classifier._replace(tau=torch.ones_like(scale)))
+    scores = scale * cosines
     scores = detect_changes(scores, *watched)
     target, margin, ignore_index = target.long(), options.margin, options.ignore_index
     if margin is not None:
         # Not F.one_hot, which torch.func cannot transform.
         is_target = target[:, None] == torch.arange(scores.shape[1], device=target.device)
-        scale = classifier.tau.reshape(())
         cosine_limit = 1 - torch.finfo(scores.dtype).eps  # acos has no finite derivative at 1
-        angle = (scores / scale).clamp(-cosine_limit, cosine_limit).acos()
+        angle = cosines.clamp(-cosine_limit, cosine_limit).acos()
         if not isinstance(margin, Tensor):
             margin = on_device(margin, scores.dtype, scores.device)
         margin = margin.to(scores)

@@ -15,6 +15,7 @@ from .._classifier import Classifier, LossOptions, MarginKind, Transform, no_dis
 from ..backends import eager_loss, reference
 from ..backends.cpu_stash import StashedCrossEntropyParts, can_stash
 from ..backends.in_place import detect_changes
+from ..operators.registry import nonzero_tau
 from .transforms import mlp as mlp_transform
 from .transforms import rotation
 
@@ -274,6 +275,7 @@ def _apply_margin(
         return logit - margin
     if kind == "cosine":
         return logit - tau * margin
+    tau = nonzero_tau(tau)
     cosine = logit / tau
     sine = (1 - cosine * cosine).clamp(min=torch.finfo(logit.dtype).tiny).sqrt()
     rotated = cosine * margin.cos() - sine * margin.sin()

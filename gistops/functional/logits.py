@@ -78,7 +78,8 @@ def constellation_logits(
     GistNet (Liu, Li, Kang, Hua, Vasconcelos, ICCV 2021), equations 4 to 7. A *slot* is one of the m + 1 vectors of a
     class: slot 0 is the bare center w_k, slot j is w_k + δ_j. A class's logit is the scaled cosine of the slot that is
     closest to the input. Differentiable once in every floating-point argument. Norms are clamped at 1e-12, so a zero
-    vector scores 0. Results are deterministic.
+    vector scores 0. The square of a norm must be finite in the dtype of the logits (norms up to 1.8e19 in float32, 1.3e154
+    in float64); beyond this range, logits are NaN. Results are deterministic.
 
     Derivatives beyond the first reverse-mode gradient need the reference backend, which has all of them. Inside
     `torch.func.grad`, `vjp`, `jacrev`, `jvp`, `jacfwd` and `hessian` and inside `torch.autograd.forward_ad`, backend None

@@ -182,6 +182,15 @@ def widest_dtype(device_type: str) -> torch.dtype:
     return torch.float32 if device_type == "mps" else torch.float64
 
 
+def nonzero_tau(tau: Tensor) -> Tensor:
+    """Return τ, of magnitude 1e-20 at least, as the kernels use it: a cosine is found as logit / τ.
+
+    The gradient of τ passes unchanged.
+    """
+    smallest = torch.where(tau < 0, torch.full_like(tau, -1e-20), torch.full_like(tau, 1e-20))
+    return tau + torch.where(tau.abs() < 1e-20, smallest - tau, 0).detach()
+
+
 def needed_gradients(
     gradients: Sequence[Tensor], arguments: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor | None]:

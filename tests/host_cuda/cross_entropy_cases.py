@@ -65,6 +65,20 @@ def truth(
     return loss, lse, [*wide, *learned]
 
 
+@pytest.mark.parametrize("kind", [None, "cosine", "angle"])
+@pytest.mark.parametrize("keep", [True, False])
+def test_gradient_of_a_tiny_tau(keep: bool, kind: str | None, module: Any, seed: int) -> None:
+    """It is exact even if tau times a cosine is zero, and the cosine of an angular margin too."""
+    tensors = [*Sample(14, 70, 33, 3).tensors(seed)[:3], torch.tensor(1e-44, requires_grad=True)]
+    given = {"margin": 0.3, "margin_kind": kind} if kind else {}
+    target, options = make_options(Sample(14, 70, 33, 3), {"reduction": "sum"} | given, seed)
+    loss, _, wide = truth(tensors, target, options)
+    ours = HostLoss(module, tensors, target, keep, **options)
+    value = ours.gradients(torch.ones(()), None)[3]
+    assert value is not None
+    assert error(value, torch.autograd.grad(loss, wide[3])[0]) <= 1e-4
+
+
 def check(
     sample: Sample, options: dict[str, Any], keep: bool, module: Any, seed: int, near: float = 0.0
 ) -> None:

@@ -205,6 +205,29 @@ def test_non_finite_elements_give_nan_where_they_are_used(
     kernels.gradients(torch.randn(6, 40))
 
 
+@pytest.mark.parametrize("m", [2, 11])
+@pytest.mark.parametrize("argument", [0, 1, 2])
+def test_norms_that_overflow_give_nan(argument: int, m: int, module: Any, seed: int) -> None:
+    tensors = Sample(6, 40, 19, m).tensors(seed, requires_grad=False)
+    tensors[argument][1] *= 1e20 / tensors[argument][1].norm()
+    expected = torch.zeros(6, 40, dtype=torch.bool)
+    expected[(slice(1, 2), (slice(None), slice(1, 2)), slice(None))[argument]] = True
+    assert torch.equal(HostLogits(module, tensors).logits.isnan(), expected)
+
+
+@pytest.mark.parametrize("tau", [0.0, 1e-44, -1e-44])
+def test_gradient_of_a_tiny_tau(tau: float, module: Any, seed: int) -> None:
+    """It is the sum of gradient times cosine, even where tau times a cosine is zero."""
+    tensors = [*Sample(14, 70, 33, 3).tensors(seed)[:3], torch.tensor(tau, requires_grad=True)]
+    kernels = HostLogits(module, tensors)
+    assert kernels.logits.abs().max() <= 1e-19
+    grad = torch.randn(14, 70, generator=torch.Generator().manual_seed(seed))
+    value = kernels.gradients(grad)[3]
+    true = (grad.double() * scores(*(t.double() for t in tensors[:3])).max(dim=2).values).sum()
+    assert value is not None
+    assert error(value, true) <= 1e-5 * float(grad.abs().sum())
+
+
 @pytest.mark.parametrize(("B", "K", "m"), [(0, 5, 2), (3, 0, 2), (0, 0, 0)])
 def test_empty(B: int, K: int, m: int, module: Any, seed: int) -> None:
     kernels = HostLogits(module, Sample(B, K, 7, m).tensors(seed))

@@ -1,4 +1,4 @@
-"""Gradients in half precision, dtypes and degenerate rotations. Run by test_interpreter.py."""
+"""Gradients in half precision, dtypes, ranges and degenerate rotations. Run by test_interpreter.py."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from gistops._classifier import Transform
 from tests.ops import test_half_gradients as half_gradients
+from tests.ops import test_ranges as ranges
 from tests.ops import test_rotation_degenerate as degenerate
 
 from .conftest import INTERPRETED
@@ -38,3 +39,17 @@ def test_degenerate_rotations(seed: int) -> None:
     degenerate.check_without_a_plane("triton", seed)
     degenerate.check_opposite("triton", seed, torch.float32)
     degenerate.check_nearly_parallel(-1, "triton", seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_overflow_is_nan(dtype: torch.dtype, seed: int) -> None:
+    ranges.check_overflow(dtype, "triton", seed)
+
+
+def test_extreme_norms(seed: int) -> None:
+    ranges.check_extreme_norms("triton", seed)
+
+
+def test_gradient_of_a_tiny_tau(seed: int) -> None:
+    ranges.check_gradient_of_a_tiny_tau("triton", seed)
+    ranges.test_gradient_of_a_tau_of_zero("triton", seed)

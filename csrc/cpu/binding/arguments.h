@@ -97,7 +97,7 @@ struct Arguments {
             .d = d,
             .m = displacements.size(0),
             .M = M(),
-            .tau = *values<T>(tau),
+            .tau = nonzero_tau(*values<T>(tau)),
             .input_coeffs = values_or_null<T>(input_coeffs),
             .class_coeffs = values_or_null<T>(class_coeffs)};
   }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...operators.logits import Logits
-from ...operators.registry import below_autocast, compute_dtype
+from ...operators.registry import below_autocast, compute_dtype, nonzero_tau
 
 #: Maximum number of scores in a chunk: 128 MiB in float32, so that 256 rows and 100,000 classes are one chunk. The
 #: temporaries of a chunk take half a GiB at most. On the CPU, where caches are small and launches are free, 16 MiB.
@@ -129,10 +129,10 @@ class RotationScorer(TranslationScorer):
             score = unrotated.logits + self._term(chunk, j) * _inverse_norms(unrotated)
             best, slots = running_max(score, j, best, slots)
         rnorms = unrotated.center_rnorms.expand(self.input_coeffs.shape[1], -1)
-        return Logits(best * self.tau.to(best.dtype), slots, rnorms, unrotated.input_rnorms)
+        return Logits(best * nonzero_tau(self.tau.to(best.dtype)), slots, rnorms, unrotated.input_rnorms)
 
     def backward(self, chunk: slice, grad: Tensor, output: Logits, needs: Needs) -> Gradients:
-        tau = self.tau.to(grad.dtype)
+        tau = nonzero_tau(self.tau.to(grad.dtype))
         centers, one = self.centers[chunk], torch.ones_like(self.tau)
         unrotated = self._forward(centers, one)
         weight = grad * tau * _inverse_norms(unrotated)

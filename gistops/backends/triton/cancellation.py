@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .numerics import clamped_rnorm
+from .numerics import clamped_rnorm, load_tau
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def cancelled_weights(
     offsets = tl.cast(row, tl.int64) * row_stride + classes.to(tl.int64) * class_stride
     slot = tl.minimum(tl.load(slots + offsets, mask=class_valid, other=0).to(tl.int32), M - 1)
     rnorm = tl.load(center_rnorms + slot.to(tl.int64) * K + classes, mask=class_valid, other=0.0)
-    scale = tl.load(tau).to(rnorm.dtype) * tl.load(input_rnorms + row)
+    scale = load_tau(tau, rnorm.dtype) * tl.load(input_rnorms + row)
     g = tl.load(grad + offsets, mask=class_valid, other=0.0)
     return tl.where(rnorm < 0, -(scale * g * rnorm), tl.zeros_like(g)), slot
 
@@ -144,7 +144,7 @@ def rescore_cancelled_kernel(
                 input, centers, displacements, center_rnorms, classes, class_valid, rows, row_valid, K, d, M,
                 BLOCK_C, BLOCK_B, BLOCK_D, ACC,
             )  # fmt: skip
-            scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
+            scale = load_tau(tau, ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
             offsets = rows.to(tl.int64)[None, :] * K + classes[:, None]
             valid = row_valid[None, :] & class_valid[:, None] & (marks > 0)[:, None]
             tl.store(logits + offsets, best * scale[None, :], mask=valid)

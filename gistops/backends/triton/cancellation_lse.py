@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .cancellation import mark_cancelled, recomputed_scores
 from .lse_partials import local_targets, merge_lse, store_lse, tile_lse
+from .numerics import load_tau
 
 
 @triton.jit
@@ -58,7 +59,7 @@ def rescore_cancelled_lse_kernel(
         for start_row in range(0, B, BLOCK_B):
             rows = start_row + tl.arange(0, BLOCK_B)
             row_valid = rows < B
-            scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
+            scale = load_tau(tau, ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
             targets = local_targets(target, rows, row_valid, first_class, ignore_index)
             largest = tl.full((BLOCK_B,), float("-inf"), ACC)
             total = tl.zeros((BLOCK_B,), ACC)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .max_over_slots import max_over_slots
+from .numerics import load_tau
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def forward_kernel(
     best, slot = max_over_slots(
         products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, 0
     )
-    scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
+    scale = load_tau(tau, ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
     offsets = rows.to(tl.int64)[None, :] * K + classes[:, None]
     valid = row_valid[None, :] & class_valid[:, None]
     tl.store(logits + offsets, best * scale[None, :], mask=valid)

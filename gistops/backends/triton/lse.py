@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .lse_partials import local_targets, merge_lse, store_class_sums, store_lse, tile_lse
 from .max_over_slots import max_over_slots
+from .numerics import load_tau
 
 
 @triton.jit
@@ -57,7 +58,7 @@ def lse_kernel(
     group = tl.program_id(0) // row_tiles
     rows = row_tile * BLOCK_B + tl.arange(0, BLOCK_B)
     row_valid = rows < B
-    scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
+    scale = load_tau(tau, ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
     targets = local_targets(target, rows, row_valid, first_class, ignore_index)
     largest = tl.full((BLOCK_B,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_B,), ACC)

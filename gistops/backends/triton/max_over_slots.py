@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .numerics import load_tau
+
 
 @triton.jit
 def _running_max(best, slot, j, products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K):
@@ -91,7 +93,7 @@ def max_over_slots_kernel(
     best, slot = max_over_slots(
         products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, UNROLLED_SLOTS
     )
-    scale = tl.load(tau).to(ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
+    scale = load_tau(tau, ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
     offsets = rows.to(tl.int64)[None, :] * K + classes[:, None]
     valid = row_valid[None, :] & class_valid[:, None]
     tl.store(logits + offsets, best * scale[None, :], mask=valid)

@@ -13,14 +13,26 @@ import triton.language as tl
 
 @triton.jit
 def clamped_rnorm(square):
-    """Return 1 / max(sqrt(square), 1e-12), correctly rounded. NaN stays NaN; `tl.maximum` would drop it."""
+    """Return 1 / max(sqrt(square), 1e-12), correctly rounded; NaN if the square has overflowed.
+
+    NaN stays NaN; `tl.maximum` would drop it.
+    """
     if square.dtype == tl.float64:
         norm = tl.sqrt(square)
         inverse = 1.0 / norm
     else:
         norm = tl.sqrt_rn(square)
         inverse = tl.div_rn(tl.full(norm.shape, 1.0, tl.float32), norm)
+    inverse = tl.where(norm == float("inf"), tl.full(norm.shape, float("nan"), norm.dtype), inverse)
     return tl.where(norm < 1e-12, tl.full(norm.shape, 1e12, norm.dtype), inverse)
+
+
+@triton.jit
+def load_tau(tau, ACC: tl.constexpr):
+    """Return τ, of magnitude 1e-20 at least: the backward finds the cosine of a logit by division."""
+    value = tl.load(tau).to(ACC)
+    tiny = tl.where(value < 0, -1e-20, 1e-20).to(ACC)
+    return tl.where(tl.abs(value) < 1e-20, tiny, value)
 
 
 @triton.jit

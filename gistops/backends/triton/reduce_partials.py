@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .numerics import load_tau
+
 
 @triton.jit
 def _sum_partials(partials, result, block, count, length, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
@@ -76,5 +78,5 @@ def reduce_partials_kernel(
                     for start in range(0, tau_length, BLOCK_T):
                         elements = start + lanes
                         total += tl.load(tau_partials + elements, mask=elements < tau_length, other=0.0)
-                    ratio = tl.sum(total, 0) / tl.load(tau).to(total.dtype)
+                    ratio = tl.sum(total, 0) / load_tau(tau, total.dtype)
                     tl.store(grad_tau, ratio.to(grad_tau.dtype.element_ty))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .numerics import is_clamped
+from .numerics import is_clamped, load_tau
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def route_logits_grad_kernel(
     slot_ids = tl.arange(0, BLOCK_S)
     row_valid = rows < B
     input_rnorm = tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
-    scale = tl.load(tau).to(input_rnorm.dtype) * input_rnorm
+    scale = load_tau(tau, input_rnorm.dtype) * input_rnorm
     slot_weight = tl.zeros((BLOCK_B, BLOCK_S), input_rnorm.dtype)
     total = tl.zeros((BLOCK_B,), input_rnorm.dtype)
     flag = tl.zeros((BLOCK_B,), tl.int32)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .cancellation import any_cancelled
 from .lse_partials import local_targets
+from .numerics import load_tau
 from .route_logits_grad import bound_weights, select_rnorm
 from .row_loss import BY_LOGIT, BY_MARGIN, BY_TAU, EXCESS, LSE_OTHERS
 
@@ -170,7 +171,7 @@ def route_loss_grad_kernel(
     row_valid = rows < B
     slot_ids = tl.arange(0, BLOCK_S)
     input_rnorm = tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
-    scale = tl.load(tau).to(ACC) * input_rnorm
+    scale = load_tau(tau, ACC) * input_rnorm
     targets = local_targets(target, rows, row_valid, first_class, ignore_index)
     factor, d_sums, d_target, lse_others = row_factors(
         rows, row_valid, grad_loss, grad_stride, grad_lse, lse_stride, saved, scalars, target, class_weight,
@@ -296,6 +297,6 @@ def route_loss_grad_kernel(
         sums = tl.sum(tl.sum(total, 1), 0)
         if HAS_MARGIN:  # noqa: SIM102
             if (group == 0) & (first_class == 0):
-                sums += tl.sum(d_target * by_tau, 0) * tl.load(tau).to(ACC)
+                sums += tl.sum(d_target * by_tau, 0) * load_tau(tau, ACC)
         tl.store(tau_partials + split * groups + group, sums)
     tl.store(flags + split * groups + group, flag)

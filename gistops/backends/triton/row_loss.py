@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .lse_partials import finite_shift
+from .numerics import load_tau
 
 #: Planes of `saved` [n, B], which the backward reads; the last three exist with a margin only.
 LSE_OTHERS = tl.constexpr(0)  # O; inf if there is no other class, so that exp(z - O) is 0
@@ -139,7 +140,7 @@ def row_loss_kernel(
     target_logit = logit
     if MARGIN > 0:
         row_margin = tl.load(margin + (y if MARGIN_EACH else tl.zeros_like(y))).to(ACC)
-        scale = tl.load(tau).to(ACC)
+        scale = load_tau(tau, ACC)
         target_logit, by_logit, by_tau, by_margin = apply_margin(logit, scale, row_margin, MARGIN)
         stride = tl.cast(B, tl.int64)
         tl.store(saved_ptrs + BY_LOGIT * stride, by_logit, mask=row_valid)

@@ -47,10 +47,9 @@ def plane(displacements: Tensor, axis: Tensor) -> Plane:
     """
     dtype = widest_dtype(axis.device.type)
     axis, displacements = axis.to(dtype), displacements.to(dtype)
-    no_plane = torch.linalg.vector_norm(displacements, dim=1) <= EPS
-    no_plane = no_plane | (torch.linalg.vector_norm(axis) <= EPS)
-    u = F.normalize(axis, dim=0, eps=EPS)
-    directions = F.normalize(displacements, dim=1, eps=EPS)
+    u, length = _normalized(axis)
+    directions, lengths = _normalized(displacements)
+    no_plane = (length <= EPS) | (lengths <= EPS)
     c = torch.where(no_plane, 1, directions @ u)
     rest = torch.where(no_plane[:, None], 0, directions - c[:, None] * u)
     s = torch.linalg.vector_norm(rest, dim=1)
@@ -67,7 +66,14 @@ def _orthogonal(u: Tensor) -> Tensor:
     """Return the unit vector in the plane of u and the coordinate axis that is farthest from u, orthogonal to u."""
     nearest = torch.arange(len(u), device=u.device) == u.abs().argmin()
     e = nearest.to(u.dtype)
-    return F.normalize(e - (e @ u) * u, dim=0, eps=EPS)
+    return _normalized(e - (e @ u) * u)[0]
+
+
+def _normalized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the unit vectors of x [..., d] and their norms; NaN where a norm has overflowed."""
+    norm = torch.linalg.vector_norm(x, dim=-1)
+    norm = torch.where(norm == torch.inf, torch.nan, norm)
+    return x / norm.clamp(min=EPS)[..., None], norm
 
 
 def operands(input: Tensor, classifier: Classifier) -> tuple[Tensor, Tensor, Tensor, Tensor]:
