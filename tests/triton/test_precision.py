@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 
+import gistops
 from gistops._classifier import Transform
 from tests.ops import test_half_gradients as half_gradients
 from tests.ops import test_ranges as ranges
@@ -53,3 +54,20 @@ def test_extreme_norms(seed: int) -> None:
 def test_gradient_of_a_tiny_tau(seed: int) -> None:
     ranges.check_gradient_of_a_tiny_tau("triton", seed)
     ranges.test_gradient_of_a_tau_of_zero("triton", seed)
+
+
+def test_gradient_of_tau_in_several_chunks_is_rounded_once(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Half of the classes have gradients of the other sign: the sums of the chunks are far larger than the total."""
+    monkeypatch.setattr("gistops.backends.chunked.scorers.CPU_CHUNK_ELEMENTS", 1)
+    x, w = torch.randn(8, 16, dtype=torch.bfloat16), torch.randn(128, 2, 16, dtype=torch.bfloat16)
+    w[64:] = w[:64]
+    grad = torch.rand(8, 128)
+    grad[:, 64:] = -0.99 * grad[:, :64]
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        tau = torch.tensor(8.0, dtype=dtype, requires_grad=True)
+        logits: Any = gistops.subcenter_logits(x, w, tau, backend="triton")
+        gradients.append(float(torch.autograd.grad(logits, tau, grad)[0]))
+    assert gradients[0] == pytest.approx(gradients[1], rel=2**-8, abs=1e-4)

@@ -80,7 +80,8 @@ class TranslationScorer:
         self, grad: Tensor, centers: Tensor, tau: Tensor, output: Logits, needs: Needs
     ) -> Gradients:
         backward = self.ops.logits_backward.default
-        arguments = (self.input, centers, self.displacements, tau)
+        # A gradient of tau in half precision would be rounded for each chunk.
+        arguments = (self.input, centers, self.displacements, tau.to(self.dtype))
         with below_autocast():
             gradients = backward(grad, *arguments, *output, *needs, self.allow_tf32)
         return Gradients(*(g if needed else None for g, needed in zip(gradients, needs, strict=True)))
