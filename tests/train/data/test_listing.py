@@ -111,7 +111,9 @@ def test_lists_must_identify_classes_in_the_same_way(tree: Path, cache: str) -> 
 def test_a_name_may_be_a_number(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("path,label\na.png,12\nb.png,fox\n")
     (tmp_path / "test.csv").write_text("path,label\nc.png,12\n")
-    trained = read_listing(str(tmp_path / "train.csv"))
+    mixed = "1 of 2 classes are integers, but 'fox' is not, so all are names"
+    with pytest.warns(RuntimeWarning, match=rf"train\.csv: {mixed}"):
+        trained = read_listing(str(tmp_path / "train.csv"))
     assert trained.classes.names == ["12", "fox"]
     assert read_listing(str(tmp_path / "test.csv"), trained=trained).labels == [0]
 
@@ -143,6 +145,7 @@ WRONG: list[tuple[str, str, str]] = [
         "path,label\nx.jpg,3\ny.jpg,03\n",
         r"a\.csv: expected one spelling of each label, got 3 and 03",
     ),
+    ("a.csv", "path,label, label\nx.jpg,3,4\n", r"a\.csv: expected one column label, got several"),
     ("a.csv", "", r"a\.csv: expected one of the columns path, .* got no header"),
     ("a.txt", "", r"a\.txt: expected at least one image, got none"),
     ("a.md", "", "expected a folder of class folders, or a list named"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from ...files import TextError
 from ..errors import DataError
 from .coco import read_coco
 from .folders import LeftOut, read_folder
-from .labels import Classes, Key, class_numbers, classes_of
+from .labels import Classes, Key, class_numbers, classes_of, integer
 from .text_lists import read_csv, read_txt
 
 
@@ -78,9 +79,22 @@ def _read_file(path: Path, trained: Listing | None) -> tuple[list[str], list[int
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     if not trained:
+        _warn_of_mixed(path, labels, classes)
         return relative, numbers, classes
     _expect_kind(path, classes, trained)
     return relative, _numbers(path, labels, trained.classes), trained.classes
+
+
+def _warn_of_mixed(path: Path, labels: list[str], classes: Classes) -> None:
+    """Warn of names among integers, which are often missing values."""
+    integers = sum(integer(name) is not None for name in classes.names)
+    if classes.kind == "name" and integers:
+        first = next(label for label in labels if integer(label) is None)
+        warnings.warn(
+            f"{path}: {integers} of {len(classes.names)} classes are integers, but {first!r} is not, so all are names",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _expect_images(path: Path, relative: list[str]) -> None:

@@ -46,6 +46,8 @@ def read_csv(path: Path) -> tuple[list[str], list[str]]:
     if -1 in columns:
         expected = f"one of the columns {', '.join(PATH_COLUMNS)} and one of {', '.join(LABEL_COLUMNS)}"
         raise DataError(f"{path}: expected {expected}, got {', '.join(header) or 'no header'}")
+    if repeated := [header[column] for column in columns if header.count(header[column]) > 1]:
+        raise DataError(f"{path}: expected one column {repeated[0]}, got several")
     names, labels = [], []
     for line, row in records:
         if any(row[len(header) :]):
