@@ -21,7 +21,8 @@ from .shot_groups import split_classes
 class TrainedModel:
     """A trained model and the description in its file.
 
-    `model` has the heads of training and is in evaluation mode. `train_counts` holds the training samples of each class, [K],
+    `model` has the heads of training and is in evaluation mode. `class_labels` holds what the data call each class: the label,
+    name or id in position k is class k. It is empty in files that do not say so. `train_counts` holds the training samples of each class, [K],
     `shot_groups` the group of each class by `split_rule`: many, medium or few. `image_size` is the height and the width of
     the images before the crop; it is empty if the model takes features.
     """
@@ -30,6 +31,7 @@ class TrainedModel:
     method_name: str
     method: Method
     class_names: list[str]
+    class_labels: list[str]
     train_counts: Tensor
     shot_groups: list[str]
     split_rule: str
@@ -52,6 +54,7 @@ def describe(method: str, config: Config, data: Dataset) -> dict[str, Any]:
     groups = split_classes(data.train_counts, config.run.split_rule)
     return {
         "method": method,
+        "class_labels": list(data.class_labels),
         "train_counts": data.train_counts.tolist(),
         "split_rule": config.run.split_rule,
         "shot_groups": [
@@ -91,6 +94,7 @@ def load_trained(path: str | Path) -> TrainedModel:
         method_name=description["method"],
         method=method,
         class_names=description["classes"],
+        class_labels=description.get("class_labels", []),
         train_counts=counts,
         **{name: description[name] for name in names},
     )

@@ -18,7 +18,7 @@ from train.data.errors import DataError
 from train.data.load import load
 from train.data.sources.arrays import load_arrays
 from train.data.sources.listing import Listing, read_listing
-from train.model.model import load_model
+from train.trained import load_trained
 
 from ..conftest import check_colors
 from .test_listing import write_lists
@@ -149,24 +149,30 @@ def test_a_class_without_training_samples_is_left_out_wherever_it_stands(absent:
         number_classes({"train": np.array(values), "test": np.arange(5)}, names)
 
 
-def test_the_map_is_shown_and_saved(
-    tree: Path, cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_map_is_shown(tree: Path, cache: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_lists(tree, "txt")
     for file in tree.glob("*.txt"):
         lines = [line.rsplit(maxsplit=1) for line in file.read_text(encoding="utf-8").splitlines()]
         file.write_text(
             "".join(f"{name} {BARCODES[int(label)]}\n" for name, label in lines), encoding="utf-8"
         )
-    args = f"--recipe smoke --data {path} --cache {cache} --num-classes 3 --image-size 16"
-    assert main(["doctor", *args.split()]) == 0
+    main(f"doctor --recipe smoke --data {path} --cache {cache} --image-size 16 --num-classes 3".split())
     shown = f"labels are numbered in their order: {BARCODES[0]} is class 0, {BARCODES[1]} is class 1"
-    assert shown in capsys.readouterr().out.replace("\n", " ")
+    assert shown in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_map_is_saved(tree: Path, cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = (
+        f"--recipe smoke --data {write_lists(tree, 'json')} --cache {cache} --num-classes 3 --image-size 16"
+    )
     train = f"--runs {tmp_path} --classes-per-batch 2 --batch-size 4 --device cpu --methods plain"
     assert main([*args.split(), *train.split()]) == 0
-    assert shown in capsys.readouterr().out.replace("\n", " ")
-    codes = [str(code) for code in BARCODES[:3]]
-    assert load_model(tmp_path / "smoke" / "model-plain.safetensors")[1] == codes
+    assert "10 (ant) is class 0, 15 (bee) is class 1, 20 (cat) is class 2" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    saved = load_trained(tmp_path / "smoke" / "model-plain.safetensors")
+    assert saved.class_names == ["ant", "bee", "cat"]
+    assert saved.class_labels == ["10", "15", "20"]
 
 
 def test_a_recipe_may_begin_with_a_byte_order_mark(
