@@ -18,7 +18,7 @@ from types import ModuleType
 
 HERE = Path(__file__).parent
 SHIM = HERE / "shim"
-SANITIZED = "GISTOPS_TEST_SANITIZED"  # path of the sanitized module, set in the process that tests it
+SANITIZED = "GISTOPS_TEST_SANITIZED"  # path of the sanitized library, set in the process that tests it
 
 FLAGS = (
     "-std=c++20",
@@ -106,30 +106,26 @@ def load(name: str, path: Path) -> ModuleType:
     return module
 
 
-def sanitized_pytest(module: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run pytest on a sanitized module in a new process, with the sanitizers' libraries preloaded, as they require."""
+def sanitized_pytest(
+    library: Path, arguments: Sequence[str], **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run pytest on a sanitized library in a new process, with the sanitizers' libraries preloaded, as they require."""
     libraries = [
         subprocess.run(
             [compiler(), f"-print-file-name={library}"], capture_output=True, text=True, check=True
         ).stdout.strip()
         for library in ("libasan.so", "libubsan.so")
     ]
-    environment = os.environ | {
-        SANITIZED: str(module),
+    sanitizers = {
+        SANITIZED: str(library),
         "LD_PRELOAD": " ".join(libraries),
         # Leaks and duplicate symbols in PyTorch are not faults of the kernels.
         "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0:abort_on_error=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "1",
     }
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-s",
-        "-p",
-        "no:cacheprovider",
-        *arguments,
-    ]  # -s: AddressSanitizer writes to the real stderr
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    # -s: AddressSanitizer writes to the real stderr
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(
+        command, env=os.environ | sanitizers | environment, capture_output=True, text=True, check=False
+    )
