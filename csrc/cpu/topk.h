@@ -1,7 +1,10 @@
 // The k largest of z + bias per row, largest first, and the log-sum-exp over all classes, streaming over blocks of
 // classes. Ties are broken by the lower class. A NaN counts as larger than all numbers, as in torch.topk.
 #pragma once
+#include <algorithm>
+#include <bit>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "logsumexp.h"
@@ -9,49 +12,79 @@
 
 namespace gistops {
 
-// The k best candidates so far, one sorted list per row.
+// A score and the class and slot that attain it. Candidates have a total order, so that no result depends on the
+// blocks or on the order in which workers are merged.
 template <class T>
-class TopLists {
+struct Candidate {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  static constexpr Bits kSign = Bits(1) << (8 * sizeof(T) - 1);
+
+  // An integer that is larger for a larger score. One number for both zeros, and one above all others for NaN.
+  static Bits order_of(T score) {
+    if (std::isnan(score)) return ~Bits(0);
+    const Bits bits = std::bit_cast<Bits>(score + T(0));
+    return bits & kSign ? ~bits : bits | kSign;
+  }
+  Candidate() = default;
+  Candidate(Bits order, int64_t k, uint8_t slot) : order(order), place(k << 8 | slot) {}
+  T score() const {
+    if (order == ~Bits(0)) return std::numeric_limits<T>::quiet_NaN();
+    return std::bit_cast<T>(order & kSign ? order ^ kSign : ~order);
+  }
+  int64_t k() const { return place >> 8; }
+  uint8_t slot() const { return static_cast<uint8_t>(place); }
+  bool operator<(const Candidate& other) const {  // the better candidate is the lesser
+    return order != other.order ? order > other.order : place < other.place;
+  }
+
+  Bits order;
+  int64_t place;  // the class, then the slot in the low byte
+};
+
+// The candidates of a worker: per row at least its k best, unordered. A row whose buffer is full is pruned to its k
+// best, so that a score costs constant time on average for any k.
+template <class T>
+class Candidates {
  public:
-  TopLists(int64_t rows, int64_t k) : k_(k), filled_(rows), values_(rows * k), classes_(rows * k), slots_(rows * k) {
+  // classes: the most that are offered to a row.
+  Candidates(int64_t rows, int64_t k, int64_t classes)
+      : k_(k), capacity_(std::min(2 * k + kSmall, classes)), filled_(rows), bound_(rows), data_(rows * capacity_) {
     filled_.zero();
+    std::fill_n(bound_.get(), rows, -std::numeric_limits<T>::infinity());
   }
-  // True if any of these n scores may enter the row's list.
-  bool may_take(int64_t row, const T* z, int64_t n, const T* bias) const {
-    return filled_[row] < k_ || kernels<T>().any_above(z, n, bias, values_[row * k_ + k_ - 1]);
-  }
-  // Offers of a row come in the order of the classes.
-  void offer(int64_t row, T value, int64_t k, uint8_t slot) {
-    const int64_t begin = row * k_;
-    int64_t at = filled_[row];
-    if (at == k_ && !larger(value, values_[begin + k_ - 1])) return;
-    if (at < k_) {
-      ++filled_[row];
-    } else {
-      --at;
+  Candidate<T>* begin(int64_t row) const { return data_.get() + row * capacity_; }
+  Candidate<T>* end(int64_t row) const { return begin(row) + filled_[row]; }
+
+  // Offers the scores z [n] of the classes from `first` on. A row is offered its classes in ascending order.
+  void offer(int64_t row, const T* z, const uint8_t* slots, int64_t n, int64_t first, const T* bias) {
+    if (filled_[row] >= k_ && !kernels<T>().any_above(z, n, bias, bound_[row])) return;
+    for (int64_t c = 0; c < n; ++c) {
+      const T score = bias ? z[c] + bias[c] : z[c];
+      const bool has_k = filled_[row] >= k_;
+      if (has_k && score <= bound_[row]) continue;
+      const auto order = Candidate<T>::order_of(score);
+      if (has_k && order <= Candidate<T>::order_of(bound_[row])) continue;
+      if (filled_[row] == capacity_) {
+        prune(row);
+        if (order <= Candidate<T>::order_of(bound_[row])) continue;
+      }
+      begin(row)[filled_[row]++] = Candidate<T>(order, first + c, slots[c]);
     }
-    for (; at > 0 && larger(value, values_[begin + at - 1]); --at) {
-      values_[begin + at] = values_[begin + at - 1];
-      classes_[begin + at] = classes_[begin + at - 1];
-      slots_[begin + at] = slots_[begin + at - 1];
-    }
-    values_[begin + at] = value, classes_[begin + at] = k, slots_[begin + at] = slot;
+    // For a small k the best bound pays: it rejects most blocks as a whole.
+    if (k_ <= kSmall && filled_[row] > k_) prune(row);
   }
-  // Offers a row's list to a list of lower classes.
-  void offer_to(TopLists& other, int64_t row) const {
-    for (int64_t e = row * k_; e < row * k_ + filled_[row]; ++e) other.offer(row, values_[e], classes_[e], slots_[e]);
-  }
-  const T* values() const { return values_.get(); }
-  const int64_t* classes() const { return classes_.get(); }
-  const uint8_t* slots() const { return slots_.get(); }
 
  private:
-  static bool larger(T a, T b) { return a > b || (std::isnan(a) && !std::isnan(b)); }
-  int64_t k_;
+  void prune(int64_t row) {
+    std::nth_element(begin(row), begin(row) + k_ - 1, end(row));
+    filled_[row] = k_;
+    bound_[row] = begin(row)[k_ - 1].score();
+  }
+  static constexpr int64_t kSmall = 16;
+  int64_t k_, capacity_;
   Scratch<int64_t> filled_;
-  Scratch<T> values_;
-  Scratch<int64_t> classes_;
-  Scratch<uint8_t> slots_;
+  Scratch<T> bound_;  // no score up to it is among the k best
+  Scratch<Candidate<T>> data_;
 };
 
 // Outputs: values, classes, slots [B, k], with k <= K; lse [B], or null. bias is [K] or null.
@@ -62,7 +95,7 @@ void topk(const Problem<T>& p, const T* bias, int64_t k, T* values, int64_t* cla
   const Partition partition(p, threads);
   struct Shard {
     ClassBlock<T> block;
-    TopLists<T> top;
+    Candidates<T> candidates;
     Scratch<T> scores;       // [chunk, size]
     Scratch<uint8_t> slots;  // [chunk, size]
     RunningLogSumExp<T> lse;
@@ -71,11 +104,12 @@ void topk(const Problem<T>& p, const T* bias, int64_t k, T* values, int64_t* cla
   std::vector<Shard> shards;
   shards.reserve(workers);
   for (int64_t i = 0; i < workers; ++i)
-    shards.push_back({.block = ClassBlock<T>(p, input, partition.size, chunk),
-                      .top = TopLists<T>(p.B, k),
-                      .scores = Scratch<T>(chunk * partition.size),
-                      .slots = Scratch<uint8_t>(chunk * partition.size),
-                      .lse = RunningLogSumExp<T>(p.B)});
+    shards.push_back(
+        {.block = ClassBlock<T>(p, input, partition.size, chunk),
+         .candidates = Candidates<T>(p.B, k, std::min(p.K, ceil_div(partition.count, workers) * partition.size)),
+         .scores = Scratch<T>(chunk * partition.size),
+         .slots = Scratch<uint8_t>(chunk * partition.size),
+         .lse = RunningLogSumExp<T>(p.B)});
   partition.for_each_block(workers, [&](int64_t worker, int64_t first, int64_t n) {
     Shard& shard = shards[worker];
     shard.block.load(first, n);
@@ -85,19 +119,22 @@ void topk(const Problem<T>& p, const T* bias, int64_t k, T* values, int64_t* cla
       shard.block.score(i, rows, z, shard.slots.get(), n);
       const T* block_bias = bias ? bias + first : nullptr;
       if (lse) shard.lse.add(i, rows, z, n, block_bias);
-      for (int64_t row = 0; row < rows; ++row, z += n) {
-        if (!shard.top.may_take(i + row, z, n, block_bias)) continue;
-        for (int64_t c = 0; c < n; ++c)
-          shard.top.offer(i + row, block_bias ? z[c] + block_bias[c] : z[c], first + c, shard.slots[row * n + c]);
+      for (int64_t row = 0; row < rows; ++row)
+        shard.candidates.offer(i + row, z + row * n, shard.slots.get() + row * n, n, first, block_bias);
+    }
+  });
+  torch::stable::parallel_for(0, p.B, ceil_div(kWorkPerThread / 64, p.K), [&](int64_t begin, int64_t end) {
+    std::vector<Candidate<T>> all;
+    for (int64_t row = begin; row < end; ++row) {
+      all.clear();
+      for (const Shard& shard : shards) all.insert(all.end(), shard.candidates.begin(row), shard.candidates.end(row));
+      if (std::ssize(all) > k) std::nth_element(all.begin(), all.begin() + k, all.end());
+      std::sort(all.begin(), all.begin() + k);
+      for (int64_t e = 0; e < k; ++e) {
+        values[row * k + e] = all[e].score(), classes[row * k + e] = all[e].k(), slots[row * k + e] = all[e].slot();
       }
     }
   });
-  const TopLists<T>& top = shards[0].top;
-  for (int64_t i = 1; i < workers; ++i)
-    for (int64_t row = 0; row < p.B; ++row) shards[i].top.offer_to(shards[0].top, row);
-  std::copy_n(top.values(), p.B * k, values);
-  std::copy_n(top.classes(), p.B * k, classes);
-  std::copy_n(top.slots(), p.B * k, slots);
   if (!lse) return;
   std::vector<const RunningLogSumExp<T>*> parts;
   for (const Shard& shard : shards) parts.push_back(&shard.lse);
