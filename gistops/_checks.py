@@ -284,13 +284,15 @@ def check_integer(name: str, value: object, low: int, high: int | None = None) -
         TypeError: `value` is not an integer.
         ValueError: `value` is below `low` or above `high`.
     """
+    integer = isinstance(value, Integral) and not isinstance(value, bool)
+    number = int(value) if integer else low  # type: ignore[call-overload]
+    if integer and number >= low and (high is None or number <= high):
+        return number
+    # Only an error formats the limits: in a compiled graph, text would make a dynamic limit constant.
     expected = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not integer:
         raise TypeError(f"{name}: expected {expected}, got {value!r} of type {type(value).__name__}")
-    number = int(value)
-    if number < low or (high is not None and number > high):
-        raise ValueError(f"{name}: expected {expected}, got {number}")
-    return number
+    raise ValueError(f"{name}: expected {expected}, got {number}")
 
 
 def check_positive(name: str, value: object) -> float:

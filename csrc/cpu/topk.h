@@ -57,24 +57,39 @@ class Candidates {
 
   // Offers the scores z [n] of the classes from `first` on. A row is offered its classes in ascending order.
   void offer(int64_t row, const T* z, const uint8_t* slots, int64_t n, int64_t first, const T* bias) {
-    if (filled_[row] >= k_ && !kernels<T>().any_above(z, n, bias, bound_[row])) return;
-    for (int64_t c = 0; c < n; ++c) {
-      const T score = bias ? z[c] + bias[c] : z[c];
-      const bool has_k = filled_[row] >= k_;
-      if (has_k && score <= bound_[row]) continue;
-      const auto order = Candidate<T>::order_of(score);
-      if (has_k && order <= Candidate<T>::order_of(bound_[row])) continue;
-      if (filled_[row] == capacity_) {
-        prune(row);
-        if (order <= Candidate<T>::order_of(bound_[row])) continue;
-      }
-      begin(row)[filled_[row]++] = Candidate<T>(order, first + c, slots[c]);
+    constexpr int64_t kGroup = 64;
+    if (!may_take(row, z, n, bias)) return;
+    for (int64_t c = 0; c < n; c += kGroup) {
+      const int64_t size = std::min(kGroup, n - c);
+      const T* group_bias = bias ? bias + c : nullptr;
+      if (may_take(row, z + c, size, group_bias)) add(row, z + c, slots + c, size, first + c, group_bias);
     }
     // For a small k the best bound pays: it rejects most blocks as a whole.
     if (k_ <= kSmall && filled_[row] > k_) prune(row);
   }
 
  private:
+  // True if any of these scores may be among the k best.
+  bool may_take(int64_t row, const T* z, int64_t n, const T* bias) const {
+    return filled_[row] < k_ || kernels<T>().any_above(z, n, bias, bound_[row]);
+  }
+  void add(int64_t row, const T* z, const uint8_t* slots, int64_t n, int64_t first, const T* bias) {
+    int64_t filled = filled_[row];
+    T bound = bound_[row];
+    for (int64_t c = 0; c < n; ++c) {
+      const T score = bias ? z[c] + bias[c] : z[c];
+      if (filled >= k_ && score <= bound) continue;
+      const auto order = Candidate<T>::order_of(score);
+      if (filled == capacity_) {
+        filled_[row] = filled;
+        prune(row);
+        filled = k_, bound = bound_[row];
+      }
+      if (filled >= k_ && order <= Candidate<T>::order_of(bound)) continue;
+      begin(row)[filled++] = Candidate<T>(order, first + c, slots[c]);
+    }
+    filled_[row] = filled;
+  }
   void prune(int64_t row) {
     std::nth_element(begin(row), begin(row) + k_ - 1, end(row));
     filled_[row] = k_;

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from .._checks import on_device
 from .._classifier import Classifier, LossOptions
 from .._functorch import transforms_active
-from ..operators.registry import compute_dtype, no_autocast, widest_dtype
+from ..operators.registry import compute_dtype, is_dynamic, no_autocast, widest_dtype
 from .in_place import detect_changes
 
 #: Maximum number of elements in the vectors [k, M, d] and in the scores [B, k, M] of a chunk: 64 MiB in float32.
@@ -58,6 +58,9 @@ def constellation_logits(
         slots_count, d = structure.shape
         # A compiled graph serves any batch size, so there the chunks do not depend on the batch.
         rows = d if torch.compiler.is_compiling() else max(d, input.shape[0])
+        if is_dynamic(centers.shape[0], slots_count, d):  # a number of chunks would make the sizes constant
+            best, slot = best_cosine(unit, centers.to(dtype), structure)
+            return scale * best, slot
         chunk = max(1, CHUNK_ELEMENTS // (slots_count * rows))
         recompute = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transforms_active()
         logits, slots = [], []

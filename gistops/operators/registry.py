@@ -191,6 +191,15 @@ def nonzero_tau(tau: Tensor) -> Tensor:
     return tau + torch.where(tau.abs() < 1e-20, smallest - tau, 0).detach()
 
 
+def is_dynamic(*sizes: int) -> bool:
+    """Return True in a compiled graph that serves more than one value of a size."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not all(has_static_value(size) for size in sizes)
+
+
 def needed_gradients(
     gradients: Sequence[Tensor], arguments: Sequence[Tensor], needs: Sequence[bool]
 ) -> list[Tensor | None]:

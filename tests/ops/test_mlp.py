@@ -11,6 +11,7 @@ from torch import Tensor
 
 import gistops
 from gistops.functional.transforms import mlp as mlp_transform
+from gistops.nn import ConstellationClassifier
 
 from .oracle import Sample, generator
 
@@ -133,6 +134,15 @@ def test_compile_without_a_graph_break(chunk: None, fused: str, seed: int) -> No
     torch.testing.assert_close(
         torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(loss(*leaves), leaves)
     )
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(strict: bool, seed: int) -> None:
+    head = ConstellationClassifier(12, 90, 3, transform="mlp").eval()
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(head, (torch.randn(4, 12),), dynamic_shapes=({0: batch},), strict=strict)
+    x = torch.randn(9, 12)
+    torch.testing.assert_close(program.module()(x), head(x))
 
 
 def test_errors_name_the_argument(backend: str) -> None:

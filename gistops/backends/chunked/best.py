@@ -6,17 +6,32 @@ import torch
 from torch import Tensor
 
 
-def join_best(best: tuple[Tensor, ...], more: tuple[Tensor, ...], k: int) -> tuple[Tensor, ...]:
-    """Return the k best of two sets of scores, classes and slots [B, ·], in descending order.
+class BestSoFar:
+    """The k best of chunks that are added in the order of the classes.
 
-    Args:
-        best: the first set, or () if there is none; wins ties.
-        more: the second set.
-        k: number of columns to return.
+    Chunks are joined when they hold more than 2k columns, so that a score costs the same on average for any k.
     """
-    joined = [torch.cat(pair, 1) for pair in zip(best, more, strict=True)] if best else list(more)
-    order = best_first(joined[0], k)[1]
-    return tuple(x.gather(1, order) for x in joined)
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.parts: list[tuple[Tensor, ...]] = []
+
+    def add(self, scores: Tensor, classes: Tensor, slots: Tensor) -> None:
+        """Add the best of a chunk, [B, ·] each, in the order of `best_first`."""
+        self.parts.append((scores, classes, slots))
+        if sum(part[0].shape[1] for part in self.parts) > 2 * self.k:
+            self._join()
+
+    def result(self) -> tuple[Tensor, ...]:
+        """Return scores, classes and slots [B, k] in descending order."""
+        self._join()
+        return self.parts[0]
+
+    def _join(self) -> None:
+        if len(self.parts) > 1:
+            joined = [torch.cat(tensors, 1) for tensors in zip(*self.parts, strict=True)]
+            order = best_first(joined[0], self.k)[1]
+            self.parts = [tuple(x.gather(1, order) for x in joined)]
 
 
 def best_first(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

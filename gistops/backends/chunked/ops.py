@@ -36,7 +36,7 @@ from ...operators.logits import (
 )
 from ...operators.registry import Op
 from ...operators.topk import TOPK, Best, Topk
-from .best import best_first, join_best
+from .best import BestSoFar, best_first
 from .scorers import GradientAccumulator, Needs, TranslationScorer, make_scorer
 
 
@@ -127,7 +127,7 @@ class ChunkedOps:
     def topk(self, a: Topk) -> Best:
         """Return the best k classes; norms are recomputed, in the same pass as the products."""
         scorer = make_scorer(self.ops, a)
-        best: tuple[Tensor, ...] = ()
+        best = BestSoFar(a.k)
         lse_of_chunks = []
         for chunk in scorer.chunks():
             output = scorer.forward(chunk)
@@ -140,9 +140,9 @@ class ChunkedOps:
                 lse_of_chunks.append(z.logsumexp(1))
             classes = torch.arange(chunk.start, chunk.stop, device=z.device).expand_as(z)
             values, order = best_first(z, a.k)
-            best = join_best(best, (values, classes.gather(1, order), output.slots.gather(1, order)), a.k)
+            best.add(values, classes.gather(1, order), output.slots.gather(1, order))
         empty = a.input.new_empty(0, dtype=scorer.dtype)
-        values, classes, slots = best
+        values, classes, slots = best.result()
         return Best(values, classes, slots, _logsumexp(lse_of_chunks, empty) if a.need_lse else empty)
 
 

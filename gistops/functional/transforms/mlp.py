@@ -8,7 +8,7 @@ matrix products where a translation or a rotation takes one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..._classifier import Classifier, no_displacements
 from ..._functorch import transforms_active
-from ...backends.chunked.best import join_best
-from ...operators.registry import no_autocast
+from ...backends.chunked.best import BestSoFar
+from ...operators.registry import is_dynamic, no_autocast
 
 #: Maximum number of elements in the vectors of a chunk: 64 MiB in float32.
 CHUNK_ELEMENTS = 1 << 24
@@ -121,7 +121,7 @@ def topk(
     """Return the outputs of `topk`."""
     input, classifier = _converted(input, classifier)
     centers, displacements, tau = classifier[:3]
-    best: tuple[Tensor, ...] = ()
+    best = BestSoFar(k)
     lse_of_chunks = []
     for chunk in _chunks(classifier):
         bias = None if class_bias is None else class_bias[chunk]
@@ -131,16 +131,22 @@ def topk(
         values, classes, slots, lse = ops.topk.default(
             input, v, no_displacements(input), tau, bias, None, None, count, need_lse, allow_tf32, None
         )
-        best = join_best(best, (values, classes + chunk.start, slots), k)
+        best.add(values, classes + chunk.start, slots)
         lse_of_chunks.append(lse)
-    values, classes, slots = best
+    values, classes, slots = best.result()
     return values, classes, slots, torch.stack(lse_of_chunks).logsumexp(0) if need_lse else lse_of_chunks[0]
 
 
-def _chunks(classifier: Classifier) -> Iterator[slice]:
-    """Yield chunks of classes; one empty chunk if there is no class."""
+def _chunks(classifier: Classifier) -> Iterable[slice]:
+    """Return chunks of classes; one empty chunk if there is no class.
+
+    A compiled graph with dynamic sizes has one chunk, because a number of chunks would make the sizes constant.
+    """
     classes, d = classifier.centers.shape
-    size = max(1, CHUNK_ELEMENTS // ((classifier.displacements.shape[0] + 1) * d))
+    slots = classifier.displacements.shape[0] + 1
+    if is_dynamic(classes, slots, d):
+        return (slice(0, classes),)
+    size = max(1, CHUNK_ELEMENTS // (slots * d))
     return (slice(start, min(start + size, classes)) for start in range(0, max(classes, 1), size))
 
 
@@ -157,6 +163,7 @@ def _recomputed(
 
     centers, displacements, tau = classifier[:3]
     arguments: tuple[Any, ...] = (input, tau, centers[chunk], displacements, *classifier.mlp, *rest)
-    if not torch.is_grad_enabled() or transforms_active():
+    # torch.export(strict=True) cannot trace a checkpoint.
+    if not torch.is_grad_enabled() or transforms_active() or torch.compiler.is_exporting():
         return compute(*arguments)
     return checkpoint(compute, *arguments, use_reentrant=False, preserve_rng_state=False)
