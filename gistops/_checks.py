@@ -29,7 +29,9 @@ def _floating(name: str, value: object) -> Tensor:
 
         if isinstance(value, DTensor):
             raise TypeError(
-                f"{name}: expected a local torch.Tensor, got a DTensor; call .to_local() or .full_tensor() first"
+                f"{name}: expected a local torch.Tensor, got a DTensor; call .to_local() or .full_tensor() first. "
+                "With fully_shard (FSDP2), a method other than forward needs "
+                "torch.distributed.fsdp.register_fsdp_forward_method(module, 'name of the method')"
             )
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
@@ -72,11 +74,9 @@ def check_constellation(
     input = _floating("input", input)
     centers = _floating("centers", centers)
     displacements = _floating("displacements", displacements)
-    if input.dim() != 2:
-        raise ValueError(f"input: expected shape [B, d], got {_shape(input)}")
-    d = input.shape[1]
-    if d == 0:
-        raise ValueError(f"input: expected shape [B, d] with d >= 1, got {_shape(input)}")
+    if input.dim() == 0 or input.shape[-1] == 0:
+        raise ValueError(f"input: expected shape [..., d] with d >= 1, got {_shape(input)}")
+    d = input.shape[-1]
     for name, value, rows in (("centers", centers, "K"), ("displacements", displacements, "m")):
         if value.dim() != 2 or value.shape[1] != d:
             raise ValueError(
@@ -96,11 +96,11 @@ def check_subcenters(input: object, centers: object, tau: object) -> Classifier:
     """Check the arguments of the logits of sub-centers [K, M, d]; return all but input. Raises as `check_constellation`."""
     input = _floating("input", input)
     centers = _floating("centers", centers)
-    if input.dim() != 2 or input.shape[1] == 0:
-        raise ValueError(f"input: expected shape [B, d] with d >= 1, got {_shape(input)}")
-    if centers.dim() != 3 or centers.shape[2] != input.shape[1]:
+    if input.dim() == 0 or input.shape[-1] == 0:
+        raise ValueError(f"input: expected shape [..., d] with d >= 1, got {_shape(input)}")
+    if centers.dim() != 3 or centers.shape[2] != input.shape[-1]:
         raise ValueError(
-            f"centers: expected shape [K, M, {input.shape[1]}] to match input's last dimension, "
+            f"centers: expected shape [K, M, {input.shape[-1]}] to match input's last dimension, "
             f"got {_shape(centers)}"
         )
     if not 1 <= centers.shape[1] <= MAX_SLOTS:
@@ -233,17 +233,17 @@ def _target(target: object, ignore_index: int, classes: int, input: Tensor) -> T
             f"target: expected int64 or int32 classes, got {target.dtype}"
             + (probabilities if target.is_floating_point() else "")
         )
-    if target.shape != input.shape[:1]:
-        raise ValueError(f"target: expected shape [{input.shape[0]}], got {_shape(target)}")
+    if target.shape != input.shape[:-1]:
+        raise ValueError(f"target: expected shape {list(input.shape[:-1])}, got {_shape(target)}")
     if target.device != input.device:
         raise ValueError(f"target: expected device {input.device} to match input, got {target.device}")
     if _readable(target):
         outside = (target.long() != ignore_index) & ((target < 0) | (target >= classes))
         if outside.any():
-            position = int(outside.nonzero()[0])
+            position = tuple(outside.nonzero()[0].tolist())
             raise IndexError(
                 f"target: expected 0 to {classes - 1} or ignore_index {ignore_index}, "
-                f"got {int(target[position])} at position {position}"
+                f"got {int(target[position])} at position {', '.join(map(str, position)) or 0}"
             )
     return target
 
@@ -255,7 +255,7 @@ def _check_transform(transform: str, axis: object, mlp: object, input: Tensor) -
         raise ValueError("axis: expected None unless transform='rotation'")
     if transform != "mlp" and mlp is not None:
         raise ValueError("mlp: expected None unless transform='mlp'")
-    d = input.shape[1]
+    d = input.shape[-1]
     if transform == "rotation":
         axis = _floating("axis", axis)
         if axis.shape != (d,):

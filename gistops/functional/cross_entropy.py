@@ -16,6 +16,7 @@ from ..backends import eager_loss, reference
 from ..backends.cpu_stash import StashedCrossEntropyParts, can_stash
 from ..backends.in_place import detect_changes
 from ..operators.registry import nonzero_tau
+from .leading import restore, rows
 from .transforms import mlp as mlp_transform
 from .transforms import rotation
 
@@ -53,7 +54,7 @@ def constellation_cross_entropy(
 
     Args:
         input, centers, displacements, tau, transform, axis, mlp, backend: as in `constellation_logits`.
-        target: classes, [B], int64 or int32, from 0 to K - 1, or `ignore_index`.
+        target: classes, [...], int64 or int32, from 0 to K - 1, or `ignore_index`.
         class_bias: added to the logits, [K], floating-point. Log class frequencies give the balanced softmax (Ren et al.,
             NeurIPS 2020), or logit adjustment (Menon et al., ICLR 2021). Minus infinity excludes a class. Plus infinity
             makes loss and lse NaN.
@@ -70,7 +71,7 @@ def constellation_cross_entropy(
         return_lse: also return the log-sum-exp of each row's logits, including bias and margin; differentiable.
 
     Returns:
-        The loss in the dtype of the logits: a scalar, or [B] with `reduction="none"`. With `return_lse` also lse, [B].
+        The loss in the dtype of the logits: a scalar, or [...] with `reduction="none"`. With `return_lse` also lse, [...].
 
     Raises:
         TypeError, ValueError, gistops.BackendUnavailable: as in `constellation_logits`; the message names the argument.
@@ -114,8 +115,17 @@ def subcenter_cross_entropy(
 def _cross_entropy(
     input: Tensor, classifier: Classifier, target: Tensor, options: LossOptions, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss and the log-sum-exp [B]."""
+    """Return the loss and the log-sum-exp [...]."""
     target, options = check_loss(input, classifier, target, options)
+    target = target if target.dim() == 1 else target.reshape(-1)
+    loss, lse = _loss_of_rows(rows(input), classifier, target, options, backend)
+    return restore(loss, input) if options.reduction == "none" else loss, restore(lse, input)
+
+
+def _loss_of_rows(
+    input: Tensor, classifier: Classifier, target: Tensor, options: LossOptions, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Return the loss and the log-sum-exp [B] of rows [B, d]."""
     chosen = backends.choose(input.device.type, backend)
     if chosen == "reference":
         return reference.cross_entropy(input, classifier, target, options)

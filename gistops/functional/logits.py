@@ -12,6 +12,7 @@ from .._checks import check_constellation, check_subcenters
 from .._classifier import Classifier, Transform
 from .._functorch import unsupported_transform
 from ..backends import reference
+from .leading import restore, rows
 from .transforms import mlp as mlp_transform
 from .transforms import rotation
 
@@ -87,7 +88,7 @@ def constellation_logits(
     backend="reference". `torch.vmap` alone and `is_grads_batched` call the fused ops once per sample.
 
     Args:
-        input: features f, [B, d], float32, float16, bfloat16 or float64; not normalized.
+        input: features f, [..., d], float32, float16, bfloat16 or float64; not normalized.
         centers: class centers w, [K, d]; their dtype may differ from that of input.
         displacements: displacements δ, shared by all classes, [m, d] with 0 <= m <= 255. If m is 0, this is a cosine
             classifier.
@@ -105,8 +106,8 @@ def constellation_logits(
         backend: "cpu", "cuda", "triton", "reference", or None for the best one on the device of input.
 
     Returns:
-        Logits [B, K], float64 if input, centers, displacements, axis or a weight of the MLP is float64, otherwise float32.
-        With `return_slots` also slots [B, K], uint8. If several slots attain the maximum, the lowest is returned.
+        Logits [..., K], float64 if input, centers, displacements, axis or a weight of the MLP is float64, otherwise float32.
+        With `return_slots` also slots [..., K], uint8. If several slots attain the maximum, the lowest is returned.
 
     Raises:
         TypeError: an argument is not a dense floating-point tensor, or, where a number is expected, not a number.
@@ -135,14 +136,14 @@ def subcenter_logits(
     zero vectors, ties, determinism and errors are as there.
 
     Args:
-        input: features f, [B, d]; not normalized.
+        input: features f, [..., d]; not normalized.
         centers: M sub-centers w per class, [K, M, d] with 1 <= M <= 256; not normalized.
         tau: temperature τ > 0, a tensor of one element or a number.
         return_slots: also return the sub-center of each logit.
         backend: as in `constellation_logits`.
 
     Returns:
-        Logits [B, K], float64 if input or centers is float64, otherwise float32. With `return_slots` also slots [B, K],
+        Logits [..., K], float64 if input or centers is float64, otherwise float32. With `return_slots` also slots [..., K],
         uint8.
 
     Raises:
@@ -153,6 +154,11 @@ def subcenter_logits(
 
 
 def _logits(input: Tensor, classifier: Classifier, backend: str | None) -> tuple[Tensor, Tensor]:
+    logits, slots = _logits_of_rows(rows(input), classifier, backend)
+    return restore(logits, input), restore(slots, input)
+
+
+def _logits_of_rows(input: Tensor, classifier: Classifier, backend: str | None) -> tuple[Tensor, Tensor]:
     chosen = backends.choose(input.device.type, backend)
     if chosen == "reference":
         return reference.logits(input, classifier)
@@ -182,5 +188,5 @@ def frozen_logits(input: Tensor, classifier: Classifier, norms: Tensor) -> tuple
     if unsupported_transform():  # a derivative in forward mode would be zero
         return _logits(input, classifier, None)
     tensors = (t.detach() for t in classifier[:3])
-    logits, slots = torch.ops.gistops.frozen_logits.default(input, *tensors, norms)
-    return logits, slots
+    logits, slots = torch.ops.gistops.frozen_logits.default(rows(input), *tensors, norms)
+    return restore(logits, input), restore(slots, input)

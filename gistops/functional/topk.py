@@ -17,6 +17,7 @@ from .._checks import (
 )
 from .._classifier import Classifier, Transform, no_displacements
 from ..backends import reference
+from .leading import restore, rows
 from .transforms import mlp as mlp_transform
 from .transforms import rotation
 
@@ -44,12 +45,12 @@ def constellation_topk(
         input, centers, displacements, tau, transform, axis, mlp, backend: as in `constellation_logits`.
         k: number of classes, from 1 to K.
         class_bias: added to the logits, [K], floating-point.
-        return_lse: also return the log-sum-exp over all classes, including the bias: `(values - lse[:, None]).exp()` are
+        return_lse: also return the log-sum-exp over all classes, including the bias: `(values - lse[..., None]).exp()` are
             probabilities over all classes.
 
     Returns:
-        Values [B, k] in descending order, in the dtype of the logits; classes [B, k], int64; slots [B, k], uint8. With
-        `return_lse` also lse, [B].
+        Values [..., k] in descending order, in the dtype of the logits; classes [..., k], int64; slots [..., k], uint8. With
+        `return_lse` also lse, [...].
 
     Raises:
         TypeError, ValueError, gistops.BackendUnavailable: as in `constellation_logits`; the message names the argument.
@@ -93,6 +94,7 @@ def topk(
         check_class_vector("class_bias", class_bias, classes, input)
     chosen = backends.choose(input.device.type, backend)
     ops, allow_tf32 = backends.ops(chosen), backends.allow_tf32(chosen)
+    whole, input = input, rows(input)
     if chosen == "reference":
         outputs = reference.topk(input, classifier, class_bias, k)
     elif classifier.mlp is not None:
@@ -105,5 +107,6 @@ def topk(
         outputs = ops.topk.default(
             input, centers, displacements, tau, class_bias, *coefficients, k, return_lse, allow_tf32, norms
         )
-    values, best, slots, lse = outputs
+    values, best, slots = (restore(x, whole) for x in outputs[:3])
+    lse = restore(outputs[3], whole) if return_lse else outputs[3]
     return (values, best, slots, lse) if return_lse else (values, best, slots)

@@ -1,13 +1,16 @@
 """Classification heads of GistNet (Liu, Li, Kang, Hua, Vasconcelos, ICCV 2021) as modules."""
 
 from .constellation import ConstellationClassifier
+from .frozen import FrozenClassifier
 from .gist import GistClassifier
-from .head import MaxCosineHead, Prediction
+from .head import MaxCosineHead
+from .prediction import Prediction
 from .subcenter import SubcenterClassifier
 from .usage import SlotUsage
 
 __all__ = [
     "ConstellationClassifier",
+    "FrozenClassifier",
     "GistClassifier",
     "MaxCosineHead",
     "Prediction",

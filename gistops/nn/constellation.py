@@ -13,7 +13,8 @@ from .._checks import MAX_SLOTS, check_integer, check_positive
 from .._classifier import Classifier, Transform
 from ..functional import constellation_cross_entropy, constellation_logits
 from ..operators.registry import compute_dtype
-from .head import MaxCosineHead, inverse_softplus
+from .head import MaxCosineHead
+from .temperature import inverse_softplus
 from .usage import SlotUsage, warn_if_zero
 
 
@@ -153,18 +154,16 @@ class ConstellationClassifier(MaxCosineHead):
         """Compute the logits of all classes.
 
         Args:
-            input: features, [B, in_features], float32, float16, bfloat16 or float64; they need not be normalized.
+            input: features, [..., in_features], float32, float16, bfloat16 or float64; they need not be normalized.
             return_slots: also return the winning slot of each class.
 
         Returns:
-            logits [B, num_classes], float32 (float64 for float64); with `return_slots` also slots
-            [B, num_classes], uint8; slot 0 is the bare center.
+            logits [..., num_classes], float32 (float64 for float64); with `return_slots` also slots
+            [..., num_classes], uint8; slot 0 is the bare center.
 
         Raises:
             TypeError, ValueError, gistops.BackendUnavailable: as for `gistops.constellation_logits`.
         """
-        if frozen := self._frozen_logits(input):
-            return frozen if return_slots else frozen[0]
         tensors = (input, self.centers, self.displacements, self.tau)
         options = self._transform()
         return constellation_logits(*tensors, return_slots=return_slots, backend=self.backend, **options)
@@ -176,8 +175,9 @@ class ConstellationClassifier(MaxCosineHead):
 
     loss.__doc__ = MaxCosineHead.loss.__doc__
 
-    def _displacements(self) -> Tensor:
-        return self.displacements
+    def _inference_weights(self) -> dict[str, Tensor]:
+        names = ConstellationClassifier._parameter_shapes(self, self.num_displacements)
+        return {name: getattr(self, name) for name in names}
 
     def _classifier(self) -> Classifier:
         return Classifier(self.centers, self.displacements, self.tau, **self._transform())
@@ -189,6 +189,7 @@ class ConstellationClassifier(MaxCosineHead):
             return {"transform": "rotation", "axis": self.axis}
         return {"transform": "mlp", "mlp": (self.mlp_in, self.mlp_out)}
 
+    @torch.inference_mode(False)  # the new parameters are trainable
     @torch.no_grad()
     def add_displacements(
         self,
@@ -247,8 +248,8 @@ class ConstellationClassifier(MaxCosineHead):
         """Return the share of samples whose own class is won by each slot. For many batches use `SlotUsage`.
 
         Args:
-            input: features, [B, in_features].
-            labels: classes, [B], integer. By default a sample's own class is the predicted one.
+            input: features, [..., in_features].
+            labels: classes, [...], integer. By default a sample's own class is the predicted one.
 
         Returns:
             shares [num_displacements + 1], float32, which sum to 1.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..functional import constellation_cross_entropy, constellation_logits
 from .constellation import ConstellationClassifier
-from .head import inverse_softplus, positive
+from .temperature import inverse_softplus, positive
 from .usage import warn_if_zero
 
 
@@ -42,6 +42,7 @@ class GistClassifier(ConstellationClassifier):
     random_centers: nn.Parameter
     raw_random_tau: nn.Parameter
     _checked_for_zero = False
+    _per_class = ("centers", "random_centers")
 
     def _parameter_shapes(self, num_displacements: int) -> dict[str, tuple[int, ...]]:
         return {
@@ -63,7 +64,7 @@ class GistClassifier(ConstellationClassifier):
         return positive(self.raw_random_tau)
 
     def random_logits(self, input: Tensor) -> Tensor:
-        """Compute the logits of the random stream's centers v, [B, num_classes]; input as in `forward`."""
+        """Compute the logits of the random stream's centers v, [..., num_classes]; input as in `forward`."""
         tensors = (input, self.random_centers, self.displacements, self.random_tau)
         logits: Tensor = constellation_logits(*tensors, backend=self.backend, **self._transform())
         return logits
@@ -77,10 +78,10 @@ class GistClassifier(ConstellationClassifier):
         wrapped module, because DDP synchronizes the gradients of calls to `forward` alone.
 
         Args:
-            x_balanced: features of a class-balanced batch, [B, in_features], as in `forward`.
-            y_balanced: classes, [B], int64 or int32; or class probabilities, [B, num_classes], floating-point.
-            x_random: features of a random batch, [B', in_features].
-            y_random: classes, [B'], or class probabilities, [B', num_classes].
+            x_balanced: features of a class-balanced batch, [..., in_features], as in `forward`.
+            y_balanced: classes, [...], int64 or int32; or class probabilities, [..., num_classes], floating-point.
+            x_random: features of a random batch, [..., in_features].
+            y_random: classes, [...], or class probabilities, [..., num_classes].
 
         Returns:
             (loss_balanced, loss_random), scalars, float32 (float64 for float64); NaN for an empty batch.
@@ -108,14 +109,16 @@ class GistClassifier(ConstellationClassifier):
         tensors: tuple[Tensor, Tensor, Tensor],
         transform: dict[str, Any],
     ) -> Tensor:
-        _check_target(name, target, input.shape[0], self.num_classes)
+        _check_target(name, target, input.shape[:-1], self.num_classes)
         if target.is_floating_point():  # probabilities are as large as the logits, so these may be too
             logits = constellation_logits(input, *tensors, backend=self.backend, **transform)
-            return F.cross_entropy(logits, target.to(logits.dtype))
+            rows, target = logits.reshape(-1, self.num_classes), target.reshape(-1, self.num_classes)
+            return F.cross_entropy(rows, target.to(logits.dtype))
         return constellation_cross_entropy(  # type: ignore[return-value]
             input, *tensors, target, backend=self.backend, **transform
         )
 
+    @torch.inference_mode(False)  # the copy is trainable
     def export(self) -> ConstellationClassifier:
         """Return the head for inference: a `ConstellationClassifier` with copies of w, δ and τ, without v.
 
@@ -150,15 +153,15 @@ def _detached(transform: dict[str, Any]) -> dict[str, Any]:
     return detached
 
 
-def _check_target(name: str, target: object, batch: int, classes: int) -> None:
+def _check_target(name: str, target: object, batch: torch.Size, classes: int) -> None:
     if not isinstance(target, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(target).__name__}")
     if target.is_floating_point():
-        fits = target.shape == (batch, classes)
+        fits = target.shape == (*batch, classes)
     else:
-        fits = target.dtype in (torch.int64, torch.int32) and target.shape == (batch,)
+        fits = target.dtype in (torch.int64, torch.int32) and target.shape == batch
     if not fits:
         raise ValueError(
-            f"{name}: expected int64 or int32 [{batch}] or floating-point [{batch}, {classes}], "
+            f"{name}: expected int64 or int32 {list(batch)} or floating-point {[*batch, classes]}, "
             f"got {str(target.dtype).removeprefix('torch.')} {list(target.shape)}"
         )

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from .._checks import MAX_SLOTS, check_integer
 from .._classifier import Classifier, no_displacements
 from ..functional import subcenter_cross_entropy, subcenter_logits
-from .head import MaxCosineHead, inverse_softplus
+from .head import MaxCosineHead
+from .temperature import inverse_softplus
 
 
 class SubcenterClassifier(MaxCosineHead):
@@ -59,12 +60,10 @@ class SubcenterClassifier(MaxCosineHead):
         nn.init.constant_(self.raw_tau, inverse_softplus(self.initial_tau))
 
     def forward(self, input: Tensor, return_slots: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Compute the logits [B, num_classes]; with `return_slots` also the winning sub-centers, uint8.
+        """Compute the logits [..., num_classes]; with `return_slots` also the winning sub-centers, uint8.
 
         Args and errors: as for `gistops.subcenter_logits`.
         """
-        if frozen := self._frozen_logits(input):
-            return frozen if return_slots else frozen[0]
         return subcenter_logits(
             input, self.centers, self.tau, return_slots=return_slots, backend=self.backend
         )
@@ -76,11 +75,8 @@ class SubcenterClassifier(MaxCosineHead):
 
     loss.__doc__ = MaxCosineHead.loss.__doc__
 
-    def _displacements(self) -> Tensor:
-        return no_displacements(self.centers)
-
     def _classifier(self) -> Classifier:
-        return Classifier(self.centers, self._displacements(), self.tau, "subcenters")
+        return Classifier(self.centers, no_displacements(self.centers), self.tau, "subcenters")
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, num_classes={self.num_classes}"

@@ -6,6 +6,7 @@ import warnings
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 #: Samples per slot below which an unused slot proves nothing.
@@ -15,9 +16,11 @@ MIN_SAMPLES_PER_SLOT = 100
 class ConstellationHead(Protocol):
     """The part of a `ConstellationClassifier` that this module needs."""
 
-    num_classes: int
     displacements: nn.Parameter
     _warned: bool
+
+    @property
+    def num_classes(self) -> int: ...
 
     @property
     def num_displacements(self) -> int: ...
@@ -37,7 +40,8 @@ class SlotUsage:
             usage.update_slots(slots, labels)
         print(usage.shares())
 
-    `counts` is an int64 tensor [num_displacements + 1] on the head's device. With several processes, sum it before
+    `counts` is an int64 tensor [num_displacements + 1] on the head's device. After `add_displacements()` it has the new
+    slots too; for a head with fewer displacements than before, the histogram begins anew. With several processes, sum it before
     `shares()`: `torch.distributed.all_reduce(usage.counts)`.
 
     Args:
@@ -55,22 +59,22 @@ class SlotUsage:
         """Add samples.
 
         Args:
-            input: features, [B, in_features].
-            labels: classes, [B], integer. By default a sample's own class is the predicted one.
+            input: features, [..., in_features].
+            labels: classes, [...], integer. By default a sample's own class is the predicted one.
 
         Raises:
             TypeError, ValueError: as for `gistops.constellation_logits`, or the labels do not fit.
         """
         logits, slots = self.head(input, return_slots=True)
-        self.update_slots(slots, logits.argmax(dim=1) if labels is None else labels)
+        self.update_slots(slots, logits.argmax(dim=-1) if labels is None else labels)
 
     @torch.no_grad()
     def update_slots(self, slots: Tensor, labels: Tensor) -> None:
         """Add samples by their winning slots.
 
         Args:
-            slots: slots that `head(input, return_slots=True)` returned, [B, num_classes], uint8.
-            labels: classes, [B], integer.
+            slots: slots that `head(input, return_slots=True)` returned, [..., num_classes], uint8.
+            labels: classes, [...], integer.
 
         Raises:
             TypeError: labels is not an integer tensor.
@@ -79,13 +83,26 @@ class SlotUsage:
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
             got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
             raise TypeError(f"labels: expected an integer torch.Tensor, got {got}")
-        if slots.dim() != 2 or slots.shape[1] != self.head.num_classes:
-            raise ValueError(f"slots: expected shape [B, {self.head.num_classes}], got {list(slots.shape)}")
-        if labels.shape != slots.shape[:1]:
-            raise ValueError(f"labels: expected shape [{slots.shape[0]}], got {list(labels.shape)}")
-        won = slots.gather(1, labels.to(slots.device, torch.int64)[:, None])  # [B, 1]
+        classes = self.head.num_classes
+        if slots.dim() == 0 or slots.shape[-1] != classes:
+            raise ValueError(f"slots: expected shape [..., {classes}], got {list(slots.shape)}")
+        if labels.shape != slots.shape[:-1]:
+            raise ValueError(f"labels: expected shape {list(slots.shape[:-1])}, got {list(labels.shape)}")
+        self._follow_the_head()
+        labels = labels.to(slots.device, torch.int64).reshape(-1, 1)
+        won = slots.reshape(-1, classes).gather(1, labels)  # [B, 1]
         # bincount would synchronize with the GPU.
         self.counts += (won == torch.arange(len(self.counts), device=slots.device)).sum(dim=0)
+
+    def _follow_the_head(self) -> None:
+        """Fit `counts` to the number of displacements: added slots begin at 0; a head with fewer begins anew."""
+        added = self.head.num_displacements + 1 - len(self.counts)
+        if added:
+            self.counts = (
+                F.pad(self.counts, (0, added))
+                if added > 0
+                else self.counts.new_zeros(len(self.counts) + added)
+            )
 
     def shares(self) -> Tensor:
         """Return the share of the samples won by each slot, [num_displacements + 1], float32; NaN without samples.
@@ -93,6 +110,7 @@ class SlotUsage:
         Warns once per head if the displacements are exactly zero, or if a displacement has won none of at least
         100 samples per slot. (An unused slot 0 is fine: it has no parameters.)
         """
+        self._follow_the_head()
         shares = (self.counts.double() / self.counts.sum()).float()
         warn_if_zero(self.head)
         counts = self.counts.tolist()

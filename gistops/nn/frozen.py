@@ -1,0 +1,203 @@
+"""A head for inference, with copies of the weights and their norms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from .._checks import check_classifier
+from .._classifier import Classifier
+from ..functional import (
+    constellation_cross_entropy,
+    constellation_logits,
+    subcenter_cross_entropy,
+    subcenter_logits,
+)
+from ..functional.logits import center_norms, frozen_logits
+from .prediction import Predictor
+from .temperature import positive
+
+
+class FrozenClassifier(Predictor):
+    """A classifier with fixed weights and, on the CPU, precomputed norms. `head.freeze()` returns one.
+
+    The results have the bits of the head at the time of `freeze()`. Later changes of the head have no effect. The module
+    has no parameters and no buffers, so that optimizers, averages of weights and `torch.func.functional_call` cannot
+    change its weights without its norms. Three operations change the weights, and each recomputes the norms:
+
+    - `.to()` and its relatives, which move and cast the weights.
+    - `load_state_dict()`, which copies the weights.
+    - `copy.deepcopy` and pickling, which copy weights and norms together.
+
+    `state_dict()` returns copies of the weights under the names of the head's parameters, so that the state dict of a
+    `ConstellationClassifier` or a `SubcenterClassifier` loads into its frozen copy, and the other way round.
+
+    Norms are kept on the CPU alone, because a GPU computes them in the pass of the matrix product, and not for rotations
+    and MLPs. A call whose input requires a gradient computes them anew.
+    """
+
+    frozen = True
+    _norms: Tensor | None = None
+
+    def __init__(self, classifier: Classifier, weights: Mapping[str, Tensor], backend: str | None) -> None:
+        """Copy the weights.
+
+        Args:
+            classifier: the arguments of the head's logits; its transform alone is used.
+            weights: the parameters of the head by name, without those of training alone.
+            backend: as in `gistops.constellation_logits`.
+        """
+        super().__init__()
+        self.backend = backend
+        self._transform = classifier.transform
+        self._names = tuple(weights)
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # autograd cannot save the tensors of inference mode
+            for name, weight in weights.items():
+                setattr(self, f"_{name}", weight.detach().clone())
+            self._make_norms()
+        self.eval()
+
+    @property
+    def in_features(self) -> int:
+        """The dimension d of the features."""
+        return self._weight("centers").shape[-1]
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes K."""
+        return self._weight("centers").shape[0]
+
+    @property
+    def num_displacements(self) -> int:
+        """The number of slots of a class besides slot 0."""
+        if self._transform == "subcenters":
+            return self._weight("centers").shape[1] - 1
+        return self._weight("displacements").shape[0]
+
+    @property
+    def tau(self) -> Tensor:
+        """The temperature τ, a scalar, float32 (float64 in a float64 module)."""
+        return positive(self._weight("raw_tau"))
+
+    def freeze(self) -> FrozenClassifier:
+        """Return the module itself."""
+        return self
+
+    def forward(self, input: Tensor, return_slots: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Compute the logits [..., num_classes]; with `return_slots` also the winning slots.
+
+        Args, returns and errors: as for the head.
+        """
+        norms = self._known_norms(input)
+        if norms is not None:
+            outputs = frozen_logits(input, check_classifier(input, self._classifier()), norms)
+            return outputs if return_slots else outputs[0]
+        function = subcenter_logits if self._transform == "subcenters" else constellation_logits
+        arguments, options = self._arguments()
+        logits: Tensor | tuple[Tensor, Tensor]
+        logits = function(input, *arguments, return_slots=return_slots, backend=self.backend, **options)
+        return logits
+
+    def loss(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
+        """Compute the cross-entropy without materializing the logits. Arguments and errors are those of the head."""
+        subcenters = self._transform == "subcenters"
+        function: Any = subcenter_cross_entropy if subcenters else constellation_cross_entropy
+        arguments, transform = self._arguments()
+        loss: Tensor = function(input, *arguments, target, backend=self.backend, **transform, **options)
+        return loss
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, num_classes={self.num_classes}"
+        text += f", num_displacements={self.num_displacements}, transform={self._transform!r}"
+        return text if self.backend is None else f"{text}, backend={self.backend!r}"
+
+    def _weight(self, name: str) -> Tensor:
+        weight: Tensor = getattr(self, f"_{name}")
+        return weight
+
+    def _arguments(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """Return the arguments of the public functions: tensors and the options of the transform."""
+        a = self._classifier()
+        if a.transform == "subcenters":
+            return (a.centers, a.tau), {}
+        return (a.centers, a.displacements, a.tau), {
+            "transform": a.transform,
+            "axis": a.axis,
+            "mlp": a.mlp,
+        }
+
+    def _classifier(self) -> Classifier:
+        centers = self._weight("centers")
+        if self._transform == "subcenters":
+            return Classifier(centers, centers.new_empty(0, centers.shape[-1]), self.tau, "subcenters")
+        axis = self._weight("axis") if self._transform == "rotation" else None
+        mlp = (self._weight("mlp_in"), self._weight("mlp_out")) if self._transform == "mlp" else None
+        return Classifier(centers, self._weight("displacements"), self.tau, self._transform, axis, mlp)
+
+    def _known_norms(self, input: Tensor) -> Tensor | None:
+        return None if torch.is_grad_enabled() and input.requires_grad else self._norms
+
+    def _make_norms(self) -> None:
+        centers = self._weight("centers")
+        cpu = not centers.is_meta and backends.choose(centers.device.type, self.backend) == "cpu"
+        with_norms = cpu and self._transform in ("translation", "subcenters")
+        self._norms = center_norms(self._classifier()) if with_norms else None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FrozenClassifier:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with torch.inference_mode(False), torch.no_grad():
+            for name in self._names:
+                setattr(self, f"_{name}", fn(self._weight(name)))
+            self._make_norms()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._names:  # copies, because a change of a state dict must not change the weights
+            destination[prefix + name] = self._weight(name).clone()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        given = {name: state_dict[prefix + name] for name in self._names if prefix + name in state_dict}
+        if strict:
+            missing_keys += [prefix + name for name in self._names if name not in given]
+            known = {prefix + name for name in self._names}
+            unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in known]
+        errors = [
+            f"size mismatch for {prefix + name}: expected {list(self._weight(name).shape)}, got {list(value.shape)}."
+            for name, value in given.items()
+            if not self._fits(name, value)
+        ]
+        if errors:
+            error_msgs += errors
+            return
+        keep = not local_metadata.get("assign_to_params_buffers", False)
+        with torch.inference_mode(False), torch.no_grad():
+            for name, value in given.items():
+                old = self._weight(name)
+                device, dtype = (old.device, old.dtype) if keep else (value.device, value.dtype)
+                setattr(self, f"_{name}", value.detach().to(device, dtype, copy=True))
+            self._make_norms()
+
+    def _fits(self, name: str, value: Tensor) -> bool:
+        shape = self._weight(name).shape
+        if (
+            name == "displacements" and self._transform == "translation"
+        ):  # their number follows the state dict
+            return value.dim() == 2 and value.shape[1:] == shape[1:]
+        return value.shape == shape

@@ -1,0 +1,208 @@
+"""Tests of FrozenClassifier: no way of changing weights leaves logits of old norms."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.optim.swa_utils import AveragedModel
+
+from gistops.nn import (
+    ConstellationClassifier,
+    FrozenClassifier,
+    GistClassifier,
+    MaxCosineHead,
+    SubcenterClassifier,
+)
+
+D, K, B = 24, 67, 5
+HEADS: dict[str, Callable[[], MaxCosineHead]] = {
+    "constellation": lambda: ConstellationClassifier(D, K, 3),
+    "no displacements": lambda: ConstellationClassifier(D, K, 0),
+    "rotation": lambda: ConstellationClassifier(D, K, 3, transform="rotation"),
+    "mlp": lambda: ConstellationClassifier(D, K, 3, transform="mlp"),
+    "gist": lambda: GistClassifier(D, K, 3),
+    "subcenters": lambda: SubcenterClassifier(D, K, 3),
+}
+every_head = pytest.mark.parametrize("make", HEADS.values(), ids=HEADS)
+
+
+def add(head: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.5)
+
+
+def write_data(head: nn.Module) -> None:
+    for parameter in head.parameters():
+        parameter.data.copy_(parameter.data * 0.5 + 1)
+
+
+def replace_data(head: nn.Module) -> None:
+    for parameter in head.parameters():
+        parameter.data = parameter.data + 0.5
+
+
+def from_vector(head: nn.Module) -> None:
+    if parameters := list(head.parameters()):
+        vector_to_parameters(parameters_to_vector(parameters) + 0.5, parameters)
+
+
+def write_numpy(head: nn.Module) -> None:
+    for parameter in head.parameters():
+        parameter.detach().numpy()[...] += 0.5
+
+
+def assign(head: nn.Module) -> None:
+    state = {name: value + 0.5 for name, value in head.state_dict().items()}
+    head.load_state_dict(state, assign=True)
+
+
+def load(head: nn.Module) -> None:
+    head.load_state_dict({name: value + 0.5 for name, value in head.state_dict().items()})
+
+
+CHANGES = [add, write_data, replace_data, from_vector, write_numpy, assign, load]
+
+
+def fresh_logits(head: MaxCosineHead, x: Tensor) -> Any:
+    """Compute the logits of a new head with the same weights."""
+    twin = copy.deepcopy(head)
+    return twin(x)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@every_head
+def test_a_change_of_the_head_reaches_the_head_and_not_the_frozen_copy(
+    make: Callable[[], MaxCosineHead], change: Callable[[nn.Module], None], seed: int
+) -> None:
+    head, x = make(), torch.randn(B, D)
+    before = head(x).detach()
+    frozen = head.freeze()
+    assert torch.equal(frozen(x), before)
+    change(head)
+    after = head(x)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, fresh_logits(head, x))
+    assert torch.equal(frozen(x), before)
+    change(frozen)  # the frozen copy takes a state dict alone: logits are those of a head with these weights
+    if change in (assign, load):
+        twin = make()
+        twin.load_state_dict(frozen.state_dict(), strict=False)
+        assert torch.equal(frozen(x), twin(x))
+        assert not torch.equal(frozen(x), before)
+    else:
+        assert torch.equal(frozen(x), before)
+
+
+@pytest.mark.parametrize("kind", ["constellation", "subcenters"])
+def test_compiled_copies_do_not_see_changes_and_compiled_heads_do(kind: str, seed: int) -> None:
+    head, x = HEADS[kind](), torch.randn(B, D)
+    frozen = head.freeze()
+    compiled, compiled_frozen = (
+        torch.compile(m, fullgraph=True, backend="aot_eager") for m in (head, frozen)
+    )
+    with torch.no_grad():
+        before = compiled_frozen(x)
+        assert torch.equal(before, compiled(x))
+        for change in CHANGES[:3]:
+            change(head)
+            assert torch.equal(compiled(x), head(x))
+            assert torch.equal(compiled_frozen(x), before)
+        frozen.load_state_dict(head.state_dict())
+        assert torch.equal(compiled_frozen(x), head(x))
+
+
+@every_head
+def test_casts_copies_and_pickles_have_their_own_norms(make: Callable[[], MaxCosineHead], seed: int) -> None:
+    head, x = make(), torch.randn(B, D)
+    frozen = head.freeze()
+    file = io.BytesIO()
+    torch.save(frozen, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(frozen), torch.load(file, weights_only=False)):
+        assert torch.equal(twin(x), head(x))
+        assert torch.equal(twin.bfloat16()(x), copy.deepcopy(head).bfloat16()(x))
+        assert torch.equal(frozen(x), head(x))
+    assert frozen.freeze() is frozen
+    averaged = AveragedModel(frozen, use_buffers=True)
+    averaged.update_parameters(HEADS["constellation"]().freeze())
+    assert torch.equal(averaged(x), head(x))
+    assert torch.equal(copy.deepcopy(frozen).double()(x), copy.deepcopy(head).double()(x))
+    materialized = copy.deepcopy(frozen).to("meta").to_empty(device=torch.get_default_device())
+    materialized.load_state_dict(frozen.state_dict())
+    assert torch.equal(materialized(x), head(x))
+
+
+@every_head
+def test_a_model_with_a_frozen_head_saves_and_loads(make: Callable[[], MaxCosineHead], seed: int) -> None:
+    x = torch.randn(B, D)
+    model, other = (nn.Sequential(nn.Linear(D, D), make().freeze()) for _ in range(2))
+    state = model.state_dict()
+    with torch.no_grad():
+        for value in state.values():
+            value.add_(0.25)
+    other.load_state_dict(state)
+    features = other[0](x).detach()
+    twin = make()
+    twin.load_state_dict(other[1].state_dict(), strict=False)
+    assert torch.equal(other[1](features), twin(features))
+    with pytest.raises(RuntimeError, match=r"Missing key.*1\.centers"):
+        other.load_state_dict({k: v for k, v in state.items() if k != "1.centers"})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*1\.more"):
+        other.load_state_dict({**state, "1.more": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match=r"size mismatch for 1\.centers: expected"):
+        other.load_state_dict({**state, "1.centers": state["1.centers"][1:]})
+    assert torch.equal(other[1](features), twin(features)), "a refused state dict changes nothing"
+
+
+@every_head
+def test_freezing_under_inference_mode(make: Callable[[], MaxCosineHead], seed: int) -> None:
+    head, x = make(), torch.randn(B, D)
+    with torch.inference_mode():
+        frozen = head.freeze()
+        if isinstance(head, GistClassifier):
+            exported = head.export()
+            assert torch.equal(exported.freeze()(x), head(x))
+            assert not exported.centers.is_inference()
+        logits = frozen(x)
+        assert torch.equal(frozen.double().float()(x), logits)
+    assert torch.equal(frozen(x), head(x))
+    x.requires_grad_()
+    frozen(x).sum().backward()
+    (expected,) = torch.autograd.grad(head(x).sum(), x)
+    assert torch.equal(x.grad, expected)
+
+
+def test_functional_call_does_not_replace_half_of_a_frozen_head(seed: int) -> None:
+    head, x = HEADS["constellation"](), torch.randn(B, D)
+    frozen, before = head.freeze(), head(x)
+    changed = {name: p + 0.5 for name, p in head.named_parameters()}
+    logits = torch.func.functional_call(head, changed, (x,))
+    head.load_state_dict(changed)
+    assert torch.equal(logits, head(x))
+    for strict in (False, True):
+        try:
+            logits = torch.func.functional_call(frozen, changed, (x,), strict=strict)
+        except (RuntimeError, AttributeError, KeyError):  # torch refuses names that a module does not have
+            continue
+        assert torch.equal(logits, before)
+
+
+def test_a_frozen_head_follows_a_state_dict_with_more_displacements(seed: int) -> None:
+    frozen, head, x = (
+        ConstellationClassifier(D, K, 0).freeze(),
+        ConstellationClassifier(D, K, 3),
+        torch.randn(B, D),
+    )
+    frozen.load_state_dict(head.state_dict())
+    assert frozen.num_displacements == 3
+    assert torch.equal(frozen(x), head(x))
+    assert isinstance(frozen, FrozenClassifier)
+    assert "num_displacements=3" in repr(frozen)
