@@ -14,4 +14,4 @@ def rows(input: Tensor) -> Tensor:
 
 def restore(output: Tensor, input: Tensor) -> Tensor:
     """Return output [B, ...] with the leading dimensions of input."""
-    return output if input.dim() == 2 else output.reshape(*input.shape[:-1], *output.shape[1:])
+    return output if input.dim() == 2 else output.reshape((*input.shape[:-1], *output.shape[1:]))

@@ -104,7 +104,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"displacement_scale": 0.0},
         ValueError,
-        "displacement_scale: expected a finite number above 0, got 0",
+        "displacement_scale: expected a finite number above 0, got 0.0",
     ),
     ({"dtype": torch.int64}, TypeError, "dtype: expected float32, .* got torch.int64"),
     ({"backend": "fast"}, ValueError, "backend: expected None or one of 'cpu', .* got 'fast'"),
