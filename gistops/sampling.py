@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from math import gcd
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
@@ -34,17 +36,28 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
     `num_replicas` batches, so that no position is drawn twice. With at least `num_replicas * classes_per_batch`
     classes, no class occurs in two batches of a group.
 
-    The sequence depends on the arguments alone, not on the versions of numpy and torch. It is endless, so the sampler
-    has no length. A new iterator continues at the position of the last one. A batch takes a few microseconds per
-    class in the batch, independently of the numbers of classes and images.
+    The sequence depends on the arguments alone, not on the versions of numpy and torch. It is endless. A batch takes a
+    few microseconds per class in the batch, independently of the numbers of classes and images.
+
+    Epochs: with `num_batches`, an iterator ends after this number of batches, which is the sampler's length. Without it,
+    an iterator has no end and `len()` raises a TypeError, so that a loop over a `DataLoader` has to end itself. A new
+    iterator continues at the position of the last one. A `DataLoader` with workers draws ahead, so an epoch that is
+    left early skips the batches drawn ahead. `set_epoch(epoch)` starts at the beginning of an epoch instead, whatever
+    was drawn before. Lightning calls it for each epoch; construct the sampler after the process group, and the
+    `Trainer` with `use_distributed_sampler=False`, because the sampler divides the batches itself.
+
+    Several threads may draw from a sampler, or from an iterator: each batch of the sequence is drawn once.
 
     Args:
         labels: class of each image, integers of at least 0: a list, a numpy array or a tensor, [N].
         classes_per_batch: distinct classes per batch, at least 1 and at most the number of classes with images.
         samples_per_class: images per class and batch, at least 1.
         seed: at least 0; the same for all replicas.
-        num_replicas: number of processes that share the sequence.
-        rank: this process, 0 to num_replicas - 1.
+        num_replicas: number of processes that share the sequence. Default: the world size if `torch.distributed` is
+            initialized, otherwise 1.
+        rank: this process, 0 to num_replicas - 1. Default: the rank in `torch.distributed` if num_replicas is its world
+            size; 0 if num_replicas is 1 or `torch.distributed` is not initialized.
+        num_batches: batches per iterator and replica, at least 1; default: no end.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
@@ -56,15 +69,26 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         classes_per_batch: int = 32,
         samples_per_class: int = 4,
         seed: int = 0,
-        num_replicas: int = 1,
-        rank: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        num_batches: int | None = None,
     ) -> None:
         array = _as_labels(labels)
         self.classes_per_batch = check_integer("classes_per_batch", classes_per_batch, 1)
         self.samples_per_class = check_integer("samples_per_class", samples_per_class, 1)
         self.seed = check_integer("seed", seed, 0)
+        world_size, own_rank = _distributed()
+        num_replicas = world_size if num_replicas is None else num_replicas
         self.num_replicas = check_integer("num_replicas", num_replicas, 1)
+        if rank is None:
+            if self.num_replicas not in (1, world_size) and world_size > 1:
+                raise ValueError(
+                    f"rank: expected 0 to {self.num_replicas - 1}, because num_replicas={self.num_replicas} is not the "
+                    f"world size {world_size}; got None"
+                )
+            rank = own_rank if self.num_replicas == world_size else 0
         self.rank = check_integer("rank", rank, 0, self.num_replicas - 1)
+        self.num_batches = None if num_batches is None else check_integer("num_batches", num_batches, 1)
         # The images sorted by class, and the bounds of each class there: one sort serves all classes.
         self._order = np.argsort(array, kind="stable")
         ends = np.flatnonzero(np.diff(array[self._order], append=-1)) + 1
@@ -82,12 +106,50 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         self._classes = _ShuffledCycles(self.num_classes, window, self._key, 0)
         self._images: dict[int, _ShuffledCycles] = {}  # of the classes drawn so far
         self._batches = 0
+        self._lock = threading.Lock()  # guards the position and the cached cycles
 
     def __iter__(self) -> Iterator[list[int]]:
-        while True:
+        return _Batches(self, self.num_batches)
+
+    def __len__(self) -> int:
+        if self.num_batches is None:
+            raise TypeError("ClassBalancedBatchSampler has no length: expected num_batches, got None")
+        return self.num_batches
+
+    def __bool__(self) -> bool:  # otherwise the truth value would be that of the length
+        return True
+
+    def set_epoch(self, epoch: int) -> None:
+        """Move to the beginning of an epoch of `num_batches` batches. Without `num_batches`, nothing changes.
+
+        To continue in the middle of an epoch, call `load_state_dict` afterward. An iterator then yields `num_batches`
+        batches from there.
+
+        Args:
+            epoch: number of the epoch, at least 0.
+
+        Raises:
+            TypeError, ValueError: the epoch is not an integer or is negative.
+        """
+        epoch = check_integer("epoch", epoch, 0)
+        if self.num_batches is not None:
+            with self._lock:
+                self._batches = epoch * self.num_batches
+
+    def _draw(self) -> list[int]:
+        """Return the next batch of this replica."""
+        with self._lock:
             index = self._batches * self.num_replicas + self.rank  # in the shared sequence of all replicas
+            batch = self._batch(index)
             self._batches += 1
-            yield self._batch(index)
+            return batch
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
     def _batch(self, index: int) -> list[int]:
         """Return batch `index` of the shared sequence: a function of the arguments and `index` alone."""
@@ -142,7 +204,31 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
                 raise ValueError(f"{name}: expected {what}{state[name]}, as in the state, got {own[name]}")
         batches = check_integer("state['batches']", state["batches"], 0)
         replicas = check_integer("state['num_replicas']", state["num_replicas"], 1)
-        self._batches = -(-batches * replicas // self.num_replicas)  # rounded up, to whole groups
+        with self._lock:
+            self._batches = -(-batches * replicas // self.num_replicas)  # rounded up, to whole groups
+
+
+class _Batches(Iterator[list[int]]):
+    """An iterator over batches; a class, because two threads cannot share a generator."""
+
+    def __init__(self, sampler: ClassBalancedBatchSampler, left: int | None) -> None:
+        self._sampler, self._left, self._lock = sampler, left, threading.Lock()
+
+    def __next__(self) -> list[int]:
+        if self._left is not None:
+            with self._lock:
+                if not self._left:
+                    raise StopIteration
+                self._left -= 1
+        return self._sampler._draw()
+
+
+def _distributed() -> tuple[int, int]:
+    """Return the world size and the rank of `torch.distributed`; 1 and 0 if it is not initialized."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size(), distributed.get_rank()
+    return 1, 0
 
 
 class _ShuffledCycles:

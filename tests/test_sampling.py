@@ -201,15 +201,17 @@ def test_data_loader(workers: int, seed: int) -> None:
     assert not any(batch in expected for batch in again)
 
 
-def count_bytecodes(classes: int, largest: int) -> tuple[int, list[int], int]:
-    """Count the bytecodes of the constructor, of each of ten batches, and of one batch far ahead."""
+def count_lines(classes: int, largest: int) -> tuple[int, list[int], int]:
+    """Count the lines that run in the constructor, in each of ten batches, and in one batch far ahead.
+
+    Lines, because Python 3.12.0 and 3.12.1 do not trace the bytecodes of a frame that begins during the trace.
+    """
     labels = long_tailed(classes, largest, 0, smallest=2)
     executed = 0
 
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
+    def trace(_frame: FrameType, event: str, _: Any) -> Any:
         nonlocal executed
-        frame.f_trace_opcodes = True
-        executed += event == "opcode"
+        executed += event == "line"
         return trace
 
     def count(function: Any) -> int:
@@ -232,8 +234,8 @@ def count_bytecodes(classes: int, largest: int) -> tuple[int, list[int], int]:
 
 
 def test_cost_is_independent_of_the_numbers_of_classes_and_images() -> None:
-    """8,142 classes need as many bytecodes as 100: no Python loop runs over classes or images."""
-    small, large = count_bytecodes(100, 40), count_bytecodes(8142, 300)
+    """8,142 classes need as many lines as 100: no Python loop runs over classes or images."""
+    small, large = count_lines(100, 40), count_lines(8142, 300)
     assert large[0] < 1.1 * small[0] + 100
     assert max(large[1]) < 1.5 * max(small[1])
     assert large[2] < 4 * max(large[1])  # earlier batches are not computed

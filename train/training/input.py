@@ -25,7 +25,13 @@ def make_batches(config: Config, data: Dataset, method: Method, device: torch.de
     """Return the batches of a method, from the start of the run's random streams."""
     generator = torch.Generator().manual_seed(config.run.seed)  # for the order and augmentation of samples
     classes, samples = config.method.balanced_sizes(data.num_classes)
-    sampler = ClassBalancedBatchSampler(data.y_train, classes, samples, seed=config.run.seed)
+    sampler = ClassBalancedBatchSampler(
+        data.y_train,
+        classes,
+        samples,
+        seed=config.run.seed,
+        num_replicas=1,  # all processes draw the batches of one sequence, and each takes its part of a batch
+    )
     augment = config.augment
     return Batches(
         to_device_if_it_fits(data.x_train, device),
