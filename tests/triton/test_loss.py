@@ -145,8 +145,8 @@ def test_pairs_that_cancel_to_any_degree(held: bool, monkeypatch: pytest.MonkeyP
     if not held:
         monkeypatch.setattr(eager_loss, "MAX_KEPT_BYTES", 0)
         monkeypatch.setattr(kernels, "CHUNK_ELEMENTS", 1)
-    for closeness in cancellation.CLOSENESS:
-        tensors, target = cancellation.sample(20, 24, closeness, seed)
+    for closeness in (1e-3, 1e-7, 0.0):
+        tensors, target = cancellation.sample(9, 16, closeness, seed)
         leaves = [t.clone().requires_grad_() for t in tensors]
         value = cancellation.loss_of(leaves, target, "triton")
         cancellation.assert_close([value, *torch.autograd.grad(value, leaves)], tensors, target)

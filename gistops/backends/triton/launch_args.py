@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .argument_checks import check_vectors
 from .tile_tables import Kind, Target, TileSizes
 
 
@@ -37,17 +38,10 @@ class LaunchArgs(NamedTuple):
     def of(
         cls, input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor, allow_tf32: bool
     ) -> LaunchArgs:
-        """Check the shapes and return the arguments ready for kernels."""
-        shapes = input.shape, centers.shape, displacements.shape
-        if any(len(s) != 2 or s[1] != shapes[0][-1] for s in shapes):
-            raise RuntimeError(
-                "expected input [B, d], centers [K, d] and displacements [m, d],"
-                f" got {[list(s) for s in shapes]}"
-            )
-        if tau.numel() != 1:
-            raise RuntimeError(f"expected tau of one element, got shape {list(tau.shape)}")
+        """Check the arguments and return them ready for kernels."""
+        check_vectors(input, centers, displacements, tau)
         dtype = torch.promote_types(torch.promote_types(input.dtype, centers.dtype), displacements.dtype)
-        (B, d), (K, _), (m, _) = shapes
+        (B, d), K, m = input.shape, centers.shape[0], displacements.shape[0]
         padding = -d % 16
         input, centers, displacements = (_prepare(x, dtype, padding) for x in (input, centers, displacements))
         acc_dtype = torch.float64 if dtype == torch.float64 else torch.float32

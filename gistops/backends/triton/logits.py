@@ -11,6 +11,7 @@ from torch import Tensor
 from ...operators.cross_entropy import padded_rows
 from ...operators.logits import Logits, LogitsBackward, LogitsForward, LogitsGradients
 from . import configs, gradients
+from .argument_checks import check_shapes
 from .cancellation import rescore_cancelled_kernel
 from .configs import tiles
 from .forward import forward_kernel
@@ -104,15 +105,11 @@ def backward(a: LogitsBackward) -> LogitsGradients:
     """Return the outputs of `logits_backward`: gradients, each empty if it is not needed."""
     args = LaunchArgs.of(a.input, a.centers, a.displacements, a.tau, a.allow_tf32)
     B, K, _, M = args.sizes
-    for name, value, shape in (
-        ("grad", a.grad, (B, K)),
-        ("logits", a.logits, (B, K)),
-        ("slots", a.slots, (B, K)),
-        ("center_rnorms", a.center_rnorms, (M, K)),
-        ("input_rnorms", a.input_rnorms, (B,)),
-    ):
-        if tuple(value.shape) != shape:
-            raise RuntimeError(f"{name}: expected the forward's shape {list(shape)}, got {list(value.shape)}")
+    saved_shapes = (
+        ("grad", a.grad, (B, K)), ("logits", a.logits, (B, K)), ("slots", a.slots, (B, K)),
+        ("center_rnorms", a.center_rnorms, (M, K)), ("input_rnorms", a.input_rnorms, (B,)),
+    )  # fmt: skip
+    check_shapes(a.input.device, saved_shapes)
     arguments = (a.input, a.centers, a.displacements, a.tau)
     needs = Needs(a.need_input, a.need_centers, a.need_displacements, a.need_tau)
     if B == 0 or K == 0 or not any(needs):

@@ -21,6 +21,7 @@ from ...operators.cross_entropy import (
     padded_rows,
 )
 from . import configs, gradients
+from .argument_checks import check_loss, check_saved_loss
 from .cancellation_lse import rescore_cancelled_lse_kernel
 from .configs import grouped, power_of_two
 from .configs import tiles as tiles_of
@@ -102,8 +103,9 @@ def _contiguous(a: Loss) -> Loss:
 
 def forward(a: CrossEntropyForward) -> CrossEntropy:
     """Return the outputs of `cross_entropy_forward`."""
-    a, keep = _contiguous(a), a.keep_scores
     args = LaunchArgs.of(a.input, a.centers, a.displacements, a.tau, a.allow_tf32)
+    check_loss(a)
+    a, keep = _contiguous(a), a.keep_scores
     B, K, _, M = args.sizes
     new, acc = args.input.new_empty, args.acc_dtype
     every = list(chunks(args, chunk_size(args, keep), args.tile_sizes.lse))
@@ -202,8 +204,13 @@ def _reduce_loss(args: LaunchArgs, a: Loss, partials: Partials, out: CrossEntrop
 
 def backward(a: CrossEntropyBackward) -> CrossEntropyGradients:
     """Return the outputs of `cross_entropy_backward`."""
-    a = _contiguous(a)
     args = LaunchArgs.of(a.input, a.centers, a.displacements, a.tau, a.allow_tf32)
+    check_loss(a)
+    check_saved_loss(a)
+    a = _contiguous(a)._replace(
+        scores=a.scores.contiguous(), slots=a.slots.contiguous(), center_rnorms=a.center_rnorms.contiguous(),
+        input_rnorms=a.input_rnorms.contiguous(), rows=a.rows.contiguous(), scalars=a.scalars.contiguous(),
+    )  # fmt: skip
     arguments = (a.input, a.centers, a.displacements, a.tau, a.class_bias, a.margin)
     needs = Needs(
         a.need_input, a.need_centers, a.need_displacements, a.need_tau,

@@ -1,0 +1,76 @@
+"""The checks that memory safety rests on, for callers of `torch.ops.gistops_triton`: kernels read what sizes tell them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..._checks import FLOAT_DTYPES, MAX_SLOTS
+from ...operators.cross_entropy import CrossEntropyBackward, CrossEntropyForward, padded_rows
+
+
+def check_vectors(input: Tensor, centers: Tensor, displacements: Tensor, tau: Tensor) -> None:
+    """Check the arguments of the logits.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    if input.dim() != 2 or input.shape[1] < 1:
+        raise RuntimeError(f"input: expected shape [B, d] with d >= 1, got {list(input.shape)}")
+    d = input.shape[1]
+    for name, x, rows in (("centers", centers, "K"), ("displacements", displacements, "m")):
+        if x.dim() != 2 or x.shape[1] != d:
+            raise RuntimeError(f"{name}: expected shape [{rows}, {d}], got {list(x.shape)}")
+    if displacements.shape[0] >= MAX_SLOTS:
+        raise RuntimeError(
+            f"displacements: expected at most {MAX_SLOTS - 1} rows, got {displacements.shape[0]}"
+        )
+    if tau.numel() != 1:
+        raise RuntimeError(f"tau: expected one element, got shape {list(tau.shape)}")
+    for name, x in (("input", input), ("centers", centers), ("displacements", displacements), ("tau", tau)):
+        if x.dtype not in FLOAT_DTYPES:
+            raise RuntimeError(f"{name}: expected float32, float16, bfloat16 or float64, got {x.dtype}")
+        if x.device != input.device:
+            raise RuntimeError(f"{name}: expected device {input.device} to match input, got {x.device}")
+
+
+def check_shapes(
+    device: torch.device, expected: Iterable[tuple[str, Tensor | None, tuple[int, ...]]]
+) -> None:
+    """Check the names, tensors and shapes of optional arguments.
+
+    Raises:
+        RuntimeError: a shape or device does not fit.
+    """
+    for name, x, shape in expected:
+        if x is not None and tuple(x.shape) != shape:
+            raise RuntimeError(f"{name}: expected shape {list(shape)}, got {list(x.shape)}")
+        if x is not None and x.device != device:
+            raise RuntimeError(f"{name}: expected device {device} to match input, got {x.device}")
+
+
+def check_loss(a: CrossEntropyForward | CrossEntropyBackward) -> None:
+    """Check the arguments of a loss besides those of the logits. Raises as `check_shapes`."""
+    B, K = a.input.shape[0], a.centers.shape[0]
+    if K < 1:
+        raise RuntimeError("centers: expected at least one class, got none")
+    if a.target.dtype != torch.int64:
+        raise RuntimeError(f"target: expected int64, got {a.target.dtype}")
+    margin = () if a.margin is None or a.margin.dim() == 0 else (1,) if a.margin.shape == (1,) else (K,)
+    vectors = ("class_bias", a.class_bias, (K,)), ("weight", a.weight, (K,)), ("margin", a.margin, margin)
+    check_shapes(a.input.device, (("target", a.target, (B,)), *vectors))
+
+
+def check_saved_loss(a: CrossEntropyBackward) -> None:
+    """Check the gradients of a loss and what its forward saved. Raises as `check_shapes`."""
+    B, K, M = a.input.shape[0], a.centers.shape[0], a.displacements.shape[0] + 1
+    scores = (K, padded_rows(B)) if a.scores.numel() else tuple(a.scores.shape)
+    expected = (
+        ("grad_loss", a.grad_loss, (B,) if a.reduction == 0 else ()), ("grad_lse", a.grad_lse, (B,)),
+        ("lse", a.lse, (B,)), ("scores", a.scores, scores), ("slots", a.slots, scores),
+        ("center_rnorms", a.center_rnorms, (M, K)), ("input_rnorms", a.input_rnorms, (B,)),
+        ("rows", a.rows, (2 if a.margin is None else 5, B)), ("scalars", a.scalars, (2,)),
+    )  # fmt: skip
+    check_shapes(a.input.device, expected)
