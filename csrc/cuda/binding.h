@@ -14,8 +14,10 @@
 #include <initializer_list>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
+#include "../torch_calls.h"
 #include "op_table.h"
 
 // Defined in libtorch_cuda, whose header declares it only for builds with CUDA's headers. Weak, so that this library
@@ -25,25 +27,20 @@ extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int3
 namespace gistops::cuda {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 
-// Return an uninitialized tensor on the device of x.
-Tensor like(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
-  return torch::stable::new_empty(x, sizes, dtype);
+void check_floating(const Tensor& x, const char* name) {
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
+                      type == ScalarType::BFloat16,
+                  "gistops: ", name, ": expected float32, float16, bfloat16 or float64, got ",
+                  torch::headeronly::toString(type));
 }
 
 // Return the type that all operands are converted to: float64 if one of them is float64, else their own type if they
 // agree, else float32.
 ScalarType operand_type(const Tensor& input, const Tensor& centers, const Tensor& displacements) {
   const std::initializer_list<const Tensor*> operands{&input, &centers, &displacements};
-  for (const Tensor* x : operands) {
-    const ScalarType type = x->scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
-                        type == ScalarType::BFloat16,
-                    "gistops: expected float32, float16, bfloat16 or float64");
-  }
   if (std::ranges::any_of(operands, [](const Tensor* x) { return x->scalar_type() == ScalarType::Double; }))
     return ScalarType::Double;
   const bool agree = std::ranges::all_of(
@@ -58,19 +55,6 @@ const OpTable& op_table(ScalarType operands) {
     case ScalarType::Double: return f64_ops;
     default: return f32_ops;
   }
-}
-
-// Convert to a type and to contiguous memory; no operator is called if there is nothing to convert.
-Tensor converted(const Tensor& x, ScalarType dtype) {
-  const Tensor y = x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
-  return y.is_contiguous() ? y : torch::stable::contiguous(y);
-}
-
-template <class Range>
-std::string shape_text(const Range& sizes) {
-  std::string text;
-  for (const int64_t n : sizes) text += (text.empty() ? "" : ", ") + std::to_string(n);
-  return "[" + text + "]";
 }
 
 void check_shape(const Tensor& x, const Tensor& input, const Sizes& sizes, const char* name, const char* expected) {
@@ -104,14 +88,24 @@ struct OpCall {
   OpCall(const Tensor& f, const Tensor& w, const Tensor& delta, const Tensor& t)
       : input(f), centers(w), displacements(delta), tau(t), operands(operand_type(f, w, delta)),
         sums(operands == ScalarType::Double ? ScalarType::Double : ScalarType::Float) {
-    STD_TORCH_CHECK(
-        f.dim() == 2 && w.dim() == 2 && delta.dim() == 2 && f.size(1) == w.size(1) && f.size(1) == delta.size(1),
-        "gistops: expected input [B, d], centers [K, d] and displacements [m, d]");
-    STD_TORCH_CHECK(delta.size(0) < 256, "gistops: expected at most 255 displacements");
-    STD_TORCH_CHECK(t.numel() == 1, "gistops: expected tau of one element");
-    for (const Tensor* x : {&f, &w, &delta, &t})
-      STD_TORCH_CHECK(x->is_cuda() && x->get_device_index() == f.get_device_index(),
-                      "gistops: expected all tensors on one CUDA device");
+    const std::pair<const Tensor*, const char*> tensors[] = {
+        {&f, "input"}, {&w, "centers"}, {&delta, "displacements"}, {&t, "tau"}};
+    for (const auto& [x, name] : tensors) {
+      STD_TORCH_CHECK(x->is_cuda() && x->get_device_index() == f.get_device_index(), "gistops: ", name,
+                      ": expected all tensors on one CUDA device");
+      check_floating(*x, name);
+    }
+    constexpr int64_t kMostDims = int64_t{1} << 27;  // the kernels index a few rows with 32 bits
+    STD_TORCH_CHECK(f.dim() == 2 && f.size(1) >= 1 && f.size(1) <= kMostDims,
+                    "gistops: input: expected shape [B, d] with 1 <= d <= ", kMostDims, ", got ",
+                    shape_text(f.sizes()));
+    const int64_t d = f.size(1);
+    STD_TORCH_CHECK(w.dim() == 2 && w.size(1) == d, "gistops: centers: expected shape [K, ", d, "], got ",
+                    shape_text(w.sizes()));
+    STD_TORCH_CHECK(delta.dim() == 2 && delta.size(1) == d, "gistops: displacements: expected shape [m, ", d, "], got ",
+                    shape_text(delta.sizes()));
+    STD_TORCH_CHECK(delta.size(0) < 256, "gistops: displacements: expected at most 255 rows, got ", delta.size(0));
+    STD_TORCH_CHECK(t.numel() == 1, "gistops: tau: expected one element, got shape ", shape_text(t.sizes()));
     for (Tensor* x : {&input, &centers, &displacements}) *x = converted(*x, operands);
     tau = converted(tau, sums);
   }
@@ -139,7 +133,7 @@ class TorchWorkspace final : public Workspace {
     const auto aligned = [](int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; };
     int64_t total = 0;
     for (int i = 0; i < count; ++i) total += aligned(buffers[i].bytes);
-    memory_.push_back(like(call_.input, {std::max<int64_t>(total, 1)}, ScalarType::Byte));
+    memory_.push_back(empty_on_device_of(call_.input, {std::max<int64_t>(total, 1)}, ScalarType::Byte));
     char* at = static_cast<char*>(memory_.back().mutable_data_ptr());
     for (int i = 0; i < count; at += aligned(buffers[i].bytes), ++i) buffers[i].data = at;
   }
@@ -152,8 +146,10 @@ class TorchWorkspace final : public Workspace {
     const Tensor b = view(right.data, {right.rows, right.cols}, {right.row_stride, right.col_stride});
     const std::array<int64_t, 2> sizes{left.rows, right.cols}, strides{ld, 1};
     const Tensor sums = torch::stable::from_blob(out, sizes, strides, call_.input.device(), call_.sums);
-    const Tensor product = call_.operands == call_.sums ? call("aten::mm", "out", a, b, sums)
-                                                        : call("aten::mm", "dtype_out", a, b, call_.sums, sums);
+    const Tensor product = explained("a matrix product", [&] {
+      return call_.operands == call_.sums ? call("aten::mm", "out", a, b, sums)
+                                          : call("aten::mm", "dtype_out", a, b, call_.sums, sums);
+    });
     STD_TORCH_CHECK(product.mutable_data_ptr() == out && product.scalar_type() == call_.sums,
                     "gistops: aten::mm did not write its product to the given memory");
   }

@@ -12,6 +12,9 @@ using Optional = std::optional<Tensor>;
 // Return an argument, converted to a type, after a check of its shape and device.
 Tensor checked(const Tensor& x, const Tensor& input, const Sizes& sizes, ScalarType dtype, const char* name) {
   check_shape(x, input, sizes, name, "shape");
+  if (dtype != ScalarType::Long) check_floating(x, name);
+  STD_TORCH_CHECK(dtype != ScalarType::Long || x.scalar_type() == dtype, "gistops: ", name, ": expected Long, got ",
+                  torch::headeronly::toString(x.scalar_type()));
   return converted(x, dtype);
 }
 
@@ -37,6 +40,8 @@ struct CrossEntropyCall : OpCall {
         class_bias(class_vector(o.class_bias, "class_bias")), weight(class_vector(o.weight, "weight")),
         margin(o.margin && o.margin->numel() == 1 ? scalar(*o.margin, "margin") : class_vector(o.margin, "margin")) {
     STD_TORCH_CHECK(centers.size(0) > 0, "gistops: centers: expected at least one class, got none");
+    STD_TORCH_CHECK(o.margin_kind >= 0 && o.margin_kind <= 2 && o.reduction >= 0 && o.reduction <= 2,
+                    "gistops: margin_kind, reduction: expected 0, 1 or 2, got ", o.margin_kind, " and ", o.reduction);
     loss = {.target = static_cast<const int64_t*>(target.const_data_ptr()),
             .class_bias = pointer(class_bias),
             .weight = pointer(weight),
@@ -69,11 +74,15 @@ CrossEntropyOutputs cross_entropy_forward(const Tensor& input, const Tensor& cen
   const CrossEntropyCall call(input, centers, displacements, tau, options);
   const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
   const Sizes score_sizes = keep ? Sizes{K, padded_rows(B)} : Sizes{0, 0};
-  const Tensor loss = like(input, reduction == 0 ? Sizes{B} : Sizes{}, call.sums), lse = like(input, {B}, call.sums),
-               targets_in_range = like(input, {1}, ScalarType::Bool), scores = like(input, score_sizes, call.sums),
-               slots = like(input, score_sizes, ScalarType::Byte), center_rnorms = like(input, {M, K}, call.sums),
-               input_rnorms = like(input, {B}, call.sums), rows = like(input, {margin ? 5 : 2, B}, call.sums),
-               scalars = like(input, {2}, call.sums);
+  const Tensor loss = empty_on_device_of(input, reduction == 0 ? Sizes{B} : Sizes{}, call.sums),
+               lse = empty_on_device_of(input, {B}, call.sums),
+               targets_in_range = empty_on_device_of(input, {1}, ScalarType::Bool),
+               scores = empty_on_device_of(input, score_sizes, call.sums),
+               slots = empty_on_device_of(input, score_sizes, ScalarType::Byte),
+               center_rnorms = empty_on_device_of(input, {M, K}, call.sums),
+               input_rnorms = empty_on_device_of(input, {B}, call.sums),
+               rows = empty_on_device_of(input, {margin ? 5 : 2, B}, call.sums),
+               scalars = empty_on_device_of(input, {2}, call.sums);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
   op_table(call.operands)
@@ -108,7 +117,7 @@ CrossEntropyGradients cross_entropy_backward(
   const auto saved = [&](const Tensor& x, const Sizes& sizes, ScalarType dtype, const char* name) {
     return checked_saved(x, input, sizes, dtype, name);
   };
-  const Sizes score_sizes = kept ? Sizes{K, padded_rows(B)} : Sizes{scores.size(0), scores.size(1)};
+  const Sizes score_sizes = kept ? Sizes{K, padded_rows(B)} : Sizes(scores.sizes().begin(), scores.sizes().end());
   const Tensor z = saved(scores, score_sizes, call.sums, "scores"),
                j = saved(slots, score_sizes, ScalarType::Byte, "slots"),
                R = saved(center_rnorms, {M, K}, call.sums, "center_rnorms"),
@@ -124,7 +133,7 @@ CrossEntropyGradients cross_entropy_backward(
   const Optional loss_grad = grad(grad_loss, reduction == 0 ? Sizes{B} : Sizes{}, "grad_loss"),
                  lse_grad = grad(grad_lse, {B}, "grad_lse");
   const auto gradient = [&](bool needed, const Tensor& x, ScalarType dtype) {
-    return needed ? like(x, x.sizes(), dtype) : like(x, {0}, call.sums);
+    return needed ? empty_on_device_of(x, x.sizes(), dtype) : empty_on_device_of(x, {0}, call.sums);
   };
   const bool bias_needed = need_bias && call.class_bias, margin_needed = need_margin && call.margin;
   const Tensor df = gradient(need_input, call.input, call.operands),

@@ -10,8 +10,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logits_forward(const Tensor& input, c
                                                           bool /*allow_tf32*/) {
   const OpCall call(input, centers, displacements, tau);
   const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
-  const Tensor logits = like(input, {B, K}, call.sums), slots = like(input, {B, K}, ScalarType::Byte);
-  const Tensor center_rnorms = like(input, {M, K}, call.sums), input_rnorms = like(input, {B}, call.sums);
+  const Tensor logits = empty_on_device_of(input, {B, K}, call.sums),
+               slots = empty_on_device_of(input, {B, K}, ScalarType::Byte);
+  const Tensor center_rnorms = empty_on_device_of(input, {M, K}, call.sums),
+               input_rnorms = empty_on_device_of(input, {B}, call.sums);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
   op_table(call.operands)
@@ -39,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logits_backward(const Tensor& grad, c
   const Tensor n = saved(input_rnorms, {B}, call.sums, "input_rnorms");
 
   const auto gradient = [](bool needed, const Tensor& x, ScalarType dtype) {
-    return needed ? like(x, x.sizes(), dtype) : like(x, {0}, dtype);
+    return needed ? empty_on_device_of(x, x.sizes(), dtype) : empty_on_device_of(x, {0}, dtype);
   };
   const Tensor df = gradient(need_input, call.input, call.operands);
   const Tensor dw = gradient(need_centers, call.centers, call.operands);

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(RouteLogitsShape<T>::kThreads, sizeof(T) == 8 
           const bool inside = k < K && i < B;
           grad[c] = inside ? in.grad[at] : S(0);
           z[c] = inside ? in.scores[at] : S(0);
-          slot[c] = inside ? in.slots[at] : 0;
+          slot[c] = inside ? in.valid_slot(in.slots[at]) : 0;
         }
 #pragma unroll
         for (int c = 0; c < kClassesPerThread; ++c) {

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(RouteLossShape::kThreads, sizeof(T) == 8 ? 1 :
         uint8_t slot[kRowsPerThread];
         alignas(16) T h[kRowsPerThread] = {};
 #pragma unroll
-        for (int e = 0; e < kRowsPerThread; ++e) z[e] = next_z[e], slot[e] = next_slot[e];
+        for (int e = 0; e < kRowsPerThread; ++e) z[e] = next_z[e], slot[e] = in.valid_slot(next_slot[e]);
         prefetch(k + Shape::kWarps);
         const S bias = in.softmax.bias ? in.softmax.bias[in.softmax.first_class + k] : S(0);
         const S class_weight = weighted && smoothed ? in.softmax.weight[in.softmax.first_class + k] : S(1);

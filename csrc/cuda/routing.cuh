@@ -45,10 +45,16 @@ struct GradSource {
   const S* grad;  // gradient of the logits; null: softmax gives the gradient of a loss
   SoftmaxGrad<S> softmax;
 
+  // Return a slot from memory, or the last slot instead of one that does not exist: slots from a caller must not lead
+  // to a read out of bounds.
+  __device__ __forceinline__ int valid_slot(uint8_t slot) const {
+    return min(static_cast<int>(slot), static_cast<int>(p.displacements.rows));
+  }
+
   // Return the weight H of pair (k, i) if its slot is cancelled, else 0; set slot to the slot that won.
   __device__ __forceinline__ S cancelled_weight(int64_t k, int64_t i, int& slot) const {
     const int64_t at = k * score_class + i * score_row;
-    slot = slots[at];
+    slot = valid_slot(slots[at]);
     const S r = center_rnorms[slot * ldr + k];
     if (!(r < S(0))) return S(0);
     S g;

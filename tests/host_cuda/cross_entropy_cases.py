@@ -181,6 +181,14 @@ def test_loss_of_extreme_biases(value: float, smoothing: float, module: Any, see
             assert not gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("m", [2, 12])
+def test_loss_gradients_of_slots_that_do_not_exist(m: int, module: Any, seed: int) -> None:
+    tensors = Sample(20, 40, 24, m).tensors(seed)
+    ours = HostLoss(module, tensors, torch.arange(20))
+    ours.saved["slots"].fill(255)
+    assert all(g is None or g.isfinite().all() for g in ours.gradients(torch.ones(()), None))
+
+
 def test_loss_of_targets_out_of_range(module: Any, seed: int) -> None:
     tensors = Sample(40, 70, 24, 3).tensors(seed)
     for wrong in (-1, 70, 1 << 40):

@@ -107,6 +107,14 @@ def test_centers_that_a_displacement_nearly_cancels(
         assert error(value, true) <= bound
 
 
+@pytest.mark.parametrize("m", [2, 12])
+def test_gradients_of_slots_that_do_not_exist(m: int, module: Any, seed: int) -> None:
+    """Slots from a caller stay within the memory of the norms: the sanitizers would find a read beyond it."""
+    kernels = HostLogits(module, Sample(20, 40, 24, m).tensors(seed, requires_grad=False))
+    kernels.slots.fill_(255)
+    assert all(g.isfinite().all() for g in kernels.gradients(torch.ones(20, 40)))
+
+
 def test_cancelled_pairs_are_found_in_every_group_of_classes(module: Any, seed: int) -> None:
     tensors = Sample(3, 16500, 8, 2).tensors(seed)
     cancelled = [0, 70, 9000, 16499]
