@@ -12,9 +12,10 @@ using Optional = std::optional<Tensor>;
 // Return an argument, converted to a type, after a check of its shape and device.
 Tensor checked(const Tensor& x, const Tensor& input, const Sizes& sizes, ScalarType dtype, const char* name) {
   check_shape(x, input, sizes, name, "shape");
+  const ScalarType type = x.scalar_type();
   if (dtype != ScalarType::Long) check_floating(x, name);
-  STD_TORCH_CHECK(dtype != ScalarType::Long || x.scalar_type() == dtype, "gistops: ", name, ": expected Long, got ",
-                  torch::headeronly::toString(x.scalar_type()));
+  STD_TORCH_CHECK(dtype != ScalarType::Long || type == dtype || type == ScalarType::Int, "gistops: ", name,
+                  ": expected int64 or int32, got ", torch::headeronly::toString(type));
   return converted(x, dtype);
 }
 

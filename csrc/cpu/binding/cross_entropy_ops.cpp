@@ -28,8 +28,8 @@ struct LossCall {
         displacements_dtype(displacements.scalar_type()), tau_dtype(tau.scalar_type()),
         bias_dtype(class_bias ? class_bias->scalar_type() : a.compute) {
     STD_TORCH_CHECK(y.scalar_type() == ScalarType::Long || y.scalar_type() == ScalarType::Int,
-                    "gistops: target: expected int64 or int32");
-    const Tensor given = a.checked(torch::stable::to(y, ScalarType::Long), {a.B()}, ScalarType::Long, "target");
+                    "gistops: target: expected int64 or int32, got ", torch::headeronly::toString(y.scalar_type()));
+    const Tensor given = a.checked(converted(y, ScalarType::Long), {a.B()}, ScalarType::Long, "target");
     for (int64_t i = 0; i < a.B(); ++i) {
       const int64_t k = values<int64_t>(given)[i];
       STD_TORCH_CHECK(k == ignore_index || (k >= 0 && k < a.K()), "gistops: target: expected 0 to ", a.K() - 1,

@@ -56,8 +56,8 @@ def check_loss(a: CrossEntropyForward | CrossEntropyBackward) -> None:
     B, K = a.input.shape[0], a.centers.shape[0]
     if K < 1:
         raise RuntimeError("centers: expected at least one class, got none")
-    if a.target.dtype != torch.int64:
-        raise RuntimeError(f"target: expected int64, got {a.target.dtype}")
+    if a.target.dtype not in (torch.int64, torch.int32):
+        raise RuntimeError(f"target: expected int64 or int32, got {a.target.dtype}")
     margin = () if a.margin is None or a.margin.dim() == 0 else (1,) if a.margin.shape == (1,) else (K,)
     vectors = ("class_bias", a.class_bias, (K,)), ("weight", a.weight, (K,)), ("margin", a.margin, margin)
     check_shapes(a.input.device, (("target", a.target, (B,)), *vectors))
