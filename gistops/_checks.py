@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ._classifier import Classifier, LossOptions, MarginKind, no_displacements
-from ._functorch import is_wrapped
+from ._functorch import transforms_active
 
 MAX_SLOTS = 256  # slots are stored as uint8
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LARGEST = sys.float_info.max
 SMALLEST = 5e-324  # above 0
 PI = 3.1415928  # π, rounded up so that π in float32 is within
+MARGIN_KINDS, REDUCTIONS = get_args(MarginKind), ("mean", "sum", "none")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -48,7 +49,7 @@ def _readable(value: Tensor) -> bool:
         and type(value) in _PLAIN
         and value.device.type == "cpu"
         and not is_in_torch_dispatch_mode()
-        and not is_wrapped(value)
+        and not transforms_active()
     )
 
 
@@ -174,8 +175,8 @@ def check_loss(
     """
     classes = check_some_classes(classifier.centers)
     for name, choice, choices in (
-        ("margin_kind", options.margin_kind, get_args(MarginKind)),
-        ("reduction", options.reduction, ("mean", "sum", "none")),
+        ("margin_kind", options.margin_kind, MARGIN_KINDS),
+        ("reduction", options.reduction, REDUCTIONS),
     ):
         if not isinstance(choice, str) or choice not in choices:
             raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {choice!r}")
@@ -312,7 +313,7 @@ def check_number(name: str, value: object, expected: str, low: float, high: floa
         TypeError: `value` is not a real number; the message says what was `expected`.
         ValueError: `value` is NaN, below `low` or above `high`.
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, (float, Real)):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
     try:
         number = float(value)

@@ -67,7 +67,8 @@ def constellation_cross_entropy(
             as in the authors' code.
         reduction: "mean" (weighted by the targets' `weight`, as in `F.cross_entropy`), "sum" or "none".
         ignore_index: rows with this target do not count. If no row counts, the mean is NaN.
-        label_smoothing: share of the target distribution that is spread evenly over all classes, from 0 to 1.
+        label_smoothing: share of the target distribution that is spread evenly over all classes, from 0 to 1. On GPUs,
+            torch.compile makes a graph for each value.
         return_lse: also return the log-sum-exp of each row's logits, including bias and margin; differentiable.
 
     Returns:
@@ -269,8 +270,11 @@ def _parts(
 
 
 def _assert_in_range(in_range: Tensor, classifier: Classifier, options: LossOptions) -> None:
-    last = classifier.centers.shape[0] - 1
-    torch._assert_async(in_range, f"target: expected 0 to {last} or ignore_index {options.ignore_index}")
+    last: int | str = classifier.centers.shape[0] - 1
+    ignore_index: int | str = options.ignore_index
+    if torch.compiler.is_compiling():  # a number in the text would make each of its values a graph of its own
+        last, ignore_index = "K - 1", ""
+    torch._assert_async(in_range, f"target: expected 0 to {last} or ignore_index {ignore_index}".strip())
 
 
 def _apply_margin(

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gistops
 from tests.ops import test_cancellation as cancellation
+from tests.ops import test_dynamic_numbers as dynamic
 from tests.ops import test_in_place as in_place
 from tests.ops import test_loss as loss
 from tests.ops import test_loss_extremes as extremes
@@ -186,6 +187,10 @@ def test_contract(seed: int) -> None:
 @pytest.mark.parametrize("case", extremes.FEW, ids=extremes.identifier)
 def test_extreme_biases_and_margins(case: dict[str, Any], seed: int) -> None:
     extremes.test_extreme_biases_and_margins(case, 0.1, "triton", seed)
+
+
+def test_one_graph_serves_all_values(seed: int) -> None:
+    dynamic.test_one_graph_serves_all_values("ignore_index", "triton", seed)
 
 
 def test_in_place_changes_of_arguments(seed: int) -> None:
