@@ -37,6 +37,10 @@ def main(args: list[str] | None = None) -> int:
         try:
             with init_process_group(), handle_signals():
                 return dispatch(args)
+        except SystemExit as error:
+            if rank() and error.code:
+                time.sleep(SECONDS_FOR_RANK0)  # rank 0 prints the message
+            raise
         except (ConfigError, Diverged) as error:
             report_error(str(error))
             return 2 if isinstance(error, ConfigError) else 1

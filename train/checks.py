@@ -6,12 +6,14 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from . import distributed
 from .config import Config, ConfigError
 from .data.dataset import Dataset
+from .files import check_writable, existing_folder
 from .footprint import disk_available, disk_needed, memory_available, memory_needed, try_network
 from .methods import METHODS
 from .methods.residual_directions import num_residuals
@@ -45,12 +47,20 @@ def check_options(config: Config, data: Dataset) -> None:
 def problems_of(config: Config, data: Dataset) -> Iterator[ConfigError]:
     """Yield an error for every option that does not fit the data, this machine or the number of processes."""
     usable = True
-    for check in (_backbone, _crop, _classes, _devices, _micro_batches, _directions, _precision):
+    for check in (_folder, _backbone, _crop, _classes, _devices, _micro_batches, _directions, _precision):
         found = list(check(config, data))
         yield from found
         usable &= all(isinstance(problem, Doubt) for problem in found)
     if usable:  # otherwise the trial would fail for the same reasons
         yield from _network(config, data)
+
+
+def _folder(config: Config, data: Dataset) -> Iterator[ConfigError]:
+    folder = existing_folder(Path(config.run.runs))
+    try:
+        check_writable(folder)
+    except OSError as error:
+        yield ConfigError("runs", "a writable folder", f"{folder} ({error.strerror})")
 
 
 def _backbone(config: Config, data: Dataset) -> Iterator[ConfigError]:

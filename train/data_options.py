@@ -16,8 +16,8 @@ class DataConfig(Section):
     #: where x is uint8 images [n, h, w] or [n, h, w, c], or floating-point features [n, d]; the archive of
     #: CIFAR (cifar-100-python.tar.gz); a list of image files, which is .txt (path and label, as
     #: ImageNet-LT), .csv or .json (iNaturalist); a folder with train/ and test/ (or val/) that hold a folder
-    #: per class; fashion-mnist-lt, which is included; or glyphs, which renders 8,141 Chinese characters with
-    #: the installed fonts.
+    #: per class; with --hold-out a folder of class folders; fashion-mnist-lt, which is included; or glyphs,
+    #: which renders 8,141 Chinese characters with the installed fonts.
     data: str = option("", Mark.CHANGEABLE)
     #: List or folder of test images. If not given, the file beside --data whose name has test (or val) in
     #: place of train.

@@ -93,7 +93,7 @@ def check_writable(folder: Path) -> None:
 def existing_folder(path: Path) -> Path:
     """Return the path, or the nearest folder above it that exists."""
     path = path.absolute()
-    while not path.is_dir() and path != path.parent:
+    while not os.path.isdir(path) and path != path.parent:  # False where this user may not look
         path = path.parent
     return path
 

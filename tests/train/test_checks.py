@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,19 @@ def test_a_network_that_does_not_take_the_images_is_named(
     (problem,) = problems_of(IMAGES, images)
     expected = "--image-size: expected a size that resnet8-half takes, got [10, 10] (Input height (10) doesn't match model (32).)"
     assert str(problem) == expected
+
+
+def test_a_folder_of_runs_that_cannot_be_written_is_found(images: Dataset, tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)  # root may write everywhere
+        found = options_of(IMAGES.replace(runs=str(tmp_path / "new")), images)
+    finally:
+        os.seteuid(user)
+        tmp_path.chmod(0o755)
+    assert found == ["--runs"]
 
 
 def test_the_network_of_images_takes_its_samples(images: Dataset) -> None:
