@@ -13,6 +13,7 @@ import torch
 
 from train.training.stopping import Stopped, handle_signals, stop_requested, training
 
+from ...processes import in_group
 from .test_checkpoint import start
 
 TWICE = """
@@ -49,6 +50,19 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
     assert ended.returncode == -signal.SIGINT
     assert ended.stdout == f"{signal.SIGTERM.value}\n"
     assert "a second signal ends the run without a checkpoint" in ended.stderr
+
+
+def _one_of_two_is_stopped(rank: int) -> None:
+    with handle_signals(), training():
+        assert not stop_requested()
+        if rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # as torchrun passes it on
+        assert stop_requested() == signal.SIGTERM
+
+
+def test_all_processes_stop_at_the_same_step(tmp_path: Path) -> None:
+    in_group(_one_of_two_is_stopped, 2, tmp_path)
 
 
 def test_a_run_that_is_stopped_has_saved_its_last_step(tmp_path: Path) -> None:
