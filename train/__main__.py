@@ -50,7 +50,7 @@ def main(args: list[str] | None = None) -> int:
             what = (
                 f"cannot write {error}"
                 if isinstance(error, WriteError)
-                else f"{error.filename}: {error.strerror}"
+                else f"{error.filename or 'the disk'}: {error.strerror}"
             )
             advice = "the same command with --resume continues from the last checkpoint"
             report_error(f"{what}; when this is repaired, {advice}")
