@@ -38,6 +38,12 @@ class ConstellationClassifier(MaxCosineHead):
         mlp_in, mlp_out: with `transform="mlp"`, A [hidden_features, 2 in_features] and B [in_features,
             hidden_features]; random. The displacements then start at the centers' norm.
 
+    `load_state_dict` adapts the number of displacements to that of the state dict: a head of the first stage loads the
+    state of the second, and the other way round. `displacements`, `axis`, `mlp_in` and `mlp_out` are then new parameters
+    (or are removed). Load before the optimizer and a wrapper such as DDP are created, or create them anew. Another
+    number of classes or features is the usual size mismatch. For `torch.optim.swa_utils.AveragedModel`, load the
+    model's state dict into `averaged.module` after `add_displacements()`.
+
     A module cast to bfloat16 or float16 computes with the accuracy of float32 from its rounded parameters. But
     small optimizer steps are lost in half-precision parameters, in `raw_tau` above all. For training, keep the
     module in float32 and use autocast.
@@ -144,6 +150,30 @@ class ConstellationClassifier(MaxCosineHead):
         """Scale `directions` [m, d] to `scale` times the centers' mean norm, on the centers' device."""
         norm = self._mean_norm()
         return F.normalize(directions.to(norm.device), dim=1) * (scale * norm)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Adapt the number of displacements to that of the state dict, then load; other shapes must match."""
+        value = state_dict.get(f"{prefix}displacements")
+        fits = isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == self.in_features
+        if fits and len(value) != self.num_displacements and len(value) < MAX_SLOTS:
+            self._set_num_displacements(len(value))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.inference_mode(False)  # the new parameters are trainable
+    @torch.no_grad()
+    def _set_num_displacements(self, num: int) -> None:
+        """Replace the displacements by `num` random ones; add or remove the parameters of the transform."""
+        old = self.displacements
+        directions = torch.randn(num, self.in_features, device=old.device)
+        values = self._scaled(directions, self._initial_scale).to(old.dtype)
+        trainable = num > 0 and (old.requires_grad or not len(old))
+        self.displacements = nn.Parameter(values, requires_grad=trainable)
+        if not num:
+            for name in self._transform_shapes():
+                delattr(self, name)
+        elif not len(old):
+            self._make_parameters(self._transform_shapes(), old.device, old.dtype)
+            self._reset_transform(None)
 
     @property
     def num_displacements(self) -> int:
