@@ -2,10 +2,10 @@
 
 `constellation_logits` computes the logits. `constellation_cross_entropy` and `constellation_topk` compute the loss and the
 best classes without materializing them. `subcenter_*` are the same functions for sub-centers. `gistops.nn` has classifier
-heads, `gistops.sampling` the class-balanced sampler. `python -m gistops.info` lists the available backends.
+heads, `gistops.sampling` the class-balanced sampler, `gistops.export` the ops in plain PyTorch for ONNX. `python -m gistops.info` lists the available backends.
 """
 
-from . import nn, sampling
+from . import export, nn, sampling
 from .backends import BackendUnavailable
 from .functional import (
     constellation_cross_entropy,
@@ -23,6 +23,7 @@ __all__ = [
     "constellation_cross_entropy",
     "constellation_logits",
     "constellation_topk",
+    "export",
     "nn",
     "sampling",
     "subcenter_cross_entropy",

@@ -18,6 +18,7 @@ from torch import Tensor
 from .backends import native
 from .operators.logits import Logits, LogitsForward, RotationForward, SubcenterForward
 from .operators.registry import compute_dtype
+from .operators.topk import Best, Topk
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -37,6 +38,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table[ops.subcenter_forward.default] = _subcenter_forward
     table[ops.rotation_forward.default] = _rotation_forward
     table[ops.frozen_logits.default] = _frozen_logits
+    table[ops.topk.default] = _topk
     return table
 
 
@@ -82,6 +84,21 @@ def _rotation_forward(*arguments: Any) -> Logits:
         best, slot = _running_max(score, j, best, slot)
     logits = best * (a.tau.to(dtype) * rnorm[:, None] * center_rnorm)
     return Logits(logits, slot.to(torch.uint8), center_rnorm.expand(x.shape[1], -1), rnorm)
+
+
+def _topk(*arguments: Any) -> Best:
+    a = Topk(*arguments)
+    if a.centers.dim() == 3:
+        scores, slots = _subcenter_forward(a.input, a.centers, a.tau)[:2]
+    elif a.input_coeffs is not None:
+        scores, slots = _rotation_forward(a.input, a.centers, a.tau, a.input_coeffs, a.class_coeffs)[:2]
+    else:
+        scores, slots = _logits_forward(a.input, a.centers, a.displacements, a.tau)[:2]
+    if a.class_bias is not None:
+        scores = scores + a.class_bias.to(scores.dtype)
+    values, classes = scores.topk(a.k, dim=1)
+    lse = scores.logsumexp(1) if a.need_lse else scores.new_empty(0)
+    return Best(values, classes, slots.gather(1, classes), lse)
 
 
 def _best_slot(slots: Iterable[tuple[Tensor, Tensor]], f: Tensor, tau: Tensor) -> Logits:

@@ -154,9 +154,10 @@ class ConstellationClassifier(MaxCosineHead):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Adapt the number of displacements to that of the state dict, then load; other shapes must match."""
         value = state_dict.get(f"{prefix}displacements")
-        fits = isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == self.in_features
-        if fits and len(value) != self.num_displacements and len(value) < MAX_SLOTS:
-            self._set_num_displacements(len(value))
+        if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == self.in_features:
+            num = value.shape[0]
+            if num != self.num_displacements and num < MAX_SLOTS:
+                self._set_num_displacements(num)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.inference_mode(False)  # the new parameters are trainable

@@ -76,6 +76,7 @@ class GistClassifier(ConstellationClassifier):
 
         The paper minimizes `loss_random + 0.5 * loss_balanced`. Under DDP call this method in the `forward` of the
         wrapped module, because DDP synchronizes the gradients of calls to `forward` alone.
+        Under FSDP2 (`fully_shard`) register it: `torch.distributed.fsdp.register_fsdp_forward_method(head, "losses")`.
 
         Args:
             x_balanced: features of a class-balanced batch, [..., in_features], as in `forward`.

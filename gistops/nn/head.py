@@ -65,6 +65,7 @@ class MaxCosineHead(Predictor):
 
         Under DDP call this method in the `forward` of the wrapped module, because DDP synchronizes the gradients of
         calls to `forward` alone.
+        Under FSDP2 (`fully_shard`) register it: `torch.distributed.fsdp.register_fsdp_forward_method(head, "loss")`.
 
         Args:
             input: features, [..., in_features].
@@ -77,7 +78,12 @@ class MaxCosineHead(Predictor):
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
-        """Redraw all parameters from the default generator of their device."""
+        """Redraw all parameters from the default generator of their device.
+
+        It initializes everything, so that it may follow `to_empty()`. A framework that builds a model on the meta device
+        must call it for a head that its checkpoint lacks. With Hugging Face: `if isinstance(module, MaxCosineHead):
+        module.reset_parameters()` in the `_init_weights` of the `PreTrainedModel`.
+        """
         raise NotImplementedError
 
     def freeze(self) -> FrozenClassifier:

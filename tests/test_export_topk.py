@@ -1,0 +1,20 @@
+"""Tests of the decomposition of `topk`, which needs no compiled op."""
+
+from __future__ import annotations
+
+import torch
+
+import gistops
+from gistops.backends import reference
+from gistops.nn import ConstellationClassifier, SubcenterClassifier
+
+
+def test_the_decomposition_of_topk_is_the_reference(seed: int) -> None:
+    x, bias = torch.randn(9, 24), torch.randn(53)
+    for head in (ConstellationClassifier(24, 53), SubcenterClassifier(24, 53)):
+        classifier = head._classifier()
+        centers, displacements, tau = (t.detach() for t in classifier[:3])
+        arguments = (x, centers, displacements, tau, bias, None, None, 5, True)
+        ours = gistops.export._topk(*arguments)
+        for value, expected in zip(ours, reference.topk(x, classifier, bias, 5), strict=True):
+            torch.testing.assert_close(value, expected.detach(), atol=1e-5, rtol=1e-5)
