@@ -58,7 +58,9 @@ def vectors(case: Case, t: Tensors, noise: Noise) -> Tensor:
 
 
 def rotated(w: Tensor, axis: Tensor, delta: Tensor, noise: Noise) -> Tensor:
-    """Rotate w [K, d] in the plane of `axis` and `delta` by the angle from `axis` to `delta`."""
+    """Rotate w [K, d] in the plane of `axis` and `delta` by the angle from `axis` to `delta`; not at all if one is zero."""
+    if min(axis.norm(), delta.norm()) <= 1e-12:
+        return w
     u, unit = normalized(axis, noise), normalized(delta, noise)
     cosine = noise(unit @ u)
     rest = noise(unit) - noise(cosine * u)
