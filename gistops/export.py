@@ -1,24 +1,21 @@
-"""The ops as plain PyTorch, for export.
+"""Export to formats that do not have the ops of gistops.
 
-ONNX and other formats do not have the ops of gistops. An export takes three steps:
+`torch.onnx.export(head.eval(), (features,), dynamic_shapes=({0: "batch"},))` works as for any module: during an ONNX export
+the functions use plain PyTorch. For other formats, a program of `torch.export` is decomposed:
 
-    program = torch.export.export(head.eval(), (features,), dynamic_shapes=({0: "batch"},))
+    program = torch.export.export(head.eval(), (features,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     program = program.run_decompositions(gistops.export.decompositions())
-    torch.onnx.export(program, f="head.onnx")
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .backends import native
-from .operators.logits import Logits, LogitsForward, RotationForward, SubcenterForward
-from .operators.registry import compute_dtype
-from .operators.topk import Best, Topk
+from .backends.plain import PlainOps
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -32,95 +29,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     status = native.load()
     if not status.loaded:
         raise RuntimeError(f"gistops.export needs the compiled ops: {status.reason}")
-    ops = torch.ops.gistops
     table = dict(torch.export.default_decompositions().items())
-    table[ops.logits_forward.default] = _logits_forward
-    table[ops.subcenter_forward.default] = _subcenter_forward
-    table[ops.rotation_forward.default] = _rotation_forward
-    table[ops.frozen_logits.default] = _frozen_logits
-    table[ops.topk.default] = _topk
+    for name in ("logits_forward", "subcenter_forward", "rotation_forward", "frozen_logits", "topk"):
+        table[getattr(torch.ops.gistops, name).default] = getattr(PlainOps, name).default
     return table
-
-
-def _logits_forward(*arguments: Any) -> Logits:
-    """Return the split form of csrc/README.md, one slot after the other, with the norms of the vectors themselves."""
-    a = LogitsForward(*arguments)
-    dtype = compute_dtype(a.input, a.centers, a.displacements)
-    f, w, delta = a.input.to(dtype), a.centers.to(dtype), a.displacements.to(dtype)
-    product = f @ w.T
-
-    def slots() -> Iterator[tuple[Tensor, Tensor]]:
-        yield product, w
-        for j in range(delta.shape[0]):
-            yield product + f @ delta[j][:, None], w + delta[j]
-
-    return _best_slot(slots(), f, a.tau.to(dtype))
-
-
-def _subcenter_forward(*arguments: Any) -> Logits:
-    a = SubcenterForward(*arguments)
-    dtype = compute_dtype(a.input, a.centers)
-    f, w = a.input.to(dtype), a.centers.to(dtype)
-    slots = ((f @ w[:, j].T, w[:, j]) for j in range(w.shape[1]))
-    return _best_slot(slots, f, a.tau.to(dtype))
-
-
-def _frozen_logits(*arguments: Any) -> tuple[Tensor, Tensor]:
-    input, centers, displacements, tau, _ = arguments
-    if centers.dim() == 3:
-        return _subcenter_forward(input, centers, tau)[:2]
-    return _logits_forward(input, centers, displacements, tau)[:2]
-
-
-def _rotation_forward(*arguments: Any) -> Logits:
-    a = RotationForward(*arguments)
-    dtype = compute_dtype(a.input, a.centers)
-    f, w, x, y = (t.to(dtype) for t in (a.input, a.centers, a.input_coeffs, a.class_coeffs))
-    rnorm, center_rnorm = _rnorm(f), _rnorm(w)
-    product = f @ w.T
-    best, slot = product, torch.zeros_like(product, dtype=torch.int32)
-    for j in range(1, x.shape[1]):
-        score = product + x[:, :1] * y[0, j] + x[:, j : j + 1] * y[1, j]
-        best, slot = _running_max(score, j, best, slot)
-    logits = best * (a.tau.to(dtype) * rnorm[:, None] * center_rnorm)
-    return Logits(logits, slot.to(torch.uint8), center_rnorm.expand(x.shape[1], -1), rnorm)
-
-
-def _topk(*arguments: Any) -> Best:
-    a = Topk(*arguments)
-    if a.centers.dim() == 3:
-        scores, slots = _subcenter_forward(a.input, a.centers, a.tau)[:2]
-    elif a.input_coeffs is not None:
-        scores, slots = _rotation_forward(a.input, a.centers, a.tau, a.input_coeffs, a.class_coeffs)[:2]
-    else:
-        scores, slots = _logits_forward(a.input, a.centers, a.displacements, a.tau)[:2]
-    if a.class_bias is not None:
-        scores = scores + a.class_bias.to(scores.dtype)
-    values, classes = scores.topk(a.k, dim=1)
-    lse = scores.logsumexp(1) if a.need_lse else scores.new_empty(0)
-    return Best(values, classes, slots.gather(1, classes), lse)
-
-
-def _best_slot(slots: Iterable[tuple[Tensor, Tensor]], f: Tensor, tau: Tensor) -> Logits:
-    """Return the outputs of a forward op from the products and vectors of each slot."""
-    rnorm, rnorms = _rnorm(f), []
-    best = slot = f
-    for j, (product, vectors) in enumerate(slots):
-        rnorms.append(_rnorm(vectors))
-        score = product * rnorms[-1]
-        if j == 0:
-            best, slot = score, torch.zeros_like(score, dtype=torch.int32)
-        else:
-            best, slot = _running_max(score, j, best, slot)
-    return Logits(best * (tau * rnorm[:, None]), slot.to(torch.uint8), torch.stack(rnorms), rnorm)
-
-
-def _rnorm(vectors: Tensor) -> Tensor:
-    norm = vectors.square().sum(1).sqrt()
-    return torch.where(norm == torch.inf, torch.nan, norm).clamp(min=1e-12).reciprocal()
-
-
-def _running_max(score: Tensor, j: int, best: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
-    """Include one more slot in the maximum. Unlike the ops, NaN does not win: ONNX runtimes differ there."""
-    wins = score > best
-    return torch.where(wins, score, best), torch.where(wins, j, slot)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,14 +41,57 @@ def test_decompositions_remove_all_ops_of_gistops(name: str, seed: int) -> None:
         torch.testing.assert_close(plain.module()(x), head(x), atol=1e-5, rtol=1e-5)
 
 
+class TopClasses(torch.nn.Module):
+    """The three best classes of a head, with their slots."""
+
+    def __init__(self, head: MaxCosineHead) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.head.predict_topk(x, 3)
+
+
 @pytest.mark.parametrize("name", HEADS)
-def test_onnx_runtime_has_the_logits_of_the_head(
-    name: str, seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("wrap", [lambda head: head, TopClasses], ids=["logits", "top classes"])
+def test_a_plain_onnx_export_has_the_results_of_the_head(
+    name: str, wrap: Any, seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
     pytest.importorskip("onnxscript", reason="needs onnxscript")
     caplog.set_level(logging.ERROR)
-    head = HEADS[name]()
+    model = wrap(HEADS[name]()).eval()
+    path = tmp_path / "model.onnx"
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    torch.onnx.export(model, (torch.randn(7, 24),), path, dynamic_shapes=shapes, verbose=False)
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for batch in (1, 30):
+        x = torch.randn(batch, 24)
+        expected = model(x)
+        values = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        for value, truth in zip(values, expected if isinstance(expected, tuple) else [expected], strict=True):
+            torch.testing.assert_close(torch.from_numpy(value), truth.detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_decomposed_top_classes(name: str, seed: int) -> None:
+    model = TopClasses(HEADS[name]()).eval()
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    exported = torch.export.export(model, (torch.randn(7, 24),), dynamic_shapes=shapes)
+    plain = exported.run_decompositions(gistops.export.decompositions())
+    assert "gistops" not in str(plain.graph)
+    x = torch.randn(30, 24)
+    for value, truth in zip(plain.module()(x), model(x), strict=True):
+        torch.testing.assert_close(value, truth, atol=1e-5, rtol=1e-5)
+
+
+def test_onnx_runtime_has_the_logits_of_a_decomposed_head(
+    seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    pytest.importorskip("onnxscript", reason="needs onnxscript")
+    caplog.set_level(logging.ERROR)
+    head = HEADS["constellation"]()
     plain = program(head).run_decompositions(gistops.export.decompositions())
     path = tmp_path / "head.onnx"
     torch.onnx.export(plain, f=path, verbose=False)

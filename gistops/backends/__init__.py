@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from .._functorch import unsupported_transform
 from . import native, triton
+from .plain import PlainOps
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 
@@ -44,7 +46,8 @@ def why_not(name: str, device_type: str | None = None) -> str | None:
 def choose(device_type: str, requested: str | None) -> str:
     """Return the backend for tensors on `device_type`: the requested backend, or the preferred one that is available.
 
-    Inside a transform of `torch.func` other than `vmap`, and inside `torch.autograd.forward_ad`, it is the reference.
+    Inside a transform of `torch.func` other than `vmap`, and inside `torch.autograd.forward_ad`, it is the reference. During
+    an ONNX export it is "plain", which has forward ops alone.
 
     Raises:
         ValueError: `requested` is not the name of a backend, or the backend does not serve the device type.
@@ -70,9 +73,11 @@ def choose(device_type: str, requested: str | None) -> str:
                 f"backend: expected None or 'reference' inside {transform}, got {requested!r}, "
                 "which supports torch.vmap and reverse-mode autograd, once"
             )
-        return requested
+        return "plain" if exporting_to_onnx() and requested != "reference" else requested
     if unsupported_transform():
         return "reference"
+    if exporting_to_onnx():
+        return "plain"
     reasons = []
     for name in _PREFERRED.get(device_type, ()):
         reason = why_not(name, device_type)
@@ -84,8 +89,16 @@ def choose(device_type: str, requested: str | None) -> str:
     return "reference"
 
 
+def exporting_to_onnx() -> bool:
+    """Return True during `torch.onnx.export`."""
+    onnx = sys.modules.get("torch.onnx")  # torch does not import it
+    return onnx is not None and bool(onnx.is_in_onnx_export())
+
+
 def ops(backend: str) -> Any:
-    """Return the namespace that holds the ops of a fused backend."""
+    """Return the namespace that holds the ops of a backend other than the reference."""
+    if backend == "plain":
+        return PlainOps
     return torch.ops.gistops_triton if backend == "triton" else torch.ops.gistops
 
 
@@ -101,6 +114,7 @@ def _cuda_allows_tf32() -> bool:
 # torch.compile takes the results as constants and keeps the access to files and settings out of its graph. This is
 # torch.compiler.assume_constant_result without its import of torch._dynamo, which takes over a second at start-up.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _cuda_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _warned: set[str] = set()

@@ -128,7 +128,7 @@ def _loss_of_rows(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and the log-sum-exp [B] of rows [B, d]."""
     chosen = backends.choose(input.device.type, backend)
-    if chosen == "reference":
+    if chosen in ("reference", "plain"):
         return reference.cross_entropy(input, classifier, target, options)
     if chosen in ("cuda", "triton") and classifier.transform == "translation":
         ops, allow_tf32 = backends.ops(chosen), backends.allow_tf32(chosen)

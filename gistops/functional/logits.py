@@ -185,7 +185,8 @@ def center_norms(classifier: Classifier) -> Tensor:
 
 def frozen_logits(input: Tensor, classifier: Classifier, norms: Tensor) -> tuple[Tensor, Tensor]:
     """Return logits and slots by the `cpu` backend from `center_norms`: the same bits, but not differentiable."""
-    if unsupported_transform():  # a derivative in forward mode would be zero
+    # A derivative in forward mode would be zero, and ONNX does not have the op.
+    if unsupported_transform() or backends.exporting_to_onnx():
         return _logits(input, classifier, None)
     tensors = (t.detach() for t in classifier[:3])
     logits, slots = torch.ops.gistops.frozen_logits.default(rows(input), *tensors, norms)
