@@ -27,7 +27,7 @@ def tensors(sizes: dict[str, int]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("transform", ["translation", "mlp"])
-@pytest.mark.parametrize("kind", ["logits", "topk"])
+@pytest.mark.parametrize("kind", ["logits", "topk", "loss"])
 def test_one_graph_serves_all_sizes(kind: str, transform: str, backend: str, seed: int) -> None:
     def function(x: Tensor, w: Tensor, delta: Tensor, bias: Tensor, first: Tensor, second: Tensor) -> Any:
         options: dict[str, Any] = {"transform": transform, "backend": backend}
@@ -35,6 +35,9 @@ def test_one_graph_serves_all_sizes(kind: str, transform: str, backend: str, see
             options["mlp"] = first, second
         if kind == "topk":
             return gistops.constellation_topk(x, w, delta, 7.0, 3, class_bias=bias, **options)
+        if kind == "loss":
+            target = torch.arange(x.shape[0]) % 5
+            return gistops.constellation_cross_entropy(x, w, delta, 7.0, target, class_bias=bias, **options)
         return gistops.constellation_logits(x, w, delta, 7.0, **options)
 
     graphs = []

@@ -235,3 +235,19 @@ def test_errors_name_the_argument(backend: str, seed: int) -> None:
             gistops.constellation_cross_entropy(x, w, delta, tau, **arguments)
     with pytest.raises(ValueError, match=r"centers: expected shape \[K, M, 20\]"):
         gistops.subcenter_cross_entropy(x, w, tau, target, backend=backend)
+
+
+@pytest.mark.cpu  # a device-side assertion makes the GPU unusable for the process
+@pytest.mark.parametrize("value", [-5, 20])
+@pytest.mark.parametrize("transform", ["translation", "rotation", "mlp"])
+def test_a_target_out_of_range_in_a_compiled_graph(transform: str, value: int, seed: int) -> None:
+    head = gistops.nn.ConstellationClassifier(8, 11, 3, transform=transform)
+    target = torch.zeros(6, dtype=torch.int64)
+    x = torch.randn(6, 8)
+    compiled = torch.compile(head.loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, target), head.loss(x, target))
+    target[4] = value
+    with pytest.raises((RuntimeError, IndexError), match="expected 0 to 10"):
+        compiled(x, target)
+    with pytest.raises((RuntimeError, IndexError), match="expected 0 to 10"):
+        torch.vmap(lambda t: head.loss(x, t))(target[None])

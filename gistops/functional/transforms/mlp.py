@@ -93,12 +93,13 @@ def cross_entropy_parts(
         return tuple(ops.cross_entropy_parts_forward.default(*arguments))
 
     input, classifier = _converted(input, classifier)
+    classes = classifier.centers.shape[0]
     outputs = []
     for chunk in _chunks(classifier):
-        in_chunk = (target >= chunk.start) & (target < chunk.stop) & (target != ignore_index)
-        local_target = torch.where(in_chunk, target - chunk.start, -100)
-        class_vectors = [None if x is None else x[chunk] for x in (class_bias, weight)]
-        outputs.append(_recomputed(chunk_parts, input, classifier, chunk, local_target, *class_vectors))
+        local_target = _local_target(target, chunk, classes, ignore_index)
+        bias = None if class_bias is None else class_bias[chunk]
+        class_weight = None if weight is None else weight[chunk]
+        outputs.append(_recomputed(chunk_parts, input, classifier, chunk, local_target, bias, class_weight))
     lse_others, target_logits, weighted_sums = zip(*outputs, strict=True)
     if len(outputs) == 1:
         return lse_others[0], target_logits[0], weighted_sums[0]
@@ -107,6 +108,16 @@ def cross_entropy_parts(
         torch.stack(target_logits).sum(0),
         torch.stack(weighted_sums).sum(0),
     )
+
+
+def _local_target(target: Tensor, chunk: slice, classes: int, ignore_index: int) -> Tensor:
+    """Return the targets as classes of the chunk, and -100 for targets elsewhere and ignored ones.
+
+    A target that is out of range stays out of range, so that the op refuses it.
+    """
+    out_of_range = (target != ignore_index) & ((target < 0) | (target >= classes))
+    in_chunk = (target >= chunk.start) & (target < chunk.stop) & (target != ignore_index)
+    return torch.where(out_of_range, -1, torch.where(in_chunk, target - chunk.start, -100))
 
 
 def topk(
