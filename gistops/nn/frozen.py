@@ -22,6 +22,18 @@ from .prediction import Predictor
 from .temperature import positive
 
 
+def _copy(name: str) -> property:
+    """Return a read-only property whose value is a copy of a weight."""
+
+    def weight(module: FrozenClassifier) -> Tensor:
+        if name not in module._names:
+            raise AttributeError(f"{name}: expected one of {', '.join(module._names)}")
+        with torch.no_grad():
+            return module._weight(name).clone()
+
+    return property(weight, doc=f"A copy of the head's `{name}`; changes of the copy have no effect.")
+
+
 class FrozenClassifier(Predictor):
     """A classifier with fixed weights and, on the CPU, precomputed norms. `head.freeze()` returns one.
 
@@ -34,14 +46,18 @@ class FrozenClassifier(Predictor):
     - `copy.deepcopy` and pickling, which copy weights and norms together.
 
     `state_dict()` returns copies of the weights under the names of the head's parameters, so that the state dict of a
-    `ConstellationClassifier` or a `SubcenterClassifier` loads into its frozen copy, and the other way round.
+    `ConstellationClassifier` or a `SubcenterClassifier` loads into its frozen copy, and the other way round. The read-only
+    attributes of these names, such as `centers`, are copies too.
 
     Norms are kept on the CPU alone, because a GPU computes them in the pass of the matrix product, and not for rotations
-    and MLPs. A call whose input requires a gradient computes them anew.
+    and MLPs. A call whose input requires a gradient computes them anew, and so does a float64 input of float32 weights.
     """
 
     frozen = True
     _norms: Tensor | None = None
+    # Code that walks a state dict, such as torch.distributed.checkpoint, looks up an attribute for each key.
+    centers, displacements, raw_tau = _copy("centers"), _copy("displacements"), _copy("raw_tau")
+    axis, mlp_in, mlp_out = _copy("axis"), _copy("mlp_in"), _copy("mlp_out")
 
     def __init__(self, classifier: Classifier, weights: Mapping[str, Tensor], backend: str | None) -> None:
         """Copy the weights.
@@ -142,7 +158,11 @@ class FrozenClassifier(Predictor):
         return Classifier(centers, self._weight("displacements"), self.tau, self._transform, axis, mlp)
 
     def _known_norms(self, input: Tensor) -> Tensor | None:
-        return None if torch.is_grad_enabled() and input.requires_grad else self._norms
+        norms = self._norms
+        if norms is None or not isinstance(input, Tensor) or torch.is_grad_enabled() and input.requires_grad:
+            return None
+        # Rounded norms would give a float64 input other bits than the head's.
+        return norms if norms.dtype == self._classifier().compute_dtype(input) else None
 
     def _make_norms(self) -> None:
         centers = self._weight("centers")

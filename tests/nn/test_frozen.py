@@ -10,6 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel
 
@@ -206,3 +211,56 @@ def test_a_frozen_head_follows_a_state_dict_with_more_displacements(seed: int) -
     assert torch.equal(frozen(x), head(x))
     assert isinstance(frozen, FrozenClassifier)
     assert "num_displacements=3" in repr(frozen)
+
+
+@every_head
+@pytest.mark.parametrize("options", [{}, {"full_state_dict": True, "cpu_offload": True}], ids=str)
+def test_distributed_checkpoints_read_and_write_a_frozen_head(
+    make: Callable[[], MaxCosineHead], options: dict[str, bool], seed: int
+) -> None:
+    model, other = (nn.Sequential(nn.Linear(D, D), make().freeze()) for _ in range(2))
+    x = torch.randn(B, D)
+    state = get_model_state_dict(model, options=StateDictOptions(**options))
+    assert state.keys() == model.state_dict().keys()
+    set_model_state_dict(other, state, options=StateDictOptions(**options))
+    assert torch.equal(other(x), model(x))
+
+
+@every_head
+def test_the_weights_of_a_frozen_head_are_read_only(make: Callable[[], MaxCosineHead], seed: int) -> None:
+    head, x = make(), torch.randn(B, D)
+    frozen = head.freeze()
+    before = frozen(x)
+    for name, value in frozen.state_dict().items():
+        read = getattr(frozen, name)
+        assert torch.equal(read, value)
+        assert torch.equal(read, head.get_parameter(name))
+        assert not read.requires_grad
+        read.zero_()
+        with pytest.raises(AttributeError):
+            setattr(frozen, name, read)
+        with pytest.raises((AttributeError, KeyError)):
+            setattr(frozen, name, nn.Parameter(read))
+    assert torch.equal(frozen(x), before)
+    assert not list(frozen.parameters())
+    assert hasattr(frozen, "axis") == hasattr(head, "axis")
+
+
+@every_head
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_inputs_of_another_dtype_give_the_bits_of_the_head(
+    make: Callable[[], MaxCosineHead], dtype: torch.dtype, seed: int
+) -> None:
+    head, x = make(), torch.randn(64, D, dtype=dtype)
+    frozen = head.freeze()
+    logits, slots = frozen(x, return_slots=True)
+    expected, expected_slots = head(x, return_slots=True)
+    assert torch.equal(logits, expected)
+    assert torch.equal(slots, expected_slots)
+    for ours, true in zip(frozen.predict_topk(x, 5), head.predict_topk(x, 5), strict=True):
+        assert torch.equal(ours, true)
+
+
+def test_an_input_that_is_no_tensor_is_named() -> None:
+    with pytest.raises(TypeError, match=r"^input: expected a torch.Tensor, got list"):
+        HEADS["constellation"]().freeze()([[1.0] * D])
