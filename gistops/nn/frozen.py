@@ -159,7 +159,11 @@ class FrozenClassifier(Predictor):
 
     def _known_norms(self, input: Tensor) -> Tensor | None:
         norms = self._norms
-        if norms is None or not isinstance(input, Tensor) or torch.is_grad_enabled() and input.requires_grad:
+        if (
+            norms is None
+            or not isinstance(input, Tensor)
+            or (torch.is_grad_enabled() and input.requires_grad)
+        ):
             return None
         # Rounded norms would give a float64 input other bits than the head's.
         return norms if norms.dtype == self._classifier().compute_dtype(input) else None
