@@ -72,6 +72,7 @@ def load_trained(path: str | Path) -> TrainedModel:
 
     Raises:
         ValueError: the file is of an earlier version, which has neither the method nor the random stream's head.
+        ModelFileError: the file is truncated or damaged, or is not from a run.
     """
     description, state = read_model_file(path)
     if "method" not in description:

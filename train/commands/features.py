@@ -23,7 +23,7 @@ from ..data.errors import DataError
 from ..data.load import load
 from ..files import write_atomically
 from ..model.backbones import BackboneError, Timm, make_backbone
-from ..model.model import Model, Normalize, load_model
+from ..model.model import Model, ModelFileError, Normalize, load_model
 from ..options import Sections
 
 BATCH_SIZE = 500  # as in evaluation, so that the features are bitwise those of the evaluation
@@ -121,10 +121,13 @@ def _read_model(weights: str) -> Model:
         model, _ = load_model(weights)
     except BackboneError as error:
         raise ConfigError("weights", str(error), repr(weights)) from None
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        expected = "a trained model, runs/<name>/model-<method>.safetensors"
+    except ModelFileError as error:
+        raise ConfigError("weights", error.expected, error.got) from None
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         why = str(error).partition("\n")[0]
-        raise ConfigError("weights", expected, f"{weights} ({type(error).__name__}: {why})") from None
+        raise ConfigError(
+            "weights", ModelFileError.expected, f"{weights} ({type(error).__name__}: {why})"
+        ) from None
     if not isinstance(model.normalize, Normalize):
         raise ConfigError("weights", "a model with a network for images", f"a head alone in {weights}")
     return model

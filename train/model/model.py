@@ -139,11 +139,35 @@ def save_model(
     path.write_bytes(safetensors.torch.save(contiguous, metadata))
 
 
+class ModelFileError(ValueError):
+    """A file that is no whole model file. The message names the file and the reason."""
+
+    expected = "a trained model, runs/<name>/model-<method>.safetensors"
+
+    def __init__(self, got: str) -> None:
+        super().__init__(f"path: expected {self.expected}, got {got}")
+        self.got = got
+
+
 def read_model_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the description and the tensors of a model file."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        description: dict[str, Any] = json.loads(file.metadata()["train"])
-        return description, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    """Return the description and the tensors of a model file.
+
+    Raises:
+        ModelFileError: the file is truncated or damaged, or is not from a run.
+        OSError: the file does not exist or cannot be read.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ModelFileError(
+            f"{path}, which is damaged or another file ({error}); copy the file again, or train again"
+        ) from None
+    if "train" not in metadata:
+        raise ModelFileError(f"{path}, which no run has written")
+    description: dict[str, Any] = json.loads(metadata["train"])
+    return description, state
 
 
 def network_of(
@@ -167,6 +191,9 @@ def load_model(path: str | Path) -> tuple[Model, list[str]]:
 
     Returns:
         The model in evaluation mode, and the names of its classes.
+
+    Raises:
+        ModelFileError: the file is truncated or damaged, or is not from a run.
     """
     description, state = read_model_file(path)
     names = description["classes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,33 @@ def save_torch(value: object, path: Path) -> None:
     """Save a value with torch.save. The error of a full disk has an OSError as its cause or context."""
     with open(path, "wb") as file:  # given a path, torch.save raises errors without their reason
         torch.save(value, file)
+
+
+class DamagedFileError(ValueError):
+    """A file that is not whole. The message names the file and the reason."""
+
+
+def load_torch(path: Path, *names: str) -> dict[str, Any]:
+    """Return the dictionary that `save_torch` wrote, on the CPU.
+
+    Args:
+        path: the file.
+        names: the keys that the dictionary must have.
+
+    Raises:
+        DamagedFileError: the file is truncated or damaged, or is another file.
+        PermissionError: this user may not read the file.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError) as error:
+        why = str(error).partition("\n")[0]
+        raise DamagedFileError(f"{path}, which is damaged ({type(error).__name__}: {why})") from None
+    if not isinstance(saved, dict) or not saved.keys() >= set(names):
+        raise DamagedFileError(f"{path}, which is damaged (no {', '.join(names)} in it)")
+    return saved
 
 
 def trainer_state(trainer: Trainer) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from ..config import Config
 from ..files import write_atomically
 from ..methods import FIRST_STAGES
 from ..options import Mark
-from .checkpoint import save_torch
+from .checkpoint import DamagedFileError, load_torch, save_torch
 from .run_folder import Record
 
 if TYPE_CHECKING:
@@ -68,8 +69,11 @@ class FirstStages:
         file = self._file(group)
         if not file.exists():
             return None
-        saved: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        return saved
+        try:
+            return load_torch(file, "training", "records")
+        except DamagedFileError as error:
+            warnings.warn(f"a first stage is trained again: got {error}", RuntimeWarning, stacklevel=2)
+            return None
 
     def save(self, trainer: Trainer, records: list[Record]) -> None:
         """Save the first stage that a trainer has finished, if another method or run may need it."""

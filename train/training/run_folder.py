@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-import torch
 
 from .. import distributed
 from ..config import Config, ConfigError
 from ..console import printable
 from ..files import append_line, check_writable, existing_folder, write_atomically
-from .checkpoint import save_torch
+from .checkpoint import DamagedFileError, load_torch, save_torch
 from .continuation import continued, environment
 from .lock import LOCK
 from .tensorboard import TensorBoardWriter
@@ -100,7 +99,11 @@ class RunFolder:
     def _load_checkpoint(self) -> dict[str, Any] | None:
         if not self.checkpoint_file.exists():
             return None
-        saved: dict[str, Any] = torch.load(self.checkpoint_file, map_location="cpu", weights_only=True)
+        try:
+            saved = load_torch(self.checkpoint_file, "training", "records", "data")
+        except DamagedFileError as error:
+            advice = "put a copy in its place, or delete it to train from the beginning"
+            raise ConfigError("resume", "a whole checkpoint", f"{error}; {advice}") from None
         return saved | {"records": with_current_names(saved["records"])}
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
