@@ -71,12 +71,26 @@ def parse(args: list[str] | None, kind: type[Options], prog: str) -> Options:
             description=_description(kind),
             config=(tyro.conf.OmitArgPrefixes,),
         )
+    _check_repeated(sys.argv[1:] if args is None else args, config)
     values = config.options()
     if values.get("name") == "":
         name = data_name(values["data"]) if other_data else Path(values["recipe"]).stem
         config = config.replace(name=name)
     check(config)
     return config
+
+
+def _check_repeated(args: list[str], config: Sections) -> None:
+    """Refuse a list that is given twice, of which the second would replace the first.
+
+    Of other options the last one counts, so that a script's options can be overridden.
+    """
+    lists = [name for name, value in {**vars(config), **config.options()}.items() if isinstance(value, tuple)]
+    given = [word.partition("=")[0].replace("_", "-") for word in args]
+    for name in lists:
+        flag = f"--{name.replace('_', '-')}"
+        if (times := given.count(flag)) > 1:
+            raise ConfigError(name, f"all values after one {flag}", f"{times} times {flag}")
 
 
 def data_name(data: str) -> str:

@@ -69,6 +69,24 @@ def test_unknown_options_and_values_of_other_types(words: str, capsys: pytest.Ca
     assert words.split()[0] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        ("ablation --vary lr=1 --vary weight-decay=0,1", "--vary"),
+        ("ablation --seeds 0 --seeds=1", "--seeds"),
+        ("--methods plain --methods gist", "--methods"),
+        ("--path-prefixes a=b --path_prefixes c=d", "--path-prefixes"),
+    ],
+)
+def test_a_list_is_given_once(
+    words: str, flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words.split(), "--recipe", "smoke", "--runs", str(tmp_path / "runs")]) == 2
+    expected = f"error: {flag}: expected all values after one {flag}, got 2 times {flag}\n"
+    assert capsys.readouterr().err == expected
+    assert not list(tmp_path.iterdir())
+
+
 BAD_ARRAYS = [
     ({"x_train": None}, "expected the arrays x_train, y_train, x_test, y_test, got"),
     ({"y_train": np.arange(11) % 3}, "y_train: expected 12 labels to match x_train, got 11"),
