@@ -56,11 +56,10 @@ def problems_of(config: Config, data: Dataset) -> Iterator[ConfigError]:
 
 
 def _folder(config: Config, data: Dataset) -> Iterator[ConfigError]:
-    folder = existing_folder(Path(config.run.runs))
     try:
-        check_writable(folder)
+        check_writable(existing_folder(Path(config.run.runs)))
     except OSError as error:
-        yield ConfigError("runs", "a writable folder", f"{folder} ({error.strerror})")
+        yield ConfigError("runs", "a writable folder", f"{error.filename} ({error.strerror})")
 
 
 def _backbone(config: Config, data: Dataset) -> Iterator[ConfigError]:

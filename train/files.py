@@ -91,9 +91,15 @@ def check_writable(folder: Path) -> None:
 
 
 def existing_folder(path: Path) -> Path:
-    """Return the path, or the nearest folder above it that exists."""
+    """Return the path, or the nearest folder above it that exists.
+
+    Raises:
+        NotADirectoryError: a file, or a link to nothing, is in the place of a folder.
+    """
     path = path.absolute()
     while not os.path.isdir(path) and path != path.parent:  # False where this user may not look
+        if os.path.lexists(path):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
         path = path.parent
     return path
 

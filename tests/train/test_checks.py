@@ -85,6 +85,20 @@ def test_a_run_and_the_doctor_take_a_folder_as_it_is(
     assert "samples_per_class = 42\n" in config
 
 
+@pytest.mark.parametrize("runs", ["afile", "afile/below", "link"])
+def test_a_file_in_place_of_the_folder_of_runs(
+    runs: str, feature_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "afile").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    words = f"--recipe features --data {feature_file} --runs {tmp_path / runs} --name r --device cpu".split()
+    place = tmp_path / runs.partition("/")[0]
+    assert main(["doctor", *words]) == 1
+    assert f"--runs: expected a writable folder, got {place} (Not a directory)" in capsys.readouterr().out
+    assert main(words) == 2
+    assert "--runs: expected a writable folder, got " in capsys.readouterr().err
+
+
 def test_auto_stays_auto(feature_file: Path, tmp_path: Path) -> None:
     words = f"--recipe features --data {feature_file} --runs {tmp_path} --name r --methods plain"
     assert main([*words.split(), "--stage1-epochs", "1", "--stage2-epochs", "0"]) == 0
