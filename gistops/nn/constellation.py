@@ -13,6 +13,7 @@ from .._checks import MAX_SLOTS, check_integer, check_positive
 from .._classifier import Classifier, Transform
 from ..functional import constellation_cross_entropy, constellation_logits
 from ..operators.registry import compute_dtype
+from .changes import check_generator, check_plain
 from .head import MaxCosineHead
 from .temperature import inverse_softplus
 from .usage import SlotUsage, warn_if_zero
@@ -245,7 +246,7 @@ class ConstellationClassifier(MaxCosineHead):
                 values do not depend on the module's device.
 
         Raises:
-            RuntimeError: the head has displacements already.
+            RuntimeError: the head has displacements already, or they are parametrized.
             TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
         """
         if self.num_displacements:
@@ -254,7 +255,8 @@ class ConstellationClassifier(MaxCosineHead):
                 f"{self.num_displacements}; assign to .displacements.data to change their values"
             )
         scale = self._initial_scale if scale is None else check_positive("scale", scale)
-        generator = torch.default_generator if generator is None else generator
+        generator = check_generator(generator)
+        check_plain(self, "add_displacements", ("displacements",))
         if values is None:
             num = check_integer("num", num, 1, MAX_SLOTS - 1)
             device = generator.device

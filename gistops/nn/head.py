@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from .._checks import FLOAT_DTYPES, check_integer, check_positive
+from .changes import check_generator, check_plain
 from .frozen import FrozenClassifier
 from .prediction import Predictor
 from .temperature import positive
@@ -116,10 +117,12 @@ class MaxCosineHead(Predictor):
                 do not depend on the module's device.
 
         Raises:
+            RuntimeError: the centers are parametrized.
             TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
         """
         num = check_integer("num", num, 1)
-        generator = torch.default_generator if generator is None else generator
+        generator = check_generator(generator)
+        check_plain(self, "add_classes", self._per_class)
         for name in self._per_class:
             old = self._parameters.get(name)
             if old is None:  # a subclass may share the centers of its streams

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
 
 from gistops.nn import ConstellationClassifier, GistClassifier, MaxCosineHead, SlotUsage, SubcenterClassifier
@@ -103,6 +104,66 @@ def test_added_classes_are_those_of_a_new_head(kind: Callable[..., MaxCosineHead
     assert torch.equal(fresh(x), head(x))
     with pytest.raises(ValueError, match="num: expected an integer of at least 1, got 0"):
         head.add_classes(0)
+
+
+PARAMETRIZATIONS: list[tuple[Callable[[nn.Module, str], object], str]] = [
+    (
+        parametrizations.weight_norm,
+        r"the parametrization _WeightNorm; call .*remove_parametrizations\(head, '{}'\)",
+    ),
+    (parametrizations.spectral_norm, r"the parametrization _SpectralNorm; call .*remove_parametrizations"),
+    (torch.nn.utils.spectral_norm, r"{}_orig; call .*remove_spectral_norm"),
+    (lambda head, name: prune.l1_unstructured(head, name, 0.5), r"{}_orig; call .*prune\.remove"),
+]
+
+
+@pytest.mark.parametrize(("parametrize", "words"), PARAMETRIZATIONS)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (ConstellationClassifier, "centers"),
+        (GistClassifier, "centers"),
+        (GistClassifier, "random_centers"),
+        (SubcenterClassifier, "centers"),
+    ],
+)
+def test_classes_are_not_added_to_parametrized_centers(
+    kind: Callable[..., MaxCosineHead],
+    name: str,
+    parametrize: Callable[[nn.Module, str], object],
+    words: str,
+    seed: int,
+) -> None:
+    head = kind(D, K)
+    parametrize(head, name)
+    state = {key: value.clone() for key, value in head.state_dict().items()}
+    random_state = torch.get_rng_state()
+    message = f"^add_classes: expected {name} to be a plain parameter, got {words.format(name)}"
+    with pytest.raises(RuntimeError, match=message):
+        head.add_classes(2)
+    after = head.state_dict()
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[key], state[key]) for key in state)
+    assert head.num_classes == K
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_classes_are_added_between_two_parametrizations(seed: int) -> None:
+    head, x = GistClassifier(D, K), torch.randn(B, D)
+    parametrizations.weight_norm(head, "centers")
+    before = head(x).detach()
+    torch.nn.utils.parametrize.remove_parametrizations(head, "centers")
+    head.add_classes(2)
+    parametrizations.weight_norm(head, "centers")
+    torch.testing.assert_close(head(x)[:, :K], before)
+    assert head.centers.shape == head.random_centers.shape == (K + 2, D)
+
+
+def test_a_wrong_generator_is_named() -> None:
+    words = "^generator: expected a torch.Generator or None, got int"
+    for call in (ConstellationClassifier(D, K, 0).add_displacements, SubcenterClassifier(D, K).add_classes):
+        with pytest.raises(TypeError, match=words):
+            call(2, generator=3)
 
 
 def test_slot_usage_follows_the_number_of_displacements(seed: int) -> None:
