@@ -79,6 +79,22 @@ def test_images_are_decoded_once(tree: Path, cache: str, monkeypatch: pytest.Mon
     assert not torch.equal(changed.x_train, first.x_train)
 
 
+def test_a_replaced_file_of_equal_size_and_time_is_decoded(tree: Path, cache: str) -> None:
+    """`cp -p` and `tar` restore the time of the content, but no program sets the time of the inode's last change."""
+    file = tree / "train" / "ant" / "0.bmp"
+    (tree / "train" / "ant" / "0.png").unlink()
+    write_image(file, (0, 0, 0))
+    source = DataConfig(data=str(tree), image_size=8, cache=cache)
+    assert load(source).x_train[0].max() == 0
+    before = file.stat()
+    write_image(tree / "new.bmp", (255, 255, 255))
+    os.utime(tree / "new.bmp", ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace(tree / "new.bmp", file)
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert load(source).x_train[0].min() == 255
+
+
 def test_many_images_by_several_processes(tmp_path: Path, cache: str) -> None:
     for i in range(150):
         for part in ("train", "test"):

@@ -100,12 +100,17 @@ def _remove_rows(array: Path, total: int, size: int, left_out: set[int]) -> None
 
 
 def _cache_key(listing: Listing, size: int) -> str:
+    """Return a key of the files' paths, sizes and times.
+
+    The time of the last change of the inode is part of the key, because programs such as `cp -p`, `tar` and `rsync` restore
+    the time of the content. The number of the inode is not, because some network drives give a file another one per mount.
+    """
     digest = hashlib.sha256(f"{VERSION} {size}".encode())
     for file in listing.files:
         digest.update(str(file).encode("utf-8", "surrogatepass"))  # a name may be any bytes
         try:
             status = file.stat()
-            digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\n".encode())
         except (OSError, ValueError):
             digest.update(b"\0missing\n")
     return digest.hexdigest()[:16]
