@@ -1,4 +1,4 @@
-"""Console output."""
+"""Console output, and the words of messages."""
 
 from __future__ import annotations
 
@@ -42,3 +42,8 @@ def _written_out(character: str) -> str:
 def say(console: Console, line: str) -> None:
     """Print a line without colors or wrapping. Nothing in it is markup."""
     console.print(printable(line), highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Return a count and its noun, such as `1 class` and `2 classes`; the plural has an s if it is not given."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ..checks import problems_of
 from ..config import Config, ConfigError
-from ..console import say
+from ..console import counted, say
 from ..data.dataset import Dataset
 from ..data.errors import DataError
 from ..data.load import is_list, load, read_listings
@@ -40,7 +40,7 @@ def examine(config: Doctor, console: Console) -> int:
             warnings.simplefilter("always")
             data = load(source)
     except DataError as error:
-        for problem in problems:
+        for problem in problems + [str(warning.message) for warning in caught]:
             say(console, f"problem: {problem}")
         raise ConfigError("data", "a dataset", str(error)) from None
     problems += [str(warning.message) for warning in caught] + _content_problems(data, config)
@@ -49,7 +49,7 @@ def examine(config: Doctor, console: Console) -> int:
         say(console, line)
     for problem in problems:
         say(console, f"problem: {problem}")
-    say(console, f"{len(problems)} problems" if problems else "no problems")
+    say(console, counted(len(problems), "problem") if problems else "no problems")
     return 1 if problems else 0
 
 
@@ -58,15 +58,15 @@ def describe(data: Dataset, config: Doctor) -> list[str]:
     counts = data.train_counts
     largest, smallest = int(counts.max()), int(counts.min())
     lines = [
-        f"{config.data.data}: {data.num_classes} classes, samples {data.sample_shape}",
-        f"training: {len(data.y_train):,} samples, {largest:,} to {smallest:,} per class (ratio {largest / smallest:.0f}), "
+        f"{config.data.data}: {counted(data.num_classes, 'class', 'classes')}, samples {data.sample_shape}",
+        f"training: {counted(len(data.y_train), 'sample')}, {largest:,} to {smallest:,} per class (ratio {largest / smallest:.0f}), "
         f"median {float(counts.double().median()):.0f}",
-        f"test: {len(data.y_test):,} samples",
+        f"test: {counted(len(data.y_test), 'sample')}",
         *data.notes,
     ]
     validation = "none; epochs are evaluated on the test samples"
     if data.y_val is not None:
-        validation = f"{len(data.y_val):,} samples"
+        validation = counted(len(data.y_val), "sample")
     lines.append(f"validation: {validation}")
     for rule in SPLIT_RULES:
         sizes = (f"{int(mask.sum())} {group}" for group, mask in split_classes(counts, rule).items())
@@ -79,7 +79,9 @@ def _missing_files(config: Doctor) -> list[str]:
     if not is_list(config.data.data):
         return []
     try:
-        lists = read_listings(config.data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # load() warns again
+            lists = read_listings(config.data)
     except DataError:
         return []  # load() reports the error
     problems = []
@@ -90,14 +92,20 @@ def _missing_files(config: Doctor) -> list[str]:
             advice = ""
             if len(missing) == len(listing):
                 advice = "; none exists: set --images, the folder that paths start from, or --path-prefixes OLD=NEW"
-            problems.append(f"{len(missing)} of {len(listing)} {part} images do not exist: {names}{advice}")
-        if twice := len(listing) - len(set(listing.files)):
-            problems.append(f"{twice} {part} images are listed more than once")
+            verb = "does" if len(missing) == 1 else "do"
+            problems.append(
+                f"{len(missing):,} of {counted(len(listing), f'{part} image')} {verb} not exist: {names}{advice}"
+            )
+        pairs = set(zip(listing.files, listing.labels, strict=True))
+        if twice := len(listing) - len(pairs):
+            problems.append(
+                f"{counted(twice, f'{part} image is', f'{part} images are')} listed more than once"
+            )
     for first, second in itertools.combinations(lists, 2):
         if shared := sorted(set(lists[first].files) & set(lists[second].files)):
             names = _first_names(list(map(str, shared)))
             problems.append(
-                f"{len(shared)} images are in the {SPLITS[first]} and the {SPLITS[second]} list: {names}"
+                f"{counted(len(shared), 'image is', 'images are')} in the {SPLITS[first]} and the {SPLITS[second]} list: {names}"
             )
     return problems
 
@@ -112,15 +120,18 @@ def _content_problems(data: Dataset, config: Doctor) -> list[str]:
     tested = torch.bincount(data.y_test, minlength=data.num_classes)
     if untested := (tested == 0).nonzero().flatten().tolist():
         names = _first_names([data.class_names[k] for k in untested])
-        problems.append(f"{len(untested)} classes have no test sample: {names}")
+        problems.append(f"{counted(len(untested), 'class', 'classes')} without a test sample: {names}")
     if data.is_images:
         flat = data.x_train[:2000].flatten(1)
         blank = int((flat == flat[:, :1]).all(1).sum())
         if blank:
-            problems.append(f"{blank} of the first {len(flat)} training images have a single color")
+            first = counted(len(flat), "training image")
+            problems.append(
+                f"{counted(blank, 'image has', 'images have')} a single color, of the first {first}"
+            )
     else:
         if zero := int((data.x_train == 0).all(1).sum()):
-            problems.append(f"{zero} training features are all zero")
+            problems.append(f"{counted(zero, 'training sample')} with features that are all zero")
         is_shared = data.x_train.mean(0).norm() > 0.5 * data.x_train.norm(dim=1).mean()
         if is_shared and not config.model.center_features:
             problems.append(

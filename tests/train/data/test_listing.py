@@ -197,6 +197,24 @@ def test_training_on_a_folder_and_the_doctor(
     assert (tmp_path / "smoke" / "model-plain.safetensors").is_file()
 
 
+def test_contradictory_labels_are_named(tree: Path, cache: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tree / "list_train.csv"
+    lines = ["train/ant/0.png,ant", "train/bee/0.png,bee", "train/ant/0.png,bee", "train/bee/0.png,bee"]
+    path.write_text("\n".join(["path,label", *lines]))
+    (tree / "list_test.csv").write_text("path,label\nval/ant/0.jpg,ant\nval/bee/0.jpg,bee\n")
+    expected = f"{path}: labels contradict each other, 1 image with several labels: {tree}/train/ant/0.png (ant, bee)"
+    with pytest.warns(RuntimeWarning) as warned:
+        load(DataConfig(data=str(path), cache=cache, image_size=8))
+    assert [str(warning.message) for warning in warned] == [expected]
+    args = f"doctor --recipe smoke --data {path} --cache {cache} --num-classes 2 --image-size 16"
+    assert main([*args.split(), "--classes-per-batch", "2", "--device", "cpu"]) == 1
+    said = capsys.readouterr()
+    assert said.out.count("labels contradict") == 1
+    assert f"problem: {expected}\n" in said.out
+    assert "problem: 1 training image is listed more than once\n" in said.out
+    assert "contradict" not in said.err
+
+
 def test_the_doctor_lists_problems(tree: Path, cache: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_lists(tree, "txt")
     (tree / "train" / "ant" / "0.png").unlink()
@@ -210,10 +228,10 @@ def test_the_doctor_lists_problems(tree: Path, cache: str, capsys: pytest.Captur
     assert main([*args.split(), "--classes-per-batch", "2"]) == 1
     said = capsys.readouterr().out
     for words in (
-        "1 of 9 training images do not exist",
-        "1 images are in the training and the test list",
+        "1 of 9 training images does not exist",
+        "1 image is in the training and the test list",
         "left out 2 of 9 images of the train split that cannot be read",
-        "1 classes have no test sample: 2",
+        "1 class without a test sample: 2",
         "4 problems",
     ):
         assert words in said, said

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...console import counted
 from ...files import TextError
 from ..errors import DataError
 from .coco import read_coco
 from .folders import LeftOut, read_folder
 from .labels import Classes, Key, class_numbers, classes_of, integer
 from .text_lists import read_csv, read_txt
+
+SHOWN = 5  # images in a warning
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,9 @@ def read_listing(
         raise DataError(str(error)) from None
     replacements = [_parse_prefix(prefix) for prefix in prefixes]
     base = Path(root) if root else path.parent
-    return Listing([base / _replace_prefix(name, replacements) for name in relative], labels, classes)
+    listing = Listing([base / _replace_prefix(name, replacements) for name in relative], labels, classes)
+    _warn_of_contradictions(path, listing)
+    return listing
 
 
 def _read_file(path: Path, trained: Listing | None) -> tuple[list[str], list[int], Classes]:
@@ -92,6 +98,27 @@ def _warn_of_mixed(path: Path, labels: list[str], classes: Classes) -> None:
         first = next(label for label in labels if integer(label) is None)
         warnings.warn(
             f"{path}: {integers} of {len(classes.names)} classes are integers, but {first!r} is not, so all are names",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _warn_of_contradictions(path: Path, listing: Listing) -> None:
+    """Warn of images that the list gives several labels."""
+    if len(set(listing.files)) == len(listing):
+        return
+    labels: dict[Path, set[int]] = {}
+    for file, label in zip(listing.files, listing.labels, strict=True):
+        labels.setdefault(file, set()).add(label)
+    contradictory = {file: found for file, found in labels.items() if len(found) > 1}
+    if contradictory:
+        names = [
+            f"{file} ({', '.join(listing.classes.names[label] for label in sorted(found))})"
+            for file, found in itertools.islice(contradictory.items(), SHOWN)
+        ]
+        listed = ", ".join(names) + (", …" if len(contradictory) > SHOWN else "")
+        warnings.warn(
+            f"{path}: labels contradict each other, {counted(len(contradictory), 'image')} with several labels: {listed}",
             RuntimeWarning,
             stacklevel=2,
         )
