@@ -13,6 +13,7 @@ from .._checks import MAX_SLOTS, check_integer, check_positive
 from .._classifier import Classifier, Transform
 from ..functional import constellation_cross_entropy, constellation_logits
 from ..operators.registry import compute_dtype
+from . import state
 from .changes import check_generator, check_plain
 from .head import MaxCosineHead
 from .temperature import inverse_softplus
@@ -41,7 +42,8 @@ class ConstellationClassifier(MaxCosineHead):
 
     `load_state_dict` adapts the number of displacements to that of the state dict: a head of the first stage loads the
     state of the second, and the other way round. `displacements`, `axis`, `mlp_in` and `mlp_out` are then new parameters
-    (or are removed). Load before the optimizer and a wrapper such as DDP are created, or create them anew. Another
+    (or are removed), which require a gradient if the old displacements did. A state dict with wrong shapes or of another
+    transform changes nothing. Load before the optimizer and a wrapper such as DDP are created, or create them anew. Another
     number of classes or features is the usual size mismatch. For `torch.optim.swa_utils.AveragedModel`, load the
     model's state dict into `averaged.module` after `add_displacements()`.
 
@@ -152,30 +154,57 @@ class ConstellationClassifier(MaxCosineHead):
         norm = self._mean_norm()
         return F.normalize(directions.to(norm.device), dim=1) * (scale * norm)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
         """Adapt the number of displacements to that of the state dict, then load; other shapes must match."""
-        value = state_dict.get(f"{prefix}displacements")
-        if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == self.in_features:
-            num = value.shape[0]
-            if num != self.num_displacements and num < MAX_SLOTS:
-                self._set_num_displacements(num)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        given = state.entries(state_dict, prefix)
+        shapes = {name: tuple(p.shape) for name, p in self._parameters.items() if p is not None}
+        num, new = self.num_displacements, {}
+        if "displacements" in shapes:  # a parametrization has other entries
+            if state.is_matrix(value := given.get("displacements"), self.in_features):
+                num = min(len(value), MAX_SLOTS - 1)
+            new = self._transform_shapes() if num and not self.num_displacements else {}
+            shapes |= {"displacements": (num, self.in_features)} | new
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        found = state.errors(given, shapes, prefix, self.transform, assign)
+        missing = [prefix + name for name in new if strict and name not in given]
+        if (found or missing) and not self._load_state_dict_pre_hooks:  # a hook may change the entries
+            args[-1].extend(found)
+            missing_keys += missing
+            return
+        if num != self.num_displacements and not found:
+            self._set_num_displacements(num)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args)
 
     @torch.inference_mode(False)  # the new parameters are trainable
     @torch.no_grad()
     def _set_num_displacements(self, num: int) -> None:
-        """Replace the displacements by `num` random ones; add or remove the parameters of the transform."""
-        old = self.displacements
-        directions = torch.randn(num, self.in_features, device=old.device)
+        """Replace the displacements by `num` others; add or remove the parameters of the transform.
+
+        The values hold until a state dict is loaded. They do not come from the default generator, so that loading leaves
+        the random numbers of a run as they are.
+        """
+        old, generator = self.displacements, torch.Generator().manual_seed(0)
+        directions = torch.randn(num, self.in_features, generator=generator, device="cpu")
         values = self._scaled(directions, self._initial_scale).to(old.dtype)
-        trainable = num > 0 and (old.requires_grad or not len(old))
-        self.displacements = nn.Parameter(values, requires_grad=trainable)
+        # An empty parameter never requires grad; the head's other parameters tell if the head is trained.
+        trained = any(p.requires_grad for p in ([old] if len(old) else self.parameters(recurse=False)))
+        self.displacements = nn.Parameter(values, requires_grad=num > 0 and trained)
         if not num:
             for name in self._transform_shapes():
                 delattr(self, name)
         elif not len(old):
             self._make_parameters(self._transform_shapes(), old.device, old.dtype)
-            self._reset_transform(None)
+            self._reset_transform(generator)
+            for name in self._transform_shapes():
+                getattr(self, name).requires_grad_(trained)
 
     @property
     def num_displacements(self) -> int:

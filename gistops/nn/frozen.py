@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._checks import check_classifier
+from .._checks import MAX_SLOTS, check_classifier
 from .._classifier import Classifier
 from ..functional import (
     constellation_cross_entropy,
@@ -18,6 +18,7 @@ from ..functional import (
     subcenter_logits,
 )
 from ..functional.logits import center_norms, frozen_logits
+from . import state
 from .prediction import Predictor
 from .temperature import positive
 
@@ -153,9 +154,11 @@ class FrozenClassifier(Predictor):
         centers = self._weight("centers")
         if self._transform == "subcenters":
             return Classifier(centers, centers.new_empty(0, centers.shape[-1]), self.tau, "subcenters")
-        axis = self._weight("axis") if self._transform == "rotation" else None
-        mlp = (self._weight("mlp_in"), self._weight("mlp_out")) if self._transform == "mlp" else None
-        return Classifier(centers, self._weight("displacements"), self.tau, self._transform, axis, mlp)
+        displacements = self._weight("displacements")
+        transform = self._transform if displacements.shape[0] else "translation"
+        axis = self._weight("axis") if transform == "rotation" else None
+        mlp = (self._weight("mlp_in"), self._weight("mlp_out")) if transform == "mlp" else None
+        return Classifier(centers, displacements, self.tau, transform, axis, mlp)
 
     def _known_norms(self, input: Tensor) -> Tensor | None:
         norms = self._norms
@@ -171,8 +174,9 @@ class FrozenClassifier(Predictor):
     def _make_norms(self) -> None:
         centers = self._weight("centers")
         cpu = not centers.is_meta and backends.choose(centers.device.type, self.backend) == "cpu"
-        with_norms = cpu and self._transform in ("translation", "subcenters")
-        self._norms = center_norms(self._classifier()) if with_norms else None
+        classifier = self._classifier()
+        with_norms = cpu and classifier.transform in ("translation", "subcenters")
+        self._norms = center_norms(classifier) if with_norms else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenClassifier:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -197,31 +201,53 @@ class FrozenClassifier(Predictor):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        given = {name: state_dict[prefix + name] for name in self._names if prefix + name in state_dict}
-        if strict:
-            missing_keys += [prefix + name for name in self._names if name not in given]
-            known = {prefix + name for name in self._names}
-            unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in known]
-        errors = [
-            f"size mismatch for {prefix + name}: expected {list(self._weight(name).shape)}, got {list(value.shape)}."
-            for name, value in given.items()
-            if not self._fits(name, value)
+        given = state.entries(state_dict, prefix)
+        shapes, new = self._shapes_after(given)
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        found = state.errors(given, shapes, prefix, self._transform, assign)
+        found += [
+            f"{prefix}{name}: expected a torch.Tensor, as for the displacements, got no entry."
+            for name in new
+            if name not in given
         ]
-        if errors:
-            error_msgs += errors
-            return
-        keep = not local_metadata.get("assign_to_params_buffers", False)
+        error_msgs += found
+        missing = [prefix + name for name in shapes if name not in given]
+        unexpected = [prefix + name for name in given if name not in shapes]
+        if strict:
+            missing_keys += missing
+            unexpected_keys += unexpected
+        if found or (strict and (missing or unexpected)):
+            return  # a refused state dict changes nothing
         with torch.inference_mode(False), torch.no_grad():
-            for name, value in given.items():
-                old = self._weight(name)
-                device, dtype = (old.device, old.dtype) if keep else (value.device, value.dtype)
-                setattr(self, f"_{name}", value.detach().to(device, dtype, copy=True))
+            loaded = {}
+            for name in shapes.keys() & given.keys():
+                value, old = given[name], self._weight("displacements" if name in new else name)
+                device, dtype = (value.device, value.dtype) if assign else (old.device, old.dtype)
+                loaded[name] = value.detach().to(device, dtype, copy=True)
+            for name in set(self._names) - shapes.keys():
+                delattr(self, f"_{name}")
+            for name, value in loaded.items():
+                setattr(self, f"_{name}", value)
+            self._names = tuple(shapes)
             self._make_norms()
 
-    def _fits(self, name: str, value: Tensor) -> bool:
-        shape = self._weight(name).shape
-        if (
-            name == "displacements" and self._transform == "translation"
-        ):  # their number follows the state dict
-            return value.dim() == 2 and value.shape[1:] == shape[1:]
-        return value.shape == shape
+    def _shapes_after(self, given: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
+        """Return the shapes of the weights once a state dict is loaded, and the names that are new.
+
+        The number of displacements follows the state dict, as that of the head does. Without displacements a rotation
+        has no axis and an MLP no weights.
+        """
+        shapes = {name: tuple(self._weight(name).shape) for name in self._names}
+        d, value = self.in_features, given.get("displacements")
+        if self._transform == "subcenters" or not state.is_matrix(value, d):
+            return shapes, ()
+        num = min(len(value), MAX_SLOTS - 1)
+        shapes["displacements"] = (num, d)
+        names = state.TRANSFORM_WEIGHTS.get(self._transform, ())
+        if not num:
+            return {name: shape for name, shape in shapes.items() if name not in names}, ()
+        first = given.get("mlp_in")
+        hidden = max(1, len(first)) if state.is_matrix(first, 2 * d) else 1
+        possible = {"axis": (d,), "mlp_in": (hidden, 2 * d), "mlp_out": (d, hidden)}
+        new = tuple(name for name in names if name not in shapes)
+        return shapes | {name: possible[name] for name in new}, new

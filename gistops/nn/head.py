@@ -92,7 +92,12 @@ class MaxCosineHead(Predictor):
 
         `FrozenClassifier` says what the copy can do. Its logits and predictions have the bits of the head's.
         """
-        return FrozenClassifier(self._classifier(), self._inference_weights(), self.backend)
+        classifier = self._classifier()
+        # Without displacements the logits need no transform, but a state dict with displacements will.
+        transform = getattr(self, "transform", classifier.transform)
+        return FrozenClassifier(
+            classifier._replace(transform=transform), self._inference_weights(), self.backend
+        )
 
     def unfreeze(self) -> MaxCosineHead:
         """Return the head. Deprecated: `freeze()` returns a copy, so that there is nothing to undo."""
