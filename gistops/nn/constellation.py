@@ -174,10 +174,10 @@ class ConstellationClassifier(MaxCosineHead):
             shapes |= {"displacements": (num, self.in_features)} | new
         assign = local_metadata.get("assign_to_params_buffers", False)
         found = state.errors(given, shapes, prefix, self.transform, assign)
-        missing = [prefix + name for name in new if strict and name not in given]
-        if (found or missing) and not self._load_state_dict_pre_hooks:  # a hook may change the entries
+        found += state.missing(given, new, prefix)
+        if found and not self._load_state_dict_pre_hooks:  # a hook may change the entries
             args[-1].extend(found)
-            missing_keys += missing
+            missing_keys += [prefix + name for name in new if strict and name not in given]
             return
         if num != self.num_displacements and not found:
             self._set_num_displacements(num)

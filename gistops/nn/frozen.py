@@ -205,19 +205,15 @@ class FrozenClassifier(Predictor):
         shapes, new = self._shapes_after(given)
         assign = local_metadata.get("assign_to_params_buffers", False)
         found = state.errors(given, shapes, prefix, self._transform, assign)
-        found += [
-            f"{prefix}{name}: expected a torch.Tensor, as for the displacements, got no entry."
-            for name in new
-            if name not in given
-        ]
-        error_msgs += found
-        missing = [prefix + name for name in shapes if name not in given]
-        unexpected = [prefix + name for name in given if name not in shapes]
-        if strict:
-            missing_keys += missing
-            unexpected_keys += unexpected
-        if found or (strict and (missing or unexpected)):
-            return  # a refused state dict changes nothing
+        found += state.missing(given, new, prefix)
+        if (
+            strict
+        ):  # torch passes True and decides later if names that are missing or unexpected raise an error
+            missing_keys += [prefix + name for name in shapes if name not in given]
+            unexpected_keys += [prefix + name for name in given if name not in shapes]
+        if found:
+            error_msgs += found
+            return
         with torch.inference_mode(False), torch.no_grad():
             loaded = {}
             for name in shapes.keys() & given.keys():

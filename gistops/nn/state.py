@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -54,3 +54,12 @@ def errors(
             if other != transform and name in given and name not in shapes
         ]
     return sorted(found)
+
+
+def missing(given: Mapping[str, Any], new: Iterable[str], prefix: str) -> list[str]:
+    """Return a sentence for each new weight of a transform that the state dict lacks: no other value makes sense."""
+    return [
+        f"{prefix}{name}: expected a torch.Tensor besides the displacements, got no entry."
+        for name in new
+        if name not in given
+    ]
