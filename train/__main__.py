@@ -7,6 +7,8 @@ or `python -m gistops.train`.
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import sys
 import time
 import warnings
@@ -31,8 +33,19 @@ SECONDS_FOR_RANK0 = 5.0
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line and return the exit code: 2 for an invalid option, 1 for a run that failed, 143 for a run that
-    SIGTERM stopped and 130 for one that SIGINT stopped."""
-    args = sys.argv[1:] if args is None else args
+    SIGTERM stopped, 130 for one that SIGINT stopped, and 141 if nothing reads the output."""
+    try:
+        try:
+            return run(sys.argv[1:] if args is None else args)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again when it exits
+        return 128 + signal.SIGPIPE
+
+
+def run(args: list[str]) -> int:
+    """Run the command line, print its error, and return the exit code."""
     with warnings.catch_warnings():
         try:
             with init_process_group(), handle_signals():

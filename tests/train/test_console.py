@@ -47,6 +47,17 @@ def test_a_terminal_without_unicode() -> None:
 def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--recipe", "smoke", "--data", "no\x1b[31m\nwhere.npz"]) == 2
     expected = (
-        r"error: --data: expected a dataset, got no\x1b[31m\nwhere.npz: expected an existing file, got none"
+        r"error: --data: no\x1b[31m\nwhere.npz: expected an existing file, got none: the path does not exist"
     )
     assert capsys.readouterr().err.splitlines()[-1] == expected
+
+
+@pytest.mark.parametrize("words", [["--help"], ["doctor", "--recipe", "smoke", "--device", "cpu"]])
+def test_output_that_nothing_reads(words: list[str]) -> None:
+    """The end of a pipe is no error: `python -m train --help | head` prints no traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output:
+        command = [sys.executable, "-m", "train", *words]
+        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode in (1, 141), done.stderr) == (True, "")
