@@ -20,6 +20,14 @@ class ConfigError(Exception):
         super().__init__(printable(f"--{option.replace('_', '-')}: expected {expected}, got {got}"))
 
 
+class InvalidData(ConfigError):
+    """Data that cannot be used. The message names the option at fault, which is --data if the error names none."""
+
+    def __init__(self, error: Exception) -> None:
+        text = str(error)
+        Exception.__init__(self, printable(text if text.startswith("--") else f"--data: {text}"))
+
+
 class Mark(enum.Flag):
     """Properties of options, for code that handles every option."""
 

@@ -17,6 +17,7 @@ from .data.errors import DataError
 from .data.load import load as load_data
 from .methods import TITLES
 from .model.backbones import BackboneError
+from .options import InvalidData
 from .report import figures
 from .report.html import read_records, write_page
 from .report.table import print_results
@@ -98,7 +99,7 @@ def load(config: Config) -> Dataset:
     try:
         return load_data(config.data)
     except DataError as error:
-        raise ConfigError("data", "a dataset", str(error)) from None
+        raise InvalidData(error) from None
 
 
 def describe_data(config: Config, data: Dataset) -> str:

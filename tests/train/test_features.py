@@ -113,7 +113,7 @@ def test_invalid_options_are_refused(
     refuses("--weights: expected a trained model", "--weights", str(tmp_path / "other.safetensors"))
     refuses("--pretrained: expected either --weights or", "--pretrained", "--backbone", "timm/resnet10t")
     refuses("--data: expected images, got features [12]", "--data", str(feature_file))
-    refuses("--data: expected a dataset, got nowhere.npz", "--data", "nowhere.npz")
+    refuses("--data: nowhere.npz: expected an existing file", "--data", "nowhere.npz")
     refuses("--out: expected a file named .safetensors", "--out", str(tmp_path / "features.npz"))
     refuses("--out: expected a file in an existing folder", "--out", f"{tmp_path}/no/f.safetensors")
     refuses("--out: expected a new file", "--out", str(run / "model-gist.safetensors"))

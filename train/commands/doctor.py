@@ -11,11 +11,12 @@ import torch
 from rich.console import Console
 
 from ..checks import problems_of
-from ..config import Config, ConfigError
+from ..config import Config
 from ..console import counted, say
 from ..data.dataset import Dataset
 from ..data.errors import DataError
 from ..data.load import is_list, load, read_listings
+from ..options import InvalidData
 from ..shot_groups import SPLIT_RULES, split_classes
 
 SHOWN = 10  # names per problem
@@ -42,7 +43,7 @@ def examine(config: Doctor, console: Console) -> int:
     except DataError as error:
         for problem in problems + [str(warning.message) for warning in caught]:
             say(console, f"problem: {problem}")
-        raise ConfigError("data", "a dataset", str(error)) from None
+        raise InvalidData(error) from None
     problems += [str(warning.message) for warning in caught] + _content_problems(data, config)
     problems += [str(problem) for problem in problems_of(config, data)]
     for line in describe(data, config):

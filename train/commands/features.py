@@ -24,7 +24,7 @@ from ..data.load import load
 from ..files import write_atomically
 from ..model.backbones import BackboneError, Timm, make_backbone
 from ..model.model import Model, ModelFileError, Normalize, load_model
-from ..options import Sections
+from ..options import InvalidData, Sections
 
 BATCH_SIZE = 500  # as in evaluation, so that the features are bitwise those of the evaluation
 
@@ -64,7 +64,7 @@ def extract(features: Features, console: Console) -> int:
     try:
         data = load(features.data)
     except DataError as error:
-        raise ConfigError("data", "a dataset", str(error)) from None
+        raise InvalidData(error) from None
     if not data.is_images:
         got = f"features {data.sample_shape} in {features.data.data}, which --recipe features trains on directly"
         raise ConfigError("data", "images", got)

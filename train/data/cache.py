@@ -116,9 +116,7 @@ def atomic_folder(folder: Path, needed: int) -> Iterator[Path]:
 
 
 def _too_full(folder: Path, needed: int, got: str) -> str:
-    return (
-        f"{folder.parent}: expected {needed:,} bytes free for images, got {got}; --cache names another folder"
-    )
+    return f"--cache: expected a folder with {needed:,} bytes free for images, got {got} in {folder.parent}"
 
 
 def _temporary_name(folder: Path) -> Path:

@@ -34,6 +34,9 @@ def load(config: DataConfig) -> Dataset:
         DataError: the data cannot be used. The message names the option, file or array.
     """
     path = Path(config.data)
+    if config.data not in NAMED and not path.exists():
+        expected = "an existing file" if path.suffix else f"an existing folder or file, or {', '.join(NAMED)}"
+        raise DataError(f"{config.data}: expected {expected}, got none: the path does not exist")
     if config.hold_out and not is_list(config.data):
         raise DataError(f"--hold-out: expected a folder or a list of image files, got {config.data}")
     if config.data == GLYPHS:
@@ -66,6 +69,8 @@ def read_listings(config: DataConfig) -> dict[str, Listing]:
         DataError: a list is missing or cannot be read.
     """
     test, val = config.test_data, config.val_data
+    if config.images and not Path(config.images).is_dir():
+        raise DataError(f"--images: expected an existing folder, got {config.images}")
     splits = find_splits(Path(config.data))
     train = str(splits.get("train", config.data))
     if not test:
@@ -76,7 +81,7 @@ def read_listings(config: DataConfig) -> dict[str, Listing]:
         val = val or (found[1] if len(found) > 1 else "")
     trained = read_listing(train, config.images, config.path_prefixes)
     lists = {"train": trained} | {
-        split: read_listing(source, config.images, config.path_prefixes, trained)
+        split: _read_other(config, split, source, trained)
         for split, source in {"test": test, "val": val}.items()
         if source
     }
@@ -87,6 +92,17 @@ def read_listings(config: DataConfig) -> dict[str, Listing]:
         lists["train"], lists[split] = hold_out(trained, config.hold_out, config.hold_out_seed)
         lists = {split: lists[split] for split in ("train", "test", "val") if split in lists}
     return lists
+
+
+def _read_other(config: DataConfig, split: str, source: str, trained: Listing) -> Listing:
+    """Read the list of test or validation images. An error names the option that gives the list."""
+    try:
+        return read_listing(source, config.images, config.path_prefixes, trained)
+    except DataError as error:
+        given = {"test": config.test_data, "val": config.val_data}[split]
+        if not given or str(error).startswith("--"):
+            raise
+        raise DataError(f"--{split}-data: {error}") from None
 
 
 def _load_image_files(config: DataConfig) -> Dataset:

@@ -182,7 +182,7 @@ def test_a_disk_that_fills_up(tree: Path, cache: str) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(
-            DataError, match=r"expected 6,912 bytes free for images, got \[Errno 27\].*--cache"
+            DataError, match=r"--cache: expected a folder with 6,912 bytes free for images, got \[Errno 27\]"
         ):
             load(DataConfig(data=str(tree), image_size=16, cache=cache))
     finally:

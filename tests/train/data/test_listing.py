@@ -127,7 +127,11 @@ WRONG: list[tuple[str, str, str]] = [
     ("a.txt", "one.jpg x3\n", r"line 1: expected"),
     ("a.txt", "one\0.jpg 3\n", r"a\.txt, line 1: expected the path of a file, got 'one\\x00.jpg'"),
     ("a.txt", "\n", "expected at least one image, got none"),
-    ("a.csv", "id,name\n1,x\n", r"a\.csv: expected one of the columns path, .* got id, name"),
+    (
+        "a.csv",
+        "id,name\n1,x\n",
+        r"a\.csv: expected a header in the first line, with one of the columns path, .* got id, name",
+    ),
     ("a.csv", "path,label\nx.jpg,\n", r"a\.csv, line 2: expected a path and a label"),
     (
         "a.csv",
@@ -146,7 +150,8 @@ WRONG: list[tuple[str, str, str]] = [
         r"a\.csv: expected one spelling of each label, got 3 and 03",
     ),
     ("a.csv", "path,label, label\nx.jpg,3,4\n", r"a\.csv: expected one column label, got several"),
-    ("a.csv", "", r"a\.csv: expected one of the columns path, .* got no header"),
+    ("a.csv", "", r"a\.csv: expected a header in the first line, with .* got no header"),
+    ("a.csv", "x.jpg,3\ny.jpg,4\n", r"a\.csv: expected a header in the first line, with .* got x\.jpg, 3"),
     ("a.txt", "", r"a\.txt: expected at least one image, got none"),
     ("a.md", "", "expected a folder of class folders, or a list named"),
 ]
@@ -158,6 +163,47 @@ def test_invalid_lists(name: str, content: str, words: str, tmp_path: Path) -> N
     with pytest.raises(DataError, match=words) as caught:
         read_listing(str(tmp_path / name))
     assert "\n" not in str(caught.value)
+
+
+def test_blank_lines_of_csv_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(" ,\npath,label\n\n  \nx.jpg,a\n,\n , ,\ny.jpg,b\n,,\n")
+    listing = read_listing(str(tmp_path / "a.csv"))
+    assert [file.name for file in listing.files] == ["x.jpg", "y.jpg"]
+    assert listing.classes.names == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--data nope", "--data: nope: expected an existing folder or file, or fashion-mnist-lt, glyphs, got none"),
+        ("--data nope.csv", "--data: nope.csv: expected an existing file, got none"),
+        ("--data nope.tar.gz", "--data: nope.tar.gz: expected an existing file, got none"),
+        ("--data TREE --test-data nope", "--test-data: nope: expected an existing file, got none"),
+        ("--data TREE --val-data nope.txt", "--val-data: nope.txt: expected an existing file, got none"),
+        ("--data TREE --images nope", "--images: expected an existing folder, got nope"),
+        ("--data TREE --cache TREE/file", "--cache: expected a folder that can be written, got "),
+        ("--data TREE --path-prefixes x", "--path-prefixes: expected OLD=NEW, got 'x'"),
+        ("--data FLAT", "--data: FLAT: expected train/ with a folder per class, got no class folders in train/"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["", "doctor "])
+def test_the_option_at_fault_is_named_alone(
+    command: str, words: str, message: str, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tree / "file").write_text("")
+    for part in ("train", "test"):
+        write_image(tmp_path / "flat" / part / "0.png", (1, 1, 1))
+    if "prefixes" in words:
+        words = words.replace("TREE", str(write_lists(tree, "txt")))
+
+    def filled(text: str) -> str:
+        return text.replace("TREE", str(tree)).replace("FLAT", str(tmp_path / "flat"))
+
+    cached = "" if "--cache" in words else f" --cache {tmp_path / 'cache'}"
+    assert main(f"{command}{filled(words)} --device cpu{cached} --runs {tmp_path / 'runs'}".split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {filled(message)}")
+    assert line.count("--") == 1
 
 
 def test_missing_files_and_folders_are_named(tree: Path, cache: str, tmp_path: Path) -> None:

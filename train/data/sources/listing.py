@@ -50,6 +50,8 @@ def read_listing(
     path = Path(source)
     if path.is_dir():
         return _read_folder(path, trained)
+    if not path.exists():
+        raise DataError(f"{path}: expected an existing file, got none: the path does not exist")
     if path.suffix not in (".txt", ".csv", ".json"):
         expected = "a folder of class folders, or a list named .txt, .csv or .json"
         raise DataError(f"{path}: expected {expected}, got {path.suffix or 'no suffix'}")

@@ -30,6 +30,8 @@ def find_splits(source: Path) -> dict[str, Path]:
         inside = _inside(source)
         if "train" in inside:
             return inside
+        if inside and (flat := _without_classes(source)):
+            raise DataError(_no_classes(source, flat))
         if inside:
             found = ", ".join(sorted(folder.name for folder in inside.values()))
             raise DataError(f"{source}: expected train/ with a folder per class, got {found} alone")
@@ -48,12 +50,24 @@ def describe_missing_test(source: Path, splits: dict[str, Path]) -> str:
     if not source.is_dir():
         name = f"the name of {source} has no 'train' to replace"
         return f"--test-data: expected a list of test images, as {name}, got none; {advice}"
+    if flat := _without_classes(source):
+        return _no_classes(source, flat)
     folders = sorted(entry.name for entry in source.iterdir() if entry.is_dir())
     found = ", ".join(folders[:SHOWN]) + (", …" if len(folders) > SHOWN else "")
     expected = "train/ and test/ (or val/) with a folder per class"
     return (
         f"{source}: expected {expected}, got {f'the folders {found}' if folders else 'no folder'}; {advice}"
     )
+
+
+def _without_classes(folder: Path) -> str:
+    """Return the name of a folder of training samples that holds no folders; an empty string if there is none."""
+    places = (entry for entry in sorted(folder.iterdir()) if entry.name.lower() in NAMES["train"])
+    return next((place.name for place in places if place.is_dir() and not _holds_folders(place)), "")
+
+
+def _no_classes(folder: Path, train: str) -> str:
+    return f"{folder}: expected train/ with a folder per class, got no class folders in {train}/"
 
 
 def _inside(folder: Path) -> dict[str, Path]:

@@ -44,7 +44,7 @@ def read_csv(path: Path) -> tuple[list[str], list[str]]:
         for choice in (PATH_COLUMNS, LABEL_COLUMNS)
     ]
     if -1 in columns:
-        expected = f"one of the columns {', '.join(PATH_COLUMNS)} and one of {', '.join(LABEL_COLUMNS)}"
+        expected = f"a header in the first line, with one of the columns {', '.join(PATH_COLUMNS)} and one of {', '.join(LABEL_COLUMNS)}"
         raise DataError(f"{path}: expected {expected}, got {', '.join(header) or 'no header'}")
     if repeated := [header[column] for column in columns if header.count(header[column]) > 1]:
         raise DataError(f"{path}: expected one column {repeated[0]}, got several")
@@ -76,7 +76,7 @@ def _records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
             raise DataError(f"{path}, line {line}: expected a record of CSV, got {error}") from None
         if any("\n" in field or "\r" in field for field in row):
             raise DataError(f"{path}, line {line}: expected a closing quote in the line, got none")
-        if row:
+        if any(field.strip() for field in row):
             yield line, [field.strip() for field in row]
 
 
