@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -16,6 +18,7 @@ from train.model.model import load_model, read_model_file, save_model
 from train.trained import describe, load_trained
 from train.training.trainer import Trainer
 
+from .conftest import REPOSITORY, write_image
 from .short_runs import FEATURES, IMAGES, finish
 
 ALTERNATIVES = {
@@ -94,3 +97,23 @@ def test_files_of_earlier_versions_load(features: Dataset, tmp_path: Path) -> No
         ValueError, match="expected a model file with its method, got one of an earlier version"
     ):
         load_trained(tmp_path / "earlier")
+
+
+def test_the_example_of_the_documentation(
+    images: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"### Inference\n.*?```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "runs" / "birds").mkdir(parents=True)
+    model = trained("gist", IMAGES, images, tmp_path / "runs" / "birds" / "model-gist.safetensors").model
+    write_image(tmp_path / "bird.jpg", (250, 10, 10))
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert found["images"].shape == (1, 3, 10, 10)
+    assert found["images"].dtype == torch.uint8
+    model.eval()
+    with torch.no_grad():
+        logits = model(found["images"])
+    assert found["classes"] == [images.class_names[int(logits.argmax())]]
+    torch.testing.assert_close(found["probabilities"], logits.softmax(1))
