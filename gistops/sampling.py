@@ -17,6 +17,8 @@ from torch.utils.data import Sampler
 from ._checks import check_integer
 
 Integers = npt.NDArray[np.int64]
+#: Images drawn by all replicas at the largest position; far below the counters of 64 bits.
+_MAX_POSITION = 2**62
 
 
 class ClassBalancedBatchSampler(Sampler[list[int]]):
@@ -126,15 +128,20 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         batches from there.
 
         Args:
-            epoch: number of the epoch, at least 0.
+            epoch: number of the epoch, at least 0; the epochs before it have at most 2**62 images.
 
         Raises:
-            TypeError, ValueError: the epoch is not an integer or is negative.
+            TypeError, ValueError: the epoch is not an integer or is out of range.
         """
-        epoch = check_integer("epoch", epoch, 0)
+        batches = self._max_batches(self.num_replicas) // (self.num_batches or 1)
+        epoch = check_integer("epoch", epoch, 0, batches)
         if self.num_batches is not None:
             with self._lock:
                 self._batches = epoch * self.num_batches
+
+    def _max_batches(self, num_replicas: int) -> int:
+        """Return the largest number of batches per replica at which the sampler can continue."""
+        return _MAX_POSITION // (num_replicas * self.classes_per_batch * self.samples_per_class)
 
     def _draw(self) -> list[int]:
         """Return the next batch of this replica."""
@@ -190,10 +197,13 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         sequence, which is as balanced but has other batches.
 
         Raises:
+            TypeError: the state is not a mapping, or its position not an integer.
             KeyError: the state lacks an entry.
             ValueError: the state belongs to a sampler with other labels or arguments.
         """
         own = self.state_dict()
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: expected a mapping, as of state_dict(), got {type(state).__name__}")
         if missing := own.keys() - state.keys():
             raise KeyError(
                 f"state: expected entries {', '.join(own)}, got none for {', '.join(sorted(missing))}"
@@ -202,8 +212,8 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
             if state[name] != own[name]:
                 what = "a checksum of " if name == "labels" else ""
                 raise ValueError(f"{name}: expected {what}{state[name]}, as in the state, got {own[name]}")
-        batches = check_integer("state['batches']", state["batches"], 0)
         replicas = check_integer("state['num_replicas']", state["num_replicas"], 1)
+        batches = check_integer("state['batches']", state["batches"], 0, self._max_batches(replicas))
         with self._lock:
             self._batches = -(-batches * replicas // self.num_replicas)  # rounded up, to whole groups
 
@@ -310,4 +320,6 @@ def _as_labels(labels: object) -> Integers:
         raise TypeError(f"labels: expected integers, got {array.dtype}")
     if array.min() < 0:
         raise ValueError(f"labels: expected classes of at least 0, got {array.min()}")
+    if array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"labels: expected classes of at most 2**63 - 1, got {array.max()}")
     return array.astype(np.int64)

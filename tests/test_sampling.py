@@ -252,6 +252,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"labels": ["a", "b"]}, TypeError, "labels: expected integers, got <U1"),
     ({"labels": [True, False]}, TypeError, "labels: expected integers, got bool"),
     ({"labels": [0, 1, -1]}, ValueError, "labels: expected classes of at least 0, got -1"),
+    (
+        {"labels": np.array([0, 2**63], np.uint64)},
+        ValueError,
+        r"labels: expected classes of at most 2\*\*63 - 1, got 9223372036854775808",
+    ),
     ({"classes_per_batch": 4}, ValueError, "classes_per_batch: expected at most 3, .* got 4"),
     ({"classes_per_batch": 0}, ValueError, "classes_per_batch: expected an integer of at least 1, got 0"),
     ({"classes_per_batch": 2.0}, TypeError, "classes_per_batch: .* got 2.0 of type float"),
@@ -287,3 +292,23 @@ def test_the_state_of_another_sampler_raises(other: dict[str, Any], words: str) 
     del state["seed"]
     with pytest.raises(KeyError, match=r"state: expected entries batches, .* got none for seed"):
         ClassBalancedBatchSampler(**GOOD).load_state_dict(state)
+
+
+def test_positions_are_checked() -> None:
+    sampler = ClassBalancedBatchSampler(**GOOD, num_batches=3)
+    state, largest = sampler.state_dict(), 2**62 // (2 * 4)
+    for wrong in (None, [1], 3):
+        with pytest.raises(TypeError, match=f"^state: expected a mapping, .* got {type(wrong).__name__}$"):
+            sampler.load_state_dict(wrong)  # type: ignore[arg-type]
+    for epoch in (-1, largest // 3 + 1, 2**63):
+        with pytest.raises(ValueError, match=f"^epoch: expected an integer from 0 to .*, got {epoch}$"):
+            sampler.set_epoch(epoch)
+    with pytest.raises(ValueError, match=r"^state\['batches'\]: expected an integer from 0 to .*, got"):
+        sampler.load_state_dict({**state, "batches": largest + 1})
+    assert sampler.state_dict() == state
+    sampler.set_epoch(largest // 3)
+    assert [len(batch) for batch in sampler] == [8, 8, 8]
+    sampler.load_state_dict({**state, "batches": largest})
+    assert len(next(iter(sampler))) == 8
+    with pytest.raises(ValueError, match=f"^epoch: .* got {2**63}$"):
+        ClassBalancedBatchSampler(**GOOD).set_epoch(2**63)

@@ -135,6 +135,7 @@ class GistClassifier(ConstellationClassifier):
             transform=self.transform,
             hidden_features=self.hidden_features if self.transform == "mlp" else None,
             device="meta",
+            dtype=torch.float64,  # holds every initial tau; the copies below replace all parameters
             backend=self.backend,
         )
         for name, _ in list(head.named_parameters()):

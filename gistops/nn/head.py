@@ -13,7 +13,7 @@ from .._checks import FLOAT_DTYPES, check_integer, check_positive
 from .changes import check_generator, check_plain
 from .frozen import FrozenClassifier
 from .prediction import Predictor
-from .temperature import positive
+from .temperature import check_representable, positive
 
 
 class MaxCosineHead(Predictor):
@@ -45,6 +45,8 @@ class MaxCosineHead(Predictor):
     ) -> None:
         if dtype is not None and dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype: expected float32, float16, bfloat16 or float64, got {dtype}")
+        if "raw_tau" in shapes:
+            check_representable(self.initial_tau, dtype or torch.get_default_dtype())
         for name, shape in shapes.items():
             value = torch.empty(shape, device=device, dtype=dtype)
             # An empty parameter requires no grad: FSDP does not accept its gradient.

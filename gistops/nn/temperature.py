@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,3 +19,15 @@ def positive(raw: Tensor) -> Tensor:
 def inverse_softplus(value: float) -> float:
     """Return the number whose softplus is `value`, which is above 0."""
     return value + math.log(-math.expm1(-value))
+
+
+def check_representable(tau: float, dtype: torch.dtype) -> None:
+    """Check that a parameter of this dtype can hold the temperature.
+
+    Raises:
+        ValueError: the parameter would be infinite, or its softplus zero.
+    """
+    low = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny
+    high = torch.finfo(dtype).max
+    if not low <= tau <= high:
+        raise ValueError(f"tau: expected {low:.3g} to {high:.3g} for parameters of {dtype}, got {tau}")

@@ -46,9 +46,15 @@ class SlotUsage:
 
     Args:
         head: a `ConstellationClassifier` or `GistClassifier`. `shares()` also warns about its displacements.
+
+    Raises:
+        TypeError: the head is of another kind.
     """
 
     def __init__(self, head: ConstellationHead) -> None:
+        if not all(hasattr(head, name) for name in ("displacements", "num_displacements", "_warned")):
+            kind = type(head).__name__
+            raise TypeError(f"head: expected a ConstellationClassifier or a GistClassifier, got {kind}")
         self.head = head
         self.counts = torch.zeros(
             head.num_displacements + 1, dtype=torch.int64, device=head.displacements.device
@@ -63,7 +69,7 @@ class SlotUsage:
             labels: classes, [...], integer. By default a sample's own class is the predicted one.
 
         Raises:
-            TypeError, ValueError: as for `gistops.constellation_logits`, or the labels do not fit.
+            TypeError, ValueError, IndexError: as for `gistops.constellation_logits` and `update_slots`.
         """
         logits, slots = self.head(input, return_slots=True)
         self.update_slots(slots, logits.argmax(dim=-1) if labels is None else labels)
@@ -77,17 +83,30 @@ class SlotUsage:
             labels: classes, [...], integer.
 
         Raises:
-            TypeError: labels is not an integer tensor.
+            TypeError: slots or labels is not an integer tensor.
             ValueError: the shapes do not fit.
+            IndexError: on the CPU, a label is out of range.
         """
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"labels: expected an integer torch.Tensor, got {got}")
+        for name, value in (("slots", slots), ("labels", labels)):
+            tensor = isinstance(value, Tensor)
+            if not tensor or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+                got = value.dtype if tensor else type(value).__name__
+                raise TypeError(f"{name}: expected an integer torch.Tensor, got {got}")
         classes = self.head.num_classes
         if slots.dim() == 0 or slots.shape[-1] != classes:
             raise ValueError(f"slots: expected shape [..., {classes}], got {list(slots.shape)}")
         if labels.shape != slots.shape[:-1]:
             raise ValueError(f"labels: expected shape {list(slots.shape[:-1])}, got {list(labels.shape)}")
+        if (
+            labels.device.type == "cpu" and not torch.compiler.is_compiling()
+        ):  # a GPU would wait for the check
+            outside = (labels.long() < 0) | (labels.long() >= classes)
+            if outside.any():
+                position = tuple(outside.nonzero()[0].tolist())
+                raise IndexError(
+                    f"labels: expected 0 to {classes - 1}, got {int(labels[position])} "
+                    f"at position {', '.join(map(str, position)) or 0}"
+                )
         self._follow_the_head()
         labels = labels.to(slots.device, torch.int64).reshape(-1, 1)
         won = slots.reshape(-1, classes).gather(1, labels)  # [B, 1]

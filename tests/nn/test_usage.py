@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gistops.nn import ConstellationClassifier, GistClassifier, SlotUsage
+from gistops.nn import ConstellationClassifier, GistClassifier, SlotUsage, SubcenterClassifier
 
 from .samples import KINDS, B, D, K, M, batch, spread
 
@@ -100,6 +100,13 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_displacements": None}, TypeError, "num_displacements: .* got None of type NoneType"),
     ({"tau": 0}, ValueError, "tau: expected a finite number above 0, got 0"),
     ({"tau": math.nan}, ValueError, "tau: expected a finite number above 0, got nan"),
+    (
+        {"tau": 1e300},
+        ValueError,
+        r"tau: expected .* to 3.4e\+38 for parameters of torch.float32, got 1e\+300",
+    ),
+    ({"tau": 1e-300}, ValueError, r"tau: expected 1.18e-38 to .* got 1e-300"),
+    ({"tau": 1e5, "dtype": torch.float16}, ValueError, r"tau: .* 6.55e\+04 .* torch.float16, got 100000.0"),
     ({"tau": "16"}, TypeError, "tau: expected a finite number above 0, got str"),
     (
         {"displacement_scale": 0.0},
@@ -148,6 +155,25 @@ def test_bad_calls_raise(seed: int) -> None:
             ValueError,
             rf"slots: expected shape \[\.\.\., {K}\], got",
         ),
+        (lambda: SlotUsage(head).update_slots([[0]], y), TypeError, "slots: expected an integer .* got list"),
+        (lambda: SlotUsage(head).update_slots(x, y), TypeError, "slots: expected an .* got torch.float32"),
+        (lambda: SlotUsage(head).update(x, y > 1), TypeError, "labels: expected an .* got torch.bool"),
+        (
+            lambda: SlotUsage(head).update(x, y.index_fill(0, torch.tensor([2]), -100)),
+            IndexError,
+            f"labels: expected 0 to {K - 1}, got -100 at position 2$",
+        ),
+        (
+            lambda: head.slot_usage(x, torch.full((B,), K, dtype=torch.uint8)),
+            IndexError,
+            f"labels: expected 0 to {K - 1}, got {K} at position 0$",
+        ),
+        (
+            lambda: SlotUsage(SubcenterClassifier(D, K)),  # type: ignore[arg-type]
+            TypeError,
+            "head: expected a ConstellationClassifier or a GistClassifier, got SubcenterClassifier",
+        ),
+        (lambda: SlotUsage(head.freeze()), TypeError, "head: expected .* got FrozenClassifier"),  # type: ignore[arg-type]
         (lambda: head.add_displacements(0), ValueError, "num: expected an integer from 1 to 255, got 0"),
         (lambda: head.add_displacements(scale=-1), ValueError, "scale: expected a finite number above 0"),
         (lambda: head.add_displacements(values=[[1.0]]), TypeError, "values: expected a floating.* got list"),
@@ -157,3 +183,12 @@ def test_bad_calls_raise(seed: int) -> None:
     for call, error, words in cases:
         with pytest.raises(error, match=f"^{words}"):
             call()
+
+
+def test_a_temperature_for_float64_alone_survives_export() -> None:
+    head = GistClassifier(D, K, tau=1e100, dtype=torch.float64)
+    assert torch.equal(head.export().tau, head.tau)
+    half = GistClassifier(D, K, tau=1e5).half()
+    assert torch.equal(half.export().centers, half.centers)
+    with pytest.raises(ValueError, match=r"^tau: expected .* for parameters of torch\.float32"):
+        SubcenterClassifier(D, K, tau=1e100)
