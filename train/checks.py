@@ -12,6 +12,7 @@ import torch
 
 from . import distributed
 from .config import Config, ConfigError
+from .console import counted
 from .data.dataset import Dataset
 from .files import check_writable, existing_folder
 from .footprint import disk_available, disk_needed, memory_available, memory_needed, try_network
@@ -89,7 +90,7 @@ def _devices(config: Config, data: Dataset) -> Iterator[ConfigError]:
     if device != "cuda":
         yield ConfigError("device", "cuda or auto, as each process takes its own GPU", repr(device))
     elif (local := int(os.environ["LOCAL_WORLD_SIZE"])) > torch.cuda.device_count():
-        available = f"{torch.cuda.device_count()} GPUs for {local} processes"
+        available = f"{counted(torch.cuda.device_count(), 'GPU')} for {local} processes"
         yield ConfigError("device", "a GPU per process of this machine", available)
 
 

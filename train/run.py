@@ -11,7 +11,7 @@ from rich.console import Console
 from . import distributed
 from .checks import check_options, fill_in
 from .config import Config, ConfigError
-from .console import say
+from .console import counted, say
 from .data.dataset import Dataset
 from .data.errors import DataError
 from .data.load import load as load_data
@@ -108,7 +108,7 @@ def describe_data(config: Config, data: Dataset) -> str:
     samples = "images" if data.is_images else "features"
     validation = "" if data.y_val is None else f", {len(data.y_val):,} for validation"
     return (
-        f"{config.data.data}: {len(data.y_train):,} training {samples} {data.sample_shape} in {data.num_classes} classes "
+        f"{config.data.data}: {len(data.y_train):,} training {samples} {data.sample_shape} in {counted(data.num_classes, 'class', 'classes')} "
         f"({int(counts.max()):,} to {int(counts.min()):,} samples per class), {len(data.y_test):,} for testing{validation}"
     )
 

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from train.__main__ import main
-from train.console import printable, say
+from train.console import counted, printable, say
 
 
 def said(line: str) -> str:
@@ -61,3 +61,13 @@ def test_output_that_nothing_reads(words: list[str]) -> None:
         command = [sys.executable, "-m", "train", *words]
         done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
     assert (done.returncode in (1, 141), done.stderr) == (True, "")
+
+
+def test_counts_are_grammatical() -> None:
+    assert [counted(n, "problem") for n in (0, 1, 2, 1234)] == [
+        "0 problems",
+        "1 problem",
+        "2 problems",
+        "1,234 problems",
+    ]
+    assert [counted(n, "class is", "classes are") for n in (1, 2)] == ["1 class is", "2 classes are"]

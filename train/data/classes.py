@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..console import counted
 from .errors import DataError
 
 SHOWN = 5  # classes in a note
@@ -62,7 +63,7 @@ def number_classes(
         numbering.notes.extend(_mapping(numbering))
     if names is not None and (absent := sorted(set(range(len(names))) - set(values))):
         numbering.notes.append(
-            f"left out {len(absent):,} classes without training samples: {_listed(_texts(absent, names))}"
+            f"left out {counted(len(absent), 'class', 'classes')} without training samples: {_listed(_texts(absent, names))}"
         )
     return numbering
 
@@ -102,7 +103,9 @@ def _check_names(found: Mapping[str, tuple[list[int], np.ndarray]], count: int) 
                 f"y_{split}: expected labels of at least 0, as classes have names, got {values[0]}"
             )
         if values[-1] >= count and split == "train":
-            raise DataError(f"classes: expected {values[-1] + 1} names to match y_train, got {count}")
+            raise DataError(
+                f"classes: expected {counted(values[-1] + 1, 'name')} to match y_train, got {count}"
+            )
         if values[-1] >= count:
             raise DataError(
                 f"y_{split}: expected labels below {count}, the number of names, got {values[-1]}"

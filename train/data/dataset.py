@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..console import counted
 from .classes import Labels, number_classes
 from .errors import DataError
 
@@ -94,7 +95,9 @@ def make_dataset(
     numbering = number_classes({split: y for split, (_, y) in splits.items()}, names, class_labels)
     found = len(numbering.names)
     if num_classes is not None and found != num_classes:
-        raise DataError(f"y_train: expected {num_classes} classes (--num-classes), got {found}")
+        raise DataError(
+            f"y_train: expected {counted(num_classes, 'class', 'classes')} (--num-classes), got {found}"
+        )
     x, y = {split: x for split, (x, _) in splits.items()}, numbering.labels
     return Dataset(
         x["train"],

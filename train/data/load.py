@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import DataConfig
+from ..console import counted
 from .cache import cache_folder
 from .dataset import Dataset, Splits, make_dataset, read_only_tensor
 from .errors import DataError
@@ -114,7 +115,7 @@ def _load_image_files(config: DataConfig) -> Dataset:
         images, rows, errors = load_images(listing, config.image_size, cache_folder(config.cache))
         labels = np.array(listing.labels)[rows]
         if errors:
-            unreadable = f"{len(errors)} of {len(listing)} images of the {split} split that cannot be read: "
+            unreadable = f"{len(errors):,} of {counted(len(listing), 'image')} of the {split} split that cannot be read: "
             unreadable += "; ".join(errors[:5]) + ("; …" if len(errors) > 5 else "")
             if config.unreadable == "stop":
                 raise DataError(

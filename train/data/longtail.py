@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import torch
 
+from ..console import counted
 from .dataset import Dataset
 from .errors import DataError
 
@@ -22,7 +23,7 @@ def long_tailed(data: Dataset, ratio: float) -> Dataset:
     if min(counts) == 0:
         raise DataError(
             f"--imbalance-ratio: expected at most {largest}, the size of the largest class, got {ratio:g}, "
-            f"which leaves {counts.count(0)} classes without samples"
+            f"which leaves {counted(counts.count(0), 'class', 'classes')} without samples"
         )
     try:
         kept = torch.from_numpy(long_tailed_indices(data.y_train.numpy(), counts))

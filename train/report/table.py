@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ..console import counted
 from ..methods import TITLES
 from ..shot_groups import GROUPS, split_classes
 
@@ -17,19 +18,15 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def count_classes(count: int) -> str:
-    """Return "1 class" or "N classes"."""
-    return f"{count} class" if count == 1 else f"{count} classes"
-
-
 def print_results(console: Console, results: list[dict[str, Any]], train_counts: Tensor, rule: str) -> None:
     """Print the table and, for heads with slots, the slot usage, temperatures and norms of the displacements."""
     sizes = {
-        group: count_classes(int(mask.sum())) for group, mask in split_classes(train_counts, rule).items()
+        group: counted(int(mask.sum()), "class", "classes")
+        for group, mask in split_classes(train_counts, rule).items()
     }
     table = Table(title=f"Test accuracy in %, split rule {rule}")
     table.add_column("", no_wrap=True)
-    table.add_column(f"overall\n{count_classes(len(train_counts))}", justify="right")
+    table.add_column(f"overall\n{counted(len(train_counts), 'class', 'classes')}", justify="right")
     for group in GROUPS:
         table.add_column(f"{group}\n{sizes[group]}", justify="right")
     table.add_column("image\npasses", justify="right")

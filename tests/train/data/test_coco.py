@@ -64,7 +64,7 @@ def test_names_of_categories(tmp_path: Path) -> None:
 
 
 def test_images_without_an_annotation_are_counted(tmp_path: Path) -> None:
-    with pytest.warns(RuntimeWarning, match=r"a\.json: left out 1 of 2 images, which have no annotation"):
+    with pytest.warns(RuntimeWarning, match=r"a\.json: left out 1 of 2 images without an annotation"):
         assert len(read(tmp_path, coco(annotations=NOTES[:1]))) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -82,10 +82,10 @@ def test_what_is_left_out_is_named(tree: Path) -> None:
     assert images == before
     assert left_out == [
         "5 files without the suffix of an image: .heic (3), .db (1), no suffix (1)",
-        "1 images outside of the class folders: stray.png",
+        "1 image outside of the class folders: stray.png",
         "2 class folders without images, which are no classes: empty (empty), phone (3 .heic)",
-        "1 broken links: dog",
-        "1 devices, pipes and sockets: ant/pipe.png",
+        "1 broken link: dog",
+        "1 device, pipe or socket: ant/pipe.png",
     ]
 
 
@@ -137,7 +137,7 @@ def locked_tree(tree: Path) -> Iterator[Path]:
 
 def test_a_folder_without_permission_stops_the_run(locked_tree: Path) -> None:
     source = DataConfig(data=str(locked_tree), image_size=8, cache=str(locked_tree / "cache"))
-    unreadable = r"1 folders that cannot be read: bee \(Permission denied\)"
+    unreadable = r"1 folder that cannot be read: bee \(Permission denied\)"
     with pytest.raises(DataError, match=rf"got the classes bee too; the training folder has {unreadable}"):
         load(source)
     shutil.rmtree(locked_tree / "val" / "bee")
@@ -148,7 +148,7 @@ def test_a_folder_without_permission_stops_the_run(locked_tree: Path) -> None:
     assert data.class_names == ["ant", "cat"]
     images, left_out = found(locked_tree / "train")
     assert {image.split()[1] for image in images} == {"ant", "cat"}
-    assert left_out == ["1 folders that cannot be read: bee (Permission denied)"]
+    assert left_out == ["1 folder that cannot be read: bee (Permission denied)"]
     with pytest.raises(DataError, match=r"bee: expected a folder that can be read, got Permission denied"):
         read_folder(locked_tree / "train" / "bee")
 
@@ -172,13 +172,13 @@ def test_the_doctor_and_a_run_say_what_is_left_out(
     train = tree / "train"
     common = f"--recipe smoke --data {tree} --cache {cache} --num-classes 3 --image-size 16 --classes-per-batch 2".split()
     shutil.copytree(train / "ant", train / ".ipynb_checkpoints")
-    hidden = "left out of the train split: 1 hidden files and folders: .ipynb_checkpoints"
+    hidden = "left out of the train split: 1 hidden file or folder: .ipynb_checkpoints"
     assert main(["doctor", *common]) == 0
     said = capsys.readouterr().out
     assert f"\n{hidden}\n" in said
     assert "no problems" in said
     (train / "dog").mkdir()
-    empty = "left out of the train split: 1 class folders without images, which are no classes: dog (empty)"
+    empty = "left out of the train split: 1 class folder without images, which is no class: dog (empty)"
     assert main(["doctor", *common]) == 1
     assert f"problem: {empty}\n" in capsys.readouterr().out
     config, said_at_start = parse_run(common), io.StringIO()
@@ -192,7 +192,7 @@ def test_a_folder_of_nothing_says_what_it_has(tmp_path: Path, cache: str) -> Non
     (tmp_path / "set" / "a").mkdir(parents=True)
     (tmp_path / "set" / "a" / "0.heic").write_bytes(b"x")
     with pytest.raises(
-        DataError, match=r"with images for each class, got 1 files without .*: \.heic \(1\); 1 cl"
+        DataError, match=r"with images for each class, got 1 file without .*: \.heic \(1\); 1 cl"
     ):
         read_folder(tmp_path / "set")
     source = DataConfig(data=str(tmp_path / "set"), test_data=str(tmp_path / "set"), cache=cache)

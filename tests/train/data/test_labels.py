@@ -142,7 +142,7 @@ def test_a_class_without_training_samples_is_left_out_wherever_it_stands(absent:
     assert numbering.names == [names[value] for value in values]
     assert numbering.labels["train"].tolist() == [0, 1, 2, 3] * 2
     assert numbering.labels["test"].tolist() == [3, 2, 1, 0]
-    assert numbering.notes[-1] == f"left out 1 classes without training samples: {names[absent]}"
+    assert numbering.notes[-1] == f"left out 1 class without training samples: {names[absent]}"
     with pytest.raises(
         DataError, match=f"y_test: expected only classes that y_train has, got {names[absent]} too"
     ):

@@ -47,6 +47,6 @@ def test_long_tailed_subset_has_its_counts_and_no_repeats(seed: int) -> None:
 
 def test_an_imbalance_ratio_that_empties_classes(image_file: Path) -> None:
     assert load(DataConfig(data=str(image_file), imbalance_ratio=60)).train_counts.tolist()[0] == COUNTS[0]
-    expected = r"--imbalance-ratio: expected at most 120, the size of the largest class, got 200, which leaves 1 classes without"
+    expected = r"--imbalance-ratio: expected at most 120, the size of the largest class, got 200, which leaves 1 class without"
     with pytest.raises(DataError, match=expected):
         load(DataConfig(data=str(image_file), imbalance_ratio=200))

@@ -14,6 +14,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from ...console import counted
 from ..classes import Labels
 from ..dataset import Dataset, Splits, make_dataset
 from ..errors import DataError
@@ -177,7 +178,9 @@ def _check_shapes(splits: Splits) -> None:
         if len(x) == 0:
             raise DataError(f"x_{split}: expected at least one sample, got none")
         if len(x) != len(y):
-            raise DataError(f"y_{split}: expected {len(x)} labels to match x_{split}, got {len(y)}")
+            raise DataError(
+                f"y_{split}: expected {counted(len(x), 'label')} to match x_{split}, got {len(y)}"
+            )
         if list(x.shape[1:]) != shape:
             got = list(x.shape[1:])
             raise DataError(f"x_{split}: expected samples of x_train's shape {shape}, got {got}")

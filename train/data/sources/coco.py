@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from ...console import counted
 from ...files import read_text
 from ..errors import DataError
 from .labels import Classes, Key, identity, in_order
@@ -66,7 +67,7 @@ def _read(path: Path, content: Any) -> tuple[list[str], list[Key], Classes]:
         names[key] = category.get("name")
     if unlabeled := len(files) - len({image_id for _, image_id, _ in notes}):
         warnings.warn(
-            f"{path}: left out {unlabeled:,} of {len(files):,} images, which have no annotation",
+            f"{path}: left out {unlabeled:,} of {counted(len(files), 'image')} without an annotation",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ...console import counted
 from ..errors import DataError
 from .image_files import SUFFIXES
 
@@ -27,6 +28,17 @@ KINDS: dict[str, Kind] = {
     "devices, pipes and sockets": "problem",
     "folders that cannot be read": "unreadable",
 }
+#: What is left out, if it is a single entry.
+SINGULAR = (
+    "hidden file or folder",
+    "file without the suffix of an image",
+    "image outside of the class folders",
+    "class folder without images, which is no class",
+    "link to a folder that is read already",
+    "broken link",
+    "device, pipe or socket",
+    "folder that cannot be read",
+)
 HIDDEN, OTHER, OUTSIDE, EMPTY, REPEATED, BROKEN, SPECIAL, UNREADABLE = KINDS
 
 
@@ -44,7 +56,8 @@ class LeftOut:
 
     def __str__(self) -> str:
         listed = ", ".join(self.names[:SHOWN]) + (", …" if len(self.names) > SHOWN else "")
-        return f"{self.count:,} {self.reason}: {listed}"
+        singular = dict(zip(KINDS, SINGULAR, strict=True))[self.reason]
+        return f"{counted(self.count, singular, self.reason)}: {listed}"
 
 
 def read_folder(path: Path) -> tuple[list[tuple[Path, str]], tuple[LeftOut, ...]]:
