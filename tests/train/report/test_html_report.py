@@ -108,5 +108,6 @@ def test_the_page_of_a_run_and_a_comparison(
     assert both.images[0] == accuracy_by_size(results)
     assert both.images[0] != accuracy_by_size(dict(list(results.items())[:2]))
     assert re.search(r"two: COS\+GIST", both.words)
-    assert main(["report", str(tmp_path)]) == 2
+    (tmp_path / "empty").mkdir()
+    assert main(["report", str(tmp_path / "empty")]) == 2
     assert "--folders: expected folders of finished runs" in capsys.readouterr().err
