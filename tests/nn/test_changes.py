@@ -86,7 +86,9 @@ def test_added_classes_are_those_of_a_new_head(kind: Callable[..., MaxCosineHead
     head.add_classes(400)
     assert head.num_classes == K + 400
     assert f"num_classes={K + 400}" in repr(head)
-    assert torch.equal(head(x)[:, :K], before)
+    torch.testing.assert_close(
+        head(x)[:, :K], before, atol=2e-5, rtol=1e-5
+    )  # K decides the blocks of classes
     for parameter, values in zip(head.parameters(), old, strict=True):
         assert parameter.requires_grad
         assert torch.equal(parameter[: len(values)], values)

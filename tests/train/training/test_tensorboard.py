@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from train.__main__ import main
+from train.checks import fill_in
 from train.cli import parse_run
 from train.run import load
 from train.training.first_stages import FirstStages
@@ -91,6 +92,7 @@ def test_a_resumed_run_shows_each_epoch_once(feature_file: Path, tmp_path: Path)
     args = f"--recipe features --data {feature_file} --runs {tmp_path} --name r {SHORT}".split()
     config = parse_run([*args, "--tensorboard"])
     data = load(config)
+    config = fill_in(config, data)
     console = Console(quiet=True)
 
     class Stopped(RunFolder):
@@ -102,6 +104,7 @@ def test_a_resumed_run_shows_each_epoch_once(feature_file: Path, tmp_path: Path)
             super().save_checkpoint(*args, **options)
 
     folder = Stopped(config)
+    folder.path.mkdir()
     folder.open(config, data.fingerprint())
     with Display(console, 1, 0) as display, pytest.raises(InterruptedError):
         train_methods(config, data, folder, FirstStages(tmp_path, config, ""), display, None)
