@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="with --device cuda: test this backend alone; modules choose it too. One run per backend, so that a failing "
         "backend does not hide the other",
     )
-    parser.addoption("--cases", type=int, default=40, help="random cases per test of tests/fuzz")
+    parser.addoption("--cases", type=int, help="random cases per test of tests/fuzz; default: 40 fixed ones")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -23,7 +23,8 @@ def test_under_address_and_undefined_behavior_sanitizers(
     sanitizing = (compiler(), *SANITIZERS, "-g1")
     tools = replace(Tools.find(), compiler=sanitizing, cuda="left out: these are the CPU kernels")
     _build.build(native.source_dir(), library, tmp_path / "objects", tools)
-    options = [f"--{name}={request.config.getoption(name)}" for name in ("seed", "cases")]
+    given = {name: request.config.getoption(name) for name in ("seed", "cases")}
+    options = [f"--{name}={value}" for name, value in given.items() if value is not None]
     search = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     done = sanitized_pytest(
         library, [str(Path(__file__).parent), *options, "-k", "cpu or library"], PYTHONPATH=search
