@@ -2,7 +2,8 @@
 
 `constellation_logits` computes the logits. `constellation_cross_entropy` and `constellation_topk` compute the loss and the
 best classes without materializing them. `subcenter_*` are the same functions for sub-centers. `gistops.nn` has classifier
-heads, `gistops.sampling` the class-balanced sampler, `gistops.export` the ops in plain PyTorch for ONNX. `python -m gistops.info` lists the available backends.
+heads, `gistops.sampling` the class-balanced sampler, `gistops.export` a table that decomposes the ops into plain PyTorch.
+`python -m gistops.info` lists the available backends.
 """
 
 from . import export, nn, sampling

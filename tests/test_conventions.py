@@ -123,8 +123,15 @@ def test_docstrings_begin_with_a_statement(package: str) -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 text = ast.get_docstring(node) or ""
-                if text and text.split()[0].rstrip(",") in CLAUSES:
-                    clauses.append(f"{module}: {text.splitlines()[0]}")
+                body = node.body if isinstance(node, ast.Module | ast.ClassDef) else []
+                fields = [
+                    x.value.value
+                    for x in body
+                    if isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant)
+                ]
+                for said in (text, *map(str, fields)):  # a field's docstring is a string below it
+                    if said.split() and said.split()[0].rstrip(",") in CLAUSES:
+                        clauses.append(f"{module}: {said.splitlines()[0]}")
     assert clauses == []
 
 

@@ -98,8 +98,8 @@ def constellation_logits(
             w_k rotated in the plane of `axis` and δ_j, by the angle from `axis` to δ_j (equations 8 and 9, read as a
             rotation). If the norm of `axis` or δ_j is at most 1e-12, slot j is w_k itself, and slot 0 wins the tie. If δ_j
             is opposite to `axis` (their unit vectors add up to a norm of at most 1e-12), the rotation is by π in the plane
-            of `axis` and the coordinate axis in which `axis` has its smallest component. "mlp": w_k + B relu(A [w_k / |w_k|; δ_j]), the paper's learned g; takes m + 1 matrix products
-            instead of one, in chunks of classes.
+            of `axis` and the coordinate axis in which `axis` has its smallest component. "mlp": w_k + B relu(A [w_k / |w_k|;
+            δ_j]), the paper's learned g; takes m + 1 matrix products instead of one, in chunks of classes.
         axis: the direction u of a rotation, shared by all classes, [d], floating-point; differentiable.
         mlp: the weights A [h, 2 d] and B [d, h] of an MLP, floating-point; differentiable.
         return_slots: also return the slot of each logit.

@@ -39,7 +39,8 @@ def constellation_topk(
 ) -> tuple[Tensor, ...]:
     """Return the k classes with the largest logits of each row, without materializing the logits.
 
-    The memory grows with B·k, not with B·K, so that a k near K saves none. Not differentiable. Ties are broken by the lower class. NaN counts as the largest value, as in `torch.topk`.
+    The memory grows with B·k, not with B·K, so that a k near K saves none. Not differentiable. Ties are broken by the lower
+    class. NaN counts as the largest value, as in `torch.topk`.
 
     Args:
         input, centers, displacements, tau, transform, axis, mlp, backend: as in `constellation_logits`.

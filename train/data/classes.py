@@ -23,9 +23,9 @@ class Numbering(NamedTuple):
     labels: dict[str, Tensor]
     """Split -> class numbers [n] int64."""
     sources: list[str]
-    """What the data call each class: its label or, in a list, its key."""
+    """The label of each class in the data or, in a list, its key."""
     names: list[str]
-    """What reports call each class."""
+    """The name of each class in reports."""
     notes: list[str]
 
 
