@@ -191,8 +191,11 @@ def cross_entropy(
     counted = (target != ignore_index).to(scores.dtype)
     if weight is not None:
         counted = counted * weight[torch.where(target == ignore_index, 0, target)]
-    if options.reduction != "none":
-        loss = loss.sum() if options.reduction == "sum" else loss.sum() / counted.sum()
+    if options.reduction == "sum":
+        loss = loss.sum()
+    elif options.reduction == "mean":
+        total = counted.sum()
+        loss = loss.sum() / torch.where(total == 0, torch.nan, total)
     lse = scores.logsumexp(1)
     return loss, torch.where(lse == torch.inf, torch.nan, lse)
 

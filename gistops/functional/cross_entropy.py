@@ -65,7 +65,8 @@ def constellation_cross_entropy(
             LDAM (Cao et al., NeurIPS 2019) with margins proportional to n_k^-1/4. "angle": τ cos(θ + margin), as in ArcFace
             (Deng et al., CVPR 2019), for margins from 0 to π; where θ + margin exceeds π, τ (cos θ - margin sin margin),
             as in the authors' code.
-        reduction: "mean" (weighted by the targets' `weight`, as in `F.cross_entropy`), "sum" or "none".
+        reduction: "mean" (weighted by the targets' `weight`, as in `F.cross_entropy`; NaN if these weights are all 0), "sum"
+            or "none".
         ignore_index: rows with this target do not count. If no row counts, the mean is NaN.
         label_smoothing: share of the target distribution that is spread evenly over all classes, from 0 to 1. On GPUs,
             torch.compile makes a graph for each value.
@@ -184,7 +185,10 @@ def _loss_from_parts(
         loss = loss.sum()
     elif options.reduction == "mean":
         counted = (~ignored).to(dtype) if scale is None else torch.where(ignored, 0, scale)
-        loss = loss.sum() / counted.sum()
+        total = counted.sum()
+        if scale is not None and smoothing > 0:  # otherwise the sum of the losses is 0 too
+            total = torch.where(total == 0, torch.nan, total)
+        loss = loss.sum() / total
     return loss, lse
 
 

@@ -88,6 +88,28 @@ def test_extreme_biases_and_margins(case: dict[str, Any], smoothing: float, back
                 assert not value.isfinite().all()
 
 
+@pytest.mark.parametrize("ignored", [0, 1])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_a_mean_of_targets_without_weight_is_nan(
+    smoothing: float, ignored: int, backend: str, seed: int
+) -> None:
+    """Loss and gradients are NaN where those of `F.cross_entropy` are. The gradient of an ignored row is zero."""
+    leaves = Sample(4, 9, 6, 0).tensors(seed)
+    target = torch.tensor([TARGET] * (4 - ignored) + [-100] * ignored)
+    weight = changed(torch.rand(9) + 0.5, {TARGET: 0.0})
+    loss = gistops.constellation_cross_entropy(
+        *leaves, target, weight=weight, label_smoothing=smoothing, backend=backend
+    )
+    logits = gistops.constellation_logits(*leaves, backend="reference")
+    true = F.cross_entropy(logits, target, weight, label_smoothing=smoothing)
+    assert true.isnan()
+    assert loss.isnan()  # type: ignore[union-attr]
+    grads = torch.autograd.grad(loss, leaves)  # type: ignore[arg-type]
+    for value, truth in zip(grads, torch.autograd.grad(true, leaves), strict=True):
+        assert torch.equal(value.isnan(), truth.isnan())
+        assert not value.nan_to_num().any()
+
+
 def close(value: Tensor, truth: Tensor) -> None:
     """Compare with a tolerance of 64 roundings, relative to each element, and to 1 and τ for sums that cancel."""
     torch.testing.assert_close(value.double(), truth, rtol=1e-5, atol=2e-4, equal_nan=True)
