@@ -122,6 +122,8 @@ def check_classifier(input: Tensor, classifier: Classifier) -> Classifier:
 
 def _with_tau(tau: object, input: Tensor, classifier: Classifier) -> Classifier:
     """Return the classifier with tau checked; a number becomes a tensor of the dtype of the logits."""
+    if _is_traced_scalar(tau):
+        tau = torch.as_tensor(tau).to(input.device, classifier.compute_dtype(input))
     if not isinstance(tau, Tensor):
         number = check_number("tau", tau, "a tensor of one element or a finite number above 0", SMALLEST)
         return classifier._replace(tau=on_device(number, classifier.compute_dtype(input), input.device))
@@ -205,6 +207,8 @@ def _margin(options: LossOptions, classes: int, input: Tensor) -> Tensor | float
     margin, angle = options.margin, options.margin_kind == "angle"
     if margin is None:
         return None
+    if _is_traced_scalar(margin):
+        margin = torch.as_tensor(margin).to(input.device, torch.promote_types(input.dtype, torch.float32))
     low, high = (0.0, PI) if angle else (-LARGEST, LARGEST)
     if not isinstance(margin, Tensor):
         number = "a number from 0 to π" if angle else "a finite number"
@@ -285,6 +289,8 @@ def check_integer(name: str, value: object, low: int, high: int | None = None) -
         TypeError: `value` is not an integer.
         ValueError: `value` is below `low` or above `high`.
     """
+    if _is_traced_scalar(value):
+        value = value.item()  # type: ignore[attr-defined]
     integer = isinstance(value, Integral) and not isinstance(value, bool)
     number = int(value) if integer else low  # type: ignore[call-overload]
     if integer and number >= low and (high is None or number <= high):
@@ -313,6 +319,8 @@ def check_number(name: str, value: object, expected: str, low: float, high: floa
         TypeError: `value` is not a real number; the message says what was `expected`.
         ValueError: `value` is NaN, below `low` or above `high`.
     """
+    if _is_traced_scalar(value):
+        value = value.item()  # type: ignore[attr-defined]
     if isinstance(value, bool) or not isinstance(value, (float, Real)):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
     try:
@@ -322,3 +330,8 @@ def check_number(name: str, value: object, expected: str, low: float, high: floa
     if not low <= number <= high:
         raise ValueError(f"{name}: expected {expected}, got {value}")
     return number
+
+
+def _is_traced_scalar(value: object) -> bool:
+    """Return True for a scalar of numpy in a compiled graph, where it is an array without dimensions."""
+    return torch.compiler.is_compiling() and type(value).__name__ == "ndarray" and value.ndim == 0  # type: ignore[attr-defined]

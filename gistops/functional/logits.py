@@ -93,7 +93,8 @@ def constellation_logits(
         displacements: displacements δ, shared by all classes, [m, d] with 0 <= m <= 255. If m is 0, this is a cosine
             classifier.
         tau: temperature τ > 0, a tensor of one element or a number, of Python or numpy. A tensor's value is checked on
-            the CPU in eager mode alone; elsewhere a τ of 0 gives logits of up to 1e-20, and a finite gradient of τ.
+            the CPU in eager mode alone; elsewhere a τ of 0 gives logits of up to 1e-20, and a finite gradient of τ. Inside
+            torch.compile, a scalar of numpy counts as a tensor.
         transform: the transform that makes slot j of a center and a displacement. "translation": w_k + δ_j. "rotation":
             w_k rotated in the plane of `axis` and δ_j, by the angle from `axis` to δ_j (equations 8 and 9, read as a
             rotation). If the norm of `axis` or δ_j is at most 1e-12, slot j is w_k itself, and slot 0 wins the tie. If δ_j

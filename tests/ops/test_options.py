@@ -90,6 +90,18 @@ def test_what_is_refused_is_named(
         loss(tensors, backend, **{name: value})
 
 
+@pytest.mark.parametrize("name", NUMBERS)
+def test_one_graph_takes_scalars_of_numpy(name: str, fused: str, seed: int) -> None:
+    """Where a tensor would do, they do not break the graph."""
+    tensors = Sample(B, K, 20, 2).tensors(seed, requires_grad=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=name in ("tau", "margin"), backend="eager")
+    for value in NUMBERS[name]:
+        if isinstance(value, np.generic):
+            made, expected = (call(tensors, fused, **{name: value}) for call in (compiled, loss))
+            torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("angle", ANGLES)
 def test_angles_outside_0_to_pi_are_refused(angle: float, backend: str, seed: int) -> None:
     tensors = Sample(B, K, 20, 2).tensors(seed)
