@@ -104,7 +104,7 @@ def scores(loss: LossCase, cosine: Tensor, tau: Tensor, t: Tensors, noise: Noise
             lowered = tau * (cosine - margin)
         else:
             limit = 1 - 1e-9
-            angle = torch.where(is_target, cosine, 0).clamp(-limit, limit).acos()
+            angle = noise(torch.where(is_target, cosine, 0).clamp(-limit, limit).acos())
             beyond = tau * (cosine - margin * margin.sin())
             lowered = torch.where(angle + margin > math.pi, beyond, tau * (angle + margin).cos())
         logits = torch.where(is_target, lowered, logits)

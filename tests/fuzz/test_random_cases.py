@@ -15,6 +15,7 @@ import gistops
 from . import oracle
 from .cases import Case, LossCase, cases, loss_cases
 from .conftest import Runner
+from .examples import LOSSES
 from .judge import FACTOR, bound, compare, compute_eps
 from .oracle import Noise, Tensors
 
@@ -86,11 +87,15 @@ def given_gradients(output: Tensor, t: Tensors) -> Tensors:
 
 
 def skipped(case: Case, name: str, gradient: Tensor) -> bool:
-    """Return True for a gradient that is checked to be finite alone: a rotation where its plane is not unique."""
+    """Return True for a gradient that is checked to be finite alone: a rotation where its plane is not unique.
+
+    The gradient of a zero vector, of the size 1e12, is infinite in float16.
+    """
     degenerate = case.d == 1 or "zero displacement" in case.specials
-    if case.classifier != "rotation" or not degenerate:
+    if case.classifier != "rotation" or not case.m or not degenerate:
         return False
-    assert gradient.isfinite().all(), f"gradient of {name}: expected finite values"
+    finite = ~gradient.isnan() if gradient.dtype == torch.float16 else gradient.isfinite()
+    assert finite.all(), f"gradient of {name}: expected finite values"
     return True
 
 
@@ -225,7 +230,7 @@ def check_loss(case: Case, loss: LossCase, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_losses(backend: str, run_cases: Runner) -> None:
-    run_cases(lambda case, loss: check_loss(case, loss, backend), case=cases(), loss=loss_cases())
+    run_cases(lambda case, loss: check_loss(case, loss, backend), LOSSES, case=cases(), loss=loss_cases())
 
 
 def check_topk(case: Case, share: float, bias: bool, backend: str) -> None:
