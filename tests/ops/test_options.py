@@ -92,7 +92,7 @@ def test_what_is_refused_is_named(
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_one_graph_takes_scalars_of_numpy(name: str, fused: str, seed: int) -> None:
-    """Where a tensor would do, they do not break the graph."""
+    """Options that may be tensors do not break the graph; the others may."""
     tensors = Sample(B, K, 20, 2).tensors(seed, requires_grad=False)
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=name in ("tau", "margin"), backend="eager")
