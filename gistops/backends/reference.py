@@ -27,6 +27,26 @@ def normalized(x: Tensor, dim: int) -> Tensor:
     return x / torch.where(norm == torch.inf, torch.nan, norm).clamp(min=1e-12)
 
 
+def lowest_equals(vectors: Tensor) -> Tensor:
+    """Return the lowest slot [..., M] that holds the same vector as each slot of vectors [..., M, d]."""
+    slots: list[Tensor] = []
+    for slot in range(vectors.shape[-2]):
+        equal = (vectors[..., :slot, :] == vectors[..., slot : slot + 1, :]).all(-1)
+        slots.append(F.pad(equal.to(torch.uint8), (0, 1), value=1).argmax(-1))  # the first of equal maxima
+    return torch.stack(slots, -1)
+
+
+def first_best(scores: Tensor, lowest: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest of scores [B, K, M] and its slot, [B, K] each.
+
+    Products sum equal columns in different orders, so that the higher of two slots with equal vectors may have the larger
+    score. `lowest_equals` [K, M] or [M] leads to the lower one.
+    """
+    slots = scores.argmax(dim=2, keepdim=True)
+    slots = lowest.expand(scores.shape).gather(2, slots)
+    return scores.gather(2, slots).squeeze(2), slots.squeeze(2).to(torch.uint8)
+
+
 def best_cosine(unit: Tensor, centers: Tensor, structure: Tensor) -> tuple[Tensor, Tensor]:
     """Return `max_j cos(f_i, w_k + δ_j)` and the lowest slot j that attains it, [B, K] each.
 
@@ -38,8 +58,7 @@ def best_cosine(unit: Tensor, centers: Tensor, structure: Tensor) -> tuple[Tenso
     vectors = centers[:, None, :] + structure  # [K, M, d]
     vectors = normalized(vectors, dim=2)
     scores = unit @ vectors.flatten(0, 1).T  # [B, K·M]
-    best, slots = scores.unflatten(1, vectors.shape[:2]).max(dim=2)
-    return best, slots.to(torch.uint8)
+    return first_best(scores.unflatten(1, vectors.shape[:2]), lowest_equals(structure))
 
 
 def constellation_logits(
@@ -85,8 +104,8 @@ def subcenter_logits(input: Tensor, centers: Tensor, tau: Tensor) -> tuple[Tenso
         unit = normalized(input.to(dtype), dim=1)
         vectors = normalized(centers.to(dtype), dim=2)
         scores = (unit @ vectors.flatten(0, 1).T).unflatten(1, centers.shape[:2])
-        best, slot = scores.max(dim=2)
-        return tau.to(dtype).reshape(()) * best, slot.to(torch.uint8)
+        best, slots = first_best(scores, lowest_equals(centers))
+        return tau.to(dtype).reshape(()) * best, slots
 
 
 def rotated_logits(

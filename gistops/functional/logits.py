@@ -108,7 +108,8 @@ def constellation_logits(
 
     Returns:
         Logits [..., K], float64 if input, centers, displacements, axis or a weight of the MLP is float64, otherwise float32.
-        With `return_slots` also slots [..., K], uint8. If several slots attain the maximum, the lowest is returned.
+        With `return_slots` also slots [..., K], uint8. If several slots attain the maximum, the lowest is returned: always
+        if their vectors are equal, and otherwise if their scores are equal after rounding.
 
     Raises:
         TypeError: an argument is not a dense floating-point tensor, or, where a number is expected, not a number.

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gistops
+from gistops.backends import reference
 
 from .oracle import Sample, operators
 
@@ -19,14 +20,29 @@ def run(tensors: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("m", [1, 3, 4, 6, 9])
-def test_ties_go_to_the_lowest_slot(m: int, fused: str, seed: int) -> None:
+def test_ties_go_to_the_lowest_slot(m: int, backend: str, seed: int) -> None:
     tensors = Sample(37, 530, 45, m).tensors(seed, requires_grad=False)
     tensors[2][-1] = tensors[2][0]  # the last displacement repeats the first
-    assert run(tensors, fused)[1].max() < m or m == 1
+    assert run(tensors, backend)[1].max() < m or m == 1
     tensors[2].zero_()  # every slot ties
-    logits, slots = run(tensors, fused)
+    logits, slots = run(tensors, backend)
     assert not slots.any()
     torch.testing.assert_close(logits, tensors[3] * F.normalize(tensors[0]) @ F.normalize(tensors[1]).T)
+
+
+def test_the_reference_takes_the_lowest_slot_of_equal_vectors_whatever_their_scores() -> None:
+    """A product may sum equal columns differently. Logit and gradient are those of the lowest slot."""
+    a, b, c, zero = (*torch.eye(4)[:3].tolist(), [0.0] * 4)
+    vectors = torch.tensor([[a, b, a, b], [c, zero, c, c], [a, [torch.nan] * 4, b, [torch.nan] * 4]])
+    lowest = reference.lowest_equals(vectors)
+    assert lowest.tolist() == [[0, 1, 0, 1], [0, 1, 0, 0], [0, 1, 2, 3]]
+    scores = torch.tensor([[[0.4, 0.5, 0.6, 0.2], [0.1, 0.1, 0.2, 0.3], [0.4, torch.nan, 0.3, 0.2]]])
+    scores.requires_grad_()
+    best, slots = reference.first_best(scores, lowest)
+    torch.testing.assert_close(best, torch.tensor([[0.4, 0.1, torch.nan]]), equal_nan=True)
+    assert slots.tolist() == [[0, 0, 1]]
+    best.sum().backward()
+    assert torch.equal(scores.grad, F.one_hot(slots.long(), 4).float())  # type: ignore[arg-type]
 
 
 def test_same_inputs_give_the_same_bits(fused: str, seed: int) -> None:
