@@ -50,6 +50,9 @@ class FrozenClassifier(Predictor):
     `ConstellationClassifier` or a `SubcenterClassifier` loads into its frozen copy, and the other way round. The read-only
     attributes of these names, such as `centers`, are copies too.
 
+    `torch.distributed.checkpoint` reads and writes the weights, except with `broadcast_from_rank0`, which sends parameters
+    and buffers alone: load the head, then freeze it.
+
     Norms are kept on the CPU alone, because a GPU computes them in the pass of the matrix product, and not for rotations
     and MLPs. A call whose input requires a gradient computes them anew, and so does a float64 input of float32 weights.
     """

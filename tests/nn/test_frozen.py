@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -25,6 +28,8 @@ from gistops.nn import (
     MaxCosineHead,
     SubcenterClassifier,
 )
+
+from ..processes import in_group
 
 D, K, B = 24, 67, 5
 HEADS: dict[str, Callable[[], MaxCosineHead]] = {
@@ -224,6 +229,27 @@ def test_distributed_checkpoints_read_and_write_a_frozen_head(
     assert state.keys() == model.state_dict().keys()
     set_model_state_dict(other, state, options=StateDictOptions(**options))
     assert torch.equal(other(x), model(x))
+
+
+def freeze_after_a_broadcast(rank: int) -> None:
+    """Load a head from rank 0 and freeze it; a head that is frozen before is refused on the other ranks."""
+    torch.manual_seed(rank)
+    model, options = nn.Sequential(HEADS["constellation"]()), StateDictOptions(full_state_dict=True)
+    options.broadcast_from_rank0 = True
+    state = model.state_dict() if rank == 0 else {}
+    set_model_state_dict(model, dict(state), options=options)
+    logits = [torch.empty(B, K) for _ in range(2)]
+    model[0] = model[0].freeze()
+    dist.all_gather(logits, model(torch.ones(B, D)).contiguous())
+    assert torch.equal(*logits)
+    names = r"Missing key\(s\) in state_dict: \"0.centers\", \"0.displacements\", \"0.raw_tau\""
+    with pytest.raises(RuntimeError, match=names) if rank else nullcontext():
+        set_model_state_dict(model, dict(state), options=options)
+
+
+@pytest.mark.cpu
+def test_a_broadcast_reaches_the_head_before_it_is_frozen(tmp_path: Path) -> None:
+    in_group(freeze_after_a_broadcast, 2, tmp_path)
 
 
 @every_head
