@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -100,24 +101,24 @@ def subcenter_step(arguments: Tensors, num_subcenters: int) -> Run:
     return run
 
 
-def linear_topk(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
+def linear_topk(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor, k: int) -> tuple[Tensor, ...]:
     """Compute the top classes of a plain linear classifier."""
-    return tuple(F.linear(x, w).topk(TOP_K, dim=1))
+    return tuple(F.linear(x, w).topk(k, dim=1))
 
 
-def topk_of_logits(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
+def topk_of_logits(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor, k: int) -> tuple[Tensor, ...]:
     """Compute the top classes from materialized logits."""
-    return tuple(logits.ours(x, w, delta, tau).topk(TOP_K, dim=1))
+    return tuple(logits.ours(x, w, delta, tau).topk(k, dim=1))
 
 
-def our_topk(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor) -> tuple[Tensor, ...]:
+def our_topk(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor, k: int) -> tuple[Tensor, ...]:
     """Compute the top classes by the CPU backend."""
-    return gistops.constellation_topk(x, w, delta, tau, TOP_K, backend="cpu")
+    return gistops.constellation_topk(x, w, delta, tau, k, backend="cpu")
 
 
-def our_probabilities(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor) -> Tensor:
+def our_probabilities(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor, k: int) -> Tensor:
     """Compute the probabilities of the top classes, normalized over all classes."""
-    values, _, _, lse = gistops.constellation_topk(x, w, delta, tau, TOP_K, return_lse=True, backend="cpu")
+    values, _, _, lse = gistops.constellation_topk(x, w, delta, tau, k, return_lse=True, backend="cpu")
     return (values - lse[:, None]).exp()
 
 
@@ -129,6 +130,6 @@ TOPK: dict[str, Callable[..., Any]] = {
 }
 
 
-def topk(name: str, arguments: Tensors) -> Run:
+def topk(name: str, arguments: Tensors, k: int = TOP_K) -> Run:
     """Return a call of a top-k implementation."""
-    return logits.forward(TOPK[name], arguments)
+    return logits.forward(functools.partial(TOPK[name], k=k), arguments)

@@ -35,3 +35,13 @@ def test_topk(size: Size, name: str, paired: Paired, tables: Tables) -> None:
     ratio, ms, n = paired(topk(name, arguments), topk("linear", arguments))
     title = f"Time of the top {TOP_K} classes, as a multiple of F.linear and topk's (ms; n)"
     tables.add(title, name, str(size), f"{ratio:.2f} ({ms:.3g} ms; {n})")
+
+
+@pytest.mark.parametrize("k", [1, 10, 100])
+def test_topk_against_logits(size: Size, k: int, paired: Paired, tables: Tables) -> None:
+    if k > size.K:
+        pytest.skip(f"K is {size.K}")
+    arguments = make_tensors(size)
+    ratio, ms, n = paired(topk("ours", arguments, k), topk("our logits, then topk", arguments, k))
+    title = "Time of the top k classes, as a multiple of our logits' and torch.topk's (ms; n)"
+    tables.add(title, f"k={k}", str(size), f"{ratio:.2f} ({ms:.3g} ms; {n})")
