@@ -34,7 +34,10 @@ class BackwardLauncher : protected OpLauncher<T> {
   using S = Sum<T>;
 
   // Allocate memory for chunks of at most `classes` classes; the shape is that of such a chunk.
-  void allocate(const RoutingShape& shape, int64_t classes, const GradOutputs<T>& out) {
+  //   t_class_major: the first pass writes the partials of T class by class
+  //   h: memory for H in rows of d elements, or null: it is allocated
+  void allocate(const RoutingShape& shape, int64_t classes, const GradOutputs<T>& out, bool t_class_major = false,
+                T* h = nullptr) {
     several_chunks_ = classes < p_.K();
     step_classes_ = kFusedProduct ? classes : std::min(classes, cached_gradients());
     correction_ = NormCorrectionShape(step_classes_, dim_tiles());
@@ -42,8 +45,9 @@ class BackwardLauncher : protected OpLauncher<T> {
     // Every chunk, and every step of a chunk, begins a new tile.
     const int64_t chunks = ceil_div(p_.K(), classes);
     const int64_t tiles = chunks * ceil_div(classes, step_classes_) * ceil_div(step_classes_, tile_classes());
+    const bool t_in_place = t_class_major && shape.row_tiles == 1;  // the sums overwrite the partials
     Scratch(workspace_)
-        .add(partials_.h, classes * ld_)
+        .add(partials_.h, h ? 0 : classes * ld_)
         .add(partials_.s, shape.groups * p_.M() * ld_)
         .add(partials_.t, shape.row_tiles * p_.M() * classes)
         .add(partials_.tau, shape.blocks())
@@ -51,7 +55,7 @@ class BackwardLauncher : protected OpLauncher<T> {
         .add(partials_.bias, out.class_bias ? shape.row_tiles * classes : 0)
         .add(partials_.margin, out.margin ? shape.row_tiles * classes : 0)
         .add(sums_.s, p_.M() * ld_)
-        .add(sums_.t, classes * p_.M())
+        .add(sums_.t, t_in_place ? 0 : classes * p_.M())
         .add(sums_.tau, 1)
         .add(sums_.cancelled, 1)
         .add(product_, out.input ? p_.B() * p_.d() : 0)
@@ -61,6 +65,10 @@ class BackwardLauncher : protected OpLauncher<T> {
     if (!out.class_bias) partials_.bias = nullptr;
     if (!out.margin) partials_.margin = nullptr;
     if (!displacements) displacement_partials_ = nullptr;
+    if (t_in_place) sums_.t = partials_.t;
+    if (h) partials_.h = h;
+    partials_.t_class_major = t_class_major;
+    partials_.h_class = h ? p_.d() : ld_;
     partials_.ld = sums_.ld = ld_;
     sums_.h = partials_.h;
     if (out.tau) sums_.tau = out.tau;
@@ -79,7 +87,8 @@ class BackwardLauncher : protected OpLauncher<T> {
     launch("reduce_partials", reduce_partials_kernel<T>, blocks(shape.blocks()), ReduceShape::kThreads, 0, stream_,
            shape, routing, source, partials_, sums, out.scalar_margin, first > 0);
     if (out.input) {
-      const Matrix h_transposed{partials_.h, p_.B(), K, 1, ld_}, centers{source.p.centers.data, K, p_.d(), p_.d(), 1};
+      const Matrix h_transposed{partials_.h, p_.B(), K, 1, partials_.h_class},
+          centers{source.p.centers.data, K, p_.d(), p_.d(), 1};
       workspace_.multiply(h_transposed, centers, product_, p_.d());
       launch("grad_input_epilogue",
              this->aligned() ? grad_input_epilogue_kernel<T, true> : grad_input_epilogue_kernel<T, false>,
@@ -136,12 +145,13 @@ class BackwardLauncher : protected OpLauncher<T> {
     tiles_done_ += tiles;
     const S* t = sums_.t + at * p_.M();
     if constexpr (kFusedProduct) {
-      const GradCentersInputs<T> inputs{step, partials_.h + at * ld_, ld_, t, sums_.cancelled};
+      const GradCentersInputs<T> inputs{step, partials_.h + at * partials_.h_class, partials_.h_class, t,
+                                        sums_.cancelled};
       const GradCentersOutputs<T> outputs{centers, partials};
       launch_grad_centers(stream_, this->aligned(), inputs, outputs);
     } else {
       if (centers) {
-        const Matrix h{partials_.h + at * ld_, classes, p_.B(), ld_, 1},
+        const Matrix h{partials_.h + at * partials_.h_class, classes, p_.B(), partials_.h_class, 1},
             input{p_.input.data, p_.B(), p_.d(), p_.d(), 1};
         workspace_.multiply(h, input, centers, p_.d());
       }

@@ -18,10 +18,14 @@ class CrossEntropyLauncher : private BackwardLauncher<T> {
       : Base(a, workspace), loss_(loss) {}
 
   void forward(const LossResults& results) {
-    const LseShape shape(p_.K());
-    const int64_t step = ceil_div(this->cached_classes(), shape.classes()) * shape.classes();
-    const int64_t scratch_classes = results.scores ? 0 : std::min(step, p_.K());  // whose scores are not kept
-    const int64_t tiles = ceil_div(p_.K(), shape.classes()), smoothed = loss_.label_smoothing > 0;
+    // Scores that are not kept for the backward are computed in chunks of classes that stay in the cache.
+    const int64_t step = results.scores ? p_.K() : std::min(this->cached_classes(), p_.K());
+    const LseShape shape(p_.K(), step);
+    const int64_t scratch_classes = results.scores ? 0 : step;
+    const int64_t chunk_partials = ceil_div(step, shape.group_classes);
+    const int64_t last_chunk = (p_.K() - 1) / step;
+    const int64_t tiles = last_chunk * chunk_partials + ceil_div(p_.K() - last_chunk * step, shape.group_classes);
+    const int64_t smoothed = loss_.label_smoothing > 0;
     const int64_t row_blocks = std::max<int64_t>(ceil_div(p_.B(), RowLossShape<S>::kRows), 1);
     S *input_dots, *products, *loss_partials;
     uint8_t* slots;
@@ -40,6 +44,7 @@ class CrossEntropyLauncher : private BackwardLauncher<T> {
         .add(loss_partials, row_blocks * 3)
         .add(blocks_done, 1)
         .allocate();
+    if (results.scores) products = static_cast<S*>(results.scores), slots = results.slots;
     S *center_rnorms = static_cast<S*>(results.center_rnorms), *input_rnorms = static_cast<S*>(results.input_rnorms);
     for (int64_t first = 0; first < p_.K(); first += step) {
       const Problem<T> p = this->chunk(first, step);
@@ -51,11 +56,8 @@ class CrossEntropyLauncher : private BackwardLauncher<T> {
                                  .blocks_done = first == 0 ? blocks_done : nullptr};
       this->launch_norms(p, first == 0, norms);
       if (p_.B() == 0) continue;
-      const ScoreInputs<T> inputs =
-          score_inputs(p, first, input_dots, center_rnorms, input_rnorms,
-                       results.scores ? static_cast<S*>(results.scores) + first * ld_ : products,
-                       results.scores ? results.slots + first * ld_ : slots);
-      launch_scores(shape, inputs, first, lse);
+      launch_scores(shape, score_inputs(p, first, input_dots, center_rnorms, input_rnorms, products, slots),
+                    results.parked, first, first / step * chunk_partials, lse);
     }
     const RowLossArgs<S> args{.B = p_.B(),
                               .classes = p_.K(),
@@ -84,10 +86,12 @@ class CrossEntropyLauncher : private BackwardLauncher<T> {
     out.margin = static_cast<S*>(loss_gradients.margin);
     out.scalar_margin = !loss_.margin_per_class;
     if (p_.B() == 0) return this->clear(out);
-    using Shape = RouteLossShape;
-    const int64_t recomputed = ceil_div(limits.recomputed / ld_ + 1, Shape::kClasses) * Shape::kClasses;
-    const int64_t step = saved.scores ? p_.K() : std::min(p_.K(), recomputed);
-    this->allocate(RoutingShape(step, p_.B(), Shape::kClasses, Shape::kRows), step, out);
+    // A chunk of recomputed scores is as large as memory allows.
+    const int64_t step = saved.scores ? p_.K() : std::min(p_.K(), limits.recomputed / ld_ + 1);
+    const int64_t tile_rows = row_tile();
+    RoutingShape shape(step, saved.parked ? 1 : p_.B(), ClassStream<T, 1>::kWarps, saved.parked ? 1 : tile_rows);
+    if (saved.parked) shape.row_passes = ceil_div(p_.B(), tile_rows);
+    this->allocate(shape, step, out, true, saved.parked ? static_cast<T*>(saved.scores) : nullptr);
     const S *center_rnorms = static_cast<const S*>(saved.center_rnorms),
             *input_rnorms = static_cast<const S*>(saved.input_rnorms);
     S *input_dots = nullptr, *scores = static_cast<S*>(saved.scores), *unused;
@@ -110,24 +114,24 @@ class CrossEntropyLauncher : private BackwardLauncher<T> {
     const LsePartials<S> no_partials{};
     for (int64_t first = 0; first < p_.K(); first += step) {
       const Problem<T> p = this->chunk(first, step);
-      if (!saved.scores) {
-        const ScoreInputs<T> inputs = score_inputs(p, first, input_dots, center_rnorms, input_rnorms, scores, slots);
-        launch_scores(LseShape(p_.K()), inputs, first, no_partials);
-      }
+      if (!saved.scores)
+        launch_scores(LseShape(step, step),
+                      score_inputs(p, first, input_dots, center_rnorms, input_rnorms, scores, slots), false, first, 0,
+                      no_partials);
       const GradSource<T> source{.p = p,
                                  .center_rnorms = center_rnorms + first,
                                  .ldr = p_.K(),
                                  .input_rnorms = input_rnorms,
                                  .scores = scores,
                                  .slots = slots,
-                                 .score_class = ld_,
+                                 .score_class = saved.parked ? parked_class() : ld_,
                                  .score_row = 1,
                                  .grad = nullptr,
                                  .softmax = softmax_grad(grads, saved, first)};
-      const RoutingShape shape(p.K(), p_.B(), Shape::kClasses, Shape::kRows);
-      launch("route_loss_grad", route_loss_grad_kernel<T>, blocks(shape.groups, shape.row_tiles), Shape::kThreads, 0,
-             stream_, shape, source, this->partials_);
-      this->add_chunk(shape, source, out, first);
+      const RoutingShape chunk_shape =
+          saved.scores ? shape : RoutingShape(p.K(), p_.B(), ClassStream<T, 1>::kWarps, tile_rows);
+      launch_route(chunk_shape, source, saved.parked);
+      this->add_chunk(chunk_shape, source, out, first);
     }
     this->finish(out);
   }
@@ -148,6 +152,7 @@ class CrossEntropyLauncher : private BackwardLauncher<T> {
     return {.p = p,
             .products = scores,
             .ld = ld_,
+            .score_class = slots ? ld_ : parked_class(),
             .input_dots = input_dots,
             .center_rnorms = center_rnorms + first,
             .ldr = p_.K(),
@@ -157,12 +162,47 @@ class CrossEntropyLauncher : private BackwardLauncher<T> {
             .slot_row = 1};
   }
 
+  // Return the distance between the parked scores of two classes, in sums: a row of the gradient of the centers.
+  int64_t parked_class() const { return p_.d() * static_cast<int64_t>(sizeof(T)) / static_cast<int64_t>(sizeof(S)); }
+
+  // Return the number of rows in a tile of the kernels over scores.
+  int64_t row_tile() const {
+    int64_t rows = 0;
+    with_slots<T>(p_.M(), [&](auto slots) { rows = ClassStream<T, slots>::kRows; });
+    return rows;
+  }
+
   // Make the products of a chunk, and the scores in their place.
-  void launch_scores(const LseShape& shape, const ScoreInputs<T>& inputs, int64_t first, const LsePartials<S>& lse) {
-    this->multiply_scores(inputs.p, inputs.products);
-    launch("lse_partials", lse_partials_kernel<T>,
-           blocks(ceil_div(inputs.p.K(), shape.classes()), ceil_div(p_.B(), ScoresShape::kRows)), ScoresShape::kThreads,
-           0, stream_, shape, inputs, terms(first), first / shape.classes(), lse);
+  void launch_scores(const LseShape& shape, const ScoreInputs<T>& inputs, bool park, int64_t first,
+                     int64_t first_partial, const LsePartials<S>& lse) {
+    const Matrix centers{inputs.p.centers.data, inputs.p.K(), p_.d(), p_.d(), 1},
+        input_transposed{p_.input.data, p_.d(), p_.B(), 1, p_.d()};
+    workspace_.multiply(centers, input_transposed, inputs.products, inputs.score_class);
+    with_slots<T>(p_.M(), [&](auto slots) {
+      const auto launch_kernel = [&](auto kernel) {
+        using Stream = ClassStream<T, slots>;
+        launch("lse_partials", kernel,
+               blocks(ceil_div(inputs.p.K(), shape.group_classes), ceil_div(p_.B(), int64_t{Stream::kRows})),
+               Stream::kThreads, 0, stream_, shape, inputs, terms(first), first_partial, lse);
+      };
+      if constexpr (sizeof(T) == 2) {
+        if (park) return launch_kernel(lse_partials_kernel<T, slots, true>);
+      }
+      launch_kernel(lse_partials_kernel<T, slots, false>);
+    });
+  }
+
+  void launch_route(const RoutingShape& shape, const GradSource<T>& source, bool parked) {
+    with_slots<T>(p_.M(), [&](auto slots) {
+      const auto launch_kernel = [&](auto kernel) {
+        launch("route_loss_grad", kernel, blocks(shape.groups, shape.row_tiles), ClassStream<T, slots>::kThreads, 0,
+               stream_, shape, source, this->partials_);
+      };
+      if constexpr (sizeof(T) == 2) {
+        if (parked) return launch_kernel(route_loss_grad_kernel<T, slots, true>);
+      }
+      launch_kernel(route_loss_grad_kernel<T, slots, false>);
+    });
   }
 
   SoftmaxGrad<S> softmax_grad(const LossOutputGrads& grads, const LossResults& saved, int64_t first_class) const {

@@ -34,6 +34,7 @@ class LogitsLauncher : private BackwardLauncher<T> {
       const ScoreInputs<T> inputs{.p = p,
                                   .products = products,
                                   .ld = ld_,
+                                  .score_class = ld_,
                                   .input_dots = input_dots,
                                   .center_rnorms = center_rnorms + first,
                                   .ldr = p_.K(),

@@ -1,15 +1,19 @@
 // The log-sum-exp over classes, in partials: one (maximum, sum of exponentials) per tile of classes and row.
 #pragma once
-#include "scores.cuh"
-#include "warp_reduce.cuh"
+#include <algorithm>
+
+#include "class_scores.cuh"
+#include "parked_scores.cuh"
 
 namespace gistops::cuda {
 
-// A block takes `tiles` tiles of scores of classes, so many that there are at most 1024 partials per row.
+// A block takes a group of classes: so few that a chunk of `step` classes fills a large GPU, but so many that there are
+// about 1024 partials per row at most.
 struct LseShape {
-  int64_t tiles;
-  explicit LseShape(int64_t K) : tiles(ceil_div(ceil_div(K, ScoresShape::kClasses), int64_t{1024})) {}
-  __host__ __device__ int64_t classes() const { return tiles * ScoresShape::kClasses; }
+  static constexpr int64_t kWarps = ClassStream<float, 1>::kWarps, kMostGroups = 256, kMostPartials = 1024;
+  int64_t group_classes;
+  LseShape(int64_t K, int64_t step)
+      : group_classes(ceil_div(std::max(ceil_div(step, kMostGroups), ceil_div(K, kMostPartials)), kWarps) * kWarps) {}
 };
 
 template <class S>
@@ -36,109 +40,157 @@ struct LsePartials {
   S* target_logits;            // [B], set for targets in range
 };
 
+// A shift below every finite score.
+template <class S>
+inline constexpr S kLowest = std::numeric_limits<S>::lowest();
+
 // Return x, or 0 for -inf: a shift that keeps exp(z - shift) defined where every score is -inf.
 template <class S>
 __device__ __forceinline__ S finite_or_zero(S x) {
   return x == -kInfinity<S> ? S(0) : x;
 }
 
-// Compute the scores of a chunk of classes, and their partials of the log-sum-exp without the target. The scores and
-// slots [K, ld] replace the products, for the backward.
+template <class T, int kSlots>
+struct LseShared {
+  using Stream = ClassStream<T, kSlots>;
+  using S = Sum<T>;
+  int target[Stream::kRows];  // the row's target in the chunk, or -1
+  TargetMarks marks;
+  uint8_t slots[Stream::kWarps][Stream::kRows];  // of a class with a cancelled pair
+  alignas(16) S weighted[Stream::kWarps][Stream::kRows];
+  union {
+    ClassRing<S, Stream::kQuads, false> rings[Stream::kWarps];  // of products
+    struct {
+      alignas(16) S shift[Stream::kWarps][Stream::kRows], exp_sum[Stream::kWarps][Stream::kRows];
+    };  // after them
+  };
+};
+
+// Compute the scores of a chunk of classes, and their partials of the log-sum-exp without the target. The scores
+// replace the products, for the backward; the slots are stored beside them, or with them if kParked.
 //
-// Grid: (groups of shape.classes() classes, tiles of 128 rows). Block: 256 threads; a thread has four rows and every
-// eighth class. The chunk's partials begin at first_partial.
-template <class T>
-__global__ void __launch_bounds__(ScoresShape::kThreads, sizeof(T) == 8 ? 1 : 2)
+// A lane sums exp(z - shift), where the shift is a score so far, at most kHeadroom below the largest: the sum is
+// rescaled only when a score exceeds it by more.
+//
+// Grid: (groups of shape.group_classes classes, tiles of rows). Block: 256 threads. The chunk's partials begin at
+// first_partial.
+template <class T, int kSlots, bool kParked>
+__global__ void __launch_bounds__(ClassStream<T, kSlots>::kThreads, ClassStream<T, kSlots>::kBlocks)
     lse_partials_kernel(LseShape shape, ScoreInputs<T> in, LossTerms<Sum<T>> terms, int64_t first_partial,
                         LsePartials<Sum<T>> out) {
   using S = Sum<T>;
-  using Shape = ScoresShape;
-  constexpr S kNone = -kInfinity<S>;
-  __shared__ __align__(16) ScoresTile<S> tile;
-  __shared__ S maxima[Shape::kWarps][Shape::kRows];
-  __shared__ S exp_sums[Shape::kWarps][Shape::kRows];
-  __shared__ S weighted_sums[Shape::kWarps][Shape::kRows];
+  using Stream = ClassStream<T, kSlots>;
+  constexpr int kQuads = Stream::kQuads, kQuadRows = Stream::kQuadRows, kRows = Stream::kRows;
+  constexpr int kWarps = Stream::kWarps, kStages = ClassRing<S, kQuads, false>::kStages;
+  constexpr S kHeadroom = 16;
+  __shared__ LseShared<T, kSlots> shared;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
-  const int B = static_cast<int>(in.p.B()), K = static_cast<int>(in.p.K()), block = static_cast<int>(blockIdx.x);
-  const int first_row = static_cast<int>(blockIdx.y) * Shape::kRows, thread_row = first_row + lane * 4;
-  const int begin = block * static_cast<int>(shape.classes()), end = min(begin + static_cast<int>(shape.classes()), K);
-  int target[4];
-  S max[4], exp_sum[4] = {}, weighted[4] = {};
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    max[e] = kNone;
-    target[e] = thread_row + e < B ? terms.target_in_chunk(thread_row + e) : -1;
-  }
-#pragma unroll 1
-  for (int first_class = begin; first_class < end; first_class += Shape::kClasses) {
-    S z[Shape::kClassesPerThread][4];
-    int slot[Shape::kClassesPerThread][4];
-    compute_scores(in, tile, first_class, first_row, z, slot);
-    S bias[Shape::kClassesPerThread], weight[Shape::kClassesPerThread];
-#pragma unroll
-    for (int c = 0; c < Shape::kClassesPerThread; ++c) {
-      const int k = first_class + warp + c * Shape::kWarps;
-      bias[c] = terms.bias && k < K ? terms.bias[terms.first_class + k] : S(0);
-      weight[c] = k >= K ? S(0) : terms.smoothed && terms.weight ? terms.weight[terms.first_class + k] : S(1);
-      if (k >= K || thread_row >= in.ld) continue;
-      S values[4];
-      alignas(4) uint8_t bytes[4];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        values[e] = thread_row + e < B ? z[c][e] : S(0);
-        bytes[e] = thread_row + e < B ? static_cast<uint8_t>(slot[c][e]) : uint8_t{0};
-      }
-      store_sums<true>(in.products + int64_t{k} * in.ld + thread_row, 0, 4, values);
-      *reinterpret_cast<uchar4*>(in.slots + k * in.slot_class + thread_row) = *reinterpret_cast<const uchar4*>(bytes);
-    }
-    if (!out.max) continue;
-    // Reading the weights twice takes fewer registers.
-    constexpr bool kReload = sizeof(S) == 8 && !kFitsIn128Registers;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      S scores[Shape::kClassesPerThread], new_max = max[e];
-#pragma unroll
-      for (int c = 0; c < Shape::kClassesPerThread; ++c) {
-        const int k = first_class + warp + c * Shape::kWarps;
-        scores[c] = k < K ? z[c][e] + bias[c] : kNone;
-        if (k == target[e] && k < K) {
-          scores[c] = kNone;
-          out.target_logits[thread_row + e] = z[c][e];
-        }
-        new_max = scores[c] > new_max ? scores[c] : new_max;
-        if (terms.smoothed && k < K) {
-          if constexpr (kReload) weight[c] = terms.weight ? terms.weight[terms.first_class + k] : S(1);
-          weighted[e] = fma(weight[c], z[c][e], weighted[e]);
-        }
-      }
-      const S shift = finite_or_zero(new_max);
-      S new_sum = exp_sum[e] * exp(max[e] - shift);
-#pragma unroll
-      for (int c = 0; c < Shape::kClassesPerThread; ++c)
-        new_sum += exp(scores[c] - shift);  // a NaN that is not in the maximum shows here
-      exp_sum[e] = new_sum, max[e] = new_max;
-    }
-  }
-  if (!out.max) return;
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    maxima[warp][lane * 4 + e] = max[e];
-    exp_sums[warp][lane * 4 + e] = exp_sum[e];
-    weighted_sums[warp][lane * 4 + e] = weighted[e];
+  const int B = static_cast<int>(in.p.B()), K = static_cast<int>(in.p.K()), group = static_cast<int>(blockIdx.x);
+  const int first_row = static_cast<int>(blockIdx.y) * kRows, group_classes = static_cast<int>(shape.group_classes);
+  const int begin = group * group_classes, end = min(begin + group_classes, K);
+  const bool tail = first_row + kRows > B;
+  shared.marks.clear(thread);
+  __syncthreads();
+  if (thread < kRows) {
+    shared.target[thread] = first_row + thread < B ? terms.target_in_chunk(first_row + thread) : -1;
+    if (shared.target[thread] >= 0) shared.marks.set(shared.target[thread]);
   }
   __syncthreads();
-  const int64_t at = (first_partial + block) * B + first_row + thread;
-  if (thread < Shape::kRows && first_row + thread < B) {
-    S new_max = maxima[0][thread], all_sum = 0, all_weighted = 0;
+  const ClassValues<S> values(in.center_rnorms, in.ldr, in.p.M(), terms.bias, terms.smoothed ? terms.weight : nullptr,
+                              terms.first_class, lane);
+  ClassScores<T, kSlots> scores(in, values, first_row, lane);
+  S shift[kQuads][4], exp_sum[kQuads][4] = {};
 #pragma unroll
-    for (int w = 1; w < Shape::kWarps; ++w) new_max = maxima[w][thread] > new_max ? maxima[w][thread] : new_max;
-    const S shift = finite_or_zero(new_max);
+  for (int q = 0; q < kQuads; ++q)
 #pragma unroll
-    for (int w = 0; w < Shape::kWarps; ++w) {
-      all_sum = fma(exp_sums[w][thread], exp(maxima[w][thread] - shift), all_sum);
-      all_weighted += weighted_sums[w][thread];
+    for (int e = 0; e < 4; ++e) shift[q][e] = kLowest<S>, shared.weighted[warp][q * kQuadRows + lane * 4 + e] = S(0);
+  const auto add = [&](const S* products, S value, int k) {
+    S z[kQuads][4];
+    int slot[kQuads][4];
+    scores(products, value, k, shared.slots[warp], z, slot);
+    const bool is_target = shared.marks.get(k);
+    const S bias = __shfl_sync(~0u, value, ClassValues<S>::kBiasLane);
+    const S weight = terms.smoothed ? __shfl_sync(~0u, value, ClassValues<S>::kWeightLane) : S(0);
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      if (q > 0 && first_row + q * kQuadRows >= B) break;
+      S x[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[e] = z[q][e] + bias - shift[q][e];
+      if (is_target) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (shared.target[q * kQuadRows + lane * 4 + e] != k) continue;
+          x[e] = -kInfinity<S>;
+          if (out.max) out.target_logits[scores.row(q, e)] = z[q][e];
+        }
+      }
+      store_scores<kParked>(in, k, scores.row(q, 0), z[q], slot[q]);
+      if (!out.max) continue;
+      bool exceeds = false;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) exceeds |= x[e] > kHeadroom;
+      if (__any_sync(~0u, exceeds)) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (!(x[e] > kHeadroom)) continue;
+          const S score = z[q][e] + bias;
+          exp_sum[q][e] *= exp(shift[q][e] - score);
+          shift[q][e] = score, x[e] = score - score;  // NaN if infinite
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) exp_sum[q][e] += exp_of<T>(x[e]);
+      if (!terms.smoothed) continue;
+      S weighted[4];
+      S* sums = &shared.weighted[warp][q * kQuadRows + lane * 4];
+      load_sums<true>(sums, 0, 0, weighted);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) weighted[e] = fma(weight, z[q][e], weighted[e]);
+      store_sums<true>(sums, 0, 0, weighted);
     }
-    out.max[at] = new_max, out.sum[at] = all_sum;
+  };
+  auto& ring = shared.rings[warp];
+  const S* next_products = in.products + (begin + warp) * in.score_class + first_row;
+  const auto copy_next = [&](int k, int stage) {
+    ring.copy(stage, k < end ? next_products : nullptr, nullptr, B - first_row, lane);
+    next_products += kWarps * in.score_class;
+  };
+#pragma unroll
+  for (int stage = 0; stage + 1 < kStages; ++stage) copy_next(begin + warp + stage * kWarps, stage);
+  S next_value = begin + warp < end ? values(begin + warp) : S(0);
+  int stage = 0;
+#pragma unroll 1
+  for (int k = begin + warp; k < end; k += kWarps) {
+    ring.wait();
+    if (tail) scores.clear_tail(ring.sums[stage]);
+    copy_next(k + (kStages - 1) * kWarps, stage == 0 ? kStages - 1 : stage - 1);
+    const S value = next_value;
+    if (k + kWarps < end) next_value = values(k + kWarps);
+    add(ring.sums[stage], value, k);
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+  }
+  copy_async_wait<0>();
+  __syncthreads();
+  if (!out.max) return;
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const int row = q * kQuadRows + lane * 4;
+    store_sums<true>(shared.shift[warp], row, 0, shift[q]);
+    store_sums<true>(shared.exp_sum[warp], row, 0, exp_sum[q]);
+  }
+  __syncthreads();
+  const int64_t at = (first_partial + group) * B + first_row + thread;
+  if (thread < kRows && first_row + thread < B) {
+    S max = shared.shift[0][thread], sum = 0, all_weighted = 0;
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) max = shared.shift[w][thread] > max ? shared.shift[w][thread] : max;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      sum = fma(shared.exp_sum[w][thread], exp(shared.shift[w][thread] - max), sum);
+      all_weighted += shared.weighted[w][thread];
+    }
+    out.max[at] = sum == S(0) ? -kInfinity<S> : max, out.sum[at] = sum;
     if (terms.smoothed) out.weighted[at] = all_weighted;
   }
   if (!terms.smoothed || blockIdx.y > 0 || warp > 0) return;
@@ -149,7 +201,7 @@ __global__ void __launch_bounds__(ScoresShape::kThreads, sizeof(T) == 8 ? 1 : 2)
     if (terms.bias) biases = fma(weight, terms.bias[terms.first_class + k], biases);
   }
   weights = warp_sum(weights), biases = warp_sum(biases);
-  if (lane == 0) out.weight_sums[first_partial + block] = weights, out.bias_sums[first_partial + block] = biases;
+  if (lane == 0) out.weight_sums[first_partial + group] = weights, out.bias_sums[first_partial + group] = biases;
 }
 
 }  // namespace gistops::cuda

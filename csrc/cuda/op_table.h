@@ -67,6 +67,7 @@ struct LossResults {
   bool* targets_in_range;     // [1]
   void* scores;               // [K, padded_rows(B)] sums; null: not kept for the backward
   uint8_t* slots;             // in the shape of scores; null: not kept
+  bool parked;                // instead, scores is the memory of the gradient of the centers, which holds the slots too
   void* center_rnorms;        // [M, K]
   void* input_rnorms;         // [B]
   void *row_stats, *scalars;  // [2, B], or [5, B] with a margin; [2]: as in softmax_grad.cuh

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(ReduceShape::kThreads)
   } else if (block < shape.s_blocks + shape.class_blocks) {
     const int64_t at = (block - shape.s_blocks) * ReduceShape::kThreads + thread;
     if (at < K * M) {
-      const int64_t j = at / K, k = at % K;
+      const int64_t j = partials.t_class_major ? at % M : at / K, k = partials.t_class_major ? at / M : at % K;
       S sum = 0;
       for (int64_t tile = 0; tile < routing.row_tiles; ++tile) sum += partials.t[tile * K * M + at];
       const S r = in.center_rnorms[j * in.ldr + k];

@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(RouteLogitsShape<T>::kThreads, sizeof(T) == 8 
           const S r = k < K ? in.center_rnorms[slot[c] * in.ldr + k] : S(0), gz = grad[c] * z[c];
           const S h = r < S(0) ? S(0) : tau * grad[c] * r * input_rnorm;
           if (first == 0) {
-            transposed[c * kWarp + lane][row] = rounded_weight<T>(h, r, input_rnorm);
+            const bool clamped = r >= max_rnorm<S>() || input_rnorm >= max_rnorm<S>();
+            transposed[c * kWarp + lane][row] = rounded_weight<T>(h, clamped);
             gz_sum += gz;
             cancelled |= r < S(0);
           }

@@ -20,12 +20,10 @@ namespace gistops::cuda {
 // 1e12 times the others; in float16 it is limited to the largest number, because infinity times a zero in the same
 // product is NaN. Other weights may become infinite, which tells a gradient scaler to lower its scale.
 template <class T>
-__device__ __forceinline__ T rounded_weight(Sum<T> h, Sum<T> center_rnorm, Sum<T> input_rnorm) {
-  using S = Sum<T>;
+__device__ __forceinline__ T rounded_weight(Sum<T> h, bool clamped) {
   if constexpr (__is_same(T, f16)) {
-    constexpr S kLargest = 65504;
-    const bool clamped = center_rnorm >= max_rnorm<S>() || input_rnorm >= max_rnorm<S>();
-    if (clamped && magnitude(h) > kLargest) h = h < S(0) ? -kLargest : kLargest;
+    constexpr float kLargest = 65504;
+    if (clamped && magnitude(h) > kLargest) h = h < 0 ? -kLargest : kLargest;
   }
   return narrow<T>(h);
 }
@@ -72,10 +70,12 @@ struct GradSource {
 template <class T>
 struct RoutedSums {
   using S = Sum<T>;
-  T* h;            // [K, ld]; zeros from B on; no partials
-  int64_t ld;      // of H and S
-  S* s;            // partials [groups, M, ld], sums [M, ld]
-  S* t;            // partials [row tiles, M, K], sums [K, M]
+  T* h;             // [K, ld], in rows of length h_class; zeros from B on; no partials
+  int64_t h_class;  // ld, or d where H lies in the gradient of the centers
+  int64_t ld;       // of S
+  S* s;             // partials [groups, M, ld], sums [M, ld]
+  S* t;             // partials [row tiles, M, K], or [row tiles, K, M] if t_class_major; sums [K, M]
+  bool t_class_major;
   S* tau;          // partials [blocks], sum [1]
   int* cancelled;  // [blocks], then [1]: true if any pair cancels
   S* bias;         // partials [row tiles, K], sums [K]; or null
@@ -86,6 +86,7 @@ struct RoutedSums {
 struct RoutingShape {
   static constexpr int kThreads = 256, kWarps = kThreads / kWarp, kSlots = 8;
   int64_t tiles, tiles_per_group, groups, row_tiles;
+  int64_t row_passes = 1;  // tiles of rows that a block takes, one after the other; they count as one in row_tiles
 
   // Enough groups to fill the device, but no more, because each has a partial of S: with many row tiles few groups.
   RoutingShape(int64_t classes, int64_t rows, int64_t tile_classes, int64_t tile_rows)

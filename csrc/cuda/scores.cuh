@@ -22,8 +22,9 @@ template <class T>
 struct ScoreInputs {
   using S = Sum<T>;
   Problem<T> p;
-  S* products;             // [K, ld]  P; overwritten with z where a pair cancels
+  S* products;             // [K, ld]  P, in rows of length score_class; overwritten with z where a pair cancels
   int64_t ld;              // B rounded up to whole vectors
+  int64_t score_class;     // ld, or more where scores are parked
   const S* input_dots;     // [M, ld]  Q
   const S* center_rnorms;  // [M, ldr] R
   int64_t ldr;
@@ -49,30 +50,40 @@ __device__ __forceinline__ Sum<T> dot_with_slot(const T* f, const T* w, const T*
   return warp_sum(sum);
 }
 
+// Return the score z of a class with a cancelled pair and a row, from the elements of w_k + delta_j, and set its slot;
+// by all lanes of a warp. Inputs: ScoreInputs, or the GradSource of the backward.
+template <class Inputs>
+__device__ __forceinline__ typename Inputs::S score_cancelled_pair(const Inputs& in, int64_t k, int64_t i, int lane,
+                                                                   uint8_t& slot) {
+  using S = typename Inputs::S;
+  const auto& p = in.p;
+  S best = 0;
+  slot = 0;
+  for (int64_t j = 0; j < p.M(); ++j) {
+    const auto* delta = j ? p.displacements.data + (j - 1) * p.d() : nullptr;
+    const S dot = dot_with_slot(p.input.data + i * p.d(), p.centers.data + k * p.d(), delta, p.d(), lane);
+    const S score = dot * magnitude(in.center_rnorms[j * in.ldr + k]);
+    if (j == 0 || score > best || score != score) best = score, slot = static_cast<uint8_t>(j);
+  }
+  return best * (load_tau(p.tau) * in.input_rnorms[i]);
+}
+
 // Score the classes of the tile that have a cancelled pair, from the elements of w_k + delta_j; by all threads of the
 // block. Writes in.products and in.slots.
 template <class T>
 __device__ __forceinline__ void score_cancelled(const ScoreInputs<T>& in, const int* cancelled, int64_t first_class,
                                                 int64_t first_row) {
-  using S = Sum<T>;
   using Shape = ScoresShape;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  const Problem<T>& p = in.p;
   for (int c = 0; c < Shape::kClasses; ++c) {
     if (!cancelled[c]) continue;
-    const int64_t k = first_class + c, last = min(first_row + Shape::kRows, p.B());
+    const int64_t k = first_class + c, last = min(first_row + Shape::kRows, in.p.B());
     for (int64_t i = first_row + warp; i < last; i += Shape::kWarps) {
-      S best = 0;
-      int slot = 0;
-      for (int64_t j = 0; j < p.M(); ++j) {
-        const T* delta = j ? p.displacements.data + (j - 1) * p.d() : nullptr;
-        const S dot = dot_with_slot(p.input.data + i * p.d(), p.centers.data + k * p.d(), delta, p.d(), lane);
-        const S score = dot * magnitude(in.center_rnorms[j * in.ldr + k]);
-        if (j == 0 || score > best || score != score) best = score, slot = static_cast<int>(j);
-      }
+      uint8_t slot;
+      const Sum<T> z = score_cancelled_pair(in, k, i, lane, slot);
       if (lane == 0) {
-        in.products[k * in.ld + i] = best * (load_tau(p.tau) * in.input_rnorms[i]);
-        in.slots[k * in.slot_class + i * in.slot_row] = static_cast<uint8_t>(slot);
+        in.products[k * in.score_class + i] = z;
+        in.slots[k * in.slot_class + i * in.slot_row] = slot;
       }
     }
   }
@@ -97,7 +108,7 @@ __device__ __forceinline__ void compute_scores(const ScoreInputs<T>& in, ScoresT
     for (int c = 0; c < kClassesPerThread; ++c) {
       const int k = first_class + warp + c * Shape::kWarps;
       if (k < K && thread_row < in.ld) {
-        load_sums<true>(in.products + int64_t{k} * in.ld + thread_row, 0, 4, products[c]);
+        load_sums<true>(in.products + k * in.score_class + thread_row, 0, 4, products[c]);
       } else {
 #pragma unroll
         for (int e = 0; e < 4; ++e) products[c][e] = 0;

@@ -63,6 +63,11 @@ struct SoftmaxGrad {
     return out;
   }
 
+  // Return the gradient of a row beyond the batch: G is 0.
+  __device__ __forceinline__ SoftmaxGradRow<S> no_row() const {
+    return {S(0), S(0), kInfinity<S>, S(0), S(0), S(0), S(0), -1};
+  }
+
   // Return G for class k of the chunk, which is not the target, and its score z without bias.
   __device__ __forceinline__ S other_class_grad(const SoftmaxGradRow<S>& row, int64_t k, S z) const {
     const S score = bias ? z + bias[first_class + k] : z;

@@ -34,4 +34,26 @@ __device__ __forceinline__ S warp_sum_of_8(const S (&x)[8], int lane) {
   return one + __shfl_xor_sync(~0u, one, 1);
 }
 
+// Sum kCount values per lane over the warp: lanes for which warp_sum_owner is true return the sum of
+// x[warp_sum_index(lane)], in lanes of their own.
+template <int kCount>
+__device__ __forceinline__ bool warp_sum_owner(int lane) {
+  return kCount == 1 ? lane == 0 : lane % 4 == 0 && lane / 4 < kCount;
+}
+template <int kCount>
+__device__ __forceinline__ int warp_sum_index(int lane) {
+  return kCount == 1 ? 0 : lane / 4;
+}
+template <int kCount, class S>
+__device__ __forceinline__ S warp_sum_of(const S (&x)[kCount], int lane) {
+  if constexpr (kCount == 1) {
+    return warp_sum(x[0]);
+  } else {
+    S eight[8] = {};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) eight[i] = x[i];
+    return warp_sum_of_8(eight, lane);
+  }
+}
+
 }  // namespace gistops::cuda

@@ -142,6 +142,7 @@ gc::LossResults results(const py::dict& x) {
           static_cast<bool*>(data(x["targets_in_range"])),
           data(x["scores"]),
           static_cast<uint8_t*>(data(x["slots"])),
+          false,
           data(x["center_rnorms"]),
           data(x["input_rnorms"]),
           data(x["row_stats"]),

@@ -39,6 +39,10 @@ inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
   __syncwarp();  // until here the other lanes' rows are read
 }
 
+inline float exp2_approx(float x) {
+  const float y = std::exp2(x);
+  return y < 1.17549435e-38f ? 0.0f : y;
+}
 inline void load_matrix_x4(uint32_t (&r)[4], const void* row) { load_matrices(r, row, false); }
 inline void load_matrix_x4_trans(uint32_t (&r)[4], const void* row) { load_matrices(r, row, true); }
 struct Operands {
