@@ -1,7 +1,7 @@
 // The part of the backward that the logits and the losses share: from the partials of the first pass to the gradients,
 // for one chunk of classes after another.
 #pragma once
-#include "grad_centers.cuh"
+#include "grad_centers_launch.cuh"
 #include "grad_epilogues.cuh"
 #include "norm_correction.cuh"
 #include "op_launcher.cuh"
@@ -41,6 +41,7 @@ class BackwardLauncher : protected OpLauncher<T> {
     several_chunks_ = classes < p_.K();
     step_classes_ = kFusedProduct ? classes : std::min(classes, cached_gradients());
     correction_ = NormCorrectionShape(step_classes_, dim_tiles());
+    if constexpr (kFusedProduct) plan_ = plan_grad_centers<T>(p_.B(), classes, p_.d(), p_.m(), this->aligned(), h);
     const bool displacements = out.displacements && p_.m();
     // Every chunk, and every step of a chunk, begins a new tile.
     const int64_t chunks = ceil_div(p_.K(), classes);
@@ -127,7 +128,7 @@ class BackwardLauncher : protected OpLauncher<T> {
   // float32. In other types the library writes the product into the memory of the gradient.
   static constexpr bool kFusedProduct = sizeof(T) == 2;
 
-  int64_t tile_classes() const { return kFusedProduct ? kGradCentersClasses : correction_.classes; }
+  int64_t tile_classes() const { return kFusedProduct ? plan_.classes : correction_.classes; }
   int64_t dim_tiles() const { return ceil_div(p_.d(), NormCorrectionShape::kVectors * kVector<T>); }
 
   // Compute the gradient of the centers (null: not needed) of one step of a chunk, and the displacements' partials. A
@@ -148,7 +149,7 @@ class BackwardLauncher : protected OpLauncher<T> {
       const GradCentersInputs<T> inputs{step, partials_.h + at * partials_.h_class, partials_.h_class, t,
                                         sums_.cancelled};
       const GradCentersOutputs<T> outputs{centers, partials};
-      launch_grad_centers(stream_, this->aligned(), inputs, outputs);
+      launch_grad_centers(stream_, plan_, this->aligned(), inputs, outputs);
     } else {
       if (centers) {
         const Matrix h{partials_.h + at * partials_.h_class, classes, p_.B(), partials_.h_class, 1},
@@ -169,6 +170,7 @@ class BackwardLauncher : protected OpLauncher<T> {
   }
 
   NormCorrectionShape correction_{1, 1};
+  GradCentersPlan plan_;
   bool several_chunks_ = false;
   int64_t step_classes_ = 0, tiles_done_ = 0;
   S *product_ = nullptr, *total_ = nullptr;

@@ -8,7 +8,6 @@
 // which is summed before it is weighted, and from their rows, to both gradients.
 #pragma once
 #include "grad_centers_product.cuh"
-#include "launch.cuh"
 
 namespace gistops::cuda {
 
@@ -233,28 +232,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     grad_centers_kernel(GradCentersInputs<typename Shape::T> in, GradCentersOutputs<typename Shape::T> out) {
   GISTOPS_DYNAMIC_SHARED(typename Shape::Shared, shared);
   GradCenters<Shape, kVectors>(in, out, *shared).run();
-}
-
-template <class Shape, bool kVectors>
-void launch_grad_centers_kernel(void* stream, const GradCentersInputs<typename Shape::T>& in,
-                                const GradCentersOutputs<typename Shape::T>& out) {
-  const Problem<typename Shape::T>& p = in.source.p;
-  launch("grad_centers", grad_centers_kernel<Shape, kVectors>,
-         blocks(ceil_div(p.K(), Shape::kClasses) * ceil_div(p.d(), Shape::kDims)), Shape::kThreads, Shape::kSharedBytes,
-         stream, in, out);
-}
-
-// Launch the kernel with the best shape. Wide tiles read less; narrow ones keep the device busy when the problem is
-// small.
-template <class T>
-void launch_grad_centers(void* stream, bool vectors, const GradCentersInputs<T>& in, const GradCentersOutputs<T>& out) {
-  using Narrow = GradCentersShape<T, 64>;
-  if (!vectors) return launch_grad_centers_kernel<Narrow, false>(stream, in, out);
-  using Wide = GradCentersShape<T, 128>;
-  constexpr int64_t kEnoughBlocks = 256;
-  const int64_t wide_blocks = ceil_div(in.source.p.K(), Wide::kClasses) * ceil_div(in.source.p.d(), Wide::kDims);
-  wide_blocks >= kEnoughBlocks ? launch_grad_centers_kernel<Wide, true>(stream, in, out)
-                               : launch_grad_centers_kernel<Narrow, true>(stream, in, out);
 }
 
 }  // namespace gistops::cuda

@@ -1,6 +1,6 @@
 // The last kernels of the backward: the gradients of the input and of the displacements.
 #pragma once
-#include "routing.cuh"
+#include "cancelled.cuh"
 #include "vector.cuh"
 #include "warp_reduce.cuh"
 
@@ -52,9 +52,8 @@ __global__ void __launch_bounds__(EpilogueShape::kThreads, 1)
   if (*cancelled) {
     for (int64_t first = 0; first < K; first += Shape::kThreads) {
       __syncthreads();
-      S weight = 0;
       int slot = 0;
-      if (first + thread < K) weight = in.cancelled_weight(first + thread, i, slot);
+      const S weight = cancelled_weight(in, first + thread, i, first + thread < K, slot);
       weights[thread] = weight, slots[thread] = slot;
       if (!__syncthreads_or(weight != S(0))) continue;
       for (int c = 0; c < Shape::kThreads; ++c) {

@@ -42,6 +42,7 @@ struct GradSource {
   int64_t score_class, score_row;
   const S* grad;  // gradient of the logits; null: softmax gives the gradient of a loss
   SoftmaxGrad<S> softmax;
+  bool scores_gone = false;  // scores and slots are overwritten once H is known; grad is null
 
   // Return a slot from memory, or the last slot instead of one that does not exist: slots from a caller must not lead
   // to a read out of bounds.
@@ -54,13 +55,17 @@ struct GradSource {
     const int64_t at = k * score_class + i * score_row;
     slot = valid_slot(slots[at]);
     const S r = center_rnorms[slot * ldr + k];
-    if (!(r < S(0))) return S(0);
+    return r < S(0) ? weight(k, i, r, grad ? S(0) : scores[at]) : S(0);
+  }
+
+  // Return the unrounded weight of pair (k, i), whose slot has the reciprocal norm r and whose score is z.
+  __device__ __forceinline__ S weight(int64_t k, int64_t i, S r, S z) const {
     S g;
     if (grad) {
-      g = grad[at];
+      g = grad[k * score_class + i * score_row];
     } else {
       const SoftmaxGradRow<S> row = softmax.row(i);
-      g = k == row.target ? row.target_grad * row.by_logit : softmax.other_class_grad(row, k, scores[at]);
+      g = k == row.target ? row.target_grad * row.by_logit : softmax.other_class_grad(row, k, z);
     }
     return load_tau(p.tau) * g * magnitude(r) * input_rnorms[i];
   }

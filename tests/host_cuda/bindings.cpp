@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "device.cuh"
+#include "grad_centers_launch.cuh"
 #include "launch.cuh"
 #include "op_table.h"
 
@@ -186,6 +187,64 @@ py::tuple cross_entropy_backward(const std::string& type, const py::object& grad
   return py::make_tuple(df, dw, dd, dt, db, dm);
 }
 
+// Overwrite `centers_grad` [K, d], whose rows begin with H, with the gradient of the centers of a summed loss without
+// options, and return the partials of the displacements. The scores are gone.
+template <class T>
+py::array grad_centers_parked(const gc::Arguments& a, const Loss& loss, const py::dict& saved, const py::array& grad,
+                              const py::array& t, bool cancelled, py::array& centers_grad) {
+  const auto matrix = [&](const void* data, int64_t rows) {
+    return gc::GlobalMatrix<T>{static_cast<const T*>(data), rows, a.d, a.d};
+  };
+  const gc::LossResults kept = results(saved);
+  const gc::SoftmaxGrad<float> softmax{.grad_loss = static_cast<const float*>(grad.data()),
+                                       .grad_lse = nullptr,
+                                       .loss_stride = 0,
+                                       .lse_stride = 0,
+                                       .row_stats = static_cast<const float*>(kept.row_stats),
+                                       .scalars = static_cast<const float*>(kept.scalars),
+                                       .B = a.B,
+                                       .classes = a.K,
+                                       .first_class = 0,
+                                       .target = loss.arguments().target,
+                                       .bias = nullptr,
+                                       .weight = nullptr,
+                                       .has_margin = false,
+                                       .is_mean = false,
+                                       .ignore_index = loss.ignore_index,
+                                       .smoothing = 0};
+  const gc::GradSource<T> source{.p = {matrix(a.input, a.B), matrix(a.centers, a.K), matrix(a.displacements, a.m),
+                                       static_cast<const float*>(a.tau)},
+                                 .center_rnorms = static_cast<const float*>(kept.center_rnorms),
+                                 .ldr = a.K,
+                                 .input_rnorms = static_cast<const float*>(kept.input_rnorms),
+                                 .scores = nullptr,
+                                 .slots = nullptr,
+                                 .score_class = 0,
+                                 .score_row = 0,
+                                 .grad = nullptr,
+                                 .softmax = softmax,
+                                 .scores_gone = true};
+  const gc::GradCentersPlan plan = gc::plan_grad_centers<T>(a.B, a.K, a.d, a.m, true, true);
+  if (!plan.stationary || plan.dim_parts != 1) throw std::runtime_error("expected a tile that takes all dims");
+  const py::ssize_t tiles = gc::ceil_div(a.K, plan.classes);
+  py::array partials = empty(py::dtype("float32"), {tiles, a.m, a.d});
+  const int any = cancelled;
+  T* out = static_cast<T*>(centers_grad.mutable_data());
+  const gc::GradCentersInputs<T> inputs{source, out, a.d, static_cast<const float*>(t.data()), &any};
+  const gc::GradCentersOutputs<T> outputs{out, static_cast<float*>(partials.mutable_data())};
+  gc::launch_grad_centers<T>(nullptr, plan, true, inputs, outputs);
+  return partials;
+}
+
+py::array grad_centers_parked_of_type(const std::string& type, const py::array& input, const py::array& centers,
+                                      const py::array& displacements, const py::array& tau, const Loss& loss,
+                                      const py::dict& saved, const py::array& grad, const py::array& t, bool cancelled,
+                                      py::array centers_grad) {
+  const gc::Arguments a = arguments(input, centers, displacements, tau);
+  return type == "bf16" ? grad_centers_parked<gc::bf16>(a, loss, saved, grad, t, cancelled, centers_grad)
+                        : grad_centers_parked<gc::f16>(a, loss, saved, grad, t, cancelled, centers_grad);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(GISTOPS_MODULE, m) {
@@ -194,6 +253,7 @@ PYBIND11_MODULE(GISTOPS_MODULE, m) {
   py::class_<Loss>(m, "Loss").def(py::init<py::array, py::object, py::object, py::object, int, int, int64_t, double>());
   m.def("cross_entropy_forward", &cross_entropy_forward);
   m.def("cross_entropy_backward", &cross_entropy_backward);
+  m.def("grad_centers_parked", &grad_centers_parked_of_type);
   m.def("set_thread_order", [](const std::string& order, unsigned seed) {
     using host_cuda::Order;
     host_cuda::set_order(order == "reverse"    ? Order::reverse
@@ -201,6 +261,8 @@ PYBIND11_MODULE(GISTOPS_MODULE, m) {
                                                : Order::forward,
                          seed);
   });
-  m.def("set_limits", [](int64_t cached, int64_t recomputed) { gc::limits = {cached, recomputed}; });
+  m.def("set_limits",
+        [](int64_t cached, int64_t recomputed) { gc::limits.cached = cached, gc::limits.recomputed = recomputed; });
+  m.def("set_stationary_classes", [](int classes) { gc::limits.stationary_classes = classes; });
   m.def("set_shared_memory", [](int bytes) { host_cuda::shared_at_most = bytes; });
 }

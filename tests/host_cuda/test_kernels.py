@@ -1,4 +1,4 @@
-"""The CUDA kernels on the host: all cases of logits_cases.py and cross_entropy_cases.py, and most under the sanitizers."""
+"""The CUDA kernels on the host: the tests of the files of cases, and most under the sanitizers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from tests.ops.oracle import Sample
 from .build import sanitized_pytest
 from .conftest import build_kernels
 from .cross_entropy_cases import *  # noqa: F403
+from .grad_centers_cases import *  # noqa: F403
 from .host_logits import HostLogits
 from .logits_cases import *  # noqa: F403  the tests themselves
 
-CASES = [str(Path(__file__).with_name(name)) for name in ("logits_cases.py", "cross_entropy_cases.py")]
+CASES = [
+    str(Path(__file__).with_name(name))
+    for name in ("logits_cases.py", "cross_entropy_cases.py", "grad_centers_cases.py")
+]
 
 
 def test_under_address_and_undefined_behavior_sanitizers(cache: Path, request: pytest.FixtureRequest) -> None:

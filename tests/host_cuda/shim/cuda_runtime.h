@@ -41,6 +41,7 @@ struct alignas(4) uchar4 {
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 
 namespace host_cuda {
 
@@ -82,6 +83,10 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
   if (bytes > host_cuda::shared_at_most) return cudaErrorInvalidValue;
   host_cuda::shared_limits[reinterpret_cast<const void*>(kernel)] = bytes;
   return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = host_cuda::shared_at_most, cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   return std::memset(to, value, bytes), cudaSuccess;
@@ -137,4 +142,8 @@ inline unsigned __float_as_uint(float x) {
 template <class T>
 constexpr T min(T a, T b) {
   return b < a ? b : a;
+}
+template <class T>
+constexpr T max(T a, T b) {
+  return a < b ? b : a;
 }

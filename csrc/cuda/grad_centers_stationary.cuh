@@ -1,0 +1,291 @@
+// The results of grad_centers.cuh, from a block that keeps H of its classes in shared memory and reads f once.
+//
+// The corrections are tensor-core products as well. T is split into terms of the operands' type, whose sum has the bits
+// of a float. One product adds two terms of -T, each of eight displacements, times delta to 16 classes by 8 dims; three
+// terms make the sums of T w over the classes. A class with a cancelled pair is computed once more without tensor
+// cores.
+#pragma once
+#include "cancelled.cuh"
+#include "grad_centers_stationary_product.cuh"
+#include "warp_reduce.cuh"
+
+namespace gistops::cuda {
+
+template <class Shape>
+class GradCentersStationary : private StationaryProduct<Shape> {
+  using Base = StationaryProduct<Shape>;
+  using Base::class_tile_, Base::first_class_, Base::first_dim_, Base::last_dim_, Base::warp_class_, Base::warp_dim_;
+  using Base::in_, Base::p_, Base::out_, Base::shared_, Base::dynamic_, Base::w_, Base::sums_, Base::delta;
+  using Base::kSlots, Base::kDims, Base::kVector, Base::kFragmentsC, Base::kFragmentsD;
+  using Base::thread_, Base::lane_, Base::warp_;
+  using typename Base::T, typename Base::S, typename Base::Mma, typename Base::W, typename Base::Delta;
+
+ public:
+  __device__ GradCentersStationary(const GradCentersInputs<T>& in, const GradCentersOutputs<T>& out, int64_t dim_parts,
+                                   unsigned char* memory)
+      : Base(in, out, dim_parts, memory) {}
+
+  __device__ __forceinline__ void run() {
+    if (first_dim_ >= last_dim_) return;
+    any_cancelled_ = load_t_sums();
+    load_t();
+    this->start();
+    // All of H is in shared memory before the first tile of the gradient is written, which may overwrite it.
+#pragma unroll 1
+    for (int64_t dim = first_dim_; dim < last_dim_; dim += kDims) {
+      this->multiply(dim);
+      if (out_.displacements) store_displacement_partials(dim);
+      if (out_.centers) {
+        subtract_t_delta();
+        __syncthreads();  // no warp still reads the centers
+        subtract_t_w();
+      }
+      if (any_cancelled_) add_cancelled(dim);
+      if (out_.centers) {
+        __syncwarp();
+        store_gradient(dim);
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ S t(int64_t k, int64_t j) const { return in_.t[k * p_.M() + j]; }
+  __device__ __forceinline__ bool is_cancelled(int64_t k, int64_t j) const {
+    return in_.source.center_rnorms[j * in_.source.ldr + k] < S(0);
+  }
+  // Return T, or 0 where it does not exist or where the pair cancels.
+  __device__ __forceinline__ S valid_t(int64_t k, int64_t j) const {
+    return k < p_.K() && j < p_.M() && !(any_cancelled_ && is_cancelled(k, j)) ? t(k, j) : S(0);
+  }
+  // Return a power of two that brings x to 2^13, within the range of float16.
+  static __device__ __forceinline__ S scale_of(S x) {
+    int exponent;
+    frexp(x, &exponent);
+    return x > S(0) && x < kInfinity<S> ? ldexp(S(1), min(max(13 - exponent, -100), 100)) : S(1);
+  }
+
+  // Load s_k and the scale of T of the tile's classes. Return true if any of them has a cancelled pair.
+  __device__ __forceinline__ bool load_t_sums() {
+    any_cancelled_ = *in_.cancelled;
+    bool any = false;
+    if (thread_ < Shape::kClasses) {
+      const int64_t k = first_class_ + thread_;
+      S sum = 0, most = 0;
+      for (int64_t j = 0; j < p_.M() && k < p_.K(); ++j) {
+        any |= any_cancelled_ && is_cancelled(k, j);
+        const S value = valid_t(k, j);
+        sum += value;
+        if (j > 0) most = max(most, magnitude(value));
+      }
+      shared_.t_sums[thread_] = sum, shared_.cancelled[thread_] = any;
+      if constexpr (Shape::kScaled) shared_.unscale[thread_] = S(1) / scale_of(most);
+    }
+    return __syncthreads_or(any);
+  }
+
+  // Split T of all displacements into terms; a warp takes every eighth displacement.
+  __device__ __forceinline__ void load_t() {
+    for (int j = warp_; j < dynamic_.groups * kSlots; j += Shape::kWarps) {
+      S sum = 0, most = 0;
+      for (int c = lane_; c < Shape::kClasses; c += kWarp) {
+        const S value = valid_t(first_class_ + c, j + 1);
+        sum += value, most = max(most, magnitude(value));
+      }
+      sum = warp_sum(sum);
+#pragma unroll
+      for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) most = max(most, __shfl_xor_sync(~0u, most, lanes));
+      const S scale = Shape::kScaled ? scale_of(most) : S(1);
+      if (lane_ == 0) dynamic_.slot_sums[j] = sum, dynamic_.slot_scale[j] = S(1) / scale;
+      for (int c = lane_; c < Shape::kClasses; c += kWarp) {
+        const S value = -valid_t(first_class_ + c, j + 1);
+        T* to = dynamic_.t + (j / kSlots * Shape::kTRows + j % kSlots) * Shape::kTLd + c;
+        store_terms<Shape::kTermsW>(to, value * scale);
+        if constexpr (Shape::kScaled) store_terms<2>(to + Shape::kTRowsDelta * Shape::kTLd, value / shared_.unscale[c]);
+      }
+    }
+    // The first barrier of multiply() comes before the terms are read.
+  }
+  template <int kTerms>
+  static __device__ __forceinline__ void store_terms(T* to, S value) {
+#pragma unroll
+    for (int term = 0; term < kTerms; ++term) {
+      const T rounded = narrow<T>(value);
+      to[term * kSlots * Shape::kTLd] = rounded;
+      value -= wide(rounded);
+    }
+  }
+
+  // Write the partials of the displacements: -T w, with the classes as the summed dimension, and T delta. A warp takes
+  // every eighth pair of 8 dims.
+  __device__ __forceinline__ void store_displacement_partials(int64_t dim) const {
+    const int m = static_cast<int>(p_.m());
+#pragma unroll 1
+    for (int group = 0; group < dynamic_.groups; ++group) {
+      const T* terms = dynamic_.t + group * Shape::kTRows * Shape::kTLd;
+#pragma unroll 1
+      for (int first = warp_ * 16; first < kDims && dim + first < last_dim_; first += Shape::kWarps * 16) {
+        S sums[2][4] = {};
+#pragma unroll
+        for (int c = 0; c < Shape::kClasses; c += Mma::kStep) {
+          typename Mma::B b[2];
+          Mma::load_b2(b[0], b[1], w_ + c * W::kLd + first, W::kLd, lane_);
+          const typename Mma::A a = Mma::load_a(terms + c, Shape::kTLd, lane_);
+          Mma::multiply(sums[0], a, b[0]), Mma::multiply(sums[1], a, b[1]);
+          if constexpr (Shape::kTermsW == 3) {
+            uint32_t third[4];  // eight rows of the third term, twice
+            load_matrix_x4(third, terms + (2 * kSlots + lane_ % 8) * Shape::kTLd + c + lane_ / 8 % 2 * 8);
+            const typename Mma::A low{third[0], 0, third[1], 0};
+            Mma::multiply(sums[0], low, b[0]), Mma::multiply(sums[1], low, b[1]);
+          }
+        }
+        const int slot = group * kSlots + lane_ / 4;
+        if (slot >= m) continue;
+        const S total = dynamic_.slot_sums[slot], scale = dynamic_.slot_scale[slot];
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+          const int column = first + part * 8 + lane_ % 4 * 2;
+          if (dim + column >= last_dim_) continue;
+          const Pack<T, 2> values =
+              *reinterpret_cast<const Pack<T, 2>*>(delta(group) + lane_ / 4 * Delta::kLd + column);
+          Pack<S, 2> out;
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            out.e[e] = fma(total, wide(values.e[e]), -(sums[part][e] + sums[part][e + 2]) * scale);
+          *reinterpret_cast<Pack<S, 2>*>(&partial(slot, dim + column)) = out;
+        }
+      }
+    }
+  }
+  __device__ __forceinline__ S& partial(int64_t j, int64_t x) const {
+    return out_.displacements[(class_tile_ * p_.m() + j) * p_.d() + x];
+  }
+
+  // Subtract T delta from the product. Both terms of T meet the same displacements.
+  __device__ __forceinline__ void subtract_t_delta() {
+#pragma unroll 1
+    for (int group = 0; group < dynamic_.groups; ++group) {
+      const T* terms = dynamic_.t + (group * Shape::kTRows + Shape::kTRowsDelta) * Shape::kTLd + warp_class_;
+      uint32_t b[kFragmentsD];
+      static_assert(kFragmentsD == 4);
+      load_matrix_x4_trans(b, delta(group) + lane_ % 8 * Delta::kLd + warp_dim_ + lane_ / 8 * 8);
+#pragma unroll
+      for (int i = 0; i < kFragmentsC; ++i) {
+        uint32_t a[4];
+        load_matrix_x4_trans(a, terms + (lane_ % 8 + lane_ / 16 * 8) * Shape::kTLd + i * 16 + lane_ / 8 % 2 * 8);
+#pragma unroll
+        for (int j = 0; j < kFragmentsD; ++j) {
+          const uint32_t twice[2] = {b[j], b[j]};
+          if constexpr (Shape::kScaled) {
+            S scaled[4] = {};
+            mma_16816<T>(scaled, a, twice);
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+              sums_[i][j][e] = fma(scaled[e], shared_.unscale[class_of(i, e / 2)], sums_[i][j][e]);
+          } else {
+            mma_16816<T>(sums_[i][j], a, twice);
+          }
+        }
+      }
+    }
+  }
+  // Return the class, within the tile, of one half of an accumulator.
+  __device__ __forceinline__ int class_of(int fragment, int half) const {
+    return warp_class_ + fragment * 16 + half * 8 + lane_ / 4;
+  }
+
+  // Subtract s_k w_k; the gradient, rounded, replaces the center in shared memory.
+  __device__ __forceinline__ void subtract_t_w() const {
+#pragma unroll
+    for (int i = 0; i < kFragmentsC; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int c = class_of(i, half);
+        const S s = shared_.t_sums[c];
+#pragma unroll
+        for (int j = 0; j < kFragmentsD; ++j) {
+          auto* at = reinterpret_cast<Pack<T, 2>*>(w_ + c * W::kLd + warp_dim_ + j * 8 + lane_ % 4 * 2);
+          Pack<T, 2> values = *at;
+#pragma unroll
+          for (int e = 0; e < 2; ++e) values.e[e] = narrow<T>(fma(-s, wide(values.e[e]), sums_[i][j][half * 2 + e]));
+          *at = values;
+        }
+      }
+  }
+
+  // Write the warp's part of the gradient: eight classes, each 64 bytes, with one instruction.
+  __device__ __forceinline__ void store_gradient(int64_t dim) const {
+    const int column = warp_dim_ + lane_ / 8 * kVector;
+    if (dim + column >= last_dim_) return;
+#pragma unroll
+    for (int c = 0; c < kFragmentsC * 16; c += 8) {
+      const int row = warp_class_ + c + lane_ % 8;
+      const int64_t k = first_class_ + row;
+      if (k < p_.K())
+        *reinterpret_cast<uint4*>(out_.centers + k * p_.d() + dim + column) =
+            *reinterpret_cast<const uint4*>(w_ + row * W::kLd + column);
+    }
+  }
+
+  // Compute the gradient of classes with a cancelled pair, in place of what the product gave, and add their terms to
+  // the partials of the displacements.
+  __device__ __forceinline__ void add_cancelled(int64_t dim) {
+    __syncthreads();
+    for (int c = 0; c < Shape::kClasses; ++c) {
+      if (!shared_.cancelled[c]) continue;
+      const int64_t k = first_class_ + c, x = dim + thread_;
+      if (weights_class_ != c) load_weights(c);
+      if (thread_ >= kDims || x >= last_dim_) continue;
+      const S w = wide(p_.centers.data[k * p_.centers.ld + x]);
+      S sum = 0;
+      for (int64_t i = 0; out_.centers && i < p_.B(); ++i)
+        sum = fma(dynamic_.weights[i] + wide(dynamic_.h[c * dynamic_.h_ld + i]), input_element(i, x), sum);
+      sum = fma(-shared_.t_sums[c], w, sum);
+      for (int64_t j = 1; j < p_.M(); ++j) {
+        const S shift = wide(p_.displacements.data[(j - 1) * p_.displacements.ld + x]), t_jk = t(k, j);
+        if (!is_cancelled(k, j)) {
+          sum = fma(-t_jk, shift, sum);
+          continue;
+        }
+        sum = fma(-t_jk, w + shift, sum);
+        if (!out_.displacements) continue;
+        S term = t_jk * (w + shift);
+        for (int64_t i = 0; i < p_.B(); ++i)
+          if (dynamic_.slots[i] == j && dynamic_.weights[i] != S(0))
+            term = fma(-dynamic_.weights[i], input_element(i, x), term);
+        partial(j - 1, x) += term;
+      }
+      if (out_.centers) w_[c * W::kLd + thread_] = narrow<T>(sum);
+    }
+    __syncthreads();
+  }
+  // Compute the weights of a class with a cancelled pair, once per block if it is the only one.
+  __device__ __forceinline__ void load_weights(int c) {
+    __syncthreads();  // no thread still reads the weights before
+    for (int64_t first = 0; first < p_.B(); first += Shape::kThreads) {
+      const int64_t i = first + thread_;
+      int slot = 0;
+      const S weight = cancelled_weight(in_.source, first_class_ + c, i, i < p_.B(), slot);
+      if (i < p_.B()) dynamic_.weights[i] = weight, dynamic_.slots[i] = static_cast<uint8_t>(slot);
+    }
+    __syncthreads();
+    weights_class_ = c;
+  }
+  __device__ __forceinline__ S input_element(int64_t i, int64_t x) const {
+    return wide(p_.input.data[i * p_.input.ld + x]);
+  }
+
+  bool any_cancelled_ = false;
+  int weights_class_ = -1;  // the class, within the tile, of dynamic_.weights
+};
+
+// Grid: tiles of Shape::kClasses classes times dim_parts, the dims fastest. Block: 256 threads. Dynamic shared memory:
+// StationaryMemory::bytes.
+template <class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    grad_centers_stationary_kernel(GradCentersInputs<typename Shape::T> in, GradCentersOutputs<typename Shape::T> out,
+                                   int64_t dim_parts) {
+  GISTOPS_DYNAMIC_SHARED(unsigned char, memory);
+  GradCentersStationary<Shape>(in, out, dim_parts, memory).run();
+}
+
+}  // namespace gistops::cuda
