@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 class Setting(NamedTuple):
     """A value that can be forced."""
 
+    place: str  # the name in the table of tile_tables.py, or a module's attribute
     why_not: Callable[[Any], str | None]
     apply: Callable[[Any, str], contextlib.AbstractContextManager[Any]]  # value, precision
 
@@ -43,7 +44,7 @@ def _attribute(module: str, name: str) -> Setting:
         finally:
             setattr(holder, name, before)
 
-    return Setting(why_not, apply)
+    return Setting(f"{module}.{name}", why_not, apply)
 
 
 def _forced(
@@ -71,14 +72,15 @@ def _forced(
         )
         return manager
 
-    return Setting(why_not, apply)
+    return Setting(name, why_not, apply)
 
 
 def _tile(loop: str) -> Callable[[Any, Any, str], Any]:
     """Return a function that converts a bf16 tile: in float32 its `loop` dimension is halved, for the same bytes."""
 
-    def make(configs: Any, value: tuple[int, int, int, int, int], precision: str) -> Any:
-        tile = dict(zip(("classes", "rows", "dims", "warps", "stages"), value, strict=True))
+    def make(configs: Any, value: tuple[int, ...], precision: str) -> Any:
+        names = ("classes", "rows", "dims", "warps", "stages", "parts")
+        tile = dict(zip(names, value, strict=False))
         if precision != "bf16":
             tile[loop] //= 2
         return configs.Config(**tile)
@@ -88,11 +90,12 @@ def _tile(loop: str) -> Callable[[Any, Any, str], Any]:
 
 SETTINGS: dict[str, Setting] = {
     "chunk": _attribute("backends.chunked.scorers", "CHUNK_ELEMENTS"),
-    "triton chunk": _attribute("backends.triton.loss", "CHUNK_ELEMENTS"),
+    "triton chunk": _attribute("backends.triton.loss_scores", "CHUNK_ELEMENTS"),
     "held bytes": _attribute("backends.eager_loss", "MAX_KEPT_BYTES"),
     "forward tile": _forced("forward", _tile("dims")),
     "centers tile": _forced("centers", _tile("rows")),
     "product": _forced("product"),
+    "loss tile": _forced("loss", _tile("dims")),
     "centers product": _forced("centers_product"),
     "norms": _forced("norms_in_registers"),
     "pool logits": _forced("max_over_slots"),

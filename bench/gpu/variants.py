@@ -62,6 +62,22 @@ def _tiles(matmul: str, kind: str, *tiles: tuple[int, int, int, int, int]) -> li
     ]
 
 
+def _fused_losses(*tiles: tuple[int, int, int, int, int, int]) -> list[Variant]:
+    """Return variants of the loss with fused kernels: classes, rows, dims in bf16, warps, stages, parts."""
+    return [
+        Variant(
+            f"triton loss fused {mode} {tile[0]}x{tile[1]}",
+            "triton",
+            ("loss",),
+            "triton",
+            {"loss tile": tile, "held bytes": most},
+            precisions=("bf16",),
+        )
+        for mode, most in (("lse", 1 << 40), ("lse + softmax", 0))
+        for tile in tiles
+    ]
+
+
 VARIANTS = (
     # The baseline: F.linear and F.cross_entropy of float32 logits, as under autocast; then of bf16 logits.
     Variant("linear", "torch", cosine=True),
@@ -154,6 +170,13 @@ VARIANTS = (
     ),
     Variant(
         "triton loss chunk 2^22", "triton", ("loss",), "triton", {"held bytes": 0, "triton chunk": 1 << 22}
+    ),
+    # The product in the kernels that use it: in the forward, with scores kept for the backward; then in both directions.
+    *_fused_losses(
+        (128, 128, 64, 8, 3, 8),
+        (128, 256, 64, 8, 3, 8),
+        (64, 256, 64, 4, 2, 8),
+        (64, 128, 64, 4, 4, 8),
     ),
     # At m = 0 gistops is a cosine classifier. Other libraries have the losses of linear layers and cosine classifiers.
     Variant("cuda, m=0", "cuda", backend="cuda", cosine=True),

@@ -23,6 +23,8 @@ from gistops.backends.triton import tile_tables
 from gistops.backends.triton.cancellation import rescore_cancelled_kernel
 from gistops.backends.triton.cancellation_lse import rescore_cancelled_lse_kernel
 from gistops.backends.triton.forward import forward_kernel
+from gistops.backends.triton.fused_lse import fused_lse_kernel
+from gistops.backends.triton.fused_route_loss_grad import fused_route_loss_grad_kernel
 from gistops.backends.triton.grad_centers import grad_centers_kernel
 from gistops.backends.triton.grad_epilogues import (
     grad_displacements_epilogue_kernel,
@@ -94,7 +96,7 @@ class Case:
         sizes = [
             f"{k.removeprefix('BLOCK_')} {v}" for k, v in self.constants.items() if k.startswith("BLOCK_")
         ]
-        sizes += [k.lower() for k in ("STASH", "SUMS") if self.constants.get(k)]
+        sizes += [k.lower() for k in ("STASH", "SUMS", "PRODUCTS") if self.constants.get(k)]
         needs = [
             k.removeprefix("NEED_").lower() for k, v in self.constants.items() if k.startswith("NEED_") and v
         ]
@@ -231,6 +233,11 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
         )
     every_option = {"HAS_BIAS": True, "HAS_WEIGHT": True, "SUMS": True, "STASH": True}
     no_option = dict.fromkeys(every_option, False)
+    fused = tile_tables.LOSS.get(table, ())
+    for config in fused:
+        for options in (every_option, no_option):
+            constants = {"PARTS": config.parts, "UNROLLED_SLOTS": 5} | products | options
+            yield _large(fused_lse_kernel, dtype, target, config, constants)
     for options in (every_option, no_option | {"STASH": True}, no_option):
         for count in counts:
             constants = _tiles("CB", sizes.lse[:2]) | {"ACC": acc, "UNROLLED_SLOTS": count} | options
@@ -278,7 +285,17 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
                 | needs_all
                 | mode
             )
-            yield Case(route_loss_grad_kernel, dtype, target, constants, tiles[2])
+            for from_products in (False, True):
+                kept_or_not = constants | {"PRODUCTS": from_products}
+                yield Case(route_loss_grad_kernel, dtype, target, kept_or_not, tiles[2])
+            for config in fused if slots != 256 else ():
+                constants = {
+                    "PARTS": config.parts,
+                    "UNROLLED_SLOTS": 5 if slots == 8 else 0,
+                    "MAX_WEIGHT": largest,
+                }
+                constants |= products | needs_all | mode
+                yield _large(fused_route_loss_grad_kernel, dtype, target, config, constants)
     for kernel, constants in small:
         yield Case(kernel, dtype, target, constants)
 

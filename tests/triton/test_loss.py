@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ if not INTERPRETED:
 from triton.runtime.interpreter import InterpretedFunction
 
 from gistops.backends import eager_loss
-from gistops.backends.triton import loss as kernels
+from gistops.backends.triton import configs, loss_scores, tile_tables
 
 bf16, f64 = torch.bfloat16, torch.float64
 #: aten ops that launch no kernel.
@@ -75,12 +77,37 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [Options(), OPTIONS[4], OPTIONS[7]], ids=lambda o: o.id)
-@pytest.mark.parametrize("dtype", [torch.float32, f64])
+#: A tile of the fused kernels that small samples exceed in every dimension.
+SMALL = tile_tables.Config(classes=32, rows=16, dims=16, warps=4, stages=1, parts=2)
+#: How a loss gets its scores: kept or recomputed by torch's product, kept or recomputed by fused kernels.
+Form = Literal["kept", "recomputed", "fused, kept", "fused, recomputed"]
+
+
+@contextlib.contextmanager
+def scores(form: Form, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Select the form of the loss."""
+    with monkeypatch.context() as patch:
+        if "recomputed" in form:
+            patch.setattr(eager_loss, "MAX_KEPT_BYTES", 0)
+        with configs.forced(**{"loss": SMALL} if "fused" in form else {"loss_product": "cublas"}):
+            yield
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "form"),
+    [
+        *((options, dtype, "kept") for options in (Options(), OPTIONS[4], OPTIONS[7]) for dtype in (torch.float32, f64)),
+        *((OPTIONS[4], torch.float32, form) for form in get_args(Form)[1:]),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_a_step_takes_few_launches(
-    options: Options, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, seed: int
+    options: Options, dtype: torch.dtype, form: Form, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Beside the products, a step with all gradients takes 12 launches; on a GPU each costs one or two µs."""
+    """Beside the products, a step with all gradients takes few launches; on a GPU each costs one or two µs.
+
+    A backward that recomputes scores takes two more: for f·δ, and for pairs that cancel.
+    """
     call = Call.of(Sample(32, 40, 16, 3, dtype, dtype, dtype), options, seed)
     leaves = [t.to(dtype).requires_grad_() for t in call.leaves()]
     target, weight = call.target.long(), call.weight.to(dtype)
@@ -91,20 +118,37 @@ def test_a_step_takes_few_launches(
         "gistops.functional.cross_entropy.check_loss",
         lambda input, classifier, target, options: (target, options),
     )
-    with Launches(monkeypatch) as launches:
+    with scores(form, monkeypatch), Launches(monkeypatch) as launches:
         made = call.ours(leaves, "triton", return_lse=False)
         torch.autograd.grad(made, used, torch.ones_like(made))
     seen = launches.seen
-    assert seen.pop("mm") == 3  # the gradient of the centers included, in these dtypes
+    # The gradient of the centers is included, in these dtypes.
+    assert seen.pop("mm") == {"kept": 3, "recomputed": 4}.get(form, 2)
     del seen["ones_like"]
-    assert sum(seen.values()) <= 12, seen
+    assert sum(seen.values()) <= (13 if "recomputed" in form else 11), dict(seen)
+
+
+@pytest.mark.parametrize("form", get_args(Form)[2:])
+@pytest.mark.parametrize(("sample", "option"), [(Sample(37, 70, 20, 3), 6), (Sample(18, 90, 33, 0), 2)])
+def test_fused_kernels_beyond_every_tile(
+    sample: Sample, option: int, form: Form, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    with scores(form, monkeypatch):
+        loss.compare(Call.of(sample, OPTIONS[option], seed), "triton", seed)
+
+
+def test_fused_kernels_in_chunks(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Use chunks of 64 classes, the minimum, in the backward; the forward takes all classes at once."""
+    monkeypatch.setattr(loss_scores, "CHUNK_ELEMENTS", 1)
+    with scores("fused, recomputed", monkeypatch):
+        loss.compare(Call.of(Sample(21, 150, 20, 3), OPTIONS[8], seed), "triton", seed)
 
 
 @pytest.mark.parametrize("options", [OPTIONS[4], OPTIONS[8]], ids=lambda o: o.id)
 def test_recomputed_scores(options: Options, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Use chunks of 64 classes, the minimum, in both directions."""
     monkeypatch.setattr(eager_loss, "MAX_KEPT_BYTES", 0)
-    monkeypatch.setattr(kernels, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(loss_scores, "CHUNK_ELEMENTS", 1)
     loss.compare(Call.of(Sample(21, 150, 20, 3), options, seed), "triton", seed)
 
 
@@ -127,8 +171,18 @@ def with_cancelled_pairs(call: Call) -> Call:
 @pytest.mark.parametrize("held", [True, False])
 def test_pairs_that_cancel(held: bool, tiles: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     if not held:
-        monkeypatch.setattr(eager_loss, "MAX_KEPT_BYTES", 0)
-        monkeypatch.setattr(kernels, "CHUNK_ELEMENTS", 1)
+        monkeypatch.setattr(loss_scores, "CHUNK_ELEMENTS", 1)
+    with scores("kept" if held else "recomputed", monkeypatch):
+        check_pairs_that_cancel(seed)
+
+
+@pytest.mark.parametrize("form", get_args(Form)[2:])
+def test_pairs_that_cancel_in_fused_kernels(form: Form, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    with scores(form, monkeypatch):
+        check_pairs_that_cancel(seed)
+
+
+def check_pairs_that_cancel(seed: int) -> None:
     call = with_cancelled_pairs(Call.of(Sample(37, 70, 20, 3), OPTIONS[6], seed))
     leaves = call.leaves()
     made = call.ours(leaves, "triton")
@@ -145,7 +199,7 @@ def test_pairs_that_cancel(held: bool, tiles: str, monkeypatch: pytest.MonkeyPat
 def test_pairs_that_cancel_to_any_degree(held: bool, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     if not held:
         monkeypatch.setattr(eager_loss, "MAX_KEPT_BYTES", 0)
-        monkeypatch.setattr(kernels, "CHUNK_ELEMENTS", 1)
+        monkeypatch.setattr(loss_scores, "CHUNK_ELEMENTS", 1)
     for closeness in (1e-3, 1e-7, 0.0):
         tensors, target = cancellation.sample(9, 16, closeness, seed)
         leaves = [t.clone().requires_grad_() for t in tensors]
@@ -164,7 +218,8 @@ def test_zero_vectors(seed: int) -> None:
         assert error(value, expected) <= 1e-4 * max(1.0, float(expected.abs().max()))
 
 
-def test_same_bits(tiles: str, seed: int) -> None:
+@pytest.mark.parametrize("form", ["kept", "fused, recomputed"])
+def test_same_bits(form: Form, tiles: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     call = Call.of(Sample(37, 150, 20, 3), OPTIONS[6], seed)
 
     def bits() -> list[Tensor]:
@@ -172,7 +227,8 @@ def test_same_bits(tiles: str, seed: int) -> None:
         made = call.ours(leaves, "triton")
         return [*made, *gradients(*made, leaves, seed)]
 
-    assert all(torch.equal(a, b) for a, b in zip(bits(), bits(), strict=True))
+    with scores(form, monkeypatch):
+        assert all(torch.equal(a, b) for a, b in zip(bits(), bits(), strict=True))
 
 
 def test_contract(seed: int) -> None:

@@ -1,9 +1,7 @@
 """The rule that chooses tiles from the tables.
 
 The choice follows from sizes and device alone. A choice by timing, as `triton.autotune` makes it, may differ between
-processes; other tiles sum in another order, so the results would not be deterministic. To prefer speed, set
-GISTOPS_TRITON_TUNE=1: the first call of each class of shapes times the entries, which synchronizes with the GPU. During
-a CUDA graph capture, timing is not allowed and the rule is used; warm up first.
+processes; other tiles sum in another order, so the results would not be deterministic.
 """
 
 from __future__ import annotations
@@ -11,17 +9,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-import triton
 
 from .tile_tables import (
     CENTERS,
     CENTERS_PRODUCTS,
     FORWARD,
+    FUSED_LOSS,
+    LOSS,
     PRODUCTS,
     TILE_SIZES,
     Config,
@@ -31,9 +30,14 @@ from .tile_tables import (
     TileSizes,
 )
 
+Kernel = Literal["forward", "centers", "loss"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 #: Under the interpreter a program costs the same whatever its tile. Tests set smaller tiles.
-INTERPRETER = {"forward": Config(128, 128, 128, 4, 1), "centers": Config(128, 128, 128, 4, 1)}
+INTERPRETER = {
+    "forward": Config(128, 128, 128, 4, 1),
+    "centers": Config(128, 128, 128, 4, 1),
+    "loss": Config(128, 128, 128, 4, 1, parts=2),
+}
 #: Elements of the float32 product H f that are computed before they are corrected: 24 MB, half of a Hopper's cache.
 STEP_ELEMENTS = 6 << 20
 #: Minimum number of programs of route_logits_grad_kernel, if there is work for them: 8 for each of 132 multiprocessors.
@@ -100,6 +104,8 @@ class Forced(NamedTuple):
 
     forward: Config | None = None
     centers: Config | None = None
+    loss: Config | None = None
+    loss_product: Product | None = None
     product: Product | None = None  # for W f'
     centers_product: Product | None = None  # for H f
     #: Fields of `TileSizes`. norms_in_registers=(0, 1) selects norms_kernel.
@@ -112,7 +118,7 @@ class Forced(NamedTuple):
     route_logits_grad: tuple[int, int, int] | None = None
 
 
-_FORCED_TILES = Forced._fields[4:]
+_FORCED_TILES = Forced._fields[6:]
 _forced = Forced()
 
 
@@ -125,6 +131,8 @@ def forced(**choices: Any) -> Iterator[None]:
         choices.setdefault("product", "fused")
     if choices.get("centers") is not None:
         choices.setdefault("centers_product", "fused")
+    if choices.get("loss") is not None:
+        choices.setdefault("loss_product", "fused")
     _forced = before._replace(**choices)
     try:
         yield
@@ -150,40 +158,46 @@ def product(kernel: Literal["forward", "centers"], kind: Kind) -> Product:
     return _forced.centers_product or CENTERS_PRODUCTS[kind]
 
 
+def loss_product(device: torch.device, kind: Kind, B: int, K: int, d: int, M: int) -> Product:
+    """Return how a loss computes W f': by torch's library, or in the kernels that use the product."""
+    name = target(device)
+    # The fused kernels unroll the loops over slots, because their sums are kept in registers.
+    if not unrolled_slots(M) or ((name, kind) not in LOSS and name != "interpreter"):
+        return "cublas"
+    if _forced.loss_product:
+        return _forced.loss_product
+    limits = FUSED_LOSS.get((name, kind))
+    fits = limits is not None and limits.scores <= B * K and d <= limits.dims
+    return "fused" if fits else "cublas"
+
+
 def choose(
-    kernel: Literal["forward", "centers"],
-    device: torch.device,
-    product: Kind,
-    B: int,
-    K: int,
-    d: int,
-    launch: Callable[[Config], object],
-    smallest: bool = False,
+    kernel: Kernel, device: torch.device, product: Kind, B: int, K: int, d: int, smallest: bool = False
 ) -> Config:
-    """Return the entry for these sizes: by rule, or by timing `launch` if GISTOPS_TRITON_TUNE=1.
+    """Return the entry for these sizes.
 
     Args:
+        kernel: the kernel.
+        device: the device of the arguments.
+        product: how products are computed.
+        B, K, d: the sizes.
         smallest: choose the last entry, which has the most programs per multiprocessor. For a kernel whose product is
             precomputed, which makes it memory-bound.
     """
-    if (entry := _forced.forward if kernel == "forward" else _forced.centers) is not None:
-        return entry
+    if (entry := getattr(_forced, kernel)) is not None:
+        chosen: Config = entry
+        return chosen
     name = target(device)
     if name == "interpreter":
         return INTERPRETER[kernel]
-    entries = (FORWARD if kernel == "forward" else CENTERS)[name, product]
-    columns = B if kernel == "forward" else d
-    if os.environ.get("GISTOPS_TRITON_TUNE") == "1" and len(entries) > 1:
-        shape = tuple(power_of_two(max(n, 16)) for n in (B, K, d))
-        if best := tune((kernel, device, product, shape), entries, launch):
-            return best
+    entries = {"forward": FORWARD, "centers": CENTERS, "loss": LOSS}[kernel][name, product]
     if smallest:
         return entries[-1]
-    return first_that_fills(kernel, entries, K, columns, processors(device))
+    return first_that_fills(kernel, entries, K, d if kernel == "centers" else B, processors(device))
 
 
 def first_that_fills(
-    kernel: Literal["forward", "centers"], entries: Sequence[Config], K: int, columns: int, processors: int
+    kernel: Kernel, entries: Sequence[Config], K: int, columns: int, processors: int
 ) -> Config:
     """Return the first entry that wastes less than half of its columns and occupies the device.
 
@@ -193,22 +207,9 @@ def first_that_fills(
     fitting = []
     max_width = max(64, power_of_two(max(columns, 1)))
     for entry in entries:
-        width = entry.rows if kernel == "forward" else entry.dims
+        width = entry.dims if kernel == "centers" else entry.rows
         if width <= max_width:
             fitting.append(entry)
             if 10 * tiles(K, entry.classes) * tiles(columns, width) >= 9 * processors:
                 return entry
     return fitting[-1] if fitting else entries[-1]
-
-
-_tuned: dict[Hashable, Config] = {}
-
-
-def tune(key: Hashable, entries: Sequence[Config], launch: Callable[[Config], object]) -> Config | None:
-    """Return the fastest entry, timed once per key and process; None during the capture of a CUDA graph."""
-    if key not in _tuned:
-        if torch.cuda.is_current_stream_capturing():
-            return None
-        times = [triton.testing.do_bench(lambda e=e: launch(e), warmup=10, rep=40) for e in entries]
-        _tuned[key] = entries[times.index(min(times))]
-    return _tuned[key]

@@ -15,6 +15,38 @@ from .numerics import load_tau
 
 
 @triton.jit
+def tile_products(
+    input,
+    centers,
+    classes,
+    class_valid,
+    rows,
+    row_valid,
+    d,
+    BLOCK_C: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Return a tile of P = W f' [classes, rows]."""
+    dims = tl.arange(0, BLOCK_D)
+    w_ptrs = centers + classes.to(tl.int64)[:, None] * d + dims[None, :]
+    f_ptrs = input + rows.to(tl.int64)[:, None] * d + dims[None, :]
+    products = tl.zeros((BLOCK_C, BLOCK_B), ACC)
+    for start in range(0, d, BLOCK_D):
+        inside = dims[None, :] < d - start
+        w = tl.load(w_ptrs + start, mask=class_valid[:, None] & inside, other=0.0)
+        f = tl.load(f_ptrs + start, mask=row_valid[:, None] & inside, other=0.0)
+        if WIDEN:
+            w = w.to(ACC)
+            f = f.to(ACC)
+        products = tl.dot(w, tl.trans(f), products, input_precision=PRECISION, out_dtype=ACC)
+    return products
+
+
+@triton.jit
 def forward_kernel(
     input,  # [B, d]
     centers,  # [K, d]
@@ -43,21 +75,23 @@ def forward_kernel(
     row_tile = tl.program_id(0) % row_tiles
     classes = tl.program_id(0) // row_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     rows = row_tile * BLOCK_B + tl.arange(0, BLOCK_B)
-    dims = tl.arange(0, BLOCK_D)
     class_valid = classes < K
     row_valid = rows < B
-
-    w_ptrs = centers + classes.to(tl.int64)[:, None] * d + dims[None, :]
-    f_ptrs = input + rows.to(tl.int64)[:, None] * d + dims[None, :]
-    products = tl.zeros((BLOCK_C, BLOCK_B), ACC)
-    for start in range(0, d, BLOCK_D):
-        inside = dims[None, :] < d - start
-        w = tl.load(w_ptrs + start, mask=class_valid[:, None] & inside, other=0.0)
-        f = tl.load(f_ptrs + start, mask=row_valid[:, None] & inside, other=0.0)
-        if WIDEN:
-            w = w.to(ACC)
-            f = f.to(ACC)
-        products = tl.dot(w, tl.trans(f), products, input_precision=PRECISION, out_dtype=ACC)
+    products = tile_products(
+        input,
+        centers,
+        classes,
+        class_valid,
+        rows,
+        row_valid,
+        d,
+        BLOCK_C,
+        BLOCK_B,
+        BLOCK_D,
+        ACC,
+        PRECISION,
+        WIDEN,
+    )
 
     # Logits of pairs that cancel are wrong here. rescore_cancelled_kernel overwrites them.
     best, slot = max_over_slots(

@@ -12,7 +12,6 @@ from .grad_centers import grad_centers_kernel
 from .grad_epilogues import grad_displacements_epilogue_kernel, grad_input_epilogue_kernel
 from .launch_args import LaunchArgs, multiply
 from .routing import Needs, Routed, Saved, route
-from .tile_tables import Config
 
 
 def compute(args: LaunchArgs, saved: Saved, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -51,36 +50,32 @@ def centers_gradient(args: LaunchArgs, saved: Saved, routed: Routed, needs: Need
     B, K, d, M = args.sizes
     need_partials = needs.displacements and M > 1
     out = args.input.new_empty((K, d) if needs.centers else (0, d), dtype=args.store_dtype)
-    partials = args.input.new_empty(0)
     if not needs.centers and not need_partials:
-        return out, partials
+        return out, args.input.new_empty(0)
 
     precomputed = needs.centers and configs.product("centers", args.kind) == "cublas"
 
-    def launch(config: Config) -> Tensor:
-        class_tiles = tiles_of(K, config.classes)
-        # A product must be corrected before it is rounded, so it needs a wide buffer. In steps it stays in the cache.
-        step, products = K, out
-        if precomputed and out.dtype != args.acc_dtype:
-            step = max(1, configs.STEP_ELEMENTS // (d * config.classes)) * config.classes
-            products = args.input.new_empty(min(step, K), d, dtype=args.acc_dtype)
-        partials = args.input.new_empty((class_tiles if need_partials else 0, M - 1, d), dtype=args.acc_dtype)
-        for first in range(0, K, step):
-            count = min(step, K - first)
-            if precomputed:
-                multiply(routed.weights[first : first + count, :B], args.input, products[:count])
-            grad_centers_kernel[(tiles_of(count, config.classes) * tiles_of(d, config.dims),)](
-                routed.weights, args.input, args.centers, args.displacements, saved.grad, saved.slots,
-                saved.center_rnorms, routed.moments, saved.input_rnorms, args.tau, products, out, partials, first,
-                B, K, d, routed.weights.shape[1], M, *saved.strides,
-                NEED_CENTERS=needs.centers, NEED_DISPLACEMENTS=need_partials, PRECOMPUTED=precomputed,
-                **args.constants("SPLIT_BF16", "ACC", "PRECISION", "CORRECTION_PRECISION", "WIDEN"),
-                **config.arguments(),
-            )  # fmt: skip
-        return partials
-
-    config = configs.choose("centers", args.input.device, args.kind, B, K, d, launch, smallest=precomputed)
-    return out, launch(config)
+    config = configs.choose("centers", args.input.device, args.kind, B, K, d, smallest=precomputed)
+    class_tiles = tiles_of(K, config.classes)
+    # A product must be corrected before it is rounded, so it needs a wide buffer. In steps it stays in the cache.
+    step, products = K, out
+    if precomputed and out.dtype != args.acc_dtype:
+        step = max(1, configs.STEP_ELEMENTS // (d * config.classes)) * config.classes
+        products = args.input.new_empty(min(step, K), d, dtype=args.acc_dtype)
+    partials = args.input.new_empty((class_tiles if need_partials else 0, M - 1, d), dtype=args.acc_dtype)
+    for first in range(0, K, step):
+        count = min(step, K - first)
+        if precomputed:
+            multiply(routed.weights[first : first + count, :B], args.input, products[:count])
+        grad_centers_kernel[(tiles_of(count, config.classes) * tiles_of(d, config.dims),)](
+            routed.weights, args.input, args.centers, args.displacements, saved.grad, saved.slots,
+            saved.center_rnorms, routed.moments, saved.input_rnorms, args.tau, products, out, partials, first,
+            B, K, d, routed.weights.shape[1], M, *saved.strides,
+            NEED_CENTERS=needs.centers, NEED_DISPLACEMENTS=need_partials, PRECOMPUTED=precomputed,
+            **args.constants("SPLIT_BF16", "ACC", "PRECISION", "CORRECTION_PRECISION", "WIDEN"),
+            **config.arguments(),
+        )  # fmt: skip
+    return out, partials
 
 
 def displacements_gradient(

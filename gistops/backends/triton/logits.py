@@ -19,7 +19,6 @@ from .launch_args import LaunchArgs, multiply, on_device
 from .max_over_slots import max_over_slots_kernel
 from .norms import norms_in_registers_kernel, norms_kernel
 from .routing import Needs, Saved
-from .tile_tables import Config
 
 
 def forward(a: LogitsForward) -> Logits:
@@ -64,14 +63,11 @@ def product_then_max(args: LaunchArgs, out: Logits, shifts: Tensor) -> None:
 def fused_forward(args: LaunchArgs, out: Logits, shifts: Tensor) -> None:
     """Compute logits and slots by one kernel."""
     B, K, d, M = args.sizes
-
-    def launch(config: Config) -> None:
-        forward_kernel[(tiles(K, config.classes) * tiles(B, config.rows),)](
-            args.input, args.centers, args.tau, out.input_rnorms, shifts, out.center_rnorms, out.logits, out.slots,
-            B, K, d, M, **args.constants("ACC", "PRECISION", "WIDEN"), **config.arguments(),
-        )  # fmt: skip
-
-    launch(configs.choose("forward", args.input.device, args.kind, B, K, d, launch))
+    config = configs.choose("forward", args.input.device, args.kind, B, K, d)
+    forward_kernel[(tiles(K, config.classes) * tiles(B, config.rows),)](
+        args.input, args.centers, args.tau, out.input_rnorms, shifts, out.center_rnorms, out.logits, out.slots,
+        B, K, d, M, **args.constants("ACC", "PRECISION", "WIDEN"), **config.arguments(),
+    )  # fmt: skip
 
 
 def compute_norms(

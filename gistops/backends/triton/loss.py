@@ -7,8 +7,7 @@ the backward recomputes the scores. Nothing here waits for the GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,71 +19,17 @@ from ...operators.cross_entropy import (
     CrossEntropyGradients,
     padded_rows,
 )
-from . import configs, gradients
+from . import loss_gradients
 from .argument_checks import check_loss, check_saved_loss
-from .cancellation_lse import rescore_cancelled_lse_kernel
-from .configs import grouped, power_of_two
 from .configs import tiles as tiles_of
-from .launch_args import LaunchArgs, multiply, on_device
+from .launch_args import LaunchArgs, on_device
 from .logits import compute_norms, like_argument
-from .lse import lse_kernel
-from .route_loss_grad import route_loss_grad_kernel
-from .routing import Needs, Routed, RoutingPartials, Saved, reduce_partials
+from .loss_scores import Norms, Partials, chunk_size, chunks, fused_tile, score
+from .routing import Needs
 from .row_loss import reduce_loss_kernel, row_loss_kernel
 from .tile_tables import ROW_LOSS
 
 Loss = TypeVar("Loss", CrossEntropyForward, CrossEntropyBackward)
-CHUNK_ELEMENTS = 1 << 25  # maximum number of scores in a chunk, if scores are not kept
-
-
-class Chunk(NamedTuple):
-    """A chunk of consecutive classes, and how the kernels divide it."""
-
-    first_class: int
-    args: LaunchArgs  # with the chunk's centers
-    tile: tuple[int, int, int]  # classes, rows, warps
-    group_tiles: int  # class tiles per group
-    groups: int
-    first_group: int
-
-
-class Partials(NamedTuple):
-    """The tensors between lse_kernel and row_loss_kernel."""
-
-    target_logits: Tensor  # [B]
-    lse: Tensor  # [3, groups, B], or [2, groups, B] without label smoothing
-    class_sums: Tensor  # [2, groups]
-
-    @classmethod
-    def allocate(cls, args: LaunchArgs, groups: int, smoothing: bool) -> Partials:
-        """Return uninitialized tensors."""
-        B, new, acc = args.sizes[0], args.input.new_empty, args.acc_dtype
-        return cls(new(B, dtype=acc), new(2 + smoothing, groups, B, dtype=acc), new(2, groups, dtype=acc))
-
-
-def chunks(args: LaunchArgs, size: int, tile: tuple[int, int, int]) -> Iterator[Chunk]:
-    """Yield chunks of at most `size` classes."""
-    B, K, d, M = args.sizes
-    tile = tile[0], min(tile[1], power_of_two(max(B, 16))), tile[2]
-    count = 0
-    for first in range(0, K, size):
-        centers = args.centers[first : first + size]
-        chunk_args = args._replace(centers=centers, sizes=(B, centers.shape[0], d, M))
-        group_tiles, groups = grouped(centers.shape[0], max(B, 1), tile)
-        yield Chunk(first, chunk_args, tile, group_tiles, groups, count)
-        count += groups
-
-
-def chunk_size(args: LaunchArgs, keep_scores: bool) -> int:
-    """Return the number of classes per chunk."""
-    if keep_scores:
-        return args.sizes[1]
-    return max(64, CHUNK_ELEMENTS // max(padded_rows(args.sizes[0]), 1) // 64 * 64)
-
-
-def loss_grad_tile(args: LaunchArgs) -> tuple[int, int, int]:
-    """Return the classes and rows of a tile of route_loss_grad_kernel, and its warps."""
-    return args.tile_sizes.route_loss_grad if args.sizes[3] <= 32 else args.tile_sizes.route_loss_grad_many
 
 
 def _contiguous(a: Loss) -> Loss:
@@ -108,8 +53,10 @@ def forward(a: CrossEntropyForward) -> CrossEntropy:
     a, keep = _contiguous(a), a.keep_scores
     B, K, _, M = args.sizes
     new, acc = args.input.new_empty, args.acc_dtype
-    every = list(chunks(args, chunk_size(args, keep), args.tile_sizes.lse))
-    shape = (max(c.args.sizes[1] for c in every), padded_rows(B))
+    fused = fused_tile(args)
+    size = chunk_size(args, keep or fused is not None)
+    every = list(chunks(args, size, fused or args.tile_sizes.lse))
+    shape = (every[0].args.sizes[1], padded_rows(B)) if keep or fused is None else (0, 0)
     out = CrossEntropy(
         loss=new((B,) if a.reduction == 0 else (), dtype=acc),
         lse=new(B, dtype=acc),
@@ -136,49 +83,11 @@ def forward(a: CrossEntropyForward) -> CrossEntropy:
             rnorms = out.center_rnorms if c.groups == groups else new(M, c.args.sizes[1], dtype=acc)
             compute_norms(c.args, shifts, rnorms, out.input_rnorms if c.first_class == 0 else None)
             scores, slots = (out.scores, out.slots) if keep else (out.scores[: c.args.sizes[1]], None)
-            _score(c, a, scores, slots, rnorms, out.input_rnorms, shifts, partials)
+            score(c, a, scores, slots, Norms(rnorms, out.input_rnorms, shifts), partials)
             if rnorms is not out.center_rnorms:
                 out.center_rnorms[:, classes] = rnorms
         _reduce_loss(args, a, partials, out)
     return out if keep else out._replace(scores=new(0, 0, dtype=acc))
-
-
-def _score(
-    c: Chunk,
-    a: Loss,
-    scores: Tensor,
-    slots: Tensor | None,
-    rnorms: Tensor,
-    input_rnorms: Tensor,
-    shifts: Tensor,
-    partials: Partials,
-) -> None:
-    """Compute a chunk's partials of the log-sum-exp, and its scores and slots unless slots is None."""
-    args = c.args
-    B, K, d, M = args.sizes
-    chunk_classes = slice(c.first_class, c.first_class + K)
-    multiply(args.centers, args.input.t(), scores[:, :B])
-    sums = a.label_smoothing > 0
-    options: dict[str, Any] = {
-        "STASH": slots is not None, "HAS_BIAS": a.class_bias is not None,
-        "HAS_WEIGHT": a.weight is not None and sums, "SUMS": sums, **args.constants("ACC"),
-    }  # fmt: skip
-    bias, weight = (None if x is None else x[chunk_classes] for x in (a.class_bias, a.weight))
-    groups = partials.lse.shape[1]
-    lse_kernel[(c.groups * tiles_of(B, c.tile[1]),)](
-        scores, slots, rnorms, shifts, input_rnorms, args.tau, a.target, bias, weight, *partials,
-        B, K, scores.shape[1], M, c.group_tiles, c.first_class, c.first_group, groups, a.ignore_index,
-        BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], UNROLLED_SLOTS=configs.unrolled_slots(M), num_warps=c.tile[2], **options,
-    )  # fmt: skip
-    if M > 1:
-        classes, rows, dims = args.tile_sizes.rescore
-        classes = min(classes, c.tile[0])
-        rescore_cancelled_lse_kernel[(c.groups,)](
-            args.input, args.centers, args.displacements, args.tau, input_rnorms, scores, slots, rnorms, a.target,
-            bias, weight, partials.target_logits, partials.lse, B, K, d, scores.shape[1], M,
-            c.group_tiles * (c.tile[0] // classes), c.first_class, c.first_group, groups, a.ignore_index,
-            BLOCK_C=classes, BLOCK_B=rows, BLOCK_D=dims, **options,
-        )  # fmt: skip
 
 
 def _reduce_loss(args: LaunchArgs, a: Loss, partials: Partials, out: CrossEntropy) -> None:
@@ -234,11 +143,9 @@ def backward(a: CrossEntropyBackward) -> CrossEntropyGradients:
     }  # fmt: skip
     with on_device(args.input.device):
         if a.scores.numel():
-            (c,) = chunks(args, args.sizes[1], loss_grad_tile(args))
-            saved = Saved(a.scores, a.scores, a.slots, a.center_rnorms, a.input_rnorms, True)
-            computed = _gradients(c, saved, needs, routing, args.store_dtype)
+            computed = loss_gradients.from_scores(args, a, needs, routing)
         else:
-            computed = _gradients_in_chunks(args, a, needs, routing)
+            computed = loss_gradients.recomputed(args, a, needs, routing)
     *others, grad_margin = computed
     if needs.margin and a.margin is not None and a.margin.numel() == 1:
         grad_margin = grad_margin.sum()
@@ -248,71 +155,3 @@ def backward(a: CrossEntropyBackward) -> CrossEntropyGradients:
             for g, x, needed in zip((*others, grad_margin), arguments, needs, strict=True)
         )
     )
-
-
-def _gradients(
-    c: Chunk, saved: Saved, needs: Needs, routing: dict[str, Any], dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    """Return all gradients of a chunk; those of input and displacements are in `dtype`."""
-    if c.args.sizes[3] > 1:
-        saved = saved._replace(grad=torch.empty_like(saved.logits))  # accessed for pairs that cancel only
-    routed = _route(c, saved, needs, routing)
-    empty = saved.logits.new_empty(0)
-    grad_input = gradients.input_gradient(c.args, saved, routed, dtype) if needs.input else empty
-    grad_centers, partials = gradients.centers_gradient(c.args, saved, routed, needs)
-    grad_displacements = empty
-    if needs.displacements:
-        grad_displacements = gradients.displacements_gradient(c.args, routed, partials, dtype)
-    return grad_input, grad_centers, grad_displacements, routed.grad_tau, routed.grad_bias, routed.grad_margin
-
-
-def _route(c: Chunk, saved: Saved, needs: Needs, routing: dict[str, Any]) -> Routed:
-    """Return H' and its sums, from scores."""
-    B, K, _, M = c.args.sizes
-    splits = tiles_of(B, c.tile[1])
-    partials = RoutingPartials.allocate(c.args, needs, splits, c.groups)
-    unrolled = c.args.tile_sizes.route_loss_grad_unrolled
-    route_loss_grad_kernel[(splits * c.groups,)](
-        saved.grad, saved.logits, saved.slots, saved.center_rnorms, saved.input_rnorms, c.args.tau, *partials,
-        B=B, K=K, stride=saved.logits.shape[1], M=M, group_tiles=c.group_tiles, first_class=c.first_class,
-        BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], BLOCK_S=power_of_two(M),
-        UNROLLED_SLOTS=configs.unrolled_slots(M) if unrolled else 0, num_warps=c.tile[2],
-        MAX_WEIGHT=65504.0 if c.args.dtype == torch.float16 else 0.0, **partials.switches(), **routing,
-    )  # fmt: skip
-    return reduce_partials(c.args, partials, c.group_tiles * c.tile[0], c.tile[1])
-
-
-def _gradients_in_chunks(
-    args: LaunchArgs, a: CrossEntropyBackward, needs: Needs, routing: dict[str, Any]
-) -> tuple[Tensor, ...]:
-    """Return all gradients, from recomputed scores. Sums over chunks are accumulated in `args.acc_dtype`."""
-    B, K, _, M = args.sizes
-    new, acc = args.input.new_empty, args.acc_dtype
-    shifts = new(M, B, dtype=acc)
-    compute_norms(args, shifts, None, new(B, dtype=acc))
-    size = min(chunk_size(args, False), K)
-    scores, slots = new(size, padded_rows(B), dtype=acc), new(size, padded_rows(B), dtype=torch.uint8)
-    sums: list[Tensor] = []
-    for score, route in zip(
-        chunks(args, size, args.tile_sizes.lse), chunks(args, size, loss_grad_tile(args)), strict=True
-    ):
-        count = score.args.sizes[1]
-        classes = slice(score.first_class, score.first_class + count)
-        z, winners = scores[:count], slots[:count]
-        rnorms = a.center_rnorms[:, classes].contiguous()
-        partials = Partials.allocate(args, score.groups, True)
-        _score(score._replace(first_group=0), a, z, winners, rnorms, a.input_rnorms, shifts, partials)
-        saved = Saved(z, z, winners, rnorms, a.input_rnorms, True)
-        computed = _gradients(route, saved, needs, routing, acc)
-        by_class = (1, 4, 5)  # the gradients of centers, bias and margin
-        if not sums:
-            sums = [
-                x.new_empty(K, *x.shape[1:]) if i in by_class and x.numel() else torch.zeros_like(x)
-                for i, x in enumerate(computed)
-            ]
-        for i, (total, more) in enumerate(zip(sums, computed, strict=True)):
-            if i in by_class and more.numel():
-                total[classes] = more
-            elif more.numel():
-                total += more
-    return tuple(sums)

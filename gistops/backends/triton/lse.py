@@ -17,6 +17,39 @@ from .numerics import load_tau
 
 
 @triton.jit
+def score_tile(
+    products,
+    classes,
+    class_valid,
+    rows,
+    row_valid,
+    scale,  # τ / |f_i|
+    center_rnorms,
+    shifts,
+    B,
+    K,
+    M,
+    UNROLLED_SLOTS: tl.constexpr,
+):
+    """Return logits z and slots of a tile of P [classes, rows]; 0 outside, where the memory of P is uninitialized."""
+    best, slot = max_over_slots(
+        products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, UNROLLED_SLOTS
+    )
+    valid = class_valid[:, None] & row_valid[None, :]
+    z = tl.where(valid, best * scale[None, :], tl.zeros_like(best))
+    return z, tl.where(valid, slot, tl.zeros_like(slot))
+
+
+@triton.jit
+def stash_tile(scores, slots, z, slot, start, offsets, inside):
+    """Store logits and slots of a tile for the backward, class-major."""
+    tl.store(scores + start + offsets, z, mask=inside)
+    # Four at a time, as scores are loaded: wider stores would send all slots through shared memory.
+    narrow = tl.max_contiguous(offsets, (1, 4))
+    tl.store(slots + start + narrow, slot.to(tl.uint8), mask=inside)
+
+
+@triton.jit
 def lse_kernel(
     scores,  # P [K, stride]; overwritten by z with STASH
     slots,  # [K, stride]: written with STASH
@@ -81,17 +114,22 @@ def lse_kernel(
         products = ahead
         next_inside = (classes + BLOCK_C < end)[:, None] & columns
         ahead = tl.load(scores + start + BLOCK_C * stride + offsets, mask=next_inside, other=0.0)
-        best, slot = max_over_slots(
-            products, classes, class_valid, rows, row_valid, center_rnorms, shifts, B, K, M, UNROLLED_SLOTS
+        z, slot = score_tile(
+            products,
+            classes,
+            class_valid,
+            rows,
+            row_valid,
+            scale,
+            center_rnorms,
+            shifts,
+            B,
+            K,
+            M,
+            UNROLLED_SLOTS,
         )
-        # Columns from B on are uninitialized memory.
-        z = tl.where(valid, best * scale[None, :], tl.zeros_like(best))
-        slot = tl.where(valid, slot, tl.zeros_like(slot))
         if STASH:
-            tl.store(scores + start + offsets, z, mask=inside)
-            # Four at a time, as scores are loaded: wider stores would send all slots through shared memory.
-            narrow = tl.max_contiguous(offsets, (1, 4))
-            tl.store(slots + start + narrow, slot.to(tl.uint8), mask=inside)
+            stash_tile(scores, slots, z, slot, start, offsets, inside)
         is_target = valid & (classes[:, None] == targets[None, :])
         target_z += tl.where(is_target, z, tl.zeros_like(z))
         tile_largest, tile_total, tile_weighted = tile_lse(

@@ -17,13 +17,14 @@ Product = Literal["fused", "cublas"]
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes and launch parameters of one of the two matrix product kernels."""
+    """Tile sizes and launch parameters of a matrix product kernel."""
 
     classes: int
     rows: int
     dims: int
     warps: int
     stages: int
+    parts: int = 1  # for a loss: the parts of the rows that the epilogue takes one after the other
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of the kernel's launch."""
@@ -82,6 +83,17 @@ CENTERS: dict[tuple[Target, Kind], tuple[Config, ...]] = {
     ("amd", "tf32"): (Config(64, 32, 64, 4, 2),),
 }
 
+# The fused kernels of a loss accumulate as the forward does. Their epilogues take a few rows of the tile at a time.
+# The rule takes the first that fills the device; so wider tiles than the first serve measurements alone.
+LOSS: dict[tuple[Target, Kind], tuple[Config, ...]] = {
+    ("hopper", "half"): (
+        Config(128, 128, 64, 8, 3, 8),
+        Config(128, 256, 64, 8, 3, 8),
+        Config(64, 256, 64, 4, 2, 8),
+        Config(64, 128, 64, 4, 4, 8),  # few classes
+    ),
+}
+
 # Full-precision float32 and float64 have no wide matrix instructions. They use fused multiply-adds on small tiles.
 for _target in ("hopper", "ampere", "amd"):
     FORWARD[_target, "ieee"] = (Config(64, 64, 16, 4, 2),)
@@ -93,6 +105,22 @@ for _target in ("hopper", "ampere", "amd"):
 #: epilogue. On an H100 the library was faster for W f' at every size measured, and as fast for H f. tf32 is unmeasured.
 PRODUCTS: dict[Kind, Product] = {"half": "cublas", "tf32": "cublas", "ieee": "cublas", "f64": "cublas"}
 CENTERS_PRODUCTS: dict[Kind, Product] = {"half": "cublas", "tf32": "fused", "ieee": "cublas", "f64": "cublas"}
+
+
+@dataclass(frozen=True)
+class FusedLimits:
+    """The sizes at which a loss's product is fused."""
+
+    scores: int  # minimum of B·K
+    dims: int  # maximum of d
+
+
+#: Where a loss computes W f' in the kernels that use it. Predicted, not measured, from figures of an H100 (bench/results):
+#: at 256x8142x2048 the fused product of the logits took 64 µs, 133 TFLOP/s, and the library's 19 µs, 450 TFLOP/s. So fusing
+#: costs 2 d (1/133 - 1/450) = 0.0106 d ps per score. It saves the write and the read of a score of 4 bytes, 2.7 ps at
+#: 3.0 TB/s, in each direction that computes the product: a gain for d below 250 where the scores do not fit the L2 of
+#: 50 MB. The limits allow for an error of a factor of two; 2^24 scores are 67 MB.
+FUSED_LOSS: dict[tuple[Target, Kind], FusedLimits] = {("hopper", "half"): FusedLimits(1 << 24, 128)}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,118 @@
+"""The launches of a loss's backward: from kept scores, or in chunks of classes whose products are computed again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...operators.cross_entropy import CrossEntropyBackward, padded_rows
+from . import configs, gradients
+from .configs import power_of_two
+from .configs import tiles as tiles_of
+from .fused_route_loss_grad import fused_route_loss_grad_kernel
+from .launch_args import LaunchArgs, multiply
+from .logits import compute_norms
+from .loss_scores import Chunk, Norms, Partials, chunk_size, chunks, fused_tile, rescore_cancelled
+from .route_loss_grad import route_loss_grad_kernel
+from .routing import Needs, Routed, RoutingPartials, Saved, reduce_partials
+
+BY_CLASS = (1, 4, 5)  # the gradients of centers, bias and margin
+
+
+def loss_grad_tile(args: LaunchArgs) -> tuple[int, int, int]:
+    """Return the classes and rows of a tile of route_loss_grad_kernel, and its warps."""
+    return args.tile_sizes.route_loss_grad if args.sizes[3] <= 32 else args.tile_sizes.route_loss_grad_many
+
+
+def from_scores(
+    args: LaunchArgs, a: CrossEntropyBackward, needs: Needs, routing: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    """Return all gradients, from the scores that the forward has kept."""
+    (c,) = chunks(args, args.sizes[1], loss_grad_tile(args))
+    # The gradient of the logits is stored for pairs that cancel only.
+    grad = torch.empty_like(a.scores) if args.sizes[3] > 1 else a.scores
+    saved = Saved(grad, a.scores, a.slots, a.center_rnorms, a.input_rnorms, True)
+    return _gradients(c, saved, needs, _route(c, saved, None, needs, routing), args.store_dtype)
+
+
+def recomputed(
+    args: LaunchArgs, a: CrossEntropyBackward, needs: Needs, routing: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    """Return all gradients, from recomputed products. Sums over chunks are accumulated in `args.acc_dtype`."""
+    B, K, _, M = args.sizes
+    new, acc = args.input.new_empty, args.acc_dtype
+    shifts = new(M, B, dtype=acc)
+    compute_norms(args, shifts, None, new(B, dtype=acc))
+    size = min(chunk_size(args, False), K)
+    fused = fused_tile(args)
+    # A fused kernel accesses this memory for pairs that cancel only.
+    scores, slots = new(size, padded_rows(B), dtype=acc), new(size, padded_rows(B), dtype=torch.uint8)
+    sums: list[Tensor] = []
+    for c in chunks(args, size, fused or loss_grad_tile(args)):
+        count = c.args.sizes[1]
+        classes = slice(c.first_class, c.first_class + count)
+        z, winners = scores[:count], slots[:count]
+        norms = Norms(a.center_rnorms[:, classes].contiguous(), a.input_rnorms, shifts)
+        if fused is None:
+            multiply(c.args.centers, args.input.t(), z[:, :B])
+        # The partials of the log-sum-exp are known; they are computed again beside the scores, and not used.
+        unused = Partials.allocate(args, c.groups, True)
+        rescore_cancelled(c._replace(first_group=0), a, z, winners, norms, unused)
+        saved = Saved(z, z, winners, norms.center_rnorms, a.input_rnorms, True)
+        routed = _route(c, saved, shifts, needs, routing)
+        if count == K:
+            return _gradients(c, saved, needs, routed, args.store_dtype)
+        computed = _gradients(c, saved, needs, routed, acc)
+        if not sums:
+            sums = [
+                x.new_empty(K, *x.shape[1:]) if i in BY_CLASS and x.numel() else torch.zeros_like(x)
+                for i, x in enumerate(computed)
+            ]
+        for i, (total, more) in enumerate(zip(sums, computed, strict=True)):
+            if i in BY_CLASS and more.numel():
+                total[classes] = more
+            elif more.numel():
+                total += more
+    return tuple(sums)
+
+
+def _gradients(
+    c: Chunk, saved: Saved, needs: Needs, routed: Routed, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Return all gradients of a chunk; those of input and displacements are in `dtype`."""
+    empty = saved.logits.new_empty(0)
+    grad_input = gradients.input_gradient(c.args, saved, routed, dtype) if needs.input else empty
+    grad_centers, partials = gradients.centers_gradient(c.args, saved, routed, needs)
+    grad_displacements = empty
+    if needs.displacements:
+        grad_displacements = gradients.displacements_gradient(c.args, routed, partials, dtype)
+    return grad_input, grad_centers, grad_displacements, routed.grad_tau, routed.grad_bias, routed.grad_margin
+
+
+def _route(c: Chunk, saved: Saved, shifts: Tensor | None, needs: Needs, routing: dict[str, Any]) -> Routed:
+    """Return H' and its sums: from kept scores, or with `shifts` from products or vectors."""
+    args = c.args
+    B, K, d, M = args.sizes
+    splits = tiles_of(B, c.tile[1])
+    partials = RoutingPartials.allocate(args, needs, splits, c.groups)
+    options: dict[str, Any] = {
+        "B": B, "K": K, "stride": padded_rows(B), "M": M, "first_class": c.first_class,
+        "MAX_WEIGHT": 65504.0 if args.dtype == torch.float16 else 0.0, **partials.switches(), **routing,
+    }  # fmt: skip
+    if c.fused is not None:
+        fused_route_loss_grad_kernel[(splits * c.groups,)](
+            args.input, args.centers, saved.grad, saved.logits, saved.slots, saved.center_rnorms, shifts,
+            saved.input_rnorms, args.tau, *partials, d=d, PARTS=c.fused.parts, UNROLLED_SLOTS=M,
+            **c.fused.arguments(), **args.constants("ACC", "PRECISION", "WIDEN"), **options,
+        )  # fmt: skip
+    else:
+        unrolled = args.tile_sizes.route_loss_grad_unrolled
+        route_loss_grad_kernel[(splits * c.groups,)](
+            saved.grad, saved.logits, saved.slots, saved.center_rnorms, shifts, saved.input_rnorms, args.tau, *partials,
+            group_tiles=c.group_tiles, BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], BLOCK_S=power_of_two(M),
+            UNROLLED_SLOTS=configs.unrolled_slots(M) if unrolled else 0, PRODUCTS=shifts is not None,
+            num_warps=c.tile[2], **options,
+        )  # fmt: skip
+    return reduce_partials(args, partials, c.group_tiles * c.tile[0], c.tile[1])

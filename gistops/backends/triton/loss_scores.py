@@ -1,0 +1,162 @@
+"""The launches from vectors to the partial log-sum-exps of a loss, and the chunks of classes in which they work.
+
+Two forms: torch's product W f' and then lse_kernel, or fused_lse_kernel, which does not write the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ...operators.cross_entropy import CrossEntropyBackward, CrossEntropyForward, padded_rows
+from . import configs
+from .cancellation_lse import rescore_cancelled_lse_kernel
+from .configs import grouped, power_of_two
+from .configs import tiles as tiles_of
+from .fused_lse import fused_lse_kernel
+from .launch_args import LaunchArgs, multiply
+from .lse import lse_kernel
+from .tile_tables import Config
+
+Loss = CrossEntropyForward | CrossEntropyBackward
+CHUNK_ELEMENTS = 1 << 25  # maximum number of scores in a chunk, if scores are not kept
+
+
+class Chunk(NamedTuple):
+    """A chunk of consecutive classes, and how the kernels divide it."""
+
+    first_class: int
+    args: LaunchArgs  # with the chunk's centers
+    tile: tuple[int, int, int]  # classes, rows, warps
+    group_tiles: int  # class tiles per group
+    groups: int
+    first_group: int
+    fused: Config | None  # the tile of a fused kernel, in which each class tile is a group
+
+
+class Partials(NamedTuple):
+    """The tensors between the kernels of the log-sum-exps and row_loss_kernel."""
+
+    target_logits: Tensor  # [B]
+    lse: Tensor  # [3, groups, B], or [2, groups, B] without label smoothing
+    class_sums: Tensor  # [2, groups]
+
+    @classmethod
+    def allocate(cls, args: LaunchArgs, groups: int, smoothing: bool) -> Partials:
+        """Return uninitialized tensors."""
+        B, new, acc = args.sizes[0], args.input.new_empty, args.acc_dtype
+        return cls(new(B, dtype=acc), new(2 + smoothing, groups, B, dtype=acc), new(2, groups, dtype=acc))
+
+
+class Norms(NamedTuple):
+    """The inverse norms of a chunk, and the products f_i·δ_j."""
+
+    center_rnorms: Tensor  # [M, K]
+    input_rnorms: Tensor  # [B]
+    shifts: Tensor  # [M, B]
+
+
+def chunks(args: LaunchArgs, size: int, tile: tuple[int, int, int] | Config) -> Iterator[Chunk]:
+    """Yield chunks of at most `size` classes."""
+    B, K, d, M = args.sizes
+    fused = tile if isinstance(tile, Config) else None
+    classes, rows, warps = (tile.classes, tile.rows, tile.warps) if isinstance(tile, Config) else tile
+    if fused is None:
+        rows = min(rows, power_of_two(max(B, 16)))
+    count = 0
+    for first in range(0, K, size):
+        centers = args.centers[first : first + size]
+        chunk_args = args._replace(centers=centers, sizes=(B, centers.shape[0], d, M))
+        group_tiles, groups = grouped(centers.shape[0], max(B, 1), (classes, rows))
+        if fused is not None:
+            group_tiles, groups = 1, tiles_of(centers.shape[0], classes)
+        yield Chunk(first, chunk_args, (classes, rows, warps), group_tiles, groups, count, fused)
+        count += groups
+
+
+def chunk_size(args: LaunchArgs, keep_scores: bool) -> int:
+    """Return the number of classes per chunk."""
+    if keep_scores:
+        return args.sizes[1]
+    return max(64, CHUNK_ELEMENTS // max(padded_rows(args.sizes[0]), 1) // 64 * 64)
+
+
+def fused_tile(args: LaunchArgs) -> Config | None:
+    """Return the tile of the fused kernels of the loss, or None where torch's product serves."""
+    B, K, d, M = args.sizes
+    device = args.input.device
+    if configs.loss_product(device, args.kind, B, K, d, M) == "cublas":
+        return None
+    return configs.choose("loss", device, args.kind, B, K, d)
+
+
+def score(
+    c: Chunk, a: Loss, scores: Tensor | None, slots: Tensor | None, norms: Norms, partials: Partials
+) -> None:
+    """Compute a chunk's partials of the log-sum-exp.
+
+    Args:
+        c: the chunk.
+        a: the arguments of the loss.
+        scores: [K, ldB]: the memory of the product, and of the logits with `slots`. A fused kernel needs no product.
+        slots: [K, ldB]: written with the logits; None if neither is kept.
+        norms: the chunk's norms.
+        partials: the partials of all chunks, in which this chunk's part is written.
+    """
+    args = c.args
+    B, K, d, M = args.sizes
+    options = _options(c, a, slots is not None)
+    bias, weight = _class_vectors(c, a)
+    groups, stride = partials.lse.shape[1], padded_rows(B)
+    if c.fused is not None:
+        fused_lse_kernel[(c.groups * tiles_of(B, c.tile[1]),)](
+            args.input, args.centers, scores, slots, norms.center_rnorms, norms.shifts, norms.input_rnorms, args.tau, a.target,
+            bias, weight, *partials, B, K, d, stride, M, c.first_class, c.first_group, groups, a.ignore_index,
+            PARTS=c.fused.parts, UNROLLED_SLOTS=M, **c.fused.arguments(),
+            **args.constants("PRECISION", "WIDEN"), **options,
+        )  # fmt: skip
+    else:
+        assert scores is not None
+        multiply(args.centers, args.input.t(), scores[:, :B])
+        lse_kernel[(c.groups * tiles_of(B, c.tile[1]),)](
+            scores, slots, norms.center_rnorms, norms.shifts, norms.input_rnorms, args.tau, a.target, bias, weight,
+            *partials, B, K, stride, M, c.group_tiles, c.first_class, c.first_group, groups, a.ignore_index,
+            BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], UNROLLED_SLOTS=configs.unrolled_slots(M), num_warps=c.tile[2],
+            **options,
+        )  # fmt: skip
+    rescore_cancelled(c, a, scores, slots, norms, partials)
+
+
+def rescore_cancelled(
+    c: Chunk, a: Loss, scores: Tensor | None, slots: Tensor | None, norms: Norms, partials: Partials
+) -> None:
+    """Recompute the groups of a chunk in which a pair cancels. The arguments are those of `score`."""
+    args = c.args
+    B, K, d, M = args.sizes
+    if M == 1:
+        return
+    classes, rows, dims = args.tile_sizes.rescore
+    classes = min(classes, c.tile[0])
+    rescore_cancelled_lse_kernel[(c.groups,)](
+        args.input, args.centers, args.displacements, args.tau, norms.input_rnorms, scores, slots,
+        norms.center_rnorms, a.target, *_class_vectors(c, a), partials.target_logits, partials.lse,
+        B, K, d, padded_rows(B), M, c.group_tiles * (c.tile[0] // classes), c.first_class, c.first_group,
+        partials.lse.shape[1], a.ignore_index, BLOCK_C=classes, BLOCK_B=rows, BLOCK_D=dims,
+        **_options(c, a, slots is not None),
+    )  # fmt: skip
+
+
+def _class_vectors(c: Chunk, a: Loss) -> tuple[Tensor | None, ...]:
+    """Return a chunk's biases and weights."""
+    classes = slice(c.first_class, c.first_class + c.args.sizes[1])
+    return tuple(None if x is None else x[classes] for x in (a.class_bias, a.weight))
+
+
+def _options(c: Chunk, a: Loss, stash: bool) -> dict[str, Any]:
+    sums = a.label_smoothing > 0
+    return {
+        "STASH": stash, "HAS_BIAS": a.class_bias is not None, "HAS_WEIGHT": a.weight is not None and sums,
+        "SUMS": sums, **c.args.constants("ACC"),
+    }  # fmt: skip
