@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..problem import MAIN
-from . import device_constants, selection_rule, targets
+from . import device_constants, selection_rule, table_entries, targets
 from .plan import Case
 from .targets import Document, Found, cases, merged
 from .variants import KINDS, TABLE
@@ -45,6 +45,15 @@ def summary(document: Document) -> str:
         lines += ["## Constants", "", *device_constants.summary(found), ""]
     if chosen := document.get("rule"):
         lines += ["## Selected variants", "", *selection_rule.summary(chosen), ""]
+        if entries := list(table_entries.lines(document)):
+            lines += [
+                "## Entries for gistops/backends/triton/tile_tables.py",
+                "",
+                "```python",
+                *entries,
+                "```",
+                "",
+            ]
     lines += [f"## Targets, bf16, {MAIN}", "", "| variant | target | verdict | measured | other sizes |"]
     lines.append("|---|---|---|---|---|")
     for verdict in targets.verdicts(document):

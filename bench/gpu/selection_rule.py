@@ -61,12 +61,13 @@ def excluded_variants(document: dict[str, Any], precision: str, kind: str) -> di
     return found
 
 
-def choose(document: dict[str, Any], precision: str, kind: str) -> dict[str, Any]:
-    """Return the winner with its figures, or `none` with the reason."""
+def choose(document: dict[str, Any], precision: str, kind: str, backend: str | None = None) -> dict[str, Any]:
+    """Return the winner with its figures, or `none` with the reason; of one backend if it is given."""
     found = ratios(document, precision, kind)
     excluded = excluded_variants(document, precision, kind)
     sizes = list(found.get("linear", {}))
-    ours = {v.name: found[v.name] for v in CANDIDATES if v.name in found and v.name not in excluded}
+    candidates = [v.name for v in CANDIDATES if backend in (None, v.backend)]
+    ours = {name: found[name] for name in candidates if name in found and name not in excluded}
     whole = {name: all_ for name, all_ in ours.items() if set(sizes) <= set(all_)}
     if not sizes or not whole:
         return {"none": "nothing was measured" if not ours else "none was measured at every size"}

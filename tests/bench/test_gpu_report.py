@@ -9,10 +9,11 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import output, report, selection_rule, targets, torch_profiler
+from bench.gpu import output, report, selection_rule, table_entries, targets, torch_profiler
 from bench.gpu.plan import SIZES, Case, timed_cases
 from bench.gpu.variants import TABLE
 from bench.problem import MAIN
+from gistops.backends.triton import tile_tables
 
 
 def found(ms: float, ratio: float, **more: Any) -> dict[str, Any]:
@@ -128,6 +129,45 @@ def test_a_hand_written_forward_is_compared_with_aligned_classes() -> None:
     assert selection_rule.worth_hand_written(written)["above threshold"] is True
     written["constants"] = {"linear forward K=8192": {"ms": 0.020}}
     assert selection_rule.worth_hand_written(written)["above threshold"] is False
+
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+
+
+def test_entries_of_the_table_from_a_committed_result() -> None:
+    """A variant that won gives its settings; a setting that only losers have keeps the table's value, now measured."""
+    written = table_entries.load(RESULTS / "nvidia-h100-80gb-hbm3-2026-11-26.json")
+    entries = list(table_entries.lines(written))
+    source = "measured: bench/results/nvidia-h100-80gb-hbm3-2026-11-26.json, bf16 loss"
+    # The default of today was not yet a default, and has no row any more.
+    assert f'("route_loss_grad", "hopper", "half"): Choice((16, 64, 8), "{source}"),' in entries
+    assert f'("route_loss_grad_unrolled", "hopper", "half"): Choice(True, "{source}"),' in entries
+    assert f'("centers_product", "hopper", "half"): Choice("cublas", "{source}"),' in entries
+    assert len({entry.split(": Choice")[0] for entry in entries}) == len(entries)
+    table: dict[tuple[str, str, str], tile_tables.Choice] = eval(
+        "{" + "".join(entries) + "}", {"Choice": tile_tables.Choice, "Config": tile_tables.Config}
+    )
+    assert all(choice.source.startswith("measured: bench/results/") for choice in table.values())
+    written["rule"] = selection_rule.choose_all(written)
+    assert entries[0] in report.summary(written)
+
+
+def test_entries_of_forced_tiles_and_constants() -> None:
+    """A forced tile comes first in its list; a constant of a module, and a size that another variant wins, are comments."""
+    tile, programs = "triton loss fused lse 64x128", "triton pool 16x64 w4 1056"
+    written = sizes("loss", linear=ONES, **{tile.replace(" ", "_"): [1.0] * 4, "triton": [2.0] * 4})
+    written["header"] |= {"compute capability": "9.0", "date": "2027-01-02T03:04", "gpu": "NVIDIA X"}
+    found_entries = list(table_entries.lines(written))
+    assert found_entries[0].startswith(
+        '("loss", "hopper", "half"): Choice((Config(classes=64, rows=128, dims=64, warps=4,'
+    )
+    assert found_entries[0].count("Config(") == len(tile_tables.fused_loss_tiles("hopper", "half"))
+    assert found_entries[0].endswith('"measured: bench/results/nvidia-x-2027-01-02.json, bf16 loss"),')
+    assert found_entries[1].startswith("# gistops.backends.eager_loss: MAX_KEPT_BYTES = 1099511627776")
+    ratios = [1.0, 1.0, 1.0, 0.5]
+    written = sizes("loss", linear=ONES, triton=ONES, **{programs.replace(" ", "_"): ratios})
+    written["cases"][3]["variants"][programs]["inexact"] = "too far"
+    assert not list(table_entries.lines(written)), "a variant with wrong results disputes nothing"
 
 
 # The page

@@ -37,7 +37,7 @@ from gistops.backends.triton.reduce_partials import reduce_partials_kernel
 from gistops.backends.triton.route_logits_grad import route_logits_grad_kernel
 from gistops.backends.triton.route_loss_grad import route_loss_grad_kernel
 from gistops.backends.triton.row_loss import reduce_loss_kernel, row_loss_kernel
-from gistops.backends.triton.tile_tables import TILE_SIZES, Config
+from gistops.backends.triton.tile_tables import Config
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -187,14 +187,14 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
         "CORRECTION_PRECISION": "tf32x3" if kind in ("half", "tf32") and target.startswith("sm") else "ieee",
     }
     table = TABLES[target], kind
-    for config in tile_tables.FORWARD[table]:
+    for config in tile_tables.choice("forward", *table):
         yield _large(forward_kernel, dtype, target, config, products)
-    for config in tile_tables.CENTERS[table]:
+    for config in tile_tables.choice("centers", *table):
         for needs in ((True, True), (True, False), (False, True)):
-            precomputed = tile_tables.CENTERS_PRODUCTS[kind] == "cublas" and needs[0]
+            precomputed = tile_tables.choice("centers_product", *table) == "cublas" and needs[0]
             switches = {"NEED_CENTERS": needs[0], "NEED_DISPLACEMENTS": needs[1], "PRECOMPUTED": precomputed}
             yield _large(grad_centers_kernel, dtype, target, config, products | corrections | switches)
-    sizes = TILE_SIZES[kind]
+    sizes = tile_tables.tile_sizes(*table)
     small: list[tuple[Any, dict[str, Any]]] = [
         (rescore_cancelled_kernel, _tiles("CBD", sizes.rescore) | {"ACC": acc}),
         (
@@ -233,7 +233,7 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
         )
     every_option = {"HAS_BIAS": True, "HAS_WEIGHT": True, "SUMS": True, "STASH": True}
     no_option = dict.fromkeys(every_option, False)
-    fused = tile_tables.LOSS.get(table, ())
+    fused = tile_tables.fused_loss_tiles(*table)
     for config in fused:
         for options in (every_option, no_option):
             constants = {"PARTS": config.parts, "UNROLLED_SLOTS": 5} | products | options

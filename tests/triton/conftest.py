@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 
 import pytest
+import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -17,14 +18,16 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
         forward = tile_tables.Config(classes=32, rows=16, dims=16, warps=4, stages=1)
         centers = tile_tables.Config(classes=16, rows=16, dims=32, warps=4, stages=1)
         monkeypatch.setattr(configs, "INTERPRETER", {"forward": forward, "centers": centers})
-        for kind, sizes in tile_tables.TILE_SIZES.items():
-            small = replace(
-                sizes, norms=(16, 32), norms_in_registers=(1024, 1), max_over_slots=(16, 32, 4),
-                rescore=(16, 32, 16), route_logits_grad=(16, 32, 4), route_logits_grad_many=(16, 32, 4),
-                lse=(16, 32, 4), route_loss_grad=(32, 16, 4), route_loss_grad_many=(32, 16, 4),
-                grad_input_epilogue=(16, 16), grad_displacements_epilogue=(16, 32),
+
+        def small_sizes(device: torch.device, kind: tile_tables.Kind) -> tile_tables.TileSizes:
+            return replace(
+                tile_tables.tile_sizes("interpreter", kind), norms=(16, 32), norms_in_registers=(1024, 1),
+                max_over_slots=(16, 32, 4), rescore=(16, 32, 16), route_logits_grad=(16, 32, 4),
+                route_logits_grad_many=(16, 32, 4), lse=(16, 32, 4), route_loss_grad=(32, 16, 4),
+                route_loss_grad_many=(32, 16, 4), grad_input_epilogue=(16, 16), grad_displacements_epilogue=(16, 32),
             )  # fmt: skip
-            monkeypatch.setitem(tile_tables.TILE_SIZES, kind, small)
+
+        monkeypatch.setattr(configs, "tile_sizes", small_sizes)
         monkeypatch.setattr(configs, "ROUTE_GROUPS", 2)  # several class tiles per group
         monkeypatch.setattr(configs, "LOSS_PROGRAMS", 4)
     return str(request.param)

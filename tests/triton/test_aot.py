@@ -121,6 +121,18 @@ def test_kinds_of_products() -> None:
     assert configs.kind(torch.float64, True) == "f64"
 
 
+def test_the_table_of_choices() -> None:
+    """Every entry names its source; an entry for a target comes before one for all targets."""
+    for entry in tile_tables.CHOICES.values():
+        assert entry.source.split(":")[0] in ("measured", "compiled", "predicted")
+    assert tile_tables.choice("centers_product", "hopper", "tf32") == "fused"
+    assert tile_tables.choice("centers_product", "amd", "half") == "cublas"
+    assert tile_tables.tile_sizes("ampere", "f64").lse == (16, 32, 4)
+    assert tile_tables.choice("fused_loss", "amd", "half") is None
+    with pytest.raises(KeyError):
+        tile_tables.choice("loss", "hopper", "f64")
+
+
 @pytest.mark.parametrize(
     ("B", "K", "expected"),
     [
@@ -132,6 +144,6 @@ def test_kinds_of_products() -> None:
     ],
 )
 def test_the_largest_tile_that_fills_the_device(B: int, K: int, expected: tuple[int, int]) -> None:
-    entries = tile_tables.FORWARD["hopper", "half"]
+    entries = tile_tables.choice("forward", "hopper", "half")
     choice = configs.first_that_fills("forward", entries, K, B, processors=132)
     assert (choice.classes, choice.rows) == expected

@@ -15,20 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .tile_tables import (
-    CENTERS,
-    CENTERS_PRODUCTS,
-    FORWARD,
-    FUSED_LOSS,
-    LOSS,
-    PRODUCTS,
-    TILE_SIZES,
-    Config,
-    Kind,
-    Product,
-    Target,
-    TileSizes,
-)
+from . import tile_tables
+from .tile_tables import Config, Kind, Product, Target, TileSizes
 
 Kernel = Literal["forward", "centers", "loss"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -141,32 +129,33 @@ def forced(**choices: Any) -> Iterator[None]:
 
 
 @functools.cache
-def _tile_sizes(kind: Kind, forced: Forced) -> TileSizes:
+def _tile_sizes(target: Target, kind: Kind, forced: Forced) -> TileSizes:
     given = forced._asdict()
-    return replace(TILE_SIZES[kind], **{n: given[n] for n in _FORCED_TILES if given[n] is not None})
+    sizes = tile_tables.tile_sizes(target, kind)
+    return replace(sizes, **{n: given[n] for n in _FORCED_TILES if given[n] is not None})
 
 
-def tile_sizes(kind: Kind) -> TileSizes:
+def tile_sizes(device: torch.device, kind: Kind) -> TileSizes:
     """Return the tiles of the memory-bound kernels."""
-    return _tile_sizes(kind, _forced)
+    return _tile_sizes(target(device), kind, _forced)
 
 
-def product(kernel: Literal["forward", "centers"], kind: Kind) -> Product:
+def product(kernel: Literal["forward", "centers"], device: torch.device, kind: Kind) -> Product:
     """Return how the product of a kernel is computed: by torch's library, or fused."""
-    if kernel == "forward":
-        return _forced.product or PRODUCTS[kind]
-    return _forced.centers_product or CENTERS_PRODUCTS[kind]
+    name = "product" if kernel == "forward" else "centers_product"
+    chosen: Product = getattr(_forced, name) or tile_tables.choice(name, target(device), kind)
+    return chosen
 
 
 def loss_product(device: torch.device, kind: Kind, B: int, K: int, d: int, M: int) -> Product:
     """Return how a loss computes W f': by torch's library, or in the kernels that use the product."""
     name = target(device)
     # The fused kernels unroll the loops over slots, because their sums are kept in registers.
-    if not unrolled_slots(M) or ((name, kind) not in LOSS and name != "interpreter"):
+    if not unrolled_slots(M) or not (name == "interpreter" or tile_tables.fused_loss_tiles(name, kind)):
         return "cublas"
     if _forced.loss_product:
         return _forced.loss_product
-    limits = FUSED_LOSS.get((name, kind))
+    limits = tile_tables.choice("fused_loss", name, kind)
     fits = limits is not None and limits.scores <= B * K and d <= limits.dims
     return "fused" if fits else "cublas"
 
@@ -190,7 +179,7 @@ def choose(
     name = target(device)
     if name == "interpreter":
         return INTERPRETER[kernel]
-    entries = {"forward": FORWARD, "centers": CENTERS, "loss": LOSS}[kernel][name, product]
+    entries: tuple[Config, ...] = tile_tables.choice(kernel, name, product)
     if smallest:
         return entries[-1]
     return first_that_fills(kernel, entries, K, d if kernel == "centers" else B, processors(device))

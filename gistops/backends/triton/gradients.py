@@ -53,7 +53,7 @@ def centers_gradient(args: LaunchArgs, saved: Saved, routed: Routed, needs: Need
     if not needs.centers and not need_partials:
         return out, args.input.new_empty(0)
 
-    precomputed = needs.centers and configs.product("centers", args.kind) == "cublas"
+    precomputed = needs.centers and configs.product("centers", args.input.device, args.kind) == "cublas"
 
     config = configs.choose("centers", args.input.device, args.kind, B, K, d, smallest=precomputed)
     class_tiles = tiles_of(K, config.classes)

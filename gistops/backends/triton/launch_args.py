@@ -50,7 +50,7 @@ class LaunchArgs(NamedTuple):
             input, centers, displacements, tau.contiguous(), kind, (B, K, d + padding, m + 1), dtype, acc_dtype,
             # The interpreter would truncate to bfloat16 instead of rounding.
             acc_dtype if configs.INTERPRETED and dtype == torch.bfloat16 else dtype,
-            configs.tile_sizes(kind),
+            configs.tile_sizes(input.device, kind),
         )  # fmt: skip
 
     def constants(self, *names: str) -> dict[str, Any]:

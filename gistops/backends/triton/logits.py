@@ -35,7 +35,11 @@ def forward(a: LogitsForward) -> Logits:
         shifts = new(M, B, dtype=args.acc_dtype)
         compute_norms(args, shifts, center_rnorms, input_rnorms)
         if B > 0 and K > 0:
-            score = product_then_max if configs.product("forward", args.kind) == "cublas" else fused_forward
+            score = (
+                product_then_max
+                if configs.product("forward", args.input.device, args.kind) == "cublas"
+                else fused_forward
+            )
             score(args, output, shifts)
         if M > 1 and K > 0:
             classes, rows, dims = args.tile_sizes.rescore
