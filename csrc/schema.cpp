@@ -88,6 +88,24 @@ STABLE_TORCH_LIBRARY(gistops, m) {
       " -> (Tensor grad_input, Tensor grad_centers, Tensor grad_displacements, Tensor grad_tau,"
       " Tensor grad_class_bias, Tensor grad_margin)");
 
+  // The same in half precision, where the forward parks the scores in `stash`, a buffer like centers, and the backward
+  // overwrites it with the gradient of centers. It fits where cross_entropy_parks is true.
+  m.def("cross_entropy_parks(Tensor input, Tensor centers, Tensor displacements) -> bool");
+  m.def(
+      "parked_cross_entropy_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor target,"
+      " Tensor? class_bias, Tensor? weight, Tensor? margin, int margin_kind, int reduction, SymInt ignore_index,"
+      " float label_smoothing, Tensor(a!) stash)"
+      " -> (Tensor loss, Tensor lse, Tensor in_range, Tensor center_rnorms, Tensor input_rnorms, Tensor rows,"
+      " Tensor scalars)");
+  m.def(
+      "parked_cross_entropy_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor input, Tensor centers,"
+      " Tensor displacements, Tensor tau, Tensor target, Tensor? class_bias, Tensor? weight, Tensor? margin,"
+      " Tensor center_rnorms, Tensor input_rnorms, Tensor rows, Tensor scalars, int margin_kind, int reduction,"
+      " SymInt ignore_index, float label_smoothing, bool need_input, bool need_displacements, bool need_tau,"
+      " bool need_bias, bool need_margin, Tensor(a!) stash)"
+      " -> (Tensor grad_input, Tensor grad_displacements, Tensor grad_tau, Tensor grad_class_bias,"
+      " Tensor grad_margin)");
+
   // The k largest z + class_bias of each row, in descending order, ties by the lower class: values [B, k], classes [B,
   // k] int64, slots [B, k] uint8. lse [B] over all classes, [0] unless need_lse. norms: from center_norms, CPU only.
   m.def(

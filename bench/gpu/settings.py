@@ -92,6 +92,7 @@ SETTINGS: dict[str, Setting] = {
     "chunk": _attribute("backends.chunked.scorers", "CHUNK_ELEMENTS"),
     "triton chunk": _attribute("backends.triton.loss_scores", "CHUNK_ELEMENTS"),
     "held bytes": _attribute("backends.eager_loss", "MAX_KEPT_BYTES"),
+    "parked": _attribute("backends.eager_loss", "PARK_SCORES"),
     "forward tile": _forced("forward", _tile("dims")),
     "centers tile": _forced("centers", _tile("rows")),
     "product": _forced("product"),

@@ -163,10 +163,13 @@ VARIANTS = (
     Variant("triton softmax 64x64 w8", "triton", ("loss",), "triton", {"softmax": (64, 64, 8)}),
     Variant("triton route 64x32 w4", "triton", ("step",), "triton", {"route": (64, 32, 4)}),
     Variant("triton route 16x128 w8", "triton", ("step",), "triton", {"route": (16, 128, 8)}),
+    # Where the scores of a loss are from the forward to the backward: in the gradient of the centers, in memory of their
+    # own, or nowhere. By default they are parked where they fit.
+    Variant("cuda loss parked", "cuda", ("loss",), "cuda", {"parked": True}, precisions=("bf16",)),
     *(
-        Variant(f"{name} loss {mode}", name, ("loss",), name, {"held bytes": most})
+        Variant(f"{name} loss {mode}", name, ("loss",), name, {"parked": False, "held bytes": most})
         for name in ("cuda", "triton")
-        for mode, most in (("stashed", 1 << 40), ("recomputed", 0))
+        for mode, most in (("kept", 1 << 40), ("recomputed", 0))
     ),
     Variant(
         "triton loss chunk 2^22", "triton", ("loss",), "triton", {"held bytes": 0, "triton chunk": 1 << 22}

@@ -7,6 +7,22 @@
 
 namespace gistops::cuda {
 
+// Return true if the scores of a loss can be parked in the gradient of the centers: in half precision, if the scores
+// and slots of a class fit into its row, and the kernel for the gradient may find H there.
+template <class T>
+bool scores_can_be_parked(const Arguments& a) {
+  if constexpr (sizeof(T) != 2) {
+    return false;
+  } else {
+    const auto is_aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
+    const bool aligned = a.d % kVector<T> == 0 && is_aligned(a.input) && is_aligned(a.centers) &&
+                         (a.m == 0 || is_aligned(a.displacements));
+    const int64_t score_bytes = padded_rows(a.B) * static_cast<int64_t>(sizeof(Sum<T>));
+    return a.B > 0 && a.m < kMostParkedSlots && score_bytes <= a.d * static_cast<int64_t>(sizeof(T)) &&
+           grad_centers_fits<T>(a.B, a.K, a.d, a.m, aligned);
+  }
+}
+
 template <class T>
 class CrossEntropyLauncher : private BackwardLauncher<T> {
   using Base = BackwardLauncher<T>;
@@ -127,7 +143,8 @@ class CrossEntropyLauncher : private BackwardLauncher<T> {
                                  .score_class = saved.parked ? parked_class() : ld_,
                                  .score_row = 1,
                                  .grad = nullptr,
-                                 .softmax = softmax_grad(grads, saved, first)};
+                                 .softmax = softmax_grad(grads, saved, first),
+                                 .scores_gone = saved.parked};
       const RoutingShape chunk_shape =
           saved.scores ? shape : RoutingShape(p.K(), p_.B(), ClassStream<T, 1>::kWarps, tile_rows);
       launch_route(chunk_shape, source, saved.parked);

@@ -64,6 +64,40 @@ struct CrossEntropyCall : OpCall {
   }
 };
 
+// The outputs of a forward, without scores and slots.
+struct ForwardTensors {
+  Tensor loss, lse, targets_in_range, center_rnorms, input_rnorms, rows, scalars;
+};
+
+// Run the forward. scores, slots: memory for scores that the backward needs; null: they are not kept.
+ForwardTensors run_forward(const CrossEntropyCall& call, void* scores, uint8_t* slots, bool parked) {
+  const int64_t B = call.input.size(0), K = call.centers.size(0), M = call.displacements.size(0) + 1;
+  const auto empty = [&](const Sizes& sizes, ScalarType dtype) { return empty_on_device_of(call.input, sizes, dtype); };
+  const ForwardTensors out{.loss = empty(call.loss.reduction == 0 ? Sizes{B} : Sizes{}, call.sums),
+                           .lse = empty({B}, call.sums),
+                           .targets_in_range = empty({1}, ScalarType::Bool),
+                           .center_rnorms = empty({M, K}, call.sums),
+                           .input_rnorms = empty({B}, call.sums),
+                           .rows = empty({call.margin ? 5 : 2, B}, call.sums),
+                           .scalars = empty({2}, call.sums)};
+  const torch::stable::accelerator::DeviceGuard guard(call.input.get_device_index());
+  TorchWorkspace workspace(call);
+  op_table(call.operands)
+      .cross_entropy_forward(call.arguments(), call.loss,
+                             {.loss = out.loss.mutable_data_ptr(),
+                              .lse = out.lse.mutable_data_ptr(),
+                              .targets_in_range = static_cast<bool*>(out.targets_in_range.mutable_data_ptr()),
+                              .scores = scores,
+                              .slots = slots,
+                              .parked = parked,
+                              .center_rnorms = out.center_rnorms.mutable_data_ptr(),
+                              .input_rnorms = out.input_rnorms.mutable_data_ptr(),
+                              .row_stats = out.rows.mutable_data_ptr(),
+                              .scalars = out.scalars.mutable_data_ptr()},
+                             workspace);
+  return out;
+}
+
 using CrossEntropyOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 CrossEntropyOutputs cross_entropy_forward(const Tensor& input, const Tensor& centers, const Tensor& displacements,
@@ -73,75 +107,91 @@ CrossEntropyOutputs cross_entropy_forward(const Tensor& input, const Tensor& cen
   const CrossEntropyOptions options{target,      class_bias, weight,       margin,
                                     margin_kind, reduction,  ignore_index, label_smoothing};
   const CrossEntropyCall call(input, centers, displacements, tau, options);
-  const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
-  const Sizes score_sizes = keep ? Sizes{K, padded_rows(B)} : Sizes{0, 0};
-  const Tensor loss = empty_on_device_of(input, reduction == 0 ? Sizes{B} : Sizes{}, call.sums),
-               lse = empty_on_device_of(input, {B}, call.sums),
-               targets_in_range = empty_on_device_of(input, {1}, ScalarType::Bool),
-               scores = empty_on_device_of(input, score_sizes, call.sums),
-               slots = empty_on_device_of(input, score_sizes, ScalarType::Byte),
-               center_rnorms = empty_on_device_of(input, {M, K}, call.sums),
-               input_rnorms = empty_on_device_of(input, {B}, call.sums),
-               rows = empty_on_device_of(input, {margin ? 5 : 2, B}, call.sums),
-               scalars = empty_on_device_of(input, {2}, call.sums);
+  const Sizes score_sizes = keep ? Sizes{centers.size(0), padded_rows(input.size(0))} : Sizes{0, 0};
+  const Tensor scores = empty_on_device_of(input, score_sizes, call.sums),
+               slots = empty_on_device_of(input, score_sizes, ScalarType::Byte);
+  const ForwardTensors out = run_forward(call, keep ? scores.mutable_data_ptr() : nullptr,
+                                         keep ? static_cast<uint8_t*>(slots.mutable_data_ptr()) : nullptr, false);
+  return {out.loss,         out.lse,  out.targets_in_range, scores, slots, out.center_rnorms,
+          out.input_rnorms, out.rows, out.scalars};
+}
+
+bool cross_entropy_parks(const Tensor& input, const Tensor& centers, const Tensor& displacements) {
+  const ScalarType operands = operand_type(input, centers, displacements);
+  const bool half = operands == ScalarType::Half || operands == ScalarType::BFloat16;
+  for (const Tensor* x : {&input, &centers, &displacements})
+    if (!half || !x->is_cuda() || x->dim() != 2 || !x->is_contiguous()) return false;
+  const Arguments a{.input = input.const_data_ptr(),
+                    .centers = centers.const_data_ptr(),
+                    .displacements = displacements.const_data_ptr(),
+                    .tau = nullptr,
+                    .B = input.size(0),
+                    .K = centers.size(0),
+                    .d = input.size(1),
+                    .m = displacements.size(0),
+                    .stream = nullptr};
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  TorchWorkspace workspace(call);
-  op_table(call.operands)
-      .cross_entropy_forward(call.arguments(), call.loss,
-                             {.loss = loss.mutable_data_ptr(),
-                              .lse = lse.mutable_data_ptr(),
-                              .targets_in_range = static_cast<bool*>(targets_in_range.mutable_data_ptr()),
-                              .scores = keep ? scores.mutable_data_ptr() : nullptr,
-                              .slots = keep ? static_cast<uint8_t*>(slots.mutable_data_ptr()) : nullptr,
-                              .parked = false,
-                              .center_rnorms = center_rnorms.mutable_data_ptr(),
-                              .input_rnorms = input_rnorms.mutable_data_ptr(),
-                              .row_stats = rows.mutable_data_ptr(),
-                              .scalars = scalars.mutable_data_ptr()},
-                             workspace);
-  return {loss, lse, targets_in_range, scores, slots, center_rnorms, input_rnorms, rows, scalars};
+  return op_table(operands).cross_entropy_parks(a);
+}
+
+// Return the memory of parked scores, after a check that they fit.
+void* checked_stash(const CrossEntropyCall& call, const Tensor& stash) {
+  check_shape(stash, call.input, {call.centers.size(0), call.centers.size(1)}, "stash", "the shape of centers");
+  STD_TORCH_CHECK(stash.scalar_type() == call.operands && stash.is_contiguous(),
+                  "gistops: stash: expected a contiguous tensor of the dtype of centers");
+  void* data = stash.mutable_data_ptr();
+  STD_TORCH_CHECK(
+      reinterpret_cast<uintptr_t>(data) % 16 == 0 && cross_entropy_parks(call.input, call.centers, call.displacements),
+      "gistops: stash: expected sizes and memory for which cross_entropy_parks is true");
+  return data;
+}
+
+using ParkedOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+ParkedOutputs parked_cross_entropy_forward(const Tensor& input, const Tensor& centers, const Tensor& displacements,
+                                           const Tensor& tau, const Tensor& target, Optional class_bias,
+                                           Optional weight, Optional margin, int64_t margin_kind, int64_t reduction,
+                                           int64_t ignore_index, double label_smoothing, Tensor stash) {
+  const CrossEntropyOptions options{target,      class_bias, weight,       margin,
+                                    margin_kind, reduction,  ignore_index, label_smoothing};
+  const CrossEntropyCall call(input, centers, displacements, tau, options);
+  const ForwardTensors out = run_forward(call, checked_stash(call, stash), nullptr, true);
+  return {out.loss, out.lse, out.targets_in_range, out.center_rnorms, out.input_rnorms, out.rows, out.scalars};
 }
 
 using CrossEntropyGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-CrossEntropyGradients cross_entropy_backward(
-    Optional grad_loss, Optional grad_lse, const Tensor& input, const Tensor& centers, const Tensor& displacements,
-    const Tensor& tau, const Tensor& target, Optional class_bias, Optional weight, Optional margin,
-    const Tensor& /*lse*/, const Tensor& scores, const Tensor& slots, const Tensor& center_rnorms,
-    const Tensor& input_rnorms, const Tensor& rows, const Tensor& scalars, int64_t margin_kind, int64_t reduction,
-    int64_t ignore_index, double label_smoothing, bool need_input, bool need_centers, bool need_displacements,
-    bool need_tau, bool need_bias, bool need_margin, bool /*allow_tf32*/) {
-  const CrossEntropyOptions options{target,      class_bias, weight,       margin,
-                                    margin_kind, reduction,  ignore_index, label_smoothing};
-  const CrossEntropyCall call(input, centers, displacements, tau, options);
-  const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
-  const bool kept = scores.numel() > 0;
-  const auto saved = [&](const Tensor& x, const Sizes& sizes, ScalarType dtype, const char* name) {
-    return checked_saved(x, input, sizes, dtype, name);
+// What a backward gets beside the arguments of the forward.
+struct BackwardTensors {
+  Optional grad_loss, grad_lse;
+  const Tensor &center_rnorms, &input_rnorms, &rows, &scalars;
+  bool need_input, need_centers, need_displacements, need_tau, need_bias, need_margin;
+};
+
+// Run the backward. scores, slots: from the forward; null: they are recomputed. stash: memory of parked scores, which
+// the gradient of the centers overwrites; or null.
+CrossEntropyGradients run_backward(const CrossEntropyCall& call, const CrossEntropyOptions& options,
+                                   const BackwardTensors& b, void* scores, uint8_t* slots, const Tensor* stash) {
+  const Tensor& input = call.input;
+  const int64_t B = input.size(0), K = call.centers.size(0), M = call.displacements.size(0) + 1;
+  const auto saved = [&](const Tensor& x, const Sizes& sizes, const char* name) {
+    return checked_saved(x, input, sizes, call.sums, name);
   };
-  const Sizes score_sizes = kept ? Sizes{K, padded_rows(B)} : Sizes(scores.sizes().begin(), scores.sizes().end());
-  const Tensor z = saved(scores, score_sizes, call.sums, "scores"),
-               j = saved(slots, score_sizes, ScalarType::Byte, "slots"),
-               R = saved(center_rnorms, {M, K}, call.sums, "center_rnorms"),
-               n = saved(input_rnorms, {B}, call.sums, "input_rnorms"),
-               stats = saved(rows, {margin ? 5 : 2, B}, call.sums, "rows"),
-               sum_scalars = saved(scalars, {2}, call.sums, "scalars");
-  for (const Tensor* x : {&z, &j})  // the kernels load 16 bytes at a time
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x->const_data_ptr()) % 16 == 0,
-                    "gistops: scores, slots: expected memory at a multiple of 16 bytes, as the forward saved");
+  const Tensor R = saved(b.center_rnorms, {M, K}, "center_rnorms"), n = saved(b.input_rnorms, {B}, "input_rnorms"),
+               stats = saved(b.rows, {call.margin ? 5 : 2, B}, "rows"), sum_scalars = saved(b.scalars, {2}, "scalars");
   const auto grad = [&](const Optional& x, const Sizes& sizes, const char* name) {
     return x ? Optional(checked(*x, input, sizes, call.sums, name)) : std::nullopt;
   };
-  const Optional loss_grad = grad(grad_loss, reduction == 0 ? Sizes{B} : Sizes{}, "grad_loss"),
-                 lse_grad = grad(grad_lse, {B}, "grad_lse");
+  const Optional loss_grad = grad(b.grad_loss, call.loss.reduction == 0 ? Sizes{B} : Sizes{}, "grad_loss"),
+                 lse_grad = grad(b.grad_lse, {B}, "grad_lse");
   const auto gradient = [&](bool needed, const Tensor& x, ScalarType dtype) {
     return needed ? empty_on_device_of(x, x.sizes(), dtype) : empty_on_device_of(x, {0}, call.sums);
   };
-  const bool bias_needed = need_bias && call.class_bias, margin_needed = need_margin && call.margin;
-  const Tensor df = gradient(need_input, call.input, call.operands),
-               dw = gradient(need_centers, call.centers, call.operands),
-               dd = gradient(need_displacements, call.displacements, call.sums),
-               dt = gradient(need_tau, call.tau, call.sums),
+  const bool bias_needed = b.need_bias && call.class_bias, margin_needed = b.need_margin && call.margin;
+  const Tensor df = gradient(b.need_input, input, call.operands),
+               dw = stash ? *stash : gradient(b.need_centers, call.centers, call.operands),
+               dd = gradient(b.need_displacements, call.displacements, call.sums),
+               dt = gradient(b.need_tau, call.tau, call.sums),
                db = gradient(bias_needed, bias_needed ? *call.class_bias : call.tau, call.sums),
                dm = gradient(margin_needed, margin_needed ? *call.margin : call.tau, call.sums);
   const auto data = [](bool needed, const Tensor& x) { return needed ? x.mutable_data_ptr() : nullptr; };
@@ -153,24 +203,98 @@ CrossEntropyGradients cross_entropy_backward(
           {.loss = nullptr,
            .lse = nullptr,
            .targets_in_range = nullptr,
-           .scores = data(kept, z),
-           .slots = static_cast<uint8_t*>(data(kept, j)),
-           .parked = false,
+           .scores = scores,
+           .slots = slots,
+           .parked = stash != nullptr,
            .center_rnorms = R.mutable_data_ptr(),
            .input_rnorms = n.mutable_data_ptr(),
            .row_stats = stats.mutable_data_ptr(),
            .scalars = sum_scalars.mutable_data_ptr()},
-          {data(need_input, df), data(need_centers, dw), data(need_displacements, dd), data(need_tau, dt)},
+          {data(b.need_input, df), data(b.need_centers, dw), data(b.need_displacements, dd), data(b.need_tau, dt)},
           {data(bias_needed, db), data(margin_needed, dm)}, workspace);
-  const auto as_argument = [](bool needed, const Tensor& g, const Tensor& x) {
-    return needed ? converted(g, x.scalar_type()) : g;
-  };
+  return {df,
+          dw,
+          dd,
+          dt,
+          bias_needed ? converted(db, options.class_bias->scalar_type()) : db,
+          margin_needed ? converted(dm, options.margin->scalar_type()) : dm};
+}
+
+// Return a gradient in the type of its argument; one that is not needed is empty.
+Tensor as_argument(bool needed, const Tensor& gradient, const Tensor& argument) {
+  return needed ? converted(gradient, argument.scalar_type()) : gradient;
+}
+
+CrossEntropyGradients cross_entropy_backward(
+    Optional grad_loss, Optional grad_lse, const Tensor& input, const Tensor& centers, const Tensor& displacements,
+    const Tensor& tau, const Tensor& target, Optional class_bias, Optional weight, Optional margin,
+    const Tensor& /*lse*/, const Tensor& scores, const Tensor& slots, const Tensor& center_rnorms,
+    const Tensor& input_rnorms, const Tensor& rows, const Tensor& scalars, int64_t margin_kind, int64_t reduction,
+    int64_t ignore_index, double label_smoothing, bool need_input, bool need_centers, bool need_displacements,
+    bool need_tau, bool need_bias, bool need_margin, bool /*allow_tf32*/) {
+  const CrossEntropyOptions options{target,      class_bias, weight,       margin,
+                                    margin_kind, reduction,  ignore_index, label_smoothing};
+  const CrossEntropyCall call(input, centers, displacements, tau, options);
+  const bool kept = scores.numel() > 0;
+  const Sizes score_sizes =
+      kept ? Sizes{centers.size(0), padded_rows(input.size(0))} : Sizes(scores.sizes().begin(), scores.sizes().end());
+  const Tensor z = checked_saved(scores, input, score_sizes, call.sums, "scores"),
+               j = checked_saved(slots, input, score_sizes, ScalarType::Byte, "slots");
+  for (const Tensor* x : {&z, &j})  // the kernels load 16 bytes at a time
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x->const_data_ptr()) % 16 == 0,
+                    "gistops: scores, slots: expected memory at a multiple of 16 bytes, as the forward saved");
+  const BackwardTensors tensors{.grad_loss = grad_loss,
+                                .grad_lse = grad_lse,
+                                .center_rnorms = center_rnorms,
+                                .input_rnorms = input_rnorms,
+                                .rows = rows,
+                                .scalars = scalars,
+                                .need_input = need_input,
+                                .need_centers = need_centers,
+                                .need_displacements = need_displacements,
+                                .need_tau = need_tau,
+                                .need_bias = need_bias,
+                                .need_margin = need_margin};
+  const auto [df, dw, dd, dt, db, dm] =
+      run_backward(call, options, tensors, kept ? z.mutable_data_ptr() : nullptr,
+                   kept ? static_cast<uint8_t*>(j.mutable_data_ptr()) : nullptr, nullptr);
   return {as_argument(need_input, df, input),
           as_argument(need_centers, dw, centers),
           as_argument(need_displacements, dd, displacements),
           as_argument(need_tau, dt, tau),
-          bias_needed ? converted(db, class_bias->scalar_type()) : db,
-          margin_needed ? converted(dm, margin->scalar_type()) : dm};
+          db,
+          dm};
+}
+
+using ParkedGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+ParkedGradients parked_cross_entropy_backward(Optional grad_loss, Optional grad_lse, const Tensor& input,
+                                              const Tensor& centers, const Tensor& displacements, const Tensor& tau,
+                                              const Tensor& target, Optional class_bias, Optional weight,
+                                              Optional margin, const Tensor& center_rnorms, const Tensor& input_rnorms,
+                                              const Tensor& rows, const Tensor& scalars, int64_t margin_kind,
+                                              int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                              bool need_input, bool need_displacements, bool need_tau, bool need_bias,
+                                              bool need_margin, Tensor stash) {
+  const CrossEntropyOptions options{target,      class_bias, weight,       margin,
+                                    margin_kind, reduction,  ignore_index, label_smoothing};
+  const CrossEntropyCall call(input, centers, displacements, tau, options);
+  const BackwardTensors tensors{.grad_loss = grad_loss,
+                                .grad_lse = grad_lse,
+                                .center_rnorms = center_rnorms,
+                                .input_rnorms = input_rnorms,
+                                .rows = rows,
+                                .scalars = scalars,
+                                .need_input = need_input,
+                                .need_centers = true,
+                                .need_displacements = need_displacements,
+                                .need_tau = need_tau,
+                                .need_bias = need_bias,
+                                .need_margin = need_margin};
+  const auto [df, dw, dd, dt, db, dm] =
+      run_backward(call, options, tensors, checked_stash(call, stash), nullptr, &stash);
+  return {as_argument(need_input, df, input), as_argument(need_displacements, dd, displacements),
+          as_argument(need_tau, dt, tau), db, dm};
 }
 
 }  // namespace
@@ -179,4 +303,7 @@ CrossEntropyGradients cross_entropy_backward(
 STABLE_TORCH_LIBRARY_IMPL(gistops, CUDA, m) {
   m.impl("cross_entropy_forward", TORCH_BOX(&gistops::cuda::cross_entropy_forward));
   m.impl("cross_entropy_backward", TORCH_BOX(&gistops::cuda::cross_entropy_backward));
+  m.impl("cross_entropy_parks", TORCH_BOX(&gistops::cuda::cross_entropy_parks));
+  m.impl("parked_cross_entropy_forward", TORCH_BOX(&gistops::cuda::parked_cross_entropy_forward));
+  m.impl("parked_cross_entropy_backward", TORCH_BOX(&gistops::cuda::parked_cross_entropy_backward));
 }

@@ -12,6 +12,7 @@ constexpr OpTable make_op_table() {
           .logits_backward =
               [](const Arguments& a, const void* grad, const LogitsResults& saved, const Gradients& gradients,
                  Workspace& workspace) { LogitsLauncher<T>(a, workspace).backward(grad, saved, gradients); },
+          .cross_entropy_parks = [](const Arguments& a) { return scores_can_be_parked<T>(a); },
           .cross_entropy_forward =
               [](const Arguments& a, const LossArguments& loss, const LossResults& results, Workspace& workspace) {
                 CrossEntropyLauncher<T>(a, loss, workspace).forward(results);

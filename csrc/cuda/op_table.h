@@ -87,6 +87,8 @@ struct LossGradients {
 struct OpTable {
   void (*logits_forward)(const Arguments&, const LogitsResults&, Workspace&);
   void (*logits_backward)(const Arguments&, const void* grad, const LogitsResults& saved, const Gradients&, Workspace&);
+  // Return true if the scores of a loss can be parked. Of the arguments it reads pointers and sizes alone.
+  bool (*cross_entropy_parks)(const Arguments&);
   void (*cross_entropy_forward)(const Arguments&, const LossArguments&, const LossResults&, Workspace&);
   void (*cross_entropy_backward)(const Arguments&, const LossArguments&, const LossOutputGrads&,
                                  const LossResults& saved, const Gradients&, const LossGradients&, Workspace&);

@@ -28,6 +28,8 @@ from ..operators.registry import cast_operands, compute_dtype
 MAX_KEPT_BYTES = 2 << 30
 Forward = Callable[[CrossEntropyForward], CrossEntropy]
 Backward = Callable[[CrossEntropyBackward], CrossEntropyGradients]
+#: Park the scores in the memory of the gradient of the centers, where they fit.
+PARK_SCORES = True
 #: Namespace -> Python kernels of the loss. The compiled ones are called through their ops.
 python_kernels: dict[str, tuple[Forward, Backward]] = {}
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -49,31 +51,48 @@ def cross_entropy(
     tensors: tuple[Any, ...]
     tensors = (input, centers, displacements, tau, target, options.class_bias, options.weight, margin)
     graph = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    keep_scores = graph and input.shape[0] * centers.shape[0] * (dtype.itemsize + 1) <= MAX_KEPT_BYTES
+    plain = not input.is_meta and all(x is None or type(x) in _PLAIN for x in tensors)
+    eager = plain and not torch.compiler.is_compiling() and not transforms_active()
+    if eager and input.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        tensors = (*cast_operands(tensors[:3]), *tensors[3:])
+    park = eager and graph and _can_park(ops, *tensors[:3])
+    keep_scores = (
+        graph and not park and input.shape[0] * centers.shape[0] * (dtype.itemsize + 1) <= MAX_KEPT_BYTES
+    )
     values = (
         MARGIN_KINDS[options.margin_kind], REDUCTIONS[options.reduction], options.ignore_index,
         options.label_smoothing, keep_scores, allow_tf32,
     )  # fmt: skip
-    plain = not input.is_meta and all(x is None or type(x) in _PLAIN for x in tensors)
-    if torch.compiler.is_compiling() or not plain or transforms_active():
+    if not eager:
         output = ops.cross_entropy_forward.default(*tensors, *values)
         return output[0], output[1], output[2]
-    if input.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-        tensors = (*cast_operands(tensors[:3]), *tensors[3:])
     if graph:
-        loss, lse, in_range = _Function.apply(ops, *tensors, *values)  # type: ignore[no-untyped-call]
+        loss, lse, in_range = _Function.apply(ops, park, *tensors, *values)  # type: ignore[no-untyped-call]
         return loss, lse, in_range
     return _forward(ops, CrossEntropyForward._make((*tensors, *values)))[:3]
+
+
+def _can_park(ops: Any, input: Tensor, centers: Tensor, displacements: Tensor) -> bool:
+    """Return True if the forward can park its scores in the memory of the gradient of the centers."""
+    return (
+        PARK_SCORES
+        and centers.requires_grad
+        and centers.dtype.itemsize == 2
+        and ops.name not in python_kernels
+        and bool(ops.cross_entropy_parks.default(input, centers, displacements))
+    )
 
 
 class _Function(torch.autograd.Function):
     """The kernels of `cross_entropy_forward` and `cross_entropy_backward`, without their ops."""
 
     @staticmethod
-    def forward(ctx: Any, ops: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, ops: Any, park: bool, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         arguments = CrossEntropyForward(*inputs)
-        output = _forward(ops, arguments)
-        ctx.ops = ops
+        ctx.ops, ctx.stash = ops, []
+        if park:
+            ctx.stash.append(torch.empty_like(arguments.centers, memory_format=torch.contiguous_format))
+        output = _forward(ops, arguments, *ctx.stash)
         ctx.mark_non_differentiable(output.in_range)
         save(ctx, arguments, output)
         return output[:3]
@@ -82,25 +101,40 @@ class _Function(torch.autograd.Function):
     def backward(
         ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
+        # A vmap over the gradients, as by is_grads_batched, calls the op once per gradient and leaves the stash.
+        stash = ctx.stash.pop() if ctx.stash and not is_wrapped(grad_loss, grad_lse) else None
+
         def kernel(*arguments: Any) -> tuple[Tensor, ...]:
-            return _backward(ctx.ops, CrossEntropyBackward(*arguments))
+            record = CrossEntropyBackward(*arguments)
+            return _backward(ctx.ops, record, stash if record.need_centers else None)
 
         # The op raises the error for second derivatives, and serves a vmap over gradients.
         if torch.is_grad_enabled() or is_wrapped(grad_loss, grad_lse):
             kernel = ctx.ops.cross_entropy_backward.default
-        return None, *gradients(kernel, ctx, grad_loss, grad_lse, ctx.needs_input_grad[1:])
+        return None, None, *gradients(kernel, ctx, grad_loss, grad_lse, ctx.needs_input_grad[2:])
 
 
-def _forward(ops: Any, arguments: CrossEntropyForward) -> CrossEntropy:
+def _forward(ops: Any, arguments: CrossEntropyForward, stash: Tensor | None = None) -> CrossEntropy:
+    """Call the kernels of the forward; stash: memory for parked scores."""
     if ops.name in python_kernels:
         return python_kernels[ops.name][0](arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return CrossEntropy(*ops.cross_entropy_forward.default(*arguments))
+        if stash is None:
+            return CrossEntropy(*ops.cross_entropy_forward.default(*arguments))
+        *others, _, _ = arguments
+        loss, lse, in_range, *saved = ops.parked_cross_entropy_forward.default(*others, stash)
+    scores, slots = loss.new_empty(0, 0), loss.new_empty(0, 0, dtype=torch.uint8)
+    return CrossEntropy(loss, lse, in_range, scores, slots, *saved)
 
 
-def _backward(ops: Any, arguments: CrossEntropyBackward) -> tuple[Tensor, ...]:
+def _backward(ops: Any, a: CrossEntropyBackward, stash: Tensor | None) -> tuple[Tensor, ...]:
+    """Call the kernels of the backward; stash: the memory that holds parked scores."""
     if ops.name in python_kernels:
-        return python_kernels[ops.name][1](arguments)
+        return python_kernels[ops.name][1](a)
     with torch._C._AutoDispatchBelowAutograd():
-        output: tuple[Tensor, ...] = ops.cross_entropy_backward.default(*arguments)
-    return output
+        output: tuple[Tensor, ...]
+        if stash is None:
+            output = ops.cross_entropy_backward.default(*a)
+            return output
+        output = ops.parked_cross_entropy_backward.default(*a[:10], *a[13:21], a.need_input, *a[23:27], stash)
+    return output[0], stash, *output[1:]

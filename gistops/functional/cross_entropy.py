@@ -50,7 +50,8 @@ def constellation_cross_entropy(
     Beyond the gradients, the memory of a training step does not grow with B·K, with one exception: for translations on
     GPUs, scores are kept from the forward to the backward if they take at most 2 GiB. A step takes three matrix products,
     as a linear layer does, if the scores are kept. It takes four if the backward recomputes them. On the CPU, scores are
-    kept in the buffer of the centers' gradient, where there is room for them while B is below about 0.8 d.
+    kept in the buffer of the centers' gradient, where there is room for them while B is below about 0.8 d; on NVIDIA GPUs
+    in half precision too, while B is at most d / 2 and M at most 8.
 
     Args:
         input, centers, displacements, tau, transform, axis, mlp, backend: as in `constellation_logits`.

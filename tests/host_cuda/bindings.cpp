@@ -28,6 +28,11 @@ const gc::OpTable& op_table(const std::string& type) {
 
 py::dtype sums(const std::string& type) { return py::dtype(type == "f64" ? "float64" : "float32"); }
 
+// What ops have requested since the last call of count().
+struct Requests {
+  int64_t bytes = 0, products = 0;
+} requests;
+
 // Allocates buffers of the exact size, so that AddressSanitizer detects overruns, and fills them with NaN.
 class HostWorkspace final : public gc::Workspace {
  public:
@@ -37,11 +42,14 @@ class HostWorkspace final : public gc::Workspace {
     for (int i = 0; i < count; ++i) {
       memory_.emplace_back(std::malloc(buffers[i].bytes), &std::free);
       buffers[i].data = memory_.back().get();
-      std::memset(buffers[i].data, 0xff, buffers[i].bytes);
+      requests.bytes += buffers[i].bytes;
+      if (!host_cuda::count_only) std::memset(buffers[i].data, 0xff, buffers[i].bytes);
     }
   }
 
   void multiply(const gc::Matrix& left, const gc::Matrix& right, void* out, int64_t ld) override {
+    ++requests.products;
+    if (host_cuda::count_only) return;
     if (type_ == "bf16") return multiply<gc::bf16>(left, right, out, ld);
     if (type_ == "f16") return multiply<gc::f16>(left, right, out, ld);
     if (type_ == "f64") return multiply<double>(left, right, out, ld);
@@ -74,7 +82,7 @@ gc::Arguments arguments(const py::array& input, const py::array& centers, const 
 
 py::array empty(const py::dtype& dtype, std::vector<py::ssize_t> shape) {
   py::array x(dtype, std::move(shape));
-  std::memset(x.mutable_data(), 0xff, x.nbytes());
+  if (!host_cuda::count_only) std::memset(x.mutable_data(), 0xff, x.nbytes());
   return x;
 }
 
@@ -137,21 +145,29 @@ struct Loss {
   }
 };
 
+// Scores are kept if there are slots, parked if there are scores without slots.
 gc::LossResults results(const py::dict& x) {
   return {data(x["loss"]),
           data(x["lse"]),
           static_cast<bool*>(data(x["targets_in_range"])),
           data(x["scores"]),
           static_cast<uint8_t*>(data(x["slots"])),
-          false,
+          !x["scores"].is_none() && x["slots"].is_none(),
           data(x["center_rnorms"]),
           data(x["input_rnorms"]),
           data(x["row_stats"]),
           data(x["scalars"])};
 }
 
+bool cross_entropy_parks(const std::string& type, const py::array& input, const py::array& centers,
+                         const py::array& displacements, const py::array& tau) {
+  return op_table(type).cross_entropy_parks(arguments(input, centers, displacements, tau));
+}
+
+// scores: "kept", "parked" in memory like centers, or "recomputed".
 py::dict cross_entropy_forward(const std::string& type, const py::array& input, const py::array& centers,
-                               const py::array& displacements, const py::array& tau, const Loss& loss, bool keep) {
+                               const py::array& displacements, const py::array& tau, const Loss& loss,
+                               const std::string& scores) {
   const gc::Arguments a = arguments(input, centers, displacements, tau);
   const py::dtype sum = sums(type);
   const int64_t ld = gc::padded_rows(a.B);
@@ -159,8 +175,10 @@ py::dict cross_entropy_forward(const std::string& type, const py::array& input, 
   out["loss"] = empty(sum, {loss.reduction == 0 ? a.B : 1});
   out["lse"] = empty(sum, {a.B});
   out["targets_in_range"] = empty(py::dtype("bool"), {1});
-  out["scores"] = keep ? py::object(empty(sum, {a.K, ld})) : py::none();
-  out["slots"] = keep ? py::object(empty(py::dtype("uint8"), {a.K, ld})) : py::none();
+  out["scores"] = scores == "kept"     ? py::object(empty(sum, {a.K, ld}))
+                  : scores == "parked" ? py::object(empty(centers.dtype(), {a.K, a.d}))
+                                       : py::none();
+  out["slots"] = scores == "kept" ? py::object(empty(py::dtype("uint8"), {a.K, ld})) : py::none();
   out["center_rnorms"] = empty(sum, {a.m + 1, a.K});
   out["input_rnorms"] = empty(sum, {a.B});
   out["row_stats"] = empty(sum, {loss.margin.is_none() ? 2 : 5, a.B});
@@ -177,11 +195,13 @@ py::tuple cross_entropy_backward(const std::string& type, const py::object& grad
   const auto like = [&](const py::object& x) {
     return x.is_none() ? py::object(py::none()) : py::object(empty(sums(type), {py::array(x).size()}));
   };
-  py::array df = empty(input.dtype(), {a.B, a.d}), dw = empty(input.dtype(), {a.K, a.d});
+  const gc::LossResults from_forward = results(saved);
+  py::array df = empty(input.dtype(), {a.B, a.d});
+  py::array dw = from_forward.parked ? py::array(saved["scores"]) : empty(input.dtype(), {a.K, a.d});
   py::array dd = empty(sums(type), {a.m, a.d}), dt = empty(sums(type), {1});
   py::object db = like(loss.class_bias), dm = like(loss.margin);
   HostWorkspace workspace(type);
-  op_table(type).cross_entropy_backward(a, loss.arguments(), {values(grad_loss), values(grad_lse)}, results(saved),
+  op_table(type).cross_entropy_backward(a, loss.arguments(), {values(grad_loss), values(grad_lse)}, from_forward,
                                         {df.mutable_data(), dw.mutable_data(), dd.mutable_data(), dt.mutable_data()},
                                         {data(db), data(dm)}, workspace);
   return py::make_tuple(df, dw, dd, dt, db, dm);
@@ -251,9 +271,20 @@ PYBIND11_MODULE(GISTOPS_MODULE, m) {
   m.def("logits_forward", &logits_forward);
   m.def("logits_backward", &logits_backward);
   py::class_<Loss>(m, "Loss").def(py::init<py::array, py::object, py::object, py::object, int, int, int64_t, double>());
+  m.def("cross_entropy_parks", &cross_entropy_parks);
   m.def("cross_entropy_forward", &cross_entropy_forward);
   m.def("cross_entropy_backward", &cross_entropy_backward);
   m.def("grad_centers_parked", &grad_centers_parked_of_type);
+  // Count launches, products and bytes of scratch memory; run none of them.
+  m.def("count_only", [](bool on) { host_cuda::count_only = on; });
+  // Return the counts since the last call.
+  m.def("count", [] {
+    py::dict counts;
+    counts["launches"] = std::exchange(host_cuda::launches, 0);
+    counts["products"] = requests.products, counts["bytes"] = requests.bytes;
+    requests = {};
+    return counts;
+  });
   m.def("set_thread_order", [](const std::string& order, unsigned seed) {
     using host_cuda::Order;
     host_cuda::set_order(order == "reverse"    ? Order::reverse

@@ -32,6 +32,15 @@ CASES: list[tuple[Sample, dict[str, Any]]] = [
     (Sample(33, 66, 33, 4, bf16, bf16, bf16), EVERYTHING | {"margin_kind": "cosine"}),
     (Sample(20, 40, 24, 3, half, half, half), {"weight": "each"}),
 ]
+#: Sizes whose scores can be parked.
+PARKED_CASES: list[tuple[Sample, dict[str, Any]]] = [
+    (Sample(70, 133, 160, 4, bf16, bf16, bf16), {}),
+    (Sample(14, 70, 32, 0, half, half, half), {"margin": 0.3, "margin_kind": "cosine", "reduction": "sum"}),
+    (Sample(33, 66, 96, 7, half, half, half), EVERYTHING | {"margin_kind": "angle", "reduction": "none"}),
+    (Sample(130, 40, 288, 3, bf16, bf16, bf16), EVERYTHING),
+    (Sample(300, 20, 608, 4, bf16, bf16, bf16), {"class_bias": "each", "margin": 0.3}),
+    (Sample(140, 20, 288, 6, bf16, bf16, bf16), {"weight": "each", "label_smoothing": 0.1}),
+]
 IDS = [f"{sample.id}-{'-'.join(options) or 'plain'}" for sample, options in CASES]
 
 
@@ -66,14 +75,14 @@ def truth(
 
 
 @pytest.mark.parametrize("kind", [None, "cosine", "angle"])
-@pytest.mark.parametrize("keep", [True, False])
-def test_gradient_of_a_tiny_tau(keep: bool, kind: str | None, module: Any, seed: int) -> None:
+@pytest.mark.parametrize("where", ["kept", "recomputed"])
+def test_gradient_of_a_tiny_tau(where: str, kind: str | None, module: Any, seed: int) -> None:
     """It is exact even if tau times a cosine is zero, and the cosine of an angular margin too."""
     tensors = [*Sample(14, 70, 33, 3).tensors(seed)[:3], torch.tensor(1e-44, requires_grad=True)]
     given = {"margin": 0.3, "margin_kind": kind} if kind else {}
     target, options = make_options(Sample(14, 70, 33, 3), {"reduction": "sum"} | given, seed)
     loss, _, wide = truth(tensors, target, options)
-    ours = HostLoss(module, tensors, target, keep, **options)
+    ours = HostLoss(module, tensors, target, where, **options)
     value = ours.gradients(torch.ones(()), None)[3]
     assert value is not None
     assert error(value, torch.autograd.grad(loss, wide[3])[0]) <= 1e-4
@@ -93,15 +102,16 @@ def distinct(sample: Sample, near: float, seed: int) -> list[Tensor]:
 
 
 def check(
-    sample: Sample, options: dict[str, Any], keep: bool, module: Any, seed: int, near: float = 0.0
+    sample: Sample, options: dict[str, Any], where: str, module: Any, seed: int, near: float = 0.0
 ) -> None:
     """Compare loss, lse and all gradients.
 
+    where: Where the scores are from the forward to the backward.
     near: After a displacement cancels a center, this fraction of the center remains; 0: no center is cancelled.
     """
     tensors = distinct(sample, near, seed)
     target, options = make_options(sample, options, seed)
-    ours = HostLoss(module, tensors, target, keep, **options)
+    ours = HostLoss(module, tensors, target, where, **options)
     loss, lse, wide = truth(tensors, target, options)
     assert ours.targets_in_range
     if near:
@@ -126,10 +136,21 @@ def check(
         assert error(value, true) <= bound, i
 
 
-@pytest.mark.parametrize("keep", [True, False], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("where", ["kept", "recomputed"])
 @pytest.mark.parametrize(("sample", "options"), CASES, ids=IDS)
-def test_loss(sample: Sample, options: dict[str, Any], keep: bool, module: Any, seed: int) -> None:
-    check(sample, options, keep, module, seed)
+def test_loss(sample: Sample, options: dict[str, Any], where: str, module: Any, seed: int) -> None:
+    check(sample, options, where, module, seed)
+
+
+@pytest.mark.parametrize(("sample", "options"), PARKED_CASES, ids=[s.id for s, _ in PARKED_CASES])
+def test_loss_with_parked_scores(sample: Sample, options: dict[str, Any], module: Any, seed: int) -> None:
+    check(sample, options, "parked", module, seed)
+
+
+@pytest.mark.parametrize("m", [2, 7])
+def test_loss_with_parked_scores_of_cancelled_centers(m: int, module: Any, seed: int) -> None:
+    check(Sample(37, 129, 96, m, bf16, bf16, bf16), {}, "parked", module, seed, near=1e-3)
+    check(Sample(20, 129, 64, m, half, half, half), EVERYTHING, "parked", module, seed, near=1e-2)
 
 
 @pytest.fixture
@@ -141,12 +162,12 @@ def small_limits(module: Any) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("small_limits")
-@pytest.mark.parametrize("keep", [True, False], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("where", ["kept", "recomputed"])
 @pytest.mark.parametrize("dtype", [torch.float32, bf16])
-def test_loss_in_chunks_of_classes(keep: bool, dtype: torch.dtype, module: Any, seed: int) -> None:
-    check(Sample(70, 333, 69, 4, dtype, dtype, dtype), EVERYTHING, keep, module, seed)
+def test_loss_in_chunks_of_classes(where: str, dtype: torch.dtype, module: Any, seed: int) -> None:
+    check(Sample(70, 333, 69, 4, dtype, dtype, dtype), EVERYTHING, where, module, seed)
     scalar = EVERYTHING | {"margin": 0.3, "margin_kind": "cosine"}
-    check(Sample(37, 333, 40, 3, dtype, dtype, dtype), scalar, keep, module, seed, near=1e-2)
+    check(Sample(37, 333, 40, 3, dtype, dtype, dtype), scalar, where, module, seed, near=1e-2)
 
 
 @pytest.mark.parametrize("m", [3, 12])
@@ -154,16 +175,16 @@ def test_loss_in_chunks_of_classes(keep: bool, dtype: torch.dtype, module: Any, 
 def test_loss_of_centers_that_a_displacement_nearly_cancels(
     m: int, dtype: torch.dtype, module: Any, seed: int
 ) -> None:
-    check(Sample(37, 129, 24, m, dtype, dtype, dtype), {}, True, module, seed, near=1e-3)
+    check(Sample(37, 129, 24, m, dtype, dtype, dtype), {}, "kept", module, seed, near=1e-3)
 
 
-@pytest.mark.parametrize("keep", [True, False], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("where", ["kept", "recomputed"])
 def test_loss_of_centers_that_a_displacement_cancels_to_any_degree(
-    keep: bool, module: Any, seed: int
+    where: str, module: Any, seed: int
 ) -> None:
     for closeness in cancellation.CLOSENESS:
         tensors, target = cancellation.sample(20, 24, closeness, seed)
-        ours = HostLoss(module, tensors, target, keep, reduction="sum")
+        ours = HostLoss(module, tensors, target, where, reduction="sum")
         gradients = ours.gradients(torch.ones(()), None)[:4]
         cancellation.assert_close([ours.loss, *gradients], tensors, target)
 
@@ -229,13 +250,14 @@ def test_loss_of_zero_vectors_and_no_rows(module: Any, seed: int) -> None:
         assert gradient is None or not gradient.any()
 
 
-def test_loss_same_bits_in_any_order_of_threads(module: Any, seed: int) -> None:
-    sample = Sample(70, 133, 72, 4, bf16, bf16, bf16)
+@pytest.mark.parametrize("where", ["kept", "parked"])
+def test_loss_same_bits_in_any_order_of_threads(where: str, module: Any, seed: int) -> None:
+    sample = Sample(70, 133, 160, 4, bf16, bf16, bf16)
     target, options = make_options(sample, EVERYTHING, seed)
     tensors = sample.tensors(seed)
 
     def bits() -> list[Tensor | None]:
-        ours = HostLoss(module, tensors, target, **options)
+        ours = HostLoss(module, tensors, target, where, **options)
         return [ours.loss, ours.lse, *ours.gradients(torch.ones(()), torch.ones(70))]
 
     assert_same_bits_in_any_order(module, seed, bits)

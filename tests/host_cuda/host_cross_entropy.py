@@ -13,6 +13,21 @@ MARGIN_KINDS = ("logit", "cosine", "angle")
 REDUCTIONS = ("none", "mean", "sum")
 
 
+def _operands(tensors: list[Tensor]) -> tuple[str, torch.dtype, torch.dtype, list[Any]]:
+    """Return the type of the operands, the dtypes of sums and operands, and the arrays of the tensors."""
+    type = operand_type(tensors)
+    half = {name: dtype for dtype, name in _HALF.items()}
+    sums = torch.float64 if type == "f64" else torch.float32
+    operands = half.get(type, sums)
+    dtypes = (*[operands] * 3, sums)
+    return (
+        type,
+        sums,
+        operands,
+        [_array(t.detach().to(dtype)) for t, dtype in zip(tensors, dtypes, strict=True)],
+    )
+
+
 class HostLoss:
     """Forward and backward on the host, with the conversions that the binding makes.
 
@@ -20,21 +35,24 @@ class HostLoss:
         module: The compiled kernels (tests/host_cuda/bindings.cpp).
         tensors: input, centers, displacements, tau.
         target: Class indices, int64.
-        keep: Keep the scores from the forward to the backward.
+        scores: Where the scores are from the forward to the backward: "kept" in memory of their own, "parked" in the
+            gradient of the centers, or "recomputed".
+        saved: Results of a forward, for its backward; None: a forward is run.
         options: Options of `constellation_cross_entropy`.
     """
 
     def __init__(
-        self, module: Any, tensors: list[Tensor], target: Tensor, keep: bool = True, **options: Any
+        self,
+        module: Any,
+        tensors: list[Tensor],
+        target: Tensor,
+        scores: str = "kept",
+        saved: dict[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         self.module = module
         self.tensors = tensors
-        self.type = operand_type(tensors)
-        half = {name: dtype for dtype, name in _HALF.items()}
-        self.sums = torch.float64 if self.type == "f64" else torch.float32
-        self.operands = half.get(self.type, self.sums)
-        dtypes = (*[self.operands] * 3, self.sums)
-        self.arrays = [_array(t.detach().to(dtype)) for t, dtype in zip(tensors, dtypes, strict=True)]
+        self.type, self.sums, self.operands, self.arrays = _operands(tensors)
         vectors = [options.get(name) for name in ("class_bias", "weight", "margin")]
         self.vectors = [None if v is None else torch.as_tensor(v).detach().to(self.sums) for v in vectors]
         self.loss_arguments = module.Loss(
@@ -45,11 +63,22 @@ class HostLoss:
             options.get("ignore_index", -100),
             options.get("label_smoothing", 0.0),
         )
-        self.saved = module.cross_entropy_forward(self.type, *self.arrays, self.loss_arguments, keep)
+        if saved is not None:
+            self.saved = saved
+            return
+        if scores == "parked":
+            assert module.cross_entropy_parks(self.type, *self.arrays)
+        self.saved = module.cross_entropy_forward(self.type, *self.arrays, self.loss_arguments, scores)
         reduced = options.get("reduction", "mean") != "none"
         self.loss = torch.from_numpy(self.saved["loss"]).reshape(() if reduced else (-1,))
         self.lse = torch.from_numpy(self.saved["lse"])
         self.targets_in_range = bool(self.saved["targets_in_range"][0])
+
+    @staticmethod
+    def parks(module: Any, tensors: list[Tensor]) -> bool:
+        """Return True if the scores can be parked."""
+        type, _, _, arrays = _operands(tensors)
+        return bool(module.cross_entropy_parks(type, *arrays))
 
     def gradients(self, grad_loss: Tensor | None, grad_lse: Tensor | None) -> list[Tensor | None]:
         """Return the gradients of the tensors, class_bias and margin; None if absent."""

@@ -49,6 +49,8 @@ constexpr int kSharedWithoutAsking = 48 << 10, kSharedAtMost = 227 << 10;  // of
 inline std::map<const void*, int> shared_limits;                           // what kernels have asked for
 inline cudaError_t last_error = cudaSuccess;
 inline int shared_at_most = kSharedAtMost;
+inline int launches = 0;
+inline bool count_only = false;  // kernels are counted, and not run
 
 // Launch a kernel, as <<<>>> does: an invalid configuration sets the error that cudaGetLastError returns.
 template <class... Parameters, class... Arguments>
@@ -60,7 +62,8 @@ void launch(dim3 grid, dim3 block, size_t shared, cudaStream_t, void (*kernel)(P
     last_error = cudaErrorInvalidConfiguration;
     return;
   }
-  run({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared, [&] { kernel(arguments...); });
+  ++launches;
+  if (!count_only) run({grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared, [&] { kernel(arguments...); });
 }
 
 // Return the value of lane `from`. All lanes of the warp call it.

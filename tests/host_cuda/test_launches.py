@@ -1,0 +1,53 @@
+"""Launches and scratch memory of a step of the CUDA loss. The ops run up to their launches, which are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from .host_cross_entropy import HostLoss
+
+B, DIMS, DISPLACEMENTS = 256, 512, 4
+Counts = dict[str, int]
+
+
+@pytest.fixture
+def counting(module: Any) -> Iterator[None]:
+    """Count launches and run none of them."""
+    module.count_only(True)
+    module.count()
+    yield
+    module.count_only(False)
+    module.count()
+
+
+def step(module: Any, classes: int, scores: str) -> tuple[Counts, Counts]:
+    """Return what forward and backward request."""
+    sizes = ((B, DIMS), (classes, DIMS), (DISPLACEMENTS, DIMS))
+    tensors = [*(torch.empty(size, dtype=torch.bfloat16) for size in sizes), torch.ones(())]
+    loss = HostLoss(module, tensors, torch.zeros(B, dtype=torch.int64), scores, margin=0.3)
+    forward = module.count()
+    loss.gradients(torch.ones(()), None)
+    return forward, module.count()
+
+
+@pytest.mark.usefixtures("counting")
+@pytest.mark.parametrize("scores", ["kept", "parked"])
+def test_a_step_takes_at_most_12_launches_for_any_number_of_classes(scores: str, module: Any) -> None:
+    steps = [step(module, classes, scores) for classes in (1000, 100_000)]
+    launches = [forward["launches"] + backward["launches"] for forward, backward in steps]
+    assert 0 < launches[0] <= 12
+    assert launches[1] == launches[0]
+    for forward, backward in steps:
+        assert (forward["products"], backward["products"]) == (1, 1)
+
+
+@pytest.mark.usefixtures("counting")
+def test_a_step_with_parked_scores_takes_little_memory(module: Any) -> None:
+    """Scratch memory is at most 5 % of the logits."""
+    classes = 100_000
+    for counts in step(module, classes, "parked"):
+        assert 0 < counts["bytes"] <= 0.05 * B * classes * 4
