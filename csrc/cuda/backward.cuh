@@ -45,11 +45,17 @@ class BackwardLauncher : protected OpLauncher<T> {
     const bool displacements = out.displacements && p_.m();
     // Every chunk, and every step of a chunk, begins a new tile.
     const int64_t chunks = ceil_div(p_.K(), classes);
-    const int64_t tiles = chunks * ceil_div(classes, step_classes_) * ceil_div(step_classes_, tile_classes());
+    const int64_t tiles = chunks * ceil_div(classes, step_classes_) * partial_tiles(step_classes_);
     const bool t_in_place = t_class_major && shape.row_tiles == 1;  // the sums overwrite the partials
+    // In one chunk the partials of the displacements overwrite those of S and the product, which are no longer needed.
+    constexpr int64_t kAligned = 64;
+    const int64_t s_partials = ceil_div(shape.groups * p_.M() * ld_, kAligned) * kAligned;
+    const int64_t product = out.input ? p_.B() * p_.d() : 0;
+    const int64_t displacement_partials = displacements ? tiles * p_.m() * p_.d() : 0;
+    const int64_t before = s_partials + product;
     Scratch(workspace_)
         .add(partials_.h, h ? 0 : classes * ld_)
-        .add(partials_.s, shape.groups * p_.M() * ld_)
+        .add(partials_.s, several_chunks_ ? before : std::max(before, displacement_partials))
         .add(partials_.t, shape.row_tiles * p_.M() * classes)
         .add(partials_.tau, shape.blocks())
         .add(partials_.cancelled, shape.blocks())
@@ -59,10 +65,11 @@ class BackwardLauncher : protected OpLauncher<T> {
         .add(sums_.t, t_in_place ? 0 : classes * p_.M())
         .add(sums_.tau, 1)
         .add(sums_.cancelled, 1)
-        .add(product_, out.input ? p_.B() * p_.d() : 0)
-        .add(total_, out.input && several_chunks_ ? p_.B() * p_.d() : 0)
-        .add(displacement_partials_, displacements ? tiles * p_.m() * p_.d() : 0)
+        .add(total_, several_chunks_ ? product : 0)
+        .add(displacement_partials_, several_chunks_ ? displacement_partials : 0)
         .allocate();
+    product_ = partials_.s + s_partials;
+    if (!several_chunks_) displacement_partials_ = partials_.s;
     if (!out.class_bias) partials_.bias = nullptr;
     if (!out.margin) partials_.margin = nullptr;
     if (!displacements) displacement_partials_ = nullptr;
@@ -128,7 +135,10 @@ class BackwardLauncher : protected OpLauncher<T> {
   // float32. In other types the library writes the product into the memory of the gradient.
   static constexpr bool kFusedProduct = sizeof(T) == 2;
 
-  int64_t tile_classes() const { return kFusedProduct ? plan_.classes : correction_.classes; }
+  // Return the number of partials of the displacements that the classes of a step give.
+  int64_t partial_tiles(int64_t classes) const {
+    return kFusedProduct ? plan_.groups(classes) : ceil_div(classes, correction_.classes);
+  }
   int64_t dim_tiles() const { return ceil_div(p_.d(), NormCorrectionShape::kVectors * kVector<T>); }
 
   // Compute the gradient of the centers (null: not needed) of one step of a chunk, and the displacements' partials. A
@@ -141,7 +151,7 @@ class BackwardLauncher : protected OpLauncher<T> {
     step.scores += at * step.score_class, step.slots += at * step.score_class;
     if (step.grad) step.grad += at * step.score_class;
     step.softmax.first_class += at;
-    const int64_t classes = step.p.K(), tiles = ceil_div(classes, tile_classes());
+    const int64_t classes = step.p.K(), tiles = partial_tiles(classes);
     S* partials = displacement_partials_ ? displacement_partials_ + tiles_done_ * p_.m() * p_.d() : nullptr;
     tiles_done_ += tiles;
     const S* t = sums_.t + at * p_.M();

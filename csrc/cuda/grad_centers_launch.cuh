@@ -11,6 +11,14 @@ struct GradCentersPlan {
   bool stationary = false;
   int classes = kGradCentersClasses;  // of a tile
   int64_t dim_parts = 1, shared = 0;  // stationary: blocks per tile of classes; bytes of dynamic shared memory
+
+  // Return the number of partials of the displacements for K classes: of each tile, or of at most 264 groups of tiles,
+  // two per multiprocessor of a large GPU.
+  int64_t groups(int64_t K) const {
+    constexpr int64_t kMost = 264;
+    const int64_t tiles = ceil_div(K, classes);
+    return stationary ? ceil_div(tiles, ceil_div(tiles, kMost)) : tiles;
+  }
 };
 
 // Return the bytes of shared memory that a block may have.
@@ -66,9 +74,9 @@ template <class Shape>
 void launch_grad_centers_stationary(void* stream, const GradCentersPlan& plan,
                                     const GradCentersInputs<typename Shape::T>& in,
                                     const GradCentersOutputs<typename Shape::T>& out) {
-  launch("grad_centers", grad_centers_stationary_kernel<Shape>,
-         blocks(ceil_div(in.source.p.K(), Shape::kClasses) * plan.dim_parts), Shape::kThreads,
-         static_cast<int>(plan.shared), stream, in, out, plan.dim_parts);
+  const int64_t groups = plan.groups(in.source.p.K());
+  launch("grad_centers", grad_centers_stationary_kernel<Shape>, blocks(groups * plan.dim_parts), Shape::kThreads,
+         static_cast<int>(plan.shared), stream, in, out, groups, plan.dim_parts);
 }
 
 // Launch the kernel that the plan names. Wide tiles of the tiled kernel read less; narrow ones keep the device busy

@@ -21,9 +21,10 @@ class GradCentersStationary : private StationaryProduct<Shape> {
   using typename Base::T, typename Base::S, typename Base::Mma, typename Base::W, typename Base::Delta;
 
  public:
-  __device__ GradCentersStationary(const GradCentersInputs<T>& in, const GradCentersOutputs<T>& out, int64_t dim_parts,
-                                   unsigned char* memory)
-      : Base(in, out, dim_parts, memory) {}
+  // groups: number of partials; the block adds those of all its tiles of classes
+  __device__ GradCentersStationary(const GradCentersInputs<T>& in, const GradCentersOutputs<T>& out, int64_t class_tile,
+                                   int64_t groups, int64_t dim_parts, unsigned char* memory)
+      : Base(in, out, class_tile, dim_parts, memory), group_(class_tile % groups), adds_(class_tile >= groups) {}
 
   __device__ __forceinline__ void run() {
     if (first_dim_ >= last_dim_) return;
@@ -147,17 +148,18 @@ class GradCentersStationary : private StationaryProduct<Shape> {
           if (dim + column >= last_dim_) continue;
           const Pack<T, 2> values =
               *reinterpret_cast<const Pack<T, 2>*>(delta(group) + lane_ / 4 * Delta::kLd + column);
-          Pack<S, 2> out;
+          Pack<S, 2> out{};
+          if (adds_) out = *reinterpret_cast<const Pack<S, 2>*>(&partial(slot, dim + column));
 #pragma unroll
           for (int e = 0; e < 2; ++e)
-            out.e[e] = fma(total, wide(values.e[e]), -(sums[part][e] + sums[part][e + 2]) * scale);
+            out.e[e] += fma(total, wide(values.e[e]), -(sums[part][e] + sums[part][e + 2]) * scale);
           *reinterpret_cast<Pack<S, 2>*>(&partial(slot, dim + column)) = out;
         }
       }
     }
   }
   __device__ __forceinline__ S& partial(int64_t j, int64_t x) const {
-    return out_.displacements[(class_tile_ * p_.m() + j) * p_.d() + x];
+    return out_.displacements[(group_ * p_.m() + j) * p_.d() + x];
   }
 
   // Subtract T delta from the product. Both terms of T meet the same displacements.
@@ -274,18 +276,26 @@ class GradCentersStationary : private StationaryProduct<Shape> {
     return wide(p_.input.data[i * p_.input.ld + x]);
   }
 
+  int64_t group_;
+  bool adds_;
   bool any_cancelled_ = false;
   int weights_class_ = -1;  // the class, within the tile, of dynamic_.weights
 };
 
-// Grid: tiles of Shape::kClasses classes times dim_parts, the dims fastest. Block: 256 threads. Dynamic shared memory:
-// StationaryMemory::bytes.
+// Grid: groups times dim_parts, the dims fastest; a block takes every groups-th of the tiles of Shape::kClasses
+// classes. Block: 256 threads. Dynamic shared memory: StationaryMemory::bytes.
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     grad_centers_stationary_kernel(GradCentersInputs<typename Shape::T> in, GradCentersOutputs<typename Shape::T> out,
-                                   int64_t dim_parts) {
+                                   int64_t groups, int64_t dim_parts) {
   GISTOPS_DYNAMIC_SHARED(unsigned char, memory);
-  GradCentersStationary<Shape>(in, out, dim_parts, memory).run();
+  const int64_t tiles = ceil_div(in.source.p.K(), Shape::kClasses);
+#pragma unroll 1
+  for (int64_t tile = blockIdx.x / dim_parts; tile < tiles; tile += groups) {
+    GradCentersStationary<Shape>(in, out, tile, groups, dim_parts, memory).run();
+    copy_async_wait<0>();
+    __syncthreads();  // no thread still uses the memory of this tile
+  }
 }
 
 }  // namespace gistops::cuda

@@ -19,12 +19,13 @@ class StationaryProduct {
   static constexpr int kSlots = Shape::kSlots, kDims = Shape::kDims, kVector = Shape::kVector;
   static constexpr int kFragmentsC = Shape::kFragmentsC, kFragmentsD = Shape::kFragmentsD, kStages = Shape::kStages;
 
+  // class_tile: the block's tile of classes
   // dim_parts: number of blocks that share the dims of a tile of classes
-  __device__ StationaryProduct(const GradCentersInputs<T>& in, const GradCentersOutputs<T>& out, int64_t dim_parts,
-                               unsigned char* memory)
+  __device__ StationaryProduct(const GradCentersInputs<T>& in, const GradCentersOutputs<T>& out, int64_t class_tile,
+                               int64_t dim_parts, unsigned char* memory)
       : in_(in), p_(in.source.p), out_(out), shared_(*reinterpret_cast<typename Shape::Shared*>(memory)),
         dynamic_(memory, p_.B(), p_.m()), w_(reinterpret_cast<T*>(shared_.w)),
-        part_dims_(ceil_div(ceil_div(p_.d(), kDims), dim_parts) * kDims), class_tile_(blockIdx.x / dim_parts),
+        part_dims_(ceil_div(ceil_div(p_.d(), kDims), dim_parts) * kDims), class_tile_(class_tile),
         first_class_(class_tile_ * Shape::kClasses), first_dim_(blockIdx.x % dim_parts * part_dims_),
         last_dim_(min(p_.d(), first_dim_ + part_dims_)), loaded_(shared_.ring), multiplied_(shared_.ring),
         f_loader_(p_.input, 0, first_dim_), f_loader_dim_(first_dim_) {

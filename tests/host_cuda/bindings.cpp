@@ -12,6 +12,7 @@
 #include "grad_centers_launch.cuh"
 #include "launch.cuh"
 #include "op_table.h"
+#include "parked_scores.cuh"
 
 namespace py = pybind11;
 namespace gc = gistops::cuda;
@@ -272,6 +273,11 @@ PYBIND11_MODULE(GISTOPS_MODULE, m) {
   m.def("logits_backward", &logits_backward);
   py::class_<Loss>(m, "Loss").def(py::init<py::array, py::object, py::object, py::object, int, int, int64_t, double>());
   m.def("cross_entropy_parks", &cross_entropy_parks);
+  // Return the score and the slot that are parked in one float.
+  m.def("parked", [](float z, unsigned slot) {
+    const uint32_t bits = gc::parked(z, slot);
+    return py::make_tuple(gc::parked_score(bits), gc::parked_slot(bits));
+  });
   m.def("cross_entropy_forward", &cross_entropy_forward);
   m.def("cross_entropy_backward", &cross_entropy_backward);
   m.def("grad_centers_parked", &grad_centers_parked_of_type);

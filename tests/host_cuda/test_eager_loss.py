@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -175,6 +176,22 @@ def test_frozen_centers_are_not_parked(call: Call) -> None:
     loss = call.loss()
     assert not loss.grad_fn.stash
     assert torch.autograd.grad(loss, call.leaves[0])[0].isfinite().all()
+
+
+def test_a_parked_score_is_rounded_to_21_bits(module: Any, seed: int) -> None:
+    values = torch.cat(
+        [torch.randn(200) * 10 ** torch.randn(200), torch.tensor([3e38, -2e-38, 1.0, 0.0, -0.0])]
+    )
+    for i, z in enumerate(values.tolist()):
+        score, slot = module.parked(z, i % 8)
+        assert slot == i % 8
+        assert abs(score - z) <= 2**-21 * abs(z)
+    for slot in range(8):
+        assert module.parked(torch.inf, slot) == (torch.inf, slot)
+        assert module.parked(-torch.inf, slot) == (-torch.inf, slot)
+        score, nan_slot = module.parked(torch.nan, slot)
+        assert math.isnan(score)
+        assert nan_slot == slot
 
 
 def test_scores_that_do_not_fit_are_not_parked(module: Any, seed: int) -> None:
