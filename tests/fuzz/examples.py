@@ -17,6 +17,10 @@ _loss = LossCase(
     ignore_index=-100, label_smoothing=0.0, target_dtype=torch.int64, seed=0,
 )  # fmt: skip
 
+LOGITS: list[tuple[Case]] = [
+    # The terms of a center's gradient and of its norm's cancel, and so do those of the rows.
+    (replace(_case, classifier="subcenters", B=16, K=16, m=4, dtypes=(torch.float16,) * 3, specials=()),),
+]
 LOSSES: list[tuple[Case, LossCase]] = [
     # The gradient of a zero input, of the size 1e12, is infinite in float16.
     (replace(_case, classifier="rotation", dtypes=(torch.float16,) * 3), _loss),

@@ -30,15 +30,19 @@ class Noise:
         return values * (1 + self.eps * torch.randn(values.shape, generator=self.source, dtype=values.dtype))
 
 
-def normalized(x: Tensor, noise: Noise) -> Tensor:
-    """Return x / max(|x|, 1e-12) along the last dimension.
+def normalized_parts(x: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
+    """Return x / max(|x|, 1e-12) along the last dimension, and a zero that has the gradient of the norm.
 
     The two terms of the gradient cancel if the gradient is parallel to x, so each has noise of its own.
     """
     numerator, reciprocal = noise(x), 1 / noise(x).norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    product = numerator * reciprocal.detach()
     along_x = noise(x).detach() * reciprocal
-    return product + (along_x - along_x.detach())
+    return numerator * reciprocal.detach(), along_x - along_x.detach()
+
+
+def normalized(x: Tensor, noise: Noise) -> Tensor:
+    """Return x / max(|x|, 1e-12) along the last dimension."""
+    return sum(normalized_parts(x, noise))  # type: ignore[return-value]
 
 
 def vectors(case: Case, t: Tensors, noise: Noise) -> Tensor:
@@ -73,9 +77,19 @@ def rotated(w: Tensor, axis: Tensor, delta: Tensor, noise: Noise) -> Tensor:
 
 
 def cosines(case: Case, t: Tensors, noise: Noise) -> Tensor:
-    """Return the cosines of all inputs and vectors, [B, K, M]."""
-    unit, units = normalized(t["input"], noise), normalized(vectors(case, t, noise), noise)
-    return noise(torch.einsum("bd,kmd->bkm", unit, units))
+    """Return the cosines of all inputs and vectors, [B, K, M].
+
+    The two terms of a gradient are sums over many pairs, and each of their elements has noise of its own.
+    """
+
+    def products(a: Tensor, b: Tensor) -> Tensor:
+        return noise(torch.einsum("bd,kmd->bkm", a, b))
+
+    unit, unit_norm = normalized_parts(t["input"], noise)
+    units, units_norm = normalized_parts(vectors(case, t, noise), noise)
+    if not torch.is_grad_enabled():
+        return products(unit, units)
+    return products(unit, units) + products(unit_norm, units) + products(unit, units_norm)
 
 
 def chosen(cosine: Tensor, slots: Tensor) -> Tensor:

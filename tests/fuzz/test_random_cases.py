@@ -15,7 +15,7 @@ import gistops
 from . import oracle
 from .cases import Case, LossCase, cases, loss_cases
 from .conftest import Runner
-from .examples import LOSSES
+from .examples import LOGITS, LOSSES
 from .judge import FACTOR, bound, compare, compute_eps
 from .oracle import Noise, Tensors
 
@@ -136,7 +136,7 @@ def check_logits(case: Case, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_logits(backend: str, run_cases: Runner) -> None:
-    run_cases(lambda case: check_logits(case, backend), case=cases())
+    run_cases(lambda case: check_logits(case, backend), LOGITS, case=cases())
 
 
 def near_ties(case: Case, cosine: Tensor, upstream: Tensor, error: float, wide: Tensors) -> Tensors:
