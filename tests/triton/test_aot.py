@@ -29,7 +29,7 @@ def spilled_at_most(case: aot.Case) -> int:
     if case.name == "fused_route_loss_grad_kernel" or (
         case.name == "fused_lse_kernel" and case.constants["SUMS"]
     ):
-        return 256  # in the epilogue, once per tile
+        return 512  # in the epilogue, once per tile; Triton 3.6 spills more than 3.9
     large = case.name in LARGE and case.dtype in ("bf16", "f16", "tf32")
     return 0 if large and case.target == "sm_90" else SPILLED
 
