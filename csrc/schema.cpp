@@ -8,9 +8,12 @@ STABLE_TORCH_LIBRARY(gistops, m) {
   // input [B, d], centers [K, d], displacements [m, d], tau [1 element]
   //   -> logits [B, K], slots [B, K] uint8, center_rnorms R [M, K], input_rnorms 1/|f| [B]
   // allow_tf32: a GPU may round float32 products to tf32. On GPUs a negative R marks a pair whose norm was computed
-  // from w + delta itself.
+  // from w + delta itself. need_slots: without slots, which are then empty [0], there is no gradient. logits_dtype: the
+  // dtype in which the logits are stored; none: float64 if an operand is float64, else float32. The backward takes
+  // logits and their gradient in any floating dtype.
   m.def(
-      "logits_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau, bool allow_tf32=False)"
+      "logits_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau, bool allow_tf32=False,"
+      " bool need_slots=True, ScalarType? logits_dtype=None)"
       " -> (Tensor logits, Tensor slots, Tensor center_rnorms, Tensor input_rnorms)");
   // Every backward op returns each gradient in its argument's shape and dtype, or an empty tensor if it is not needed.
   m.def(
@@ -21,7 +24,8 @@ STABLE_TORCH_LIBRARY(gistops, m) {
 
   // The same for sub-centers: centers [K, M, d].
   m.def(
-      "subcenter_forward(Tensor input, Tensor centers, Tensor tau, bool allow_tf32=False)"
+      "subcenter_forward(Tensor input, Tensor centers, Tensor tau, bool allow_tf32=False, bool need_slots=True,"
+      " ScalarType? logits_dtype=None)"
       " -> (Tensor logits, Tensor slots, Tensor center_rnorms, Tensor input_rnorms)");
   m.def(
       "subcenter_backward(Tensor grad, Tensor input, Tensor centers, Tensor tau, Tensor logits, Tensor slots,"
@@ -33,8 +37,9 @@ STABLE_TORCH_LIBRARY(gistops, m) {
   // [2, M, K], 0 in slot 0.
   m.def(
       "rotation_forward(Tensor input, Tensor centers, Tensor tau, Tensor input_coeffs, Tensor class_coeffs,"
-      " bool allow_tf32=False) -> (Tensor logits, Tensor slots, Tensor center_rnorms, Tensor input_rnorms)");
-  // The gradients of input_coeffs and class_coeffs are always computed, in the dtype of grad.
+      " bool allow_tf32=False, bool need_slots=True, ScalarType? logits_dtype=None)"
+      " -> (Tensor logits, Tensor slots, Tensor center_rnorms, Tensor input_rnorms)");
+  // The gradients of input_coeffs and class_coeffs are always computed, in the dtype of the norms.
   m.def(
       "rotation_backward(Tensor grad, Tensor input, Tensor centers, Tensor tau, Tensor input_coeffs,"
       " Tensor class_coeffs, Tensor logits, Tensor slots, Tensor center_rnorms, Tensor input_rnorms, bool need_input,"
@@ -117,7 +122,8 @@ STABLE_TORCH_LIBRARY(gistops, m) {
   // class to be scored from w + delta itself.
   m.def("center_norms(Tensor centers, Tensor displacements) -> Tensor");
   m.def(
-      "frozen_logits(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor norms)"
+      "frozen_logits(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor norms,"
+      " bool need_slots=True, ScalarType? logits_dtype=None)"
       " -> (Tensor logits, Tensor slots)");
   // The instruction set and the matrix-product library that the CPU backend uses here.
   m.def("cpu_capability() -> str");

@@ -14,10 +14,14 @@ class SavedScores {
  public:
   static constexpr bool kStashed = false;
   // grad, logits, slots: [B, K]. center_rnorms: [M, K]. size: classes per block, at most.
-  SavedScores(const Problem<T>& p, const T* grad, const T* logits, const uint8_t* slots, const T* center_rnorms,
-              int64_t size)
+  SavedScores(const Problem<T>& p, const StoredMatrix& grad, const StoredMatrix& logits, const uint8_t* slots,
+              const T* center_rnorms, int64_t size)
       : p_(p), grad_(grad), logits_(logits), slots_(slots), center_rnorms_(center_rnorms),
-        converted_(p.centers.template scratch_elements<T>(size * p.vectors_per_class())) {}
+        direct_(grad.template is<T>() && logits.template is<T>()),
+        converted_(p.centers.template scratch_elements<T>(size * p.vectors_per_class())),
+        block_grad_(direct_ ? 0 : std::min(kBlockRows, p.B) * size),
+        block_logits_(direct_ ? 0 : std::min(kBlockRows, p.B) * size),
+        block_slots_(direct_ ? 0 : std::min(kBlockRows, p.B) * size) {}
 
   // Moves to the classes [k, k + n); returns their vectors.
   const T* begin(int64_t k, int64_t n) {
@@ -26,19 +30,38 @@ class SavedScores {
   }
   SlotMatrix<T> r() const { return {.data = center_rnorms_ + first_, .ld = p_.K, .slots = p_.M}; }
   GradBlock<T> rows(int64_t i, int64_t rows) const {
-    const int64_t at = i * p_.K + first_;
-    return {.grad = grad_ + at, .logits = logits_ + at, .slots = slots_ + at, .ld = p_.K, .rows = rows, .n = n_};
+    const uint8_t* slots = slots_ + i * p_.K + first_;
+    if (direct_)
+      return {.grad = static_cast<const T*>(grad_.row(i, first_)),
+              .logits = static_cast<const T*>(logits_.row(i, first_)),
+              .slots = slots,
+              .ld = p_.K,
+              .rows = rows,
+              .n = n_};
+    for (int64_t row = 0; row < rows; ++row) {
+      kernels<T>().load(grad_.row(i + row, first_), grad_.format, n_, block_grad_.get() + row * n_);
+      kernels<T>().load(logits_.row(i + row, first_), logits_.format, n_, block_logits_.get() + row * n_);
+      std::copy_n(slots + row * p_.K, n_, block_slots_.get() + row * n_);
+    }
+    return {.grad = block_grad_.get(),
+            .logits = block_logits_.get(),
+            .slots = block_slots_.get(),
+            .ld = n_,
+            .rows = rows,
+            .n = n_};
   }
   // The memory of the last block's grad, if it may be overwritten, else null.
-  T* reusable_grad() const { return nullptr; }
+  T* reusable_grad() const { return direct_ ? nullptr : block_grad_.get(); }
 
  private:
   const Problem<T>& p_;
-  const T *grad_, *logits_;
+  const StoredMatrix grad_, logits_;
   const uint8_t* slots_;
   const T* center_rnorms_;
+  const bool direct_;  // grad and logits are in the type of computation; else blocks of them are converted
   int64_t first_ = 0, n_ = 0;
-  Scratch<T> converted_;
+  Scratch<T> converted_, block_grad_, block_logits_;
+  Scratch<uint8_t> block_slots_;
 };
 
 // Adds the partial sums of all shards to those of the first, and writes the gradients of displacements, tau, the
@@ -102,8 +125,8 @@ void run_shards(const Problem<T>& p, const Input<T>& input, const Gradients& out
 
 // The backward of the logits [B, K], from slots [B, K] and center_rnorms [M, K].
 template <class T>
-void backward(const Problem<T>& p, const T* grad, const T* logits, const uint8_t* slots, const T* center_rnorms,
-              const Gradients& out) {
+void backward(const Problem<T>& p, const StoredMatrix& grad, const StoredMatrix& logits, const uint8_t* slots,
+              const T* center_rnorms, const Gradients& out) {
   const Input<T> input(p);
   const int64_t threads = num_threads(p);
   const Partition partition(p, threads);

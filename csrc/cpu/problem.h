@@ -7,17 +7,25 @@
 
 namespace gistops {
 
+inline int64_t element_size(Format format) { return format == Format::f64 ? 8 : format == Format::f32 ? 4 : 2; }
+
+// The storage format of the type of computation T.
+template <class T>
+constexpr Format kFormat = sizeof(T) == 8 ? Format::f64 : Format::f32;
+
 // A row-major matrix [rows, d] in its storage format.
 struct StoredMatrix {
   const void* data;
   Format format;
   int64_t rows, d;
 
-  int64_t element_size() const { return format == Format::f64 ? 8 : format == Format::f32 ? 4 : 2; }
-  const void* row(int64_t i) const { return static_cast<const char*>(data) + i * d * element_size(); }
+  int64_t element_size() const { return gistops::element_size(format); }
+  const void* row(int64_t i, int64_t column = 0) const {
+    return static_cast<const char*>(data) + (i * d + column) * element_size();
+  }
   template <class T>
   bool is() const {
-    return format == (sizeof(T) == 8 ? Format::f64 : Format::f32);
+    return format == kFormat<T>;
   }
 
   // Rows [begin, begin + n) in the type of computation: in place, or converted into `scratch`.
@@ -31,6 +39,13 @@ struct StoredMatrix {
   int64_t scratch_elements(int64_t n) const {
     return is<T>() ? 0 : n * d;
   }
+};
+
+// Where the forward stores logits and slots, [B, K] each. Slots are null if they are not needed.
+struct StoredScores {
+  void* logits;
+  Format format;  // of the logits
+  uint8_t* slots;
 };
 
 // The definition of a class's M slots:

@@ -107,7 +107,7 @@ class ClassBlock {
     for (int64_t j = 0; j < p_.M; ++j) std::copy_n(r_.get() + j * size_, n_, out + j * ld);
   }
 
-  // Scores the rows [i, i + rows): logits and slots, both with row stride ld.
+  // Scores the rows [i, i + rows): logits and slots, both with row stride ld. slots may be null.
   void score(int64_t i, int64_t rows, T* logits, uint8_t* slots, int64_t ld) {
     const ScoreBlock<T> out{.logits = logits, .slots = slots, .ld = ld, .rows = rows, .n = n_};
     const Matrix<T> f = input_.rows(i, rows);
@@ -212,7 +212,7 @@ class ClassBlock {
           if (score > best) best = score, slot = static_cast<uint8_t>(j);
         }
         out.logits[i * out.ld + k] = best * scale[i];
-        out.slots[i * out.ld + k] = slot;
+        if (out.slots) out.slots[i * out.ld + k] = slot;
       }
     }
   }

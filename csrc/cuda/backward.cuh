@@ -148,8 +148,10 @@ class BackwardLauncher : protected OpLauncher<T> {
     step.p.centers.data += at * p_.d();
     step.p.centers.rows = std::min(step_classes_, chunk.p.K() - at);
     step.center_rnorms += at;
-    step.scores += at * step.score_class, step.slots += at * step.score_class;
+    step.slots += at * step.score_class;
+    if (step.scores) step.scores += at * step.score_class;
     if (step.grad) step.grad += at * step.score_class;
+    if (step.narrow_grad) step.narrow_grad += at * step.score_class;
     step.softmax.first_class += at;
     const int64_t classes = step.p.K(), tiles = partial_tiles(classes);
     S* partials = displacement_partials_ ? displacement_partials_ + tiles_done_ * p_.m() * p_.d() : nullptr;

@@ -17,6 +17,19 @@ class LogitsLauncher : private BackwardLauncher<T> {
 
   void forward(const LogitsResults& results) {
     if (p_.B() == 0 || p_.K() == 0) return;
+    results.narrow ? forward_as<T>(results) : forward_as<S>(results);
+  }
+
+  void backward(const void* grad, const LogitsResults& saved, const Gradients& gradients) {
+    const GradOutputs<T> out(gradients);
+    if (p_.B() == 0 || p_.K() == 0) return this->clear(out);
+    saved.narrow ? backward_from<T>(grad, saved, out) : backward_from<S>(grad, saved, out);
+  }
+
+ private:
+  // Z: the type of the logits.
+  template <class Z>
+  void forward_as(const LogitsResults& results) {
     const int64_t step = this->cached_classes();
     S *input_dots, *products;
     Scratch(workspace_).add(input_dots, p_.M() * ld_).add(products, step * ld_).allocate();
@@ -39,34 +52,40 @@ class LogitsLauncher : private BackwardLauncher<T> {
                                   .center_rnorms = center_rnorms + first,
                                   .ldr = p_.K(),
                                   .input_rnorms = input_rnorms,
-                                  .slots = results.slots + first,
+                                  .slots = results.slots ? results.slots + first : nullptr,
                                   .slot_class = 1,
                                   .slot_row = p_.K()};
       using Shape = ScoresShape;
-      launch("max_over_slots", max_over_slots_kernel<T>,
+      launch("max_over_slots", max_over_slots_kernel<T, Z>,
              blocks(ceil_div(p.K(), Shape::kClasses), ceil_div(p.B(), Shape::kRows)), Shape::kThreads, 0, stream_,
-             inputs, static_cast<S*>(results.logits) + first, p_.K());
+             inputs, static_cast<Z*>(results.logits) + first, p_.K());
     }
   }
 
-  void backward(const void* grad, const LogitsResults& saved, const Gradients& gradients) {
-    const GradOutputs<T> out(gradients);
-    if (p_.B() == 0 || p_.K() == 0) return this->clear(out);
-    const GradSource<T> source{.p = p_,
-                               .center_rnorms = static_cast<const S*>(saved.center_rnorms),
-                               .ldr = p_.K(),
-                               .input_rnorms = static_cast<const S*>(saved.input_rnorms),
-                               .scores = static_cast<const S*>(saved.logits),
-                               .slots = saved.slots,
-                               .score_class = 1,
-                               .score_row = p_.K(),
-                               .grad = static_cast<const S*>(grad),
-                               .softmax = {}};
+  // Z: the type of the logits and of their gradient.
+  template <class Z>
+  void backward_from(const void* grad, const LogitsResults& saved, const GradOutputs<T>& out) {
+    GradSource<T> source{.p = p_,
+                         .center_rnorms = static_cast<const S*>(saved.center_rnorms),
+                         .ldr = p_.K(),
+                         .input_rnorms = static_cast<const S*>(saved.input_rnorms),
+                         .scores = nullptr,
+                         .slots = saved.slots,
+                         .score_class = 1,
+                         .score_row = p_.K(),
+                         .grad = nullptr,
+                         .softmax = {}};
+    if constexpr (__is_same(Z, S)) {
+      source.grad = static_cast<const S*>(grad);
+    } else {
+      source.narrow_grad = static_cast<const T*>(grad);
+    }
     using Shape = RouteLogitsShape<T>;
     const RoutingShape shape(p_.K(), p_.B(), Shape::kClasses, Shape::kRows);
     this->allocate(shape, p_.K(), out);
-    launch("route_logits_grad", route_logits_grad_kernel<T>, blocks(shape.groups, shape.row_tiles), Shape::kThreads, 0,
-           stream_, shape, source, this->partials_);
+    launch("route_logits_grad", route_logits_grad_kernel<T, Z>, blocks(shape.groups, shape.row_tiles), Shape::kThreads,
+           0, stream_, shape, source, static_cast<const Z*>(grad), static_cast<const Z*>(saved.logits),
+           this->partials_);
     this->add_chunk(shape, source, out, 0);
     this->finish(out);
   }

@@ -7,21 +7,27 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> logits_forward(const Tensor& input, const Tensor& centers,
                                                           const Tensor& displacements, const Tensor& tau,
-                                                          bool /*allow_tf32*/) {
+                                                          bool /*allow_tf32*/, bool need_slots,
+                                                          std::optional<ScalarType> logits_dtype) {
   const OpCall call(input, centers, displacements, tau);
   const int64_t B = input.size(0), K = centers.size(0), M = displacements.size(0) + 1;
-  const Tensor logits = empty_on_device_of(input, {B, K}, call.sums),
-               slots = empty_on_device_of(input, {B, K}, ScalarType::Byte);
+  const ScalarType wanted = logits_dtype.value_or(call.sums);
+  const bool narrow = wanted == call.operands && wanted != call.sums;
+  const Tensor logits = empty_on_device_of(input, {B, K}, narrow ? wanted : call.sums),
+               slots = need_slots ? empty_on_device_of(input, {B, K}, ScalarType::Byte)
+                                  : empty_on_device_of(input, {0}, ScalarType::Byte);
   const Tensor center_rnorms = empty_on_device_of(input, {M, K}, call.sums),
                input_rnorms = empty_on_device_of(input, {B}, call.sums);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
   op_table(call.operands)
-      .logits_forward(call.arguments(),
-                      {logits.mutable_data_ptr(), static_cast<uint8_t*>(slots.mutable_data_ptr()),
-                       center_rnorms.mutable_data_ptr(), input_rnorms.mutable_data_ptr()},
-                      workspace);
-  return {logits, slots, center_rnorms, input_rnorms};
+      .logits_forward(
+          call.arguments(),
+          {logits.mutable_data_ptr(), need_slots ? static_cast<uint8_t*>(slots.mutable_data_ptr()) : nullptr,
+           center_rnorms.mutable_data_ptr(), input_rnorms.mutable_data_ptr(), narrow},
+          workspace);
+  // The kernels know the types of the operands and of the sums alone; operands of several types are float32 there.
+  return {converted(logits, wanted), slots, center_rnorms, input_rnorms};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> logits_backward(const Tensor& grad, const Tensor& input,
@@ -35,7 +41,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logits_backward(const Tensor& grad, c
   const auto saved = [&](const Tensor& x, const Sizes& sizes, ScalarType dtype, const char* name) {
     return checked_saved(x, input, sizes, dtype, name);
   };
-  const Tensor G = saved(grad, {B, K}, call.sums, "grad"), z = saved(logits, {B, K}, call.sums, "logits");
+  const bool narrow =
+      call.operands != call.sums && grad.scalar_type() == call.operands && logits.scalar_type() == call.operands;
+  const auto scores = [&](const Tensor& x, const char* name) {
+    check_shape(x, input, {B, K}, name, "the forward's shape");
+    check_floating(x, name);
+    return converted(x, narrow ? call.operands : call.sums);
+  };
+  const Tensor G = scores(grad, "grad"), z = scores(logits, "logits");
   const Tensor j = saved(slots, {B, K}, ScalarType::Byte, "slots");
   const Tensor R = saved(center_rnorms, {M, K}, call.sums, "center_rnorms");
   const Tensor n = saved(input_rnorms, {B}, call.sums, "input_rnorms");
@@ -53,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logits_backward(const Tensor& grad, c
       .logits_backward(
           call.arguments(), G.const_data_ptr(),
           {z.mutable_data_ptr(), static_cast<uint8_t*>(j.mutable_data_ptr()), R.mutable_data_ptr(),
-           n.mutable_data_ptr()},
+           n.mutable_data_ptr(), narrow},
           {need_input ? df.mutable_data_ptr() : nullptr, need_centers ? dw.mutable_data_ptr() : nullptr,
            need_displacements ? dd.mutable_data_ptr() : nullptr, need_tau ? dt.mutable_data_ptr() : nullptr},
           workspace);

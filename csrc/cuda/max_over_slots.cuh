@@ -4,13 +4,14 @@
 
 namespace gistops::cuda {
 
-// Compute logits and slots, both [B, K] with rows of length ldz, from the products P [K, ld] of a chunk of classes.
+// Compute logits and slots, both [B, K], from the products P [K, ld] of a chunk of classes. The logits have rows of
+// length ldz and are rounded to the type Z; in.slots is null if they are not needed.
 //
 // Grid: (tiles of 32 classes, tiles of 128 rows). Block: 256 threads. Reads run along the rows and writes along the
 // classes, so the tile is transposed in shared memory.
-template <class T>
+template <class T, class Z>
 __global__ void __launch_bounds__(ScoresShape::kThreads)
-    max_over_slots_kernel(ScoreInputs<T> in, Sum<T>* logits, int64_t ldz) {
+    max_over_slots_kernel(ScoreInputs<T> in, Z* logits, int64_t ldz) {
   using S = Sum<T>;
   using Shape = ScoresShape;
   __shared__ __align__(16) ScoresTile<S> tile;
@@ -43,8 +44,8 @@ __global__ void __launch_bounds__(ScoresShape::kThreads)
     for (int row = warp; row < kRows; row += Shape::kWarps) {
       const int64_t i = first_row + pass * kRows + row;
       if (i >= in.p.B()) break;
-      logits[i * ldz + k] = transposed[row][lane];
-      in.slots[i * in.slot_row + k * in.slot_class] = transposed_slots[row][lane];
+      logits[i * ldz + k] = narrow<Z>(transposed[row][lane]);
+      if (in.slots) in.slots[i * in.slot_row + k * in.slot_class] = transposed_slots[row][lane];
     }
   }
 }

@@ -14,10 +14,11 @@ struct Arguments {
 };
 
 struct LogitsResults {
-  void* logits;         // [B, K] sums
-  uint8_t* slots;       // [B, K]
+  void* logits;         // [B, K] sums, or of the operands' type if `narrow`
+  uint8_t* slots;       // [B, K]; null: not needed
   void* center_rnorms;  // [M, K] sums
   void* input_rnorms;   // [B] sums
+  bool narrow;
 };
 
 // Gradients of the arguments; null where not needed.
@@ -86,6 +87,7 @@ struct LossGradients {
 // Every function throws std::runtime_error with the kernel's name and CUDA's message if a launch fails.
 struct OpTable {
   void (*logits_forward)(const Arguments&, const LogitsResults&, Workspace&);
+  // grad has the type of saved.logits.
   void (*logits_backward)(const Arguments&, const void* grad, const LogitsResults& saved, const Gradients&, Workspace&);
   // Return true if the scores of a loss can be parked. Of the arguments it reads pointers and sizes alone.
   bool (*cross_entropy_parks)(const Arguments&);

@@ -13,13 +13,13 @@ struct RouteLogitsShape {
   static constexpr int kRound = 16 / static_cast<int>(sizeof(Sum<T>));  // slots whose sums are combined at a time
 };
 
-// Route the gradient of the logits: H and the partials of S, T and dtau.
+// Route the gradient of the logits: H and the partials of S, T and dtau. grad and logits are [B, K], of the type Z.
 //
 // Grid: (groups of class tiles, tiles of kRows rows). Block: 256 threads. Reads run along the classes; H is transposed
 // in shared memory and written along the rows. A group of eight slots takes one pass over the tile.
-template <class T>
+template <class T, class Z>
 __global__ void __launch_bounds__(RouteLogitsShape<T>::kThreads, sizeof(T) == 8 ? 1 : 2)
-    route_logits_grad_kernel(RoutingShape shape, GradSource<T> in, RoutedSums<T> out) {
+    route_logits_grad_kernel(RoutingShape shape, GradSource<T> in, const Z* grads, const Z* logits, RoutedSums<T> out) {
   using S = Sum<T>;
   using Shape = RouteLogitsShape<T>;
   constexpr int kSlots = Shape::kSlots, kClasses = Shape::kClasses, kRows = Shape::kRows;
@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(RouteLogitsShape<T>::kThreads, sizeof(T) == 8 
         for (int c = 0; c < kClassesPerThread; ++c) {
           const int64_t k = first_class + c * kWarp + lane, at = i * in.score_row + k;
           const bool inside = k < K && i < B;
-          grad[c] = inside ? in.grad[at] : S(0);
-          z[c] = inside ? in.scores[at] : S(0);
+          grad[c] = inside ? wide(grads[at]) : S(0);
+          z[c] = inside ? wide(logits[at]) : S(0);
           slot[c] = inside ? in.valid_slot(in.slots[at]) : 0;
         }
 #pragma unroll

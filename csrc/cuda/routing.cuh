@@ -37,12 +37,13 @@ struct GradSource {
   const S* center_rnorms;  // [M, ldr]
   int64_t ldr;
   const S* input_rnorms;  // [B]
-  const S* scores;        // element (k, i) is at k * score_class + i * score_row, as in slots and grad
+  const S* scores;        // of a loss: element (k, i) is at k * score_class + i * score_row, as in slots and grad
   const uint8_t* slots;
   int64_t score_class, score_row;
-  const S* grad;  // gradient of the logits; null: softmax gives the gradient of a loss
+  const S* grad;  // gradient of the logits; null: narrow_grad, or else softmax for the gradient of a loss
   SoftmaxGrad<S> softmax;
-  bool scores_gone = false;  // scores and slots are overwritten once H is known; grad is null
+  bool scores_gone = false;        // scores and slots are overwritten once H is known; grad is null
+  const T* narrow_grad = nullptr;  // gradient of logits that are stored in the operands' type
 
   // Return a slot from memory, or the last slot instead of one that does not exist: slots from a caller must not lead
   // to a read out of bounds.
@@ -55,7 +56,7 @@ struct GradSource {
     const int64_t at = k * score_class + i * score_row;
     slot = valid_slot(slots[at]);
     const S r = center_rnorms[slot * ldr + k];
-    return r < S(0) ? weight(k, i, r, grad ? S(0) : scores[at]) : S(0);
+    return r < S(0) ? weight(k, i, r, scores ? scores[at] : S(0)) : S(0);
   }
 
   // Return the unrounded weight of pair (k, i), whose slot has the reciprocal norm r and whose score is z.
@@ -63,6 +64,8 @@ struct GradSource {
     S g;
     if (grad) {
       g = grad[k * score_class + i * score_row];
+    } else if (narrow_grad) {
+      g = wide(narrow_grad[k * score_class + i * score_row]);
     } else {
       const SoftmaxGradRow<S> row = softmax.row(i);
       g = k == row.target ? row.target_grad * row.by_logit : softmax.other_class_grad(row, k, z);

@@ -29,7 +29,7 @@ struct ScoreInputs {
   const S* center_rnorms;  // [M, ldr] R
   int64_t ldr;
   const S* input_rnorms;  // [B]
-  uint8_t* slots;         // the slot of class k and row i, at k slot_class + i slot_row
+  uint8_t* slots;         // the slot of class k and row i, at k slot_class + i slot_row; null: not needed
   int64_t slot_class, slot_row;
 };
 
@@ -69,7 +69,7 @@ __device__ __forceinline__ typename Inputs::S score_cancelled_pair(const Inputs&
 }
 
 // Score the classes of the tile that have a cancelled pair, from the elements of w_k + delta_j; by all threads of the
-// block. Writes in.products and in.slots.
+// block. Writes in.products, and in.slots unless it is null.
 template <class T>
 __device__ __forceinline__ void score_cancelled(const ScoreInputs<T>& in, const int* cancelled, int64_t first_class,
                                                 int64_t first_row) {
@@ -83,7 +83,7 @@ __device__ __forceinline__ void score_cancelled(const ScoreInputs<T>& in, const 
       const Sum<T> z = score_cancelled_pair(in, k, i, lane, slot);
       if (lane == 0) {
         in.products[k * in.score_class + i] = z;
-        in.slots[k * in.slot_class + i * in.slot_row] = slot;
+        if (in.slots) in.slots[k * in.slot_class + i * in.slot_row] = slot;
       }
     }
   }
@@ -181,13 +181,12 @@ __device__ __forceinline__ void compute_scores(const ScoreInputs<T>& in, ScoresT
 #pragma unroll
   for (int c = 0; c < kClassesPerThread; ++c) {
     if (!tile.cancelled[warp + c * Shape::kWarps]) continue;
-    const uint8_t* slots =
-        in.slots + (first_class + warp + c * Shape::kWarps) * in.slot_class + thread_row * in.slot_row;
+    const int64_t k = first_class + warp + c * Shape::kWarps;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       if (thread_row + e >= B) continue;
       z[c][e] = products[c][e];
-      slot[c][e] = slots[e * in.slot_row];
+      if (in.slots) slot[c][e] = in.slots[k * in.slot_class + (thread_row + e) * in.slot_row];
     }
   }
 }

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..operators.logits import Logits, LogitsForward, RotationForward, SubcenterForward
+from ..operators.logits import FrozenLogits, Logits, LogitsForward, RotationForward, SubcenterForward
 from ..operators.registry import compute_dtype
 from ..operators.topk import Best, Topk
 
@@ -25,7 +25,7 @@ def logits_forward(*arguments: Any) -> Logits:
         for j in range(delta.shape[0]):
             yield product + f @ delta[j][:, None], w + delta[j]
 
-    return _best_slot(slots(), f, a.tau.to(dtype))
+    return _asked(a, _best_slot(slots(), f, a.tau.to(dtype)))
 
 
 def subcenter_forward(*arguments: Any) -> Logits:
@@ -33,14 +33,15 @@ def subcenter_forward(*arguments: Any) -> Logits:
     dtype = compute_dtype(a.input, a.centers)
     f, w = a.input.to(dtype), a.centers.to(dtype)
     slots = ((f @ w[:, j].T, w[:, j]) for j in range(w.shape[1]))
-    return _best_slot(slots, f, a.tau.to(dtype))
+    return _asked(a, _best_slot(slots, f, a.tau.to(dtype)))
 
 
 def frozen_logits(*arguments: Any) -> tuple[Tensor, Tensor]:
-    input, centers, displacements, tau, _ = arguments
-    if centers.dim() == 3:
-        return subcenter_forward(input, centers, tau)[:2]
-    return logits_forward(input, centers, displacements, tau)[:2]
+    a = FrozenLogits(*arguments)
+    options = (False, a.need_slots, a.logits_dtype)
+    if a.centers.dim() == 3:
+        return subcenter_forward(a.input, a.centers, a.tau, *options)[:2]
+    return logits_forward(a.input, a.centers, a.displacements, a.tau, *options)[:2]
 
 
 def rotation_forward(*arguments: Any) -> Logits:
@@ -54,7 +55,7 @@ def rotation_forward(*arguments: Any) -> Logits:
         score = product + x[:, :1] * y[0, j] + x[:, j : j + 1] * y[1, j]
         best, slot = _running_max(score, j, best, slot)
     logits = best * (a.tau.to(dtype) * rnorm[:, None] * center_rnorm)
-    return Logits(logits, slot.to(torch.uint8), center_rnorm.expand(x.shape[1], -1), rnorm)
+    return _asked(a, Logits(logits, slot.to(torch.uint8), center_rnorm.expand(x.shape[1], -1), rnorm))
 
 
 def topk(*arguments: Any) -> Best:
@@ -70,6 +71,12 @@ def topk(*arguments: Any) -> Best:
     values, classes = scores.topk(a.k, dim=1)
     lse = scores.logsumexp(1) if a.need_lse else scores.new_empty(0)
     return Best(values, classes, slots.gather(1, classes), lse)
+
+
+def _asked(a: LogitsForward | SubcenterForward | RotationForward, output: Logits) -> Logits:
+    """Return the output with the logits in the dtype that was asked for, and without slots that were not."""
+    slots = output.slots if a.need_slots else output.slots.new_empty(0)
+    return output._replace(logits=output.logits.to(a.logits_dtype or output.logits.dtype), slots=slots)
 
 
 def _best_slot(slots: Iterable[tuple[Tensor, Tensor]], f: Tensor, tau: Tensor) -> Logits:

@@ -10,9 +10,10 @@ from torch import Tensor
 from .. import backends
 from .._checks import check_constellation, check_subcenters
 from .._classifier import Classifier, Transform
-from .._functorch import unsupported_transform
+from .._functorch import transforms_active, unsupported_transform
 from ..backends import reference
 from .leading import restore, rows
+from .logits_dtype import check_logits_dtype
 from .transforms import mlp as mlp_transform
 from .transforms import rotation
 
@@ -28,6 +29,7 @@ def constellation_logits(
     axis: Tensor | None = None,
     mlp: tuple[Tensor, Tensor] | None = None,
     return_slots: Literal[False] = False,
+    logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor: ...
 
@@ -43,6 +45,7 @@ def constellation_logits(
     axis: Tensor | None = None,
     mlp: tuple[Tensor, Tensor] | None = None,
     return_slots: Literal[True],
+    logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -58,6 +61,7 @@ def constellation_logits(
     axis: Tensor | None = None,
     mlp: tuple[Tensor, Tensor] | None = None,
     return_slots: bool,
+    logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
@@ -72,6 +76,7 @@ def constellation_logits(
     axis: Tensor | None = None,
     mlp: tuple[Tensor, Tensor] | None = None,
     return_slots: bool = False,
+    logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the logits of a constellation classifier: `τ · max_j cos(f_i, w_k + δ_j)`, with `δ_0 = 0`.
@@ -104,12 +109,21 @@ def constellation_logits(
         axis: the direction u of a rotation, shared by all classes, [d], floating-point; differentiable.
         mlp: the weights A [h, 2 d] and B [d, h] of an MLP, floating-point; differentiable.
         return_slots: also return the slot of each logit.
+        logits_dtype: the dtype of the logits. None: float64 if input, centers, displacements, axis or a weight of the MLP is
+            float64, otherwise float32. Otherwise that dtype, or the dtype of input (inside autocast, the dtype of autocast
+            unless input is float64), which `torch.nn.functional.linear` returns. bfloat16 logits take half the memory.
+            They are the float32 logits, rounded once: a relative error of up to 2^-8 (float16: 2^-11 for normal numbers). The backward reads
+            the gradient of the logits and the rounded logits: it multiplies the two in the gradient of tau and in the
+            terms by which the gradients of centers and displacements are orthogonal to their vectors, so that these terms
+            have the same relative error.
         backend: "cpu", "cuda", "triton", "reference", or None for the best one on the device of input.
 
     Returns:
-        Logits [..., K], float64 if input, centers, displacements, axis or a weight of the MLP is float64, otherwise float32.
-        With `return_slots` also slots [..., K], uint8. If several slots attain the maximum, the lowest is returned: always
-        if their vectors are equal, and otherwise if their scores are equal after rounding.
+        Logits [..., K] in `logits_dtype`. With `return_slots` also slots [..., K], uint8. If several slots attain the maximum,
+        the lowest is returned: always if their vectors are equal, and otherwise if their scores are equal after rounding.
+        Slots take memory, one byte per logit, only if they are returned or a gradient can be asked for: under
+        `torch.no_grad()`, and where no tensor requires a gradient, they are not written. A graph that is exported under
+        `torch.no_grad()` writes none either, and has no gradient.
 
     Raises:
         TypeError: an argument is not a dense floating-point tensor, or, where a number is expected, not a number.
@@ -119,8 +133,7 @@ def constellation_logits(
             transform of `torch.func` other than `vmap`.
     """
     classifier = check_constellation(input, centers, displacements, tau, transform, axis, mlp)
-    logits, slots = _logits(input, classifier, backend)
-    return (logits, slots) if return_slots else logits
+    return _logits(input, classifier, backend, return_slots, logits_dtype)
 
 
 def subcenter_logits(
@@ -129,6 +142,7 @@ def subcenter_logits(
     tau: Tensor | float,
     *,
     return_slots: bool = False,
+    logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the logits of classes that have several centers each: `τ · max_j cos(f_i, w_kj)`.
@@ -142,39 +156,66 @@ def subcenter_logits(
         centers: M sub-centers w per class, [K, M, d] with 1 <= M <= 256; not normalized.
         tau: temperature τ > 0, a tensor of one element or a number.
         return_slots: also return the sub-center of each logit.
+        logits_dtype: as in `constellation_logits`.
         backend: as in `constellation_logits`.
 
     Returns:
-        Logits [..., K], float64 if input or centers is float64, otherwise float32. With `return_slots` also slots [..., K],
-        uint8.
+        Logits [..., K], and with `return_slots` slots [..., K], as in `constellation_logits`.
 
     Raises:
         TypeError, ValueError, gistops.BackendUnavailable: as in `constellation_logits`.
     """
-    logits, slots = _logits(input, check_subcenters(input, centers, tau), backend)
-    return (logits, slots) if return_slots else logits
+    classifier = check_subcenters(input, centers, tau)
+    return _logits(input, classifier, backend, return_slots, logits_dtype)
 
 
-def _logits(input: Tensor, classifier: Classifier, backend: str | None) -> tuple[Tensor, Tensor]:
-    logits, slots = _logits_of_rows(rows(input), classifier, backend)
-    return restore(logits, input), restore(slots, input)
+def _logits(
+    input: Tensor,
+    classifier: Classifier,
+    backend: str | None,
+    return_slots: bool,
+    logits_dtype: torch.dtype | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return the logits, with `return_slots` also the slots, of arguments that are checked except for `logits_dtype`."""
+    dtype = check_logits_dtype(logits_dtype, input, classifier)
+    need_slots = return_slots or _gradient_possible(input, classifier)
+    logits, slots = _logits_of_rows(rows(input), classifier, backend, need_slots, dtype)
+    return (restore(logits, input), restore(slots, input)) if return_slots else restore(logits, input)
 
 
-def _logits_of_rows(input: Tensor, classifier: Classifier, backend: str | None) -> tuple[Tensor, Tensor]:
+def _gradient_possible(input: Tensor, classifier: Classifier) -> bool:
+    """Return True if a gradient of the logits can be asked for. Wrappers of `torch.vmap` hide that a tensor requires one."""
+    if not torch.is_grad_enabled():
+        return False
+    if transforms_active():
+        return True
+    tensors = (input, *classifier[:3], classifier.axis, *(classifier.mlp or ()))
+    return any(x is not None and x.requires_grad for x in tensors)
+
+
+def _logits_of_rows(
+    input: Tensor,
+    classifier: Classifier,
+    backend: str | None,
+    need_slots: bool,
+    logits_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """Return logits [B, K], and slots [B, K], or empty slots without `need_slots`."""
     chosen = backends.choose(input.device.type, backend)
     if chosen == "reference":
-        return reference.logits(input, classifier)
-    ops, allow_tf32 = backends.ops(chosen), backends.allow_tf32(chosen)
+        logits, slots = reference.logits(input, classifier)
+        return logits.to(logits_dtype or logits.dtype), slots
+    ops, options = backends.ops(chosen), (backends.allow_tf32(chosen), need_slots, logits_dtype)
     centers, displacements, tau = classifier[:3]
     if classifier.transform == "translation":
-        outputs = ops.logits_forward.default(input, centers, displacements, tau, allow_tf32)
+        outputs = ops.logits_forward.default(input, centers, displacements, tau, *options)
     elif classifier.transform == "subcenters":
-        outputs = ops.subcenter_forward.default(input, centers, tau, allow_tf32)
+        outputs = ops.subcenter_forward.default(input, centers, tau, *options)
     elif classifier.transform == "rotation":
         input, centers, *coefficients = rotation.operands(input, classifier)
-        outputs = ops.rotation_forward.default(input, centers, tau, *coefficients, allow_tf32)
+        outputs = ops.rotation_forward.default(input, centers, tau, *coefficients, *options)
     else:
-        outputs = mlp_transform.logits(ops, input, classifier, allow_tf32)
+        outputs = mlp_transform.logits(ops, input, classifier, *options)
     return outputs[0], outputs[1]
 
 
@@ -185,11 +226,19 @@ def center_norms(classifier: Classifier) -> Tensor:
     return norms
 
 
-def frozen_logits(input: Tensor, classifier: Classifier, norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits and slots by the `cpu` backend from `center_norms`: the same bits, but not differentiable."""
+def frozen_logits(
+    input: Tensor,
+    classifier: Classifier,
+    norms: Tensor,
+    return_slots: bool,
+    logits_dtype: torch.dtype | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return logits, and slots, by the `cpu` backend from `center_norms`: the same bits, but not differentiable."""
     # A derivative in forward mode would be zero, and ONNX does not have the op.
     if unsupported_transform() or backends.exporting_to_onnx():
-        return _logits(input, classifier, None)
+        return _logits(input, classifier, None, return_slots, logits_dtype)
+    dtype = check_logits_dtype(logits_dtype, input, classifier)
     tensors = (t.detach() for t in classifier[:3])
-    logits, slots = torch.ops.gistops.frozen_logits.default(rows(input), *tensors, norms)
-    return restore(logits, input), restore(slots, input)
+    operator = torch.ops.gistops.frozen_logits.default
+    logits, slots = operator(rows(input), *tensors, norms, return_slots, dtype)
+    return (restore(logits, input), restore(slots, input)) if return_slots else restore(logits, input)

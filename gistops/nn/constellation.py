@@ -211,23 +211,27 @@ class ConstellationClassifier(MaxCosineHead):
         """The number m of displacements; a class has m + 1 slots."""
         return self.displacements.shape[0]
 
-    def forward(self, input: Tensor, return_slots: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, input: Tensor, return_slots: bool = False, *, logits_dtype: torch.dtype | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Compute the logits of all classes.
 
         Args:
             input: features, [..., in_features], float32, float16, bfloat16 or float64; they need not be normalized.
             return_slots: also return the winning slot of each class.
+            logits_dtype: the dtype of the logits, as in `gistops.constellation_logits`. An argument of the call, not of the
+                module, because the dtype of input and autocast may differ from call to call.
 
         Returns:
-            logits [..., num_classes], float32 (float64 for float64); with `return_slots` also slots
-            [..., num_classes], uint8; slot 0 is the bare center.
+            logits [..., num_classes], float32 (float64 for float64) unless `logits_dtype` is given; with `return_slots`
+            also slots [..., num_classes], uint8; slot 0 is the bare center.
 
         Raises:
             TypeError, ValueError, gistops.BackendUnavailable: as for `gistops.constellation_logits`.
         """
         tensors = (input, self.centers, self.displacements, self.tau)
-        options = self._transform()
-        return constellation_logits(*tensors, return_slots=return_slots, backend=self.backend, **options)
+        options = self._transform() | {"logits_dtype": logits_dtype, "backend": self.backend}
+        return constellation_logits(*tensors, return_slots=return_slots, **options)
 
     def loss(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
         tensors = (input, self.centers, self.displacements, self.tau)

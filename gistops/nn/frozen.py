@@ -110,19 +110,22 @@ class FrozenClassifier(Predictor):
         """Return the module itself."""
         return self
 
-    def forward(self, input: Tensor, return_slots: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, input: Tensor, return_slots: bool = False, *, logits_dtype: torch.dtype | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Compute the logits [..., num_classes]; with `return_slots` also the winning slots.
 
         Args, returns and errors: as for the head.
         """
         norms = self._known_norms(input)
         if norms is not None:
-            outputs = frozen_logits(input, check_classifier(input, self._classifier()), norms)
-            return outputs if return_slots else outputs[0]
+            classifier = check_classifier(input, self._classifier())
+            return frozen_logits(input, classifier, norms, return_slots, logits_dtype)
         function = subcenter_logits if self._transform == "subcenters" else constellation_logits
         arguments, options = self._arguments()
         logits: Tensor | tuple[Tensor, Tensor]
-        logits = function(input, *arguments, return_slots=return_slots, backend=self.backend, **options)
+        options |= {"logits_dtype": logits_dtype, "backend": self.backend}
+        logits = function(input, *arguments, return_slots=return_slots, **options)
         return logits
 
     def loss(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:

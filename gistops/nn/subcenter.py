@@ -59,13 +59,20 @@ class SubcenterClassifier(MaxCosineHead):
         nn.init.normal_(self.centers, std=self.in_features**-0.5)
         nn.init.constant_(self.raw_tau, inverse_softplus(self.initial_tau))
 
-    def forward(self, input: Tensor, return_slots: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, input: Tensor, return_slots: bool = False, *, logits_dtype: torch.dtype | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Compute the logits [..., num_classes]; with `return_slots` also the winning sub-centers, uint8.
 
         Args and errors: as for `gistops.subcenter_logits`.
         """
         return subcenter_logits(
-            input, self.centers, self.tau, return_slots=return_slots, backend=self.backend
+            input,
+            self.centers,
+            self.tau,
+            return_slots=return_slots,
+            logits_dtype=logits_dtype,
+            backend=self.backend,
         )
 
     def loss(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:

@@ -30,6 +30,8 @@ class LogitsForward(NamedTuple):
     displacements: Tensor
     tau: Tensor
     allow_tf32: bool = False
+    need_slots: bool = True
+    logits_dtype: torch.dtype | None = None
 
 
 class LogitsBackward(NamedTuple):
@@ -67,6 +69,8 @@ class SubcenterForward(NamedTuple):
     centers: Tensor
     tau: Tensor
     allow_tf32: bool = False
+    need_slots: bool = True
+    logits_dtype: torch.dtype | None = None
 
 
 class SubcenterBackward(NamedTuple):
@@ -103,6 +107,8 @@ class RotationForward(NamedTuple):
     input_coeffs: Tensor
     class_coeffs: Tensor
     allow_tf32: bool = False
+    need_slots: bool = True
+    logits_dtype: torch.dtype | None = None
 
 
 class RotationBackward(NamedTuple):
@@ -149,6 +155,8 @@ class FrozenLogits(NamedTuple):
     displacements: Tensor
     tau: Tensor
     norms: Tensor
+    need_slots: bool = True
+    logits_dtype: torch.dtype | None = None
 
 
 class LogitsAndSlots(NamedTuple):
@@ -160,24 +168,32 @@ class LogitsAndSlots(NamedTuple):
 
 def _logits_fake(a: LogitsForward) -> Logits:
     dtype = compute_dtype(a.input, a.centers, a.displacements)
-    return _fake(a.input, a.centers, a.displacements.shape[0] + 1, dtype)
+    return _fake(a, a.displacements.shape[0] + 1, dtype)
 
 
 def _subcenter_fake(a: SubcenterForward) -> Logits:
-    return _fake(a.input, a.centers, a.centers.shape[1], compute_dtype(a.input, a.centers))
+    return _fake(a, a.centers.shape[1], compute_dtype(a.input, a.centers))
 
 
 def _rotation_fake(a: RotationForward) -> Logits:
-    return _fake(a.input, a.centers, a.input_coeffs.shape[1], compute_dtype(a.input, a.centers))
+    return _fake(a, a.input_coeffs.shape[1], compute_dtype(a.input, a.centers))
 
 
-def _fake(input: Tensor, centers: Tensor, slots: int, dtype: torch.dtype) -> Logits:
-    batch, classes = input.shape[0], centers.shape[0]
+def _fake(a: LogitsForward | SubcenterForward | RotationForward, slots: int, dtype: torch.dtype) -> Logits:
     return Logits(
-        input.new_empty(batch, classes, dtype=dtype),
-        input.new_empty(batch, classes, dtype=torch.uint8),
-        input.new_empty(slots, classes, dtype=dtype),
-        input.new_empty(batch, dtype=dtype),
+        *_fake_logits_and_slots(a, dtype),
+        a.input.new_empty(slots, a.centers.shape[0], dtype=dtype),
+        a.input.new_empty(a.input.shape[0], dtype=dtype),
+    )
+
+
+def _fake_logits_and_slots(
+    a: LogitsForward | SubcenterForward | RotationForward | FrozenLogits, dtype: torch.dtype
+) -> LogitsAndSlots:
+    shape = a.input.shape[0], a.centers.shape[0]
+    return LogitsAndSlots(
+        a.input.new_empty(shape, dtype=a.logits_dtype or dtype),
+        a.input.new_empty(shape if a.need_slots else (0,), dtype=torch.uint8),
     )
 
 
@@ -203,8 +219,8 @@ def _rotation_backward_fake(a: RotationBackward) -> RotationGradients:
         empty_gradient(a.input, a.need_input),
         empty_gradient(a.centers, a.need_centers),
         empty_gradient(a.tau, a.need_tau),
-        a.input_coeffs.new_empty(a.input_coeffs.shape, dtype=a.logits.dtype),
-        a.class_coeffs.new_empty(a.class_coeffs.shape, dtype=a.logits.dtype),
+        a.input_coeffs.new_empty(a.input_coeffs.shape, dtype=a.center_rnorms.dtype),
+        a.class_coeffs.new_empty(a.class_coeffs.shape, dtype=a.center_rnorms.dtype),
     )
 
 
@@ -220,45 +236,52 @@ def _center_norms_fake(a: CenterNorms) -> Tensor:
 
 
 def _frozen_logits_fake(a: FrozenLogits) -> LogitsAndSlots:
-    batch, classes = a.input.shape[0], a.centers.shape[0]
-    dtype = compute_dtype(a.input, a.centers, a.displacements)
-    return LogitsAndSlots(
-        a.input.new_empty(batch, classes, dtype=dtype), a.input.new_empty(batch, classes, dtype=torch.uint8)
-    )
+    return _fake_logits_and_slots(a, compute_dtype(a.input, a.centers, a.displacements))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.allow_tf32 = inputs
+    *tensors, ctx.allow_tf32, ctx.need_slots, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
 
 
-def _logits_backward(ops: Any, ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(
+    op: Any, tensors: int, optional: int, ctx: Any, grad: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a forward op's tensors, and None for its other arguments.
+
+    Args:
+        op: the backward op.
+        tensors: number of tensors among the arguments of the forward op; they come first.
+        optional: number of leading tensors whose gradient the backward op computes only if asked.
+
+    Raises:
+        RuntimeError: the forward was called without slots.
+    """
     if grad is None:
-        return None, None, None, None, None
-    needs = ctx.needs_input_grad[:4]
+        return (None,) * (tensors + 3)
+    if not ctx.need_slots:
+        raise RuntimeError(
+            "need_slots: expected True where a gradient is needed, got False; a graph that was compiled or exported "
+            "under torch.no_grad() has no gradient"
+        )
+    needs = ctx.needs_input_grad[:tensors]
     saved = ctx.saved_tensors  # read once, for torch.utils.checkpoint
-    gradients = ops.logits_backward.default(grad, *saved, *needs, ctx.allow_tf32)
-    return *needed_gradients(gradients, saved, needs), None
+    gradients = op.default(grad, *saved, *needs[:optional], ctx.allow_tf32)
+    return *needed_gradients(gradients, saved, needs), None, None, None
+
+
+def _logits_backward(ops: Any, ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return _backward(ops.logits_backward, 4, 4, ctx, grad)
 
 
 def _subcenter_backward(ops: Any, ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return None, None, None, None
-    needs = ctx.needs_input_grad[:3]
-    saved = ctx.saved_tensors  # read once, for torch.utils.checkpoint
-    gradients = ops.subcenter_backward.default(grad, *saved, *needs, ctx.allow_tf32)
-    return *needed_gradients(gradients, saved, needs), None
+    return _backward(ops.subcenter_backward, 3, 3, ctx, grad)
 
 
 def _rotation_backward(ops: Any, ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return None, None, None, None, None, None
-    needs = ctx.needs_input_grad[:5]
-    saved = ctx.saved_tensors  # read once, for torch.utils.checkpoint
-    gradients = ops.rotation_backward.default(grad, *saved, *needs[:3], ctx.allow_tf32)
-    return *needed_gradients(gradients, saved, needs), None
+    return _backward(ops.rotation_backward, 5, 3, ctx, grad)
 
 
 LOGITS_FORWARD = Op(

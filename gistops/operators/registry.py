@@ -19,6 +19,7 @@ SymInt = Annotated[int, "SymInt"]
 _libraries: list[torch.library.Library] = []  # kept alive: registrations end with them
 _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "int", SymInt: "SymInt", float: "float",
+    torch.dtype | None: "ScalarType?",
 }  # fmt: skip
 
 
@@ -160,16 +161,16 @@ def below_autocast() -> Any:
 
 def no_autocast(device_type: str) -> Any:
     """Return a context without autocast on a device type; unlike `below_autocast`, torch.compile can trace it."""
-    if _has_autocast(device_type):
+    if has_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
 
-def _has_autocast(device_type: str) -> bool:
+def has_autocast(device_type: str) -> bool:
     return bool(torch.amp.is_autocast_available(device_type))
 
 
-_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch 2.11 cannot trace it
+has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch 2.11 cannot trace it
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -88,22 +88,24 @@ py::array empty(const py::dtype& dtype, std::vector<py::ssize_t> shape) {
 }
 
 py::tuple logits_forward(const std::string& type, const py::array& input, const py::array& centers,
-                         const py::array& displacements, const py::array& tau) {
+                         const py::array& displacements, const py::array& tau, bool need_slots, bool narrow) {
   const gc::Arguments a = arguments(input, centers, displacements, tau);
-  py::array logits = empty(sums(type), {a.B, a.K}), slots = empty(py::dtype("uint8"), {a.B, a.K});
+  py::array logits = empty(narrow ? input.dtype() : sums(type), {a.B, a.K});
+  py::array slots = empty(py::dtype("uint8"), {need_slots ? a.B : 0, a.K});
   py::array center_rnorms = empty(sums(type), {a.m + 1, a.K}), input_rnorms = empty(sums(type), {a.B});
   HostWorkspace workspace(type);
-  op_table(type).logits_forward(a,
-                                {logits.mutable_data(), static_cast<uint8_t*>(slots.mutable_data()),
-                                 center_rnorms.mutable_data(), input_rnorms.mutable_data()},
-                                workspace);
+  op_table(type).logits_forward(
+      a,
+      {logits.mutable_data(), need_slots ? static_cast<uint8_t*>(slots.mutable_data()) : nullptr,
+       center_rnorms.mutable_data(), input_rnorms.mutable_data(), narrow},
+      workspace);
   return py::make_tuple(logits, slots, center_rnorms, input_rnorms);
 }
 
 py::tuple logits_backward(const std::string& type, const py::array& grad, const py::array& input,
                           const py::array& centers, const py::array& displacements, const py::array& tau,
                           py::array logits, py::array slots, py::array center_rnorms, py::array input_rnorms,
-                          bool need_input, bool need_centers, bool need_displacements, bool need_tau) {
+                          bool need_input, bool need_centers, bool need_displacements, bool need_tau, bool narrow) {
   const gc::Arguments a = arguments(input, centers, displacements, tau);
   const auto gradient = [](bool needed, const py::dtype& dtype, std::vector<py::ssize_t> shape) {
     return needed ? empty(dtype, std::move(shape)) : py::array();
@@ -115,7 +117,7 @@ py::tuple logits_backward(const std::string& type, const py::array& grad, const 
   op_table(type).logits_backward(
       a, grad.data(),
       {logits.mutable_data(), static_cast<uint8_t*>(slots.mutable_data()), center_rnorms.mutable_data(),
-       input_rnorms.mutable_data()},
+       input_rnorms.mutable_data(), narrow},
       {need_input ? df.mutable_data() : nullptr, need_centers ? dw.mutable_data() : nullptr,
        need_displacements ? dd.mutable_data() : nullptr, need_tau ? dt.mutable_data() : nullptr},
       workspace);

@@ -31,9 +31,12 @@ class HostLogits:
     Args:
         module: The compiled kernels (tests/host_cuda/bindings.cpp).
         tensors: input, centers, displacements, tau.
+        need_slots, narrow: as in `LogitsResults` of csrc/cuda/op_table.h.
     """
 
-    def __init__(self, module: Any, tensors: list[Tensor]) -> None:
+    def __init__(
+        self, module: Any, tensors: list[Tensor], need_slots: bool = True, narrow: bool = False
+    ) -> None:
         self.module = module
         self.tensors = tensors
         self.type = operand_type(tensors)
@@ -42,15 +45,20 @@ class HostLogits:
         self.operands = half.get(self.type, self.sums)
         dtypes = (*[self.operands] * 3, self.sums)
         self.arrays = [_array(t.detach().to(dtype)) for t, dtype in zip(tensors, dtypes, strict=True)]
-        self.saved = module.logits_forward(self.type, *self.arrays)
+        self.narrow = narrow
+        self.saved = module.logits_forward(self.type, *self.arrays, need_slots, narrow)
         self.logits, self.slots, self.center_rnorms, self.input_rnorms = map(torch.from_numpy, self.saved)
+        if self.logits.dtype == torch.uint16:
+            self.logits = self.logits.view(self.operands)
 
     def gradients(
         self, grad: Tensor, needs: tuple[bool, bool, bool, bool] = (True, True, True, True)
     ) -> list[Tensor | None]:
         """Return the gradients of the arguments in their shapes and dtypes; None if not needed."""
-        grad = grad.to(self.sums).contiguous()
-        values = self.module.logits_backward(self.type, grad.numpy(), *self.arrays, *self.saved, *needs)
+        grad = grad.to(self.logits.dtype)
+        values = self.module.logits_backward(
+            self.type, _array(grad), *self.arrays, *self.saved, *needs, self.narrow
+        )
         gradients: list[Tensor | None] = []
         for value, tensor, needed in zip(values, self.tensors, needs, strict=True):
             if not needed:

@@ -144,7 +144,7 @@ def test_gradient_of_displacements_is_not_rounded_with_the_weights(
     true = gradients(lambda *t: routed(*t, kernels.slots), leaves(tensors, torch.float64), grad)[2]
     value = torch.from_numpy(
         module.logits_backward(
-            kernels.type, grad.numpy(), *kernels.arrays, *kernels.saved, False, False, True, False
+            kernels.type, grad.numpy(), *kernels.arrays, *kernels.saved, False, False, True, False, False
         )[2]
     )
     assert value.dtype == torch.float32

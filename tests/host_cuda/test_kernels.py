@@ -17,10 +17,11 @@ from .cross_entropy_cases import *  # noqa: F403
 from .grad_centers_cases import *  # noqa: F403
 from .host_logits import HostLogits
 from .logits_cases import *  # noqa: F403  the tests themselves
+from .logits_storage_cases import *  # noqa: F403
 
 CASES = [
-    str(Path(__file__).with_name(name))
-    for name in ("logits_cases.py", "cross_entropy_cases.py", "grad_centers_cases.py")
+    str(Path(__file__).with_name(f"{name}_cases.py"))
+    for name in ("logits", "logits_storage", "cross_entropy", "grad_centers")
 ]
 
 

@@ -134,3 +134,26 @@ def allowed_of_tau(grad: Tensor, logits: Tensor, tau: Tensor, truth: Tensor, dty
         grad.double() * logits.detach().double() / float(tau.detach())
     ).norm() + truth.detach().double().abs()
     return 16 * torch.finfo(dtype).eps * float(terms)
+
+
+def errors_of_rounded_logits(
+    wide: list[Tensor], slots: Tensor, logits: Tensor, grad: Tensor
+) -> tuple[float, ...]:
+    """Return bounds of the errors that the gradients of all tensors have because the backward reads rounded logits.
+
+    The logits have a relative error of half an eps of their dtype. So have the terms grad times logits, of which grad_tau
+    and the norm terms of the gradients of centers and displacements are sums.
+
+    Args:
+        wide: input, centers, displacements, tau in float64.
+        slots, logits, grad: as returned, and as given to the backward.
+    """
+    half_eps = torch.finfo(logits.dtype).eps / 2
+    _, centers, displacements, tau = (t.detach() for t in wide)
+    vectors = centers[:, None] + F.pad(displacements, (0, 0, 1, 0))  # [K, M, d]
+    errors = half_eps * (1 + half_eps) * (grad.detach().double() * logits.detach().double()).abs()
+    won = F.one_hot(slots.long(), vectors.shape[1]).double()
+    moments = torch.einsum("bk,bkm->km", errors, won) / vectors.square().sum(2).clamp(min=1e-24)
+    terms = moments[:, :, None] * vectors.abs()
+    largest_displacement = float(terms.sum(0)[1:].max()) if len(displacements) else 0.0
+    return 0.0, float(terms.sum(1).max()), largest_displacement, float(errors.sum() / tau.abs())

@@ -86,6 +86,7 @@ class Case:
     constants: dict[str, Any]
     warps: int = 4
     stages: int = 3
+    narrow: bool = False  # the logits and their gradient are in the dtype of the arguments
 
     @property
     def name(self) -> str:
@@ -100,6 +101,7 @@ class Case:
         needs = [
             k.removeprefix("NEED_").lower() for k, v in self.constants.items() if k.startswith("NEED_") and v
         ]
+        sizes += ["narrow"] if self.narrow else []
         return ", ".join([*sizes, *(["+".join(needs)] if needs else [])])
 
     @property
@@ -142,6 +144,8 @@ def compile_case(case: Case, ones: bool = False) -> Report:
             "target": "*i64",
             "in_range": "*i1",
         } | dict.fromkeys(INTEGERS, "i32")
+        if case.narrow:
+            types |= dict.fromkeys(("grad", "logits"), f"*{operand}")
         signature[name] = types.get(name, f"*{operand if name in OPERANDS else total}")
         aligned = name in ("d", "stride")
         if ones and name in INTEGERS and not aligned:
@@ -187,8 +191,9 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
         "CORRECTION_PRECISION": "tf32x3" if kind in ("half", "tf32") and target.startswith("sm") else "ieee",
     }
     table = TABLES[target], kind
+    storages = ((True, False), (False, True)) if kind == "half" else ((True, False),)  # with slots, narrow
     for config in tile_tables.choice("forward", *table):
-        yield _large(forward_kernel, dtype, target, config, products)
+        yield _large(forward_kernel, dtype, target, config, products | {"NEED_SLOTS": True})
     for config in tile_tables.choice("centers", *table):
         for needs in ((True, True), (True, False), (False, True)):
             precomputed = tile_tables.choice("centers_product", *table) == "cublas" and needs[0]
@@ -196,7 +201,6 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
             yield _large(grad_centers_kernel, dtype, target, config, products | corrections | switches)
     sizes = tile_tables.tile_sizes(*table)
     small: list[tuple[Any, dict[str, Any]]] = [
-        (rescore_cancelled_kernel, _tiles("CBD", sizes.rescore) | {"ACC": acc}),
         (
             reduce_partials_kernel,
             dict(zip(("BLOCK_P", "BLOCK_N", "BLOCK_T"), tile_tables.REDUCE, strict=True)),
@@ -205,10 +209,14 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
         (grad_displacements_epilogue_kernel, _tiles("RD", sizes.grad_displacements_epilogue) | {"ACC": acc}),
     ]
     counts = (5, 0)
-    for count in counts:
-        *tiles, warps = sizes.max_over_slots
-        constants = _tiles("CB", tuple(tiles)) | {"ACC": acc, "UNROLLED_SLOTS": count}
-        yield Case(max_over_slots_kernel, dtype, target, constants, warps)
+    for need_slots, narrow in storages:
+        stored = {"ACC": acc, "NEED_SLOTS": need_slots}
+        for count in counts:
+            *tiles, warps = sizes.max_over_slots
+            constants = _tiles("CB", tuple(tiles)) | stored | {"UNROLLED_SLOTS": count}
+            yield Case(max_over_slots_kernel, dtype, target, constants, warps, narrow=narrow)
+        constants = _tiles("CBD", sizes.rescore) | stored
+        yield Case(rescore_cancelled_kernel, dtype, target, constants, narrow=narrow)
     elements, warps = sizes.norms_in_registers
     for dims in (64, elements // 2, elements):
         constants = {
@@ -268,7 +276,8 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
             | {"BLOCK_S": slots, "UNROLLED_SLOTS": count, "MAX_WEIGHT": largest}
             | needs_all
         )
-        yield Case(route_logits_grad_kernel, dtype, target, constants, warps)
+        for _, narrow in storages:
+            yield Case(route_logits_grad_kernel, dtype, target, constants, warps, narrow=narrow)
     usual = {"MEAN": True, "HAS_LOSS": True, "SMOOTHING": 0.0}
     rare = [*(f"HAS_{what}" for what in ("LSE", "BIAS", "WEIGHT", "MARGIN")), "NEED_BIAS", "NEED_MARGIN"]
     for slots in (1, 8, 256):

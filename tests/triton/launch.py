@@ -66,6 +66,14 @@ def main() -> None:
         made: tuple[torch.Tensor, ...]
         made = logits.backward(LogitsBackward(torch.randn(B, K), *tensors, *saved, True, True, True, True))
         assert all(g.shape == t.shape and g.dtype == t.dtype for g, t in zip(made, tensors, strict=True))
+        narrow = logits.forward(LogitsForward(*tensors, False, False, dtype))
+        assert narrow.logits.dtype == dtype
+        assert narrow.slots.numel() == 0
+        made = logits.backward(
+            LogitsBackward(
+                narrow.logits, *tensors, *narrow._replace(slots=saved.slots), True, True, True, True
+            )
+        )
         with configs.forced(product="fused", centers_product="cublas"):
             saved = logits.forward(LogitsForward(*tensors))
             logits.backward(LogitsBackward(torch.randn(B, K), *tensors, *saved, False, True, False, False))

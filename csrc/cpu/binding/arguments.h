@@ -117,6 +117,13 @@ struct Arguments {
     return converted(x, dtype);
   }
 
+  // The same for any floating dtype.
+  Tensor checked(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, const char* name) const {
+    check_sizes(x, sizes, name);
+    format_of(x, name);
+    return converted(x, x.scalar_type());
+  }
+
   // Returns x in the dtype of computation, checked and contiguous.
   Tensor in_compute(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, const char* name) const {
     check_sizes(x, sizes, name);

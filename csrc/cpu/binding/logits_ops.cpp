@@ -24,36 +24,52 @@ void check_dims(const Tensor& centers, int64_t dims, const char* shape) {
                   shape_text(centers.sizes()));
 }
 
-Logits logits_and_norms(const Arguments& a) {
-  const Tensor logits = empty_on_device_of(a.input, {a.B(), a.K()}, a.compute),
-               slots = empty_on_device_of(a.input, {a.B(), a.K()}, ScalarType::Byte),
-               center_rnorms = empty_on_device_of(a.input, {a.M(), a.K()}, a.compute),
+using OptionalDtype = std::optional<ScalarType>;
+
+// The tensors that take logits and slots.
+struct Scores {
+  Tensor logits, slots;
+
+  Scores(const Arguments& a, bool need_slots, const OptionalDtype& dtype)
+      : logits(empty_on_device_of(a.input, {a.B(), a.K()}, dtype.value_or(a.compute))),
+        slots(need_slots ? empty_on_device_of(a.input, {a.B(), a.K()}, ScalarType::Byte)
+                         : empty_on_device_of(a.input, {0}, ScalarType::Byte)),
+        out{logits.mutable_data_ptr(), format_of(logits, "logits_dtype"), need_slots ? data<uint8_t>(slots) : nullptr} {
+  }
+
+  StoredScores out;
+};
+
+Logits logits_and_norms(const Arguments& a, bool need_slots, const OptionalDtype& dtype) {
+  const Scores scores(a, need_slots, dtype);
+  const Tensor center_rnorms = empty_on_device_of(a.input, {a.M(), a.K()}, a.compute),
                input_rnorms = empty_on_device_of(a.input, {a.B()}, a.compute);
-  a.dispatch([&]<class T>(T) {
-    forward(a.problem<T>(), data<T>(logits), data<uint8_t>(slots), data<T>(center_rnorms), data<T>(input_rnorms));
-  });
-  return {logits, slots, center_rnorms, input_rnorms};
+  a.dispatch([&]<class T>(T) { forward(a.problem<T>(), scores.out, data<T>(center_rnorms), data<T>(input_rnorms)); });
+  return {scores.logits, scores.slots, center_rnorms, input_rnorms};
+}
+
+StoredMatrix stored(const Tensor& x, const char* name) {
+  return {x.const_data_ptr(), format_of(x, name), x.size(0), x.size(1)};
 }
 
 GradientTensors logits_gradients(const Arguments& a, const Tensor& grad, const Tensor& logits, const Tensor& slots,
                                  const Tensor& center_rnorms, const Tensor& input_rnorms, bool need_input,
                                  bool need_centers, bool need_displacements, bool need_tau) {
-  const Tensor G = a.checked(grad, {a.B(), a.K()}, a.compute, "grad"),
-               z = a.checked(logits, {a.B(), a.K()}, a.compute, "logits"),
+  const Tensor G = a.checked(grad, {a.B(), a.K()}, "grad"), z = a.checked(logits, {a.B(), a.K()}, "logits"),
                j = a.checked(slots, {a.B(), a.K()}, ScalarType::Byte, "slots"),
                R = a.checked(center_rnorms, {a.M(), a.K()}, a.compute, "center_rnorms");
   a.checked(input_rnorms, {a.B()}, a.compute, "input_rnorms");  // not used here, but part of the forward's result
   const GradientTensors gradients(a, need_input, need_centers, need_displacements, need_tau);
   a.dispatch([&]<class T>(T) {
-    backward(a.problem<T>(), values<T>(G), values<T>(z), values<uint8_t>(j), values<T>(R), gradients.out);
+    backward(a.problem<T>(), stored(G, "grad"), stored(z, "logits"), values<uint8_t>(j), values<T>(R), gradients.out);
   });
   return gradients;
 }
 
 Logits logits_forward(const Tensor& input, const Tensor& centers, const Tensor& displacements, const Tensor& tau,
-                      bool /*allow_tf32*/) {
+                      bool /*allow_tf32*/, bool need_slots, OptionalDtype logits_dtype) {
   check_dims(centers, 2, "[K, d]");
-  return logits_and_norms(Arguments(input, centers, displacements, tau));
+  return logits_and_norms(Arguments(input, centers, displacements, tau), need_slots, logits_dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> logits_backward(const Tensor& grad, const Tensor& input,
@@ -70,9 +86,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logits_backward(const Tensor& grad, c
           converted(g.tau, tau.scalar_type())};
 }
 
-Logits subcenter_forward(const Tensor& input, const Tensor& centers, const Tensor& tau, bool /*allow_tf32*/) {
+Logits subcenter_forward(const Tensor& input, const Tensor& centers, const Tensor& tau, bool /*allow_tf32*/,
+                         bool need_slots, OptionalDtype logits_dtype) {
   check_dims(centers, 3, "[K, M, d]");
-  return logits_and_norms(Arguments(input, centers, no_displacements(input), tau));
+  return logits_and_norms(Arguments(input, centers, no_displacements(input), tau), need_slots, logits_dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor> subcenter_backward(const Tensor& grad, const Tensor& input, const Tensor& centers,
@@ -88,8 +105,9 @@ std::tuple<Tensor, Tensor, Tensor> subcenter_backward(const Tensor& grad, const 
 }
 
 Logits rotation_forward(const Tensor& input, const Tensor& centers, const Tensor& tau, const Tensor& input_coeffs,
-                        const Tensor& class_coeffs, bool /*allow_tf32*/) {
-  return logits_and_norms(Arguments(input, centers, no_displacements(input), tau, input_coeffs, class_coeffs));
+                        const Tensor& class_coeffs, bool /*allow_tf32*/, bool need_slots, OptionalDtype logits_dtype) {
+  return logits_and_norms(Arguments(input, centers, no_displacements(input), tau, input_coeffs, class_coeffs),
+                          need_slots, logits_dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rotation_backward(
@@ -114,17 +132,17 @@ Tensor center_norms_op(const Tensor& centers, const Tensor& displacements) {
 }
 
 std::tuple<Tensor, Tensor> frozen_logits(const Tensor& input, const Tensor& centers, const Tensor& displacements,
-                                         const Tensor& tau, const Tensor& norms) {
+                                         const Tensor& tau, const Tensor& norms, bool need_slots,
+                                         OptionalDtype logits_dtype) {
   const Arguments a(input, centers, displacements, tau);
   const Tensor known = a.in_compute(norms, {a.M(), a.K()}, "norms");
-  const Tensor logits = empty_on_device_of(input, {a.B(), a.K()}, a.compute),
-               slots = empty_on_device_of(input, {a.B(), a.K()}, ScalarType::Byte);
+  const Scores scores(a, need_slots, logits_dtype);
   a.dispatch([&]<class T>(T) {
     Problem<T> p = a.problem<T>();
     p.norms = values<T>(known);
-    forward(p, data<T>(logits), data<uint8_t>(slots), static_cast<T*>(nullptr), static_cast<T*>(nullptr));
+    forward(p, scores.out, static_cast<T*>(nullptr), static_cast<T*>(nullptr));
   });
-  return {logits, slots};
+  return {scores.logits, scores.slots};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> topk_op(const Tensor& input, const Tensor& centers,

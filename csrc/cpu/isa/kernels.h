@@ -11,7 +11,7 @@ constexpr double kMinNorm = 1e-12;
 // Storage formats of input and centers. The computation is in float, or in double if any of them is double.
 enum class Format { f32, f64, f16, bf16 };
 
-// A block of scores: logits and winning slots, each [rows, n] with row stride ld.
+// A block of scores: logits and winning slots, each [rows, n] with row stride ld. slots may be null.
 template <class T>
 struct ScoreBlock {
   T* logits;

@@ -30,7 +30,7 @@ void rotation_max_over_slots(const T* p, int64_t ld_p, ScoreBlock<T> out, Rotati
         slot = wins ? I{} + static_cast<int>(j) : slot;
       }
       store(out.logits + i * out.ld + k, best * load<V>(r + k, lanes) * scale[i], lanes);
-      store(out.slots + i * out.ld + k, __builtin_convertvector(slot, Bytes), lanes);
+      if (out.slots) store(out.slots + i * out.ld + k, __builtin_convertvector(slot, Bytes), lanes);
     });
   }
 }

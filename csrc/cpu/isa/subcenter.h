@@ -15,18 +15,18 @@ void running_max(const T* p, int64_t ld_p, const T* r, int slot, const T* scale,
   using Bytes = typename Simd<T>::Bytes;
   for (int64_t i = 0; i < out.rows; ++i) {
     T* best = out.logits + i * out.ld;
-    uint8_t* slots = out.slots + i * out.ld;
+    uint8_t* slots = out.slots ? out.slots + i * out.ld : nullptr;
     for_each_vector<Simd<T>::N>(out.n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
       V score = load<V>(p + i * ld_p + k, lanes) * load<V>(r + k, lanes);
       I winner = {};
       if (slot > 0) {
         const V before = load<V>(best + k, lanes);
         const I wins = (score > before) | ((score != score) & (before == before));  // the first NaN wins
-        winner = wins ? I{} + slot : __builtin_convertvector(load<Bytes>(slots + k, lanes), I);
+        if (slots) winner = wins ? I{} + slot : __builtin_convertvector(load<Bytes>(slots + k, lanes), I);
         score = wins ? score : before;
       }
       store(best + k, scale ? score * scale[i] : score, lanes);
-      store(slots + k, __builtin_convertvector(winner, Bytes), lanes);
+      if (slots) store(slots + k, __builtin_convertvector(winner, Bytes), lanes);
     });
   }
 }

@@ -19,7 +19,7 @@ GISTOPS_INLINE void max_over_slots_rows(int64_t first, const T* p, int64_t ld_p,
   using Bytes = typename Simd<T>::Bytes;
   p += first * ld_p, q += first * r.slots, scale += first;
   T* logits = out.logits + first * out.ld;
-  uint8_t* slots = out.slots + first * out.ld;
+  uint8_t* slots = out.slots ? out.slots + first * out.ld : nullptr;
   for_each_vector<Simd<T>::N>(out.n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
     V product[R], best[R];
     I slot[R] = {};
@@ -40,7 +40,7 @@ GISTOPS_INLINE void max_over_slots_rows(int64_t first, const T* p, int64_t ld_p,
     }
     for (int i = 0; i < R; ++i) {
       store(logits + i * out.ld + k, best[i] * scale[i], lanes);
-      store(slots + i * out.ld + k, __builtin_convertvector(slot[i], Bytes), lanes);
+      if (slots) store(slots + i * out.ld + k, __builtin_convertvector(slot[i], Bytes), lanes);
     }
   });
 }

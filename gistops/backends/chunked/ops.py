@@ -59,7 +59,7 @@ class ChunkedOps:
         }
 
     def subcenter_forward(self, a: SubcenterForward) -> Logits:
-        return _logits(make_scorer(self.ops, a))
+        return _logits(make_scorer(self.ops, a), a)
 
     def subcenter_backward(self, a: SubcenterBackward) -> SubcenterGradients:
         needs = Needs(a.need_input, a.need_centers, False, a.need_tau)
@@ -67,7 +67,7 @@ class ChunkedOps:
         return SubcenterGradients(input, centers, tau)
 
     def rotation_forward(self, a: RotationForward) -> Logits:
-        return _logits(make_scorer(self.ops, a))
+        return _logits(make_scorer(self.ops, a), a)
 
     def rotation_backward(self, a: RotationBackward) -> RotationGradients:
         needs = Needs(a.need_input, a.need_centers, False, a.need_tau)
@@ -82,7 +82,7 @@ class ChunkedOps:
         minus_infinity, counted = target_logits.new_full((), -torch.inf), target != a.ignore_index
         lse_of_chunks = []
         for chunk in scorer.chunks():
-            z = scorer.forward(chunk).logits
+            z = scorer.forward(chunk, need_slots=False).logits
             columns, in_chunk = _targets(target, counted, chunk)
             target_scores = z.gather(1, columns)
             target_logits = torch.where(in_chunk, target_scores, target_logits)
@@ -146,15 +146,18 @@ class ChunkedOps:
         return Best(values, classes, slots, _logsumexp(lse_of_chunks, empty) if a.need_lse else empty)
 
 
-def _logits(scorer: TranslationScorer) -> Logits:
+def _logits(scorer: TranslationScorer, a: SubcenterForward | RotationForward) -> Logits:
     """Concatenate the outputs of all chunks."""
-    outputs = [scorer.forward(chunk) for chunk in scorer.chunks()]
-    if not outputs:  # no class
-        outputs = [scorer.forward(slice(0, 0))]
+    chunks = list(scorer.chunks()) or [slice(0, 0)]
+    outputs = []
+    for chunk in chunks:
+        output = scorer.forward(chunk, a.need_slots)
+        outputs.append(output._replace(logits=output.logits.to(a.logits_dtype or scorer.dtype)))
     if len(outputs) == 1:
         logits, slots, center_rnorms, input_rnorms = outputs[0]
         return Logits(logits, slots.contiguous(), center_rnorms.contiguous(), input_rnorms)
-    logits, slots, center_rnorms = (torch.cat([output[i] for output in outputs], 1) for i in range(3))
+    logits, center_rnorms = (torch.cat([output[i] for output in outputs], 1) for i in (0, 2))
+    slots = torch.cat([output.slots for output in outputs], 1) if a.need_slots else outputs[0].slots
     return Logits(logits, slots, center_rnorms, outputs[0].input_rnorms)
 
 
@@ -163,8 +166,9 @@ def _gradients(
 ) -> tuple[Tensor, ...]:
     accumulator = GradientAccumulator(scorer, needs)
     for chunk in scorer.chunks():
-        output = Logits(a.logits[:, chunk], a.slots[:, chunk], a.center_rnorms[:, chunk], a.input_rnorms)
-        accumulator.add(chunk, scorer.backward(chunk, a.grad[:, chunk], output, needs))
+        logits, grad = (x[:, chunk].to(scorer.dtype) for x in (a.logits, a.grad))
+        output = Logits(logits, a.slots[:, chunk], a.center_rnorms[:, chunk], a.input_rnorms)
+        accumulator.add(chunk, scorer.backward(chunk, grad, output, needs))
     return accumulator.gradients()
 
 

@@ -65,16 +65,16 @@ class TranslationScorer:
         classes = self.centers.shape[0]
         return (slice(start, min(start + size, classes)) for start in range(0, classes, size))
 
-    def forward(self, chunk: slice) -> Logits:
-        return self._forward(self.centers[chunk], self.tau)
+    def forward(self, chunk: slice, need_slots: bool = True) -> Logits:
+        return self._forward(self.centers[chunk], self.tau, need_slots)
 
     def backward(self, chunk: slice, grad: Tensor, output: Logits, needs: Needs) -> Gradients:
         return self._backward(grad, self.centers[chunk], self.tau, output, needs)
 
-    def _forward(self, centers: Tensor, tau: Tensor) -> Logits:
-        forward = self.ops.logits_forward.default
+    def _forward(self, centers: Tensor, tau: Tensor, need_slots: bool) -> Logits:
+        arguments = (self.input, centers, self.displacements, tau, self.allow_tf32, need_slots)
         with below_autocast():
-            return Logits(*forward(self.input, centers, self.displacements, tau, self.allow_tf32))
+            return Logits(*self.ops.logits_forward.default(*arguments))
 
     def _backward(
         self, grad: Tensor, centers: Tensor, tau: Tensor, output: Logits, needs: Needs
@@ -90,11 +90,11 @@ class TranslationScorer:
 class SubcenterScorer(TranslationScorer):
     """Sub-centers [K, M, d]: a cosine classifier of K·M classes, and the maximum over every M."""
 
-    def forward(self, chunk: slice) -> Logits:
+    def forward(self, chunk: slice, need_slots: bool = True) -> Logits:
         count = self.centers.shape[1]
-        z, _, r, input_rnorms = self._forward(self.centers[chunk].flatten(0, 1), self.tau)
+        z, _, r, input_rnorms = self._forward(self.centers[chunk].flatten(0, 1), self.tau, need_slots=False)
         scores = z.unflatten(1, (-1, count))
-        best, slots = first_slot(scores[:, :, 0])
+        best, slots = first_slot(scores[:, :, 0], need_slots)
         for j in range(1, count):
             best, slots = running_max(scores[:, :, j], j, best, slots)
         return Logits(best, slots, r.unflatten(1, (-1, count))[0].T, input_rnorms)
@@ -123,9 +123,9 @@ class RotationScorer(TranslationScorer):
     input_coeffs: Tensor  # [B, M]
     class_coeffs: Tensor  # [2, M, K]
 
-    def forward(self, chunk: slice) -> Logits:
-        unrotated = self._forward(self.centers[chunk], torch.ones_like(self.tau))
-        best, slots = first_slot(unrotated.logits)
+    def forward(self, chunk: slice, need_slots: bool = True) -> Logits:
+        unrotated = self._forward(self.centers[chunk], torch.ones_like(self.tau), need_slots=False)
+        best, slots = first_slot(unrotated.logits, need_slots)
         for j in range(1, self.input_coeffs.shape[1]):
             score = unrotated.logits + self._term(chunk, j) * _inverse_norms(unrotated)
             best, slots = running_max(score, j, best, slots)
@@ -135,7 +135,7 @@ class RotationScorer(TranslationScorer):
     def backward(self, chunk: slice, grad: Tensor, output: Logits, needs: Needs) -> Gradients:
         tau = nonzero_tau(self.tau.to(grad.dtype))
         centers, one = self.centers[chunk], torch.ones_like(self.tau)
-        unrotated = self._forward(centers, one)
+        unrotated = self._forward(centers, one, need_slots=True)
         weight = grad * tau * _inverse_norms(unrotated)
         x, y = self.input_coeffs, self.class_coeffs[:, :, chunk]
         grad_x, grad_y = torch.zeros_like(x), torch.zeros_like(y)
@@ -222,15 +222,17 @@ class GradientAccumulator:
         )
 
 
-def first_slot(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Start a `running_max` with the scores of slot 0."""
-    return scores, torch.zeros_like(scores, dtype=torch.uint8)
+def first_slot(scores: Tensor, need_slots: bool) -> tuple[Tensor, Tensor]:
+    """Start a `running_max` with the scores of slot 0; without `need_slots` the slots are empty, [0]."""
+    return scores, scores.new_zeros(scores.shape if need_slots else (0,), dtype=torch.uint8)
 
 
 def running_max(scores: Tensor, slot: int, best: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Include the scores of one more slot in the maximum. The lowest of equal slots wins, and NaN is the largest."""
     wins = (scores > best) | (scores.isnan() & ~best.isnan())
-    return torch.where(wins, scores, best), torch.where(wins, slot, slots)
+    if slots.dim() > 1:
+        slots = torch.where(wins, slot, slots)
+    return torch.where(wins, scores, best), slots
 
 
 def _inverse_norms(output: Logits) -> Tensor:

@@ -108,7 +108,7 @@ def cancelled_weights(
     slot = tl.minimum(tl.load(slots + offsets, mask=class_valid, other=0).to(tl.int32), M - 1)
     rnorm = tl.load(center_rnorms + slot.to(tl.int64) * K + classes, mask=class_valid, other=0.0)
     scale = load_tau(tau, rnorm.dtype) * tl.load(input_rnorms + row)
-    g = tl.load(grad + offsets, mask=class_valid, other=0.0)
+    g = tl.load(grad + offsets, mask=class_valid, other=0.0).to(rnorm.dtype)
     return tl.where(rnorm < 0, -(scale * g * rnorm), tl.zeros_like(g)), slot
 
 
@@ -120,7 +120,7 @@ def rescore_cancelled_kernel(
     tau,  # one element
     input_rnorms,  # [B]
     logits,  # [B, K]
-    slots,  # [B, K]
+    slots,  # [B, K], or unused
     center_rnorms,  # [M, K]
     B,
     K,
@@ -129,6 +129,7 @@ def rescore_cancelled_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    NEED_SLOTS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Rewrite logits and slots of every class in which a pair cancels. Grid: tiles of BLOCK_C classes."""
@@ -147,5 +148,6 @@ def rescore_cancelled_kernel(
             scale = load_tau(tau, ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
             offsets = rows.to(tl.int64)[None, :] * K + classes[:, None]
             valid = row_valid[None, :] & class_valid[:, None] & (marks > 0)[:, None]
-            tl.store(logits + offsets, best * scale[None, :], mask=valid)
-            tl.store(slots + offsets, slot.to(tl.uint8), mask=valid)
+            tl.store(logits + offsets, (best * scale[None, :]).to(logits.dtype.element_ty), mask=valid)
+            if NEED_SLOTS:
+                tl.store(slots + offsets, slot.to(tl.uint8), mask=valid)

@@ -55,7 +55,7 @@ def forward_kernel(
     shifts,  # [M, B]
     center_rnorms,  # [M, K]
     logits,  # [B, K]
-    slots,  # [B, K]
+    slots,  # [B, K], or unused
     B,
     K,
     d,
@@ -63,6 +63,7 @@ def forward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    NEED_SLOTS: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -100,5 +101,6 @@ def forward_kernel(
     scale = load_tau(tau, ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
     offsets = rows.to(tl.int64)[None, :] * K + classes[:, None]
     valid = row_valid[None, :] & class_valid[:, None]
-    tl.store(logits + offsets, best * scale[None, :], mask=valid)
-    tl.store(slots + offsets, slot.to(tl.uint8), mask=valid)
+    tl.store(logits + offsets, (best * scale[None, :]).to(logits.dtype.element_ty), mask=valid)
+    if NEED_SLOTS:
+        tl.store(slots + offsets, slot.to(tl.uint8), mask=valid)

@@ -101,7 +101,7 @@ def recompute_cancelled_class(
         slot = tl.minimum(tl.load(slots + pair).to(tl.int32), M - 1)
         rnorm = tl.load(center_rnorms + slot.to(tl.int64) * K + k)
         if rnorm < 0:  # this pair is not in H'
-            h = -(load_tau(tau, ACC) * tl.load(input_rnorms + i) * tl.load(grad + pair) * rnorm)
+            h = -(load_tau(tau, ACC) * tl.load(input_rnorms + i) * tl.load(grad + pair).to(ACC) * rnorm)
             result += h * f
             if NEED_DISPLACEMENTS:
                 ptrs = first_ptrs + (slot - 1) * d

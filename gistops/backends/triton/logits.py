@@ -26,11 +26,14 @@ def forward(a: LogitsForward) -> Logits:
     args = LaunchArgs.of(a.input, a.centers, a.displacements, a.tau, a.allow_tf32)
     B, K, d, M = args.sizes
     new = args.input.new_empty
-    logits, slots = new(B, K, dtype=args.acc_dtype), new(B, K, dtype=torch.uint8)
+    wanted = a.logits_dtype or args.acc_dtype
+    # The kernels store logits of one more dtype, that of the operands; operands of several dtypes are promoted.
+    logits = new(B, K, dtype=args.store_dtype if wanted == args.dtype else args.acc_dtype)
+    slots = new((B, K) if a.need_slots else (0,), dtype=torch.uint8)
     center_rnorms, input_rnorms = new(M, K, dtype=args.acc_dtype), new(B, dtype=args.acc_dtype)
     output = Logits(logits, slots, center_rnorms, input_rnorms)
     if B + K == 0:
-        return output
+        return output._replace(logits=logits.to(wanted))
     with on_device(args.input.device):
         shifts = new(M, B, dtype=args.acc_dtype)
         compute_norms(args, shifts, center_rnorms, input_rnorms)
@@ -40,17 +43,18 @@ def forward(a: LogitsForward) -> Logits:
                 if configs.product("forward", args.input.device, args.kind) == "cublas"
                 else fused_forward
             )
-            score(args, output, shifts)
+            score(args, output, shifts, a.need_slots)
         if M > 1 and K > 0:
             classes, rows, dims = args.tile_sizes.rescore
             rescore_cancelled_kernel[(tiles(K, classes),)](
                 args.input, args.centers, args.displacements, args.tau, input_rnorms, logits, slots, center_rnorms,
-                B, K, d, M, BLOCK_C=classes, BLOCK_B=rows, BLOCK_D=dims, **args.constants("ACC"),
+                B, K, d, M, BLOCK_C=classes, BLOCK_B=rows, BLOCK_D=dims,
+                NEED_SLOTS=a.need_slots, **args.constants("ACC"),
             )  # fmt: skip
-    return output
+    return output._replace(logits=logits.to(wanted))
 
 
-def product_then_max(args: LaunchArgs, out: Logits, shifts: Tensor) -> None:
+def product_then_max(args: LaunchArgs, out: Logits, shifts: Tensor, need_slots: bool) -> None:
     """Compute logits and slots by torch's product and a kernel for the maximum over slots."""
     B, K, _, M = args.sizes
     stride = padded_rows(B)
@@ -59,18 +63,18 @@ def product_then_max(args: LaunchArgs, out: Logits, shifts: Tensor) -> None:
     classes, rows, warps = args.tile_sizes.max_over_slots
     max_over_slots_kernel[(tiles(K, classes) * tiles(B, rows),)](
         scores, out.center_rnorms, shifts, out.input_rnorms, args.tau, out.logits, out.slots, B, K, stride, M,
-        BLOCK_C=classes, BLOCK_B=rows, UNROLLED_SLOTS=configs.unrolled_slots(M), num_warps=warps,
-        **args.constants("ACC"),
+        BLOCK_C=classes, BLOCK_B=rows, UNROLLED_SLOTS=configs.unrolled_slots(M), NEED_SLOTS=need_slots,
+        num_warps=warps, **args.constants("ACC"),
     )  # fmt: skip
 
 
-def fused_forward(args: LaunchArgs, out: Logits, shifts: Tensor) -> None:
+def fused_forward(args: LaunchArgs, out: Logits, shifts: Tensor, need_slots: bool) -> None:
     """Compute logits and slots by one kernel."""
     B, K, d, M = args.sizes
     config = configs.choose("forward", args.input.device, args.kind, B, K, d)
     forward_kernel[(tiles(K, config.classes) * tiles(B, config.rows),)](
         args.input, args.centers, args.tau, out.input_rnorms, shifts, out.center_rnorms, out.logits, out.slots,
-        B, K, d, M, **args.constants("ACC", "PRECISION", "WIDEN"), **config.arguments(),
+        B, K, d, M, NEED_SLOTS=need_slots, **args.constants("ACC", "PRECISION", "WIDEN"), **config.arguments(),
     )  # fmt: skip
 
 
@@ -117,7 +121,12 @@ def backward(a: LogitsBackward) -> LogitsGradients:
     else:
         forward_output = (a.logits, a.slots, a.center_rnorms, a.input_rnorms)
         z, winners, rnorms, input_rnorms = (x.contiguous() for x in forward_output)
-        saved = Saved(a.grad.to(args.acc_dtype).contiguous(), z, winners, rnorms, input_rnorms)
+        grad = a.grad.contiguous()
+        if (
+            not grad.dtype == z.dtype == args.dtype
+        ):  # the kernels read the dtype of the sums or of the operands
+            grad, z = grad.to(args.acc_dtype), z.to(args.acc_dtype)
+        saved = Saved(grad, z, winners, rnorms, input_rnorms)
         with on_device(args.input.device):
             computed = gradients.compute(args, saved, needs)
     return LogitsGradients(

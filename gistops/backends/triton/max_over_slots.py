@@ -68,7 +68,7 @@ def max_over_slots_kernel(
     input_rnorms,  # [B]
     tau,  # one element
     logits,  # [B, K]
-    slots,  # [B, K]
+    slots,  # [B, K], or unused
     B,
     K,
     stride,
@@ -76,6 +76,7 @@ def max_over_slots_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
     UNROLLED_SLOTS: tl.constexpr,  # see max_over_slots
+    NEED_SLOTS: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Compute logits and slots of BLOCK_C classes and BLOCK_B rows: read class-major, written row-major.
@@ -96,5 +97,6 @@ def max_over_slots_kernel(
     scale = load_tau(tau, ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
     offsets = rows.to(tl.int64)[None, :] * K + classes[:, None]
     valid = row_valid[None, :] & class_valid[:, None]
-    tl.store(logits + offsets, best * scale[None, :], mask=valid)
-    tl.store(slots + offsets, slot.to(tl.uint8), mask=valid)
+    tl.store(logits + offsets, (best * scale[None, :]).to(logits.dtype.element_ty), mask=valid)
+    if NEED_SLOTS:
+        tl.store(slots + offsets, slot.to(tl.uint8), mask=valid)

@@ -35,7 +35,7 @@ def bound_weights(weights, rnorm, input_rnorm, AXIS: tl.constexpr, MAX_WEIGHT: t
 @triton.jit
 def route_logits_grad_kernel(
     grad,  # G [B, K]
-    logits,  # [B, K]
+    logits,  # [B, K], as grad in the dtype of the norms or in a narrower one
     slots,  # [B, K]
     center_rnorms,  # [M, K]
     input_rnorms,  # [B]
@@ -83,7 +83,7 @@ def route_logits_grad_kernel(
         # Offsets within the tile have 32 bits: one 64-bit address per element would cost registers.
         begin = tl.cast(split * BLOCK_B, tl.int64) * K + tile * BLOCK_C
         offsets = tl.arange(0, BLOCK_B)[:, None] * K + tl.arange(0, BLOCK_C)[None, :]
-        g = tl.load(grad + begin + offsets, mask=valid, other=0.0)
+        g = tl.load(grad + begin + offsets, mask=valid, other=0.0).to(scale.dtype)
         slot = tl.load(slots + begin + offsets, mask=valid, other=0).to(tl.int32)
         slot = tl.minimum(slot, M - 1)  # slots from a caller must not lead to a read out of bounds
         if UNROLLED_SLOTS > 0:  # selection is cheaper than an indexed load
@@ -104,7 +104,7 @@ def route_logits_grad_kernel(
             transposed = tl.arange(0, BLOCK_C)[None, :] * stride + tl.arange(0, BLOCK_B)[:, None]
             tl.store(tile_weights + transposed, h.to(weights.dtype.element_ty), mask=inside)
         if NEED_MOMENTS or NEED_TAU:
-            u = g * tl.load(logits + begin + offsets, mask=valid, other=0.0)
+            u = g * tl.load(logits + begin + offsets, mask=valid, other=0.0).to(scale.dtype)
         if NEED_TAU:
             total += tl.sum(u, 1)
         if NEED_SLOT_WEIGHTS or NEED_MOMENTS:

@@ -50,16 +50,24 @@ def _converted(input: Tensor, classifier: Classifier) -> tuple[Tensor, Classifie
     )
 
 
-def logits(ops: Any, input: Tensor, classifier: Classifier, allow_tf32: bool) -> tuple[Tensor, Tensor]:
-    """Return logits and slots [B, K] by the ops of a namespace."""
+def logits(
+    ops: Any,
+    input: Tensor,
+    classifier: Classifier,
+    allow_tf32: bool,
+    need_slots: bool,
+    logits_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """Return logits and slots [B, K] by the ops of a namespace; without `need_slots` the slots are empty."""
 
     def chunk_logits(input: Tensor, tau: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = ops.subcenter_forward.default(input, v, tau, allow_tf32)
+        outputs = ops.subcenter_forward.default(input, v, tau, allow_tf32, need_slots, logits_dtype)
         return outputs[0], outputs[1]
 
     input, classifier = _converted(input, classifier)
     outputs = [_recomputed(chunk_logits, input, classifier, chunk) for chunk in _chunks(classifier)]
-    return torch.cat([best for best, _ in outputs], 1), torch.cat([slots for _, slots in outputs], 1)
+    slots = [slots for _, slots in outputs]
+    return torch.cat([best for best, _ in outputs], 1), torch.cat(slots, 1) if need_slots else slots[0]
 
 
 def cross_entropy_parts(
