@@ -54,12 +54,13 @@ def _call(variant: Variant, kind: str, arguments: Tensors) -> Call:
                 return head(*arguments)
 
         return forward
-    # Half-precision logits are converted to float32 as autocast does, except in the variant that measures this cost.
-    widen = variant.name != NARROW
-    return _loss_step(
-        lambda *given: F.cross_entropy(head(*given[:4]).float() if widen else head(*given[:4]), given[4]),
-        arguments,
-    )
+
+    # Half-precision logits are converted to float32 as autocast does, except in the variants that measure this cost.
+    def loss(*given: Tensor) -> Tensor:
+        logits = head(*given[:4])
+        return F.cross_entropy(logits if variant.narrow else logits.float(), given[4])
+
+    return _loss_step(loss, arguments)
 
 
 def _head(variant: Variant) -> Callable[..., Tensor]:
@@ -68,7 +69,16 @@ def _head(variant: Variant) -> Callable[..., Tensor]:
 
         def head(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor) -> Tensor:
             delta = delta.detach()[:0] if variant.cosine else delta
-            return gistops.constellation_logits(x, w, delta, tau, backend=variant.backend)
+            outputs = gistops.constellation_logits(
+                x,
+                w,
+                delta,
+                tau,
+                return_slots=variant.slots,
+                logits_dtype=x.dtype if variant.narrow else None,
+                backend=variant.backend,
+            )
+            return outputs if isinstance(outputs, Tensor) else outputs[0]
 
         return head
     function = baselines.LOGITS[

@@ -44,7 +44,9 @@ def work(name: str, size: Size, kind: str, width: int) -> list[Work] | None:
         loss = Work(0, 2 * logits)
     else:
         thin = 2 * (B + K) * (m + 1) * d  # including the norms of the centers and of the input
-        arguments, logits, slots = width * d * (B + K + m), 4 * B * K, B * K
+        # A forward without gradients writes slots only if they are returned.
+        slots = B * K if kind == "step" or variant.slots else 0
+        arguments, logits = width * d * (B + K + m), (width if variant.narrow else 4) * B * K
         if kind == "loss":  # no logits are read or written
             return [Work(main + thin, arguments), Work(2 * main + 2 * thin, 2 * arguments)]
         forward = Work(main + thin, arguments + logits + slots)

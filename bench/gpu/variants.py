@@ -37,6 +37,8 @@ class Variant:
     backend: str = ""  # the backend of gistops; empty for other code
     settings: dict[str, Any] = field(default_factory=dict)  # see settings.py
     cosine: bool = False  # has no displacements: m = 0, or a linear layer
+    narrow: bool = False  # the logits are in the dtype of the input, and so is the loss of a step
+    slots: bool = False  # the forward returns the slots
     compiled: bool = False  # by torch.compile, which takes seconds per size
     precisions: tuple[str, ...] = PRECISIONS
     sizes: int | None = None  # number of the first sizes at which it runs; None for all
@@ -81,10 +83,17 @@ def _fused_losses(*tiles: tuple[int, int, int, int, int, int]) -> list[Variant]:
 VARIANTS = (
     # The baseline: F.linear and F.cross_entropy of float32 logits, as under autocast; then of bf16 logits.
     Variant("linear", "torch", cosine=True),
-    Variant(NARROW, "torch", ("step", "loss"), cosine=True, precisions=("bf16",)),
+    Variant(NARROW, "torch", ("step", "loss"), cosine=True, narrow=True, precisions=("bf16",)),
     Variant("cuda", "cuda", backend="cuda"),
     Variant("triton", "triton", backend="triton"),
     Variant("cpu", "cpu", backend="cpu"),  # for trials of the bench
+    # Logits like those of F.linear in bf16; their step compares with "linear, loss in bf16". Slots, which a forward
+    # without gradients does not write unless they are returned.
+    *(
+        Variant(f"{name}, bf16 logits", name, ("forward", "step"), name, narrow=True, precisions=("bf16",))
+        for name in ("cuda", "triton", "cpu")
+    ),
+    *(Variant(f"{name}, slots", name, ("forward",), name, slots=True) for name in ("cuda", "triton", "cpu")),
     # The matmul: torch's between kernels of gistops, or one fused kernel.
     Variant("triton F cublas", "cublas", ("forward",), "triton", {"product": "cublas"}),
     Variant("triton F fused", "triton", ("forward",), "triton", {"product": "fused"}),
@@ -194,8 +203,8 @@ VARIANTS = (
     Variant("direct compiled", "torch", ("forward", "step"), compiled=True, sizes=2),
 )
 TABLE = {variant.name: variant for variant in VARIANTS}
-#: The candidates of the selection rule: gistops with displacements.
-CANDIDATES = tuple(v for v in VARIANTS if v.ours and not v.cosine)
+#: The candidates of the selection rule: gistops with displacements, with the results that every backend returns by default.
+CANDIDATES = tuple(v for v in VARIANTS if v.ours and not (v.cosine or v.narrow or v.slots))
 
 
 def chosen(patterns: Sequence[str] | None) -> list[str]:
