@@ -117,6 +117,10 @@ STABLE_TORCH_LIBRARY(gistops, m) {
       "topk(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias, Tensor? input_coeffs,"
       " Tensor? class_coeffs, SymInt k, bool need_lse=False, bool allow_tf32=False, Tensor? norms=None)"
       " -> (Tensor values, Tensor classes, Tensor slots, Tensor lse)");
+  // The same by kernels of its own, on GPUs: k is at most 128, K at most 2^24; translations alone.
+  m.def(
+      "fused_topk(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias, SymInt k,"
+      " bool need_lse=False, bool allow_tf32=False) -> (Tensor values, Tensor classes, Tensor slots, Tensor lse)");
 
   // CPU only: R of frozen centers and displacements, computed once for frozen_logits and topk. A negative entry marks a
   // class to be scored from w + delta itself.

@@ -60,6 +60,7 @@ X86_64 = (
 CUDA = (
     Unit("cuda_logits_ops", "cuda/logits_ops.cpp", torch_headers=True, cuda=True),
     Unit("cuda_cross_entropy_ops", "cuda/cross_entropy_ops.cpp", torch_headers=True, cuda=True),
+    Unit("cuda_topk_ops", "cuda/topk_ops.cpp", torch_headers=True, cuda=True),
     *(Unit(f"cuda_{t}", f"cuda/{t}.cu", cuda=True) for t in ("bf16", "f16", "f32", "f64")),
 )
 

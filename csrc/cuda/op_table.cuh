@@ -2,6 +2,7 @@
 #pragma once
 #include "cross_entropy.cuh"
 #include "logits.cuh"
+#include "topk.cuh"
 
 namespace gistops::cuda {
 
@@ -21,7 +22,9 @@ constexpr OpTable make_op_table() {
               [](const Arguments& a, const LossArguments& loss, const LossOutputGrads& grads, const LossResults& saved,
                  const Gradients& gradients, const LossGradients& loss_gradients, Workspace& workspace) {
                 CrossEntropyLauncher<T>(a, loss, workspace).backward(grads, saved, gradients, loss_gradients);
-              }};
+              },
+          .topk = [](const Arguments& a, const TopkArguments& topk, const TopkResults& results,
+                     Workspace& workspace) { TopkLauncher<T>(a, workspace).run(topk, results); }};
 }
 
 }  // namespace gistops::cuda

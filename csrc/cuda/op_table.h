@@ -84,6 +84,21 @@ struct LossGradients {
   void *class_bias, *margin;  // [K]; [K] or [1]
 };
 
+// The most results of `topk` per row, and the most classes.
+constexpr int64_t kMostBest = 128, kMostTopkClasses = int64_t{1} << 24;
+
+struct TopkArguments {
+  const void* class_bias;  // [K] sums, or null
+  int64_t k;               // at most K and kMostBest
+};
+
+struct TopkResults {
+  void* values;      // [B, k] sums
+  int64_t* classes;  // [B, k]
+  uint8_t* slots;    // [B, k]
+  void* lse;         // [B] sums, or null
+};
+
 // Every function throws std::runtime_error with the kernel's name and CUDA's message if a launch fails.
 struct OpTable {
   void (*logits_forward)(const Arguments&, const LogitsResults&, Workspace&);
@@ -94,6 +109,7 @@ struct OpTable {
   void (*cross_entropy_forward)(const Arguments&, const LossArguments&, const LossResults&, Workspace&);
   void (*cross_entropy_backward)(const Arguments&, const LossArguments&, const LossOutputGrads&,
                                  const LossResults& saved, const Gradients&, const LossGradients&, Workspace&);
+  void (*topk)(const Arguments&, const TopkArguments&, const TopkResults&, Workspace&);
 };
 
 extern const OpTable bf16_ops, f16_ops, f32_ops, f64_ops;

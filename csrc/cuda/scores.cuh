@@ -2,7 +2,7 @@
 //
 //   z[k, i] = tau / |f_i| max_j (P[k, i] + Q[j, i]) R[j, k]        slot[k, i]: the lowest j that attains the maximum
 //
-// Included by the kernels that consume scores (max_over_slots.cuh, lse_partials.cuh).
+// Included by the kernels that consume scores (max_over_slots.cuh, lse_partials.cuh, topk_partials.cuh).
 #pragma once
 #include "problem.cuh"
 #include "vector.cuh"
@@ -10,12 +10,17 @@
 
 namespace gistops::cuda {
 
-// The tile of a block: 32 classes by 128 rows. A thread has four adjacent rows, and every eighth class.
-struct ScoresShape {
-  static constexpr int kClasses = 32, kRows = 128, kThreads = 256, kWarps = kThreads / kWarp;
-  static constexpr int kClassesPerThread = kClasses / kWarps, kRowsPerThread = kRows / kWarp;
+// The tile of a block. A thread has four adjacent rows, and every kClassLanes-th class.
+template <int kClassCount, int kRowCount>
+struct ScoresTileShape {
+  static constexpr int kClasses = kClassCount, kRows = kRowCount, kThreads = 256, kWarps = kThreads / kWarp;
+  static constexpr int kRowsPerThread = 4, kRowLanes = kRows / kRowsPerThread, kClassLanes = kThreads / kRowLanes;
+  static constexpr int kClassesPerThread = kClasses / kClassLanes;
   static constexpr int kSlots = 8;  // in shared memory at a time
 };
+
+// 32 classes by 128 rows: the lanes of a warp have consecutive rows of one class.
+using ScoresShape = ScoresTileShape<32, 128>;
 
 // Arguments of a kernel that computes scores, for a chunk of classes; p.centers are those of the chunk.
 template <class T>
@@ -34,11 +39,11 @@ struct ScoreInputs {
 };
 
 // R, Q and the classes with a cancelled pair, in shared memory.
-template <class S>
+template <class S, class Shape = ScoresShape>
 struct ScoresTile {
-  S rnorms[ScoresShape::kSlots][ScoresShape::kClasses];
-  S input_dots[ScoresShape::kSlots][ScoresShape::kRows];
-  int cancelled[ScoresShape::kClasses];
+  S rnorms[Shape::kSlots][Shape::kClasses];
+  S input_dots[Shape::kSlots][Shape::kRows];
+  int cancelled[Shape::kClasses];
 };
 
 // Return f . (w + delta), by all lanes of a warp; delta null: f . w.
@@ -70,10 +75,9 @@ __device__ __forceinline__ typename Inputs::S score_cancelled_pair(const Inputs&
 
 // Score the classes of the tile that have a cancelled pair, from the elements of w_k + delta_j; by all threads of the
 // block. Writes in.products, and in.slots unless it is null.
-template <class T>
+template <class Shape, class T>
 __device__ __forceinline__ void score_cancelled(const ScoreInputs<T>& in, const int* cancelled, int64_t first_class,
                                                 int64_t first_row) {
-  using Shape = ScoresShape;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   for (int c = 0; c < Shape::kClasses; ++c) {
     if (!cancelled[c]) continue;
@@ -89,24 +93,24 @@ __device__ __forceinline__ void score_cancelled(const ScoreInputs<T>& in, const 
   }
 }
 
-// Compute the scores and slots of this thread: z[c][e] is that of class first_class + warp + 8 c and row
-// first_row + 4 lane + e. By all threads of the block.
-template <class T>
-__device__ __forceinline__ void compute_scores(const ScoreInputs<T>& in, ScoresTile<Sum<T>>& tile, int first_class,
-                                               int first_row, Sum<T> (&z)[ScoresShape::kClassesPerThread][4],
-                                               int (&slot)[ScoresShape::kClassesPerThread][4]) {
+// Compute the scores and slots of this thread: z[c][e] is that of class first_class + class_lane + kClassLanes c and
+// row first_row + 4 row_lane + e. By all threads of the block.
+template <class T, class Shape>
+__device__ __forceinline__ void compute_scores(const ScoreInputs<T>& in, ScoresTile<Sum<T>, Shape>& tile,
+                                               int first_class, int first_row, Sum<T> (&z)[Shape::kClassesPerThread][4],
+                                               int (&slot)[Shape::kClassesPerThread][4]) {
   using S = Sum<T>;
-  using Shape = ScoresShape;
   constexpr int kClassesPerThread = Shape::kClassesPerThread;
   static_assert(Shape::kRowsPerThread == 4);
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int row_lane = thread % Shape::kRowLanes, class_lane = thread / Shape::kRowLanes;
   const int B = static_cast<int>(in.p.B()), K = static_cast<int>(in.p.K()), M = static_cast<int>(in.p.M());
-  const int thread_row = first_row + lane * 4;
+  const int thread_row = first_row + row_lane * 4;
   S products[kClassesPerThread][4];
   const auto load_products = [&] {
 #pragma unroll
     for (int c = 0; c < kClassesPerThread; ++c) {
-      const int k = first_class + warp + c * Shape::kWarps;
+      const int k = first_class + class_lane + c * Shape::kClassLanes;
       if (k < K && thread_row < in.ld) {
         load_sums<true>(in.products + k * in.score_class + thread_row, 0, 4, products[c]);
       } else {
@@ -118,16 +122,17 @@ __device__ __forceinline__ void compute_scores(const ScoreInputs<T>& in, ScoresT
   load_products();
   // Classes with a cancelled pair are scored first, so that no register holds anything for them meanwhile.
   bool cancelled = false;
-  if (first_class + lane < K)
-    for (int j = warp + 1; j < M; j += Shape::kWarps)
-      cancelled |= in.center_rnorms[j * in.ldr + first_class + lane] < S(0);
+  const int checked_class = thread % Shape::kClasses;
+  if (first_class + checked_class < K)
+    for (int j = thread / Shape::kClasses + 1; j < M; j += Shape::kThreads / Shape::kClasses)
+      cancelled |= in.center_rnorms[j * in.ldr + first_class + checked_class] < S(0);
   const bool any_cancelled = __syncthreads_or(cancelled);
   if (any_cancelled) {
     if (thread < Shape::kClasses) tile.cancelled[thread] = 0;
     __syncthreads();
-    if (cancelled) atomicOr(&tile.cancelled[lane], 1);
+    if (cancelled) atomicOr(&tile.cancelled[checked_class], 1);
     __syncthreads();
-    score_cancelled(in, tile.cancelled, first_class, first_row);
+    score_cancelled<Shape>(in, tile.cancelled, first_class, first_row);
     __syncthreads();
     load_products();
   }
@@ -148,7 +153,7 @@ __device__ __forceinline__ void compute_scores(const ScoreInputs<T>& in, ScoresT
     if (group == 0) {  // slot 0, for which Q is 0
 #pragma unroll
       for (int c = 0; c < kClassesPerThread; ++c) {
-        const S r = tile.rnorms[0][warp + c * Shape::kWarps];
+        const S r = tile.rnorms[0][class_lane + c * Shape::kClassLanes];
 #pragma unroll
         for (int e = 0; e < 4; ++e) z[c][e] = products[c][e] * r, slot[c][e] = 0;
       }
@@ -156,11 +161,11 @@ __device__ __forceinline__ void compute_scores(const ScoreInputs<T>& in, ScoresT
 #pragma unroll 1
     for (int j = group == 0; j < n; ++j) {
       S q[4];
-      load_sums<true>(tile.input_dots[j], lane * 4, Shape::kRows, q);
+      load_sums<true>(tile.input_dots[j], row_lane * 4, Shape::kRows, q);
       const int this_slot = group + j;
 #pragma unroll
       for (int c = 0; c < kClassesPerThread; ++c) {
-        const S r = tile.rnorms[j][warp + c * Shape::kWarps];
+        const S r = tile.rnorms[j][class_lane + c * Shape::kClassLanes];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const S score = (products[c][e] + q[e]) * r;
@@ -180,8 +185,8 @@ __device__ __forceinline__ void compute_scores(const ScoreInputs<T>& in, ScoresT
   if (!any_cancelled) return;
 #pragma unroll
   for (int c = 0; c < kClassesPerThread; ++c) {
-    if (!tile.cancelled[warp + c * Shape::kWarps]) continue;
-    const int64_t k = first_class + warp + c * Shape::kWarps;
+    if (!tile.cancelled[class_lane + c * Shape::kClassLanes]) continue;
+    const int64_t k = first_class + class_lane + c * Shape::kClassLanes;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       if (thread_row + e >= B) continue;

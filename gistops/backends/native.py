@@ -17,6 +17,7 @@ from .._toolchain import BuildError, Tools
 from ..operators import registry
 from ..operators.cross_entropy import CROSS_ENTROPY_BACKWARD, CROSS_ENTROPY_FORWARD
 from ..operators.logits import CENTER_NORMS, FROZEN_LOGITS, LOGITS_BACKWARD, LOGITS_FORWARD
+from ..operators.topk import FUSED_TOPK, Best
 from . import _own_files
 from ._own_files import UnsafeError
 from .chunked import ChunkedOps
@@ -177,7 +178,7 @@ def _find_and_load() -> Status:
 def _complete(cuda: bool) -> None:
     """Complete the compiled ops: fake kernels, autograd, autocast, and on CUDA the ops that have no compiled kernel."""
     ops = torch.ops.gistops
-    chunked_kernels = ChunkedOps(ops).kernels()
+    chunked_kernels = ChunkedOps(ops, lambda a: Best(*ops.fused_topk.default(*a))).kernels()
     for op in (
         LOGITS_FORWARD,
         LOGITS_BACKWARD,
@@ -186,6 +187,7 @@ def _complete(cuda: bool) -> None:
         *chunked_kernels,
         CENTER_NORMS,
         FROZEN_LOGITS,
+        FUSED_TOPK,
     ):
         registry.complete(ops, op)
     if cuda:

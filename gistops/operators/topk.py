@@ -47,3 +47,37 @@ def _fake(a: Topk) -> Best:
 
 
 TOPK = Op("topk", Topk, Best, _fake, autocast=3)
+
+
+class FusedTopk(NamedTuple):
+    """Arguments of `fused_topk`."""
+
+    input: Tensor
+    centers: Tensor
+    displacements: Tensor
+    tau: Tensor
+    class_bias: Tensor | None
+    k: SymInt
+    need_lse: bool = False
+    allow_tf32: bool = False
+
+
+def _fake_fused(a: FusedTopk) -> Best:
+    return _fake(Topk(*a[:5], None, None, *a[5:]))
+
+
+#: `topk` by kernels of its own on GPUs, which call it where `can_fuse` is true.
+FUSED_TOPK = Op("fused_topk", FusedTopk, Best, _fake_fused)
+
+MOST_FUSED_K, MOST_FUSED_CLASSES = 128, 1 << 24  # as in csrc/cuda/op_table.h
+
+
+def can_fuse(a: Topk) -> bool:
+    """Return True if `fused_topk` serves the call: translations, few results and at most 2^24 classes."""
+    translation = a.centers.dim() == 2 and a.input_coeffs is None and a.class_coeffs is None
+    return translation and a.k <= MOST_FUSED_K and a.centers.shape[0] <= MOST_FUSED_CLASSES
+
+
+def fused_arguments(a: Topk) -> FusedTopk:
+    """Return the arguments of `fused_topk` for a call of `topk` that it serves."""
+    return FusedTopk(*a[:5], a.k, a.need_lse, a.allow_tf32)

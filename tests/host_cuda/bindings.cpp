@@ -268,6 +268,24 @@ py::array grad_centers_parked_of_type(const std::string& type, const py::array& 
                         : grad_centers_parked<gc::f16>(a, loss, saved, grad, t, cancelled, centers_grad);
 }
 
+// Also returns the bytes of scratch memory, and the launches with those of the products.
+py::tuple topk(const std::string& type, const py::array& input, const py::array& centers,
+               const py::array& displacements, const py::array& tau, const py::object& class_bias, int64_t k,
+               bool need_lse) {
+  const gc::Arguments a = arguments(input, centers, displacements, tau);
+  py::array found = empty(sums(type), {a.B, k}), classes = empty(py::dtype("int64"), {a.B, k});
+  py::array slots = empty(py::dtype("uint8"), {a.B, k}), lse = empty(sums(type), {need_lse ? a.B : 0});
+  HostWorkspace workspace(type);
+  const auto before = requests;
+  const int launches = host_cuda::launches;
+  op_table(type).topk(a, {values(class_bias), k},
+                      {found.mutable_data(), static_cast<int64_t*>(classes.mutable_data()),
+                       static_cast<uint8_t*>(slots.mutable_data()), need_lse ? lse.mutable_data() : nullptr},
+                      workspace);
+  return py::make_tuple(found, classes, slots, lse, requests.bytes - before.bytes,
+                        host_cuda::launches - launches + requests.products - before.products);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(GISTOPS_MODULE, m) {
@@ -293,6 +311,7 @@ PYBIND11_MODULE(GISTOPS_MODULE, m) {
     requests = {};
     return counts;
   });
+  m.def("topk", &topk);
   m.def("set_thread_order", [](const std::string& order, unsigned seed) {
     using host_cuda::Order;
     host_cuda::set_order(order == "reverse"    ? Order::reverse

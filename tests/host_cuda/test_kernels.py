@@ -18,10 +18,11 @@ from .grad_centers_cases import *  # noqa: F403
 from .host_logits import HostLogits
 from .logits_cases import *  # noqa: F403  the tests themselves
 from .logits_storage_cases import *  # noqa: F403
+from .topk_cases import *  # noqa: F403
 
 CASES = [
     str(Path(__file__).with_name(f"{name}_cases.py"))
-    for name in ("logits", "logits_storage", "cross_entropy", "grad_centers")
+    for name in ("logits", "logits_storage", "cross_entropy", "grad_centers", "topk")
 ]
 
 
@@ -29,7 +30,9 @@ def test_under_address_and_undefined_behavior_sanitizers(cache: Path, request: p
     """Every load and store of the kernels stays within the memory that the kernel was given."""
     sanitized = build_kernels(cache, sanitize=True)
     seed = f"--seed={request.config.getoption('--seed')}"
-    done = sanitized_pytest(sanitized, [*CASES, seed, "-k", "forward or gradients or empty or 0.001 or loss"])
+    done = sanitized_pytest(
+        sanitized, [*CASES, seed, "-k", "forward or gradients or empty or 0.001 or loss or topk"]
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None

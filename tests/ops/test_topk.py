@@ -14,6 +14,7 @@ from gistops import backends
 from gistops._classifier import Classifier
 from gistops.functional.logits import center_norms
 from gistops.functional.topk import topk as checked_topk
+from gistops.operators.topk import Topk, can_fuse
 
 from .oracle import SAMPLES, Sample, allowed, error, generator, plain, scores
 
@@ -132,6 +133,16 @@ def test_same_bits_as_the_logits(fused: str, seed: int) -> None:
         finally:
             torch.set_num_threads(before)
         torch.testing.assert_close(again[0], values, atol=1e-5, rtol=1e-5)
+
+
+def test_calls_that_kernels_for_gpus_serve() -> None:
+    x, w, delta, tau = Sample(2, 200, 3, 1).tensors(0, requires_grad=False)
+    assert can_fuse(Topk(x, w, delta, tau, None, None, None, 128))
+    assert not can_fuse(Topk(x, w, delta, tau, None, None, None, 129))
+    assert not can_fuse(Topk(x, w[:, None], delta[:0], tau, None, None, None, 1))
+    assert not can_fuse(Topk(x, w, delta[:0], tau, None, x[:, :1], x[:, :1, None], 1))
+    many = torch.empty((1 << 24) + 1, 3, device="meta")
+    assert not can_fuse(Topk(x, many, delta, tau, None, None, None, 1))
 
 
 def test_empty_batch(backend: str) -> None:

@@ -35,16 +35,21 @@ from ...operators.logits import (
     SubcenterGradients,
 )
 from ...operators.registry import Op
-from ...operators.topk import TOPK, Best, Topk
+from ...operators.topk import TOPK, Best, FusedTopk, Topk, can_fuse, fused_arguments
 from .best import BestSoFar, best_first
 from .scorers import GradientAccumulator, Needs, TranslationScorer, make_scorer
 
 
 class ChunkedOps:
-    """Kernels over `logits_forward` and `logits_backward` of a namespace, such as `torch.ops.gistops`."""
+    """Kernels over `logits_forward` and `logits_backward` of a namespace, such as `torch.ops.gistops`.
 
-    def __init__(self, ops: Any) -> None:
-        self.ops = ops
+    Args:
+        ops: the namespace.
+        fused_topk: the backend's kernels for the calls of `topk` that `can_fuse`; None if it has none.
+    """
+
+    def __init__(self, ops: Any, fused_topk: Callable[[FusedTopk], Best] | None = None) -> None:
+        self.ops, self.fused_topk = ops, fused_topk
 
     def kernels(self) -> dict[Op, Callable[[Any], Any]]:
         """Return the kernel of each op."""
@@ -126,6 +131,8 @@ class ChunkedOps:
 
     def topk(self, a: Topk) -> Best:
         """Return the best k classes; norms are recomputed, in the same pass as the products."""
+        if self.fused_topk is not None and can_fuse(a):
+            return self.fused_topk(fused_arguments(a))
         scorer = make_scorer(self.ops, a)
         best = BestSoFar(a.k)
         lse_of_chunks = []

@@ -117,6 +117,17 @@ inline int __any_sync(unsigned, int predicate) {
   return any != 0;
 }
 
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  unsigned lanes = 0;
+  host_cuda::show(&predicate, sizeof predicate);
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    std::memcpy(&predicate, host_cuda::shown_by(lane), sizeof predicate);
+    lanes |= unsigned{predicate != 0} << lane;
+  }
+  return lanes;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
 inline double cospi(double x) { return std::cos(x * 3.14159265358979323846); }
 inline double sinpi(double x) { return std::sin(x * 3.14159265358979323846); }
 
