@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -45,6 +46,24 @@ def _attribute(module: str, name: str) -> Setting:
             setattr(holder, name, before)
 
     return Setting(f"{module}.{name}", why_not, apply)
+
+
+def _environment(name: str) -> Setting:
+    """Return the setting of an environment variable that the kernels read at each call."""
+
+    @contextlib.contextmanager
+    def apply(value: Any, precision: str) -> Iterator[None]:
+        before = os.environ.get(name)
+        os.environ[name] = str(value)
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
+
+    return Setting(lambda value: None, apply)
 
 
 def _forced(
@@ -95,6 +114,7 @@ SETTINGS: dict[str, Setting] = {
     "parked": _attribute("backends.eager_loss", "PARK_SCORES"),
     "forward tile": _forced("forward", _tile("dims")),
     "centers tile": _forced("centers", _tile("rows")),
+    "cuda centers tile": _environment("GISTOPS_CUDA_CENTERS_TILE"),
     "product": _forced("product"),
     "loss tile": _forced("loss", _tile("dims")),
     "centers product": _forced("centers_product"),

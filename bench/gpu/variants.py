@@ -118,6 +118,18 @@ VARIANTS = (
         (128, 64, 128, 8, 3),
         (128, 128, 128, 8, 2),
     ),
+    # H of 0 (the tiled kernel), 64 or 128 classes stays in shared memory. With "tiled", no scores are parked.
+    *(
+        Variant(
+            f"cuda dW {name}",
+            "cuda",
+            ("step", "loss"),
+            "cuda",
+            {"cuda centers tile": classes},
+            precisions=("bf16",),
+        )
+        for name, classes in (("tiled", 0), ("64x256", 64), ("128x128", 128))
+    ),
     # The kernels around the matmuls.
     *(
         Variant(

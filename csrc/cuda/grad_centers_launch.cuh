@@ -1,5 +1,7 @@
 // The choice between the two kernels for the gradient of the centers in half precision, by the sizes alone.
 #pragma once
+#include <cstdlib>
+
 #include "grad_centers.cuh"
 #include "grad_centers_stationary.cuh"
 #include "launch.cuh"
@@ -29,6 +31,13 @@ inline int64_t shared_memory_limit() {
   return bytes;
 }
 
+// Return the classes per tile of the stationary kernel that GISTOPS_CUDA_CENTERS_TILE asks for, to compare tiles: 0 for
+// the tiled kernel, -1 for the choice by the sizes.
+inline int asked_tile() {
+  const char* asked = std::getenv("GISTOPS_CUDA_CENTERS_TILE");
+  return asked ? std::atoi(asked) : -1;
+}
+
 // Choose the kernel and its tile.
 //   aligned: rows of d elements begin at multiples of 16 bytes and are whole vectors long
 //   parked: H lies in the memory of the gradient, so that one block must take all dims of its classes
@@ -41,11 +50,12 @@ GradCentersPlan plan_grad_centers(int64_t B, int64_t K, int64_t d, int64_t m, bo
     const int64_t wanted = parked ? 1 : ceil_div(kEnoughBlocks, std::max<int64_t>(ceil_div(K, classes), 1));
     return ceil_div(ceil_div(d, dims), ceil_div(ceil_div(d, dims), wanted));
   };
-  if (!aligned || limits.stationary_classes == 0) return {};
+  const int asked = asked_tile();
+  if (!aligned || (asked == 0 && !parked)) return {};
   const int64_t most = shared_memory_limit(), high = StationaryMemory<High>::bytes(B, m),
                 wide = StationaryMemory<Wide>::bytes(B, m);
   const bool few_blocks = parked && ceil_div(K, High::kClasses) < kEnoughBlocks;
-  const bool prefers_high = limits.stationary_classes > 0 ? limits.stationary_classes == High::kClasses : !few_blocks;
+  const bool prefers_high = asked > 0 ? asked == High::kClasses : !few_blocks;
   if (high <= most && prefers_high) return {true, High::kClasses, parts(High::kClasses, High::kDims), high};
   if (wide <= most) return {true, Wide::kClasses, parts(Wide::kClasses, Wide::kDims), wide};
   return {};
@@ -57,7 +67,7 @@ bool grad_centers_fits(int64_t B, int64_t K, int64_t d, int64_t m, bool aligned)
   if constexpr (sizeof(T) != 2) {
     return false;
   } else {
-    return padded_rows(B) <= d && plan_grad_centers<T>(B, K, d, m, aligned, true).stationary;
+    return asked_tile() != 0 && padded_rows(B) <= d && plan_grad_centers<T>(B, K, d, m, aligned, true).stationary;
   }
 }
 

@@ -33,14 +33,12 @@ inline void set_zero(void* x, int64_t bytes, void* stream) {
   if (x && bytes) check(cudaMemsetAsync(x, 0, bytes, static_cast<cudaStream_t>(stream)), "backward");
 }
 
-// Sizes of the chunks in which large problems are computed, in elements, and forced tiles. Only tests change them.
+// Sizes of the chunks in which large problems are computed, in elements. Only tests change them.
 struct Limits {
   // Scores, or sums of gradients, that stay in the cache of a large GPU from one kernel to the next.
   int64_t cached = int64_t{1} << 22;
   // Scores that the backward of a loss recomputes at a time, if the forward did not keep them.
   int64_t recomputed = int64_t{1} << 25;
-  // Classes per tile of grad_centers_stationary_kernel, where the tile fits; 0: the tiled kernel; -1: by the sizes.
-  int stationary_classes = -1;
 };
 inline Limits limits;
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import pytest
@@ -119,13 +120,22 @@ def test_a_variant_without_its_setting_is_absent_with_a_reason() -> None:
     assert "serves no tensors" in str(variants.why_not("cpu", "cuda"))
 
 
-def test_settings_apply_inside_the_with_alone() -> None:
+def test_settings_apply_inside_the_with_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from gistops.backends.chunked import scorers
 
     before = scorers.CHUNK_ELEMENTS
     with settings.applied({"chunk": 77}, "bf16"):
         assert scorers.CHUNK_ELEMENTS == 77
     assert before == scorers.CHUNK_ELEMENTS
+    name = "GISTOPS_CUDA_CENTERS_TILE"
+    monkeypatch.setenv(name, "128")
+    with settings.applied({"cuda centers tile": 0}, "bf16"):
+        assert os.environ[name] == "0"
+    assert os.environ[name] == "128"
+    monkeypatch.delenv(name)
+    with settings.applied({"cuda centers tile": 64}, "bf16"):
+        assert os.environ[name] == "64"
+    assert name not in os.environ
 
 
 def test_smoke_checks_have_every_kind_of_size() -> None:

@@ -319,8 +319,6 @@ PYBIND11_MODULE(GISTOPS_MODULE, m) {
                                                : Order::forward,
                          seed);
   });
-  m.def("set_limits",
-        [](int64_t cached, int64_t recomputed) { gc::limits.cached = cached, gc::limits.recomputed = recomputed; });
-  m.def("set_stationary_classes", [](int classes) { gc::limits.stationary_classes = classes; });
+  m.def("set_limits", [](int64_t cached, int64_t recomputed) { gc::limits = {cached, recomputed}; });
   m.def("set_shared_memory", [](int bytes) { host_cuda::shared_at_most = bytes; });
 }

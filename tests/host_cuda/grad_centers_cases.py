@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,16 +15,15 @@ from .logits_cases import assert_same_bits_in_any_order
 
 half, bf16 = torch.float16, torch.bfloat16
 #: The tiled kernel, and the stationary one with tiles of 64 classes by 256 dims and of 128 classes by 128 dims.
-FORMS = {"tiled": 0, "wide": 64, "high": 128}
+FORMS = {"tiled": "0", "wide": "64", "high": "128"}
 SIZES = [(37, 130, 296, 4), (172, 70, 40, 8), (129, 66, 136, 12), (5, 3, 264, 0), (16, 129, 8, 1)]
 
 
 @pytest.fixture(params=FORMS)
-def form(request: pytest.FixtureRequest, module: Any) -> Iterator[str]:
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Force a kernel and its tile."""
-    module.set_stationary_classes(FORMS[request.param])
-    yield request.param
-    module.set_stationary_classes(-1)
+    monkeypatch.setenv("GISTOPS_CUDA_CENTERS_TILE", FORMS[request.param])
+    return str(request.param)
 
 
 def check(tensors: list[torch.Tensor], module: Any, seed: int, terms: int) -> None:
