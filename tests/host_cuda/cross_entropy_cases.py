@@ -230,6 +230,22 @@ def test_loss_of_targets_out_of_range(module: Any, seed: int) -> None:
         ours.gradients(torch.ones(()), None)  # stays within its memory
 
 
+@pytest.mark.parametrize("where", ["kept", "parked"])
+def test_loss_of_targets_without_weight_is_nan(where: str, module: Any, seed: int) -> None:
+    """A mean over no weight is NaN, and so are its gradients; that of an ignored row is zero."""
+    tensors = Sample(12, 40, 48, 2, bf16, bf16, bf16).tensors(seed)
+    target = torch.full((12,), 3)
+    target[5:] = -100
+    weight = torch.rand(40) + 0.5
+    weight[3] = 0
+    ours = HostLoss(module, tensors, target, where, weight=weight, label_smoothing=0.1)
+    assert ours.loss.isnan()
+    gradients = [g for g in ours.gradients(torch.ones(()), None) if g is not None]
+    assert gradients[0][:5].isnan().all()
+    assert not gradients[0][5:].any()
+    assert all(gradient.isnan().any() for gradient in gradients)
+
+
 def test_loss_of_zero_vectors_and_no_rows(module: Any, seed: int) -> None:
     tensors = Sample(6, 40, 19, 2).tensors(seed)
     with torch.no_grad():

@@ -245,6 +245,10 @@ def test_extreme_biases_and_margins(case: dict[str, Any], seed: int) -> None:
     extremes.test_extreme_biases_and_margins(case, 0.1, "triton", seed)
 
 
+def test_a_mean_of_targets_without_weight_is_nan(seed: int) -> None:
+    extremes.test_a_mean_of_targets_without_weight_is_nan(0.1, 1, "triton", seed)
+
+
 def test_one_graph_serves_all_values(seed: int) -> None:
     dynamic.test_one_graph_serves_all_values("ignore_index", "triton", seed)
 

@@ -210,10 +210,12 @@ def reduce_loss_kernel(
         weights += tl.load(loss_partials + programs + program, mask=valid, other=0.0)
         out_of_range += tl.load(loss_partials + 2 * programs + program, mask=valid, other=0.0)
     weight_sum = tl.sum(weights, 0)
-    tl.store(scalars, weight_sum)
+    # A mean over no weight is NaN, and so are its gradients, even if label smoothing makes the sum of the losses positive.
+    divisor = tl.where(weight_sum == 0, float("nan"), weight_sum)
+    tl.store(scalars, divisor)
     tl.store(in_range, tl.sum(out_of_range, 0) == 0)
     if REDUCED:
         value = tl.sum(losses, 0)
         if MEAN:
-            value = value / weight_sum
+            value = value / divisor
         tl.store(loss, value)
