@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(TopkMergeShape::kThreads) topk_merge_kernel(To
   const int64_t row = blockIdx.x;
   const int n = in.ranges * in.k;
   const Candidate<S>* from = in.lists + row * n;
-  CandidateList<S> list{lists + warp * in.capacity, in.capacity, in.k, lane, 0, {0, 0}};
+  const Candidate<S> none{0, 0};
+  CandidateList<S> list{lists + warp * in.capacity, in.capacity, in.k, lane, 0, none};
   const auto load = [&](int i) { return i < n ? from[i] : Candidate<S>{0, 0}; };
   Candidate<S> next = load(thread);
 #pragma unroll 1

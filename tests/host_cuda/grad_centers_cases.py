@@ -34,7 +34,7 @@ def check(tensors: list[torch.Tensor], module: Any, seed: int, terms: int) -> No
     _, centers, displacements, _ = kernels.gradients(grad, (False, True, False, False))
     assert centers is not None
     values = module.logits_backward(
-        kernels.type, grad.numpy(), *kernels.arrays, *kernels.saved, False, True, True, False
+        kernels.type, grad.numpy(), *kernels.arrays, *kernels.saved, False, True, True, False, False
     )
     true = gradients(lambda *t: routed(*t, kernels.slots), leaves(tensors, torch.float64), grad)
     for part in (slice(0, None, 2), slice(1, None, 2)):
@@ -42,7 +42,7 @@ def check(tensors: list[torch.Tensor], module: Any, seed: int, terms: int) -> No
     displacements = torch.from_numpy(values[2])
     assert error(displacements, true[2]) <= allowed(0.0, true[2], torch.float32, B * K * terms)
     alone = module.logits_backward(
-        kernels.type, grad.numpy(), *kernels.arrays, *kernels.saved, False, False, True, False
+        kernels.type, grad.numpy(), *kernels.arrays, *kernels.saved, False, False, True, False, False
     )
     assert torch.equal(torch.from_numpy(alone[2]), displacements)
 
