@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(RowLossShape<S>::kThreads)
   loss_sum = warp_sum(loss_sum), weight_total = warp_sum(weight_total),
   out_of_range_count = warp_sum(out_of_range_count);
   if (lane > 0) return;
-  // A mean over no weight is NaN, and so are its gradients, even if label smoothing makes the sum of the losses positive.
+  // A mean over no weight is NaN, and so are its gradients, even if label smoothing makes the losses positive.
   const S divisor = weight_total == S(0) ? weight_total / weight_total : weight_total;
   args.scalars[0] = divisor, args.scalars[1] = weights;
   *args.targets_in_range = out_of_range_count == S(0);
