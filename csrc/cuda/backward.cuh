@@ -45,11 +45,11 @@ class BackwardLauncher : protected OpLauncher<T> {
     const bool displacements = out.displacements && p_.m();
     // Every chunk, and every step of a chunk, begins a new tile.
     const int64_t chunks = ceil_div(p_.K(), classes);
-    const int64_t tiles = chunks * ceil_div(classes, step_classes_) * partial_tiles(step_classes_);
+    const int64_t tiles = chunks * ceil_div(classes, step_classes_) * most_partial_tiles(step_classes_);
     const bool t_in_place = t_class_major && shape.row_tiles == 1;  // the sums overwrite the partials
     // In one chunk the partials of the displacements overwrite those of S and the product, which are no longer needed.
     constexpr int64_t kAligned = 64;
-    const int64_t s_partials = ceil_div(shape.groups * p_.M() * ld_, kAligned) * kAligned;
+    const int64_t s_partials = ceil_div(shape.most_groups * p_.M() * ld_, kAligned) * kAligned;
     const int64_t product = out.input ? p_.B() * p_.d() : 0;
     const int64_t displacement_partials = displacements ? tiles * p_.m() * p_.d() : 0;
     const int64_t before = s_partials + product;
@@ -57,8 +57,8 @@ class BackwardLauncher : protected OpLauncher<T> {
         .add(partials_.h, h ? 0 : classes * ld_)
         .add(partials_.s, several_chunks_ ? before : std::max(before, displacement_partials))
         .add(partials_.t, shape.row_tiles * p_.M() * classes)
-        .add(partials_.tau, shape.blocks())
-        .add(partials_.cancelled, shape.blocks())
+        .add(partials_.tau, shape.most_blocks())
+        .add(partials_.cancelled, shape.most_blocks())
         .add(partials_.bias, out.class_bias ? shape.row_tiles * classes : 0)
         .add(partials_.margin, out.margin ? shape.row_tiles * classes : 0)
         .add(sums_.s, p_.M() * ld_)
@@ -81,7 +81,7 @@ class BackwardLauncher : protected OpLauncher<T> {
     sums_.h = partials_.h;
     if (out.tau) sums_.tau = out.tau;
     sums_.bias = out.class_bias, sums_.margin = out.margin;
-    tiles_done_ = 0;
+    tiles_done_ = 0, most_tiles_ = tiles, most_groups_ = shape.most_groups;
   }
 
   // Add the contributions of a chunk of classes, which begins at class `first`, from its partials.
@@ -128,9 +128,16 @@ class BackwardLauncher : protected OpLauncher<T> {
     set_zero(out.margin, (out.scalar_margin ? 1 : p_.K()) * sizeof(S), stream_);
   }
 
+  // Throw before the first pass would write more partials than there is memory for.
+  void require_memory(const RoutingShape& shape) const { require_memory(shape.groups <= most_groups_); }
+
   RoutedSums<T> partials_{}, sums_{};
 
  private:
+  static void require_memory(bool enough) {
+    if (!enough) throw std::runtime_error("gistops: backward: the memory of partial sums is too small");
+  }
+
   // In half precision one kernel makes the product H f and corrects it, because PyTorch would write the product in
   // float32. In other types the library writes the product into the memory of the gradient.
   static constexpr bool kFusedProduct = sizeof(T) == 2;
@@ -138,6 +145,9 @@ class BackwardLauncher : protected OpLauncher<T> {
   // Return the number of partials of the displacements that the classes of a step give.
   int64_t partial_tiles(int64_t classes) const {
     return kFusedProduct ? plan_.groups(classes) : ceil_div(classes, correction_.classes);
+  }
+  int64_t most_partial_tiles(int64_t classes) const {
+    return kFusedProduct ? plan_.most_groups(classes) : ceil_div(classes, correction_.classes);
   }
   int64_t dim_tiles() const { return ceil_div(p_.d(), NormCorrectionShape::kVectors * kVector<T>); }
 
@@ -156,6 +166,7 @@ class BackwardLauncher : protected OpLauncher<T> {
     const int64_t classes = step.p.K(), tiles = partial_tiles(classes);
     S* partials = displacement_partials_ ? displacement_partials_ + tiles_done_ * p_.m() * p_.d() : nullptr;
     tiles_done_ += tiles;
+    require_memory(tiles_done_ <= most_tiles_);
     const S* t = sums_.t + at * p_.M();
     if constexpr (kFusedProduct) {
       const GradCentersInputs<T> inputs{step, partials_.h + at * partials_.h_class, partials_.h_class, t,
@@ -184,7 +195,7 @@ class BackwardLauncher : protected OpLauncher<T> {
   NormCorrectionShape correction_{1, 1};
   GradCentersPlan plan_;
   bool several_chunks_ = false;
-  int64_t step_classes_ = 0, tiles_done_ = 0;
+  int64_t step_classes_ = 0, tiles_done_ = 0, most_tiles_ = 0, most_groups_ = 0;
   S *product_ = nullptr, *total_ = nullptr;
   S* displacement_partials_ = nullptr;
 };

@@ -147,6 +147,7 @@ class CrossEntropyLauncher : private BackwardLauncher<T> {
                                  .scores_gone = saved.parked};
       const RoutingShape chunk_shape =
           saved.scores ? shape : RoutingShape(p.K(), p_.B(), ClassStream<T, 1>::kWarps, tile_rows);
+      this->require_memory(chunk_shape);
       launch_route(chunk_shape, source, saved.parked);
       this->add_chunk(chunk_shape, source, out, first);
     }

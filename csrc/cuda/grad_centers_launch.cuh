@@ -17,19 +17,18 @@ struct GradCentersPlan {
   // Return the number of partials of the displacements for K classes: of each tile, or of at most 264 groups of tiles,
   // two per multiprocessor of a large GPU.
   int64_t groups(int64_t K) const {
-    constexpr int64_t kMost = 264;
     const int64_t tiles = ceil_div(K, classes);
-    return stationary ? ceil_div(tiles, ceil_div(tiles, kMost)) : tiles;
+    return stationary ? ceil_div(tiles, ceil_div(tiles, kMostGroups)) : tiles;
   }
-};
+  // Return the largest number of groups of K classes or fewer: fewer tiles can make more groups.
+  int64_t most_groups(int64_t K) const {
+    const int64_t tiles = ceil_div(K, classes);
+    return stationary ? std::min(tiles, kMostGroups) : tiles;
+  }
 
-// Return the bytes of shared memory that a block may have.
-inline int64_t shared_memory_limit() {
-  int device, bytes;
-  check(cudaGetDevice(&device), "grad_centers");
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "grad_centers");
-  return bytes;
-}
+ private:
+  static constexpr int64_t kMostGroups = 264;
+};
 
 // Return the classes per tile of the stationary kernel that GISTOPS_CUDA_CENTERS_TILE asks for, to compare tiles: 0 for
 // the tiled kernel, -1 for the choice by the sizes.
@@ -52,7 +51,7 @@ GradCentersPlan plan_grad_centers(int64_t B, int64_t K, int64_t d, int64_t m, bo
   };
   const int asked = asked_tile();
   if (!aligned || (asked == 0 && !parked)) return {};
-  const int64_t most = shared_memory_limit(), high = StationaryMemory<High>::bytes(B, m),
+  const int64_t most = shared_memory_limit("grad_centers"), high = StationaryMemory<High>::bytes(B, m),
                 wide = StationaryMemory<Wide>::bytes(B, m);
   const bool few_blocks = parked && ceil_div(K, High::kClasses) < kEnoughBlocks;
   const bool prefers_high = asked > 0 ? asked == High::kClasses : !few_blocks;

@@ -15,12 +15,33 @@ inline void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string("gistops: ") + what + ": " + cudaGetErrorString(error));
 }
 
+// Return the bytes of shared memory that a block of the current device may have.
+inline int shared_memory_limit(const char* name) {
+  int device, bytes;
+  check(cudaGetDevice(&device), name);
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
+  return bytes;
+}
+
+// A block gets 48 KiB of shared memory without a request, static and dynamic memory together.
+constexpr int kSharedByDefault = 48 << 10;
+// The most static shared memory of a kernel, which a test of the compiled kernels asserts.
+constexpr int kMostStaticShared = 32 << 10;
+
+// Request dynamic shared memory for a kernel: all that there is, so that no thread lowers what another one requested.
+template <class... Parameters>
+void request_shared_memory(const char* name, void (*kernel)(Parameters...), int shared) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), name);
+  if (attributes.maxDynamicSharedSizeBytes >= shared) return;
+  const int most = shared_memory_limit(name) - static_cast<int>(attributes.sharedSizeBytes);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, std::max(most, shared)), name);
+}
+
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, int shared, void* stream,
             Arguments... arguments) {
-  constexpr int kDefaultLimit = 48 << 10;
-  if (shared > kDefaultLimit)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), name);
+  if (shared > kSharedByDefault - kMostStaticShared) request_shared_memory(name, kernel, shared);
   GISTOPS_LAUNCH(kernel, grid, dim3(threads), shared, static_cast<cudaStream_t>(stream), arguments...);
   check(cudaGetLastError(), name);
 }

@@ -94,6 +94,7 @@ struct RoutedSums {
 struct RoutingShape {
   static constexpr int kThreads = 256, kWarps = kThreads / kWarp, kSlots = 8;
   int64_t tiles, tiles_per_group, groups, row_tiles;
+  int64_t most_groups;     // of as many classes or fewer: fewer tiles can make more groups
   int64_t row_passes = 1;  // tiles of rows that a block takes, one after the other; they count as one in row_tiles
 
   // Enough groups to fill the device, but no more, because each has a partial of S: with many row tiles few groups.
@@ -101,9 +102,11 @@ struct RoutingShape {
       : tiles(ceil_div(classes, tile_classes)), row_tiles(ceil_div(rows, tile_rows)) {
     const int64_t most = std::clamp<int64_t>(1024 / std::max<int64_t>(row_tiles, 1), 8, 256);
     tiles_per_group = ceil_div(tiles, most);
+    most_groups = std::min(tiles, most);
     groups = ceil_div(tiles, tiles_per_group);
   }
   __host__ __device__ int64_t blocks() const { return groups * row_tiles; }
+  int64_t most_blocks() const { return most_groups * row_tiles; }
 };
 
 // Write a block's partial of dtau, from each thread's sum of G z, and whether any of its pairs cancels.

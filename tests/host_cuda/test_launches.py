@@ -46,6 +46,24 @@ def test_a_step_takes_at_most_12_launches_for_any_number_of_classes(scores: str,
 
 
 @pytest.mark.usefixtures("counting")
+@pytest.mark.parametrize("rows", [16, 256])
+def test_partial_sums_of_a_short_last_chunk_have_memory(rows: int, module: Any) -> None:
+    """Fewer tiles of classes can make more groups: 265 tiles make 133 groups of two, and 264 tiles 264 groups of one."""
+    chunk = 265 * 128
+    module.set_limits(1 << 22, (chunk - 1) * rows)
+    try:
+        for last in (264 * 128, 256 * 8, 255 * 8, 264 * 64, 1):
+            sizes = ((rows, 16), (chunk + last, 16), (DISPLACEMENTS, 16))
+            tensors = [*(torch.empty(size, dtype=torch.bfloat16) for size in sizes), torch.ones(())]
+            loss = HostLoss(module, tensors, torch.zeros(rows, dtype=torch.int64), "recomputed")
+            module.count()
+            loss.gradients(torch.ones(()), None)  # raises an error before it exceeds its memory
+            assert module.count()["products"] == 4  # scores and H W of two chunks
+    finally:
+        module.set_limits(1 << 22, 1 << 25)
+
+
+@pytest.mark.usefixtures("counting")
 def test_a_step_with_parked_scores_takes_little_memory(module: Any) -> None:
     """Scratch memory is at most 5 % of the logits."""
     classes = 100_000

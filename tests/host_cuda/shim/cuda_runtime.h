@@ -87,6 +87,17 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
   host_cuda::shared_limits[reinterpret_cast<const void*>(kernel)] = bytes;
   return cudaSuccess;
 }
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+  int maxDynamicSharedSizeBytes;
+};
+template <class... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)(Parameters...)) {
+  const auto asked = host_cuda::shared_limits.find(reinterpret_cast<const void*>(kernel));
+  const bool none = asked == host_cuda::shared_limits.end();
+  *attributes = {0, none ? host_cuda::kSharedWithoutAsking : asked->second};
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return *value = host_cuda::shared_at_most, cudaSuccess;
