@@ -23,12 +23,8 @@ inline int shared_memory_limit(const char* name) {
   return bytes;
 }
 
-// A block gets 48 KiB of shared memory without a request, static and dynamic memory together.
-constexpr int kSharedByDefault = 48 << 10;
-// The most static shared memory of a kernel, which a test of the compiled kernels asserts.
-constexpr int kMostStaticShared = 32 << 10;
-
-// Request dynamic shared memory for a kernel: all that there is, so that no thread lowers what another one requested.
+// Request dynamic shared memory for a kernel if it has less: by default 48 KiB less its static memory. The request is
+// for all that there is, so that no thread lowers what another one requested.
 template <class... Parameters>
 void request_shared_memory(const char* name, void (*kernel)(Parameters...), int shared) {
   cudaFuncAttributes attributes;
@@ -41,7 +37,7 @@ void request_shared_memory(const char* name, void (*kernel)(Parameters...), int 
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, int shared, void* stream,
             Arguments... arguments) {
-  if (shared > kSharedByDefault - kMostStaticShared) request_shared_memory(name, kernel, shared);
+  if (shared > 0) request_shared_memory(name, kernel, shared);
   GISTOPS_LAUNCH(kernel, grid, dim3(threads), shared, static_cast<cudaStream_t>(stream), arguments...);
   check(cudaGetLastError(), name);
 }
