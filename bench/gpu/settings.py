@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 class Setting(NamedTuple):
     """A value that can be forced."""
 
-    place: str  # the name in the table of tile_tables.py, or a module's attribute
+    place: str  # the name in the table of tile_tables.py, a module's attribute, or an environment variable
     why_not: Callable[[Any], str | None]
     apply: Callable[[Any, str], contextlib.AbstractContextManager[Any]]  # value, precision
 
@@ -63,7 +63,7 @@ def _environment(name: str) -> Setting:
             else:
                 os.environ[name] = before
 
-    return Setting(lambda value: None, apply)
+    return Setting(name, lambda value: None, apply)
 
 
 def _forced(
