@@ -198,8 +198,6 @@ VARIANTS = (
     # The product in the kernels that use it: in the forward, with scores kept for the backward; then in both directions.
     *_fused_losses(
         (128, 128, 64, 8, 3, 8),
-        (128, 256, 64, 8, 3, 8),
-        (64, 256, 64, 4, 2, 8),
         (64, 128, 64, 4, 4, 8),
     ),
     # At m = 0 gistops is a cosine classifier. Other libraries have the losses of linear layers and cosine classifiers.
