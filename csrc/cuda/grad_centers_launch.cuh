@@ -1,4 +1,4 @@
-// The choice between the two kernels for the gradient of the centers in half precision, by the sizes alone.
+// The choice between the two kernels for the gradient of the centers in half precision, by the sizes and the device.
 #pragma once
 #include <cstdlib>
 
