@@ -77,6 +77,7 @@ def test_corrections_in_float16_for_norms_of_any_size(
         tensors[1][::2] *= scales[0]
         tensors[1][1::2] *= scales[1]
         tensors[2] *= min(scales)
+        tensors[3].fill_(1)  # larger ones can exceed float16 in the gradient of a short center
     check(tensors, module, seed, 37)
 
 
