@@ -79,22 +79,23 @@ STABLE_TORCH_LIBRARY(gistops, m) {
 
   // The whole loss, on GPUs: gistops/operators/cross_entropy.py describes the arguments.
   m.def(
-      "cross_entropy_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor target,"
-      " Tensor? class_bias, Tensor? weight, Tensor? margin, int margin_kind, int reduction, SymInt ignore_index,"
-      " float label_smoothing, bool keep_scores, bool allow_tf32=False)"
+      "cross_entropy_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? input_coeffs,"
+      " Tensor? class_coeffs, Tensor target, Tensor? class_bias, Tensor? weight, Tensor? margin, int margin_kind,"
+      " int reduction, SymInt ignore_index, float label_smoothing, bool keep_scores, bool allow_tf32=False)"
       " -> (Tensor loss, Tensor lse, Tensor in_range, Tensor scores, Tensor slots, Tensor center_rnorms,"
       " Tensor input_rnorms, Tensor rows, Tensor scalars)");
   m.def(
       "cross_entropy_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor input, Tensor centers, Tensor displacements,"
-      " Tensor tau, Tensor target, Tensor? class_bias, Tensor? weight, Tensor? margin, Tensor lse, Tensor scores,"
-      " Tensor slots, Tensor center_rnorms, Tensor input_rnorms, Tensor rows, Tensor scalars, int margin_kind,"
-      " int reduction, SymInt ignore_index, float label_smoothing, bool need_input, bool need_centers,"
-      " bool need_displacements, bool need_tau, bool need_bias, bool need_margin, bool allow_tf32=False)"
+      " Tensor tau, Tensor? input_coeffs, Tensor? class_coeffs, Tensor target, Tensor? class_bias, Tensor? weight,"
+      " Tensor? margin, Tensor lse, Tensor scores, Tensor slots, Tensor center_rnorms, Tensor input_rnorms,"
+      " Tensor rows, Tensor scalars, int margin_kind, int reduction, SymInt ignore_index, float label_smoothing,"
+      " bool need_input, bool need_centers, bool need_displacements, bool need_tau, bool need_bias, bool need_margin,"
+      " bool allow_tf32=False)"
       " -> (Tensor grad_input, Tensor grad_centers, Tensor grad_displacements, Tensor grad_tau,"
-      " Tensor grad_class_bias, Tensor grad_margin)");
+      " Tensor grad_input_coeffs, Tensor grad_class_coeffs, Tensor grad_class_bias, Tensor grad_margin)");
 
-  // The same in half precision, where the forward parks the scores in `stash`, a buffer like centers, and the backward
-  // overwrites it with the gradient of centers. It fits where cross_entropy_parks is true.
+  // The same of translations in half precision, where the forward parks the scores in `stash`, a buffer like centers,
+  // and the backward overwrites it with the gradient of centers. It fits where cross_entropy_parks is true.
   m.def("cross_entropy_parks(Tensor input, Tensor centers, Tensor displacements) -> bool");
   m.def(
       "parked_cross_entropy_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor target,"

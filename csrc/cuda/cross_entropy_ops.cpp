@@ -98,12 +98,18 @@ ForwardTensors run_forward(const CrossEntropyCall& call, void* scores, uint8_t* 
   return out;
 }
 
+void check_no_coeffs(const Optional& input_coeffs, const Optional& class_coeffs) {
+  STD_TORCH_CHECK(!input_coeffs && !class_coeffs, "gistops: input_coeffs, class_coeffs: expected none");
+}
+
 using CrossEntropyOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 CrossEntropyOutputs cross_entropy_forward(const Tensor& input, const Tensor& centers, const Tensor& displacements,
-                                          const Tensor& tau, const Tensor& target, Optional class_bias, Optional weight,
-                                          Optional margin, int64_t margin_kind, int64_t reduction, int64_t ignore_index,
+                                          const Tensor& tau, Optional input_coeffs, Optional class_coeffs,
+                                          const Tensor& target, Optional class_bias, Optional weight, Optional margin,
+                                          int64_t margin_kind, int64_t reduction, int64_t ignore_index,
                                           double label_smoothing, bool keep, bool /*allow_tf32*/) {
+  check_no_coeffs(input_coeffs, class_coeffs);
   const CrossEntropyOptions options{target,      class_bias, weight,       margin,
                                     margin_kind, reduction,  ignore_index, label_smoothing};
   const CrossEntropyCall call(input, centers, displacements, tau, options);
@@ -225,13 +231,17 @@ Tensor as_argument(bool needed, const Tensor& gradient, const Tensor& argument) 
   return needed ? converted(gradient, argument.scalar_type()) : gradient;
 }
 
-CrossEntropyGradients cross_entropy_backward(
-    Optional grad_loss, Optional grad_lse, const Tensor& input, const Tensor& centers, const Tensor& displacements,
-    const Tensor& tau, const Tensor& target, Optional class_bias, Optional weight, Optional margin,
-    const Tensor& /*lse*/, const Tensor& scores, const Tensor& slots, const Tensor& center_rnorms,
-    const Tensor& input_rnorms, const Tensor& rows, const Tensor& scalars, int64_t margin_kind, int64_t reduction,
-    int64_t ignore_index, double label_smoothing, bool need_input, bool need_centers, bool need_displacements,
-    bool need_tau, bool need_bias, bool need_margin, bool /*allow_tf32*/) {
+using AllGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+AllGradients cross_entropy_backward(Optional grad_loss, Optional grad_lse, const Tensor& input, const Tensor& centers,
+                                    const Tensor& displacements, const Tensor& tau, Optional input_coeffs,
+                                    Optional class_coeffs, const Tensor& target, Optional class_bias, Optional weight,
+                                    Optional margin, const Tensor& /*lse*/, const Tensor& scores, const Tensor& slots,
+                                    const Tensor& center_rnorms, const Tensor& input_rnorms, const Tensor& rows,
+                                    const Tensor& scalars, int64_t margin_kind, int64_t reduction, int64_t ignore_index,
+                                    double label_smoothing, bool need_input, bool need_centers, bool need_displacements,
+                                    bool need_tau, bool need_bias, bool need_margin, bool /*allow_tf32*/) {
+  check_no_coeffs(input_coeffs, class_coeffs);
   const CrossEntropyOptions options{target,      class_bias, weight,       margin,
                                     margin_kind, reduction,  ignore_index, label_smoothing};
   const CrossEntropyCall call(input, centers, displacements, tau, options);
@@ -262,6 +272,8 @@ CrossEntropyGradients cross_entropy_backward(
           as_argument(need_centers, dw, centers),
           as_argument(need_displacements, dd, displacements),
           as_argument(need_tau, dt, tau),
+          empty_on_device_of(input, {0}, call.sums),
+          empty_on_device_of(input, {0}, call.sums),
           db,
           dm};
 }

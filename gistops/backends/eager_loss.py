@@ -30,18 +30,28 @@ Forward = Callable[[CrossEntropyForward], CrossEntropy]
 Backward = Callable[[CrossEntropyBackward], CrossEntropyGradients]
 #: Park the scores in the memory of the gradient of the centers, where they fit.
 PARK_SCORES = True
+#: Backend -> the transforms whose loss its ops compute whole. The loss of other transforms is made from its parts.
+WHOLE_LOSS = {"cuda": ("translation",), "triton": ("translation",)}
 #: Namespace -> Python kernels of the loss. The compiled ones are called through their ops.
 python_kernels: dict[str, tuple[Forward, Backward]] = {}
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def cross_entropy(
-    ops: Any, input: Tensor, classifier: Classifier, target: Tensor, options: LossOptions, allow_tf32: bool
+    ops: Any,
+    input: Tensor,
+    classifier: Classifier,
+    coeffs: tuple[Tensor | None, Tensor | None],
+    target: Tensor,
+    options: LossOptions,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss, lse and in_range of `CrossEntropy` for translations; differentiable once.
+    """Return loss, lse and in_range of `CrossEntropy`; differentiable once.
 
     Args:
         ops: the namespace of a backend that has the ops of the whole loss.
+        classifier: of a transform in WHOLE_LOSS; with the centers of rotations, without their displacements.
+        coeffs: input_coeffs and class_coeffs of rotations.
     """
     centers, displacements, tau = classifier[:3]
     dtype = compute_dtype(input, centers, displacements)
@@ -49,13 +59,24 @@ def cross_entropy(
     if margin is not None and not isinstance(margin, Tensor):
         margin = on_device(margin, dtype, input.device)
     tensors: tuple[Any, ...]
-    tensors = (input, centers, displacements, tau, target, options.class_bias, options.weight, margin)
+    tensors = (
+        input,
+        centers,
+        displacements,
+        tau,
+        *coeffs,
+        target,
+        options.class_bias,
+        options.weight,
+        margin,
+    )
     graph = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     plain = not input.is_meta and all(x is None or type(x) in _PLAIN for x in tensors)
     eager = plain and not torch.compiler.is_compiling() and not transforms_active()
     if eager and input.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
         tensors = (*cast_operands(tensors[:3]), *tensors[3:])
-    park = eager and graph and _can_park(ops, *tensors[:3])
+    can_park = eager and graph and classifier.transform == "translation"
+    park = can_park and _can_park(ops, *tensors[:3])
     keep_scores = (
         graph and not park and input.shape[0] * centers.shape[0] * (dtype.itemsize + 1) <= MAX_KEPT_BYTES
     )
@@ -121,7 +142,7 @@ def _forward(ops: Any, arguments: CrossEntropyForward, stash: Tensor | None = No
     with torch._C._AutoDispatchBelowAutograd():
         if stash is None:
             return CrossEntropy(*ops.cross_entropy_forward.default(*arguments))
-        *others, _, _ = arguments
+        others = *arguments[:4], *arguments[6:14]
         loss, lse, in_range, *saved = ops.parked_cross_entropy_forward.default(*others, stash)
     scores, slots = loss.new_empty(0, 0), loss.new_empty(0, 0, dtype=torch.uint8)
     return CrossEntropy(loss, lse, in_range, scores, slots, *saved)
@@ -136,5 +157,7 @@ def _backward(ops: Any, a: CrossEntropyBackward, stash: Tensor | None) -> tuple[
         if stash is None:
             output = ops.cross_entropy_backward.default(*a)
             return output
-        output = ops.parked_cross_entropy_backward.default(*a[:10], *a[13:21], a.need_input, *a[23:27], stash)
-    return output[0], stash, *output[1:]
+        others = *a[:6], *a[8:12], *a[15:23], a.need_input, *a[25:29]
+        output = ops.parked_cross_entropy_backward.default(*others, stash)
+    no_coeffs = a.lse.new_empty(0)
+    return output[0], stash, *output[1:3], no_coeffs, no_coeffs, *output[3:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -132,9 +131,15 @@ def _loss_of_rows(
     chosen = backends.choose(input.device.type, backend)
     if chosen in ("reference", "plain"):
         return reference.cross_entropy(input, classifier, target, options)
-    if chosen in ("cuda", "triton") and classifier.transform == "translation":
+    if classifier.transform in eager_loss.WHOLE_LOSS.get(chosen, ()):
+        watched = (classifier.displacements, classifier.axis)
+        input, classifier, coeffs = _operands(input, classifier)
+        if coeffs[0] is not None and coeffs[1] is not None:  # the op saves no more than these
+            coeffs = detect_changes(coeffs[0], *watched), detect_changes(coeffs[1], *watched)
         ops, allow_tf32 = backends.ops(chosen), backends.allow_tf32(chosen)
-        loss, lse, in_range = eager_loss.cross_entropy(ops, input, classifier, target, options, allow_tf32)
+        loss, lse, in_range = eager_loss.cross_entropy(
+            ops, input, classifier, coeffs, target, options, allow_tf32
+        )
         _assert_in_range(in_range, classifier, options)
         return loss, lse
     return _loss_from_parts(chosen, input, classifier, target, options)
@@ -242,6 +247,17 @@ def _smoothed_loss(
     return lse * (shares.sum() - scale) - sums + scale * target_term
 
 
+def _operands(
+    input: Tensor, classifier: Classifier
+) -> tuple[Tensor, Classifier, tuple[Tensor | None, Tensor | None]]:
+    """Return the operands of the ops: input, the classifier, and the coefficients of rotations instead of displacements."""
+    if classifier.transform != "rotation":
+        return input, classifier, (None, None)
+    input, centers, *coeffs = rotation.operands(input, classifier)
+    classifier = classifier._replace(centers=centers, displacements=no_displacements(input))
+    return input, classifier, (coeffs[0], coeffs[1])
+
+
 def _parts(
     backend: str,
     input: Tensor,
@@ -251,13 +267,10 @@ def _parts(
     weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the outputs of `cross_entropy_parts_forward`."""
+    input, classifier, coeffs = _operands(input, classifier)
     centers, displacements, tau = classifier[:3]
     class_bias, ignore_index = options.class_bias, options.ignore_index
-    coefficients: Sequence[Tensor | None] = (None, None)
-    if classifier.transform == "rotation":
-        input, centers, *coefficients = rotation.operands(input, classifier)
-        displacements = no_displacements(input)
-    arguments = (input, centers, displacements, tau, class_bias, *coefficients, target, weight)
+    arguments = (input, centers, displacements, tau, class_bias, *coeffs, target, weight)
     if backend == "cpu" and classifier.mlp is None and can_stash(centers, *arguments):
         parts: tuple[Tensor, Tensor, Tensor]
         parts = StashedCrossEntropyParts.apply(*arguments, ignore_index)  # type: ignore[no-untyped-call]

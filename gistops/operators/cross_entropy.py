@@ -21,9 +21,11 @@ class CrossEntropyForward(NamedTuple):
     """Arguments of `cross_entropy_forward`."""
 
     input: Tensor
-    centers: Tensor
-    displacements: Tensor
+    centers: Tensor  # [K, d]; sub-centers [K, M, d]
+    displacements: Tensor  # [m, d]; [0, d] with sub-centers and rotations
     tau: Tensor
+    input_coeffs: Tensor | None  # of rotations, as in `rotation_forward`; both coefficients or neither
+    class_coeffs: Tensor | None
     target: Tensor
     class_bias: Tensor | None
     weight: Tensor | None
@@ -46,7 +48,7 @@ class CrossEntropy(NamedTuple):
     in_range: Tensor  # [1], True if every target is in range
     scores: Tensor  # [K, padded_rows(B)]; undefined in columns from B on
     slots: Tensor  # [K, padded_rows(B)]
-    center_rnorms: Tensor
+    center_rnorms: Tensor  # [M, K]; rotations [1, K], because all slots of a class have one norm
     input_rnorms: Tensor
     rows: Tensor  # [n, B], saved for the backward
     scalars: Tensor  # [2], saved for the backward
@@ -61,6 +63,8 @@ class CrossEntropyBackward(NamedTuple):
     centers: Tensor
     displacements: Tensor
     tau: Tensor
+    input_coeffs: Tensor | None
+    class_coeffs: Tensor | None
     target: Tensor
     class_bias: Tensor | None
     weight: Tensor | None
@@ -92,6 +96,8 @@ class CrossEntropyGradients(NamedTuple):
     grad_centers: Tensor
     grad_displacements: Tensor
     grad_tau: Tensor
+    grad_input_coeffs: Tensor  # computed wherever there are coefficients, in the dtype of the logits
+    grad_class_coeffs: Tensor
     grad_class_bias: Tensor
     grad_margin: Tensor
 
@@ -106,13 +112,14 @@ def _forward_fake(a: CrossEntropyForward) -> CrossEntropy:
     B, K = a.input.shape[0], a.centers.shape[0]
     kept = (K, padded_rows(B)) if a.keep_scores else (0, 0)
     new = a.input.new_empty
+    slots = a.displacements.shape[0] + 1 if a.centers.dim() == 2 else a.centers.shape[1]
     return CrossEntropy(
         loss=new((B,) if a.reduction == 0 else (), dtype=dtype),
         lse=new(B, dtype=dtype),
         in_range=new(1, dtype=torch.bool),
         scores=new(kept, dtype=dtype),
         slots=new(kept, dtype=torch.uint8),
-        center_rnorms=new(a.displacements.shape[0] + 1, K, dtype=dtype),
+        center_rnorms=new(slots, K, dtype=dtype),
         input_rnorms=new(B, dtype=dtype),
         rows=new(2 if a.margin is None else 5, B, dtype=dtype),
         scalars=new(2, dtype=dtype),
@@ -123,11 +130,16 @@ def _backward_fake(a: CrossEntropyBackward) -> CrossEntropyGradients:
     def empty(argument: Tensor | None, needed: bool) -> Tensor:
         return argument.new_empty(argument.shape) if argument is not None and needed else a.lse.new_empty(0)
 
+    def coeffs(argument: Tensor | None) -> Tensor:
+        return a.lse.new_empty(0 if argument is None else argument.shape)
+
     return CrossEntropyGradients(
         empty(a.input, a.need_input),
         empty(a.centers, a.need_centers),
         empty(a.displacements, a.need_displacements),
         empty(a.tau, a.need_tau),
+        coeffs(a.input_coeffs),
+        coeffs(a.class_coeffs),
         empty(a.class_bias, a.need_bias),
         empty(a.margin, a.need_margin),
     )
@@ -140,9 +152,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def save(ctx: Any, a: CrossEntropyForward, output: CrossEntropy) -> None:
     """Save for `gradients` what the backward takes."""
-    ctx.options, ctx.allow_tf32 = a[8:12], a.allow_tf32
+    ctx.options, ctx.allow_tf32 = a[10:14], a.allow_tf32
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*a[:8], output.lse, *output[3:])
+    ctx.save_for_backward(*a[:10], output.lse, *output[3:])
 
 
 def _backward(
@@ -167,10 +179,11 @@ def gradients(
         needed: per argument of the forward, True if it needs a gradient.
     """
     if grad_loss is None and grad_lse is None:
-        return (None,) * 14
-    needs = (*needed[:4], needed[5], needed[7])
+        return (None,) * 16
+    needs = (*needed[:4], needed[7], needed[9])
     computed = backward(grad_loss, grad_lse, *ctx.saved_tensors, *ctx.options, *needs, ctx.allow_tf32)
-    *others, bias, margin = [g if need else None for g, need in zip(computed, needs, strict=True)]
+    differentiable = (*needed[:6], needed[7], needed[9])
+    *others, bias, margin = [g if need else None for g, need in zip(computed, differentiable, strict=True)]
     return *others, None, bias, None, margin, *(None,) * 6
 
 

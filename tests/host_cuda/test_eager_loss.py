@@ -74,8 +74,8 @@ def register(module: Any) -> Any:
         saved = {name: x.numpy() for name, x in zip(STATE, state, strict=True)}
         saved |= {"scores": scores, "slots": slots, "loss": None, "lse": None, "targets_in_range": None}
         loss = host_loss(module, a, "", saved)
-        found = loss.gradients(a.grad_loss, a.grad_lse)
-        return tuple(torch.empty(0) if x is None else x for x in found)
+        *found, bias, margin = loss.gradients(a.grad_loss, a.grad_lse)
+        return tuple(torch.empty(0) if x is None else x for x in (*found, None, None, bias, margin))
 
     def backward(a: Any) -> tuple[Tensor, ...]:
         kept = a.scores.numel() > 0
@@ -93,7 +93,9 @@ def register(module: Any) -> Any:
 
     def parked_forward(*arguments: Any) -> tuple[Tensor, ...]:
         *others, stash = arguments
-        loss = host_loss(module, ops_of_loss.CrossEntropyForward(*others, False), "parked")
+        names = [a.name for a in ops.parked_cross_entropy_forward.default._schema.arguments][:-1]
+        given = dict(zip(names, others, strict=True)) | {"input_coeffs": None, "class_coeffs": None}
+        loss = host_loss(module, ops_of_loss.CrossEntropyForward(**given, keep_scores=False), "parked")
         stash.view(torch.uint16).copy_(torch.from_numpy(loss.saved["scores"]))
         in_range = torch.from_numpy(loss.saved["targets_in_range"])
         return loss.loss, loss.lse, in_range, *tensors(loss.saved, *STATE)
@@ -102,10 +104,10 @@ def register(module: Any) -> Any:
         *others, stash = arguments
         names = [a.name for a in ops.parked_cross_entropy_backward.default._schema.arguments][:-1]
         given = dict(zip(names, others, strict=True)) | {"need_centers": True}
-        missing = dict.fromkeys(("lse", "scores", "slots"))
+        missing = dict.fromkeys(("lse", "scores", "slots", "input_coeffs", "class_coeffs"))
         a = ops_of_loss.CrossEntropyBackward(**given | missing)
         found = gradients(a, stash.view(torch.uint16).numpy(), None)
-        return found[0], *found[2:]
+        return found[0], *found[2:4], *found[6:]
 
     for name, kernel in zip(NAMES, (parks, parked_forward, parked_backward), strict=True):
         library.impl(name, kernel, "CPU")
@@ -124,7 +126,9 @@ class Call:
         x, *classifier = self.leaves
         options = LossOptions(class_bias=self.bias, reduction=reduction)
         target = torch.arange(20)
-        return eager_loss.cross_entropy(self.ops, x, Classifier(*classifier), target, options, False)[0]
+        return eager_loss.cross_entropy(
+            self.ops, x, Classifier(*classifier), (None, None), target, options, False
+        )[0]
 
     def gradients(self, loss: Tensor, **options: Any) -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss, [*self.leaves, self.bias], **options)

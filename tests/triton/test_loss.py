@@ -280,7 +280,7 @@ def test_opcheck(optional: bool, keep: bool, seed: int) -> None:
     extra = (bias, call.weight, margin) if optional else (None, None, None)
     options = (1, 0 if optional else 1, -100, 0.1 if optional else 0.0)
     ops = torch.ops.gistops_triton
-    arguments = (x, w, delta, tau, call.target.long(), *extra)
+    arguments = (x, w, delta, tau, None, None, call.target.long(), *extra)
     forward = ops.cross_entropy_forward.default
     torch.library.opcheck(forward, (*arguments, *options, keep))
     with torch.no_grad():

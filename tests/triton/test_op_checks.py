@@ -41,6 +41,8 @@ OPTIONS = {
     "ignore_index": -100,
     "label_smoothing": 0.0,
     "allow_tf32": False,
+    "input_coeffs": None,
+    "class_coeffs": None,
 }
 
 

@@ -54,6 +54,8 @@ def check_shapes(
 def check_loss(a: CrossEntropyForward | CrossEntropyBackward) -> None:
     """Check the arguments of a loss besides those of the logits. Raises as `check_shapes`."""
     B, K = a.input.shape[0], a.centers.shape[0]
+    if a.input_coeffs is not None or a.class_coeffs is not None:
+        raise RuntimeError("input_coeffs, class_coeffs: expected none")
     if K < 1:
         raise RuntimeError("centers: expected at least one class, got none")
     if a.target.dtype not in (torch.int64, torch.int32):

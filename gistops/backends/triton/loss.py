@@ -7,6 +7,7 @@ the backward recomputes the scores. Nothing here waits for the GPU.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -126,11 +127,9 @@ def backward(a: CrossEntropyBackward) -> CrossEntropyGradients:
         a.need_bias and a.class_bias is not None, a.need_margin and a.margin is not None,
     )  # fmt: skip
     if args.sizes[0] == 0 or not any(needs):
-        return CrossEntropyGradients(
-            *(
-                torch.zeros_like(x) if x is not None and n else a.lse.new_empty(0)
-                for x, n in zip(arguments, needs, strict=True)
-            )
+        return _gradients(
+            torch.zeros_like(x) if x is not None and n else a.lse.new_empty(0)
+            for x, n in zip(arguments, needs, strict=True)
         )
     grad_loss, grad_lse = a.grad_loss, a.grad_lse
     routing: dict[str, Any] = {
@@ -149,9 +148,15 @@ def backward(a: CrossEntropyBackward) -> CrossEntropyGradients:
     *others, grad_margin = computed
     if needs.margin and a.margin is not None and a.margin.numel() == 1:
         grad_margin = grad_margin.sum()
-    return CrossEntropyGradients(
-        *(
-            like_argument(x, g) if needed and x is not None else a.lse.new_empty(0)
-            for g, x, needed in zip((*others, grad_margin), arguments, needs, strict=True)
-        )
+    return _gradients(
+        like_argument(x, g) if needed and x is not None else a.lse.new_empty(0)
+        for g, x, needed in zip((*others, grad_margin), arguments, needs, strict=True)
+    )
+
+
+def _gradients(computed: Iterable[Tensor]) -> CrossEntropyGradients:
+    """Return the outputs of `cross_entropy_backward`; there are no coefficients."""
+    *others, class_bias, margin = computed
+    return CrossEntropyGradients._make(
+        (*others, margin.new_empty(0), margin.new_empty(0), class_bias, margin)
     )
