@@ -129,6 +129,8 @@ void cross_entropy_forward(const Problem<T>& p, const LossArguments<T>& loss, co
   std::vector<const RunningLogSumExp<T>*> parts;
   for (const Shard& shard : shards) parts.push_back(&shard.lse);
   RunningLogSumExp<T>::merge(parts, p.B, lse_others);
+  for (int64_t i = 0; i < p.B; ++i)
+    if (lse_others[i] == std::numeric_limits<T>::infinity()) lse_others[i] = std::numeric_limits<T>::quiet_NaN();
   if (!weighted_sums) return;
   for (int64_t i = 0; i < p.B; ++i) {
     double sum = 0;

@@ -23,12 +23,13 @@ class RunningLogSumExp {
     kernels<T>().update_logsumexp(z, rows, n, bias, max_.get() + i, sum_.get() + i);
   }
 
-  // Merges the partial results of all workers. A row without scores above -inf gives -inf.
+  // Merges the partial results of all workers, as torch.logsumexp: a row without scores above -inf gives -inf, and a
+  // row with a score of +inf and none of NaN gives +inf.
   static void merge(const std::vector<const RunningLogSumExp*>& parts, int64_t rows, T* lse) {
     for (int64_t i = 0; i < rows; ++i) {
       T max = kNone;
       for (const RunningLogSumExp* part : parts) max = std::max(max, part->max_[i]);
-      const double shift = max == kNone ? 0 : max;
+      const double shift = std::isinf(max) ? 0 : max;
       double sum = 0;
       for (const RunningLogSumExp* part : parts)  // the sum of a part without a maximum is e^-inf = 0, or NaN
         sum += part->sum_[i] * (part->max_[i] == kNone ? 1 : std::exp(part->max_[i] - shift));

@@ -222,7 +222,10 @@ def cross_entropy(
 def topk(
     input: Tensor, classifier: Classifier, class_bias: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the k largest logits of each row, their classes and slots, and the log-sum-exp over all classes."""
+    """Return the k largest logits of each row, their classes and slots, and the log-sum-exp over all classes.
+
+    The log-sum-exp of a row with a score of +inf is +inf, unless another score is NaN.
+    """
     scores, slots = logits(input, classifier)
     if class_bias is not None:
         scores = scores + class_bias.to(scores.dtype)

@@ -47,7 +47,8 @@ def constellation_topk(
         k: number of classes, from 1 to K.
         class_bias: added to the logits, [K], floating-point.
         return_lse: also return the log-sum-exp over all classes, including the bias: `(values - lse[..., None]).exp()` are
-            probabilities over all classes.
+            probabilities over all classes. Infinite scores count as in `torch.logsumexp`: the result is +inf if a score is
+            +inf, -inf if all scores are -inf, and NaN if a score is NaN.
 
     Returns:
         Values [..., k] in descending order, in the dtype of the logits; classes [..., k], int64; slots [..., k], uint8. With

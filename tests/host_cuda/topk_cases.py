@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.oracle import Sample
+from tests.ops.test_topk import INFINITE_SCORES
 
 from .host_logits import HostLogits
 from .host_topk import HostTopk
@@ -99,13 +100,26 @@ def test_topk_takes_nan_first_and_minus_infinity_last(dtype: torch.dtype, module
     assert found.classes.tolist() == [[400, 800, 20, 3, 0, 1]] * 3
     assert found.values[:, :2].isnan().all()
     assert found.values[0, 2:].tolist() == [torch.inf, -2.0, -torch.inf, -torch.inf]
-    assert found.lse.isnan().all()
-    bias[[400, 800]] = 0.0
-    assert HostTopk(module, tensors, 6, bias).lse.tolist() == [torch.inf] * 3
     bias.fill_(-torch.inf)
-    found = HostTopk(module, tensors, 3, bias)
-    assert found.lse.tolist() == [-torch.inf] * 3
-    assert found.classes.tolist() == [[0, 1, 2]] * 3
+    assert HostTopk(module, tensors, 3, bias).classes.tolist() == [[0, 1, 2]] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, f64])
+def test_topk_log_sum_exp_of_infinite_scores(dtype: torch.dtype, module: Any, seed: int) -> None:
+    """The log-sum-exp is that of `torch.logsumexp`, across lanes, ranges and chunks."""
+    source = torch.Generator().manual_seed(seed)
+    tensors = [torch.zeros(3, 4), torch.ones(1100, 4), torch.empty(0, 4), torch.tensor(1.0)]
+    tensors = [t.to(dtype) for t in tensors]
+    for special in INFINITE_SCORES:
+        bias = torch.randn(1100, generator=source, dtype=dtype)
+        bias[list(special)] = torch.tensor(list(special.values()), dtype=dtype)
+        for limit in (1 << 22, 256 * 16):
+            module.set_limits(limit, 1 << 25)
+            try:
+                lse = HostTopk(module, tensors, 2, bias).lse
+            finally:
+                module.set_limits(1 << 22, 1 << 25)
+            torch.testing.assert_close(lse, bias.logsumexp(0).expand(3), equal_nan=True)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

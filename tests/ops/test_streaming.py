@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -135,16 +136,18 @@ def test_topk(kind: str, k: int, chunk: None, ops: Any, seed: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, f64])
 def test_topk_of_equals(dtype: torch.dtype, chunk: None, ops: Any, seed: int) -> None:
-    """Ties, zeros of both signs, NaNs and infinities come in the order of the CPU kernel."""
-    values = torch.tensor([0.0, -0.0, 1.0, 1.0, -1.0, torch.nan, -torch.nan, torch.inf, -torch.inf, 1e-40])
-    bias = values[torch.randint(0, len(values), (431,), generator=generator(seed))].to(dtype)
+    """Ties, zeros of both signs, NaNs and infinities come in the order of the CPU kernel, with its log-sum-exp."""
+    source = generator(seed)
+    values = torch.tensor([0.0, -0.0, 1.0, 1.0, -1.0, 1e-40, -torch.inf, torch.inf, torch.nan, -torch.nan])
     zeros = (torch.zeros(3, 4, dtype=dtype), torch.ones(431, 4, dtype=dtype), torch.empty(0, 4, dtype=dtype))
-    tensors = (*zeros, torch.tensor(1.0), bias, None, None)
-    for k in (1, 100, 431):
-        made = ChunkedOps(ops).topk(Topk(*tensors, k))
-        expected = ops.topk.default(*tensors, k)
+    for k, kinds in itertools.product((1, 100, 431), (7, 8, 10)):  # 7: without +inf, 8: without NaN
+        bias = values[torch.randint(0, kinds, (431,), generator=source)].to(dtype)
+        tensors = (*zeros, torch.tensor(1.0), bias, None, None)
+        made = ChunkedOps(ops).topk(Topk(*tensors, k, True))
+        expected = ops.topk.default(*tensors, k, True)
         assert torch.equal(made[1], expected[1])
         torch.testing.assert_close(made[0], expected[0], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(made[3], expected[3], equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, f64])

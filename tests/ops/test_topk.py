@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import inf, nan
 from typing import Any
 
 import pytest
@@ -100,6 +101,36 @@ def test_nan_is_largest_and_minus_infinity_smallest(backend: str) -> None:
     assert classes[0].tolist() == [400, 800, 20, 3, 0, 1]
     assert values[0, :2].isnan().all()
     assert values[0, 2:].tolist() == [torch.inf, -2.0, -torch.inf, -torch.inf]
+
+
+#: Scores at the ends and in the middle of 1100 classes, which are several blocks; the others are random numbers.
+INFINITE_SCORES: list[dict[int, float]] = [
+    {3: inf},
+    {700: inf, 1099: inf, 1: -inf},
+    {3: -inf, 1099: -inf},
+    {3: 1e30, 1099: inf},
+    {3: inf, 1099: nan},
+    {3: nan, 1099: inf},
+    {700: nan},
+    dict.fromkeys(range(1100), -inf),
+    dict.fromkeys(range(1100), -inf) | {700: 2.0},
+    dict.fromkeys(range(1100), -inf) | {700: inf},
+    dict.fromkeys(range(1100), -inf) | {700: nan},
+    dict.fromkeys(range(1100), inf),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lse_of_infinite_scores(dtype: torch.dtype, backend: str, seed: int) -> None:
+    """The log-sum-exp is that of `torch.logsumexp`: +inf for a row with a score of +inf, NaN for a row with NaN."""
+    source = generator(seed)
+    x, w, delta = torch.zeros(3, 8), torch.ones(1100, 8), torch.empty(0, 8)
+    tensors = [t.to(dtype) for t in (x, w, delta, torch.tensor(1.0))]
+    for special in INFINITE_SCORES:
+        bias = torch.randn(1100, generator=source, dtype=dtype)
+        bias[list(special)] = torch.tensor(list(special.values()), dtype=dtype)
+        lse = gistops.constellation_topk(*tensors, 2, class_bias=bias, return_lse=True, backend=backend)[3]
+        torch.testing.assert_close(lse, bias.logsumexp(0).expand(3), equal_nan=True)
 
 
 def test_subcenters(backend: str, seed: int) -> None:

@@ -92,6 +92,7 @@ def test_topk(case: topk.Case, seed: int) -> None:
 
 def test_contract_of_topk(seed: int) -> None:
     topk.test_nan_is_largest_and_minus_infinity_smallest("triton")
+    topk.test_lse_of_infinite_scores(torch.float32, "triton", seed)
     topk.test_empty_batch("triton")
     topk.test_no_gradient("triton", seed)
 

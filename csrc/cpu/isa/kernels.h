@@ -109,7 +109,7 @@ struct Kernels {
   void (*normalize_backward)(T* g, const T* f, int64_t rows, int64_t d, const T* rnorm);
 
   // Adds z + bias, z [rows, n] contiguous, to a running log-sum-exp: max[i] is the largest score so far and sum[i] the
-  // sum of e^(score - max). bias may be null.
+  // sum of e^(score - max), or of e^score if max is infinite. bias may be null.
   void (*update_logsumexp)(const T* z, int64_t rows, int64_t n, const T* bias, T* max, double* sum);
 
   // grad[i, k] = grad_lse[i] e^(z + bias - lse[i]) + grad_sums[i] weight[k], without the second term if weight is null.

@@ -73,7 +73,7 @@ void update_logsumexp(const T* z, int64_t rows, int64_t n, const T* bias, T* max
       if (max[i] != kNone) sum[i] *= std::exp(static_cast<double>(max[i]) - block);
       max[i] = block;
     }
-    const T shift = block == kNone ? 0 : block;
+    const T shift = std::isinf(block) ? 0 : block;
     V total = {};
     for_each_vector<Simd<T>::N>(
         n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA { total += exp_of<T>(biased(z, bias, k, lanes) - shift); });
