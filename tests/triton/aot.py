@@ -26,10 +26,7 @@ from gistops.backends.triton.forward import forward_kernel
 from gistops.backends.triton.fused_lse import fused_lse_kernel
 from gistops.backends.triton.fused_route_loss_grad import fused_route_loss_grad_kernel
 from gistops.backends.triton.grad_centers import grad_centers_kernel
-from gistops.backends.triton.grad_epilogues import (
-    grad_displacements_epilogue_kernel,
-    grad_input_epilogue_kernel,
-)
+from gistops.backends.triton.grad_epilogues import grad_epilogues_kernel
 from gistops.backends.triton.lse import lse_kernel
 from gistops.backends.triton.max_over_slots import max_over_slots_kernel
 from gistops.backends.triton.norms import norms_in_registers_kernel, norms_kernel
@@ -206,7 +203,6 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
             dict(zip(("BLOCK_P", "BLOCK_N", "BLOCK_T"), tile_tables.REDUCE, strict=True)),
         ),
         (reduce_loss_kernel, {"BLOCK": tile_tables.ROW_LOSS[2], "REDUCED": True, "MEAN": True}),
-        (grad_displacements_epilogue_kernel, _tiles("RD", sizes.grad_displacements_epilogue) | {"ACC": acc}),
     ]
     counts = (5, 0)
     for need_slots, narrow in storages:
@@ -231,14 +227,16 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
         constants = {"BLOCK_S": slots, "ACC": acc, "NORM_PRECISION": precise, "WIDEN": False}
         yield Case(norms_kernel, dtype, target, _tiles("RD", sizes.norms) | constants)
     for whole in (True, False):
-        constants = _tiles("CD", sizes.grad_input_epilogue) | {"BLOCK_G": 256, "WHOLE": whole, "ACC": acc}
-        yield Case(
-            grad_input_epilogue_kernel,
-            dtype,
-            target,
-            constants,
-            8 if sizes.grad_input_epilogue[1] > 1024 else 4,
-        )
+        constants = _tiles("CD", sizes.grad_input_epilogue) | _tiles("RE", sizes.grad_displacements_epilogue)
+        constants |= {
+            "BLOCK_G": 256,
+            "WHOLE": whole,
+            "NEED_INPUT": True,
+            "NEED_DISPLACEMENTS": True,
+            "ACC": acc,
+        }
+        warps = 8 if sizes.grad_input_epilogue[1] > 1024 else 4
+        yield Case(grad_epilogues_kernel, dtype, target, constants, warps)
     every_option = {"HAS_BIAS": True, "HAS_WEIGHT": True, "SUMS": True, "STASH": True}
     no_option = dict.fromkeys(every_option, False)
     fused = tile_tables.fused_loss_tiles(*table)

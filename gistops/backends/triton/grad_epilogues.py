@@ -1,4 +1,7 @@
-"""The last steps of the gradients of the input and of the displacements, after the products and the routed sums."""
+"""The last steps of the gradients of the input and of the displacements, after the products and the routed sums.
+
+One launch serves both. Their programs are independent.
+"""
 
 from __future__ import annotations
 
@@ -66,38 +69,39 @@ def grad_from_products(
 
 
 @triton.jit
-def grad_input_epilogue_kernel(
-    products,  # H'W [B, d] in ACC; overwritten by g unless WHOLE
-    slot_weights,  # S' [M, B]
-    input,  # [B, d]
-    centers,  # [K, d]
-    displacements,  # [m, d]
-    grad,  # G [B, K], addressed by row_stride and class_stride
-    slots,  # [B, K], addressed as grad is
-    center_rnorms,  # [M, K]
-    input_rnorms,  # [B]
-    tau,  # one element
-    flags,  # [splits, groups]
-    grad_input,  # [B, d]
+def input_epilogue(
+    i,
+    products,
+    slot_weights,
+    input,
+    centers,
+    displacements,
+    grad,
+    slots,
+    center_rnorms,
+    input_rnorms,
+    tau,
+    flags,
+    grad_input,
     B,
     K,
     d,
     M,
     groups,
-    group_classes,  # classes per group
-    split_rows,  # rows per split
-    row_stride,  # distance between rows of grad and slots
+    group_classes,
+    split_rows,
+    row_stride,
     class_stride,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_G: tl.constexpr,  # flags loaded at a time
-    WHOLE: tl.constexpr,  # BLOCK_D is at least d, so that one tile holds the row
+    BLOCK_G: tl.constexpr,
+    WHOLE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Compute ∂f = g − (g·f̂) f̂ with g = H'W + S'Δ. The factor 1/|f| is in H' already. Grid: rows."""
-    i = tl.cast(tl.program_id(0), tl.int64)
+    """Compute row i of ∂f = g − (g·f̂) f̂ with g = H'W + S'Δ. The factor 1/|f| is in H' already."""
+    split = i // split_rows
+    i = tl.cast(i, tl.int64)
     input_rnorm = tl.load(input_rnorms + i)
-    split = tl.program_id(0) // split_rows
     lanes = tl.arange(0, BLOCK_G)
     found = tl.zeros((BLOCK_G,), tl.int32)
     for start in tl.range(0, groups, BLOCK_G, num_stages=1):
@@ -144,28 +148,26 @@ def grad_input_epilogue_kernel(
 
 
 @triton.jit
-def grad_displacements_epilogue_kernel(
-    slot_weights,  # S' [M, B]
-    input,  # [B, d]
-    partials,  # [class tiles, m, d], from grad_centers_kernel
-    grad_displacements,  # [m, d]
+def displacement_epilogue(
+    j,
+    tile,
+    slot_weights,
+    input,
+    partials,
+    grad_displacements,
     B,
     d,
     m,
     class_tiles,
-    BLOCK_R: tl.constexpr,  # rows, or class tiles, added at a time
-    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Compute BLOCK_D dimensions of ∂δ_j = Σ_i S'[i, j] f_i − Σ_k T[k, j] (w_k + δ_j).
-
-    Grid: (dimension tiles, displacements).
-    """
-    j = tl.program_id(1)
-    dims = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    """Compute BLOCK_E dimensions of ∂δ_j = Σ_i S'[i, j] f_i − Σ_k T[k, j] (w_k + δ_j)."""
+    dims = tile * BLOCK_E + tl.arange(0, BLOCK_E)
     inside = dims < d
     lanes = tl.arange(0, BLOCK_R)
-    result = tl.zeros((BLOCK_R, BLOCK_D), ACC)
+    result = tl.zeros((BLOCK_R, BLOCK_E), ACC)
     for start in range(0, B, BLOCK_R):
         rows = (start + lanes).to(tl.int64)
         weight = tl.load(slot_weights + tl.cast(j + 1, tl.int64) * B + rows, mask=rows < B, other=0.0)
@@ -178,3 +180,60 @@ def grad_displacements_epilogue_kernel(
         result += tl.load(partials + (tiles[:, None] * m + j) * d + dims[None, :], mask=valid, other=0.0)
     ptrs = grad_displacements + j * d + dims
     tl.store(ptrs, tl.sum(result, 0).to(grad_displacements.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def grad_epilogues_kernel(
+    products,  # H'W [B, d] in ACC; overwritten by g unless WHOLE
+    slot_weights,  # S' [M, B]
+    input,  # [B, d]
+    centers,  # [K, d]
+    displacements,  # [m, d]
+    grad,  # G [B, K], addressed by row_stride and class_stride
+    slots,  # [B, K], addressed as grad is
+    center_rnorms,  # [M, K]
+    input_rnorms,  # [B]
+    tau,  # one element
+    flags,  # [splits, groups]
+    partials,  # [class tiles, m, d], from grad_centers_kernel
+    grad_input,  # [B, d]
+    grad_displacements,  # [m, d]
+    B,
+    K,
+    d,
+    M,
+    groups,
+    group_classes,  # classes per group
+    split_rows,  # rows per split
+    row_stride,  # distance between rows of grad and slots
+    class_stride,
+    class_tiles,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr,  # flags loaded at a time
+    BLOCK_R: tl.constexpr,  # rows, or class tiles, that ∂δ adds at a time
+    BLOCK_E: tl.constexpr,  # dimensions of ∂δ
+    WHOLE: tl.constexpr,  # BLOCK_D is at least d, so that one tile holds the row
+    NEED_INPUT: tl.constexpr,
+    NEED_DISPLACEMENTS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Compute ∂f and ∂δ. Grid: rows, with NEED_INPUT; then displacements x dimension tiles, with NEED_DISPLACEMENTS."""
+    program = tl.program_id(0)
+    dim_tiles = tl.cdiv(d, BLOCK_E)
+    rows = tl.num_programs(0)
+    if NEED_DISPLACEMENTS:
+        rows -= (M - 1) * dim_tiles
+    if program < rows:
+        if NEED_INPUT:
+            input_epilogue(
+                program, products, slot_weights, input, centers, displacements, grad, slots, center_rnorms,
+                input_rnorms, tau, flags, grad_input, B, K, d, M, groups, group_classes, split_rows, row_stride,
+                class_stride, BLOCK_C, BLOCK_D, BLOCK_G, WHOLE, ACC,
+            )  # fmt: skip
+    else:
+        if NEED_DISPLACEMENTS:
+            displacement_epilogue(
+                (program - rows) // dim_tiles, (program - rows) % dim_tiles, slot_weights, input, partials,
+                grad_displacements, B, d, M - 1, class_tiles, BLOCK_R, BLOCK_E, ACC,
+            )  # fmt: skip

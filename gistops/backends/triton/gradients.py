@@ -9,7 +9,7 @@ from . import configs
 from .configs import power_of_two
 from .configs import tiles as tiles_of
 from .grad_centers import grad_centers_kernel
-from .grad_epilogues import grad_displacements_epilogue_kernel, grad_input_epilogue_kernel
+from .grad_epilogues import grad_epilogues_kernel
 from .launch_args import LaunchArgs, multiply
 from .routing import Needs, Routed, Saved, route
 
@@ -17,32 +17,16 @@ from .routing import Needs, Routed, Saved, route
 def compute(args: LaunchArgs, saved: Saved, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of input, centers, displacements and tau, in `args.dtype` or wider; empty if not needed."""
     routed = route(args, saved, needs)
-    empty = args.input.new_empty(0)
-    grad_input = input_gradient(args, saved, routed) if needs.input else empty
+    return *from_routed(args, saved, routed, needs, args.store_dtype), routed.grad_tau
+
+
+def from_routed(
+    args: LaunchArgs, saved: Saved, routed: Routed, needs: Needs, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of input, centers and displacements, the first and the last in `dtype`."""
     grad_centers, partials = centers_gradient(args, saved, routed, needs)
-    grad_displacements = displacements_gradient(args, routed, partials) if needs.displacements else empty
-    return grad_input, grad_centers, grad_displacements, routed.grad_tau
-
-
-def input_gradient(
-    args: LaunchArgs, saved: Saved, routed: Routed, dtype: torch.dtype | None = None
-) -> Tensor:
-    """Return ∂f [B, d]. The product H'W is torch's: fusing the epilogue would not save a pass over memory."""
-    B, K, d, M = args.sizes
-    products = multiply(
-        routed.weights[:, :B].t(), args.centers, args.input.new_empty(B, d, dtype=args.acc_dtype)
-    )
-    out = args.input.new_empty(B, d, dtype=dtype or args.store_dtype)
-    classes, dims = args.tile_sizes.grad_input_epilogue
-    dims = min(dims, power_of_two(d))
-    grad_input_epilogue_kernel[(B,)](
-        products, routed.slot_weights, args.input, args.centers, args.displacements, saved.grad, saved.slots,
-        saved.center_rnorms, saved.input_rnorms, args.tau, routed.flags, out,
-        B, K, d, M, routed.flags.shape[1], routed.group_classes, routed.split_rows, *saved.strides,
-        BLOCK_C=classes, BLOCK_D=dims, BLOCK_G=256, WHOLE=dims >= d, num_warps=8 if dims > 1024 else 4,
-        **args.constants("ACC"),
-    )  # fmt: skip
-    return out
+    grad_input, grad_displacements = epilogues(args, saved, routed, partials, needs, dtype)
+    return grad_input, grad_centers, grad_displacements
 
 
 def centers_gradient(args: LaunchArgs, saved: Saved, routed: Routed, needs: Needs) -> tuple[Tensor, Tensor]:
@@ -78,16 +62,32 @@ def centers_gradient(args: LaunchArgs, saved: Saved, routed: Routed, needs: Need
     return out, partials
 
 
-def displacements_gradient(
-    args: LaunchArgs, routed: Routed, partials: Tensor, dtype: torch.dtype | None = None
-) -> Tensor:
-    """Return ∂δ [m, d]."""
-    B, _, d, M = args.sizes
-    out = args.input.new_empty(M - 1, d, dtype=dtype or args.store_dtype)
-    if M > 1:
-        rows, dims = args.tile_sizes.grad_displacements_epilogue
-        grad_displacements_epilogue_kernel[(tiles_of(d, dims), M - 1)](
-            routed.slot_weights, args.input, partials, out, B, d, M - 1, partials.shape[0],
-            BLOCK_R=rows, BLOCK_D=dims, **args.constants("ACC"),
+def epilogues(
+    args: LaunchArgs, saved: Saved, routed: Routed, partials: Tensor, needs: Needs, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return ∂f [B, d] and ∂δ [m, d]; each empty if not needed.
+
+    The product H'W is torch's: fusing the epilogue would not save a pass over memory.
+    """
+    B, K, d, M = args.sizes
+    new = args.input.new_empty
+    grad_input = new((B, d) if needs.input else 0, dtype=dtype)
+    grad_displacements = new((M - 1, d) if needs.displacements else 0, dtype=dtype)
+    products = grad_input
+    if needs.input:
+        products = multiply(routed.weights[:, :B].t(), args.centers, new(B, d, dtype=args.acc_dtype))
+    classes, dims = args.tile_sizes.grad_input_epilogue
+    dims = min(dims, power_of_two(d))
+    rows, tile_dims = args.tile_sizes.grad_displacements_epilogue
+    need_displacements = needs.displacements and M > 1
+    programs = (B if needs.input else 0) + ((M - 1) * tiles_of(d, tile_dims) if need_displacements else 0)
+    if programs:
+        grad_epilogues_kernel[(programs,)](
+            products, routed.slot_weights, args.input, args.centers, args.displacements, saved.grad, saved.slots,
+            saved.center_rnorms, saved.input_rnorms, args.tau, routed.flags, partials, grad_input, grad_displacements,
+            B, K, d, M, routed.flags.shape[1], routed.group_classes, routed.split_rows, *saved.strides,
+            partials.shape[0], BLOCK_C=classes, BLOCK_D=dims, BLOCK_G=256, BLOCK_R=rows, BLOCK_E=tile_dims,
+            WHOLE=dims >= d, NEED_INPUT=needs.input, NEED_DISPLACEMENTS=need_displacements,
+            num_warps=8 if dims > 1024 else 4, **args.constants("ACC"),
         )  # fmt: skip
-    return out
+    return grad_input, grad_displacements

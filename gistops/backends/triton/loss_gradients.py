@@ -82,13 +82,8 @@ def _gradients(
     c: Chunk, saved: Saved, needs: Needs, routed: Routed, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     """Return all gradients of a chunk; those of input and displacements are in `dtype`."""
-    empty = saved.logits.new_empty(0)
-    grad_input = gradients.input_gradient(c.args, saved, routed, dtype) if needs.input else empty
-    grad_centers, partials = gradients.centers_gradient(c.args, saved, routed, needs)
-    grad_displacements = empty
-    if needs.displacements:
-        grad_displacements = gradients.displacements_gradient(c.args, routed, partials, dtype)
-    return grad_input, grad_centers, grad_displacements, routed.grad_tau, routed.grad_bias, routed.grad_margin
+    vectors = gradients.from_routed(c.args, saved, routed, needs, dtype)
+    return *vectors, routed.grad_tau, routed.grad_bias, routed.grad_margin
 
 
 def _route(c: Chunk, saved: Saved, shifts: Tensor | None, needs: Needs, routing: dict[str, Any]) -> Routed:

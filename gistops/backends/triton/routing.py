@@ -81,7 +81,7 @@ class RoutingPartials(NamedTuple):
         new, acc = args.input.new_empty, args.acc_dtype
         return cls(
             new((K, padded_rows(B)) if needs.input or needs.centers else (0, 0), dtype=args.store_dtype),
-            new((groups if needs.input or needs.displacements else 0, M, B), dtype=acc),
+            new((groups if M > 1 and (needs.input or needs.displacements) else 0, M, B), dtype=acc),
             new((splits if needs.centers or needs.displacements else 0, M, K), dtype=acc),
             new((splits, groups) if needs.tau else (0, 0), dtype=acc),
             new((splits if needs.bias else 0, K), dtype=acc),
