@@ -122,7 +122,7 @@ CrossEntropyOutputs cross_entropy_forward(const Tensor& input, const Tensor& cen
           out.input_rnorms, out.rows, out.scalars};
 }
 
-bool cross_entropy_parks(const Tensor& input, const Tensor& centers, const Tensor& displacements) {
+bool scores_can_be_parked(const Tensor& input, const Tensor& centers, const Tensor& displacements) {
   const ScalarType operands = operand_type(input, centers, displacements);
   const bool half = operands == ScalarType::Half || operands == ScalarType::BFloat16;
   for (const Tensor* x : {&input, &centers, &displacements})
@@ -140,6 +140,10 @@ bool cross_entropy_parks(const Tensor& input, const Tensor& centers, const Tenso
   return op_table(operands).cross_entropy_parks(a);
 }
 
+bool cross_entropy_parks(const Tensor& input, const Tensor& centers, const Tensor& displacements) {
+  return asked_centers_tile() != 0 && scores_can_be_parked(input, centers, displacements);
+}
+
 // Return the memory of parked scores, after a check that they fit.
 void* checked_stash(const CrossEntropyCall& call, const Tensor& stash) {
   check_shape(stash, call.input, {call.centers.size(0), call.centers.size(1)}, "stash", "the shape of centers");
@@ -147,8 +151,8 @@ void* checked_stash(const CrossEntropyCall& call, const Tensor& stash) {
                   "gistops: stash: expected a contiguous tensor of the dtype of centers");
   void* data = stash.mutable_data_ptr();
   STD_TORCH_CHECK(
-      reinterpret_cast<uintptr_t>(data) % 16 == 0 && cross_entropy_parks(call.input, call.centers, call.displacements),
-      "gistops: stash: expected sizes and memory for which cross_entropy_parks is true");
+      reinterpret_cast<uintptr_t>(data) % 16 == 0 && scores_can_be_parked(call.input, call.centers, call.displacements),
+      "gistops: stash: expected sizes and memory in which scores can be parked");
   return data;
 }
 

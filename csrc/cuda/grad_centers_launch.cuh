@@ -1,10 +1,9 @@
 // The choice between the two kernels for the gradient of the centers in half precision, by the sizes and the device.
 #pragma once
-#include <cstdlib>
-
 #include "grad_centers.cuh"
 #include "grad_centers_stationary.cuh"
 #include "launch.cuh"
+#include "op_table.h"
 
 namespace gistops::cuda {
 
@@ -30,14 +29,8 @@ struct GradCentersPlan {
   static constexpr int64_t kMostGroups = 264;
 };
 
-// Return the classes per tile of the stationary kernel that GISTOPS_CUDA_CENTERS_TILE asks for, to compare tiles: 0 for
-// the tiled kernel, -1 for the choice by the sizes.
-inline int asked_tile() {
-  const char* asked = std::getenv("GISTOPS_CUDA_CENTERS_TILE");
-  return asked ? std::atoi(asked) : -1;
-}
-
-// Choose the kernel and its tile.
+// Choose the kernel and its tile. Parked scores take a stationary tile whatever GISTOPS_CUDA_CENTERS_TILE asks for, so
+// that it may change between a forward and its backward.
 //   aligned: rows of d elements begin at multiples of 16 bytes and are whole vectors long
 //   parked: H lies in the memory of the gradient, so that one block must take all dims of its classes
 template <class T>
@@ -49,13 +42,14 @@ GradCentersPlan plan_grad_centers(int64_t B, int64_t K, int64_t d, int64_t m, bo
     const int64_t wanted = parked ? 1 : ceil_div(kEnoughBlocks, std::max<int64_t>(ceil_div(K, classes), 1));
     return ceil_div(ceil_div(d, dims), ceil_div(ceil_div(d, dims), wanted));
   };
-  const int asked = asked_tile();
+  const int asked = asked_centers_tile();
   if (!aligned || (asked == 0 && !parked)) return {};
   const int64_t most = shared_memory_limit("grad_centers"), high = StationaryMemory<High>::bytes(B, m),
                 wide = StationaryMemory<Wide>::bytes(B, m);
   const bool few_blocks = parked && ceil_div(K, High::kClasses) < kEnoughBlocks;
   const bool prefers_high = asked > 0 ? asked == High::kClasses : !few_blocks;
-  if (high <= most && prefers_high) return {true, High::kClasses, parts(High::kClasses, High::kDims), high};
+  if (high <= most && (prefers_high || wide > most))
+    return {true, High::kClasses, parts(High::kClasses, High::kDims), high};
   if (wide <= most) return {true, Wide::kClasses, parts(Wide::kClasses, Wide::kDims), wide};
   return {};
 }
@@ -66,7 +60,7 @@ bool grad_centers_fits(int64_t B, int64_t K, int64_t d, int64_t m, bool aligned)
   if constexpr (sizeof(T) != 2) {
     return false;
   } else {
-    return asked_tile() != 0 && padded_rows(B) <= d && plan_grad_centers<T>(B, K, d, m, aligned, true).stationary;
+    return padded_rows(B) <= d && plan_grad_centers<T>(B, K, d, m, aligned, true).stationary;
   }
 }
 

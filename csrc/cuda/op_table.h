@@ -2,6 +2,7 @@
 // neither CUDA nor torch headers.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
 
 namespace gistops::cuda {
 
@@ -104,13 +105,21 @@ struct OpTable {
   void (*logits_forward)(const Arguments&, const LogitsResults&, Workspace&);
   // grad has the type of saved.logits.
   void (*logits_backward)(const Arguments&, const void* grad, const LogitsResults& saved, const Gradients&, Workspace&);
-  // Return true if the scores of a loss can be parked. Of the arguments it reads pointers and sizes alone.
+  // Return true if the scores of a loss can be parked, whatever GISTOPS_CUDA_CENTERS_TILE asks for. Of the arguments it
+  // reads pointers and sizes alone.
   bool (*cross_entropy_parks)(const Arguments&);
   void (*cross_entropy_forward)(const Arguments&, const LossArguments&, const LossResults&, Workspace&);
   void (*cross_entropy_backward)(const Arguments&, const LossArguments&, const LossOutputGrads&,
                                  const LossResults& saved, const Gradients&, const LossGradients&, Workspace&);
   void (*topk)(const Arguments&, const TopkArguments&, const TopkResults&, Workspace&);
 };
+
+// Return the kernel that GISTOPS_CUDA_CENTERS_TILE asks for to compute the gradient of the centers: 0 for the tiled
+// one, 64 or 128 for the classes per tile of the stationary one, -1 for the choice by the sizes.
+inline int asked_centers_tile() {
+  const char* asked = std::getenv("GISTOPS_CUDA_CENTERS_TILE");
+  return asked ? std::atoi(asked) : -1;
+}
 
 extern const OpTable bf16_ops, f16_ops, f32_ops, f64_ops;
 

@@ -92,6 +92,23 @@ def test_same_bits_of_each_form_in_any_order_of_threads(form: str, module: Any, 
     )
 
 
+@pytest.mark.parametrize(("m", "shared_memory"), [(3, 227 << 10), (0, 90400)])
+def test_parked_scores_with_every_form(m: int, shared_memory: int, form: str, module: Any, seed: int) -> None:
+    """The form may change between a forward and its backward. In 90400 bytes the high tile fits, and the wide one does not."""
+    tensors = Sample(20, 133, 64, m, bf16, bf16, bf16).tensors(seed)
+    target = torch.randint(133, (20,), generator=torch.Generator().manual_seed(seed))
+    module.set_shared_memory(shared_memory)
+    try:
+        assert HostLoss.parks(module, tensors)
+        parked, kept = (HostLoss(module, tensors, target, scores=scores) for scores in ("parked", "kept"))
+        made, expected = (loss.gradients(torch.ones(()), None)[1] for loss in (parked, kept))
+    finally:
+        module.set_shared_memory(227 << 10)
+    assert made is not None
+    assert expected is not None
+    assert error(made, expected.double()) <= allowed(0.0, expected.double(), bf16, 20 * 133)
+
+
 @pytest.mark.parametrize("form", ["wide", "high"], indirect=True)
 @pytest.mark.parametrize("dtype", [bf16, half])
 @pytest.mark.parametrize(("B", "cancelled"), [(37, [7, 90, 131]), (130, [])])
