@@ -30,8 +30,12 @@ CASES: list[Case] = [
 @pytest.mark.parametrize("biased", [False, True])
 def test_values_classes_slots_and_lse(case: Case, biased: bool, backend: str, seed: int) -> None:
     sample, k = case
-    tensors = sample.tensors(seed, requires_grad=False)
     bias = torch.randn(sample.K) if biased else None
+    check_against_float64(sample.tensors(seed, requires_grad=False), k, bias, backend)
+
+
+def check_against_float64(tensors: list[Tensor], k: int, bias: Tensor | None, backend: str) -> list[Tensor]:
+    """Check all outputs of a call against the definition, and return them."""
     values, classes, slots, lse = gistops.constellation_topk(
         *tensors, k, class_bias=bias, return_lse=True, backend=backend
     )
@@ -43,7 +47,7 @@ def test_values_classes_slots_and_lse(case: Case, biased: bool, backend: str, se
         truth, every = truth + bias.double(), every + bias.double()[:, None]
         logits = logits + bias
     limit = allowed(error(logits, truth), truth, values.dtype)
-    assert values.shape == classes.shape == slots.shape == (sample.B, k)
+    assert values.shape == classes.shape == slots.shape == (len(tensors[0]), k)
     assert (classes.dtype, slots.dtype) == (torch.int64, torch.uint8)
     assert values.dtype == lse.dtype == gistops.constellation_logits(*tensors, backend=backend).dtype
     # The values are the largest in order; classes and slots point to scores of these values.
@@ -57,6 +61,7 @@ def test_values_classes_slots_and_lse(case: Case, biased: bool, backend: str, se
     torch.testing.assert_close(
         (values - lse[:, None]).exp().double(), truth.softmax(1).topk(k, dim=1).values, atol=1e-5, rtol=1e-3
     )
+    return [values, classes, slots, lse]
 
 
 def test_ties_go_to_the_lowest_class(backend: str, seed: int) -> None:

@@ -16,10 +16,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from gistops.backends.triton import configs, logits, loss
+from gistops.backends.triton import configs, logits, loss, topk
 from gistops.backends.triton.tile_tables import Config
 from gistops.operators.cross_entropy import CrossEntropyBackward, CrossEntropyForward
 from gistops.operators.logits import LogitsBackward, LogitsForward
+from gistops.operators.topk import FusedTopk
 
 
 class Driver:
@@ -77,6 +78,9 @@ def main() -> None:
         with configs.forced(product="fused", centers_product="cublas"):
             saved = logits.forward(LogitsForward(*tensors))
             logits.backward(LogitsBackward(torch.randn(B, K), *tensors, *saved, False, True, False, False))
+        k = min(K, 10)
+        best = topk.topk(FusedTopk(*tensors, torch.zeros(K), k, True))
+        assert [t.shape for t in best] == [(B, k), (B, k), (B, k), (B,)]
         arguments = (
             *tensors,
             None,

@@ -45,11 +45,17 @@ class ChunkedOps:
 
     Args:
         ops: the namespace.
-        fused_topk: the backend's kernels for the calls of `topk` that `can_fuse`; None if it has none.
+        fused_topk: the backend's kernels for calls of `topk`; None if it has none.
+        can_fuse: return True if these kernels serve a call.
     """
 
-    def __init__(self, ops: Any, fused_topk: Callable[[FusedTopk], Best] | None = None) -> None:
-        self.ops, self.fused_topk = ops, fused_topk
+    def __init__(
+        self,
+        ops: Any,
+        fused_topk: Callable[[FusedTopk], Best] | None = None,
+        can_fuse: Callable[[Topk], bool] = can_fuse,
+    ) -> None:
+        self.ops, self.fused_topk, self.can_fuse = ops, fused_topk, can_fuse
 
     def kernels(self) -> dict[Op, Callable[[Any], Any]]:
         """Return the kernel of each op."""
@@ -131,7 +137,7 @@ class ChunkedOps:
 
     def topk(self, a: Topk) -> Best:
         """Return the best k classes; norms are recomputed, in the same pass as the products."""
-        if self.fused_topk is not None and can_fuse(a):
+        if self.fused_topk is not None and self.can_fuse(a):
             return self.fused_topk(fused_arguments(a))
         scorer = make_scorer(self.ops, a)
         best = BestSoFar(a.k)

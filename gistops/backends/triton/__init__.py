@@ -33,7 +33,7 @@ def why_not(device_type: str) -> str | None:
 def _define() -> str | None:
     """Import the kernels and define the ops in `torch.ops.gistops_triton`, once. Return why not, if that fails."""
     try:
-        from . import logits, loss
+        from . import logits, loss, topk
     except ImportError as error:
         return f"Triton does not load: {error}"
     ops = torch.ops.gistops_triton
@@ -42,7 +42,7 @@ def _define() -> str | None:
         LOGITS_BACKWARD: logits.backward,
         CROSS_ENTROPY_FORWARD: loss.forward,
         CROSS_ENTROPY_BACKWARD: loss.backward,
-        **ChunkedOps(ops).kernels(),
+        **ChunkedOps(ops, topk.topk, topk.can_fuse).kernels(),
     }
     for op, kernel in kernels.items():
         registry.define(ops, op, kernel, ("CUDA", "CPU"))

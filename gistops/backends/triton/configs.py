@@ -25,6 +25,7 @@ INTERPRETER = {
     "forward": Config(128, 128, 128, 4, 1),
     "centers": Config(128, 128, 128, 4, 1),
     "loss": Config(128, 128, 128, 4, 1, parts=2),
+    "topk": Config(128, 64, 128, 4, 1),
 }
 #: Elements of the float32 product H f that are computed before they are corrected: 24 MB, half of a Hopper's cache.
 STEP_ELEMENTS = 6 << 20
@@ -34,6 +35,8 @@ ROUTE_PROGRAMS = 1056
 ROUTE_GROUPS = 256
 #: Minimum number of programs of the loss's kernels, if there is work for them. More programs write more partials.
 LOSS_PROGRAMS = 528
+#: Maximum number of programs of topk_partials_kernel: two for each of 132 multiprocessors, which all run at once.
+TOPK_PROGRAMS = 264
 #: Maximum M for which loops over slots are unrolled.
 MAX_UNROLLED_SLOTS = 8
 
@@ -93,6 +96,7 @@ class Forced(NamedTuple):
     forward: Config | None = None
     centers: Config | None = None
     loss: Config | None = None
+    topk: Config | None = None
     loss_product: Product | None = None
     product: Product | None = None  # for W f'
     centers_product: Product | None = None  # for H f
@@ -106,7 +110,7 @@ class Forced(NamedTuple):
     route_logits_grad: tuple[int, int, int] | None = None
 
 
-_FORCED_TILES = Forced._fields[6:]
+_FORCED_TILES = Forced._fields[7:]
 _forced = Forced()
 
 
@@ -158,6 +162,18 @@ def loss_product(device: torch.device, kind: Kind, B: int, K: int, d: int, M: in
     limits = tile_tables.choice("fused_loss", name, kind)
     fits = limits is not None and limits.scores <= B * K and d <= limits.dims
     return "fused" if fits else "cublas"
+
+
+def topk_tile(device: torch.device, kind: Kind, k: int) -> tuple[Config, int]:
+    """Return the tile of topk_partials_kernel, and the length of its lists: the first of the lengths that holds k."""
+    keep, n = next((keep, n) for n, keep in enumerate(tile_tables.TOPK_KEEP) if keep >= k)
+    name = target(device)
+    if _forced.topk is not None:
+        return _forced.topk, keep
+    if name == "interpreter":
+        return INTERPRETER["topk"], keep
+    entries: tuple[Config, ...] = tile_tables.choice("topk", name, kind)
+    return entries[n], keep
 
 
 def choose(

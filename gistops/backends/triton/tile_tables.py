@@ -58,6 +58,7 @@ COMPILED = "compiled"
 AS_H100 = "predicted: as measured on an H100"
 AS_HALF = "predicted: as measured for half precision"
 AS_KINDS = "predicted: as for the other kinds"
+BY_CALCULATION = "predicted: by calculation; compiled without spills"
 FMA = "compiled: no wide matrix instructions; fused multiply-adds on small tiles"
 
 #: (name, target, kind) -> choice. "any" stands for all others.
@@ -151,6 +152,18 @@ CHOICES: dict[tuple[str, str, str], Choice] = {
         ),
         COMPILED,
     ),
+    # Top-k accumulates as the forward does. An entry holds the tile per length of the lists, TOPK_KEEP. Rows are 64 since
+    # wgmma multiplies 64 rows at least. Keys of 8 bytes take twice the registers of the products, so that a thread holds
+    # 32 products at most; the lists take as many again at a length of 64. By calculation two programs of 4 warps per
+    # multiprocessor, of which one multiplies while the other selects, come before a larger tile.
+    ("topk", "hopper", "half"): Choice((Config(64, 64, 64, 4, 3), Config(32, 64, 64, 4, 3)), BY_CALCULATION),
+    ("topk", "hopper", "tf32"): Choice((Config(32, 64, 32, 4, 3),) * 2, BY_CALCULATION),
+    ("topk", "any", "half"): Choice((Config(64, 64, 64, 8, 3),) * 2, BY_CALCULATION),
+    ("topk", "any", "tf32"): Choice((Config(64, 64, 32, 8, 3),) * 2, BY_CALCULATION),
+    ("topk", "any", "ieee"): Choice((Config(64, 64, 16, 8, 2),) * 2, FMA),
+    ("topk", "amd", "half"): Choice((Config(64, 64, 64, 4, 2),) * 2, BY_CALCULATION),
+    ("topk", "amd", "tf32"): Choice((Config(64, 64, 32, 4, 2),) * 2, BY_CALCULATION),
+    ("topk", "amd", "ieee"): Choice((Config(64, 64, 16, 4, 2),) * 2, FMA),
     # Tiles of the memory-bound kernels, the fields of TileSizes.
     ("norms", "any", "half"): Choice((32, 128), H100),
     ("norms", "any", "any"): Choice((32, 64), "predicted: the bytes of half precision"),
@@ -226,3 +239,7 @@ def tile_sizes(target: str, kind: str) -> TileSizes:
 REDUCE = (16, 64, 1024)
 #: Tiles of row_loss_kernel, rows and class groups, and of reduce_loss_kernel, elements.
 ROW_LOSS = (32, 32, 1024)
+#: Lengths of the lists of topk_partials_kernel; the last is the largest k that it serves.
+TOPK_KEEP = (16, 64)
+#: Candidates of a row that topk_merge_kernel holds, and warps: the first that suffices. The last bounds the number of lists.
+TOPK_MERGE = ((1024, 4), (8192, 8))
