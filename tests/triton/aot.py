@@ -28,6 +28,7 @@ from gistops.backends.triton.reduce_partials import reduce_partials_kernel
 from gistops.backends.triton.route_logits_grad import route_logits_grad_kernel
 from gistops.backends.triton.route_loss_grad import route_loss_grad_kernel
 from gistops.backends.triton.row_loss import reduce_loss_kernel, row_loss_kernel
+from gistops.backends.triton.subcenters import expand_weights_kernel, subcenter_scores_kernel
 from gistops.backends.triton.tile_tables import Config
 from gistops.backends.triton.topk_kernels import (
     topk_cancelled_kernel,
@@ -100,6 +101,16 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
         warps = 8 if sizes.grad_input_epilogue[1] > 1024 else 4
         yield Case(grad_epilogues_kernel, dtype, target, constants, warps)
     every_option = {"HAS_BIAS": True, "HAS_WEIGHT": True, "SUMS": True, "STASH": True}
+    subcenters = _tiles("CB", sizes.subcenters[:2])
+    for need_slots in (True, False):
+        yield Case(
+            subcenter_scores_kernel,
+            dtype,
+            target,
+            subcenters | {"NEED_SLOTS": need_slots, "ACC": acc},
+            sizes.subcenters[2],
+        )
+    yield Case(expand_weights_kernel, dtype, target, subcenters, sizes.subcenters[2])
     no_option = dict.fromkeys(every_option, False)
     fused = tile_tables.fused_loss_tiles(*table)
     for config in fused:
@@ -109,7 +120,10 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     for options in (every_option, no_option | {"STASH": True}, no_option):
         for count in counts:
             constants = _tiles("CB", sizes.lse[:2]) | {"ACC": acc, "UNROLLED_SLOTS": count} | options
-            yield Case(lse_kernel, dtype, target, constants, sizes.lse[2])
+            yield Case(lse_kernel, dtype, target, constants | {"SCORED": False}, sizes.lse[2])
+            if options["SUMS"] and count == 0:
+                constants |= {"SCORED": True, "STASH": False}
+                yield Case(lse_kernel, dtype, target, constants, sizes.lse[2])
     rescore_tiles = (min(sizes.rescore[0], sizes.lse[0]), *sizes.rescore[1:])
     yield Case(
         rescore_cancelled_lse_kernel,
@@ -156,9 +170,10 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
                 | needs_all
                 | mode
             )
-            for from_products in (False, True):
-                kept_or_not = constants | {"PRODUCTS": from_products}
-                yield Case(route_loss_grad_kernel, dtype, target, kept_or_not, tiles[2])
+            for from_products, interleaved in ((False, False), (True, False), (False, True)):
+                form = {"PRODUCTS": from_products, "INTERLEAVED": interleaved}
+                form |= {"NEED_SLOT_WEIGHTS": not interleaved}
+                yield Case(route_loss_grad_kernel, dtype, target, constants | form, tiles[2])
             for config in fused if slots == 8 else ():
                 constants = {
                     "PARTS": config.parts,

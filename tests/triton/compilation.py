@@ -47,7 +47,7 @@ INTEGERS = (
     "slot_weights_length", "moments_length", "bias_length", "margin_length", "tau_length",
 )  # fmt: skip
 OPERANDS = (
-    "input", "centers", "displacements", "weights",
+    "input", "centers", "displacements", "weights", "vector_weights",
     "grad_centers", "grad_input", "grad_displacements",
 )  # fmt: skip
 
@@ -73,7 +73,9 @@ class Case:
         sizes = [
             f"{k.removeprefix('BLOCK_')} {v}" for k, v in self.constants.items() if k.startswith("BLOCK_")
         ]
-        sizes += [k.lower() for k in ("STASH", "SUMS", "PRODUCTS") if self.constants.get(k)]
+        sizes += [
+            k.lower() for k in ("STASH", "SUMS", "PRODUCTS", "SCORED", "INTERLEAVED") if self.constants.get(k)
+        ]
         needs = [
             k.removeprefix("NEED_").lower() for k, v in self.constants.items() if k.startswith("NEED_") and v
         ]

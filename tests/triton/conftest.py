@@ -23,7 +23,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
             return replace(
                 tile_tables.tile_sizes("interpreter", kind), norms=(16, 32), norms_in_registers=(1024, 1),
                 max_over_slots=(16, 32, 4), rescore=(16, 32, 16), route_logits_grad=(16, 32, 4),
-                route_logits_grad_many=(16, 32, 4), lse=(16, 32, 4), route_loss_grad=(32, 16, 4),
+                route_logits_grad_many=(16, 32, 4), lse=(16, 32, 4), subcenters=(32, 16, 4), route_loss_grad=(32, 16, 4),
                 route_loss_grad_many=(32, 16, 4), grad_input_epilogue=(16, 16), grad_displacements_epilogue=(16, 32),
             )  # fmt: skip
 

@@ -81,28 +81,33 @@ def main() -> None:
         k = min(K, 10)
         best = topk.topk(FusedTopk(*tensors, torch.zeros(K), k, True))
         assert [t.shape for t in best] == [(B, k), (B, k), (B, k), (B,)]
-        arguments = (
-            *tensors,
-            None,
-            None,
-            torch.zeros(B, dtype=torch.int64),
-            torch.zeros(K),
-            torch.ones(K),
-            torch.ones(K),
-        )
-        options = (2, 1, -100, 0.1)
         small = Config(64, 64, 64, 4, 2, parts=2)  # the shipped tiles take many seconds to compile
         for keep, fused in ((True, None), (False, None), (True, small), (False, small)):
             if fused and dtype != torch.bfloat16:
                 continue
             with configs.forced(loss=fused):
-                value, lse, _, *kept = loss.forward(CrossEntropyForward(*arguments, *options, keep))
-                gradients = loss.backward(
-                    CrossEntropyBackward(value, lse, *arguments, lse, *kept, *options, *[True] * 6)
-                )
-            made = (*gradients[:4], *gradients[6:])  # without the gradients of the coefficients
-            expected = (*tensors, arguments[7], arguments[9])
-            assert all(g.shape == t.shape and g.dtype == t.dtype for g, t in zip(made, expected, strict=True))
+                step_of_a_loss(tensors, keep)
+        subcenters = [tensors[0], torch.randn(K, m + 1, d, dtype=dtype), tensors[2][:0], tensors[3]]
+        for keep in (True, False):
+            step_of_a_loss(subcenters, keep)
+
+
+def step_of_a_loss(tensors: list[Tensor], keep: bool) -> None:
+    """Launch a forward and a backward with every option."""
+    B, K = tensors[0].shape[0], tensors[1].shape[0]
+    target, bias, weight, margin = (
+        torch.zeros(B, dtype=torch.int64),
+        torch.zeros(K),
+        torch.ones(K),
+        torch.ones(K),
+    )
+    arguments = (*tensors, None, None, target, bias, weight, margin)
+    options = (2, 1, -100, 0.1)
+    value, lse, _, *kept = loss.forward(CrossEntropyForward(*arguments, *options, keep))
+    gradients = loss.backward(CrossEntropyBackward(value, lse, *arguments, lse, *kept, *options, *[True] * 6))
+    made = (*gradients[:4], *gradients[6:])  # without the gradients of the coefficients
+    expected = (*tensors, bias, margin)
+    assert all(g.shape == t.shape and g.dtype == t.dtype for g, t in zip(made, expected, strict=True))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,10 @@ from tests.ops.oracle import Sample
 
 HERE = Path(__file__).parent
 #: The files that share a process.
-TOGETHER = (("exact", "precision", "topk"), ("loss", "streaming", "autocast", "op_checks", "storage"))
+TOGETHER = (
+    ("exact", "precision", "topk"),
+    ("loss", "loss_forms", "streaming", "autocast", "op_checks", "storage"),
+)
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton==3.8.0")
 OUTDATED = triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (
     2,

@@ -51,6 +51,16 @@ def check_shapes(
             raise RuntimeError(f"{name}: expected device {device} to match input, got {x.device}")
 
 
+def check_subcenters(a: CrossEntropyForward | CrossEntropyBackward) -> None:
+    """Check centers [K, M, d] of a loss. Raises as `check_vectors`."""
+    K, M, d = a.centers.shape
+    if not 1 <= M <= MAX_SLOTS or a.input.shape[1:] != (d,):
+        expected = f"[K, M, {list(a.input.shape)[-1]}] with M from 1 to {MAX_SLOTS}"
+        raise RuntimeError(f"centers: expected shape {expected}, got {[K, M, d]}")
+    if a.displacements.shape[0] > 0:
+        raise RuntimeError(f"centers: expected shape [K, {d}] with displacements, got {[K, M, d]}")
+
+
 def check_loss(a: CrossEntropyForward | CrossEntropyBackward) -> None:
     """Check the arguments of a loss besides those of the logits. Raises as `check_shapes`."""
     B, K = a.input.shape[0], a.centers.shape[0]
@@ -69,6 +79,8 @@ def check_saved_loss(a: CrossEntropyBackward) -> None:
     """Check the gradients of a loss and what its forward saved. Raises as `check_shapes`."""
     B, K, M = a.input.shape[0], a.centers.shape[0], a.displacements.shape[0] + 1
     scores = (K, padded_rows(B)) if a.scores.numel() else tuple(a.scores.shape)
+    if a.centers.dim() == 3:
+        M = a.centers.shape[1]
     expected = (
         ("grad_loss", a.grad_loss, (B,) if a.reduction == 0 else ()), ("grad_lse", a.grad_lse, (B,)),
         ("lse", a.lse, (B,)), ("scores", a.scores, scores), ("slots", a.slots, scores),

@@ -144,6 +144,7 @@ def fused_route_loss_grad_kernel(
             z, slot, classes, class_valid, row_valid, targets, scale, input_rnorm, factor, d_sums, d_target, d_logit,
             d_margin, lse_others, center_rnorms, class_bias, class_weight,
             first_class, K, M, UNROLLED_SLOTS, MAX_WEIGHT, SMOOTHING, HAS_BIAS, HAS_WEIGHT, NEED_BIAS, NEED_MARGIN,
+            False,
         )  # fmt: skip
         bias_sums += d_bias
         margin_sums += d_class_margin

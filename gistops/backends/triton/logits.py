@@ -140,7 +140,7 @@ def backward(a: LogitsBackward) -> LogitsGradients:
 def like_argument(argument: Tensor, gradient: Tensor) -> Tensor:
     """Return the gradient in its argument's shape and dtype, without the padding of d."""
     if argument.shape != gradient.shape:
-        if argument.dim() == 2 and gradient.dim() == 2:
-            gradient = gradient[:, : argument.shape[1]]
+        if argument.dim() == gradient.dim() >= 2:
+            gradient = gradient[..., : argument.shape[-1]]
         gradient = gradient.reshape(argument.shape)
     return gradient.to(argument.dtype).contiguous()

@@ -20,7 +20,7 @@ from ...operators.cross_entropy import (
     CrossEntropyGradients,
     padded_rows,
 )
-from . import loss_gradients
+from . import loss_forms, loss_gradients
 from .argument_checks import check_loss, check_saved_loss
 from .configs import tiles as tiles_of
 from .launch_args import LaunchArgs, on_device
@@ -49,7 +49,7 @@ def _contiguous(a: Loss) -> Loss:
 
 def forward(a: CrossEntropyForward) -> CrossEntropy:
     """Return the outputs of `cross_entropy_forward`."""
-    args = LaunchArgs.of(a.input, a.centers, a.displacements, a.tau, a.allow_tf32)
+    args = loss_forms.launch_args(a)
     check_loss(a)
     a, keep = _contiguous(a), a.keep_scores
     B, K, _, M = args.sizes
@@ -57,7 +57,9 @@ def forward(a: CrossEntropyForward) -> CrossEntropy:
     fused = fused_tile(args)
     size = chunk_size(args, keep or fused is not None)
     every = list(chunks(args, size, fused or args.tile_sizes.lse))
-    shape = (every[0].args.sizes[1], padded_rows(B)) if keep or fused is None else (0, 0)
+    rows = K if keep else every[0].args.sizes[1] if fused is None else 0
+    shape = (rows, padded_rows(B)) if rows else (0, 0)
+    subcenters = loss_forms.has_subcenters(args)
     out = CrossEntropy(
         loss=new((B,) if a.reduction == 0 else (), dtype=acc),
         lse=new(B, dtype=acc),
@@ -81,11 +83,16 @@ def forward(a: CrossEntropyForward) -> CrossEntropy:
         shifts = new(M, B, dtype=acc)
         for c in every:
             classes = slice(c.first_class, c.first_class + c.args.sizes[1])
-            rnorms = out.center_rnorms if c.groups == groups else new(M, c.args.sizes[1], dtype=acc)
-            compute_norms(c.args, shifts, rnorms, out.input_rnorms if c.first_class == 0 else None)
-            scores, slots = (out.scores, out.slots) if keep else (out.scores[: c.args.sizes[1]], None)
+            if subcenters:
+                rnorms = loss_forms.by_vector(args, out.center_rnorms)[classes]
+            else:
+                rnorms = out.center_rnorms if c.groups == groups else new(M, c.args.sizes[1], dtype=acc)
+            vectors = loss_forms.as_classes(c.args)
+            compute_norms(vectors, shifts, rnorms, out.input_rnorms if c.first_class == 0 else None)
+            scores = out.scores[classes if keep else slice(c.args.sizes[1])]
+            slots = out.slots[classes] if keep else None
             score(c, a, scores, slots, Norms(rnorms, out.input_rnorms, shifts), partials)
-            if rnorms is not out.center_rnorms:
+            if not subcenters and rnorms is not out.center_rnorms:
                 out.center_rnorms[:, classes] = rnorms
         _reduce_loss(args, a, partials, out)
     return out if keep else out._replace(scores=new(0, 0, dtype=acc))
@@ -114,7 +121,7 @@ def _reduce_loss(args: LaunchArgs, a: Loss, partials: Partials, out: CrossEntrop
 
 def backward(a: CrossEntropyBackward) -> CrossEntropyGradients:
     """Return the outputs of `cross_entropy_backward`."""
-    args = LaunchArgs.of(a.input, a.centers, a.displacements, a.tau, a.allow_tf32)
+    args = loss_forms.launch_args(a)
     check_loss(a)
     check_saved_loss(a)
     a = _contiguous(a)._replace(
@@ -141,7 +148,9 @@ def backward(a: CrossEntropyBackward) -> CrossEntropyGradients:
         "HAS_BIAS": a.class_bias is not None, "HAS_WEIGHT": a.weight is not None, "HAS_MARGIN": a.margin is not None,
     }  # fmt: skip
     with on_device(args.input.device):
-        if a.scores.numel():
+        if loss_forms.has_subcenters(args):
+            computed = loss_gradients.in_chunks_of_logits(args, a, needs, routing)
+        elif a.scores.numel():
             computed = loss_gradients.from_scores(args, a, needs, routing)
         else:
             computed = loss_gradients.recomputed(args, a, needs, routing)

@@ -103,17 +103,23 @@ def loss_grad_tile(
     HAS_WEIGHT: tl.constexpr,
     NEED_BIAS: tl.constexpr,
     NEED_MARGIN: tl.constexpr,
+    INTERLEAVED: tl.constexpr,  # center_rnorms is [K, M]
 ):
     """Return G, H', true for pairs that cancel, whose H' is 0, and the sums over rows for bias and margin."""
     valid = class_valid[:, None] & row_valid[None, :]
     # Selection, because an indexed load would change the tile's layout.
     rnorm = tl.zeros_like(z)
+    elements = classes
+    slot_stride = K
+    if INTERLEAVED:
+        elements = classes * M
+        slot_stride = 1
     if UNROLLED_SLOTS > 0:
         for j in tl.static_range(UNROLLED_SLOTS):
-            rnorm = select_rnorm(rnorm, slot, j, center_rnorms, classes, class_valid, K, 1)
+            rnorm = select_rnorm(rnorm, slot, j, center_rnorms, elements, class_valid, slot_stride, 1)
     else:
         for j in range(M):
-            rnorm = select_rnorm(rnorm, slot, j, center_rnorms, classes, class_valid, K, 1)
+            rnorm = select_rnorm(rnorm, slot, j, center_rnorms, elements, class_valid, slot_stride, 1)
     score = z
     if HAS_BIAS:
         bias = tl.load(class_bias + (first_class + classes), mask=class_valid, other=0.0)
@@ -145,6 +151,16 @@ def loss_grad_tile(
 def slot_moment(j, slot, u):
     """Return the tile's U of slot j."""
     return tl.sum(tl.where(slot == j, u, tl.zeros_like(u)), 1)
+
+
+@triton.jit
+def store_moments(moments, j, slot, u, split, classes, class_valid, K, M, INTERLEAVED: tl.constexpr):
+    """Store the tile's U of slot j: [splits, M, K], or [splits, K, M] with INTERLEAVED."""
+    moment = slot_moment(j, slot, u)
+    if INTERLEAVED:
+        store_by_class(moments + j, moment, split * M, classes * M, class_valid, K)
+    else:
+        store_by_class(moments, moment, split * M + j, classes, class_valid, K)
 
 
 @triton.jit

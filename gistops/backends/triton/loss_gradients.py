@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...operators.cross_entropy import CrossEntropyBackward, padded_rows
-from . import configs, gradients
+from . import configs, gradients, loss_forms
 from .configs import power_of_two
 from .configs import tiles as tiles_of
 from .fused_route_loss_grad import fused_route_loss_grad_kernel
@@ -40,7 +41,13 @@ def from_scores(
 def recomputed(
     args: LaunchArgs, a: CrossEntropyBackward, needs: Needs, routing: dict[str, Any]
 ) -> tuple[Tensor, ...]:
-    """Return all gradients, from recomputed products. Sums over chunks are accumulated in `args.acc_dtype`."""
+    """Return all gradients, from recomputed products."""
+    return _sum_of_chunks(args, _recomputed_chunks(args, a, needs, routing))
+
+
+def _recomputed_chunks(
+    args: LaunchArgs, a: CrossEntropyBackward, needs: Needs, routing: dict[str, Any]
+) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
     B, K, _, M = args.sizes
     new, acc = args.input.new_empty, args.acc_dtype
     shifts = new(M, B, dtype=acc)
@@ -49,7 +56,6 @@ def recomputed(
     fused = fused_tile(args)
     # A fused kernel accesses this memory for pairs that cancel only.
     scores, slots = new(size, padded_rows(B), dtype=acc), new(size, padded_rows(B), dtype=torch.uint8)
-    sums: list[Tensor] = []
     for c in chunks(args, size, fused or loss_grad_tile(args)):
         count = c.args.sizes[1]
         classes = slice(c.first_class, c.first_class + count)
@@ -62,15 +68,52 @@ def recomputed(
         rescore_cancelled(c._replace(first_group=0), a, z, winners, norms, unused)
         saved = Saved(z, z, winners, norms.center_rnorms, a.input_rnorms, True)
         routed = _route(c, saved, shifts, needs, routing)
-        if count == K:
-            return _gradients(c, saved, needs, routed, args.store_dtype)
-        computed = _gradients(c, saved, needs, routed, acc)
+        yield classes, _gradients(c, saved, needs, routed, args.store_dtype if count == K else acc)
+
+
+def in_chunks_of_logits(
+    args: LaunchArgs, a: CrossEntropyBackward, needs: Needs, routing: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    """Return all gradients of sub-centers, from kept or recomputed logits."""
+    return _sum_of_chunks(args, _chunks_of_logits(args, a, needs, routing))
+
+
+def _chunks_of_logits(
+    args: LaunchArgs, a: CrossEntropyBackward, needs: Needs, routing: dict[str, Any]
+) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    B, K, _, _ = args.sizes
+    new, acc = args.input.new_empty, args.acc_dtype
+    size = min(chunk_size(args, a.scores.numel() > 0), K)
+    scores, slots = a.scores, a.slots
+    if not a.scores.numel():
+        scores, slots = new(size, padded_rows(B), dtype=acc), new(size, padded_rows(B), dtype=torch.uint8)
+    for c in chunks(args, size, loss_grad_tile(args)):
+        count = c.args.sizes[1]
+        classes = slice(c.first_class, c.first_class + count)
+        rnorms = loss_forms.by_vector(args, a.center_rnorms)[classes]
+        z, winners = (x[classes] if a.scores.numel() else x[:count] for x in (scores, slots))
+        if not a.scores.numel():
+            loss_forms.subcenter_scores(c.args, rnorms, a.input_rnorms, z, winners)
+        saved = Saved(z, z, winners, rnorms, a.input_rnorms, True)
+        routed = _route(c, saved, None, needs, routing)
+        yield classes, _gradients(c, saved, needs, routed, args.store_dtype if count == K else acc)
+
+
+def _sum_of_chunks(
+    args: LaunchArgs, computed: Iterator[tuple[slice, tuple[Tensor, ...]]]
+) -> tuple[Tensor, ...]:
+    """Return the gradients of all chunks together. Sums are accumulated in `args.acc_dtype`."""
+    K = args.sizes[1]
+    sums: list[Tensor] = []
+    for classes, parts in computed:
+        if classes.stop - classes.start == K:
+            return parts
         if not sums:
             sums = [
                 x.new_empty(K, *x.shape[1:]) if i in BY_CLASS and x.numel() else torch.zeros_like(x)
-                for i, x in enumerate(computed)
+                for i, x in enumerate(parts)
             ]
-        for i, (total, more) in enumerate(zip(sums, computed, strict=True)):
+        for i, (total, more) in enumerate(zip(sums, parts, strict=True)):
             if i in BY_CLASS and more.numel():
                 total[classes] = more
             elif more.numel():
@@ -82,7 +125,8 @@ def _gradients(
     c: Chunk, saved: Saved, needs: Needs, routed: Routed, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     """Return all gradients of a chunk; those of input and displacements are in `dtype`."""
-    vectors = gradients.from_routed(c.args, saved, routed, needs, dtype)
+    compute = loss_forms.subcenter_gradients if loss_forms.has_subcenters(c.args) else gradients.from_routed
+    vectors = compute(c.args, saved, routed, needs, dtype)
     return *vectors, routed.grad_tau, routed.grad_bias, routed.grad_margin
 
 
@@ -108,6 +152,7 @@ def _route(c: Chunk, saved: Saved, shifts: Tensor | None, needs: Needs, routing:
             saved.grad, saved.logits, saved.slots, saved.center_rnorms, shifts, saved.input_rnorms, args.tau, *partials,
             group_tiles=c.group_tiles, BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], BLOCK_S=power_of_two(M),
             UNROLLED_SLOTS=configs.unrolled_slots(M) if unrolled else 0, PRODUCTS=shifts is not None,
+            INTERLEAVED=loss_forms.has_subcenters(args),
             num_warps=c.tile[2], **options,
         )  # fmt: skip
     return reduce_partials(args, partials, c.group_tiles * c.tile[0], c.tile[1])

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ...operators.cross_entropy import CrossEntropyBackward, CrossEntropyForward, padded_rows
-from . import configs
+from . import configs, loss_forms
 from .cancellation_lse import rescore_cancelled_lse_kernel
 from .configs import grouped, power_of_two
 from .configs import tiles as tiles_of
@@ -53,7 +53,7 @@ class Partials(NamedTuple):
 class Norms(NamedTuple):
     """The inverse norms of a chunk, and the products f_i·δ_j."""
 
-    center_rnorms: Tensor  # [M, K]
+    center_rnorms: Tensor  # [M, K]; of sub-centers [K, M]
     input_rnorms: Tensor  # [B]
     shifts: Tensor  # [M, B]
 
@@ -77,16 +77,20 @@ def chunks(args: LaunchArgs, size: int, tile: tuple[int, int, int] | Config) -> 
 
 
 def chunk_size(args: LaunchArgs, keep_scores: bool) -> int:
-    """Return the number of classes per chunk."""
-    if keep_scores:
+    """Return the number of classes per chunk. The products of sub-centers take memory beside the scores."""
+    subcenters = loss_forms.has_subcenters(args)
+    if keep_scores and not subcenters:
         return args.sizes[1]
-    return max(64, CHUNK_ELEMENTS // max(padded_rows(args.sizes[0]), 1) // 64 * 64)
+    per_class = max(padded_rows(args.sizes[0]), 1) * (args.sizes[3] if subcenters else 1)
+    return max(64, CHUNK_ELEMENTS // per_class // 64 * 64)
 
 
 def fused_tile(args: LaunchArgs) -> Config | None:
     """Return the tile of the fused kernels of the loss, or None where torch's product serves."""
     B, K, d, M = args.sizes
     device = args.input.device
+    if loss_forms.has_subcenters(args):
+        return None
     if configs.loss_product(device, args.kind, B, K, d, M) == "cublas":
         return None
     return configs.choose("loss", device, args.kind, B, K, d)
@@ -119,11 +123,16 @@ def score(
         )  # fmt: skip
     else:
         assert scores is not None
-        multiply(args.centers, args.input.t(), scores[:, :B])
+        scored = loss_forms.has_subcenters(args)
+        if scored:
+            loss_forms.subcenter_scores(args, norms.center_rnorms, norms.input_rnorms, scores, slots)
+            options["STASH"] = False
+        else:
+            multiply(args.centers, args.input.t(), scores[:, :B])
         lse_kernel[(c.groups * tiles_of(B, c.tile[1]),)](
             scores, slots, norms.center_rnorms, norms.shifts, norms.input_rnorms, args.tau, a.target, bias, weight,
             *partials, B, K, stride, M, c.group_tiles, c.first_class, c.first_group, groups, a.ignore_index,
-            BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], UNROLLED_SLOTS=configs.unrolled_slots(M), num_warps=c.tile[2],
+            BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], UNROLLED_SLOTS=configs.unrolled_slots(M), SCORED=scored, num_warps=c.tile[2],
             **options,
         )  # fmt: skip
     rescore_cancelled(c, a, scores, slots, norms, partials)
@@ -135,7 +144,7 @@ def rescore_cancelled(
     """Recompute the groups of a chunk in which a pair cancels. The arguments are those of `score`."""
     args = c.args
     B, K, d, M = args.sizes
-    if M == 1:
+    if M == 1 or loss_forms.has_subcenters(args):
         return
     classes, rows, dims = args.tile_sizes.rescore
     classes = min(classes, c.tile[0])

@@ -51,7 +51,7 @@ def stash_tile(scores, slots, z, slot, start, offsets, inside):
 
 @triton.jit
 def lse_kernel(
-    scores,  # P [K, stride]; overwritten by z with STASH
+    scores,  # P [K, stride], overwritten by z with STASH; with SCORED, z
     slots,  # [K, stride]: written with STASH
     center_rnorms,  # [M, K]
     shifts,  # [M, B]
@@ -80,6 +80,7 @@ def lse_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     SUMS: tl.constexpr,  # also sum weight·z, for label smoothing
+    SCORED: tl.constexpr,  # scores holds logits; there is nothing to stash
 ):
     """Compute logits, and their partial log-sum-exps, of a group of class tiles and BLOCK_B rows.
 
@@ -114,22 +115,25 @@ def lse_kernel(
         products = ahead
         next_inside = (classes + BLOCK_C < end)[:, None] & columns
         ahead = tl.load(scores + start + BLOCK_C * stride + offsets, mask=next_inside, other=0.0)
-        z, slot = score_tile(
-            products,
-            classes,
-            class_valid,
-            rows,
-            row_valid,
-            scale,
-            center_rnorms,
-            shifts,
-            B,
-            K,
-            M,
-            UNROLLED_SLOTS,
-        )
-        if STASH:
-            stash_tile(scores, slots, z, slot, start, offsets, inside)
+        if SCORED:
+            z = tl.where(valid, products, tl.zeros_like(products))  # uninitialized from B on
+        else:
+            z, slot = score_tile(
+                products,
+                classes,
+                class_valid,
+                rows,
+                row_valid,
+                scale,
+                center_rnorms,
+                shifts,
+                B,
+                K,
+                M,
+                UNROLLED_SLOTS,
+            )
+            if STASH:
+                stash_tile(scores, slots, z, slot, start, offsets, inside)
         is_target = valid & (classes[:, None] == targets[None, :])
         target_z += tl.where(is_target, z, tl.zeros_like(z))
         tile_largest, tile_total, tile_weighted = tile_lse(

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .cancellation import any_cancelled
-from .loss_grad_tile import loss_grad_tile, margin_factors, row_factors, slot_moment, store_by_class
+from .loss_grad_tile import loss_grad_tile, margin_factors, row_factors, store_by_class, store_moments
 from .lse import score_tile
 from .lse_partials import local_targets
 from .numerics import load_tau
@@ -69,6 +69,7 @@ def route_loss_grad_kernel(
     NEED_TAU: tl.constexpr,
     NEED_BIAS: tl.constexpr,
     NEED_MARGIN: tl.constexpr,
+    INTERLEAVED: tl.constexpr,  # sub-centers: center_rnorms and moments are [K, M], and no pair cancels
 ):
     """Compute H', and partials of its sums, of BLOCK_B rows (a split) and a group of class tiles, class-major.
 
@@ -102,7 +103,11 @@ def route_loss_grad_kernel(
     slot_tile0, slot_tile1, slot_tile2, slot_tile3 = zero_tile, zero_tile, zero_tile, zero_tile
     slot_tile4, slot_tile5, slot_tile6, slot_tile7 = zero_tile, zero_tile, zero_tile, zero_tile
     flag = tl.cast(0, tl.int32)
-    group_cancels = any_cancelled(center_rnorms, group * group_tiles * BLOCK_C, group_tiles * BLOCK_C, K, M)
+    group_cancels = False
+    if not INTERLEAVED:
+        group_cancels = any_cancelled(
+            center_rnorms, group * group_tiles * BLOCK_C, group_tiles * BLOCK_C, K, M
+        )
     for tile in range(group * group_tiles, group * group_tiles + group_tiles):
         classes = tile * BLOCK_C + tl.arange(0, BLOCK_C)
         class_valid = classes < K
@@ -139,6 +144,7 @@ def route_loss_grad_kernel(
             z, slot, classes, class_valid, row_valid, targets, scale, input_rnorm, factor, d_sums, d_target, d_logit,
             d_margin, lse_others, center_rnorms, class_bias, class_weight,
             first_class, K, M, UNROLLED_SLOTS, MAX_WEIGHT, SMOOTHING, HAS_BIAS, HAS_WEIGHT, NEED_BIAS, NEED_MARGIN,
+            INTERLEAVED,
         )  # fmt: skip
         if NEED_BIAS:
             store_by_class(bias_partials, d_bias, split, classes, class_valid, K)
@@ -171,9 +177,7 @@ def route_loss_grad_kernel(
                         slot_tile7 += tl.where(slot == 7, h, zeros)
                 if NEED_MOMENTS:
                     for j in tl.static_range(UNROLLED_SLOTS):
-                        store_by_class(
-                            moments, slot_moment(j, slot, u), split * M + j, classes, class_valid, K
-                        )
+                        store_moments(moments, j, slot, u, split, classes, class_valid, K, M, INTERLEAVED)
             else:
                 for j in range(M):
                     if NEED_SLOT_WEIGHTS:
@@ -182,9 +186,7 @@ def route_loss_grad_kernel(
                             slot_ids[:, None] == j, tile_sum[None, :], tl.zeros_like(slot_weight)
                         )
                     if NEED_MOMENTS:
-                        store_by_class(
-                            moments, slot_moment(j, slot, u), split * M + j, classes, class_valid, K
-                        )
+                        store_moments(moments, j, slot, u, split, classes, class_valid, K, M, INTERLEAVED)
         if NEED_TAU:
             total += u
     if NEED_SLOT_WEIGHTS:

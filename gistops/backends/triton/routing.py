@@ -38,7 +38,7 @@ class Saved(NamedTuple):
     grad: Tensor
     logits: Tensor
     slots: Tensor
-    center_rnorms: Tensor  # [M, K]
+    center_rnorms: Tensor  # [M, K]; of sub-centers [K, M]
     input_rnorms: Tensor  # [B]
     class_major: bool = False
 
@@ -54,7 +54,7 @@ class Routed(NamedTuple):
 
     weights: Tensor  # H' [K, ldB]
     slot_weights: Tensor  # S' [M, B]
-    moments: Tensor  # U [M, K]
+    moments: Tensor  # U [M, K]; of sub-centers [K, M]
     grad_tau: Tensor  # one element
     grad_bias: Tensor  # [K]
     grad_margin: Tensor  # [K]
@@ -68,7 +68,7 @@ class RoutingPartials(NamedTuple):
 
     weights: Tensor  # H' [K, ldB]
     slot_weights: Tensor  # [groups, M, B]
-    moments: Tensor  # [splits, M, K]
+    moments: Tensor  # [splits, M, K]; of sub-centers [splits, K, M]
     tau: Tensor  # [splits, groups]
     bias: Tensor  # [splits, K]
     margin: Tensor  # [splits, K]
@@ -78,11 +78,16 @@ class RoutingPartials(NamedTuple):
     def allocate(cls, args: LaunchArgs, needs: Needs, splits: int, groups: int) -> RoutingPartials:
         """Return uninitialized tensors; those that are not needed are empty."""
         B, K, _, M = args.sizes
+        subcenters = args.centers.dim() == 3  # without displacements, which alone need S'
+        need_slot_weights = M > 1 and not subcenters and (needs.input or needs.displacements)
         new, acc = args.input.new_empty, args.acc_dtype
         return cls(
             new((K, padded_rows(B)) if needs.input or needs.centers else (0, 0), dtype=args.store_dtype),
-            new((groups if M > 1 and (needs.input or needs.displacements) else 0, M, B), dtype=acc),
-            new((splits if needs.centers or needs.displacements else 0, M, K), dtype=acc),
+            new((groups if need_slot_weights else 0, M, B), dtype=acc),
+            new(
+                (splits if needs.centers or needs.displacements else 0, *((K, M) if subcenters else (M, K))),
+                dtype=acc,
+            ),
             new((splits, groups) if needs.tau else (0, 0), dtype=acc),
             new((splits if needs.bias else 0, K), dtype=acc),
             new((splits if needs.margin else 0, K), dtype=acc),

@@ -180,6 +180,8 @@ CHOICES: dict[tuple[str, str, str], Choice] = {
     ("route_logits_grad_many", "any", "f64"): Choice((16, 32, 4), COMPILED),
     ("lse", "any", "any"): Choice((16, 64, 4), H100),
     ("lse", "any", "f64"): Choice((16, 32, 4), COMPILED),
+    ("subcenters", "any", "any"): Choice((16, 64, 4), COMPILED),
+    ("subcenters", "any", "f64"): Choice((16, 32, 4), COMPILED),
     ("route_loss_grad", "any", "any"): Choice((16, 32, 4), H100),
     # On an H100 a loss's step takes 0.77 to 0.89 of the time without.
     ("route_loss_grad_unrolled", "any", "any"): Choice(True, H100),
@@ -220,6 +222,7 @@ class TileSizes:
     route_logits_grad: tuple[int, int, int]  # rows, classes, warps
     route_logits_grad_many: tuple[int, int, int]  # the same for M > 32, where S' takes many registers
     lse: tuple[int, int, int]  # classes, rows, warps
+    subcenters: tuple[int, int, int]  # classes, rows, warps
     route_loss_grad: tuple[int, int, int]  # classes, rows, warps
     route_loss_grad_unrolled: bool  # unroll loops over few slots and keep S' in registers
     route_loss_grad_many: tuple[int, int, int]  # as route_loss_grad, for M > 32
