@@ -1,8 +1,8 @@
 """The launches of `cross_entropy_forward` and `cross_entropy_backward` of `torch.ops.gistops_triton`.
 
-The forward takes six launches beside the product W f', the backward six beside the product H'W. With `keep_scores` the
-forward keeps scores and slots, class-major, for the backward. Otherwise both directions work in chunks of classes, and
-the backward recomputes the scores. Nothing here waits for the GPU.
+The forward takes five launches beside the product W f'. The backward takes four or five beside H'W and H'f, and up to two more
+if it recomputes the scores. With `keep_scores` the forward keeps scores and slots, class-major, for the backward. Otherwise
+both directions work in chunks of classes. Nothing here waits for the GPU.
 """
 
 from __future__ import annotations
