@@ -18,7 +18,7 @@ from .variants import TABLE
 #: the same bf16 arguments, so that the error is that of the computation. PyTorch code that computes in bf16 throughout
 #: has an error of about 1e-2 in the logits, and more in the gradients.
 TOLERANCE = {"bf16": (3e-2, 5e-2, 2e-2), "float32": (1e-4, 2e-3, 1e-4), "tf32": (5e-3, 0.2, 5e-3)}
-CHECKED_CLASSES = 512
+CHECKED_CLASSES, CHECKED_ROWS = 512, 32
 #: Largest B·K·M whose gradients are checked: the check materializes several float32 tensors of this size.
 CHECKED_SCORES = 1 << 26
 
@@ -35,6 +35,27 @@ def logits_error(logits: Tensor, arguments: Tensors) -> float:
     with torch.no_grad():
         doubles = (x.double(), w[:CHECKED_CLASSES].double(), delta.double(), tau.double())
         return relative_error(logits[:, :CHECKED_CLASSES], baselines.direct(*doubles))
+
+
+def best_errors(best: tuple[Tensor, ...], wanted: Tensor) -> dict[str, float]:
+    """Return the relative errors of the best values, and of the logits of the best classes, against logits [B, K]."""
+    values, classes = best
+    largest = wanted.topk(values.shape[1]).values
+    return {
+        "values": relative_error(values, largest),
+        "classes": relative_error(wanted.gather(1, classes), largest),
+    }
+
+
+def best_error(best: tuple[Tensor, ...], arguments: Tensors) -> float:
+    """Return the relative error of the first rows' best values as logits of their classes, by the float64 definition."""
+    x, w, delta, tau = (argument.detach() for argument in arguments)
+    values, classes = (found[:CHECKED_ROWS] for found in best)
+    rows = [
+        baselines.direct(row[None].double(), w[found].double(), delta.double(), tau.double())
+        for row, found in zip(x[:CHECKED_ROWS], classes, strict=True)
+    ]
+    return relative_error(values, torch.cat(rows))
 
 
 def reference_gradients(arguments: Tensors) -> tuple[Tensor, ...] | None:
@@ -62,7 +83,7 @@ def gradients_error(arguments: Sequence[Tensor], wanted: Sequence[Tensor]) -> fl
 
 
 def check_call(
-    name: str, kind: str, precision: str, output: Tensor, arguments: Tensors, wanted: Any
+    name: str, kind: str, precision: str, output: Any, arguments: Tensors, wanted: Any
 ) -> dict[str, Any]:
     """Check the result of a call. Variants that compute another function are not checked.
 
@@ -81,6 +102,8 @@ def check_call(
         return {}
     if kind == "forward":
         errors = {"logits": logits_error(output, arguments)}
+    elif kind == "topk":
+        errors = {"values": best_error(output, arguments)}
     else:
         errors = {"gradients": gradients_error(arguments, wanted)} if wanted is not None else {}
     return check_errors(errors, precision)
@@ -89,6 +112,7 @@ def check_call(
 def check_errors(errors: dict[str, float], precision: str) -> dict[str, Any]:
     """Return the errors in a form that JSON can hold, and a description of those above the tolerance."""
     most = dict(zip(("logits", "gradients", "loss"), TOLERANCE[precision], strict=True))
+    most |= dict.fromkeys(("values", "classes"), most["logits"])
     # `not <=` includes NaN.
     wrong = [f"{name}: {error:.1e}" for name, error in errors.items() if not error <= most[name]]
     found: dict[str, Any] = {"error": {k: v if math.isfinite(v) else str(v) for k, v in errors.items()}}

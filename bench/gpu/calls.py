@@ -14,14 +14,14 @@ import gistops
 from .. import baselines
 from ..problem import Tensors, make_labels
 from . import settings
-from .variants import NARROW, TABLE, Variant
+from .variants import BEST, NARROW, TABLE, Variant
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # input, weight, labels -> mean loss
 Call = Callable[[], Any]
 
 
 def make_call(name: str, kind: str, arguments: Tensors, precision: str) -> Call:
-    """Return a call of a variant: its logits, or a step that leaves gradients in the arguments and returns the loss.
+    """Return a call of a variant: its logits, its best values and classes, or a step that leaves gradients and returns the loss.
 
     Args:
         name: name of a variant.
@@ -46,7 +46,18 @@ def _call(variant: Variant, kind: str, arguments: Tensors) -> Call:
         return _loss_step(gistops_loss(variant.backend, variant.cosine), arguments)
     if kind == "loss" and variant.family == "peer":
         return _loss_step(_peer(variant.name), arguments)
+    if kind == "topk" and variant.ours:
+        return lambda: gistops.constellation_topk(
+            *arguments, best_classes(arguments), backend=variant.backend
+        )[:2]
     head = _head(variant)
+    if kind == "topk":
+
+        def best() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return tuple(head(*arguments).topk(best_classes(arguments)))
+
+        return best
     if kind == "forward":
 
         def forward() -> Tensor:
@@ -61,6 +72,11 @@ def _call(variant: Variant, kind: str, arguments: Tensors) -> Call:
         return F.cross_entropy(logits if variant.narrow else logits.float(), given[4])
 
     return _loss_step(loss, arguments)
+
+
+def best_classes(arguments: Tensors) -> int:
+    """Return k of a top-k: all classes if there are fewer than usual."""
+    return min(BEST, len(arguments[1]))
 
 
 def _head(variant: Variant) -> Callable[..., Tensor]:

@@ -73,7 +73,7 @@ class Measure:
         """Return the measurements per variant, or `failed` or `skipped` with the reason."""
         if self.case.compiles:
             torch._dynamo.reset()  # avoids the limit of recompilations
-        wanted = accuracy.reference_gradients(self.arguments) if self.case.kind != "forward" else None
+        wanted = accuracy.reference_gradients(self.arguments) if self.case.kind in ("step", "loss") else None
         for name in self.case.variants:
             self.announce(name)
             self.results[name] = {}

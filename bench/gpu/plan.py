@@ -10,7 +10,7 @@ from typing import Any
 
 from ..problem import MAIN, Size
 from .roofline import WIDTHS
-from .variants import KINDS, TABLE, Variant
+from .variants import KINDS, TABLE, WITHOUT_TOPK, Variant
 
 SIZES = (MAIN, Size(256, 100_000, 512), Size(1024, 8142, 2048), Size(128, 1000, 512))
 #: Sizes of the smoke checks: above every tile and a multiple of none; one row; fewer classes than a tile; no
@@ -71,7 +71,7 @@ class Case:
 
     def _call(self, variant: str) -> float:
         """Estimate the seconds of a call at a third of a large GPU's peak. "direct" computes m + 1 vectors per class."""
-        size, passes = self.size, 1 if self.kind == "forward" else 3
+        size, passes = self.size, 3 if self.kind in ("step", "loss") else 1
         vectors = size.m + 1 if variant.startswith("direct") else 1
         products = 2 * size.B * size.K * size.d * vectors / (2.5e14 if self.precision == "bf16" else 2e13)
         copies = 6 if variant.startswith("direct") else 1
@@ -94,7 +94,8 @@ def timed_cases(variants: Sequence[str], seconds: float = 0.5, grid: bool = Fals
     """
     sizes = [(precision, SIZES[n]) for precision, n in ORDER]
     sizes += [(p, s) for p in ("tf32", "float32") for s in SIZES if (p, s) not in sizes]
-    cases = [_case(p, s, kind, variants, seconds) for p, s in sizes for kind in KINDS]
+    cases = [_case(p, s, kind, variants, seconds) for p, s in sizes for kind in WITHOUT_TOPK]
+    cases += [_case(p, s, "topk", variants, seconds) for p, s in sizes]
     for size in (MAIN, SIZES[3]):
         cases += [replace(_case("bf16", size, kind, variants, seconds / 2), graph=True) for kind in KINDS]
     compiled = [n for n in variants if TABLE[n].compiled]

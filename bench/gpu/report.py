@@ -16,7 +16,8 @@ LEGEND = (
     "so that the times exclude launches; the time of the events is included. A cell: ratio to `F.linear` (and "
     "`F.cross_entropy`) in the same rounds (ms; n rounds; share of the variant's roofline; peak memory beyond the "
     "arguments; launch time of the CPU). *: the GPU waited for the CPU in more than a tenth of the rounds. !: the results "
-    "exceed the tolerance. m = 4 displacements. forward: logits without gradients. step: logits, F.cross_entropy and "
+    "exceed the tolerance. m = 4 displacements. forward: logits without gradients. topk: the 10 best classes, `F.linear` with "
+    "`torch.topk`. step: logits, F.cross_entropy and "
     "backward to all arguments. loss: the variant's loss without materialized logits, and backward; the losses of other "
     "libraries are those of a linear layer or of a cosine classifier."
 )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..problem import Size
-from .variants import TABLE
+from .variants import BEST, TABLE
 
 #: Precision -> bytes per element of input and centers. "float32" is torch's default, without tf32.
 WIDTHS = {"bf16": 2, "float32": 4, "tf32": 4}
@@ -28,7 +28,7 @@ def work(name: str, size: Size, kind: str, width: int) -> list[Work] | None:
     Args:
         name: name of the variant.
         size: B, K, d, m.
-        kind: "forward", "step" or "loss".
+        kind: one of variants.KINDS.
         width: bytes per element of input, centers and displacements.
     """
     variant = TABLE[name]
@@ -36,17 +36,21 @@ def work(name: str, size: Size, kind: str, width: int) -> list[Work] | None:
         return None
     B, K, d, _ = size.B, size.K, size.d, size.m
     m = 0 if variant.cosine else size.m
-    main = 2 * B * K * d
+    main, best = 2 * B * K * d, B * min(BEST, K) * 13  # values, classes and slots of a top-k
     if name == "linear":
         arguments, logits = width * d * (B + K), width * B * K
         forward = Work(main, arguments + logits)
         backward = Work(2 * main, logits + 2 * arguments)
         loss = Work(0, 2 * logits)
+        if kind == "topk":
+            return [forward, Work(0, logits + best)]
     else:
         thin = 2 * (B + K) * (m + 1) * d  # including the norms of the centers and of the input
         # A forward without gradients writes slots only if they are returned.
         slots = B * K if kind == "step" or variant.slots else 0
         arguments, logits = width * d * (B + K + m), (width if variant.narrow else 4) * B * K
+        if kind == "topk":  # nor here
+            return [Work(main + thin, arguments + best)]
         if kind == "loss":  # no logits are read or written
             return [Work(main + thin, arguments), Work(2 * main + 2 * thin, 2 * arguments)]
         forward = Work(main + thin, arguments + logits + slots)

@@ -1,7 +1,7 @@
 """The rule that selects the best variants. It was written before any measurement.
 
 A variant is excluded if it fails its smoke check, gives different bits when run again, or has a sanitizer error. For
-forward, step and loss in each precision, the variant with the lowest geometric mean of time / F.linear over the sizes
+forward, step, loss and topk in each precision, the variant with the lowest geometric mean of time / F.linear over the sizes
 wins. Among the variants within 3 % the simplest wins: cuBLAS before Triton before CUDA, then the earlier row of the table
 (the default). Another variant is selected for a single size only if it is more than 10 % faster there. A hand-written TMA
 kernel is considered only if the selected forward takes more than 1.2 times F.linear at K = 8192, cuBLAS's best case.

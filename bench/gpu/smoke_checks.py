@@ -61,10 +61,12 @@ class Oracle:
         self.gradients = torch.autograd.grad(value, [doubles[n] for n in self.kept])
         self.logits, self.loss = logits.detach(), value.detach()
 
-    def errors(self, kind: str, output: Tensor, arguments: Tensors) -> dict[str, float]:
+    def errors(self, kind: str, output: Any, arguments: Tensors) -> dict[str, float]:
         """Return the relative errors of a call."""
         if kind == "forward":
             return {"logits": accuracy.relative_error(output, self.logits)}
+        if kind == "topk":
+            return accuracy.best_errors(output, self.logits)
         kept = [arguments[n] for n in self.kept]
         return {
             "loss": accuracy.relative_error(output, self.loss),
@@ -102,7 +104,8 @@ def run_smoke_check(
         before()
         call = calls.make_call(name, kind, arguments, precision)
         first = _results(call, arguments, device)
-        result = found[kind] = accuracy.check_errors(oracle.errors(kind, first[0], arguments), precision)
+        output = first[0] if kind != "topk" else (first[0], first[1])
+        result = found[kind] = accuracy.check_errors(oracle.errors(kind, output, arguments), precision)
         second = _results(call, arguments, device)
         same = all(
             (a is None) == (b is None) and (a is None or b is None or torch.equal(a, b))
@@ -118,7 +121,8 @@ def _results(call: Any, arguments: Tensors, device: str) -> list[Tensor | None]:
         argument.grad = None
     with poisoned(device):
         output = call()
-    return [output.clone(), *(None if a.grad is None else a.grad.clone() for a in arguments)]
+    outputs = output if isinstance(output, tuple) else (output,)
+    return [*(x.clone() for x in outputs), *(None if a.grad is None else a.grad.clone() for a in arguments)]
 
 
 def objection(found: dict[str, Any]) -> str:

@@ -16,8 +16,11 @@ from gistops import backends
 from ..baselines import why_no_torch_linear_cross_entropy
 from . import settings
 
-#: The timed calls: the logits without gradients; logits, F.cross_entropy and backward; the variant's loss and backward.
-KINDS = ("forward", "step", "loss")
+#: The timed calls: the logits without gradients; logits, F.cross_entropy and backward; the variant's loss and backward; the
+#: BEST classes of each row.
+KINDS = ("forward", "step", "loss", "topk")
+WITHOUT_TOPK = KINDS[:3]
+BEST = 10
 PRECISIONS = ("bf16", "float32", "tf32")
 #: Family -> rank. Among variants of about the same time the selection rule prefers the lowest rank. "cublas": all matmuls
 #: are torch's.
@@ -33,7 +36,7 @@ class Variant:
 
     name: str
     family: str  # one of SIMPLICITY: ours; "torch" for plain PyTorch, "peer" for other libraries
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[str, ...] = WITHOUT_TOPK
     backend: str = ""  # the backend of gistops; empty for other code
     settings: dict[str, Any] = field(default_factory=dict)  # see settings.py
     cosine: bool = False  # has no displacements: m = 0, or a linear layer
@@ -81,12 +84,12 @@ def _fused_losses(*tiles: tuple[int, int, int, int, int, int]) -> list[Variant]:
 
 
 VARIANTS = (
-    # The baseline: F.linear and F.cross_entropy of float32 logits, as under autocast; then of bf16 logits.
-    Variant("linear", "torch", cosine=True),
+    # The baseline: F.linear and F.cross_entropy of float32 logits, as under autocast, or topk; then of bf16 logits.
+    Variant("linear", "torch", KINDS, cosine=True),
     Variant(NARROW, "torch", ("step", "loss"), cosine=True, narrow=True, precisions=("bf16",)),
-    Variant("cuda", "cuda", backend="cuda"),
-    Variant("triton", "triton", backend="triton"),
-    Variant("cpu", "cpu", backend="cpu"),  # for trials of the bench
+    Variant("cuda", "cuda", KINDS, "cuda"),
+    Variant("triton", "triton", KINDS, "triton"),
+    Variant("cpu", "cpu", KINDS, "cpu"),  # for trials of the bench
     # Logits like those of F.linear in bf16; their step compares with "linear, loss in bf16". Slots, which a forward
     # without gradients does not write unless they are returned.
     *(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -64,3 +65,45 @@ def test_bytes_of_logits_and_slots() -> None:
     pairs = SIZE.B * SIZE.K
     assert written("cuda, slots") - written("cuda") == pairs
     assert written("cuda") - written("cuda, bf16 logits") == 2 * pairs
+
+
+@pytest.mark.parametrize("K", [131, 7])
+@pytest.mark.parametrize("name", ["cpu", "linear"])
+def test_values_and_classes_of_a_topk(name: str, K: int) -> None:
+    arguments = smoke_checks.make_inputs(replace(SIZE, K=K), torch.float32, "cpu")
+    values, classes = calls.make_call(name, "topk", arguments, "float32")()
+    assert values.shape == classes.shape == (SIZE.B, min(K, 10))
+    if name == "linear":
+        expected = (arguments[0] @ arguments[1].T).topk(min(K, 10))
+        torch.testing.assert_close(values, expected.values)
+        return
+    oracle = smoke_checks.Oracle(arguments, cosine=False)
+    found = smoke_checks.run_smoke_check(name, "float32", arguments, oracle, "cpu")
+    assert set(found) == set(variants.KINDS)
+    assert found["topk"].keys() == {"error"}
+    assert found["topk"]["error"].keys() == {"values", "classes"}
+    assert "inexact" not in accuracy.check_call(name, "topk", "float32", (values, classes), arguments, None)
+
+
+def test_a_topk_that_misses_a_class_is_detected() -> None:
+    arguments = smoke_checks.make_inputs(SIZE, torch.float32, "cpu")
+    values, classes = calls.make_call("cpu", "topk", arguments, "float32")()
+    oracle = smoke_checks.Oracle(arguments, cosine=False)
+    right = accuracy.check_errors(oracle.errors("topk", (values, classes), arguments), "float32")
+    assert "inexact" not in right
+    wrong = (values, classes.roll(1, 1))
+    assert "classes" in accuracy.check_errors(oracle.errors("topk", wrong, arguments), "float32")["inexact"]
+    assert "values" in accuracy.check_call("cpu", "topk", "float32", wrong, arguments, None)["inexact"]
+    every = oracle.logits.topk(11)
+    missed = (every.values[:, 1:], every.indices[:, 1:])  # without the best
+    assert "values" in accuracy.check_errors(oracle.errors("topk", missed, arguments), "float32")["inexact"]
+
+
+def test_work_of_a_topk() -> None:
+    pairs, best = SIZE.B * SIZE.K, SIZE.B * 10 * 13
+    (forward,) = roofline.work("cuda", SIZE, "forward", 2) or []
+    assert roofline.work("cuda", SIZE, "topk", 2) == [
+        roofline.Work(forward.flops, forward.bytes - 4 * pairs + best)
+    ]
+    linear = roofline.work("linear", SIZE, "topk", 2) or []
+    assert sum(phase.bytes for phase in linear) == 2 * SIZE.d * (SIZE.B + SIZE.K) + 2 * 2 * pairs + best

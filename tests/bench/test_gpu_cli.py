@@ -145,12 +145,12 @@ def test_a_session_runs_on_a_cpu(tmp_path: Path) -> None:
     assert document["out"] == {}
     assert "cuda" in document["absent"]
     assert document["constants"]["copy"]["value"] > 0
-    assert [result["case"]["kind"] for result in document["cases"]] == ["forward", "step", "loss"]
+    assert [result["case"]["kind"] for result in document["cases"]] == ["forward", "step", "loss", "topk"]
     assert all(result["variants"]["cpu"]["roofline"] > 0 for result in document["cases"])
     assert document["rule"]["bf16 forward"]["winner"] == "cpu"
     assert document["rule"]["tf32 forward"] == {"none": "nothing was measured"}
     rows = list(csv.DictReader((tmp_path / "kernels.csv").open(encoding="utf-8")))
-    assert {row["kind"] for row in rows} == {"forward", "step", "loss"}
+    assert {row["kind"] for row in rows} == {"forward", "step", "loss", "topk"}
     assert "available" in (tmp_path / "build.log").read_text(encoding="utf-8")
 
 

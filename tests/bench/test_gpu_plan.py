@@ -70,9 +70,12 @@ CASES = plan.timed_cases(EVERY)
 
 def test_every_size_precision_and_kind_is_measured_the_most_important_first() -> None:
     plain = [(c.precision, c.size, c.kind) for c in CASES if not c.graph and not c.compiles]
-    assert len(plain) == len(set(plain)) == 3 * 4 * 3
+    assert len(plain) == len(set(plain)) == 3 * 4 * 4
     assert set(plain) == {(p, s, k) for p in variants.PRECISIONS for s in SIZES for k in KINDS}
-    assert plain[:3] == [("bf16", MAIN, kind) for kind in KINDS]
+    assert plain[:3] == [("bf16", MAIN, kind) for kind in ("forward", "step", "loss")]
+    assert {c.variants for c in CASES if c.kind == "topk" and not c.graph} == {
+        ("linear", "cuda", "triton", "cpu")
+    }
     assert all(case.variants[0] == "linear" for case in CASES)
     assert max(n for n, c in enumerate(CASES) if not c.compiles) < min(
         n for n, c in enumerate(CASES) if c.compiles
