@@ -85,7 +85,8 @@ struct OpCall {
   Tensor input, centers, displacements, tau;
   ScalarType operands, sums;
 
-  OpCall(const Tensor& f, const Tensor& w, const Tensor& delta, const Tensor& t)
+  // with_vectors: centers may be sub-centers [K, M, d].
+  OpCall(const Tensor& f, const Tensor& w, const Tensor& delta, const Tensor& t, bool with_vectors = false)
       : input(f), centers(w), displacements(delta), tau(t), operands(operand_type(f, w, delta)),
         sums(operands == ScalarType::Double ? ScalarType::Double : ScalarType::Float) {
     const std::pair<const Tensor*, const char*> tensors[] = {
@@ -100,8 +101,12 @@ struct OpCall {
                     "gistops: input: expected shape [B, d] with 1 <= d <= ", kMostDims, ", got ",
                     shape_text(f.sizes()));
     const int64_t d = f.size(1);
-    STD_TORCH_CHECK(w.dim() == 2 && w.size(1) == d, "gistops: centers: expected shape [K, ", d, "], got ",
-                    shape_text(w.sizes()));
+    const bool has_vectors = with_vectors && w.dim() == 3;
+    STD_TORCH_CHECK((w.dim() == 2 || has_vectors) && w.size(w.dim() - 1) == d, "gistops: centers: expected shape [K, ",
+                    d, "]", with_vectors ? " or [K, M, d]" : "", ", got ", shape_text(w.sizes()));
+    STD_TORCH_CHECK(!has_vectors || (w.size(1) >= 1 && w.size(1) <= 256 && delta.size(0) == 0),
+                    "gistops: centers: expected 1 to 256 sub-centers per class and no displacements, got ",
+                    shape_text(w.sizes()), " and ", shape_text(delta.sizes()));
     STD_TORCH_CHECK(delta.dim() == 2 && delta.size(1) == d, "gistops: displacements: expected shape [m, ", d, "], got ",
                     shape_text(delta.sizes()));
     STD_TORCH_CHECK(delta.size(0) < 256, "gistops: displacements: expected at most 255 rows, got ", delta.size(0));
@@ -119,7 +124,8 @@ struct OpCall {
             centers.size(0),
             input.size(1),
             displacements.size(0),
-            current_stream(input.get_device_index())};
+            current_stream(input.get_device_index()),
+            centers.dim() == 3 ? centers.size(1) : 1};
   }
 };
 

@@ -30,7 +30,7 @@ void with_slots(int64_t M, const Run& run) {
 }
 
 // Lane j of a warp holds R[j, k] of its class k; two other lanes hold its bias and weight. More slots than lanes are
-// read from memory.
+// read from memory. Without norms, where M is 1, R is 1.
 template <class S>
 struct ClassValues {
   static constexpr int kBiasLane = 30, kWeightLane = 31, kMostSlots = 30;
@@ -40,11 +40,11 @@ struct ClassValues {
   // first_class: of the chunk in bias and weight, which may be null
   __device__ __forceinline__ ClassValues(const S* rnorms, int64_t ldr, int64_t M, const S* bias, const S* weight,
                                          int64_t first_class, int lane)
-      : values(lane < kMostSlots               ? lane < M ? rnorms + lane * ldr : nullptr
+      : values(lane < kMostSlots               ? lane < M && rnorms ? rnorms + lane * ldr : nullptr
                : lane == kBiasLane && bias     ? bias + first_class
                : lane == kWeightLane && weight ? weight + first_class
                                                : nullptr),
-        otherwise(lane == kWeightLane ? S(1) : S(0)) {}
+        otherwise(lane == kWeightLane || (lane == 0 && !rnorms) ? S(1) : S(0)) {}
 
   __device__ __forceinline__ S operator()(int k) const { return values ? values[k] : otherwise; }
 };

@@ -2,8 +2,10 @@
 #pragma once
 #include "backward.cuh"
 #include "lse_partials.cuh"
+#include "rotations.cuh"
 #include "route_loss_grad.cuh"
 #include "row_loss.cuh"
+#include "subcenters.cuh"
 
 namespace gistops::cuda {
 
@@ -26,7 +28,7 @@ bool scores_can_be_parked(const Arguments& a) {
 template <class T>
 class CrossEntropyLauncher : private BackwardLauncher<T> {
   using Base = BackwardLauncher<T>;
-  using Base::p_, Base::ld_, Base::stream_, Base::workspace_;
+  using Base::p_, Base::ld_, Base::stream_, Base::vectors_, Base::workspace_;
   using S = Sum<T>;
 
  public:
@@ -35,7 +37,7 @@ class CrossEntropyLauncher : private BackwardLauncher<T> {
 
   void forward(const LossResults& results) {
     // Scores that are not kept for the backward are computed in chunks of classes that stay in the cache.
-    const int64_t step = results.scores ? p_.K() : std::min(this->cached_classes(), p_.K());
+    const int64_t step = results.scores ? kept_step() : std::min(this->cached_classes(), p_.K());
     const LseShape shape(p_.K(), step);
     const int64_t scratch_classes = results.scores ? 0 : step;
     const int64_t chunk_partials = ceil_div(step, shape.group_classes);
@@ -43,14 +45,16 @@ class CrossEntropyLauncher : private BackwardLauncher<T> {
     const int64_t tiles = last_chunk * chunk_partials + ceil_div(p_.K() - last_chunk * step, shape.group_classes);
     const int64_t smoothed = loss_.label_smoothing > 0;
     const int64_t row_blocks = std::max<int64_t>(ceil_div(p_.B(), RowLossShape<S>::kRows), 1);
-    S *input_dots, *products, *loss_partials;
-    uint8_t* slots;
+    ChunkMemory memory;
+    S *input_dots, *loss_partials;
     int* blocks_done;
     LsePartials<S> lse;
     Scratch(workspace_)
         .add(input_dots, p_.M() * ld_)
-        .add(products, scratch_classes * ld_)
-        .add(slots, scratch_classes * ld_)
+        .add(memory.scores, scratch_classes * ld_)
+        .add(memory.slots, scratch_classes * ld_)
+        .add(memory.products, vectors_ > 1 ? step * vectors_ * ld_ : 0)
+        .add(memory.vector_rnorms, vectors_ > 1 ? step * vectors_ : 0)
         .add(lse.max, tiles * p_.B())
         .add(lse.sum, tiles * p_.B())
         .add(lse.weighted, smoothed * tiles * p_.B())
@@ -60,20 +64,24 @@ class CrossEntropyLauncher : private BackwardLauncher<T> {
         .add(loss_partials, row_blocks * 3)
         .add(blocks_done, 1)
         .allocate();
-    if (results.scores) products = static_cast<S*>(results.scores), slots = results.slots;
-    S *center_rnorms = static_cast<S*>(results.center_rnorms), *input_rnorms = static_cast<S*>(results.input_rnorms);
+    S* center_rnorms = static_cast<S*>(results.center_rnorms);
     for (int64_t first = 0; first < p_.K(); first += step) {
       const Problem<T> p = this->chunk(first, step);
-      const NormOutputs<S> norms{.input_rnorms = input_rnorms,
-                                 .input_dots = input_dots,
-                                 .ld = ld_,
-                                 .center_rnorms = center_rnorms + first,
-                                 .ldr = p_.K(),
-                                 .blocks_done = first == 0 ? blocks_done : nullptr};
-      this->launch_norms(p, first == 0, norms);
+      NormOutputs<S> norms{.input_rnorms = static_cast<S*>(results.input_rnorms),
+                           .input_dots = input_dots,
+                           .ld = ld_,
+                           .center_rnorms = vectors_ > 1 ? memory.vector_rnorms : center_rnorms + first,
+                           .ldr = p_.K(),
+                           .blocks_done = first == 0 ? blocks_done : nullptr};
+      this->launch_norms(this->vectors_of(p), first == 0, norms);
       if (p_.B() == 0) continue;
-      launch_scores(shape, score_inputs(p, first, input_dots, center_rnorms, input_rnorms, products, slots),
-                    results.parked, first, first / step * chunk_partials, lse);
+      if (results.scores) {
+        memory.scores = static_cast<S*>(results.scores) + first * ld_;
+        memory.slots = results.slots ? results.slots + first * ld_ : nullptr;
+      }
+      memory.vector_norms = {memory.vector_rnorms, vectors_, 1};
+      memory.copied_norms = vectors_ > 1 ? center_rnorms + first : nullptr;
+      launch_scores(shape, p, norms, memory, results.parked, first, first / step * chunk_partials, lse);
     }
     const RowLossArgs<S> args{.B = p_.B(),
                               .classes = p_.K(),
@@ -101,54 +109,86 @@ class CrossEntropyLauncher : private BackwardLauncher<T> {
     out.class_bias = static_cast<S*>(loss_gradients.class_bias);
     out.margin = static_cast<S*>(loss_gradients.margin);
     out.scalar_margin = !loss_.margin_per_class;
-    if (p_.B() == 0) return this->clear(out);
+    Rotations<S> rotations = rotations_of(p_, 0);
+    S *grad_x = static_cast<S*>(loss_gradients.input_coeffs), *grad_y = static_cast<S*>(loss_gradients.class_coeffs);
+    if (p_.B() == 0) {
+      set_zero(grad_y, 2 * rotations.slots * p_.K() * sizeof(S), stream_);
+      return this->clear(out);
+    }
     // A chunk of recomputed scores is as large as memory allows.
-    const int64_t step = saved.scores ? p_.K() : std::min(p_.K(), limits.recomputed / ld_ + 1);
+    const int64_t step = saved.scores ? kept_step() : large_step();
     const int64_t tile_rows = row_tile();
     RoutingShape shape(step, saved.parked ? 1 : p_.B(), ClassStream<T, 1>::kWarps, saved.parked ? 1 : tile_rows);
     if (saved.parked) shape.row_passes = ceil_div(p_.B(), tile_rows);
     this->allocate(shape, step, out, true, saved.parked ? static_cast<T*>(saved.scores) : nullptr);
-    const S *center_rnorms = static_cast<const S*>(saved.center_rnorms),
-            *input_rnorms = static_cast<const S*>(saved.input_rnorms);
-    S *input_dots = nullptr, *scores = static_cast<S*>(saved.scores), *unused;
-    uint8_t* slots = saved.slots;
+    S* center_rnorms = static_cast<S*>(saved.center_rnorms);
+    S *input_dots = nullptr, *unused;
+    ChunkMemory memory;
+    RotationGradPartials<S> rotation_partials{};
+    const RoutingShape rotation_shape(step, p_.B(), RotationGradsShape::kWarps, RotationGradsShape::kRows);
+    if (rotations.x) {
+      Scratch(workspace_)
+          .add(rotation_partials.x, rotation_shape.most_groups * rotations.slots * ld_)
+          .add(rotation_partials.y, rotation_shape.row_tiles * 2 * rotations.slots * step)
+          .allocate();
+      this->input_moments_ = {rotations.x, grad_x, rotations.slots};
+    }
+    NormOutputs<S> norms{.input_rnorms = static_cast<S*>(saved.input_rnorms),
+                         .input_dots = nullptr,
+                         .ld = ld_,
+                         .center_rnorms = center_rnorms,
+                         .ldr = p_.K(),
+                         .blocks_done = nullptr};
     if (!saved.scores) {
       Scratch(workspace_)
           .add(input_dots, p_.M() * ld_)
-          .add(scores, step * ld_)
-          .add(slots, step * ld_)
+          .add(memory.scores, step * ld_)
+          .add(memory.slots, step * ld_)
+          .add(memory.products, vectors_ > 1 ? step * vectors_ * ld_ : 0)
           .add(unused, p_.B())
           .allocate();
-      const NormOutputs<S> norms{.input_rnorms = unused,
-                                 .input_dots = input_dots,
-                                 .ld = ld_,
-                                 .center_rnorms = nullptr,
-                                 .ldr = 0,
-                                 .blocks_done = nullptr};
-      this->launch_norms(p_, true, norms);
+      norms.input_dots = input_dots;
+      const NormOutputs<S> dots{.input_rnorms = unused,
+                                .input_dots = input_dots,
+                                .ld = ld_,
+                                .center_rnorms = nullptr,
+                                .ldr = 0,
+                                .blocks_done = nullptr};
+      if (p_.m() > 0) this->launch_norms(p_, true, dots);
     }
     const LsePartials<S> no_partials{};
     for (int64_t first = 0; first < p_.K(); first += step) {
       const Problem<T> p = this->chunk(first, step);
-      if (!saved.scores)
-        launch_scores(LseShape(step, step),
-                      score_inputs(p, first, input_dots, center_rnorms, input_rnorms, scores, slots), false, first, 0,
-                      no_partials);
-      const GradSource<T> source{.p = p,
+      norms.center_rnorms = center_rnorms + first;
+      if (saved.scores) {
+        memory.scores = static_cast<S*>(saved.scores) + first * ld_;
+        memory.slots = saved.slots ? saved.slots + first * ld_ : nullptr;
+      } else {
+        memory.vector_norms = {center_rnorms + first, 1, p_.K()};
+        launch_scores(LseShape(step, step), p, norms, memory, false, first, 0, no_partials);
+      }
+      const GradSource<T> source{.p = problem_of_slots(p),
                                  .center_rnorms = center_rnorms + first,
                                  .ldr = p_.K(),
-                                 .input_rnorms = input_rnorms,
-                                 .scores = scores,
-                                 .slots = slots,
+                                 .input_rnorms = norms.input_rnorms,
+                                 .scores = memory.scores,
+                                 .slots = memory.slots,
                                  .score_class = saved.parked ? parked_class() : ld_,
                                  .score_row = 1,
                                  .grad = nullptr,
                                  .softmax = softmax_grad(grads, saved, first),
                                  .scores_gone = saved.parked};
       const RoutingShape chunk_shape =
-          saved.scores ? shape : RoutingShape(p.K(), p_.B(), ClassStream<T, 1>::kWarps, tile_rows);
+          p.K() == step ? shape : RoutingShape(p.K(), p_.B(), ClassStream<T, 1>::kWarps, tile_rows);
       this->require_memory(chunk_shape);
       launch_route(chunk_shape, source, saved.parked);
+      if (vectors_ > 1)
+        launch("expand_weights", expand_weights_kernel<T>, subcenter_blocks(p), SubcentersShape::kThreads, 0, stream_,
+               p.K(), vectors_, ld_, static_cast<const T*>(this->partials_.h),
+               static_cast<const uint8_t*>(memory.slots), this->vectors_h_);
+      if (rotations.x)
+        launch_rotation_grads(rotations_of(p, first), memory.slots, rotation_partials, grad_x, grad_y + first,
+                              first > 0);
       this->add_chunk(chunk_shape, source, out, first);
     }
     this->finish(out);
@@ -164,20 +204,42 @@ class CrossEntropyLauncher : private BackwardLauncher<T> {
             .smoothed = loss_.label_smoothing > 0};
   }
 
-  // The chunk p begins at class `first`; scores and slots are those of the chunk.
-  ScoreInputs<T> score_inputs(const Problem<T>& p, int64_t first, const S* input_dots, const S* center_rnorms,
-                              const S* input_rnorms, S* scores, uint8_t* slots) const {
-    return {.p = p,
-            .products = scores,
+  // The memory of a chunk's scores and slots [K, ld], and that of sub-centers.
+  struct ChunkMemory {
+    S* scores = nullptr;
+    uint8_t* slots = nullptr;
+    S *products = nullptr, *vector_rnorms = nullptr;  // [K vectors, ld]; [K, vectors], which norms_kernel writes
+    SubcenterNorms<S> vector_norms{};                 // R of the sub-centers
+    S* copied_norms = nullptr;                        // memory for a copy, [vectors, K]; or null
+  };
+
+  // Return the classes of a chunk of recomputed scores or of weights of sub-centers: as many as memory allows.
+  int64_t large_step() const { return std::min(p_.K(), limits.recomputed / std::max<int64_t>(ld_ * vectors_, 1) + 1); }
+
+  // Return the classes of a chunk of kept scores: all of them, except where sub-centers need memory for their products.
+  int64_t kept_step() const { return vectors_ > 1 ? large_step() : p_.K(); }
+
+  // Return the problem of a chunk with the sub-centers as slots, for kernels that read neither centers nor
+  // displacements.
+  Problem<T> problem_of_slots(Problem<T> p) const {
+    if (vectors_ > 1) p.displacements.rows = vectors_ - 1;
+    return p;
+  }
+
+  // Return the coefficients for a chunk that begins at class `first`; x is null if there are none.
+  Rotations<S> rotations_of(const Problem<T>& p, int64_t first) const {
+    const S* y = static_cast<const S*>(loss_.class_coeffs);
+    return {.x = static_cast<const S*>(loss_.input_coeffs),
+            .y = y ? y + first : nullptr,
+            .slots = loss_.rotation_slots,
+            .K = p.K(),
+            .B = p.B(),
             .ld = ld_,
-            .score_class = slots ? ld_ : parked_class(),
-            .input_dots = input_dots,
-            .center_rnorms = center_rnorms + first,
-            .ldr = p_.K(),
-            .input_rnorms = input_rnorms,
-            .slots = slots,
-            .slot_class = ld_,
-            .slot_row = 1};
+            .ldy = p_.K()};
+  }
+
+  dim3 subcenter_blocks(const Problem<T>& p) const {
+    return blocks(ceil_div(p.K(), SubcentersShape::kWarps), ceil_div(p.B(), SubcentersShape::kRows));
   }
 
   // Return the distance between the parked scores of two classes, in sums: a row of the gradient of the centers.
@@ -186,16 +248,29 @@ class CrossEntropyLauncher : private BackwardLauncher<T> {
   // Return the number of rows in a tile of the kernels over scores.
   int64_t row_tile() const {
     int64_t rows = 0;
-    with_slots<T>(p_.M(), [&](auto slots) { rows = ClassStream<T, slots>::kRows; });
+    with_slots<T>(this->slots(), [&](auto slots) { rows = ClassStream<T, slots>::kRows; });
     return rows;
   }
 
-  // Make the products of a chunk, and the scores in their place.
-  void launch_scores(const LseShape& shape, const ScoreInputs<T>& inputs, bool park, int64_t first,
-                     int64_t first_partial, const LsePartials<S>& lse) {
-    const Matrix centers{inputs.p.centers.data, inputs.p.K(), p_.d(), p_.d(), 1},
-        input_transposed{p_.input.data, p_.d(), p_.B(), 1, p_.d()};
-    workspace_.multiply(centers, input_transposed, inputs.products, inputs.score_class);
+  // Make the products of the chunk p, and the scores in their place.
+  void launch_scores(const LseShape& shape, const Problem<T>& p, const NormOutputs<S>& norms, const ChunkMemory& memory,
+                     bool park, int64_t first, int64_t first_partial, const LsePartials<S>& lse) {
+    S* products = vectors_ > 1 ? memory.products : memory.scores;
+    ScoreInputs<T> inputs =
+        this->multiply_scores(this->vectors_of(p), norms, products, park ? parked_class() : ld_, memory.slots);
+    // The kernel below then takes one vector per class, and leaves the slots as they are.
+    if (vectors_ > 1) {
+      launch("best_subcenter", best_subcenter_kernel<S>, subcenter_blocks(p), SubcentersShape::kThreads, 0, stream_,
+             p.K(), vectors_, ld_, static_cast<const S*>(products), memory.vector_norms, memory.copied_norms, p_.K(),
+             memory.scores, memory.slots);
+      inputs.p = p, inputs.products = memory.scores, inputs.center_rnorms = nullptr, inputs.slots = nullptr;
+    } else if (loss_.input_coeffs) {
+      using Shape = AddRotationsShape;
+      launch("add_rotations", add_rotations_kernel<S>,
+             blocks(ceil_div(p.K(), Shape::kWarps * Shape::kClasses), ceil_div(p.B(), Shape::kRows)), Shape::kThreads,
+             0, stream_, rotations_of(p, first), products, memory.slots);
+      inputs.slots = nullptr;
+    }
     with_slots<T>(p_.M(), [&](auto slots) {
       const auto launch_kernel = [&](auto kernel) {
         using Stream = ClassStream<T, slots>;
@@ -210,8 +285,20 @@ class CrossEntropyLauncher : private BackwardLauncher<T> {
     });
   }
 
+  // Compute the gradients of the coefficients from H of a chunk; grad_y begins at the chunk's first class.
+  void launch_rotation_grads(const Rotations<S>& rotations, const uint8_t* slots,
+                             const RotationGradPartials<S>& partials, S* grad_x, S* grad_y, bool accumulate) {
+    using Shape = RotationGradsShape;
+    const RoutingShape shape(rotations.K, p_.B(), Shape::kWarps, Shape::kRows);
+    launch("rotation_grads", rotation_grads_kernel<T>, blocks(shape.groups, shape.row_tiles), Shape::kThreads, 0,
+           stream_, shape, rotations, static_cast<const T*>(this->partials_.h), slots, partials);
+    const ReduceRotationsShape reduce(ld_, rotations.K, rotations.slots);
+    launch("reduce_rotation_grads", reduce_rotation_grads_kernel<S>, blocks(reduce.x_blocks + reduce.y_blocks),
+           ReduceRotationsShape::kThreads, 0, stream_, reduce, shape, rotations, partials, grad_x, grad_y, accumulate);
+  }
+
   void launch_route(const RoutingShape& shape, const GradSource<T>& source, bool parked) {
-    with_slots<T>(p_.M(), [&](auto slots) {
+    with_slots<T>(this->slots(), [&](auto slots) {
       const auto launch_kernel = [&](auto kernel) {
         launch("route_loss_grad", kernel, blocks(shape.groups, shape.row_tiles), ClassStream<T, slots>::kThreads, 0,
                stream_, shape, source, this->partials_);

@@ -19,8 +19,11 @@ Tensor checked(const Tensor& x, const Tensor& input, const Sizes& sizes, ScalarT
   return converted(x, dtype);
 }
 
-struct CrossEntropyOptions {
-  Tensor target;
+// The arguments that forward and backward share, as the caller gave them.
+struct CrossEntropyInputs {
+  const Tensor &input, &centers, &displacements, &tau;
+  Optional input_coeffs, class_coeffs;
+  const Tensor& target;
   Optional class_bias, weight, margin;
   int64_t margin_kind, reduction, ignore_index;
   double label_smoothing;
@@ -30,29 +33,36 @@ const void* pointer(const Optional& x) { return x ? x->const_data_ptr() : nullpt
 
 // The tensors of one call of a loss, checked, contiguous and of the types that the kernels take.
 struct CrossEntropyCall : OpCall {
+  const CrossEntropyInputs& given;
   Tensor target;
-  Optional class_bias, weight, margin;
+  Optional class_bias, weight, margin, input_coeffs, class_coeffs;
   LossArguments loss;
 
-  CrossEntropyCall(const Tensor& input, const Tensor& centers, const Tensor& displacements, const Tensor& tau,
-                   const CrossEntropyOptions& o)
-      : OpCall(input, centers, displacements, tau),
-        target(checked(o.target, input, {input.size(0)}, ScalarType::Long, "target")),
-        class_bias(class_vector(o.class_bias, "class_bias")), weight(class_vector(o.weight, "weight")),
-        margin(o.margin && o.margin->numel() == 1 ? scalar(*o.margin, "margin") : class_vector(o.margin, "margin")) {
+  explicit CrossEntropyCall(const CrossEntropyInputs& x)
+      : OpCall(x.input, x.centers, x.displacements, x.tau, true), given(x),
+        target(checked(x.target, input, {input.size(0)}, ScalarType::Long, "target")),
+        class_bias(class_vector(x.class_bias, "class_bias")), weight(class_vector(x.weight, "weight")),
+        margin(x.margin && x.margin->numel() == 1 ? scalar(*x.margin, "margin") : class_vector(x.margin, "margin")) {
     STD_TORCH_CHECK(centers.size(0) > 0, "gistops: centers: expected at least one class, got none");
-    STD_TORCH_CHECK(o.margin_kind >= 0 && o.margin_kind <= 2 && o.reduction >= 0 && o.reduction <= 2,
-                    "gistops: margin_kind, reduction: expected 0, 1 or 2, got ", o.margin_kind, " and ", o.reduction);
+    STD_TORCH_CHECK(x.margin_kind >= 0 && x.margin_kind <= 2 && x.reduction >= 0 && x.reduction <= 2,
+                    "gistops: margin_kind, reduction: expected 0, 1 or 2, got ", x.margin_kind, " and ", x.reduction);
+    check_coeffs();
     loss = {.target = static_cast<const int64_t*>(target.const_data_ptr()),
             .class_bias = pointer(class_bias),
             .weight = pointer(weight),
             .margin = pointer(margin),
             .margin_per_class = margin && margin->numel() != 1,
-            .margin_kind = static_cast<int>(o.margin_kind),
-            .reduction = static_cast<int>(o.reduction),
-            .ignore_index = o.ignore_index,
-            .label_smoothing = o.label_smoothing};
+            .margin_kind = static_cast<int>(x.margin_kind),
+            .reduction = static_cast<int>(x.reduction),
+            .ignore_index = x.ignore_index,
+            .label_smoothing = x.label_smoothing,
+            .input_coeffs = pointer(input_coeffs),
+            .class_coeffs = pointer(class_coeffs),
+            .rotation_slots = input_coeffs ? input_coeffs->size(1) : 1};
   }
+
+  // Return the rows of R.
+  int64_t norms_per_class() const { return centers.dim() == 3 ? centers.size(1) : displacements.size(0) + 1; }
 
  private:
   Optional scalar(const Tensor& x, const char* name) const {
@@ -61,6 +71,19 @@ struct CrossEntropyCall : OpCall {
   Optional class_vector(const Optional& x, const char* name) const {
     if (!x) return std::nullopt;
     return checked(*x, input, {centers.size(0)}, sums, name);
+  }
+  void check_coeffs() {
+    const Optional &x = given.input_coeffs, &y = given.class_coeffs;
+    STD_TORCH_CHECK(bool(x) == bool(y), "gistops: input_coeffs, class_coeffs: expected both or neither, got one");
+    if (!x) return;
+    STD_TORCH_CHECK(centers.dim() == 2 && displacements.size(0) == 0,
+                    "gistops: input_coeffs: expected centers [K, d] and no displacements, got ",
+                    shape_text(centers.sizes()), " and ", shape_text(displacements.sizes()));
+    const int64_t slots = x->dim() == 2 ? x->size(1) : 0;
+    STD_TORCH_CHECK(slots >= 1 && slots <= 256, "gistops: input_coeffs: expected shape [B, M] with 1 <= M <= 256, got ",
+                    shape_text(x->sizes()));
+    input_coeffs = checked(*x, input, {input.size(0), slots}, sums, "input_coeffs");
+    class_coeffs = checked(*y, input, {2, slots, centers.size(0)}, sums, "class_coeffs");
   }
 };
 
@@ -71,7 +94,7 @@ struct ForwardTensors {
 
 // Run the forward. scores, slots: memory for scores that the backward needs; null: they are not kept.
 ForwardTensors run_forward(const CrossEntropyCall& call, void* scores, uint8_t* slots, bool parked) {
-  const int64_t B = call.input.size(0), K = call.centers.size(0), M = call.displacements.size(0) + 1;
+  const int64_t B = call.input.size(0), K = call.centers.size(0), M = call.norms_per_class();
   const auto empty = [&](const Sizes& sizes, ScalarType dtype) { return empty_on_device_of(call.input, sizes, dtype); };
   const ForwardTensors out{.loss = empty(call.loss.reduction == 0 ? Sizes{B} : Sizes{}, call.sums),
                            .lse = empty({B}, call.sums),
@@ -98,10 +121,6 @@ ForwardTensors run_forward(const CrossEntropyCall& call, void* scores, uint8_t* 
   return out;
 }
 
-void check_no_coeffs(const Optional& input_coeffs, const Optional& class_coeffs) {
-  STD_TORCH_CHECK(!input_coeffs && !class_coeffs, "gistops: input_coeffs, class_coeffs: expected none");
-}
-
 using CrossEntropyOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 CrossEntropyOutputs cross_entropy_forward(const Tensor& input, const Tensor& centers, const Tensor& displacements,
@@ -109,10 +128,10 @@ CrossEntropyOutputs cross_entropy_forward(const Tensor& input, const Tensor& cen
                                           const Tensor& target, Optional class_bias, Optional weight, Optional margin,
                                           int64_t margin_kind, int64_t reduction, int64_t ignore_index,
                                           double label_smoothing, bool keep, bool /*allow_tf32*/) {
-  check_no_coeffs(input_coeffs, class_coeffs);
-  const CrossEntropyOptions options{target,      class_bias, weight,       margin,
-                                    margin_kind, reduction,  ignore_index, label_smoothing};
-  const CrossEntropyCall call(input, centers, displacements, tau, options);
+  const CrossEntropyInputs given{input,        centers,        displacements, tau,    input_coeffs, class_coeffs,
+                                 target,       class_bias,     weight,        margin, margin_kind,  reduction,
+                                 ignore_index, label_smoothing};
+  const CrossEntropyCall call(given);
   const Sizes score_sizes = keep ? Sizes{centers.size(0), padded_rows(input.size(0))} : Sizes{0, 0};
   const Tensor scores = empty_on_device_of(input, score_sizes, call.sums),
                slots = empty_on_device_of(input, score_sizes, ScalarType::Byte);
@@ -162,28 +181,32 @@ ParkedOutputs parked_cross_entropy_forward(const Tensor& input, const Tensor& ce
                                            const Tensor& tau, const Tensor& target, Optional class_bias,
                                            Optional weight, Optional margin, int64_t margin_kind, int64_t reduction,
                                            int64_t ignore_index, double label_smoothing, Tensor stash) {
-  const CrossEntropyOptions options{target,      class_bias, weight,       margin,
-                                    margin_kind, reduction,  ignore_index, label_smoothing};
-  const CrossEntropyCall call(input, centers, displacements, tau, options);
+  const CrossEntropyInputs given{input,        centers,        displacements, tau,    std::nullopt, std::nullopt,
+                                 target,       class_bias,     weight,        margin, margin_kind,  reduction,
+                                 ignore_index, label_smoothing};
+  const CrossEntropyCall call(given);
   const ForwardTensors out = run_forward(call, checked_stash(call, stash), nullptr, true);
   return {out.loss, out.lse, out.targets_in_range, out.center_rnorms, out.input_rnorms, out.rows, out.scalars};
 }
 
-using CrossEntropyGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// What a backward gets beside the arguments of the forward.
+// What a backward gets beside the arguments of the forward, and the gradients that it computes.
 struct BackwardTensors {
   Optional grad_loss, grad_lse;
   const Tensor &center_rnorms, &input_rnorms, &rows, &scalars;
   bool need_input, need_centers, need_displacements, need_tau, need_bias, need_margin;
 };
 
+// In the dtypes of their arguments; those of coefficients in that of the sums. Empty where not needed.
+struct CrossEntropyGradients {
+  Tensor input, centers, displacements, tau, input_coeffs, class_coeffs, class_bias, margin;
+};
+
 // Run the backward. scores, slots: from the forward; null: they are recomputed. stash: memory of parked scores, which
 // the gradient of the centers overwrites; or null.
-CrossEntropyGradients run_backward(const CrossEntropyCall& call, const CrossEntropyOptions& options,
-                                   const BackwardTensors& b, void* scores, uint8_t* slots, const Tensor* stash) {
+CrossEntropyGradients run_backward(const CrossEntropyCall& call, const BackwardTensors& b, void* scores, uint8_t* slots,
+                                   const Tensor* stash) {
   const Tensor& input = call.input;
-  const int64_t B = input.size(0), K = call.centers.size(0), M = call.displacements.size(0) + 1;
+  const int64_t B = input.size(0), K = call.centers.size(0), M = call.norms_per_class();
   const auto saved = [&](const Tensor& x, const Sizes& sizes, const char* name) {
     return checked_saved(x, input, sizes, call.sums, name);
   };
@@ -194,17 +217,19 @@ CrossEntropyGradients run_backward(const CrossEntropyCall& call, const CrossEntr
   };
   const Optional loss_grad = grad(b.grad_loss, call.loss.reduction == 0 ? Sizes{B} : Sizes{}, "grad_loss"),
                  lse_grad = grad(b.grad_lse, {B}, "grad_lse");
-  const auto gradient = [&](bool needed, const Tensor& x, ScalarType dtype) {
-    return needed ? empty_on_device_of(x, x.sizes(), dtype) : empty_on_device_of(x, {0}, call.sums);
+  const auto gradient = [&](bool needed, const Optional& x, ScalarType dtype) {
+    return needed && x ? empty_on_device_of(input, x->sizes(), dtype) : empty_on_device_of(input, {0}, call.sums);
   };
   const bool bias_needed = b.need_bias && call.class_bias, margin_needed = b.need_margin && call.margin;
   const Tensor df = gradient(b.need_input, input, call.operands),
                dw = stash ? *stash : gradient(b.need_centers, call.centers, call.operands),
                dd = gradient(b.need_displacements, call.displacements, call.sums),
-               dt = gradient(b.need_tau, call.tau, call.sums),
-               db = gradient(bias_needed, bias_needed ? *call.class_bias : call.tau, call.sums),
-               dm = gradient(margin_needed, margin_needed ? *call.margin : call.tau, call.sums);
+               dt = gradient(b.need_tau, call.tau, call.sums), dx = gradient(true, call.input_coeffs, call.sums),
+               dy = gradient(true, call.class_coeffs, call.sums),
+               db = gradient(bias_needed, call.class_bias, call.sums),
+               dm = gradient(margin_needed, call.margin, call.sums);
   const auto data = [](bool needed, const Tensor& x) { return needed ? x.mutable_data_ptr() : nullptr; };
+  const bool rotates = call.input_coeffs.has_value();
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   TorchWorkspace workspace(call);
   op_table(call.operands)
@@ -221,18 +246,19 @@ CrossEntropyGradients run_backward(const CrossEntropyCall& call, const CrossEntr
            .row_stats = stats.mutable_data_ptr(),
            .scalars = sum_scalars.mutable_data_ptr()},
           {data(b.need_input, df), data(b.need_centers, dw), data(b.need_displacements, dd), data(b.need_tau, dt)},
-          {data(bias_needed, db), data(margin_needed, dm)}, workspace);
-  return {df,
-          dw,
-          dd,
-          dt,
-          bias_needed ? converted(db, options.class_bias->scalar_type()) : db,
-          margin_needed ? converted(dm, options.margin->scalar_type()) : dm};
-}
-
-// Return a gradient in the type of its argument; one that is not needed is empty.
-Tensor as_argument(bool needed, const Tensor& gradient, const Tensor& argument) {
-  return needed ? converted(gradient, argument.scalar_type()) : gradient;
+          {data(bias_needed, db), data(margin_needed, dm), data(rotates, dx), data(rotates, dy)}, workspace);
+  const auto as_argument = [](bool needed, const Tensor& x, const Optional& argument) {
+    return needed ? converted(x, argument->scalar_type()) : x;
+  };
+  const CrossEntropyInputs& given = call.given;
+  return {as_argument(b.need_input, df, given.input),
+          as_argument(b.need_centers, dw, given.centers),
+          as_argument(b.need_displacements, dd, given.displacements),
+          as_argument(b.need_tau, dt, given.tau),
+          dx,
+          dy,
+          as_argument(bias_needed, db, given.class_bias),
+          as_argument(margin_needed, dm, given.margin)};
 }
 
 using AllGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -245,10 +271,10 @@ AllGradients cross_entropy_backward(Optional grad_loss, Optional grad_lse, const
                                     const Tensor& scalars, int64_t margin_kind, int64_t reduction, int64_t ignore_index,
                                     double label_smoothing, bool need_input, bool need_centers, bool need_displacements,
                                     bool need_tau, bool need_bias, bool need_margin, bool /*allow_tf32*/) {
-  check_no_coeffs(input_coeffs, class_coeffs);
-  const CrossEntropyOptions options{target,      class_bias, weight,       margin,
-                                    margin_kind, reduction,  ignore_index, label_smoothing};
-  const CrossEntropyCall call(input, centers, displacements, tau, options);
+  const CrossEntropyInputs given{input,        centers,        displacements, tau,    input_coeffs, class_coeffs,
+                                 target,       class_bias,     weight,        margin, margin_kind,  reduction,
+                                 ignore_index, label_smoothing};
+  const CrossEntropyCall call(given);
   const bool kept = scores.numel() > 0;
   const Sizes score_sizes =
       kept ? Sizes{centers.size(0), padded_rows(input.size(0))} : Sizes(scores.sizes().begin(), scores.sizes().end());
@@ -257,29 +283,11 @@ AllGradients cross_entropy_backward(Optional grad_loss, Optional grad_lse, const
   for (const Tensor* x : {&z, &j})  // the kernels load 16 bytes at a time
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x->const_data_ptr()) % 16 == 0,
                     "gistops: scores, slots: expected memory at a multiple of 16 bytes, as the forward saved");
-  const BackwardTensors tensors{.grad_loss = grad_loss,
-                                .grad_lse = grad_lse,
-                                .center_rnorms = center_rnorms,
-                                .input_rnorms = input_rnorms,
-                                .rows = rows,
-                                .scalars = scalars,
-                                .need_input = need_input,
-                                .need_centers = need_centers,
-                                .need_displacements = need_displacements,
-                                .need_tau = need_tau,
-                                .need_bias = need_bias,
-                                .need_margin = need_margin};
-  const auto [df, dw, dd, dt, db, dm] =
-      run_backward(call, options, tensors, kept ? z.mutable_data_ptr() : nullptr,
-                   kept ? static_cast<uint8_t*>(j.mutable_data_ptr()) : nullptr, nullptr);
-  return {as_argument(need_input, df, input),
-          as_argument(need_centers, dw, centers),
-          as_argument(need_displacements, dd, displacements),
-          as_argument(need_tau, dt, tau),
-          empty_on_device_of(input, {0}, call.sums),
-          empty_on_device_of(input, {0}, call.sums),
-          db,
-          dm};
+  const BackwardTensors tensors{grad_loss,  grad_lse,     center_rnorms,      input_rnorms, rows,      scalars,
+                                need_input, need_centers, need_displacements, need_tau,     need_bias, need_margin};
+  const CrossEntropyGradients g = run_backward(call, tensors, kept ? z.mutable_data_ptr() : nullptr,
+                                               kept ? static_cast<uint8_t*>(j.mutable_data_ptr()) : nullptr, nullptr);
+  return {g.input, g.centers, g.displacements, g.tau, g.input_coeffs, g.class_coeffs, g.class_bias, g.margin};
 }
 
 using ParkedGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -292,25 +300,14 @@ ParkedGradients parked_cross_entropy_backward(Optional grad_loss, Optional grad_
                                               int64_t reduction, int64_t ignore_index, double label_smoothing,
                                               bool need_input, bool need_displacements, bool need_tau, bool need_bias,
                                               bool need_margin, Tensor stash) {
-  const CrossEntropyOptions options{target,      class_bias, weight,       margin,
-                                    margin_kind, reduction,  ignore_index, label_smoothing};
-  const CrossEntropyCall call(input, centers, displacements, tau, options);
-  const BackwardTensors tensors{.grad_loss = grad_loss,
-                                .grad_lse = grad_lse,
-                                .center_rnorms = center_rnorms,
-                                .input_rnorms = input_rnorms,
-                                .rows = rows,
-                                .scalars = scalars,
-                                .need_input = need_input,
-                                .need_centers = true,
-                                .need_displacements = need_displacements,
-                                .need_tau = need_tau,
-                                .need_bias = need_bias,
-                                .need_margin = need_margin};
-  const auto [df, dw, dd, dt, db, dm] =
-      run_backward(call, options, tensors, checked_stash(call, stash), nullptr, &stash);
-  return {as_argument(need_input, df, input), as_argument(need_displacements, dd, displacements),
-          as_argument(need_tau, dt, tau), db, dm};
+  const CrossEntropyInputs given{input,        centers,        displacements, tau,    std::nullopt, std::nullopt,
+                                 target,       class_bias,     weight,        margin, margin_kind,  reduction,
+                                 ignore_index, label_smoothing};
+  const CrossEntropyCall call(given);
+  const BackwardTensors tensors{grad_loss,  grad_lse, center_rnorms,      input_rnorms, rows,      scalars,
+                                need_input, true,     need_displacements, need_tau,     need_bias, need_margin};
+  const CrossEntropyGradients g = run_backward(call, tensors, checked_stash(call, stash), nullptr, &stash);
+  return {g.input, g.displacements, g.tau, g.class_bias, g.margin};
 }
 
 }  // namespace

@@ -10,6 +10,14 @@ struct EpilogueShape {
   static constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 };
 
+// The coefficients of rotations and their gradients, [B, count] each: the sum of their products is that of H times the
+// terms that the coefficients add to the products.
+template <class S>
+struct InputMoments {
+  const S *coeffs = nullptr, *grads = nullptr;
+  int64_t count = 0;
+};
+
 // Finish the gradient of the input:
 //
 //   g_i = sum_k H[k, i] w_k + sum_j S[j, i] delta_j        df_i = g_i - (g_i . f^_i) f^_i
@@ -17,13 +25,14 @@ struct EpilogueShape {
 // H and S contain 1 / |f_i|. They do not contain cancelled pairs, whose w_k + delta_j are added here.
 //   product [B, d]: H'W of a chunk of classes; overwritten
 //   total [B, d]: the sum over the chunks so far, read if `accumulate` and overwritten; null if there is one chunk
-//   out [B, d]: null for all chunks except the last; s [M, ld] is read for the last alone
+//   out [B, d]: null for all chunks except the last; s [M, ld] and moments are read for the last alone
+//   moments: what g_i . f_i lacks, if the norm is not all through which f_i enters z beside its product
 //
 // Grid: B blocks, one row each. Block: 256 threads, which split the dims.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(EpilogueShape::kThreads, 1)
     grad_input_epilogue_kernel(GradSource<T> in, const Sum<T>* s, int64_t ld, const int* cancelled, Sum<T>* product,
-                               Sum<T>* total, bool accumulate, T* out) {
+                               Sum<T>* total, bool accumulate, T* out, InputMoments<Sum<T>> moments) {
   using S = Sum<T>;
   using Shape = EpilogueShape;
   constexpr int kPart = kVector<T>;
@@ -75,6 +84,8 @@ __global__ void __launch_bounds__(EpilogueShape::kThreads, 1)
 #pragma unroll
     for (int e = 0; e < kPart; ++e) dot = fma(g[e], value[e], dot);
   }
+  for (int64_t j = thread; j < moments.count; j += Shape::kThreads)
+    dot = fma(moments.coeffs[i * moments.count + j], moments.grads[i * moments.count + j], dot);
   dot = warp_sum(dot);
   if (thread % kWarp == 0) partial[thread / kWarp] = dot;
   __syncthreads();

@@ -42,19 +42,9 @@ class LogitsLauncher : private BackwardLauncher<T> {
                                  .center_rnorms = center_rnorms + first,
                                  .ldr = p_.K(),
                                  .blocks_done = nullptr};
-      this->launch_norms(p, first == 0, norms);
-      this->multiply_scores(p, products);
-      const ScoreInputs<T> inputs{.p = p,
-                                  .products = products,
-                                  .ld = ld_,
-                                  .score_class = ld_,
-                                  .input_dots = input_dots,
-                                  .center_rnorms = center_rnorms + first,
-                                  .ldr = p_.K(),
-                                  .input_rnorms = input_rnorms,
-                                  .slots = results.slots ? results.slots + first : nullptr,
-                                  .slot_class = 1,
-                                  .slot_row = p_.K()};
+      uint8_t* slots = results.slots ? results.slots + first : nullptr;
+      ScoreInputs<T> inputs = this->norms_and_products(p, first == 0, norms, products, slots);
+      inputs.slot_class = 1, inputs.slot_row = p_.K();
       using Shape = ScoresShape;
       launch("max_over_slots", max_over_slots_kernel<T, Z>,
              blocks(ceil_div(p.K(), Shape::kClasses), ceil_div(p.B(), Shape::kRows)), Shape::kThreads, 0, stream_,

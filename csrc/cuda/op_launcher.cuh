@@ -15,7 +15,7 @@ template <class T>
 class OpLauncher {
  public:
   OpLauncher(const Arguments& a, Workspace& workspace)
-      : workspace_(workspace), stream_(a.stream), ld_(padded_rows(a.B)),
+      : workspace_(workspace), stream_(a.stream), ld_(padded_rows(a.B)), vectors_(a.vectors),
         p_{matrix(a.input, a.B, a.d), matrix(a.centers, a.K, a.d),
            // The pointer of an empty tensor is null, so an empty matrix gets another.
            matrix(a.m ? a.displacements : a.input, a.m, a.d), static_cast<const Sum<T>*>(a.tau)} {}
@@ -37,14 +37,21 @@ class OpLauncher {
   // Return the problem of a chunk of at most `count` classes.
   Problem<T> chunk(int64_t first, int64_t count) const {
     Problem<T> p = p_;
-    p.centers.data += first * p_.d();
+    p.centers.data += first * vectors_ * p_.d();
     p.centers.rows = std::min(count, p_.K() - first);
+    return p;
+  }
+
+  // Return the problem whose classes are the sub-centers of the classes of p.
+  Problem<T> vectors_of(Problem<T> p) const {
+    p.centers.rows *= vectors_;
     return p;
   }
 
   // Return the number of classes whose scores and centers stay in the cache of a large GPU between kernels.
   int64_t cached_classes() const {
-    if (p_.K() * ld_ <= 2 * limits.cached) return p_.K();
+    if (p_.K() * vectors_ * ld_ <= 2 * limits.cached) return p_.K();
+    if (vectors_ > 1) return std::max<int64_t>(limits.cached / ld_ / vectors_, 1);
     return std::max<int64_t>(limits.cached / ld_ / ScoresShape::kClasses, 1) * ScoresShape::kClasses;
   }
 
@@ -53,17 +60,40 @@ class OpLauncher {
     p.m() <= 4 ? launch_norms_kernel<4>(p, with_input, out) : launch_norms_kernel<8>(p, with_input, out);
   }
 
+  // Compute the products of a chunk, in rows of length score_class; return the arguments of the kernels that make
+  // scores of them. norms: those of the chunk; slots: class-major memory, or null.
+  //
   // Matrices have names in this class and its subclasses, because nvcc 13.0 with g++ 13.3 generates invalid C++ for
   // aggregates in braces among the arguments of a call.
-  void multiply_scores(const Problem<T>& p, S* products) {
+  ScoreInputs<T> multiply_scores(const Problem<T>& p, const NormOutputs<S>& norms, S* products, int64_t score_class,
+                                 uint8_t* slots) {
     const Matrix centers{p.centers.data, p.K(), p.d(), p.d(), 1},
         input_transposed{p.input.data, p.d(), p.B(), 1, p.d()};
-    workspace_.multiply(centers, input_transposed, products, ld_);
+    workspace_.multiply(centers, input_transposed, products, score_class);
+    return {.p = p,
+            .products = products,
+            .ld = ld_,
+            .score_class = score_class,
+            .input_dots = norms.input_dots,
+            .center_rnorms = norms.center_rnorms,
+            .ldr = norms.ldr,
+            .input_rnorms = norms.input_rnorms,
+            .slots = slots,
+            .slot_class = ld_,
+            .slot_row = 1};
+  }
+
+  // The same with the norms, which are those of the input too for the first chunk.
+  ScoreInputs<T> norms_and_products(const Problem<T>& p, bool is_first, const NormOutputs<S>& norms, S* products,
+                                    uint8_t* slots) {
+    launch_norms(p, is_first, norms);
+    return multiply_scores(p, norms, products, ld_, slots);
   }
 
   Workspace& workspace_;
   void* stream_;
-  int64_t ld_;  // row length of class-major tensors
+  int64_t ld_;       // row length of class-major tensors
+  int64_t vectors_;  // sub-centers per class
   Problem<T> p_;
 
  private:

@@ -8,10 +8,11 @@ namespace gistops::cuda {
 
 // All tensors are contiguous. "Sums" are double for double operands, else float.
 struct Arguments {
-  const void *input, *centers, *displacements;  // [B, d], [K, d], [m, d], of one type
+  const void *input, *centers, *displacements;  // [B, d], [K, d] or [K, vectors, d], [m, d], of one type
   const void* tau;                              // [1] sum
   int64_t B, K, d, m;
   void* stream;
+  int64_t vectors = 1;  // sub-centers per class, in a loss; more than one only if m is 0
 };
 
 struct LogitsResults {
@@ -62,6 +63,9 @@ struct LossArguments {
   int margin_kind, reduction;                // 0 logit, 1 cosine, 2 angle; 0 none, 1 mean, 2 sum
   int64_t ignore_index;
   double label_smoothing;
+  // Coefficients of rotations [B, slots] and [2, slots, K], as sums; null: none. m and vectors are then 0 and 1.
+  const void *input_coeffs = nullptr, *class_coeffs = nullptr;
+  int64_t rotation_slots = 1;
 };
 
 struct LossResults {
@@ -70,7 +74,7 @@ struct LossResults {
   void* scores;               // [K, padded_rows(B)] sums; null: not kept for the backward
   uint8_t* slots;             // in the shape of scores; null: not kept
   bool parked;                // instead, scores is the memory of the gradient of the centers, which holds the slots too
-  void* center_rnorms;        // [M, K]
+  void* center_rnorms;        // [M, K]; rotations [1, K]
   void* input_rnorms;         // [B]
   void *row_stats, *scalars;  // [2, B], or [5, B] with a margin; [2]: as in softmax_grad.cuh
 };
@@ -80,9 +84,10 @@ struct LossOutputGrads {
   const void *loss, *lse;
 };
 
-// Gradients of the vectors of LossArguments; null where not needed.
+// Gradients of the vectors of LossArguments; null where not needed. Those of coefficients are always needed.
 struct LossGradients {
   void *class_bias, *margin;  // [K]; [K] or [1]
+  void *input_coeffs = nullptr, *class_coeffs = nullptr;
 };
 
 // The most results of `topk` per row, and the most classes.

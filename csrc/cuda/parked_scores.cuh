@@ -16,7 +16,8 @@ __device__ __forceinline__ uint32_t parked(float z, uint32_t slot) {
 __device__ __forceinline__ float parked_score(uint32_t bits) { return __uint_as_float(bits & ~7u); }
 __device__ __forceinline__ uint32_t parked_slot(uint32_t bits) { return bits & 7; }
 
-// Store a lane's scores of class k, from row i on: with their slots, or beside them.
+// Store a lane's scores of class k, from row i on: with their slots, or beside them unless
+// `in.slots` is null.
 template <bool kParked, class T>
 __device__ __forceinline__ void store_scores(const ScoreInputs<T>& in, int k, int i, const Sum<T> (&z)[4],
                                              const int (&slot)[4]) {
@@ -29,6 +30,7 @@ __device__ __forceinline__ void store_scores(const ScoreInputs<T>& in, int k, in
     *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(values);
   } else {
     store_sums<true>(to, 0, 0, z);
+    if (!in.slots) return;
     uint32_t bytes = 0;
 #pragma unroll
     for (int e = 0; e < 4; ++e) bytes |= static_cast<uint32_t>(slot[e]) << (8 * e);

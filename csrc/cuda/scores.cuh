@@ -31,7 +31,7 @@ struct ScoreInputs {
   int64_t ld;              // B rounded up to whole vectors
   int64_t score_class;     // ld, or more where scores are parked
   const S* input_dots;     // [M, ld]  Q
-  const S* center_rnorms;  // [M, ldr] R
+  const S* center_rnorms;  // [M, ldr] R; null: 1, for lse_partials.cuh with M = 1
   int64_t ldr;
   const S* input_rnorms;  // [B]
   uint8_t* slots;         // the slot of class k and row i, at k slot_class + i slot_row; null: not needed

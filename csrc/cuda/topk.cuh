@@ -47,19 +47,7 @@ class TopkLauncher : private OpLauncher<T> {
                                  .center_rnorms = center_rnorms,
                                  .ldr = step,
                                  .blocks_done = nullptr};
-      this->launch_norms(p, first == 0, norms);
-      this->multiply_scores(p, products);
-      const ScoreInputs<T> inputs{.p = p,
-                                  .products = products,
-                                  .ld = ld_,
-                                  .score_class = ld_,
-                                  .input_dots = input_dots,
-                                  .center_rnorms = center_rnorms,
-                                  .ldr = step,
-                                  .input_rnorms = input_rnorms,
-                                  .slots = slots,
-                                  .slot_class = ld_,
-                                  .slot_row = 1};
+      const ScoreInputs<T> inputs = this->norms_and_products(p, first == 0, norms, products, slots);
       const int64_t tiles = ceil_div(p.K(), Shape::kClasses);
       const TopkChunk chunk{.first_class = first,
                             .range_tiles = static_cast<int>(ceil_div(tiles, partials.ranges)),

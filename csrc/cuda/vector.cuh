@@ -72,7 +72,17 @@ __device__ __forceinline__ void store_sums(S* row, int x, int cols, const S (&in
   }
 }
 
-// Store four adjacent elements, at a multiple of their size.
+// Load or store four adjacent elements, at a multiple of their size.
+template <class T>
+__device__ __forceinline__ void load_four(const T* from, T (&values)[4]) {
+  if constexpr (sizeof(T) == 2) {
+    *reinterpret_cast<uint2*>(values) = *reinterpret_cast<const uint2*>(from);
+  } else {
+#pragma unroll
+    for (int part = 0; part < 4; part += kVector<T>)
+      *reinterpret_cast<uint4*>(values + part) = *reinterpret_cast<const uint4*>(from + part);
+  }
+}
 template <class T>
 __device__ __forceinline__ void store_four(T* to, const T (&values)[4]) {
   if constexpr (sizeof(T) == 2) {

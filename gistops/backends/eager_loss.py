@@ -31,7 +31,10 @@ Backward = Callable[[CrossEntropyBackward], CrossEntropyGradients]
 #: Park the scores in the memory of the gradient of the centers, where they fit.
 PARK_SCORES = True
 #: Backend -> the transforms whose loss its ops compute whole. The loss of other transforms is made from its parts.
-WHOLE_LOSS = {"cuda": ("translation",), "triton": ("translation", "subcenters")}
+WHOLE_LOSS = {
+    "cuda": ("translation", "subcenters", "rotation"),
+    "triton": ("translation", "subcenters"),
+}
 #: Namespace -> Python kernels of the loss. The compiled ones are called through their ops.
 python_kernels: dict[str, tuple[Forward, Backward]] = {}
 _PLAIN = (Tensor, torch.nn.Parameter)

@@ -46,11 +46,11 @@ def constellation_cross_entropy(
     biases and margins give what `F.cross_entropy` gives for such logits: NaN where a weight of 0 meets an infinite
     loss. Differentiable once in input, centers, displacements, tau, axis, mlp, class_bias, and a margin given as a tensor.
 
-    Beyond the gradients, the memory of a training step does not grow with B·K, with one exception: for translations on
-    GPUs, scores are kept from the forward to the backward if they take at most 2 GiB. A step takes three matrix products,
-    as a linear layer does, if the scores are kept. It takes four if the backward recomputes them. On the CPU, scores are
-    kept in the buffer of the centers' gradient, where there is room for them while B is below about 0.8 d; on NVIDIA GPUs
-    in half precision too, while B is at most d / 2 and M at most 8.
+    Beyond the gradients, the memory of a training step does not grow with B·K, with one exception: on GPUs, except with
+    `mlp`, and with rotations in Triton, scores are kept from the forward to the backward if they take at most 2 GiB. A step
+    takes three matrix products, as a linear layer does, if the scores are kept. It takes four if the backward recomputes
+    them. On the CPU, scores are kept in the buffer of the centers' gradient, where there is room for them while B is below
+    about 0.8 d; on NVIDIA GPUs in half precision those of translations too, while B is at most d / 2 and M at most 8.
 
     Args:
         input, centers, displacements, tau, transform, axis, mlp, backend: as in `constellation_logits`.
@@ -107,7 +107,8 @@ def subcenter_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the cross-entropy of `subcenter_logits` without materializing the logits.
 
-    Arguments, returns and errors are those of `constellation_cross_entropy`, with centers [K, M, d].
+    Arguments, returns and errors are those of `constellation_cross_entropy`, with centers [K, M, d]. So is the memory: on
+    GPUs, the products of the sub-centers exist for one chunk of classes at a time.
     """
     options = LossOptions(class_bias, weight, margin, margin_kind, reduction, ignore_index, label_smoothing)
     loss, lse = _cross_entropy(input, check_subcenters(input, centers, tau), target, options, backend)

@@ -77,8 +77,9 @@ class HostWorkspace final : public gc::Workspace {
 
 gc::Arguments arguments(const py::array& input, const py::array& centers, const py::array& displacements,
                         const py::array& tau) {
-  return {input.data(),     centers.data(), displacements.data(),   tau.data(), input.shape(0),
-          centers.shape(0), input.shape(1), displacements.shape(0), nullptr};
+  return {
+      input.data(),     centers.data(), displacements.data(),   tau.data(), input.shape(0),
+      centers.shape(0), input.shape(1), displacements.shape(0), nullptr,    centers.ndim() == 3 ? centers.shape(1) : 1};
 }
 
 py::array empty(const py::dtype& dtype, std::vector<py::ssize_t> shape) {
@@ -134,6 +135,7 @@ struct Loss {
   int margin_kind, reduction;
   int64_t ignore_index;
   double label_smoothing;
+  py::object input_coeffs, class_coeffs;
 
   gc::LossArguments arguments() const {
     return {static_cast<const int64_t*>(target.data()),
@@ -144,7 +146,10 @@ struct Loss {
             margin_kind,
             reduction,
             ignore_index,
-            label_smoothing};
+            label_smoothing,
+            values(input_coeffs),
+            values(class_coeffs),
+            input_coeffs.is_none() ? 1 : py::array(input_coeffs).shape(1)};
   }
 };
 
@@ -182,7 +187,7 @@ py::dict cross_entropy_forward(const std::string& type, const py::array& input, 
                   : scores == "parked" ? py::object(empty(centers.dtype(), {a.K, a.d}))
                                        : py::none();
   out["slots"] = scores == "kept" ? py::object(empty(py::dtype("uint8"), {a.K, ld})) : py::none();
-  out["center_rnorms"] = empty(sum, {a.m + 1, a.K});
+  out["center_rnorms"] = empty(sum, {a.vectors > 1 ? a.vectors : a.m + 1, a.K});
   out["input_rnorms"] = empty(sum, {a.B});
   out["row_stats"] = empty(sum, {loss.margin.is_none() ? 2 : 5, a.B});
   out["scalars"] = empty(sum, {2});
@@ -200,14 +205,15 @@ py::tuple cross_entropy_backward(const std::string& type, const py::object& grad
   };
   const gc::LossResults from_forward = results(saved);
   py::array df = empty(input.dtype(), {a.B, a.d});
-  py::array dw = from_forward.parked ? py::array(saved["scores"]) : empty(input.dtype(), {a.K, a.d});
+  py::array dw = from_forward.parked ? py::array(saved["scores"]) : empty(input.dtype(), {a.K * a.vectors, a.d});
   py::array dd = empty(sums(type), {a.m, a.d}), dt = empty(sums(type), {1});
-  py::object db = like(loss.class_bias), dm = like(loss.margin);
+  py::object db = like(loss.class_bias), dm = like(loss.margin), dx = like(loss.input_coeffs),
+             dy = like(loss.class_coeffs);
   HostWorkspace workspace(type);
   op_table(type).cross_entropy_backward(a, loss.arguments(), {values(grad_loss), values(grad_lse)}, from_forward,
                                         {df.mutable_data(), dw.mutable_data(), dd.mutable_data(), dt.mutable_data()},
-                                        {data(db), data(dm)}, workspace);
-  return py::make_tuple(df, dw, dd, dt, db, dm);
+                                        {data(db), data(dm), data(dx), data(dy)}, workspace);
+  return py::make_tuple(df, dw, dd, dt, dx, dy, db, dm);
 }
 
 // Overwrite `centers_grad` [K, d], whose rows begin with H, with the gradient of the centers of a summed loss without
@@ -291,7 +297,8 @@ py::tuple topk(const std::string& type, const py::array& input, const py::array&
 PYBIND11_MODULE(GISTOPS_MODULE, m) {
   m.def("logits_forward", &logits_forward);
   m.def("logits_backward", &logits_backward);
-  py::class_<Loss>(m, "Loss").def(py::init<py::array, py::object, py::object, py::object, int, int, int64_t, double>());
+  py::class_<Loss>(m, "Loss").def(
+      py::init<py::array, py::object, py::object, py::object, int, int, int64_t, double, py::object, py::object>());
   m.def("cross_entropy_parks", &cross_entropy_parks);
   // Return the score and the slot that are parked in one float.
   m.def("parked", [](float z, unsigned slot) {

@@ -33,11 +33,12 @@ class HostLoss:
 
     Args:
         module: The compiled kernels (tests/host_cuda/bindings.cpp).
-        tensors: input, centers, displacements, tau.
+        tensors: input, centers (or sub-centers [K, M, d]), displacements, tau.
         target: Class indices, int64.
         scores: Where the scores are from the forward to the backward: "kept" in memory of their own, "parked" in the
             gradient of the centers, or "recomputed".
         saved: Results of a forward, for its backward; None: a forward is run.
+        coeffs: input_coeffs and class_coeffs of rotations.
         options: Options of `constellation_cross_entropy`.
     """
 
@@ -48,6 +49,7 @@ class HostLoss:
         target: Tensor,
         scores: str = "kept",
         saved: dict[str, Any] | None = None,
+        coeffs: tuple[Tensor | None, Tensor | None] = (None, None),
         **options: Any,
     ) -> None:
         self.module = module
@@ -55,6 +57,7 @@ class HostLoss:
         self.type, self.sums, self.operands, self.arrays = _operands(tensors)
         vectors = [options.get(name) for name in ("class_bias", "weight", "margin")]
         self.vectors = [None if v is None else torch.as_tensor(v).detach().to(self.sums) for v in vectors]
+        self.coeffs = [None if c is None else c.detach().to(self.sums).contiguous() for c in coeffs]
         self.loss_arguments = module.Loss(
             target.numpy(),
             *(None if v is None else v.numpy() for v in self.vectors),
@@ -62,6 +65,7 @@ class HostLoss:
             REDUCTIONS.index(options.get("reduction", "mean")),
             options.get("ignore_index", -100),
             options.get("label_smoothing", 0.0),
+            *(None if c is None else c.numpy() for c in self.coeffs),
         )
         if saved is not None:
             self.saved = saved
@@ -81,12 +85,13 @@ class HostLoss:
         return bool(module.cross_entropy_parks(type, *arrays))
 
     def gradients(self, grad_loss: Tensor | None, grad_lse: Tensor | None) -> list[Tensor | None]:
-        """Return the gradients of the tensors, class_bias and margin; None if absent."""
+        """Return the gradients of the tensors, the coefficients, class_bias and margin; None if absent."""
         grads = [None if g is None else g.to(self.sums).contiguous().numpy() for g in (grad_loss, grad_lse)]
         values = self.module.cross_entropy_backward(
             self.type, *grads, *self.arrays, self.loss_arguments, self.saved
         )
-        shapes = [*(t.shape for t in self.tensors), *(v if v is None else v.shape for v in self.vectors[::2])]
+        optional = (*self.coeffs, *self.vectors[::2])
+        shapes = [*(t.shape for t in self.tensors), *(v if v is None else v.shape for v in optional)]
         gradients: list[Tensor | None] = []
         for value, shape in zip(values, shapes, strict=True):
             if value is None or shape is None:

@@ -39,6 +39,7 @@ def host_loss(module: Any, a: Any, scores: str, saved: dict[str, Any] | None = N
         a.target,
         scores,
         saved,
+        (a.input_coeffs, a.class_coeffs),
         class_bias=a.class_bias,
         weight=a.weight,
         margin=a.margin,
@@ -74,8 +75,8 @@ def register(module: Any) -> Any:
         saved = {name: x.numpy() for name, x in zip(STATE, state, strict=True)}
         saved |= {"scores": scores, "slots": slots, "loss": None, "lse": None, "targets_in_range": None}
         loss = host_loss(module, a, "", saved)
-        *found, bias, margin = loss.gradients(a.grad_loss, a.grad_lse)
-        return tuple(torch.empty(0) if x is None else x for x in (*found, None, None, bias, margin))
+        found = loss.gradients(a.grad_loss, a.grad_lse)
+        return tuple(torch.empty(0) if x is None else x for x in found)
 
     def backward(a: Any) -> tuple[Tensor, ...]:
         kept = a.scores.numel() > 0

@@ -19,10 +19,11 @@ from .host_logits import HostLogits
 from .logits_cases import *  # noqa: F403  the tests themselves
 from .logits_storage_cases import *  # noqa: F403
 from .topk_cases import *  # noqa: F403
+from .vector_loss_cases import *  # noqa: F403
 
 CASES = [
     str(Path(__file__).with_name(f"{name}_cases.py"))
-    for name in ("logits", "logits_storage", "cross_entropy", "grad_centers", "topk")
+    for name in ("logits", "logits_storage", "cross_entropy", "grad_centers", "topk", "vector_loss")
 ]
 
 

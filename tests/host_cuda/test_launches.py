@@ -45,6 +45,37 @@ def test_a_step_takes_at_most_12_launches_for_any_number_of_classes(scores: str,
         assert (forward["products"], backward["products"]) == (1, 1)
 
 
+def vector_step(module: Any, form: str, classes: int, scores: str) -> tuple[Counts, Counts]:
+    """Return what forward and backward of a loss of three sub-centers, or of four rotations, request."""
+    vectors = (classes, 3, DIMS) if form == "subcenters" else (classes, DIMS)
+    tensors = [*(torch.empty(size, dtype=torch.bfloat16) for size in ((B, DIMS), vectors, (0, DIMS)))]
+    coeffs = (None, None) if form == "subcenters" else (torch.empty(B, 5), torch.empty(2, 5, classes))
+    target = torch.zeros(B, dtype=torch.int64)
+    loss = HostLoss(module, [*tensors, torch.ones(())], target, scores, coeffs=coeffs, margin=0.3)
+    forward = module.count()
+    loss.gradients(torch.ones(()), None)
+    return forward, module.count()
+
+
+@pytest.mark.usefixtures("counting")
+@pytest.mark.parametrize("form", ["subcenters", "rotation"])
+def test_launches_of_a_step_of_subcenters_and_rotations(form: str, module: Any) -> None:
+    """At most 12 if the products of all sub-centers are one chunk, and 8 more for each chunk of 2^25 products."""
+    (forward, backward), large = (vector_step(module, form, classes, "kept") for classes in (20_000, 100_000))
+    assert 0 < forward["launches"] + backward["launches"] <= 12
+    assert (forward["products"], backward["products"]) == (1, 1)
+    chunks = 3 if form == "subcenters" else 1
+    assert large[0]["products"] == large[1]["products"] == chunks
+    assert sum(counts["launches"] for counts in large) <= 12 + 8 * (chunks - 1)
+
+
+@pytest.mark.usefixtures("counting")
+@pytest.mark.parametrize("scores", ["kept", "recomputed"])
+def test_a_loss_of_subcenters_has_no_memory_for_the_products_of_all_classes(scores: str, module: Any) -> None:
+    for counts in vector_step(module, "subcenters", 400_000, scores):
+        assert 0 < counts["bytes"] <= 0.5e9 < B * 400_000 * 3 * 4
+
+
 @pytest.mark.usefixtures("counting")
 @pytest.mark.parametrize("rows", [16, 256])
 def test_partial_sums_of_a_short_last_chunk_have_memory(rows: int, module: Any) -> None:
