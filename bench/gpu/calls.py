@@ -43,7 +43,7 @@ def make_call(name: str, kind: str, arguments: Tensors, precision: str) -> Call:
 
 def _call(variant: Variant, kind: str, arguments: Tensors) -> Call:
     if kind == "loss" and variant.ours:
-        return _loss_step(gistops_loss(variant.backend, variant.cosine), arguments)
+        return _loss_step(gistops_loss(variant.backend, variant.cosine, variant.vectors), arguments)
     if kind == "loss" and variant.family == "peer":
         return _loss_step(_peer(variant.name), arguments)
     if kind == "topk" and variant.ours:
@@ -103,12 +103,26 @@ def _head(variant: Variant) -> Callable[..., Tensor]:
     return torch.compile(function, fullgraph=True, dynamic=False) if variant.compiled else function
 
 
-def gistops_loss(backend: str, cosine: bool = False) -> Callable[..., Tensor]:
-    """Return the mean constellation loss without materialized logits."""
+def gistops_loss(backend: str, cosine: bool = False, vectors: str = "") -> Callable[..., Tensor]:
+    """Return the mean constellation loss without materialized logits.
+
+    Args:
+        cosine: without displacements.
+        vectors: "rotation": the displacements rotate the centers; "subcenters": two adjacent centers are the sub-centers of
+            one class.
+    """
 
     def loss(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor, labels: Tensor) -> Tensor:
-        delta = delta.detach()[:0] if cosine else delta
-        value = gistops.constellation_cross_entropy(x, w, delta, tau, labels, backend=backend)
+        if vectors == "subcenters":
+            pairs = w[: len(w) // 2 * 2].unflatten(0, (-1, 2))
+            value = gistops.subcenter_cross_entropy(x, pairs, tau, labels % len(pairs), backend=backend)
+        else:
+            delta = delta.detach()[:0] if cosine else delta
+            given: dict[str, Any] = {}
+            if vectors == "rotation":
+                axis = torch.linspace(-1, 1, w.shape[1], dtype=w.dtype, device=w.device)
+                given = {"transform": "rotation", "axis": axis}
+            value = gistops.constellation_cross_entropy(x, w, delta, tau, labels, backend=backend, **given)
         assert isinstance(value, Tensor)
         return value
 

@@ -50,13 +50,15 @@ def poisoned(device: str) -> Iterator[None]:
 class Oracle:
     """Logits, loss and gradients of the reference backend in float64."""
 
-    def __init__(self, arguments: Tensors, cosine: bool) -> None:
-        """Compute the results, with `cosine` without displacements."""
+    def __init__(self, arguments: Tensors, cosine: bool, vectors: str = "") -> None:
+        """Compute the results, with `cosine` without displacements, with `vectors` for the loss as in `gistops_loss`."""
         doubles = [argument.detach().double().requires_grad_() for argument in arguments]
         x, w, delta, tau = doubles
         delta = delta.detach()[:0] if cosine else delta
         logits = gistops.constellation_logits(x, w, delta, tau, backend="reference")
         value = F.cross_entropy(logits, make_labels(arguments))
+        if vectors:
+            value = calls.gistops_loss("reference", cosine, vectors)(*doubles, make_labels(arguments))
         self.kept = [n for n, a in enumerate(doubles) if a.numel() and not (cosine and n == 2)]
         self.gradients = torch.autograd.grad(value, [doubles[n] for n in self.kept])
         self.logits, self.loss = logits.detach(), value.detach()

@@ -40,6 +40,7 @@ class Variant:
     backend: str = ""  # the backend of gistops; empty for other code
     settings: dict[str, Any] = field(default_factory=dict)  # see settings.py
     cosine: bool = False  # has no displacements: m = 0, or a linear layer
+    vectors: str = ""  # instead of centers moved by displacements: "rotation" or "subcenters", see calls.py
     narrow: bool = False  # the logits are in the dtype of the input, and so is the loss of a step
     slots: bool = False  # the forward returns the slots
     compiled: bool = False  # by torch.compile, which takes seconds per size
@@ -206,6 +207,12 @@ VARIANTS = (
     # At m = 0 gistops is a cosine classifier. Other libraries have the losses of linear layers and cosine classifiers.
     Variant("cuda, m=0", "cuda", backend="cuda", cosine=True),
     Variant("triton, m=0", "triton", backend="triton", cosine=True),
+    # The losses of other vectors. Half as many classes have two sub-centers each, so that the products are as large.
+    *(
+        Variant(f"{name}, {vectors}", name, ("loss",), name, cosine=vectors == "subcenters", vectors=vectors)
+        for name in ("cuda", "triton", "cpu")
+        for vectors in ("rotation", "subcenters")
+    ),
     *(
         Variant(f"{name}{head}", "peer", ("loss",), cosine=True)
         for name in ("torch linear_cross_entropy", "CCE", "Liger")
@@ -217,7 +224,7 @@ VARIANTS = (
 )
 TABLE = {variant.name: variant for variant in VARIANTS}
 #: The candidates of the selection rule: gistops with displacements, with the results that every backend returns by default.
-CANDIDATES = tuple(v for v in VARIANTS if v.ours and not (v.cosine or v.narrow or v.slots))
+CANDIDATES = tuple(v for v in VARIANTS if v.ours and not (v.cosine or v.vectors or v.narrow or v.slots))
 
 
 def chosen(patterns: Sequence[str] | None) -> list[str]:

@@ -136,7 +136,7 @@ class Worker:
 
     def _smoke(self, name: str, case: Case) -> dict[str, Any]:
         arguments = self.arguments(case)
-        oracle = smoke_checks.Oracle(arguments, TABLE[name].cosine)
+        oracle = smoke_checks.Oracle(arguments, TABLE[name].cosine, TABLE[name].vectors)
         before = functools.partial(self._before, name, case)
         return smoke_checks.run_smoke_check(name, case.precision, arguments, oracle, self.device, before)
 

@@ -147,6 +147,17 @@ def test_smoke_checks_accept_right_results(precision: str, size: Size) -> None:
     assert not any(smoke_checks.objection(kind) for kind in found.values()), found
 
 
+@pytest.mark.parametrize("name", ["cpu, rotation", "cpu, subcenters"])
+def test_smoke_checks_accept_right_losses_of_other_vectors(name: str) -> None:
+    for size in (Size(30, 20, 17), Size(9, 7, 8, 0)):
+        arguments = smoke_checks.make_inputs(size, torch.float32, "cpu")
+        variant = variants.TABLE[name]
+        oracle = smoke_checks.Oracle(arguments, variant.cosine, variant.vectors)
+        found = smoke_checks.run_smoke_check(name, "float32", arguments, oracle, "cpu")
+        assert set(found) == {"loss"}
+        assert not smoke_checks.objection(found["loss"]), found
+
+
 def test_smoke_checks_find_unwritten_and_unstable_results(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = smoke_checks.make_inputs(Size(5, 7, 8), torch.float32, "cpu")
     oracle = smoke_checks.Oracle(arguments, cosine=False)
