@@ -98,8 +98,8 @@ def _tile(loop: str) -> Callable[[Any, Any, str], Any]:
     """Return a function that converts a bf16 tile: in float32 its `loop` dimension is halved, for the same bytes."""
 
     def make(configs: Any, value: tuple[int, ...], precision: str) -> Any:
-        names = ("classes", "rows", "dims", "warps", "stages", "parts")
-        tile = dict(zip(names, value, strict=False))
+        names = ("classes", "rows", "dims", "warps", "stages")
+        tile = dict(zip(names, value, strict=True))
         if precision != "bf16":
             tile[loop] //= 2
         return configs.Config(**tile)

@@ -68,8 +68,8 @@ def _tiles(matmul: str, kind: str, *tiles: tuple[int, int, int, int, int]) -> li
     ]
 
 
-def _fused_losses(*tiles: tuple[int, int, int, int, int, int]) -> list[Variant]:
-    """Return variants of the loss with fused kernels: classes, rows, dims in bf16, warps, stages, parts."""
+def _fused_losses(*tiles: tuple[int, int, int, int, int]) -> list[Variant]:
+    """Return variants of the loss with fused kernels: classes, rows, dims in bf16, warps, stages."""
     return [
         Variant(
             f"triton loss fused {mode} {tile[0]}x{tile[1]}",
@@ -201,8 +201,8 @@ VARIANTS = (
     ),
     # The product in the kernels that use it: in the forward, with scores kept for the backward; then in both directions.
     *_fused_losses(
-        (128, 128, 64, 8, 3, 8),
-        (64, 128, 64, 4, 4, 8),
+        (64, 64, 64, 8, 3),
+        (64, 32, 64, 4, 3),
     ),
     # At m = 0 gistops is a cosine classifier. Other libraries have the losses of linear layers and cosine classifiers.
     Variant("cuda, m=0", "cuda", backend="cuda", cosine=True),

@@ -115,7 +115,7 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     fused = tile_tables.fused_loss_tiles(*table)
     for config in fused:
         for options in (every_option, no_option):
-            constants = {"PARTS": config.parts, "UNROLLED_SLOTS": 5} | products | options
+            constants = {"UNROLLED_SLOTS": 5} | products | options
             yield _large(fused_lse_kernel, dtype, target, config, constants)
     for options in (every_option, no_option | {"STASH": True}, no_option):
         for count in counts:
@@ -175,12 +175,7 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
                 form |= {"NEED_SLOT_WEIGHTS": not interleaved}
                 yield Case(route_loss_grad_kernel, dtype, target, constants | form, tiles[2])
             for config in fused if slots == 8 else ():
-                constants = {
-                    "PARTS": config.parts,
-                    "UNROLLED_SLOTS": 5,
-                    "MAX_WEIGHT": largest,
-                }
-                constants |= products | needs_all | mode
+                constants = {"UNROLLED_SLOTS": 5, "MAX_WEIGHT": largest} | products | needs_all | mode
                 yield _large(fused_route_loss_grad_kernel, dtype, target, config, constants)
     for kernel, constants in small:
         yield Case(kernel, dtype, target, constants)

@@ -78,7 +78,7 @@ class Launches(TorchDispatchMode):
 
 
 #: A tile of the fused kernels that small samples exceed in every dimension.
-SMALL = tile_tables.Config(classes=32, rows=16, dims=16, warps=4, stages=1, parts=2)
+SMALL = tile_tables.Config(classes=32, rows=16, dims=16, warps=4, stages=1)
 #: How a loss gets its scores: kept or recomputed by torch's product, kept or recomputed by fused kernels.
 Form = Literal["kept", "recomputed", "fused, kept", "fused, recomputed"]
 

@@ -24,7 +24,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 INTERPRETER = {
     "forward": Config(128, 128, 128, 4, 1),
     "centers": Config(128, 128, 128, 4, 1),
-    "loss": Config(128, 128, 128, 4, 1, parts=2),
+    "loss": Config(128, 128, 128, 4, 1),
     "topk": Config(128, 64, 128, 4, 1),
 }
 #: Elements of the float32 product H f that are computed before they are corrected: 24 MB, half of a Hopper's cache.

@@ -1,7 +1,7 @@
 """The loss's backward from vectors to routed weights as one kernel: the product is computed again, and not written.
 
-Its epilogue is that of route_loss_grad_kernel, on a few rows of the tile at a time (fused_lse.py). In class tiles in
-which a pair cancels, logits and slots come from rescore_cancelled_lse_kernel.
+Its epilogue is that of route_loss_grad_kernel. In class tiles in which a pair cancels, logits and slots come from
+rescore_cancelled_lse_kernel.
 """
 
 from __future__ import annotations
@@ -11,20 +11,10 @@ import triton.language as tl
 
 from .cancellation import any_cancelled
 from .forward import tile_products
-from .fused_lse import column_parts
 from .loss_grad_tile import loss_grad_tile, margin_factors, row_factors, slot_moment, store_by_class
 from .lse import score_tile
 from .lse_partials import local_targets
 from .numerics import load_tau
-
-
-@triton.jit
-def add_moments(sums, slot, u, UNROLLED_SLOTS: tl.constexpr):
-    """Return the tuple of U per slot, with those of a tile added."""
-    total = (sums[0] + slot_moment(0, slot, u),)
-    for j in tl.static_range(1, UNROLLED_SLOTS):
-        total += (sums[j] + slot_moment(j, slot, u),)  # type: ignore[assignment]
-    return total
 
 
 @triton.jit
@@ -65,7 +55,6 @@ def fused_route_loss_grad_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PARTS: tl.constexpr,  # parts of the rows that the epilogue takes one after the other
     UNROLLED_SLOTS: tl.constexpr,  # M
     MAX_WEIGHT: tl.constexpr,  # the largest float16 if H' is float16; otherwise 0
     ACC: tl.constexpr,
@@ -89,89 +78,70 @@ def fused_route_loss_grad_kernel(
 
     Grid: class tiles x row tiles, as fused_lse_kernel.
     """
-    PART_B: tl.constexpr = BLOCK_B // PARTS
     row_tiles = tl.cdiv(B, BLOCK_B)
     row_tile = tl.program_id(0) % row_tiles
     group = tl.program_id(0) // row_tiles
     groups = tl.num_programs(0) // row_tiles
     classes = group * BLOCK_C + tl.arange(0, BLOCK_C)
     class_valid = classes < K
-    tile_rows = row_tile * BLOCK_B + tl.arange(0, BLOCK_B)
+    rows = row_tile * BLOCK_B + tl.arange(0, BLOCK_B)
+    row_valid = rows < B
     products = tile_products(
-        input, centers, classes, class_valid, tile_rows, tile_rows < B, d,
+        input, centers, classes, class_valid, rows, row_valid, d,
         BLOCK_C, BLOCK_B, BLOCK_D, ACC, PRECISION, WIDEN,
     )  # fmt: skip
     group_cancels = any_cancelled(center_rnorms, group * BLOCK_C, BLOCK_C, K, M)
     start = tl.cast(group, tl.int64) * BLOCK_C * stride
-    # Sums over the parts. No tile of sums is kept: those over classes are complete in each part.
-    no_sums = tl.zeros((BLOCK_C,), ACC)
-    moment_sums = (no_sums,)
-    for _ in tl.static_range(1, UNROLLED_SLOTS):
-        moment_sums += (no_sums,)  # type: ignore[assignment]
-    bias_sums = no_sums
-    margin_sums = no_sums
-    total = tl.cast(0, ACC)
+    input_rnorm = tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
+    scale = load_tau(tau, ACC) * input_rnorm
+    targets = local_targets(target, rows, row_valid, first_class, ignore_index)
+    factor, d_sums, d_target, lse_others = row_factors(
+        rows, row_valid, grad_loss, grad_stride, grad_lse, lse_stride, saved, scalars, target, class_weight,
+        B, num_classes, ignore_index, SMOOTHING, MEAN, HAS_LOSS, HAS_LSE, HAS_WEIGHT,
+    )  # fmt: skip
+    d_logit = d_target
+    d_margin = d_target
+    if HAS_MARGIN:
+        by_logit, by_tau, by_margin = margin_factors(rows, row_valid, saved, B)
+        d_logit = d_target * by_logit
+        d_margin = d_target * by_margin
+    offsets = tl.arange(0, BLOCK_C)[:, None] * stride + rows[None, :]
+    inside = class_valid[:, None] & (rows < stride)[None, :]
+    z, slot = score_tile(
+        products, classes, class_valid, rows, row_valid, scale, center_rnorms, shifts, B, K, M, UNROLLED_SLOTS
+    )  # fmt: skip
+    if group_cancels:  # almost never
+        valid = class_valid[:, None] & row_valid[None, :]
+        z = tl.load(scores + start + offsets, mask=valid, other=0.0)
+        slot = tl.load(slots + start + offsets, mask=valid, other=0).to(tl.int32)
+    g, h, cancels, d_bias, d_class_margin = loss_grad_tile(
+        z, slot, classes, class_valid, row_valid, targets, scale, input_rnorm, factor, d_sums, d_target, d_logit,
+        d_margin, lse_others, center_rnorms, class_bias, class_weight,
+        first_class, K, M, UNROLLED_SLOTS, MAX_WEIGHT, SMOOTHING, HAS_BIAS, HAS_WEIGHT, NEED_BIAS, NEED_MARGIN,
+        False,
+    )  # fmt: skip
     flag = tl.cast(0, tl.int32)
-    parts = column_parts(products, PARTS)
-    for part in tl.static_range(PARTS):
-        if part > 0:
-            tl.debug_barrier()  # keeps the compiler from interleaving the parts, which would spill
-        rows = row_tile * BLOCK_B + part * PART_B + tl.arange(0, PART_B)
-        row_valid = rows < B
-        input_rnorm = tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
-        scale = load_tau(tau, ACC) * input_rnorm
-        targets = local_targets(target, rows, row_valid, first_class, ignore_index)
-        factor, d_sums, d_target, lse_others = row_factors(
-            rows, row_valid, grad_loss, grad_stride, grad_lse, lse_stride, saved, scalars, target, class_weight,
-            B, num_classes, ignore_index, SMOOTHING, MEAN, HAS_LOSS, HAS_LSE, HAS_WEIGHT,
-        )  # fmt: skip
-        d_logit = d_target
-        d_margin = d_target
-        if HAS_MARGIN:
-            by_logit, by_tau, by_margin = margin_factors(rows, row_valid, saved, B)
-            d_logit = d_target * by_logit
-            d_margin = d_target * by_margin
-        offsets = tl.arange(0, BLOCK_C)[:, None] * stride + rows[None, :]
-        inside = class_valid[:, None] & (rows < stride)[None, :]
-        z, slot = score_tile(
-            parts[part], classes, class_valid, rows, row_valid, scale, center_rnorms, shifts, B, K, M, UNROLLED_SLOTS
-        )  # fmt: skip
-        if group_cancels:  # almost never
-            valid = class_valid[:, None] & row_valid[None, :]
-            z = tl.load(scores + start + offsets, mask=valid, other=0.0)
-            slot = tl.load(slots + start + offsets, mask=valid, other=0).to(tl.int32)
-        g, h, cancels, d_bias, d_class_margin = loss_grad_tile(
-            z, slot, classes, class_valid, row_valid, targets, scale, input_rnorm, factor, d_sums, d_target, d_logit,
-            d_margin, lse_others, center_rnorms, class_bias, class_weight,
-            first_class, K, M, UNROLLED_SLOTS, MAX_WEIGHT, SMOOTHING, HAS_BIAS, HAS_WEIGHT, NEED_BIAS, NEED_MARGIN,
-            False,
-        )  # fmt: skip
-        bias_sums += d_bias
-        margin_sums += d_class_margin
-        if group_cancels:
-            tl.store(grad + start + offsets, g, mask=cancels)
-            flag = flag | tl.max(tl.max(cancels.to(tl.int32), 1), 0)
-        if NEED_WEIGHTS:
-            tl.store(weights + start + offsets, h.to(weights.dtype.element_ty), mask=inside)
-        u = g * z
-        if NEED_SLOT_WEIGHTS:
-            for j in tl.static_range(UNROLLED_SLOTS):
-                weight = tl.sum(tl.where(slot == j, h, tl.zeros_like(h)), 0)
-                tl.store(slot_weights + (group * M + j).to(tl.int64) * B + rows, weight, mask=row_valid)
-        if NEED_MOMENTS:
-            moment_sums = add_moments(moment_sums, slot, u, UNROLLED_SLOTS)
-        if NEED_TAU:
-            total += tl.sum(tl.sum(u, 1), 0)
-            if HAS_MARGIN:  # noqa: SIM102
-                if (group == 0) & (first_class == 0):
-                    total += tl.sum(d_target * by_tau, 0) * load_tau(tau, ACC)
+    if group_cancels:
+        tl.store(grad + start + offsets, g, mask=cancels)
+        flag = tl.max(tl.max(cancels.to(tl.int32), 1), 0)
+    if NEED_WEIGHTS:
+        tl.store(weights + start + offsets, h.to(weights.dtype.element_ty), mask=inside)
+    u = g * z
+    if NEED_SLOT_WEIGHTS:
+        for j in tl.static_range(UNROLLED_SLOTS):
+            weight = tl.sum(tl.where(slot == j, h, tl.zeros_like(h)), 0)
+            tl.store(slot_weights + (group * M + j).to(tl.int64) * B + rows, weight, mask=row_valid)
     if NEED_MOMENTS:
         for j in tl.static_range(UNROLLED_SLOTS):
-            store_by_class(moments, moment_sums[j], row_tile * M + j, classes, class_valid, K)
+            store_by_class(moments, slot_moment(j, slot, u), row_tile * M + j, classes, class_valid, K)
     if NEED_BIAS:
-        store_by_class(bias_partials, bias_sums, row_tile, classes, class_valid, K)
+        store_by_class(bias_partials, d_bias, row_tile, classes, class_valid, K)
     if NEED_MARGIN:
-        store_by_class(margin_partials, margin_sums, row_tile, classes, class_valid, K)
+        store_by_class(margin_partials, d_class_margin, row_tile, classes, class_valid, K)
     if NEED_TAU:
+        total = tl.sum(tl.sum(u, 1), 0)
+        if HAS_MARGIN:  # noqa: SIM102
+            if (group == 0) & (first_class == 0):
+                total += tl.sum(d_target * by_tau, 0) * load_tau(tau, ACC)
         tl.store(tau_partials + row_tile * groups + group, total)
     tl.store(flags + row_tile * groups + group, flag)

@@ -143,7 +143,7 @@ def _route(c: Chunk, saved: Saved, shifts: Tensor | None, needs: Needs, routing:
     if c.fused is not None:
         fused_route_loss_grad_kernel[(splits * c.groups,)](
             args.input, args.centers, saved.grad, saved.logits, saved.slots, saved.center_rnorms, shifts,
-            saved.input_rnorms, args.tau, *partials, d=d, PARTS=c.fused.parts, UNROLLED_SLOTS=M,
+            saved.input_rnorms, args.tau, *partials, d=d, UNROLLED_SLOTS=M,
             **c.fused.arguments(), **args.constants("ACC", "PRECISION", "WIDEN"), **options,
         )  # fmt: skip
     else:

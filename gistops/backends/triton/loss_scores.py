@@ -118,7 +118,7 @@ def score(
         fused_lse_kernel[(c.groups * tiles_of(B, c.tile[1]),)](
             args.input, args.centers, scores, slots, norms.center_rnorms, norms.shifts, norms.input_rnorms, args.tau, a.target,
             bias, weight, *partials, B, K, d, stride, M, c.first_class, c.first_group, groups, a.ignore_index,
-            PARTS=c.fused.parts, UNROLLED_SLOTS=M, **c.fused.arguments(),
+            UNROLLED_SLOTS=M, **c.fused.arguments(),
             **args.constants("PRECISION", "WIDEN"), **options,
         )  # fmt: skip
     else:

@@ -26,7 +26,6 @@ class Config:
     dims: int
     warps: int
     stages: int
-    parts: int = 1  # for a loss: the parts of the rows that the epilogue takes one after the other
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of the kernel's launch."""
@@ -75,8 +74,8 @@ CHOICES: dict[tuple[str, str, str], Choice] = {
     # 256x8142x2048 the fused product of the logits took 64 µs, 133 TFLOP/s, and the library's 19 µs, 450 TFLOP/s. So
     # fusing costs 2 d (1/133 - 1/450) = 0.0106 d ps per score. It saves the write and the read of a score of 4 bytes,
     # 2.7 ps at 3.0 TB/s, in each direction that computes the product: a gain for d below 250 where the scores do not fit
-    # the L2 of 50 MB. fused_route_loss_grad_kernel spills registers (up to 360 bytes with Triton 3.6), which the calculation
-    # leaves out. So the library serves until a GPU has measured both; then FusedLimits(1 << 24, 128) is where to begin.
+    # the L2 of 50 MB. That leaves out that the fused kernels of a loss have smaller tiles than the fused product of the logits.
+    # So the library serves until a GPU has measured both; then FusedLimits(1 << 24, 128) is where to begin.
     ("fused_loss", "any", "any"): Choice(None, "predicted: no gain without a wide matrix instruction"),
     ("fused_loss", "hopper", "half"): Choice(None, "predicted: by the calculation above, no sure gain"),
     # The forward accumulates [classes, rows] in a loop over dims. Largest first: `first_that_fills` tries them in order.
@@ -143,12 +142,12 @@ CHOICES: dict[tuple[str, str, str], Choice] = {
     ("centers", "amd", "tf32"): Choice((Config(64, 32, 64, 4, 2),), COMPILED),
     ("centers", "any", "ieee"): Choice((Config(32, 32, 64, 4, 2),), FMA),
     ("centers", "any", "f64"): Choice((Config(32, 16, 32, 4, 2),), FMA),
-    # The fused kernels of a loss accumulate as the forward does. Their epilogues take a few rows of the tile at a time.
-    # The rule takes the first that fills the device. Tiles of 256 rows spill too many registers in the backward.
+    # The fused kernels of a loss accumulate as the forward does, but their epilogues take twelve registers or more per
+    # product. So a thread has 16 products: with 32, whether taken at once or in parts, the backward spills 100 to 300 bytes.
     ("loss", "hopper", "half"): Choice(
         (
-            Config(128, 128, 64, 8, 3, 8),
-            Config(64, 128, 64, 4, 4, 8),  # few classes
+            Config(64, 64, 64, 8, 3),
+            Config(64, 32, 64, 4, 3),  # few classes or rows: twice the programs
         ),
         COMPILED,
     ),
