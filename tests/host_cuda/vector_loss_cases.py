@@ -59,7 +59,7 @@ class VectorSample(NamedTuple):
                 vectors = [normal(self.B, self.d), normal(self.K, self.d)]
                 turns = [normal(self.M - 1, self.d), normal(self.d)]
                 tensors = [*(v.to(self.dtype) for v in vectors), tau, *(v.to(wide) for v in turns)]
-            if self.M == 1 or self.gap(tensors) > 4e-6:
+            if self.M == 1 or self.gap(tensors) > 2e-6:
                 return [t.requires_grad_() for t in tensors]
         raise AssertionError("expected a sample without near-ties among 1000")
 
@@ -134,13 +134,13 @@ CASES: list[tuple[VectorSample, dict[str, Any]]] = [
     (VectorSample("subcenters", 130, 100, 3, 136, bf16), {}),
     (VectorSample("subcenters", 33, 66, 4, 33, bf16), EVERYTHING | {"margin_kind": "cosine"}),
     (VectorSample("subcenters", 20, 40, 3, 24, half), {"weight": "each"}),
-    (VectorSample("rotation", 70, 133, 5, 69), {}),
-    (VectorSample("rotation", 140, 70, 3, 40), {"class_bias": "each", "weight": "each", "label_smoothing": 0.1}),
+    (VectorSample("rotation", 140, 12, 5, 40), {}),
+    (VectorSample("rotation", 30, 70, 3, 40), {"class_bias": "each", "weight": "each", "label_smoothing": 0.1}),
     (VectorSample("rotation", 14, 133, 10, 40), EVERYTHING | {"margin_kind": "angle", "reduction": "none"}),
     (VectorSample("rotation", 14, 40, 2, 33), {"margin": 0.3, "margin_kind": "cosine", "reduction": "sum"}),
     (VectorSample("rotation", 20, 30, 1, 16), EVERYTHING),
     (VectorSample("rotation", 14, 70, 3, 33, f64), EVERYTHING | {"margin_kind": "angle"}),
-    (VectorSample("rotation", 130, 100, 5, 136, bf16), {}),
+    (VectorSample("rotation", 130, 20, 5, 40, bf16), {}),
     (VectorSample("rotation", 33, 66, 4, 40, bf16), EVERYTHING | {"margin_kind": "cosine"}),
     (VectorSample("rotation", 20, 40, 3, 24, half), {"weight": "each"}),
 ]  # fmt: skip
@@ -172,6 +172,8 @@ def check(sample: VectorSample, options: dict[str, Any], where: str, module: Any
         is_scale = value.dim() == 0 or len(value) == 1  # tau, or a margin: the terms of its sum cancel
         dtype = ours.host.operands if value.dim() > 1 or sample.form == "rotation" else ours.host.sums
         bound = allowed(error(h, g), g, dtype, sample.B * sample.K if is_scale else max(sample.B, sample.K))
+        if ours.host.sums == f64:  # the reference in float64 has the error of plain PyTorch too
+            bound *= 4
         ratios.append(error(value, g) / (bound + is_scale * 16 * torch.finfo(ours.host.sums).eps * sample.B))
     return max(ratios)
 
