@@ -151,6 +151,8 @@ CHOICES: dict[tuple[str, str, str], Choice] = {
         ),
         COMPILED,
     ),
+    ("loss", "ampere", "half"): Choice((Config(64, 64, 32, 8, 3),), COMPILED),
+    ("loss", "amd", "half"): Choice((Config(64, 64, 64, 4, 2),), COMPILED),
     # Top-k accumulates as the forward does. An entry holds the tile per length of the lists, TOPK_KEEP. Rows are 64 since
     # wgmma multiplies 64 rows at least. Keys of 8 bytes take twice the registers of the products, so that a thread holds
     # 32 products at most; the lists take as many again at a length of 64. By calculation two programs of 4 warps per
