@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -38,6 +39,18 @@ WHOLE_LOSS = {
 #: Namespace -> Python kernels of the loss. The compiled ones are called through their ops.
 python_kernels: dict[str, tuple[Forward, Backward]] = {}
 _PLAIN = (Tensor, torch.nn.Parameter)
+#: Take from the arguments of the whole loss those of the ops with parked scores.
+_parked_forward_arguments = attrgetter(
+    *("input", "centers", "displacements", "tau", "target", "class_bias", "weight", "margin"),
+    *("margin_kind", "reduction", "ignore_index", "label_smoothing"),
+)
+_parked_backward_arguments = attrgetter(
+    *("grad_loss", "grad_lse", "input", "centers", "displacements", "tau"),
+    *("target", "class_bias", "weight", "margin"),
+    *("center_rnorms", "input_rnorms", "rows", "scalars"),
+    *("margin_kind", "reduction", "ignore_index", "label_smoothing"),
+    *("need_input", "need_displacements", "need_tau", "need_bias", "need_margin"),
+)
 
 
 def cross_entropy(
@@ -145,8 +158,8 @@ def _forward(ops: Any, arguments: CrossEntropyForward, stash: Tensor | None = No
     with torch._C._AutoDispatchBelowAutograd():
         if stash is None:
             return CrossEntropy(*ops.cross_entropy_forward.default(*arguments))
-        others = *arguments[:4], *arguments[6:14]
-        loss, lse, in_range, *saved = ops.parked_cross_entropy_forward.default(*others, stash)
+        taken = _parked_forward_arguments(arguments)
+        loss, lse, in_range, *saved = ops.parked_cross_entropy_forward.default(*taken, stash)
     scores, slots = loss.new_empty(0, 0), loss.new_empty(0, 0, dtype=torch.uint8)
     return CrossEntropy(loss, lse, in_range, scores, slots, *saved)
 
@@ -160,7 +173,6 @@ def _backward(ops: Any, a: CrossEntropyBackward, stash: Tensor | None) -> tuple[
         if stash is None:
             output = ops.cross_entropy_backward.default(*a)
             return output
-        others = *a[:6], *a[8:12], *a[15:23], a.need_input, *a[25:29]
-        output = ops.parked_cross_entropy_backward.default(*others, stash)
+        output = ops.parked_cross_entropy_backward.default(*_parked_backward_arguments(a), stash)
     no_coeffs = a.lse.new_empty(0)
     return output[0], stash, *output[1:3], no_coeffs, no_coeffs, *output[3:]
