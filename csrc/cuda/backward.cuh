@@ -57,9 +57,10 @@ class BackwardLauncher : protected OpLauncher<T> {
     const int64_t product = out.input ? p_.B() * p_.d() : 0;
     const int64_t displacement_partials = displacements ? tiles * p_.m() * p_.d() : 0;
     const int64_t before = s_partials + product;
+    const bool expanded = vectors_ > 1 && (out.input || out.centers);
     Scratch(workspace_)
         .add(partials_.h, h ? 0 : classes * ld_)
-        .add(vectors_h_, vectors_ > 1 ? vectors * ld_ : 0)
+        .add(vectors_h_, expanded ? vectors * ld_ : 0)
         .add(partials_.s, several_chunks_ ? before : std::max(before, displacement_partials))
         .add(partials_.t, shape.row_tiles * slots() * classes)
         .add(partials_.tau, shape.most_blocks())
@@ -80,7 +81,7 @@ class BackwardLauncher : protected OpLauncher<T> {
     if (!displacements) displacement_partials_ = nullptr;
     if (t_in_place) sums_.t = partials_.t;
     if (h) partials_.h = h;
-    if (vectors_ == 1) vectors_h_ = partials_.h;
+    if (!expanded) vectors_h_ = vectors_ == 1 ? partials_.h : nullptr;
     partials_.t_class_major = t_class_major;
     partials_.h_class = h ? p_.d() : ld_;
     partials_.ld = sums_.ld = ld_;

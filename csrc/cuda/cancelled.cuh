@@ -26,7 +26,7 @@ __device__ __forceinline__ Sum<T> cancelled_weight(const GradSource<T>& in, int6
     uint8_t best;
     const S z = score_cancelled_pair(in, other_k, other_i, lane, best);
     const S r = in.center_rnorms[best * in.ldr + other_k];
-    if (lane == other) slot = best, weight = r < S(0) ? in.weight(k, i, r, z) : S(0);
+    if (lane == other) slot = best, weight = r < S(0) && best > 0 ? in.weight(k, i, r, z) : S(0);
   }
   return weight;
 }

@@ -36,8 +36,7 @@ class CrossEntropyLauncher : private BackwardLauncher<T> {
       : Base(a, workspace), loss_(loss) {}
 
   void forward(const LossResults& results) {
-    // Scores that are not kept for the backward are computed in chunks of classes that stay in the cache.
-    const int64_t step = results.scores ? kept_step() : std::min(this->cached_classes(), p_.K());
+    const int64_t step = results.scores ? kept_step() : streamed_step();
     const LseShape shape(p_.K(), step);
     const int64_t scratch_classes = results.scores ? 0 : step;
     const int64_t chunk_partials = ceil_div(step, shape.group_classes);
@@ -115,8 +114,7 @@ class CrossEntropyLauncher : private BackwardLauncher<T> {
       set_zero(grad_y, 2 * rotations.slots * p_.K() * sizeof(S), stream_);
       return this->clear(out);
     }
-    // A chunk of recomputed scores is as large as memory allows.
-    const int64_t step = saved.scores ? kept_step() : large_step();
+    const int64_t step = std::min(saved.scores ? kept_step() : large_step(), rotation_step());
     const int64_t tile_rows = row_tile();
     RoutingShape shape(step, saved.parked ? 1 : p_.B(), ClassStream<T, 1>::kWarps, saved.parked ? 1 : tile_rows);
     if (saved.parked) shape.row_passes = ceil_div(p_.B(), tile_rows);
@@ -177,18 +175,18 @@ class CrossEntropyLauncher : private BackwardLauncher<T> {
                                  .score_row = 1,
                                  .grad = nullptr,
                                  .softmax = softmax_grad(grads, saved, first),
-                                 .scores_gone = saved.parked};
+                                 .scores_gone = saved.parked,
+                                 .pairs_cancel = p_.m() > 0};
       const RoutingShape chunk_shape =
           p.K() == step ? shape : RoutingShape(p.K(), p_.B(), ClassStream<T, 1>::kWarps, tile_rows);
       this->require_memory(chunk_shape);
       launch_route(chunk_shape, source, saved.parked);
-      if (vectors_ > 1)
+      if (this->vectors_h_ && vectors_ > 1)
         launch("expand_weights", expand_weights_kernel<T>, subcenter_blocks(p), SubcentersShape::kThreads, 0, stream_,
                p.K(), vectors_, ld_, static_cast<const T*>(this->partials_.h),
                static_cast<const uint8_t*>(memory.slots), this->vectors_h_);
       if (rotations.x)
-        launch_rotation_grads(rotations_of(p, first), memory.slots, rotation_partials, grad_x, grad_y + first,
-                              first > 0);
+        launch_rotation_grads(rotations_of(p, first), source, rotation_partials, grad_x, grad_y + first, first > 0);
       this->add_chunk(chunk_shape, source, out, first);
     }
     this->finish(out);
@@ -213,11 +211,25 @@ class CrossEntropyLauncher : private BackwardLauncher<T> {
     S* copied_norms = nullptr;                        // memory for a copy, [vectors, K]; or null
   };
 
+  // Return the classes of a chunk of scores that no backward reads: they stay in the cache, but have about as many
+  // partials per row as those of one chunk at most.
+  int64_t streamed_step() const {
+    const int64_t enough = std::min(large_step(), ceil_div(p_.K(), LseShape::kMostPartials));
+    return std::min(std::max(this->cached_classes(), enough), p_.K());
+  }
+
   // Return the classes of a chunk of recomputed scores or of weights of sub-centers: as many as memory allows.
   int64_t large_step() const { return std::min(p_.K(), limits.recomputed / std::max<int64_t>(ld_ * vectors_, 1) + 1); }
 
   // Return the classes of a chunk of kept scores: all of them, except where sub-centers need memory for their products.
   int64_t kept_step() const { return vectors_ > 1 ? large_step() : p_.K(); }
+
+  // Return the most classes of a chunk of rotations: the partials of the gradient of class_coeffs grow with them.
+  int64_t rotation_step() const {
+    if (!loss_.input_coeffs) return p_.K();
+    const int64_t class_partials = ceil_div(p_.B(), RotationGradsShape::kRows) * 2 * loss_.rotation_slots;
+    return limits.recomputed / std::max<int64_t>(class_partials, 1) + 1;
+  }
 
   // Return the problem of a chunk with the sub-centers as slots, for kernels that read neither centers nor
   // displacements.
@@ -285,13 +297,13 @@ class CrossEntropyLauncher : private BackwardLauncher<T> {
     });
   }
 
-  // Compute the gradients of the coefficients from H of a chunk; grad_y begins at the chunk's first class.
-  void launch_rotation_grads(const Rotations<S>& rotations, const uint8_t* slots,
+  // Compute the gradients of the coefficients of a chunk; grad_y begins at the chunk's first class.
+  void launch_rotation_grads(const Rotations<S>& rotations, const GradSource<T>& source,
                              const RotationGradPartials<S>& partials, S* grad_x, S* grad_y, bool accumulate) {
     using Shape = RotationGradsShape;
     const RoutingShape shape(rotations.K, p_.B(), Shape::kWarps, Shape::kRows);
     launch("rotation_grads", rotation_grads_kernel<T>, blocks(shape.groups, shape.row_tiles), Shape::kThreads, 0,
-           stream_, shape, rotations, static_cast<const T*>(this->partials_.h), slots, partials);
+           stream_, shape, rotations, source, partials);
     const ReduceRotationsShape reduce(ld_, rotations.K, rotations.slots);
     launch("reduce_rotation_grads", reduce_rotation_grads_kernel<S>, blocks(reduce.x_blocks + reduce.y_blocks),
            ReduceRotationsShape::kThreads, 0, stream_, reduce, shape, rotations, partials, grad_x, grad_y, accumulate);

@@ -65,6 +65,7 @@ class LogitsLauncher : private BackwardLauncher<T> {
                          .score_row = p_.K(),
                          .grad = nullptr,
                          .softmax = {}};
+    source.pairs_cancel = p_.m() > 0;
     if constexpr (__is_same(Z, S)) {
       source.grad = static_cast<const S*>(grad);
     } else {

@@ -1,9 +1,11 @@
 // Rotations in a loss: slot j of class k has the product P + X[i, 0] Y[0, j, k] + X[i, j] Y[1, j, k] with row i, and
-// the norm of its center. The kernels here add the terms to the products, and find the gradients of X and Y from H.
+// the norm of its center. The kernels here add the terms to the products, and find the gradients of X and Y from the
+// scores.
 #pragma once
 #include <algorithm>
 
 #include "reduce_partials.cuh"
+#include "routing.cuh"
 #include "subcenters.cuh"
 
 namespace gistops::cuda {
@@ -87,21 +89,32 @@ struct RotationGradPartials {
   S *x, *y;
 };
 
-// Compute the partials of a chunk. Grid and groups: those of a RoutingShape of tiles of eight classes and 128 rows.
+// Compute the partials of a chunk. H is not read but computed again, because it is rounded in half precision, and these
+// gradients are sums in float32. Grid and groups: those of a RoutingShape of tiles of eight classes and 128 rows.
 // Block: 256 threads.
 template <class T>
 __global__ void __launch_bounds__(RotationGradsShape::kThreads, 2)
-    rotation_grads_kernel(RoutingShape shape, Rotations<Sum<T>> in, const T* h, const uint8_t* slots,
+    rotation_grads_kernel(RoutingShape shape, Rotations<Sum<T>> in, GradSource<T> source,
                           RotationGradPartials<Sum<T>> out) {
   using S = Sum<T>;
   using Shape = RotationGradsShape;
   constexpr int kSlots = Shape::kSlots, kWarps = Shape::kWarps;
-  __shared__ S shared[kWarps][kSlots + 1][Shape::kRows];
+  // The gradient of each row, times tau / |f_i|.
+  __shared__ SoftmaxGradRow<S> rows[Shape::kRows];
+  alignas(16) __shared__ S partial[kWarps][kSlots + 1][Shape::kRows];
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   const int M = static_cast<int>(in.slots);
   const int64_t first_row = static_cast<int64_t>(blockIdx.y) * Shape::kRows, i = first_row + lane * 4;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * shape.tiles_per_group * kWarps;
   const int64_t end = min(begin + shape.tiles_per_group * kWarps, in.K);
+  if (thread < Shape::kRows) {
+    const int64_t row = first_row + thread;
+    SoftmaxGradRow<S> grad = row < in.B ? source.softmax.row(row) : source.softmax.no_row();
+    const S scale = row < in.B ? load_tau(source.p.tau) * source.input_rnorms[row] : S(0);
+    grad.factor *= scale, grad.weight_grad *= scale, grad.target_grad *= grad.by_logit * scale;
+    rows[thread] = grad;
+  }
+  __syncthreads();
   S x0[4];
 #pragma unroll
   for (int e = 0; e < 4; ++e) x0[e] = in.x_of(i + e, 0);
@@ -110,20 +123,20 @@ __global__ void __launch_bounds__(RotationGradsShape::kThreads, 2)
     S sums[kSlots + 1][4] = {};  // of slot 0, then of slots first .. first + kSlots
 #pragma unroll 1
     for (int64_t k = begin + warp; k < end; k += kWarps) {
-      alignas(16) T weights[4];
+      S z[4] = {};
       uint32_t bytes = 0;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) weights[e] = narrow<T>(0);
       if (i < in.ld) {
-        load_four(h + k * in.ld + i, weights);
-        bytes = *reinterpret_cast<const uint32_t*>(slots + k * in.ld + i);
+        load_sums<true>(source.scores + k * in.ld + i, 0, 0, z);
+        bytes = *reinterpret_cast<const uint32_t*>(source.slots + k * in.ld + i);
       }
+      const S rnorm = source.center_rnorms[k];
       S by_class[2 * kSlots] = {};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int slot = min(static_cast<int>(bytes >> (8 * e) & 255), M - 1);
         if (slot == 0 || i + e >= in.B) continue;
-        const S weight = wide(weights[e]);
+        const SoftmaxGradRow<S>& row = rows[lane * 4 + e];
+        const S weight = rnorm * (k == row.target ? row.target_grad : source.softmax.other_class_grad(row, k, z[e]));
         if (first == 1) sums[0][e] = fma(weight, in.y_of(0, slot, k), sums[0][e]);
         if (slot < first || slot >= first + kSlots) continue;
         const S b = in.y_of(1, slot, k), xj = in.x_of(i + e, slot);
@@ -141,14 +154,14 @@ __global__ void __launch_bounds__(RotationGradsShape::kThreads, 2)
     }
     __syncthreads();  // no thread still reads the sums before
 #pragma unroll
-    for (int j = 0; j <= kSlots; ++j) store_sums<true>(shared[warp][j], lane * 4, 0, sums[j]);
+    for (int j = 0; j <= kSlots; ++j) store_sums<true>(partial[warp][j], lane * 4, 0, sums[j]);
     __syncthreads();
     for (int e = thread; e < (kSlots + 1) * Shape::kRows; e += Shape::kThreads) {
       const int at = e / Shape::kRows, row = e % Shape::kRows, j = at == 0 ? 0 : first + at - 1;
       if (j >= M || (at == 0 && first > 1) || first_row + row >= in.B) continue;
       S sum = 0;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += shared[w][at][row];
+      for (int w = 0; w < kWarps; ++w) sum += partial[w][at][row];
       out.x[(static_cast<int64_t>(blockIdx.x) * M + j) * in.ld + first_row + row] = sum;
     }
   }

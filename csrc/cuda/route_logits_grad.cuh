@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(RouteLogitsShape<T>::kThreads, sizeof(T) == 8 
     }
     __syncthreads();
   }
-  store_tau_partial(out, gz_sum, tau, cancelled);
+  store_tau_partial(out, gz_sum, tau, cancelled && in.pairs_cancel);
 }
 
 }  // namespace gistops::cuda

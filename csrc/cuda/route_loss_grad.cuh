@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(ClassStream<T, kSlots>::kThreads, ClassStream<
     }
   }
   cancelled |= lane < M && lane < ClassValues<S>::kMostSlots && lowest < S(0);
-  store_tau_partial(out, gz_sum, tau, cancelled);
+  store_tau_partial(out, gz_sum, tau, cancelled && in.pairs_cancel);
 }
 
 }  // namespace gistops::cuda

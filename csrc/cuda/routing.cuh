@@ -44,6 +44,7 @@ struct GradSource {
   SoftmaxGrad<S> softmax;
   bool scores_gone = false;        // scores and slots are overwritten once H is known; grad is null
   const T* narrow_grad = nullptr;  // gradient of logits that are stored in the operands' type
+  bool pairs_cancel = true;        // false without displacements: negative norms from a caller then mean nothing
 
   // Return a slot from memory, or the last slot instead of one that does not exist: slots from a caller must not lead
   // to a read out of bounds.
@@ -56,7 +57,7 @@ struct GradSource {
     const int64_t at = k * score_class + i * score_row;
     slot = valid_slot(slots[at]);
     const S r = center_rnorms[slot * ldr + k];
-    return r < S(0) ? weight(k, i, r, scores ? scores[at] : S(0)) : S(0);
+    return r < S(0) && slot > 0 ? weight(k, i, r, scores ? scores[at] : S(0)) : S(0);
   }
 
   // Return the unrounded weight of pair (k, i), whose slot has the reciprocal norm r and whose score is z.

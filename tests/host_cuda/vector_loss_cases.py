@@ -168,9 +168,10 @@ def check(sample: VectorSample, options: dict[str, Any], where: str, module: Any
     true, rounded = (
         torch.autograd.grad((a, b), x, [g.to(a) for g in grads], materialize_grads=True) for a, b, x in pairs
     )
-    for value, g, h in zip(found, true, rounded, strict=True):
+    for i, (value, g, h) in enumerate(zip(found, true, rounded, strict=True)):
         is_scale = value.dim() == 0 or len(value) == 1  # tau, or a margin: the terms of its sum cancel
-        dtype = ours.host.operands if value.dim() > 1 or sample.form == "rotation" else ours.host.sums
+        # Those of input and centers are products with H, which is rounded to the operands' type.
+        dtype = ours.host.operands if i < 2 else ours.host.sums
         bound = allowed(error(h, g), g, dtype, sample.B * sample.K if is_scale else max(sample.B, sample.K))
         if ours.host.sums == f64:  # the reference in float64 has the error of plain PyTorch too
             bound *= 4

@@ -135,8 +135,11 @@ def backward(a: CrossEntropyBackward) -> CrossEntropyGradients:
     )  # fmt: skip
     if args.sizes[0] == 0 or not any(needs):
         return _gradients(
-            torch.zeros_like(x) if x is not None and n else a.lse.new_empty(0)
-            for x, n in zip(arguments, needs, strict=True)
+            a,
+            (
+                torch.zeros_like(x) if x is not None and n else a.lse.new_empty(0)
+                for x, n in zip(arguments, needs, strict=True)
+            ),
         )
     grad_loss, grad_lse = a.grad_loss, a.grad_lse
     routing: dict[str, Any] = {
@@ -158,14 +161,16 @@ def backward(a: CrossEntropyBackward) -> CrossEntropyGradients:
     if needs.margin and a.margin is not None and a.margin.numel() == 1:
         grad_margin = grad_margin.sum()
     return _gradients(
-        like_argument(x, g) if needed and x is not None else a.lse.new_empty(0)
-        for g, x, needed in zip((*others, grad_margin), arguments, needs, strict=True)
+        a,
+        (
+            like_argument(x, g) if needed and x is not None else a.lse.new_empty(0)
+            for g, x, needed in zip((*others, grad_margin), arguments, needs, strict=True)
+        ),
     )
 
 
-def _gradients(computed: Iterable[Tensor]) -> CrossEntropyGradients:
+def _gradients(a: CrossEntropyBackward, computed: Iterable[Tensor]) -> CrossEntropyGradients:
     """Return the outputs of `cross_entropy_backward`; there are no coefficients."""
     *others, class_bias, margin = computed
-    return CrossEntropyGradients._make(
-        (*others, margin.new_empty(0), margin.new_empty(0), class_bias, margin)
-    )
+    no_coeffs = a.lse.new_empty(0), a.lse.new_empty(0)
+    return CrossEntropyGradients._make((*others, *no_coeffs, class_bias, margin))

@@ -81,8 +81,9 @@ def chunk_size(args: LaunchArgs, keep_scores: bool) -> int:
     subcenters = loss_forms.has_subcenters(args)
     if keep_scores and not subcenters:
         return args.sizes[1]
-    per_class = max(padded_rows(args.sizes[0]), 1) * (args.sizes[3] if subcenters else 1)
-    return max(64, CHUNK_ELEMENTS // per_class // 64 * 64)
+    vectors = args.sizes[3] if subcenters else 1
+    per_class = max(padded_rows(args.sizes[0]), 1) * vectors
+    return max(64 // vectors, 1, CHUNK_ELEMENTS // per_class // 64 * 64)
 
 
 def fused_tile(args: LaunchArgs) -> Config | None:
