@@ -45,12 +45,16 @@ def test_a_step_takes_at_most_12_launches_for_any_number_of_classes(scores: str,
         assert (forward["products"], backward["products"]) == (1, 1)
 
 
-def vector_step(module: Any, form: str, classes: int, scores: str) -> tuple[Counts, Counts]:
-    """Return what forward and backward of a loss of three sub-centers, or of four rotations, request."""
-    vectors = (classes, 3, DIMS) if form == "subcenters" else (classes, DIMS)
-    tensors = [*(torch.empty(size, dtype=torch.bfloat16) for size in ((B, DIMS), vectors, (0, DIMS)))]
-    coeffs = (None, None) if form == "subcenters" else (torch.empty(B, 5), torch.empty(2, 5, classes))
-    target = torch.zeros(B, dtype=torch.int64)
+def vector_step(
+    module: Any, form: str, classes: int, scores: str, rows: int = B, count: int = 3, dims: int = DIMS
+) -> tuple[Counts, Counts]:
+    """Return what forward and backward of a loss of `count` sub-centers per class, or of `count` rotations, request."""
+    vectors = (classes, count, dims) if form == "subcenters" else (classes, dims)
+    tensors = [*(torch.empty(size, dtype=torch.bfloat16) for size in ((rows, dims), vectors, (0, dims)))]
+    coeffs: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    if form == "rotation":
+        coeffs = torch.empty(rows, count + 1), torch.empty(2, count + 1, classes)
+    target = torch.zeros(rows, dtype=torch.int64)
     loss = HostLoss(module, [*tensors, torch.ones(())], target, scores, coeffs=coeffs, margin=0.3)
     forward = module.count()
     loss.gradients(torch.ones(()), None)
@@ -74,6 +78,24 @@ def test_launches_of_a_step_of_subcenters_and_rotations(form: str, module: Any) 
 def test_a_loss_of_subcenters_has_no_memory_for_the_products_of_all_classes(scores: str, module: Any) -> None:
     for counts in vector_step(module, "subcenters", 400_000, scores):
         assert 0 < counts["bytes"] <= 0.5e9 < B * 400_000 * 3 * 4
+
+
+@pytest.mark.usefixtures("counting")
+def test_memory_of_many_subcenters_whose_scores_are_not_kept(module: Any) -> None:
+    """Chunks of few classes have partials too: 20,000 classes have about 1000 per row, and not one each."""
+    forward, _ = vector_step(module, "subcenters", 20_000, "recomputed", rows=8192, count=256, dims=8)
+    assert 0 < forward["bytes"] <= 0.4 * 8192 * 20_000 * 4
+
+
+@pytest.mark.usefixtures("counting")
+def test_memory_of_the_gradients_of_many_rotations(module: Any) -> None:
+    """Partials of the gradient of class_coeffs are those of a chunk, if the scores are kept too."""
+    module.set_limits(1 << 22, 1 << 20)
+    try:
+        _, backward = vector_step(module, "rotation", 20_000, "kept", rows=2048, count=63, dims=8)
+    finally:
+        module.set_limits(1 << 22, 1 << 25)
+    assert 0 < backward["bytes"] <= 0.4 * 2048 * 20_000 * 4
 
 
 @pytest.mark.usefixtures("counting")
