@@ -69,7 +69,7 @@ def compare(call: Call, seed: int, bound: float) -> None:
 @pytest.mark.parametrize("tiles", ["small"], indirect=True)
 @pytest.mark.parametrize("index", range(len(OPTIONS)))
 def test_options_of_subcenters(index: int, tiles: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Half of the cases recompute the scores, in chunks of 64 classes."""
+    """Half of the cases recompute the scores, in chunks of 21 classes."""
     if index % 2:
         monkeypatch.setattr(eager_loss, "MAX_KEPT_BYTES", 0)
         monkeypatch.setattr(loss_scores, "CHUNK_ELEMENTS", 1)
@@ -91,7 +91,7 @@ def test_options_of_subcenters(index: int, tiles: str, monkeypatch: pytest.Monke
 def test_dtypes_and_sizes_of_subcenters(
     sample: SubcenterSample, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Chunks of kept scores: the products of 64 classes at a time."""
+    """Chunks of kept scores: the products of a few classes at a time."""
     monkeypatch.setattr(loss_scores, "CHUNK_ELEMENTS", 1)
     bound = max(BOUNDS[sample.input], BOUNDS[sample.centers])
     compare(subcenter_call(sample, EXTRA, seed), seed, bound)
