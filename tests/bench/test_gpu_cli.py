@@ -67,7 +67,7 @@ def test_without_a_gpu_the_error_is_one_sentence(
         (["--minutes", "-1"], "expected a positive number of minutes, got '-1'"),
         (["--minutes", "nan"], "expected a positive number of minutes, got 'nan'"),
         (["--variants", "cuda,tritn*"], "no variant is named 'tritn*'"),
-        (["--cases", "bf16:forwards"], "expected bf16, float32, tf32, forward, step, loss, or a size"),
+        (["--cases", "bf16:forwards"], "expected bf16, float32, tf32, forward, step, loss, topk, or a size"),
         (["--device", "tpu"], "invalid choice"),
     ],
 )
