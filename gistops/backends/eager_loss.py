@@ -34,7 +34,7 @@ PARK_SCORES = True
 #: Backend -> the transforms whose loss its ops compute whole. The loss of other transforms is made from its parts.
 WHOLE_LOSS = {
     "cuda": ("translation", "subcenters", "rotation"),
-    "triton": ("translation", "subcenters"),
+    "triton": ("translation", "subcenters", "rotation"),
 }
 #: Namespace -> Python kernels of the loss. The compiled ones are called through their ops.
 python_kernels: dict[str, tuple[Forward, Backward]] = {}

@@ -13,9 +13,9 @@ from gistops import backends
 from gistops._classifier import no_displacements
 from gistops.backends import eager_loss
 from tests.ops.oracle import error
+from tests.ops.vector_oracle import VectorSample, by_definition
 
 from .test_eager_loss import register
-from .vector_loss_cases import VectorSample, by_definition
 
 FORMS = ("subcenters", "rotation")
 OPTIONS: dict[str, Any] = {"margin": 0.3, "margin_kind": "angle", "label_smoothing": 0.1}

@@ -25,6 +25,7 @@ from gistops.backends.triton.lse import lse_kernel
 from gistops.backends.triton.max_over_slots import max_over_slots_kernel
 from gistops.backends.triton.norms import norms_in_registers_kernel, norms_kernel
 from gistops.backends.triton.reduce_partials import reduce_partials_kernel
+from gistops.backends.triton.rotations import grad_coeffs_kernel, rotation_scores_kernel
 from gistops.backends.triton.route_logits_grad import route_logits_grad_kernel
 from gistops.backends.triton.route_loss_grad import route_loss_grad_kernel
 from gistops.backends.triton.row_loss import reduce_loss_kernel, row_loss_kernel
@@ -89,28 +90,26 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     for slots in (16, 1):
         constants = {"BLOCK_S": slots, "ACC": acc, "NORM_PRECISION": precise, "WIDEN": False}
         yield Case(norms_kernel, dtype, target, _tiles("RD", sizes.norms) | constants)
-    for whole in (True, False):
+    for whole, rotated in ((True, False), (False, False), (True, True), (False, True)):
         constants = _tiles("CD", sizes.grad_input_epilogue) | _tiles("RE", sizes.grad_displacements_epilogue)
         constants |= {
             "BLOCK_G": 256,
             "WHOLE": whole,
             "NEED_INPUT": True,
-            "NEED_DISPLACEMENTS": True,
+            "NEED_DISPLACEMENTS": not rotated,
+            "ROTATED": rotated,
             "ACC": acc,
         }
         warps = 8 if sizes.grad_input_epilogue[1] > 1024 else 4
         yield Case(grad_epilogues_kernel, dtype, target, constants, warps)
     every_option = {"HAS_BIAS": True, "HAS_WEIGHT": True, "SUMS": True, "STASH": True}
-    subcenters = _tiles("CB", sizes.subcenters[:2])
-    for need_slots in (True, False):
-        yield Case(
-            subcenter_scores_kernel,
-            dtype,
-            target,
-            subcenters | {"NEED_SLOTS": need_slots, "ACC": acc},
-            sizes.subcenters[2],
-        )
-    yield Case(expand_weights_kernel, dtype, target, subcenters, sizes.subcenters[2])
+    subcenters, warps = _tiles("CB", sizes.subcenters[:2]), sizes.subcenters[2]
+    for kernel in (subcenter_scores_kernel, rotation_scores_kernel):
+        for need_slots in (True, False):
+            constants = subcenters | {"NEED_SLOTS": need_slots, "ACC": acc}
+            yield Case(kernel, dtype, target, constants, warps)
+    yield Case(expand_weights_kernel, dtype, target, subcenters, warps)
+    yield Case(grad_coeffs_kernel, dtype, target, subcenters | {"ACC": acc}, warps)
     no_option = dict.fromkeys(every_option, False)
     fused = tile_tables.fused_loss_tiles(*table)
     for config in fused:

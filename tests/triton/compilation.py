@@ -44,7 +44,8 @@ INTEGERS = (
     "class_tiles",
     "grad_stride", "lse_stride", "first_class", "first_group", "group_tiles", "num_classes", "ignore_index", "splits", "programs",
     "row_stride", "class_stride", "k",
-    "slot_weights_length", "moments_length", "bias_length", "margin_length", "tau_length",
+    "by_row_length", "moments_length", "bias_length", "margin_length", "coeffs_length", "tau_length",
+    "row_tiles", "coeff_slots", "coeff_stride",
 )  # fmt: skip
 OPERANDS = (
     "input", "centers", "displacements", "weights", "vector_weights",
@@ -74,7 +75,9 @@ class Case:
             f"{k.removeprefix('BLOCK_')} {v}" for k, v in self.constants.items() if k.startswith("BLOCK_")
         ]
         sizes += [
-            k.lower() for k in ("STASH", "SUMS", "PRODUCTS", "SCORED", "INTERLEAVED") if self.constants.get(k)
+            k.lower()
+            for k in ("STASH", "SUMS", "PRODUCTS", "SCORED", "INTERLEAVED", "ROTATED")
+            if self.constants.get(k)
         ]
         needs = [
             k.removeprefix("NEED_").lower() for k, v in self.constants.items() if k.startswith("NEED_") and v

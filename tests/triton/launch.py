@@ -88,11 +88,15 @@ def main() -> None:
             with configs.forced(loss=fused):
                 step_of_a_loss(tensors, keep)
         subcenters = [tensors[0], torch.randn(K, m + 1, d, dtype=dtype), tensors[2][:0], tensors[3]]
+        coeffs = torch.randn(B, m + 1), torch.randn(2, m + 1, K)
         for keep in (True, False):
             step_of_a_loss(subcenters, keep)
+            step_of_a_loss([*tensors[:2], tensors[2][:0], tensors[3]], keep, coeffs)
 
 
-def step_of_a_loss(tensors: list[Tensor], keep: bool) -> None:
+def step_of_a_loss(
+    tensors: list[Tensor], keep: bool, coeffs: tuple[Tensor | None, Tensor | None] = (None, None)
+) -> None:
     """Launch a forward and a backward with every option."""
     B, K = tensors[0].shape[0], tensors[1].shape[0]
     target, bias, weight, margin = (
@@ -101,13 +105,13 @@ def step_of_a_loss(tensors: list[Tensor], keep: bool) -> None:
         torch.ones(K),
         torch.ones(K),
     )
-    arguments = (*tensors, None, None, target, bias, weight, margin)
+    arguments = (*tensors, *coeffs, target, bias, weight, margin)
     options = (2, 1, -100, 0.1)
     value, lse, _, *kept = loss.forward(CrossEntropyForward(*arguments, *options, keep))
     gradients = loss.backward(CrossEntropyBackward(value, lse, *arguments, lse, *kept, *options, *[True] * 6))
-    made = (*gradients[:4], *gradients[6:])  # without the gradients of the coefficients
-    expected = (*tensors, bias, margin)
-    assert all(g.shape == t.shape and g.dtype == t.dtype for g, t in zip(made, expected, strict=True))
+    expected = (*tensors, *coeffs, bias, margin)
+    for gradient, argument in zip(gradients, expected, strict=True):
+        assert argument is None or (gradient.shape, gradient.dtype) == (argument.shape, argument.dtype)
 
 
 if __name__ == "__main__":

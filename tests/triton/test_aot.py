@@ -103,7 +103,7 @@ def test_launches_bind_their_arguments() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     launched = [line.split()[0] for line in lines]
-    assert len(launched) == 206, launched
+    assert len(launched) == 269, launched
     assert set(launched) == {case.name for case in EVERY}
     assert "rescore_cancelled_kernel 32" in lines, "256 x 1000: one program per 32 classes, whatever the rows"
 

@@ -61,11 +61,29 @@ def check_subcenters(a: CrossEntropyForward | CrossEntropyBackward) -> None:
         raise RuntimeError(f"centers: expected shape [K, {d}] with displacements, got {[K, M, d]}")
 
 
+def check_coeffs(a: CrossEntropyForward | CrossEntropyBackward) -> None:
+    """Check the coefficients of rotations in a loss. Raises as `check_vectors`."""
+    x, y = a.input_coeffs, a.class_coeffs
+    if x is None or y is None:
+        if x is not None or y is not None:
+            raise RuntimeError("input_coeffs, class_coeffs: expected both or neither, got one")
+        return
+    if a.centers.dim() != 2 or a.displacements.shape[0] > 0:
+        got = f"{list(a.centers.shape)} and {list(a.displacements.shape)}"
+        raise RuntimeError(f"input_coeffs: expected centers [K, d] and no displacements, got {got}")
+    if x.dim() != 2 or not 1 <= x.shape[1] <= MAX_SLOTS:
+        expected = f"[B, M] with M from 1 to {MAX_SLOTS}"
+        raise RuntimeError(f"input_coeffs: expected shape {expected}, got {list(x.shape)}")
+    B, K, M = a.input.shape[0], a.centers.shape[0], x.shape[1]
+    for name, coeffs in (("input_coeffs", x), ("class_coeffs", y)):
+        if coeffs.dtype not in FLOAT_DTYPES:
+            raise RuntimeError(f"{name}: expected float32, float16, bfloat16 or float64, got {coeffs.dtype}")
+    check_shapes(a.input.device, (("input_coeffs", x, (B, M)), ("class_coeffs", y, (2, M, K))))
+
+
 def check_loss(a: CrossEntropyForward | CrossEntropyBackward) -> None:
     """Check the arguments of a loss besides those of the logits. Raises as `check_shapes`."""
     B, K = a.input.shape[0], a.centers.shape[0]
-    if a.input_coeffs is not None or a.class_coeffs is not None:
-        raise RuntimeError("input_coeffs, class_coeffs: expected none")
     if K < 1:
         raise RuntimeError("centers: expected at least one class, got none")
     if a.target.dtype not in (torch.int64, torch.int32):

@@ -69,6 +69,15 @@ def grad_from_products(
 
 
 @triton.jit
+def coeffs_moment(i, input_coeffs, grad_coeffs, coeff_slots, BLOCK_G: tl.constexpr):
+    """Return Σ_j X[i, j] ∂X[i, j] of rotations, the part of Σ_k G z that is not g·f. BLOCK_G is at least `coeff_slots`."""
+    j = tl.arange(0, BLOCK_G)
+    x = tl.load(input_coeffs + i * coeff_slots + j, mask=j < coeff_slots, other=0.0)
+    grad = tl.load(grad_coeffs + i * coeff_slots + j, mask=j < coeff_slots, other=0.0)
+    return tl.sum(x * grad, 0)
+
+
+@triton.jit
 def input_epilogue(
     i,
     products,
@@ -82,6 +91,8 @@ def input_epilogue(
     input_rnorms,
     tau,
     flags,
+    input_coeffs,
+    grad_coeffs,
     grad_input,
     B,
     K,
@@ -92,13 +103,19 @@ def input_epilogue(
     split_rows,
     row_stride,
     class_stride,
+    coeff_slots,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
     WHOLE: tl.constexpr,
+    ROTATED: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Compute row i of ∂f = g − (g·f̂) f̂ with g = H'W + S'Δ. The factor 1/|f| is in H' already."""
+    """Compute row i of ∂f = g − (g·f̂) f̂ with g = H'W + S'Δ. The factor 1/|f| is in H' already.
+
+    With ROTATED, f enters the logits through its coefficients X too, but X is an argument of its own here. Only the norm
+    of f depends on all terms: g·f becomes g·f + X·∂X.
+    """
     split = i // split_rows
     i = tl.cast(i, tl.int64)
     input_rnorm = tl.load(input_rnorms + i)
@@ -108,6 +125,9 @@ def input_epilogue(
         group = start + lanes
         found = found | tl.load(flags + split * groups + group, mask=group < groups, other=0)
     row_cancels = tl.max(found, 0) > 0
+    by_coeffs = tl.zeros_like(input_rnorm)
+    if ROTATED:
+        by_coeffs = coeffs_moment(i, input_coeffs, grad_coeffs, coeff_slots, BLOCK_G) * input_rnorm
     if WHOLE:
         dims = tl.arange(0, BLOCK_D)
         inside = dims < d
@@ -117,7 +137,7 @@ def input_epilogue(
             input_rnorms, tau, flags, B, K, d, M, groups, group_classes, split, row_stride, class_stride,
             BLOCK_C, ACC,
         )  # fmt: skip
-        along = tl.sum(g * (f * input_rnorm), 0) * input_rnorm
+        along = (tl.sum(g * (f * input_rnorm), 0) + by_coeffs) * input_rnorm
         # A clamped norm is a constant, so there is no component to project out.
         along = tl.where(is_clamped(input_rnorm), tl.zeros_like(along), along)
         result = g - along * f
@@ -135,7 +155,7 @@ def input_epilogue(
             tl.store(products + i * d + dims, g, mask=inside)
             f = tl.load(input + i * d + dims, mask=inside, other=0.0).to(ACC)
             dot += g * (f * input_rnorm)
-        along = tl.sum(dot, 0) * input_rnorm
+        along = (tl.sum(dot, 0) + by_coeffs) * input_rnorm
         along = tl.where(is_clamped(input_rnorm), tl.zeros_like(along), along)
         tl.debug_barrier()
         for start in tl.range(0, d, BLOCK_D, num_stages=1):
@@ -196,6 +216,8 @@ def grad_epilogues_kernel(
     tau,  # one element
     flags,  # [splits, groups]
     partials,  # [class tiles, m, d], from grad_centers_kernel
+    input_coeffs,  # X [B, coeff_slots] of rotations, or unused
+    grad_coeffs,  # ∂X [B, coeff_slots], or unused
     grad_input,  # [B, d]
     grad_displacements,  # [m, d]
     B,
@@ -208,14 +230,16 @@ def grad_epilogues_kernel(
     row_stride,  # distance between rows of grad and slots
     class_stride,
     class_tiles,
+    coeff_slots,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_G: tl.constexpr,  # flags loaded at a time
+    BLOCK_G: tl.constexpr,  # flags loaded at a time; at least coeff_slots
     BLOCK_R: tl.constexpr,  # rows, or class tiles, that ∂δ adds at a time
     BLOCK_E: tl.constexpr,  # dimensions of ∂δ
     WHOLE: tl.constexpr,  # BLOCK_D is at least d, so that one tile holds the row
     NEED_INPUT: tl.constexpr,
     NEED_DISPLACEMENTS: tl.constexpr,
+    ROTATED: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """Compute ∂f and ∂δ. Grid: rows, with NEED_INPUT; then displacements x dimension tiles, with NEED_DISPLACEMENTS."""
@@ -228,8 +252,8 @@ def grad_epilogues_kernel(
         if NEED_INPUT:
             input_epilogue(
                 program, products, slot_weights, input, centers, displacements, grad, slots, center_rnorms,
-                input_rnorms, tau, flags, grad_input, B, K, d, M, groups, group_classes, split_rows, row_stride,
-                class_stride, BLOCK_C, BLOCK_D, BLOCK_G, WHOLE, ACC,
+                input_rnorms, tau, flags, input_coeffs, grad_coeffs, grad_input, B, K, d, M, groups, group_classes,
+                split_rows, row_stride, class_stride, coeff_slots, BLOCK_C, BLOCK_D, BLOCK_G, WHOLE, ROTATED, ACC,
             )  # fmt: skip
     else:
         if NEED_DISPLACEMENTS:

@@ -84,10 +84,11 @@ def epilogues(
     if programs:
         grad_epilogues_kernel[(programs,)](
             products, routed.slot_weights, args.input, args.centers, args.displacements, saved.grad, saved.slots,
-            saved.center_rnorms, saved.input_rnorms, args.tau, routed.flags, partials, grad_input, grad_displacements,
+            saved.center_rnorms, saved.input_rnorms, args.tau, routed.flags, partials, args.input_coeffs,
+            routed.input_coeffs, grad_input, grad_displacements,
             B, K, d, M, routed.flags.shape[1], routed.group_classes, routed.split_rows, *saved.strides,
-            partials.shape[0], BLOCK_C=classes, BLOCK_D=dims, BLOCK_G=256, BLOCK_R=rows, BLOCK_E=tile_dims,
+            partials.shape[0], args.coeff_slots, BLOCK_C=classes, BLOCK_D=dims, BLOCK_G=256, BLOCK_R=rows, BLOCK_E=tile_dims,
             WHOLE=dims >= d, NEED_INPUT=needs.input, NEED_DISPLACEMENTS=need_displacements,
-            num_warps=8 if dims > 1024 else 4, **args.constants("ACC"),
+            ROTATED=args.input_coeffs is not None, num_warps=8 if dims > 1024 else 4, **args.constants("ACC"),
         )  # fmt: skip
     return grad_input, grad_displacements

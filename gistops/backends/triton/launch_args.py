@@ -33,6 +33,13 @@ class LaunchArgs(NamedTuple):
     acc_dtype: torch.dtype  # dtype of logits, norms and sums
     store_dtype: torch.dtype  # dtype of H' and gradients: `dtype`; differs for bfloat16 if interpreted
     tile_sizes: TileSizes
+    input_coeffs: Tensor | None = None  # of rotations [B, coeff_slots]
+    class_coeffs: Tensor | None = None  # [2, coeff_slots, K]; of a chunk a view
+
+    @property
+    def coeff_slots(self) -> int:
+        """The slots of rotations; 0 for other forms."""
+        return 0 if self.input_coeffs is None else self.input_coeffs.shape[1]
 
     @classmethod
     def of(

@@ -1,13 +1,12 @@
 """The launches of `cross_entropy_forward` and `cross_entropy_backward` of `torch.ops.gistops_triton`.
 
-The forward takes five launches beside the product W f'. The backward takes four or five beside H'W and H'f, and up to two more
+The forward takes five launches beside the product W f'. The backward takes four to six beside H'W and H'f, and up to two more
 if it recomputes the scores. With `keep_scores` the forward keeps scores and slots, class-major, for the backward. Otherwise
 both directions work in chunks of classes. Nothing here waits for the GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -128,18 +127,18 @@ def backward(a: CrossEntropyBackward) -> CrossEntropyGradients:
         scores=a.scores.contiguous(), slots=a.slots.contiguous(), center_rnorms=a.center_rnorms.contiguous(),
         input_rnorms=a.input_rnorms.contiguous(), rows=a.rows.contiguous(), scalars=a.scalars.contiguous(),
     )  # fmt: skip
-    arguments = (a.input, a.centers, a.displacements, a.tau, a.class_bias, a.margin)
+    # The gradients of coefficients are in the dtype of the logits.
+    coeffs = args.input_coeffs, args.class_coeffs
+    arguments = (a.input, a.centers, a.displacements, a.tau, *coeffs, a.class_bias, a.margin)
     needs = Needs(
         a.need_input, a.need_centers, a.need_displacements, a.need_tau,
         a.need_bias and a.class_bias is not None, a.need_margin and a.margin is not None,
     )  # fmt: skip
-    if args.sizes[0] == 0 or not any(needs):
-        return _gradients(
-            a,
-            (
-                torch.zeros_like(x) if x is not None and n else a.lse.new_empty(0)
-                for x, n in zip(arguments, needs, strict=True)
-            ),
+    needed = (*needs[:4], *(x is not None for x in coeffs), *needs[4:])
+    if args.sizes[0] == 0 or not any(needed):
+        return CrossEntropyGradients._make(
+            torch.zeros_like(x) if x is not None and n else a.lse.new_empty(0)
+            for x, n in zip(arguments, needed, strict=True)
         )
     grad_loss, grad_lse = a.grad_loss, a.grad_lse
     routing: dict[str, Any] = {
@@ -151,7 +150,7 @@ def backward(a: CrossEntropyBackward) -> CrossEntropyGradients:
         "HAS_BIAS": a.class_bias is not None, "HAS_WEIGHT": a.weight is not None, "HAS_MARGIN": a.margin is not None,
     }  # fmt: skip
     with on_device(args.input.device):
-        if loss_forms.has_subcenters(args):
+        if loss_forms.has_score_kernel(args):
             computed = loss_gradients.in_chunks_of_logits(args, a, needs, routing)
         elif a.scores.numel():
             computed = loss_gradients.from_scores(args, a, needs, routing)
@@ -160,17 +159,7 @@ def backward(a: CrossEntropyBackward) -> CrossEntropyGradients:
     *others, grad_margin = computed
     if needs.margin and a.margin is not None and a.margin.numel() == 1:
         grad_margin = grad_margin.sum()
-    return _gradients(
-        a,
-        (
-            like_argument(x, g) if needed and x is not None else a.lse.new_empty(0)
-            for g, x, needed in zip((*others, grad_margin), arguments, needs, strict=True)
-        ),
+    return CrossEntropyGradients._make(
+        like_argument(x, g) if n and x is not None else a.lse.new_empty(0)
+        for g, x, n in zip((*others, grad_margin), arguments, needed, strict=True)
     )
-
-
-def _gradients(a: CrossEntropyBackward, computed: Iterable[Tensor]) -> CrossEntropyGradients:
-    """Return the outputs of `cross_entropy_backward`; there are no coefficients."""
-    *others, class_bias, margin = computed
-    no_coeffs = a.lse.new_empty(0), a.lse.new_empty(0)
-    return CrossEntropyGradients._make((*others, *no_coeffs, class_bias, margin))

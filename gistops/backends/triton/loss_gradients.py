@@ -19,7 +19,8 @@ from .loss_scores import Chunk, Norms, Partials, chunk_size, chunks, fused_tile,
 from .route_loss_grad import route_loss_grad_kernel
 from .routing import Needs, Routed, RoutingPartials, Saved, reduce_partials
 
-BY_CLASS = (1, 4, 5)  # the gradients of centers, bias and margin
+#: Index of a gradient with one part per class -> its dimension of classes: centers, class_coeffs, bias and margin.
+BY_CLASS = {1: 0, 5: 2, 6: 0, 7: 0}
 
 
 def loss_grad_tile(args: LaunchArgs) -> tuple[int, int, int]:
@@ -74,7 +75,7 @@ def _recomputed_chunks(
 def in_chunks_of_logits(
     args: LaunchArgs, a: CrossEntropyBackward, needs: Needs, routing: dict[str, Any]
 ) -> tuple[Tensor, ...]:
-    """Return all gradients of sub-centers, from kept or recomputed logits."""
+    """Return all gradients of sub-centers or rotations, from kept or recomputed logits."""
     return _sum_of_chunks(args, _chunks_of_logits(args, a, needs, routing))
 
 
@@ -90,10 +91,13 @@ def _chunks_of_logits(
     for c in chunks(args, size, loss_grad_tile(args)):
         count = c.args.sizes[1]
         classes = slice(c.first_class, c.first_class + count)
-        rnorms = loss_forms.by_vector(args, a.center_rnorms)[classes]
+        if loss_forms.has_subcenters(args):
+            rnorms = loss_forms.by_vector(args, a.center_rnorms)[classes]
+        else:
+            rnorms = a.center_rnorms[:, classes]  # one row
         z, winners = (x[classes] if a.scores.numel() else x[:count] for x in (scores, slots))
         if not a.scores.numel():
-            loss_forms.subcenter_scores(c.args, rnorms, a.input_rnorms, z, winners)
+            loss_forms.compute_scores(c.args, rnorms, a.input_rnorms, z, winners)
         saved = Saved(z, z, winners, rnorms, a.input_rnorms, True)
         routed = _route(c, saved, None, needs, routing)
         yield classes, _gradients(c, saved, needs, routed, args.store_dtype if count == K else acc)
@@ -109,16 +113,24 @@ def _sum_of_chunks(
         if classes.stop - classes.start == K:
             return parts
         if not sums:
-            sums = [
-                x.new_empty(K, *x.shape[1:]) if i in BY_CLASS and x.numel() else torch.zeros_like(x)
-                for i, x in enumerate(parts)
-            ]
+            sums = [_zeros(x, BY_CLASS.get(i), K) for i, x in enumerate(parts)]
         for i, (total, more) in enumerate(zip(sums, parts, strict=True)):
-            if i in BY_CLASS and more.numel():
-                total[classes] = more
-            elif more.numel():
+            if not more.numel():
+                continue
+            if i in BY_CLASS:
+                total.narrow(BY_CLASS[i], classes.start, classes.stop - classes.start).copy_(more)
+            else:
                 total += more
     return tuple(sums)
+
+
+def _zeros(part: Tensor, class_dim: int | None, classes: int) -> Tensor:
+    """Return memory for the gradient of all classes: zeros, or uninitialized memory where each class has its own part."""
+    if class_dim is None or not part.numel():
+        return torch.zeros_like(part)
+    shape = list(part.shape)
+    shape[class_dim] = classes
+    return part.new_empty(shape)
 
 
 def _gradients(
@@ -127,7 +139,9 @@ def _gradients(
     """Return all gradients of a chunk; those of input and displacements are in `dtype`."""
     compute = loss_forms.subcenter_gradients if loss_forms.has_subcenters(c.args) else gradients.from_routed
     vectors = compute(c.args, saved, routed, needs, dtype)
-    return *vectors, routed.grad_tau, routed.grad_bias, routed.grad_margin
+    none = routed.grad_tau.new_empty(0)
+    coeffs = (none if x is None else x for x in (routed.input_coeffs, routed.class_coeffs))
+    return *vectors, routed.grad_tau, *coeffs, routed.grad_bias, routed.grad_margin
 
 
 def _route(c: Chunk, saved: Saved, shifts: Tensor | None, needs: Needs, routing: dict[str, Any]) -> Routed:
@@ -155,4 +169,5 @@ def _route(c: Chunk, saved: Saved, shifts: Tensor | None, needs: Needs, routing:
             INTERLEAVED=loss_forms.has_subcenters(args),
             num_warps=c.tile[2], **options,
         )  # fmt: skip
-    return reduce_partials(args, partials, c.group_tiles * c.tile[0], c.tile[1])
+    coeffs = loss_forms.coeff_partials(args, saved.slots, partials.weights)
+    return reduce_partials(args, partials, c.group_tiles * c.tile[0], c.tile[1], coeffs)

@@ -60,29 +60,27 @@ class Norms(NamedTuple):
 
 def chunks(args: LaunchArgs, size: int, tile: tuple[int, int, int] | Config) -> Iterator[Chunk]:
     """Yield chunks of at most `size` classes."""
-    B, K, d, M = args.sizes
+    B, K, _, _ = args.sizes
     fused = tile if isinstance(tile, Config) else None
     classes, rows, warps = (tile.classes, tile.rows, tile.warps) if isinstance(tile, Config) else tile
     if fused is None:
         rows = min(rows, power_of_two(max(B, 16)))
     count = 0
     for first in range(0, K, size):
-        centers = args.centers[first : first + size]
-        chunk_args = args._replace(centers=centers, sizes=(B, centers.shape[0], d, M))
-        group_tiles, groups = grouped(centers.shape[0], max(B, 1), (classes, rows))
+        chunk_args = loss_forms.chunk_of(args, slice(first, first + size))
+        group_tiles, groups = grouped(chunk_args.sizes[1], max(B, 1), (classes, rows))
         if fused is not None:
-            group_tiles, groups = 1, tiles_of(centers.shape[0], classes)
+            group_tiles, groups = 1, tiles_of(chunk_args.sizes[1], classes)
         yield Chunk(first, chunk_args, (classes, rows, warps), group_tiles, groups, count, fused)
         count += groups
 
 
 def chunk_size(args: LaunchArgs, keep_scores: bool) -> int:
-    """Return the number of classes per chunk. The products of sub-centers take memory beside the scores."""
-    subcenters = loss_forms.has_subcenters(args)
-    if keep_scores and not subcenters:
+    """Return the number of classes per chunk."""
+    per_class = loss_forms.memory_per_class(args, keep_scores)
+    if not per_class:
         return args.sizes[1]
-    vectors = args.sizes[3] if subcenters else 1
-    per_class = max(padded_rows(args.sizes[0]), 1) * vectors
+    vectors = args.sizes[3] if loss_forms.has_subcenters(args) else 1
     return max(64 // vectors, 1, CHUNK_ELEMENTS // per_class // 64 * 64)
 
 
@@ -90,7 +88,7 @@ def fused_tile(args: LaunchArgs) -> Config | None:
     """Return the tile of the fused kernels of the loss, or None where torch's product serves."""
     B, K, d, M = args.sizes
     device = args.input.device
-    if loss_forms.has_subcenters(args):
+    if loss_forms.has_score_kernel(args):
         return None
     if configs.loss_product(device, args.kind, B, K, d, M) == "cublas":
         return None
@@ -124,9 +122,9 @@ def score(
         )  # fmt: skip
     else:
         assert scores is not None
-        scored = loss_forms.has_subcenters(args)
+        scored = loss_forms.has_score_kernel(args)
         if scored:
-            loss_forms.subcenter_scores(args, norms.center_rnorms, norms.input_rnorms, scores, slots)
+            loss_forms.compute_scores(args, norms.center_rnorms, norms.input_rnorms, scores, slots)
             options["STASH"] = False
         else:
             multiply(args.centers, args.input.t(), scores[:, :B])

@@ -25,23 +25,27 @@ def _sum_partials(partials, result, block, count, length, BLOCK_P: tl.constexpr,
 
 @triton.jit
 def reduce_partials_kernel(
-    slot_weights,  # S' [groups, M·B]
+    by_row,  # S' [groups, M·B], or ∂X of rotations [groups, B·M]
     moments,  # U [splits, M·K]
     bias_partials,  # [splits, K]
     margin_partials,  # [splits, K]
+    coeff_partials,  # ∂Y of rotations [row tiles, 2·M·K]
     tau_partials,  # τ ∂τ [splits·groups]
     tau,  # one element
-    slot_weights_sum,  # [M·B]
+    sum_by_row,  # [M·B]
     moments_sum,  # [M·K]
     grad_bias,  # [K]
     grad_margin,  # [K]
+    grad_coeffs,  # [2·M·K]
     grad_tau,  # one element
     groups,
     splits,
-    slot_weights_length,  # each length is 0 if that sum is not needed
+    row_tiles,
+    by_row_length,  # each length is 0 if that sum is not needed
     moments_length,
     bias_length,
     margin_length,
+    coeffs_length,
     tau_length,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -49,12 +53,12 @@ def reduce_partials_kernel(
 ):
     """Compute BLOCK_N elements of one of the sums, or the gradient of τ.
 
-    Grid: the blocks of the four sums one after the other, then one program for τ.
+    Grid: the blocks of the five sums one after the other, then one program for τ.
     """
     block = tl.program_id(0)
-    blocks = tl.cast(0, tl.int32) + (slot_weights_length + BLOCK_N - 1) // BLOCK_N
+    blocks = tl.cast(0, tl.int32) + (by_row_length + BLOCK_N - 1) // BLOCK_N
     if block < blocks:
-        _sum_partials(slot_weights, slot_weights_sum, block, groups, slot_weights_length, BLOCK_P, BLOCK_N)
+        _sum_partials(by_row, sum_by_row, block, groups, by_row_length, BLOCK_P, BLOCK_N)
     else:
         block -= blocks
         blocks = tl.cast(0, tl.int32) + (moments_length + BLOCK_N - 1) // BLOCK_N
@@ -73,10 +77,17 @@ def reduce_partials_kernel(
                         margin_partials, grad_margin, block, splits, margin_length, BLOCK_P, BLOCK_N
                     )
                 else:
-                    lanes = tl.arange(0, BLOCK_T)
-                    total = tl.zeros((BLOCK_T,), tau_partials.dtype.element_ty)
-                    for start in range(0, tau_length, BLOCK_T):
-                        elements = start + lanes
-                        total += tl.load(tau_partials + elements, mask=elements < tau_length, other=0.0)
-                    ratio = tl.sum(total, 0) / load_tau(tau, total.dtype)
-                    tl.store(grad_tau, ratio.to(grad_tau.dtype.element_ty))
+                    block -= blocks
+                    blocks = tl.cast(0, tl.int32) + (coeffs_length + BLOCK_N - 1) // BLOCK_N
+                    if block < blocks:
+                        _sum_partials(
+                            coeff_partials, grad_coeffs, block, row_tiles, coeffs_length, BLOCK_P, BLOCK_N
+                        )
+                    else:
+                        lanes = tl.arange(0, BLOCK_T)
+                        total = tl.zeros((BLOCK_T,), tau_partials.dtype.element_ty)
+                        for start in range(0, tau_length, BLOCK_T):
+                            elements = start + lanes
+                            total += tl.load(tau_partials + elements, mask=elements < tau_length, other=0.0)
+                        ratio = tl.sum(total, 0) / load_tau(tau, total.dtype)
+                        tl.store(grad_tau, ratio.to(grad_tau.dtype.element_ty))

@@ -61,6 +61,8 @@ class Routed(NamedTuple):
     flags: Tensor  # [splits, groups]: 1 if a pair that cancels has won there
     group_classes: int  # classes per group
     split_rows: int  # rows per split
+    input_coeffs: Tensor | None = None  # ∂X [B, M] of rotations
+    class_coeffs: Tensor | None = None  # ∂Y [2, M, K]
 
 
 class RoutingPartials(NamedTuple):
@@ -80,9 +82,10 @@ class RoutingPartials(NamedTuple):
         B, K, _, M = args.sizes
         subcenters = args.centers.dim() == 3  # without displacements, which alone need S'
         need_slot_weights = M > 1 and not subcenters and (needs.input or needs.displacements)
+        need_weights = needs.input or needs.centers or args.input_coeffs is not None
         new, acc = args.input.new_empty, args.acc_dtype
         return cls(
-            new((K, padded_rows(B)) if needs.input or needs.centers else (0, 0), dtype=args.store_dtype),
+            new((K, padded_rows(B)) if need_weights else (0, 0), dtype=args.store_dtype),
             new((groups if need_slot_weights else 0, M, B), dtype=acc),
             new(
                 (splits if needs.centers or needs.displacements else 0, *((K, M) if subcenters else (M, K))),
@@ -123,10 +126,21 @@ def route(args: LaunchArgs, saved: Saved, needs: Needs) -> Routed:
 
 
 def reduce_partials(
-    args: LaunchArgs, partials: RoutingPartials, group_classes: int, split_rows: int
+    args: LaunchArgs,
+    partials: RoutingPartials,
+    group_classes: int,
+    split_rows: int,
+    coeffs: tuple[Tensor, Tensor] | None = None,
 ) -> Routed:
-    """Return the sums over the first dimension of the partials. A single partial is its own sum."""
-    terms = partials.slot_weights, partials.moments, partials.bias, partials.margin
+    """Return the sums over the first dimension of the partials. A single partial is its own sum.
+
+    Args:
+        args, partials: the arguments and the outputs of a routing kernel.
+        group_classes, split_rows: the classes per group and the rows per split of that kernel.
+        coeffs: the partials of ∂X [groups, B, M] and ∂Y [row tiles, 2, M, K] of rotations, which have no S'.
+    """
+    by_row, class_coeffs = coeffs or (partials.slot_weights, partials.slot_weights.new_empty(0))
+    terms = by_row, partials.moments, partials.bias, partials.margin, class_coeffs
     summed = [x.shape[0] > 1 for x in terms]
     sums = [
         x.new_empty(x.shape[1:]) if needed else x.view(x.shape[1:]) if x.numel() else x
@@ -138,17 +152,19 @@ def reduce_partials(
     programs = sum(tiles_of(length, elements) for length in lengths) + grad_tau.numel()
     if programs:
         reduce_partials_kernel[(programs,)](
-            *terms, partials.tau, args.tau, *sums, grad_tau, partials.flags.shape[1], partials.flags.shape[0],
-            *lengths, partials.tau.numel(), BLOCK_P=count, BLOCK_N=elements, BLOCK_T=tau_elements,
+            *terms, partials.tau, args.tau, *sums, grad_tau, by_row.shape[0], partials.flags.shape[0],
+            class_coeffs.shape[0], *lengths, partials.tau.numel(), BLOCK_P=count, BLOCK_N=elements, BLOCK_T=tau_elements,
         )  # fmt: skip
     return Routed(
-        partials.weights,
-        sums[0],
-        sums[1],
-        grad_tau,
-        sums[2],
-        sums[3],
-        partials.flags,
-        group_classes,
-        split_rows,
+        weights=partials.weights,
+        slot_weights=partials.slot_weights if coeffs else sums[0],
+        moments=sums[1],
+        grad_tau=grad_tau,
+        grad_bias=sums[2],
+        grad_margin=sums[3],
+        flags=partials.flags,
+        group_classes=group_classes,
+        split_rows=split_rows,
+        input_coeffs=sums[0] if coeffs else None,
+        class_coeffs=sums[4] if coeffs else None,
     )
