@@ -223,7 +223,7 @@ class TileSizes:
     route_logits_grad: tuple[int, int, int]  # rows, classes, warps
     route_logits_grad_many: tuple[int, int, int]  # the same for M > 32, where S' takes many registers
     lse: tuple[int, int, int]  # classes, rows, warps
-    subcenters: tuple[int, int, int]  # classes, rows, warps
+    subcenters: tuple[int, int, int]  # classes, rows, warps; of sub-centers and rotations
     route_loss_grad: tuple[int, int, int]  # classes, rows, warps
     route_loss_grad_unrolled: bool  # unroll loops over few slots and keep S' in registers
     route_loss_grad_many: tuple[int, int, int]  # as route_loss_grad, for M > 32
