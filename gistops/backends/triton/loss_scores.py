@@ -131,8 +131,8 @@ def score(
         lse_kernel[(c.groups * tiles_of(B, c.tile[1]),)](
             scores, slots, norms.center_rnorms, norms.shifts, norms.input_rnorms, args.tau, a.target, bias, weight,
             *partials, B, K, stride, M, c.group_tiles, c.first_class, c.first_group, groups, a.ignore_index,
-            BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], UNROLLED_SLOTS=configs.unrolled_slots(M), SCORED=scored, num_warps=c.tile[2],
-            **options,
+            BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], SCORED=scored, num_warps=c.tile[2],
+            UNROLLED_SLOTS=0 if scored else configs.unrolled_slots(M), **options,
         )  # fmt: skip
     rescore_cancelled(c, a, scores, slots, norms, partials)
 
