@@ -109,7 +109,10 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
             constants = subcenters | {"NEED_SLOTS": need_slots, "ACC": acc}
             yield Case(kernel, dtype, target, constants, warps)
     yield Case(expand_weights_kernel, dtype, target, subcenters, warps)
-    yield Case(grad_coeffs_kernel, dtype, target, subcenters | {"ACC": acc}, warps)
+    largest = 65504.0 if dtype == "f16" else 0.0
+    for rounds in (True, False) if kind == "half" else (False,):
+        constants = subcenters | {"ROUND": rounds, "MAX_WEIGHT": largest if rounds else 0.0, "ACC": acc}
+        yield Case(grad_coeffs_kernel, dtype, target, constants, warps)
     no_option = dict.fromkeys(every_option, False)
     fused = tile_tables.fused_loss_tiles(*table)
     for config in fused:
@@ -139,7 +142,6 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
     if kind != "f64":
         yield from _topk_cases(dtype, target, products)
     needs_all = {f"NEED_{what}": True for what in ("WEIGHTS", "SLOT_WEIGHTS", "MOMENTS", "TAU")}
-    largest = 65504.0 if dtype == "f16" else 0.0
     for tiles, slots, warps in (
         (sizes.route_logits_grad[:2], 8, sizes.route_logits_grad[2]),
         (sizes.route_logits_grad[:2], 32, sizes.route_logits_grad[2]),

@@ -76,7 +76,7 @@ class Case:
         ]
         sizes += [
             k.lower()
-            for k in ("STASH", "SUMS", "PRODUCTS", "SCORED", "INTERLEAVED", "ROTATED")
+            for k in ("STASH", "SUMS", "PRODUCTS", "SCORED", "INTERLEAVED", "ROTATED", "ROUND")
             if self.constants.get(k)
         ]
         needs = [

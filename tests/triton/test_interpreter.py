@@ -24,7 +24,16 @@ HERE = Path(__file__).parent
 #: The files that share a process.
 TOGETHER = (
     ("exact", "precision", "topk"),
-    ("loss", "loss_forms", "loss_rotations", "streaming", "autocast", "op_checks", "storage"),
+    (
+        "loss",
+        "loss_forms",
+        "loss_rotations",
+        "half_rotations",
+        "streaming",
+        "autocast",
+        "op_checks",
+        "storage",
+    ),
 )
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton==3.8.0")
 OUTDATED = triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__version__.split(".")[:2])) >= (

@@ -64,6 +64,11 @@ def power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+def max_weight(dtype: torch.dtype) -> float:
+    """Return the constant MAX_WEIGHT for H' in a dtype: the largest float16, or 0 where H' needs no bound."""
+    return 65504.0 if dtype == torch.float16 else 0.0
+
+
 @functools.cache
 def target(device: torch.device) -> Target:
     """Return the name of the tables for a device."""

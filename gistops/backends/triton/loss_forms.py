@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...operators.cross_entropy import CrossEntropyBackward, CrossEntropyForward, padded_rows
-from . import gradients
+from . import configs, gradients
 from .argument_checks import check_coeffs, check_subcenters
 from .configs import grouped, tiles
 from .launch_args import LaunchArgs, multiply
@@ -124,18 +124,26 @@ def subcenter_gradients(
     return grad_input, grad_centers.view(-1, M, d), none
 
 
-def coeff_partials(args: LaunchArgs, slots: Tensor, weights: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return the partials of ∂X [groups, B, M] and ∂Y [row tiles, 2, M, K] of rotations from H'; None for other forms."""
+def coeff_partials(
+    args: LaunchArgs, saved: Saved, weights: Tensor, needs: Needs
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Return H' in the dtype that the products read, and the partials of the coefficients' gradients.
+
+    Those are ∂X [groups, B, M] and ∂Y [row tiles, 2, M, K] of rotations. Other forms have none, and H' as it is.
+    """
     if args.class_coeffs is None:
-        return None
+        return weights, None
     B, K, _, _ = args.sizes
     M, (classes, rows, warps) = args.coeff_slots, args.tile_sizes.subcenters
     group_tiles, groups = grouped(K, B, (classes, rows))
-    input_partials = weights.new_empty(groups, B, M, dtype=args.acc_dtype)
-    class_partials = weights.new_empty(tiles(B, rows), 2, M, K, dtype=args.acc_dtype)
+    input_partials = weights.new_empty(groups, B, M)
+    class_partials = weights.new_empty(tiles(B, rows), 2, M, K)
+    rounds = args.store_dtype != weights.dtype and (needs.input or needs.centers)
+    rounded = torch.empty_like(weights, dtype=args.store_dtype) if rounds else weights
     grad_coeffs_kernel[(groups * tiles(B, rows),)](
-        weights, slots, args.input_coeffs, args.class_coeffs, input_partials, class_partials,
-        B, K, padded_rows(B), M, args.class_coeffs.stride(1), group_tiles,
-        BLOCK_C=classes, BLOCK_B=rows, num_warps=warps, **args.constants("ACC"),
+        weights, rounded, saved.slots, saved.center_rnorms, saved.input_rnorms, args.input_coeffs, args.class_coeffs,
+        input_partials, class_partials, B, K, padded_rows(B), M, args.class_coeffs.stride(1), group_tiles,
+        BLOCK_C=classes, BLOCK_B=rows, ROUND=rounds, MAX_WEIGHT=configs.max_weight(rounded.dtype), num_warps=warps,
+        **args.constants("ACC"),
     )  # fmt: skip
-    return input_partials, class_partials
+    return rounded, (input_partials, class_partials)

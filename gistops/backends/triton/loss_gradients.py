@@ -152,7 +152,7 @@ def _route(c: Chunk, saved: Saved, shifts: Tensor | None, needs: Needs, routing:
     partials = RoutingPartials.allocate(args, needs, splits, c.groups)
     options: dict[str, Any] = {
         "B": B, "K": K, "stride": padded_rows(B), "M": M, "first_class": c.first_class,
-        "MAX_WEIGHT": 65504.0 if args.dtype == torch.float16 else 0.0, **partials.switches(), **routing,
+        "MAX_WEIGHT": configs.max_weight(partials.weights.dtype), **partials.switches(), **routing,
     }  # fmt: skip
     if c.fused is not None:
         fused_route_loss_grad_kernel[(splits * c.groups,)](
@@ -169,5 +169,6 @@ def _route(c: Chunk, saved: Saved, shifts: Tensor | None, needs: Needs, routing:
             INTERLEAVED=loss_forms.has_subcenters(args),
             num_warps=c.tile[2], **options,
         )  # fmt: skip
-    coeffs = loss_forms.coeff_partials(args, saved.slots, partials.weights)
+    weights, coeffs = loss_forms.coeff_partials(args, saved, partials.weights, needs)
+    partials = partials._replace(weights=weights)
     return reduce_partials(args, partials, c.group_tiles * c.tile[0], c.tile[1], coeffs)

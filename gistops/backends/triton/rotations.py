@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .numerics import load_tau
+from .route_logits_grad import bound_weights
 
 
 @triton.jit
@@ -84,8 +85,11 @@ def rotation_scores_kernel(
 
 @triton.jit
 def grad_coeffs_kernel(
-    weights,  # H' [K, stride]
+    wide_weights,  # H' [K, stride], not rounded
+    weights,  # [K, stride]: with ROUND written as H' for the products of the other gradients, or unused
     slots,  # [K, stride]
+    center_rnorms,  # [K]
+    input_rnorms,  # [B]
     input_coeffs,  # X [B, M]
     class_coeffs,  # Y [2, M, K]
     input_partials,  # [groups, B, M]: partials of ∂X
@@ -98,13 +102,15 @@ def grad_coeffs_kernel(
     group_tiles,  # class tiles per group
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    ROUND: tl.constexpr,
+    MAX_WEIGHT: tl.constexpr,  # the largest float16 if `weights` is float16; otherwise 0
     ACC: tl.constexpr,
 ):
     """Compute the parts of ∂X and ∂Y that a group of class tiles and BLOCK_B rows give. Grid: class groups x row tiles.
 
     With h = H' where slot j has won and 0 elsewhere: ∂X[i, 0] = Σ h Y[0, j, k] over all j, ∂X[i, j] = Σ h Y[1, j, k],
     ∂Y[0, j, k] = Σ h X[i, 0], ∂Y[1, j, k] = Σ h X[i, j]. Each slot reads the group again, which is in the cache then: sums
-    of all slots would not fit into registers.
+    of all slots would not fit into registers. These sums take H' as it is; a product in half precision takes it rounded.
     """
     row_tiles = tl.cdiv(B, BLOCK_B)
     row_tile = tl.program_id(0) % row_tiles
@@ -121,9 +127,20 @@ def grad_coeffs_kernel(
     second = tl.cast(M, tl.int64) * K  # from ∂Y[0] to ∂Y[1]
     for first in range(begin, end, BLOCK_C):
         classes = first + lanes
+        class_valid = classes < K
         none = tl.zeros((BLOCK_C,), ACC)
-        tl.store(class_out + classes, none, mask=classes < K)
-        tl.store(class_out + second + classes, none, mask=classes < K)
+        tl.store(class_out + classes, none, mask=class_valid)
+        tl.store(class_out + second + classes, none, mask=class_valid)
+        if ROUND:
+            inside = class_valid[:, None] & (rows < stride)[None, :]
+            elements = classes.to(tl.int64)[:, None] * stride + rows[None, :]
+            weight = tl.load(wide_weights + elements, mask=inside, other=0.0)
+            if MAX_WEIGHT > 0:
+                center_rnorm = tl.load(center_rnorms + classes, mask=class_valid, other=0.0)
+                input_rnorm = tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
+                weight = bound_weights(weight, center_rnorm[:, None], input_rnorm, 0, MAX_WEIGHT)
+            narrow = tl.max_contiguous(elements, (1, 4))
+            tl.store(weights + narrow, weight.to(weights.dtype.element_ty), mask=inside)
     for j in range(1, M):
         x = _input_coeffs(input_coeffs, j, rows, row_valid, M)
         across = tl.zeros((BLOCK_C, BLOCK_B), ACC)
@@ -133,7 +150,7 @@ def grad_coeffs_kernel(
             class_valid = classes < K
             inside = class_valid[:, None] & (rows < stride)[None, :]
             elements = classes.to(tl.int64)[:, None] * stride + rows[None, :]
-            weight = tl.load(weights + elements, mask=inside, other=0.0).to(ACC)
+            weight = tl.load(wide_weights + elements, mask=inside, other=0.0)
             slot = tl.load(slots + tl.max_contiguous(elements, (1, 4)), mask=inside, other=0).to(tl.int32)
             h = tl.where(slot == j, weight, tl.zeros_like(weight))
             y0 = _class_coeffs(class_coeffs, 0, j, classes, class_valid, M, coeff_stride)

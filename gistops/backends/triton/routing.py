@@ -68,7 +68,7 @@ class Routed(NamedTuple):
 class RoutingPartials(NamedTuple):
     """The outputs of a routing kernel: H', and sums over tiles of classes (groups) or of rows (splits)."""
 
-    weights: Tensor  # H' [K, ldB]
+    weights: Tensor  # H' [K, ldB], not rounded for rotations
     slot_weights: Tensor  # [groups, M, B]
     moments: Tensor  # [splits, M, K]; of sub-centers [splits, K, M]
     tau: Tensor  # [splits, groups]
@@ -82,10 +82,12 @@ class RoutingPartials(NamedTuple):
         B, K, _, M = args.sizes
         subcenters = args.centers.dim() == 3  # without displacements, which alone need S'
         need_slot_weights = M > 1 and not subcenters and (needs.input or needs.displacements)
-        need_weights = needs.input or needs.centers or args.input_coeffs is not None
+        # Products read H' in half precision. The gradients of rotations' coefficients are sums of the same H', not rounded.
+        rotated = args.input_coeffs is not None
+        need_weights = needs.input or needs.centers or rotated
         new, acc = args.input.new_empty, args.acc_dtype
         return cls(
-            new((K, padded_rows(B)) if need_weights else (0, 0), dtype=args.store_dtype),
+            new((K, padded_rows(B)) if need_weights else (0, 0), dtype=acc if rotated else args.store_dtype),
             new((groups if need_slot_weights else 0, M, B), dtype=acc),
             new(
                 (splits if needs.centers or needs.displacements else 0, *((K, M) if subcenters else (M, K))),
@@ -120,7 +122,7 @@ def route(args: LaunchArgs, saved: Saved, needs: Needs) -> Routed:
         saved.grad, saved.logits, saved.slots, saved.center_rnorms, saved.input_rnorms, args.tau,
         *partials[:4], partials.flags, B, K, padded_rows(B), M, group_tiles,
         BLOCK_B=rows, BLOCK_C=classes, BLOCK_S=power_of_two(M), UNROLLED_SLOTS=configs.unrolled_slots(M),
-        MAX_WEIGHT=65504.0 if args.dtype == torch.float16 else 0.0, num_warps=warps, **switches,
+        MAX_WEIGHT=configs.max_weight(args.dtype), num_warps=warps, **switches,
     )  # fmt: skip
     return reduce_partials(args, partials, group_tiles * classes, rows)
 
