@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from numbers import Integral, Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -289,8 +289,7 @@ def check_integer(name: str, value: object, low: int, high: int | None = None) -
         TypeError: `value` is not an integer.
         ValueError: `value` is below `low` or above `high`.
     """
-    if _is_traced_scalar(value):
-        value = value.item()  # type: ignore[attr-defined]
+    value = plain_scalar(value)
     integer = isinstance(value, Integral) and not isinstance(value, bool)
     number = int(value) if integer else low  # type: ignore[call-overload]
     if integer and number >= low and (high is None or number <= high):
@@ -319,8 +318,7 @@ def check_number(name: str, value: object, expected: str, low: float, high: floa
         TypeError: `value` is not a real number; the message says what was `expected`.
         ValueError: `value` is NaN, below `low` or above `high`.
     """
-    if _is_traced_scalar(value):
-        value = value.item()  # type: ignore[attr-defined]
+    value = plain_scalar(value)
     if isinstance(value, bool) or not isinstance(value, (float, Real)):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
     try:
@@ -330,6 +328,11 @@ def check_number(name: str, value: object, expected: str, low: float, high: floa
     if not low <= number <= high:
         raise ValueError(f"{name}: expected {expected}, got {value}")
     return number
+
+
+def plain_scalar(value: Any) -> Any:
+    """Return a number of Python for a scalar of numpy in a compiled graph, which ends there; and any other value itself."""
+    return value.item() if _is_traced_scalar(value) else value
 
 
 def _is_traced_scalar(value: object) -> bool:

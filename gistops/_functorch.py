@@ -31,6 +31,14 @@ def transforms_active() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def all_samples(x: torch.Tensor) -> torch.Tensor:
+    """Return the tensor of all samples of each active `torch.vmap`, for ops that have no rule of vmap; x itself outside."""
+    functorch = torch._C._functorch
+    while functorch.is_batchedtensor(x):
+        x = functorch.get_unwrapped(x)
+    return x
+
+
 def is_wrapped(*tensors: torch.Tensor | None) -> bool:
     """Return True if a tensor is a wrapper of a transform, such as a gradient under `is_grads_batched`."""
     functorch = torch._C._functorch

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._checks import on_device
 from .._classifier import Classifier, LossOptions
-from .._functorch import transforms_active
+from .._functorch import transforms_active, unsupported_transform
 from ..operators.registry import compute_dtype, is_dynamic, no_autocast, widest_dtype
 from .in_place import detect_changes
 
@@ -58,7 +58,8 @@ def best_cosine(unit: Tensor, centers: Tensor, structure: Tensor) -> tuple[Tenso
     vectors = centers[:, None, :] + structure  # [K, M, d]
     vectors = normalized(vectors, dim=2)
     scores = unit @ vectors.flatten(0, 1).T  # [B, K·M]
-    return first_best(scores.unflatten(1, vectors.shape[:2]), lowest_equals(structure))
+    # Not unflatten, which torch 2.11 cannot compile while a default device is set.
+    return first_best(scores.reshape(len(unit), *vectors.shape[:2]), lowest_equals(structure))
 
 
 def constellation_logits(
@@ -81,7 +82,9 @@ def constellation_logits(
             best, slot = best_cosine(unit, centers.to(dtype), structure)
             return scale * best, slot
         chunk = max(1, CHUNK_ELEMENTS // (slots_count * rows))
-        recompute = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transforms_active()
+        # `checkpoint` has no derivative in forward mode, and none inside transforms.
+        plain = not (torch.compiler.is_compiling() or transforms_active() or unsupported_transform())
+        recompute = torch.is_grad_enabled() and plain
         logits, slots = [], []
         for start in range(0, centers.shape[0], chunk):
             part = centers[start : start + chunk].to(dtype)
@@ -103,7 +106,7 @@ def subcenter_logits(input: Tensor, centers: Tensor, tau: Tensor) -> tuple[Tenso
     with no_autocast(input.device.type):
         unit = normalized(input.to(dtype), dim=1)
         vectors = normalized(centers.to(dtype), dim=2)
-        scores = (unit @ vectors.flatten(0, 1).T).unflatten(1, centers.shape[:2])
+        scores = (unit @ vectors.flatten(0, 1).T).reshape(len(unit), *centers.shape[:2])
         best, slots = first_best(scores, lowest_equals(centers))
         return tau.to(dtype).reshape(()) * best, slots
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from .._checks import check_constellation, check_loss, check_subcenters, on_device
+from .._checks import check_constellation, check_loss, check_subcenters, on_device, plain_scalar
 from .._classifier import Classifier, LossOptions, MarginKind, Transform, no_displacements
+from .._functorch import all_samples, transforms_active
 from ..backends import eager_loss, reference
 from ..backends.cpu_stash import StashedCrossEntropyParts, can_stash
 from ..backends.in_place import detect_changes
@@ -83,10 +84,12 @@ def constellation_cross_entropy(
             the check must not make the host wait, a RuntimeError is raised instead. On a GPU, it comes from a device-side
             assertion: later, and without the position.
     """
+    # A graph ends here, where no NamedTuple is alive: torch 2.11 cannot resume with one.
+    ignore_index, label_smoothing = plain_scalar(ignore_index), plain_scalar(label_smoothing)
     classifier = check_constellation(input, centers, displacements, tau, transform, axis, mlp)
     options = LossOptions(class_bias, weight, margin, margin_kind, reduction, ignore_index, label_smoothing)
     loss, lse = _cross_entropy(input, classifier, target, options, backend)
-    return (loss, lse) if return_lse else loss
+    return (loss, _owned(lse)) if return_lse else loss
 
 
 def subcenter_cross_entropy(
@@ -110,9 +113,15 @@ def subcenter_cross_entropy(
     Arguments, returns and errors are those of `constellation_cross_entropy`, with centers [K, M, d]. So is the memory: on
     GPUs, the products of the sub-centers exist for one chunk of classes at a time.
     """
+    ignore_index, label_smoothing = plain_scalar(ignore_index), plain_scalar(label_smoothing)
     options = LossOptions(class_bias, weight, margin, margin_kind, reduction, ignore_index, label_smoothing)
     loss, lse = _cross_entropy(input, check_subcenters(input, centers, tau), target, options, backend)
-    return (loss, lse) if return_lse else loss
+    return (loss, _owned(lse)) if return_lse else loss
+
+
+def _owned(lse: Tensor) -> Tensor:
+    """Return a copy of a log-sum-exp that has a gradient: the backward may need lse, which the caller may change in-place."""
+    return lse.clone() if lse.requires_grad else lse
 
 
 def _cross_entropy(
@@ -134,7 +143,7 @@ def _loss_of_rows(
         return reference.cross_entropy(input, classifier, target, options)
     if classifier.transform in eager_loss.WHOLE_LOSS.get(chosen, ()):
         watched = (classifier.displacements, classifier.axis)
-        input, classifier, coeffs = _operands(input, classifier)
+        input, classifier, coeffs = _operands(input, classifier, widen=False)
         if coeffs[0] is not None and coeffs[1] is not None:  # the op saves no more than these
             coeffs = detect_changes(coeffs[0], *watched), detect_changes(coeffs[1], *watched)
         ops, allow_tf32 = backends.ops(chosen), backends.allow_tf32(chosen)
@@ -249,12 +258,15 @@ def _smoothed_loss(
 
 
 def _operands(
-    input: Tensor, classifier: Classifier
+    input: Tensor, classifier: Classifier, widen: bool = True
 ) -> tuple[Tensor, Classifier, tuple[Tensor | None, Tensor | None]]:
-    """Return the operands of the ops: input, the classifier, and the coefficients of rotations instead of displacements."""
+    """Return the operands of the ops: input, the classifier, and the coefficients of rotations instead of displacements.
+
+    widen: as in `rotation.operands`.
+    """
     if classifier.transform != "rotation":
         return input, classifier, (None, None)
-    input, centers, *coeffs = rotation.operands(input, classifier)
+    input, centers, *coeffs = rotation.operands(input, classifier, widen)
     classifier = classifier._replace(centers=centers, displacements=no_displacements(input))
     return input, classifier, (coeffs[0], coeffs[1])
 
@@ -293,6 +305,8 @@ def _assert_in_range(in_range: Tensor, classifier: Classifier, options: LossOpti
     ignore_index: int | str = options.ignore_index
     if torch.compiler.is_compiling():  # a number in the text would make each of its values a graph of its own
         last, ignore_index = "K - 1", ""
+    if transforms_active() and not torch.compiler.is_compiling():  # a graph cannot hold the unwrapped tensor
+        in_range = all_samples(in_range).all()
     torch._assert_async(in_range, f"target: expected 0 to {last} or ignore_index {ignore_index}".strip())
 
 

@@ -187,7 +187,7 @@ def test_reset_parameters_initializes_everything_after_to_empty(
 ) -> None:
     with torch.device("meta"):
         head = make()
-    head.to_empty(device="cpu")
+    head.to_empty(device=torch.get_default_device())
     with torch.no_grad():
         for tensor in [*head.parameters(), *head.buffers()]:
             tensor.fill_(torch.nan)  # uninitialized memory may hold anything

@@ -77,7 +77,7 @@ def test_displacements_of_another_transform_are_refused(
 
 
 BAD: list[tuple[str, Callable[[Tensor], object], str]] = [
-    ("centers", lambda x: x.numpy(), r"0\.centers: expected a torch\.Tensor, got ndarray"),
+    ("centers", lambda x: x.cpu().numpy(), r"0\.centers: expected a torch\.Tensor, got ndarray"),
     ("displacements", lambda x: x.tolist(), r"0\.displacements: expected a torch\.Tensor, got list"),
     ("displacements", lambda x: x.new_ones(256, D), r"0\.displacements: expected at most 255 .* \[256, 24\]"),
     ("raw_tau", lambda x: 3.0, r"0\.raw_tau: expected a torch\.Tensor, got float"),

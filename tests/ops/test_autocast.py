@@ -94,7 +94,7 @@ def test_all_of_a_step_inside_autocast(name: str, region: torch.dtype, fused: st
             torch.testing.assert_close(a, b.float(), atol=0.03 * float(b.abs().max()), rtol=0)
 
 
-def test_chunks_call_their_kernels_below_autocast() -> None:
+def test_chunks_call_their_kernels_below_autocast(device: str) -> None:
     """A backward inside autocast recomputes the scores without a cast."""
     excluded = []
 
@@ -105,8 +105,8 @@ def test_chunks_call_their_kernels_below_autocast() -> None:
         return Logits(new(batch, classes), new(batch, classes), new(1, classes), new(batch))
 
     ops = torch.ops.gistops_autocast_probe
-    registry.define(ops, LOGITS_FORWARD, forward, ("CPU",))
+    registry.define(ops, LOGITS_FORWARD, forward, ("CPU", "CUDA"))
     tensors = (torch.ones(2, 4), torch.ones(3, 4), torch.ones(0, 4), torch.ones(()))
-    with torch.autocast("cpu", bf16):
+    with torch.autocast(device, bf16):
         make_scorer(ops, LogitsForward(*tensors)).forward(slice(0, 3))
     assert excluded == [True, True]

@@ -36,7 +36,7 @@ def test_one_graph_serves_all_sizes(kind: str, transform: str, backend: str, see
         if kind == "topk":
             return gistops.constellation_topk(x, w, delta, 7.0, 3, class_bias=bias, **options)
         if kind == "loss":
-            target = torch.arange(x.shape[0]) % 5
+            target = torch.arange(x.shape[0], device=x.device) % 5
             return gistops.constellation_cross_entropy(x, w, delta, 7.0, target, class_bias=bias, **options)
         return gistops.constellation_logits(x, w, delta, 7.0, **options)
 
@@ -56,3 +56,10 @@ def test_one_graph_serves_all_sizes(kind: str, transform: str, backend: str, see
         values = tensors(sizes | {"h": 4, "2d": 2 * sizes["d"]})
         torch.testing.assert_close(compiled(*values), function(*values))
     assert len(graphs) == 1
+
+
+def test_sizes_under_a_default_device(backend: str, device: str, seed: int) -> None:
+    """torch 2.11 cannot compile each method of a tensor while a default device is set."""
+    with torch.device(device):
+        for transform in ("translation", "mlp"):
+            test_one_graph_serves_all_sizes("logits", transform, backend, seed)

@@ -6,10 +6,12 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import gistops
 from gistops._classifier import MarginKind, Transform
+from gistops.backends import eager_loss, reference
 
 from .oracle import error, generator
 
@@ -70,24 +72,67 @@ def gradients(
     )
 
 
+def vectors_of(named: dict[str, Tensor], transform: str) -> Tensor | None:
+    """Return the vectors [K, M, d] of translations and rotations in float64; None for networks."""
+    centers, displacements = named["centers"].double(), named["displacements"].double()
+    if transform == "translation":
+        return centers[:, None] + F.pad(displacements, (0, 0, 1, 0))
+    if transform == "rotation":
+        matrices = (reference.rotation(named["axis"].double(), delta) for delta in displacements)
+        return torch.stack([centers, *(centers + centers @ turn.T for turn in matrices)], 1)
+    return None
+
+
+def without_near_ties(named: dict[str, Tensor], transform: str) -> dict[str, Tensor]:
+    """Return the tensors without the rows in which the best two slots of a class are nearly equal.
+
+    There, a GPU may choose different slots in float32 and in half precision, whose sums have different orders.
+    """
+    vectors = vectors_of(named, transform)
+    if vectors is None:
+        return named
+    cosines = torch.einsum("bd,kmd->bkm", F.normalize(named["input"].double()), F.normalize(vectors, dim=2))
+    gaps = -cosines.topk(2, dim=2).values.diff(dim=2)
+    return named | {"input": named["input"][gaps.flatten(1).amin(1) > 1e-5]}
+
+
+def rounded_weights(named: dict[str, Tensor], transform: str) -> dict[str, Tensor]:
+    """Return bounds of the errors of the gradients of input and centers on GPUs, which round the weights of their products.
+
+    A weight is at most 2 τ / (|f| |w'|) in size, with a margin in angles too. The bounds are those of half an eps of each
+    weight, for the sum over the rows as for independent errors, times 8: for the projections, and for the gradients of the
+    coefficients of rotations, which are rounded for themselves.
+    """
+    vectors = vectors_of(named, transform)
+    assert vectors is not None
+    input, tau = named["input"].double(), float(named["tau"])
+    weights = 8 * torch.finfo(named["input"].dtype).eps * tau
+    return {
+        "input": (weights / input.norm(dim=1, keepdim=True)).to(f32),
+        "centers": weights * len(input) ** 0.5 / vectors.norm(dim=2).min().to(f32),
+    }
+
+
 def check_rounded_once(
     transform: str, kind: str | None, dtype: torch.dtype, backend: str, seed: int, rows: int
 ) -> None:
     """Compare with the gradients of the same numbers in float32: one rounding, and the largest sum's float32 error.
 
     The signs of the terms are mixed: gradients are much smaller than the sums of their terms' magnitudes, so that a partial
-    sum in half precision shows.
+    sum in half precision shows. On GPUs, the weights of the products for input and centers are in half precision.
     """
-    named = tensors(transform, kind is not None, dtype, rows, seed)
-    target = torch.randint(0, CLASSES, (rows,), generator=generator(seed + 1))
+    named = without_near_ties(tensors(transform, kind is not None, dtype, rows, seed), transform)
+    target = torch.randint(0, CLASSES, (len(named["input"]),), generator=generator(seed + 1))
     made = gradients(named, transform, kind, target, backend)
     wide = gradients({name: x.to(f32) for name, x in named.items()}, transform, kind, target, backend)
+    more: dict[str, Tensor] = {}
+    if transform in eager_loss.WHOLE_LOSS.get(backend, ()):
+        more = rounded_weights(named, transform)
     for name, gradient in made.items():
         assert gradient.dtype == dtype
         true = wide[name]
         allowed = torch.finfo(dtype).eps * true.abs() + 1e-5 * true.abs().max() + torch.finfo(dtype).tiny
-        if backend == "triton" and transform == "translation" and name in ("input", "centers"):
-            continue  # the weights of their products are in half precision, as on every GPU
+        allowed = allowed + more.get(name, 0.0)
         excess = (gradient.to(f32) - true).abs() - allowed
         assert float(excess.max()) <= 0, (name, float((gradient.to(f32) - true).abs().max()))
 
@@ -107,7 +152,7 @@ def check_no_overflow_of_partial_sums(transform: str, backend: str, seed: int, r
     target = torch.randint(0, CLASSES, (rows,), generator=generator(seed + 1))
     wide = gradients({name: x.to(f32) for name, x in named.items()}, transform, None, target, backend)
     for name, true in wide.items():
-        scale = 30000 / float(true.abs().max())
+        scale = 20000 / float(true.abs().max())
         assert gradients(named, transform, None, target, backend, scale)[name].isfinite().all(), name
 
 

@@ -75,7 +75,9 @@ def truth(tensors: list[Tensor], call: Call) -> tuple[tuple[Tensor, Tensor], lis
 
 def compare(tensors: list[Tensor], call: Call, seed: int, bound: float) -> None:
     made, leaves = ours(tensors, call)
-    assert "_FunctionBackward" in type(made[0].grad_fn).__name__  # the whole loss, not its parts
+    node: Any = made[0].grad_fn
+    assert "_FunctionBackward" in type(node).__name__  # the whole loss, not its parts
+    assert [t.dtype for t in node.saved_tensors[:2]] == [t.dtype for t in tensors[:2]]  # the products' dtypes
     true, wide = truth(tensors, call)
     values, expected = (
         [*pair, *gradients(*pair, ends, seed)] for pair, ends in ((made, leaves), (true, wide))

@@ -9,6 +9,8 @@ from gistops.backends.chunked import scorers
 from gistops.functional.transforms import mlp as mlp_transform
 from tests.ops import test_autocast as autocast
 from tests.ops import test_device as device
+from tests.ops import test_functorch as functorch
+from tests.ops import test_in_place as in_place
 from tests.ops import test_loss as loss
 from tests.ops import test_loss_torch as in_torch
 from tests.ops import test_mlp as mlp
@@ -134,3 +136,13 @@ def test_vectors_of_a_network(monkeypatch: pytest.MonkeyPatch, seed: int) -> Non
     mlp.test_logits(None, "triton", seed)
     mlp.test_loss(True, "none", None, "triton", seed)
     mlp.test_topk(None, "triton", seed)
+
+
+def test_a_vmap_over_targets_and_over_all_tensors(seed: int) -> None:
+    functorch.test_vmap_over_targets("triton", seed)
+    for transform in ("translation", "rotation", "mlp", "subcenters"):
+        functorch.test_vmap_of_a_fused_backend(transform, "loss", "triton", seed)
+
+
+def test_a_loss_and_an_lse_that_are_changed_in_place(seed: int) -> None:
+    in_place.test_the_loss_may_be_changed_in_place("triton", seed)

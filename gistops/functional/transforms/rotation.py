@@ -76,11 +76,15 @@ def _normalized(x: Tensor) -> tuple[Tensor, Tensor]:
     return x / norm.clamp(min=EPS)[..., None], norm
 
 
-def operands(input: Tensor, classifier: Classifier) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def operands(
+    input: Tensor, classifier: Classifier, widen: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return input, centers, input_coeffs [B, M] and class_coeffs [2, M, K] for `rotation_forward`; differentiable.
 
-    The op and the coefficients both use input and centers. If these need gradients, they are returned in the dtype of the
-    logits: autograd then adds the two gradients of each in that dtype and rounds the sum once.
+    Args:
+        widen: return input and centers that need gradients in the dtype of the logits. The op and the coefficients both
+            use them, and autograd then adds the two gradients of each in that dtype and rounds the sum once. Without
+            `widen`, half precision stays, and so do the products of tensor cores, whose weights are rounded to it anyway.
     """
     centers, displacements, axis = classifier.centers, classifier.displacements, classifier.axis
     assert axis is not None
@@ -94,9 +98,9 @@ def operands(input: Tensor, classifier: Classifier) -> tuple[Tensor, Tensor, Ten
         class_a = a[:, None] * along - n[:, None] * across
         class_b = b[:, None] * across + n[:, None] * along
         y = F.pad(torch.stack([class_a, class_b]), (0, 0, 1, 0))
-        keep_wide = dtype == torch.float64
-        input = wide_input if keep_wide or _needs_gradient(input) else input
-        centers = wide_centers if keep_wide or _needs_gradient(centers) else centers
+        is_double = dtype == torch.float64
+        input = wide_input if is_double or (widen and _needs_gradient(input)) else input
+        centers = wide_centers if is_double or (widen and _needs_gradient(centers)) else centers
         return input, centers, x, y
 
 
