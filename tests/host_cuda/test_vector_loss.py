@@ -13,6 +13,7 @@ from gistops import backends
 from gistops._classifier import no_displacements
 from gistops.backends import eager_loss
 from tests.ops.oracle import error
+from tests.ops.test_half_gradients import check_rounded_once
 from tests.ops.vector_oracle import VectorSample, by_definition
 
 from .test_eager_loss import register
@@ -62,6 +63,25 @@ def test_loss_and_gradients(form: str, keep: bool, monkeypatch: pytest.MonkeyPat
     with torch.no_grad():
         frozen, _ = public_loss(tensors, target, class_bias=bias, return_lse=True, **OPTIONS)
     torch.testing.assert_close(frozen, loss)
+
+
+@pytest.mark.usefixtures("host_ops")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rotations_in_half_precision(dtype: torch.dtype, seed: int) -> None:
+    """The op takes input and centers as they are; only their gradients come from rounded weights."""
+    loss = public_loss(VectorSample("rotation", 5, 20, 3, 8, dtype).tensors(seed), torch.arange(5))
+    assert [t.dtype for t in loss.grad_fn.saved_tensors[:2]] == [dtype, dtype]
+    check_rounded_once("rotation", "cosine", dtype, "cuda", seed, rows=40)
+
+
+@pytest.mark.usefixtures("host_ops")
+@pytest.mark.parametrize("form", FORMS)
+def test_an_lse_that_is_changed_in_place(form: str, seed: int) -> None:
+    tensors = VectorSample(form, 6, 12, 3, 20).tensors(seed)
+    (expected,) = torch.autograd.grad(public_loss(tensors, torch.arange(6)), tensors[0])
+    loss, lse = public_loss(tensors, torch.arange(6), return_lse=True)
+    lse *= 2
+    torch.testing.assert_close(torch.autograd.grad(loss, tensors[0])[0], expected)
 
 
 @pytest.mark.usefixtures("host_ops")
