@@ -116,7 +116,6 @@ SETTINGS: dict[str, Setting] = {
     "centers tile": _forced("centers", _tile("rows")),
     "cuda centers tile": _environment("GISTOPS_CUDA_CENTERS_TILE"),
     "product": _forced("product"),
-    "loss tile": _forced("loss", _tile("dims")),
     "centers product": _forced("centers_product"),
     "norms": _forced("norms_in_registers"),
     "pool logits": _forced("max_over_slots"),

@@ -21,7 +21,7 @@ from .variants import KINDS, TABLE
 #: Precision -> kind of product in the table.
 PRODUCTS = {"bf16": "half", "float32": "ieee", "tf32": "tf32"}
 #: Settings that are lists of tiles in the table: the field of a tile that is halved in float32.
-TILES = {"forward": "dims", "centers": "rows", "loss": "dims"}
+TILES = {"forward": "dims", "centers": "rows"}
 BACKEND = "triton"
 
 
@@ -68,8 +68,7 @@ def _entry(tables: Any, place: str, name: str, value: Any, target: str, product:
         current = getattr(importlib.import_module(f"gistops.{module}"), attribute)
         return f"# gistops.{module}: {attribute} = {current if value is None else value}  # {measured}"
     if place in TILES:
-        listed = tables.CHOICES.get((place, target, product)) or tables.CHOICES.get((place, "any", product))
-        tiles = () if listed is None else listed.value
+        tiles = tables.choice(place, target, product)
         if value is not None:
             first = tables.Config(*value)
             if product != "half":

@@ -68,22 +68,6 @@ def _tiles(matmul: str, kind: str, *tiles: tuple[int, int, int, int, int]) -> li
     ]
 
 
-def _fused_losses(*tiles: tuple[int, int, int, int, int]) -> list[Variant]:
-    """Return variants of the loss with fused kernels: classes, rows, dims in bf16, warps, stages."""
-    return [
-        Variant(
-            f"triton loss fused {mode} {tile[0]}x{tile[1]}",
-            "triton",
-            ("loss",),
-            "triton",
-            {"loss tile": tile, "held bytes": most},
-            precisions=("bf16",),
-        )
-        for mode, most in (("lse", 1 << 40), ("lse + softmax", 0))
-        for tile in tiles
-    ]
-
-
 VARIANTS = (
     # The baseline: F.linear and F.cross_entropy of float32 logits, as under autocast, or topk; then of bf16 logits.
     Variant("linear", "torch", KINDS, cosine=True),
@@ -198,11 +182,6 @@ VARIANTS = (
     ),
     Variant(
         "triton loss chunk 2^22", "triton", ("loss",), "triton", {"held bytes": 0, "triton chunk": 1 << 22}
-    ),
-    # The product in the kernels that use it: in the forward, with scores kept for the backward; then in both directions.
-    *_fused_losses(
-        (64, 64, 64, 8, 3),
-        (64, 32, 64, 4, 3),
     ),
     # At m = 0 gistops is a cosine classifier. Other libraries have the losses of linear layers and cosine classifiers.
     Variant("cuda, m=0", "cuda", backend="cuda", cosine=True),

@@ -154,16 +154,19 @@ def test_entries_of_the_table_from_a_committed_result() -> None:
 
 def test_entries_of_forced_tiles_and_constants() -> None:
     """A forced tile comes first in its list; a constant of a module, and a size that another variant wins, are comments."""
-    tile, programs = "triton loss fused lse 64x32", "triton pool 16x64 w4 1056"
-    written = sizes("loss", linear=ONES, **{tile.replace(" ", "_"): [1.0] * 4, "triton": [2.0] * 4})
+    tile, programs = "triton F 64x128x64 w4 s4", "triton pool 16x64 w4 1056"
+    written = sizes("forward", linear=ONES, **{tile.replace(" ", "_"): [1.0] * 4, "triton": [2.0] * 4})
     written["header"] |= {"compute capability": "9.0", "date": "2027-01-02T03:04", "gpu": "NVIDIA X"}
     found_entries = list(table_entries.lines(written))
     assert found_entries[0].startswith(
-        '("loss", "hopper", "half"): Choice((Config(classes=64, rows=32, dims=64, warps=4,'
+        '("forward", "hopper", "half"): Choice((Config(classes=64, rows=128, dims=64, warps=4,'
     )
-    assert found_entries[0].count("Config(") == len(tile_tables.fused_loss_tiles("hopper", "half"))
-    assert found_entries[0].endswith('"measured: bench/results/nvidia-x-2027-01-02.json, bf16 loss"),')
-    assert found_entries[1].startswith("# gistops.backends.eager_loss: MAX_KEPT_BYTES = 1099511627776")
+    assert found_entries[0].count("Config(") == len(tile_tables.choice("forward", "hopper", "half"))
+    assert found_entries[0].endswith('"measured: bench/results/nvidia-x-2027-01-02.json, bf16 forward"),')
+    written = sizes("loss", linear=ONES, triton_loss_kept=[1.0] * 4, triton=[2.0] * 4)
+    assert f"# gistops.backends.eager_loss: MAX_KEPT_BYTES = {1 << 40}" in "".join(
+        table_entries.lines(written)
+    )
     ratios = [1.0, 1.0, 1.0, 0.5]
     written = sizes("loss", linear=ONES, triton=ONES, **{programs.replace(" ", "_"): ratios})
     written["cases"][3]["variants"][programs]["inexact"] = "too far"

@@ -17,8 +17,6 @@ from gistops.backends.triton.cancellation import rescore_cancelled_kernel
 from gistops.backends.triton.cancellation_lse import rescore_cancelled_lse_kernel
 from gistops.backends.triton.configs import TOPK_PROGRAMS, power_of_two
 from gistops.backends.triton.forward import forward_kernel
-from gistops.backends.triton.fused_lse import fused_lse_kernel
-from gistops.backends.triton.fused_route_loss_grad import fused_route_loss_grad_kernel
 from gistops.backends.triton.grad_centers import grad_centers_kernel
 from gistops.backends.triton.grad_epilogues import grad_epilogues_kernel
 from gistops.backends.triton.lse import lse_kernel
@@ -114,11 +112,6 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
         constants = subcenters | {"ROUND": rounds, "MAX_WEIGHT": largest if rounds else 0.0, "ACC": acc}
         yield Case(grad_coeffs_kernel, dtype, target, constants, warps)
     no_option = dict.fromkeys(every_option, False)
-    fused = tile_tables.fused_loss_tiles(*table)
-    for config in fused:
-        for options in (every_option, no_option):
-            constants = {"UNROLLED_SLOTS": 5} | products | options
-            yield _large(fused_lse_kernel, dtype, target, config, constants)
     for options in (every_option, no_option | {"STASH": True}, no_option):
         for count in counts:
             constants = _tiles("CB", sizes.lse[:2]) | {"ACC": acc, "UNROLLED_SLOTS": count} | options
@@ -175,9 +168,6 @@ def cases(target: str, dtype: str) -> Iterator[Case]:
                 form = {"PRODUCTS": from_products, "INTERLEAVED": interleaved}
                 form |= {"NEED_SLOT_WEIGHTS": not interleaved}
                 yield Case(route_loss_grad_kernel, dtype, target, constants | form, tiles[2])
-            for config in fused if slots == 8 else ():
-                constants = {"UNROLLED_SLOTS": 5, "MAX_WEIGHT": largest} | products | needs_all | mode
-                yield _large(fused_route_loss_grad_kernel, dtype, target, config, constants)
     for kernel, constants in small:
         yield Case(kernel, dtype, target, constants)
 

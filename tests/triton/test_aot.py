@@ -22,8 +22,7 @@ from .compilation import SHARED  # noqa: E402
 #: Maximum of spilled bytes, or registers. Compilers spill a value or two in branches that are almost never taken; a tile
 #: that does not fit spills hundreds. The matrix product kernels spill nothing on Hopper, with Triton 3.6 to 3.9.
 SPILLED = 64
-FUSED_LOSS = ("fused_lse_kernel", "fused_route_loss_grad_kernel")
-LARGE = ("forward_kernel", "grad_centers_kernel", "topk_partials_kernel", *FUSED_LOSS)
+LARGE = ("forward_kernel", "grad_centers_kernel", "topk_partials_kernel")
 
 
 def spilled_at_most(case: aot.Case) -> int:
@@ -34,17 +33,8 @@ def spilled_at_most(case: aot.Case) -> int:
 EVERY = [case for target in aot.TARGETS for dtype in aot.DTYPES for case in aot.cases(target, dtype)]
 
 
-def in_short_run(case: aot.Case) -> bool:
-    """Return true for one case per fused kernel of the loss; each takes many seconds."""
-    tile = case.constants["BLOCK_C"], case.constants["BLOCK_B"]
-    usual = not case.constants.get("HAS_MARGIN") and case.constants["UNROLLED_SLOTS"] > 1
-    return tile == (64, 64) and usual and not case.constants.get("SUMS")
-
-
 def in_default_run(case: aot.Case) -> bool:
     """Return true for bfloat16 on Hopper, and for the matrix product kernels elsewhere: a fifth of all, in 20 seconds."""
-    if case.name in FUSED_LOSS and not in_short_run(case):
-        return False
     if case.name == "topk_partials_kernel" and not case.constants["HAS_BIAS"]:
         return False
     if case.dtype == "bf16" and case.target == "sm_90":
@@ -65,9 +55,7 @@ def check(case: aot.Case) -> None:
     allowed = spilled_at_most(case)
     assert report.spilled <= allowed, f"{report.spilled} spilled, {report.registers} registers"
     assert report.shared <= SHARED[case.target], f"{report.shared} bytes of shared memory"
-    multiplies = case.name in ("forward_kernel", "topk_partials_kernel", *FUSED_LOSS) or case.constants.get(
-        "NEED_CENTERS"
-    )
+    multiplies = case.name in ("forward_kernel", "topk_partials_kernel") or case.constants.get("NEED_CENTERS")
     if multiplies and case.dtype in ("bf16", "f16", "tf32"):
         assert {"sm_80": "mma.sync", "sm_90": "wgmma", "gfx942": "v_mfma"}[case.target] in report.assembly
 
@@ -83,12 +71,7 @@ def test_the_others_fit(case: aot.Case) -> None:
     check(case)
 
 
-#: Without the fused kernels of a loss, which serve large problems alone.
-ONES = {
-    (c.name, c.constants.get("BLOCK_S")): c
-    for c in EVERY
-    if (c.dtype, c.target) == ("bf16", "sm_90") and c.name not in FUSED_LOSS
-}
+ONES = {(c.name, c.constants.get("BLOCK_S")): c for c in EVERY if (c.dtype, c.target) == ("bf16", "sm_90")}
 
 
 @pytest.mark.parametrize("case", ONES.values(), ids=lambda case: case.id)
@@ -103,7 +86,7 @@ def test_launches_bind_their_arguments() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     launched = [line.split()[0] for line in lines]
-    assert len(launched) == 269, launched
+    assert len(launched) == 249, launched
     assert set(launched) == {case.name for case in EVERY}
     assert "rescore_cancelled_kernel 32" in lines, "256 x 1000: one program per 32 classes, whatever the rows"
 
@@ -129,9 +112,8 @@ def test_the_table_of_choices() -> None:
     assert tile_tables.choice("centers_product", "hopper", "tf32") == "fused"
     assert tile_tables.choice("centers_product", "amd", "half") == "cublas"
     assert tile_tables.tile_sizes("ampere", "f64").lse == (16, 32, 4)
-    assert tile_tables.choice("fused_loss", "amd", "half") is None
     with pytest.raises(KeyError):
-        tile_tables.choice("loss", "hopper", "f64")
+        tile_tables.choice("topk", "hopper", "f64")
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +30,7 @@ if not INTERPRETED:
 from triton.runtime.interpreter import InterpretedFunction
 
 from gistops.backends import eager_loss
-from gistops.backends.triton import configs, loss_scores, tile_tables
+from gistops.backends.triton import loss_scores
 
 bf16, f64 = torch.bfloat16, torch.float64
 #: aten ops that launch no kernel.
@@ -77,32 +75,16 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-#: A tile of the fused kernels that small samples exceed in every dimension.
-SMALL = tile_tables.Config(classes=32, rows=16, dims=16, warps=4, stages=1)
-#: How a loss gets its scores: kept or recomputed by torch's product, kept or recomputed by fused kernels.
-Form = Literal["kept", "recomputed", "fused, kept", "fused, recomputed"]
-
-
-@contextlib.contextmanager
-def scores(form: Form, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Select the form of the loss."""
-    with monkeypatch.context() as patch:
-        if "recomputed" in form:
-            patch.setattr(eager_loss, "MAX_KEPT_BYTES", 0)
-        with configs.forced(**{"loss": SMALL} if "fused" in form else {"loss_product": "cublas"}):
-            yield
-
-
 @pytest.mark.parametrize(
-    ("options", "dtype", "form"),
+    ("options", "dtype", "kept"),
     [
-        *((options, dtype, "kept") for options in (Options(), OPTIONS[4], OPTIONS[7]) for dtype in (torch.float32, f64)),
-        *((OPTIONS[4], torch.float32, form) for form in get_args(Form)[1:]),
+        *((options, dtype, True) for options in (Options(), OPTIONS[4], OPTIONS[7]) for dtype in (torch.float32, f64)),
+        (OPTIONS[4], torch.float32, False),
     ],
     ids=str,
 )  # fmt: skip
 def test_a_step_takes_few_launches(
-    options: Options, dtype: torch.dtype, form: Form, monkeypatch: pytest.MonkeyPatch, seed: int
+    options: Options, dtype: torch.dtype, kept: bool, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """Beside the products, a step with all gradients takes few launches; on a GPU each costs one or two µs.
 
@@ -118,30 +100,16 @@ def test_a_step_takes_few_launches(
         "gistops.functional.cross_entropy.check_loss",
         lambda input, classifier, target, options: (target, options),
     )
-    with scores(form, monkeypatch), Launches(monkeypatch) as launches:
+    if not kept:
+        monkeypatch.setattr(eager_loss, "MAX_KEPT_BYTES", 0)
+    with Launches(monkeypatch) as launches:
         made = call.ours(leaves, "triton", return_lse=False)
         torch.autograd.grad(made, used, torch.ones_like(made))
     seen = launches.seen
     # The gradient of the centers is included, in these dtypes.
-    assert seen.pop("mm") == {"kept": 3, "recomputed": 4}.get(form, 2)
+    assert seen.pop("mm") == (3 if kept else 4)
     del seen["ones_like"]
-    assert sum(seen.values()) <= (12 if "recomputed" in form else 10), dict(seen)
-
-
-@pytest.mark.parametrize("form", get_args(Form)[2:])
-@pytest.mark.parametrize(("sample", "option"), [(Sample(37, 70, 20, 3), 6), (Sample(18, 90, 33, 0), 2)])
-def test_fused_kernels_beyond_every_tile(
-    sample: Sample, option: int, form: Form, monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
-    with scores(form, monkeypatch):
-        loss.compare(Call.of(sample, OPTIONS[option], seed), "triton", seed)
-
-
-def test_fused_kernels_in_chunks(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Use chunks of 64 classes, the minimum, in the backward; the forward takes all classes at once."""
-    monkeypatch.setattr(loss_scores, "CHUNK_ELEMENTS", 1)
-    with scores("fused, recomputed", monkeypatch):
-        loss.compare(Call.of(Sample(21, 150, 20, 3), OPTIONS[8], seed), "triton", seed)
+    assert sum(seen.values()) <= (10 if kept else 12), dict(seen)
 
 
 @pytest.mark.parametrize("options", [OPTIONS[4], OPTIONS[8]], ids=lambda o: o.id)
@@ -171,18 +139,8 @@ def with_cancelled_pairs(call: Call) -> Call:
 @pytest.mark.parametrize("held", [True, False])
 def test_pairs_that_cancel(held: bool, tiles: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     if not held:
+        monkeypatch.setattr(eager_loss, "MAX_KEPT_BYTES", 0)
         monkeypatch.setattr(loss_scores, "CHUNK_ELEMENTS", 1)
-    with scores("kept" if held else "recomputed", monkeypatch):
-        check_pairs_that_cancel(seed)
-
-
-@pytest.mark.parametrize("form", get_args(Form)[2:])
-def test_pairs_that_cancel_in_fused_kernels(form: Form, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    with scores(form, monkeypatch):
-        check_pairs_that_cancel(seed)
-
-
-def check_pairs_that_cancel(seed: int) -> None:
     call = with_cancelled_pairs(Call.of(Sample(37, 70, 20, 3), OPTIONS[6], seed))
     leaves = call.leaves()
     made = call.ours(leaves, "triton")
@@ -218,8 +176,7 @@ def test_zero_vectors(seed: int) -> None:
         assert error(value, expected) <= 1e-4 * max(1.0, float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("form", ["kept", "fused, recomputed"])
-def test_same_bits(form: Form, tiles: str, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_same_bits(tiles: str, seed: int) -> None:
     call = Call.of(Sample(37, 150, 20, 3), OPTIONS[6], seed)
 
     def bits() -> list[Tensor]:
@@ -227,8 +184,7 @@ def test_same_bits(form: Form, tiles: str, monkeypatch: pytest.MonkeyPatch, seed
         made = call.ours(leaves, "triton")
         return [*made, *gradients(*made, leaves, seed)]
 
-    with scores(form, monkeypatch):
-        assert all(torch.equal(a, b) for a, b in zip(bits(), bits(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(bits(), bits(), strict=True))
 
 
 def test_contract(seed: int) -> None:

@@ -18,13 +18,12 @@ import torch
 from . import tile_tables
 from .tile_tables import Config, Kind, Product, Target, TileSizes
 
-Kernel = Literal["forward", "centers", "loss"]
+Kernel = Literal["forward", "centers"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 #: Under the interpreter a program costs the same whatever its tile. Tests set smaller tiles.
 INTERPRETER = {
     "forward": Config(128, 128, 128, 4, 1),
     "centers": Config(128, 128, 128, 4, 1),
-    "loss": Config(128, 128, 128, 4, 1),
     "topk": Config(128, 64, 128, 4, 1),
 }
 #: Elements of the float32 product H f that are computed before they are corrected: 24 MB, half of a Hopper's cache.
@@ -100,9 +99,7 @@ class Forced(NamedTuple):
 
     forward: Config | None = None
     centers: Config | None = None
-    loss: Config | None = None
     topk: Config | None = None
-    loss_product: Product | None = None
     product: Product | None = None  # for W f'
     centers_product: Product | None = None  # for H f
     #: Fields of `TileSizes`. norms_in_registers=(0, 1) selects norms_kernel.
@@ -115,7 +112,7 @@ class Forced(NamedTuple):
     route_logits_grad: tuple[int, int, int] | None = None
 
 
-_FORCED_TILES = Forced._fields[7:]
+_FORCED_TILES = Forced._fields[5:]
 _forced = Forced()
 
 
@@ -128,8 +125,6 @@ def forced(**choices: Any) -> Iterator[None]:
         choices.setdefault("product", "fused")
     if choices.get("centers") is not None:
         choices.setdefault("centers_product", "fused")
-    if choices.get("loss") is not None:
-        choices.setdefault("loss_product", "fused")
     _forced = before._replace(**choices)
     try:
         yield
@@ -154,19 +149,6 @@ def product(kernel: Literal["forward", "centers"], device: torch.device, kind: K
     name = "product" if kernel == "forward" else "centers_product"
     chosen: Product = getattr(_forced, name) or tile_tables.choice(name, target(device), kind)
     return chosen
-
-
-def loss_product(device: torch.device, kind: Kind, B: int, K: int, d: int, M: int) -> Product:
-    """Return how a loss computes W f': by torch's library, or in the kernels that use the product."""
-    name = target(device)
-    # The fused kernels unroll the loops over slots, because their sums are kept in registers.
-    if not unrolled_slots(M) or not (name == "interpreter" or tile_tables.fused_loss_tiles(name, kind)):
-        return "cublas"
-    if _forced.loss_product:
-        return _forced.loss_product
-    limits = tile_tables.choice("fused_loss", name, kind)
-    fits = limits is not None and limits.scores <= B * K and d <= limits.dims
-    return "fused" if fits else "cublas"
 
 
 def topk_tile(device: torch.device, kind: Kind, k: int) -> tuple[Config, int]:

@@ -24,7 +24,7 @@ from .argument_checks import check_loss, check_saved_loss
 from .configs import tiles as tiles_of
 from .launch_args import LaunchArgs, on_device
 from .logits import compute_norms, like_argument
-from .loss_scores import Norms, Partials, chunk_size, chunks, fused_tile, score
+from .loss_scores import Norms, Partials, chunk_size, chunks, score
 from .routing import Needs
 from .row_loss import reduce_loss_kernel, row_loss_kernel
 from .tile_tables import ROW_LOSS
@@ -53,11 +53,8 @@ def forward(a: CrossEntropyForward) -> CrossEntropy:
     a, keep = _contiguous(a), a.keep_scores
     B, K, _, M = args.sizes
     new, acc = args.input.new_empty, args.acc_dtype
-    fused = fused_tile(args)
-    size = chunk_size(args, keep or fused is not None)
-    every = list(chunks(args, size, fused or args.tile_sizes.lse))
-    rows = K if keep else every[0].args.sizes[1] if fused is None else 0
-    shape = (rows, padded_rows(B)) if rows else (0, 0)
+    every = list(chunks(args, chunk_size(args, keep), args.tile_sizes.lse))
+    shape = K if keep else every[0].args.sizes[1], padded_rows(B)
     subcenters = loss_forms.has_subcenters(args)
     out = CrossEntropy(
         loss=new((B,) if a.reduction == 0 else (), dtype=acc),

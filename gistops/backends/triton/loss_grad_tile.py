@@ -1,4 +1,4 @@
-"""The gradient of a loss by the logits of a tile, and its routed weights: what the routing kernels of a loss share.
+"""The gradient of a loss by the logits of a tile, and its routed weights: the parts of route_loss_grad_kernel.
 
 The gradient is a function of the logits, of what the forward saved of each row, and of the gradients of loss and lse.
 """
@@ -148,15 +148,9 @@ def loss_grad_tile(
 
 
 @triton.jit
-def slot_moment(j, slot, u):
-    """Return the tile's U of slot j."""
-    return tl.sum(tl.where(slot == j, u, tl.zeros_like(u)), 1)
-
-
-@triton.jit
 def store_moments(moments, j, slot, u, split, classes, class_valid, K, M, INTERLEAVED: tl.constexpr):
     """Store the tile's U of slot j: [splits, M, K], or [splits, K, M] with INTERLEAVED."""
-    moment = slot_moment(j, slot, u)
+    moment = tl.sum(tl.where(slot == j, u, tl.zeros_like(u)), 1)
     if INTERLEAVED:
         store_by_class(moments + j, moment, split * M, classes * M, class_valid, K)
     else:

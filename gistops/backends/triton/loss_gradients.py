@@ -12,10 +12,9 @@ from ...operators.cross_entropy import CrossEntropyBackward, padded_rows
 from . import configs, gradients, loss_forms
 from .configs import power_of_two
 from .configs import tiles as tiles_of
-from .fused_route_loss_grad import fused_route_loss_grad_kernel
 from .launch_args import LaunchArgs, multiply
 from .logits import compute_norms
-from .loss_scores import Chunk, Norms, Partials, chunk_size, chunks, fused_tile, rescore_cancelled
+from .loss_scores import Chunk, Norms, Partials, chunk_size, chunks, rescore_cancelled
 from .route_loss_grad import route_loss_grad_kernel
 from .routing import Needs, Routed, RoutingPartials, Saved, reduce_partials
 
@@ -54,16 +53,13 @@ def _recomputed_chunks(
     shifts = new(M, B, dtype=acc)
     compute_norms(args, shifts, None, new(B, dtype=acc))
     size = min(chunk_size(args, False), K)
-    fused = fused_tile(args)
-    # A fused kernel accesses this memory for pairs that cancel only.
     scores, slots = new(size, padded_rows(B), dtype=acc), new(size, padded_rows(B), dtype=torch.uint8)
-    for c in chunks(args, size, fused or loss_grad_tile(args)):
+    for c in chunks(args, size, loss_grad_tile(args)):
         count = c.args.sizes[1]
         classes = slice(c.first_class, c.first_class + count)
         z, winners = scores[:count], slots[:count]
         norms = Norms(a.center_rnorms[:, classes].contiguous(), a.input_rnorms, shifts)
-        if fused is None:
-            multiply(c.args.centers, args.input.t(), z[:, :B])
+        multiply(c.args.centers, args.input.t(), z[:, :B])
         # The partials of the log-sum-exp are known; they are computed again beside the scores, and not used.
         unused = Partials.allocate(args, c.groups, True)
         rescore_cancelled(c._replace(first_group=0), a, z, winners, norms, unused)
@@ -145,30 +141,23 @@ def _gradients(
 
 
 def _route(c: Chunk, saved: Saved, shifts: Tensor | None, needs: Needs, routing: dict[str, Any]) -> Routed:
-    """Return H' and its sums: from kept scores, or with `shifts` from products or vectors."""
+    """Return H' and its sums: from logits, or with `shifts` from products."""
     args = c.args
-    B, K, d, M = args.sizes
+    B, K, _, M = args.sizes
     splits = tiles_of(B, c.tile[1])
     partials = RoutingPartials.allocate(args, needs, splits, c.groups)
     options: dict[str, Any] = {
         "B": B, "K": K, "stride": padded_rows(B), "M": M, "first_class": c.first_class,
         "MAX_WEIGHT": configs.max_weight(partials.weights.dtype), **partials.switches(), **routing,
     }  # fmt: skip
-    if c.fused is not None:
-        fused_route_loss_grad_kernel[(splits * c.groups,)](
-            args.input, args.centers, saved.grad, saved.logits, saved.slots, saved.center_rnorms, shifts,
-            saved.input_rnorms, args.tau, *partials, d=d, UNROLLED_SLOTS=M,
-            **c.fused.arguments(), **args.constants("ACC", "PRECISION", "WIDEN"), **options,
-        )  # fmt: skip
-    else:
-        unrolled = args.tile_sizes.route_loss_grad_unrolled
-        route_loss_grad_kernel[(splits * c.groups,)](
-            saved.grad, saved.logits, saved.slots, saved.center_rnorms, shifts, saved.input_rnorms, args.tau, *partials,
-            group_tiles=c.group_tiles, BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], BLOCK_S=power_of_two(M),
-            UNROLLED_SLOTS=configs.unrolled_slots(M) if unrolled else 0, PRODUCTS=shifts is not None,
-            INTERLEAVED=loss_forms.has_subcenters(args),
-            num_warps=c.tile[2], **options,
-        )  # fmt: skip
+    unrolled = args.tile_sizes.route_loss_grad_unrolled
+    route_loss_grad_kernel[(splits * c.groups,)](
+        saved.grad, saved.logits, saved.slots, saved.center_rnorms, shifts, saved.input_rnorms, args.tau, *partials,
+        group_tiles=c.group_tiles, BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], BLOCK_S=power_of_two(M),
+        UNROLLED_SLOTS=configs.unrolled_slots(M) if unrolled else 0, PRODUCTS=shifts is not None,
+        INTERLEAVED=loss_forms.has_subcenters(args),
+        num_warps=c.tile[2], **options,
+    )  # fmt: skip
     weights, coeffs = loss_forms.coeff_partials(args, saved, partials.weights, needs)
     partials = partials._replace(weights=weights)
     return reduce_partials(args, partials, c.group_tiles * c.tile[0], c.tile[1], coeffs)

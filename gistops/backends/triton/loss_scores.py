@@ -1,7 +1,4 @@
-"""The launches from vectors to the partial log-sum-exps of a loss, and the chunks of classes in which they work.
-
-Two forms: torch's product W f' and then lse_kernel, or fused_lse_kernel, which does not write the product.
-"""
+"""The launches from vectors to the partial log-sum-exps of a loss, and the chunks of classes in which they work."""
 
 from __future__ import annotations
 
@@ -15,10 +12,8 @@ from . import configs, loss_forms
 from .cancellation_lse import rescore_cancelled_lse_kernel
 from .configs import grouped, power_of_two
 from .configs import tiles as tiles_of
-from .fused_lse import fused_lse_kernel
 from .launch_args import LaunchArgs, multiply
 from .lse import lse_kernel
-from .tile_tables import Config
 
 Loss = CrossEntropyForward | CrossEntropyBackward
 CHUNK_ELEMENTS = 1 << 25  # maximum number of scores in a chunk, if scores are not kept
@@ -33,7 +28,6 @@ class Chunk(NamedTuple):
     group_tiles: int  # class tiles per group
     groups: int
     first_group: int
-    fused: Config | None  # the tile of a fused kernel, in which each class tile is a group
 
 
 class Partials(NamedTuple):
@@ -58,20 +52,16 @@ class Norms(NamedTuple):
     shifts: Tensor  # [M, B]
 
 
-def chunks(args: LaunchArgs, size: int, tile: tuple[int, int, int] | Config) -> Iterator[Chunk]:
-    """Yield chunks of at most `size` classes."""
+def chunks(args: LaunchArgs, size: int, tile: tuple[int, int, int]) -> Iterator[Chunk]:
+    """Yield chunks of at most `size` classes. The tile holds classes, rows and warps."""
     B, K, _, _ = args.sizes
-    fused = tile if isinstance(tile, Config) else None
-    classes, rows, warps = (tile.classes, tile.rows, tile.warps) if isinstance(tile, Config) else tile
-    if fused is None:
-        rows = min(rows, power_of_two(max(B, 16)))
+    classes, rows, warps = tile
+    rows = min(rows, power_of_two(max(B, 16)))
     count = 0
     for first in range(0, K, size):
         chunk_args = loss_forms.chunk_of(args, slice(first, first + size))
         group_tiles, groups = grouped(chunk_args.sizes[1], max(B, 1), (classes, rows))
-        if fused is not None:
-            group_tiles, groups = 1, tiles_of(chunk_args.sizes[1], classes)
-        yield Chunk(first, chunk_args, (classes, rows, warps), group_tiles, groups, count, fused)
+        yield Chunk(first, chunk_args, (classes, rows, warps), group_tiles, groups, count)
         count += groups
 
 
@@ -84,61 +74,39 @@ def chunk_size(args: LaunchArgs, keep_scores: bool) -> int:
     return max(64 // vectors, 1, CHUNK_ELEMENTS // per_class // 64 * 64)
 
 
-def fused_tile(args: LaunchArgs) -> Config | None:
-    """Return the tile of the fused kernels of the loss, or None where torch's product serves."""
-    B, K, d, M = args.sizes
-    device = args.input.device
-    if loss_forms.has_score_kernel(args):
-        return None
-    if configs.loss_product(device, args.kind, B, K, d, M) == "cublas":
-        return None
-    return configs.choose("loss", device, args.kind, B, K, d)
-
-
-def score(
-    c: Chunk, a: Loss, scores: Tensor | None, slots: Tensor | None, norms: Norms, partials: Partials
-) -> None:
+def score(c: Chunk, a: Loss, scores: Tensor, slots: Tensor | None, norms: Norms, partials: Partials) -> None:
     """Compute a chunk's partials of the log-sum-exp.
 
     Args:
         c: the chunk.
         a: the arguments of the loss.
-        scores: [K, ldB]: the memory of the product, and of the logits with `slots`. A fused kernel needs no product.
+        scores: [K, ldB]: the memory of the product, and of the logits with `slots`.
         slots: [K, ldB]: written with the logits; None if neither is kept.
         norms: the chunk's norms.
         partials: the partials of all chunks, in which this chunk's part is written.
     """
     args = c.args
-    B, K, d, M = args.sizes
+    B, K, _, M = args.sizes
     options = _options(c, a, slots is not None)
     bias, weight = _class_vectors(c, a)
     groups, stride = partials.lse.shape[1], padded_rows(B)
-    if c.fused is not None:
-        fused_lse_kernel[(c.groups * tiles_of(B, c.tile[1]),)](
-            args.input, args.centers, scores, slots, norms.center_rnorms, norms.shifts, norms.input_rnorms, args.tau, a.target,
-            bias, weight, *partials, B, K, d, stride, M, c.first_class, c.first_group, groups, a.ignore_index,
-            UNROLLED_SLOTS=M, **c.fused.arguments(),
-            **args.constants("PRECISION", "WIDEN"), **options,
-        )  # fmt: skip
+    scored = loss_forms.has_score_kernel(args)
+    if scored:
+        loss_forms.compute_scores(args, norms.center_rnorms, norms.input_rnorms, scores, slots)
+        options["STASH"] = False
     else:
-        assert scores is not None
-        scored = loss_forms.has_score_kernel(args)
-        if scored:
-            loss_forms.compute_scores(args, norms.center_rnorms, norms.input_rnorms, scores, slots)
-            options["STASH"] = False
-        else:
-            multiply(args.centers, args.input.t(), scores[:, :B])
-        lse_kernel[(c.groups * tiles_of(B, c.tile[1]),)](
-            scores, slots, norms.center_rnorms, norms.shifts, norms.input_rnorms, args.tau, a.target, bias, weight,
-            *partials, B, K, stride, M, c.group_tiles, c.first_class, c.first_group, groups, a.ignore_index,
-            BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], SCORED=scored, num_warps=c.tile[2],
-            UNROLLED_SLOTS=0 if scored else configs.unrolled_slots(M), **options,
-        )  # fmt: skip
+        multiply(args.centers, args.input.t(), scores[:, :B])
+    lse_kernel[(c.groups * tiles_of(B, c.tile[1]),)](
+        scores, slots, norms.center_rnorms, norms.shifts, norms.input_rnorms, args.tau, a.target, bias, weight,
+        *partials, B, K, stride, M, c.group_tiles, c.first_class, c.first_group, groups, a.ignore_index,
+        BLOCK_C=c.tile[0], BLOCK_B=c.tile[1], SCORED=scored, num_warps=c.tile[2],
+        UNROLLED_SLOTS=0 if scored else configs.unrolled_slots(M), **options,
+    )  # fmt: skip
     rescore_cancelled(c, a, scores, slots, norms, partials)
 
 
 def rescore_cancelled(
-    c: Chunk, a: Loss, scores: Tensor | None, slots: Tensor | None, norms: Norms, partials: Partials
+    c: Chunk, a: Loss, scores: Tensor, slots: Tensor | None, norms: Norms, partials: Partials
 ) -> None:
     """Recompute the groups of a chunk in which a pair cancels. The arguments are those of `score`."""
     args = c.args

@@ -41,15 +41,6 @@ def score_tile(
 
 
 @triton.jit
-def stash_tile(scores, slots, z, slot, start, offsets, inside):
-    """Store logits and slots of a tile for the backward, class-major."""
-    tl.store(scores + start + offsets, z, mask=inside)
-    # Four at a time, as scores are loaded: wider stores would send all slots through shared memory.
-    narrow = tl.max_contiguous(offsets, (1, 4))
-    tl.store(slots + start + narrow, slot.to(tl.uint8), mask=inside)
-
-
-@triton.jit
 def lse_kernel(
     scores,  # P [K, stride], overwritten by z with STASH; with SCORED, z
     slots,  # [K, stride]: written with STASH
@@ -133,7 +124,10 @@ def lse_kernel(
                 UNROLLED_SLOTS,
             )
             if STASH:
-                stash_tile(scores, slots, z, slot, start, offsets, inside)
+                tl.store(scores + start + offsets, z, mask=inside)
+                # Four at a time, as scores are loaded: wider stores would send all slots through shared memory.
+                narrow = tl.max_contiguous(offsets, (1, 4))
+                tl.store(slots + start + narrow, slot.to(tl.uint8), mask=inside)
         is_target = valid & (classes[:, None] == targets[None, :])
         target_z += tl.where(is_target, z, tl.zeros_like(z))
         tile_largest, tile_total, tile_weighted = tile_lse(

@@ -38,13 +38,6 @@ class Config:
         }
 
 
-class FusedLimits(NamedTuple):
-    """The sizes at which a loss's product is fused."""
-
-    scores: int  # minimum of B·K
-    dims: int  # maximum of d
-
-
 class Choice(NamedTuple):
     """A value and its source."""
 
@@ -70,14 +63,6 @@ CHOICES: dict[tuple[str, str, str], Choice] = {
     ("centers_product", "any", "any"): Choice("cublas", AS_H100),
     ("centers_product", "hopper", "half"): Choice("cublas", H100),
     ("centers_product", "any", "tf32"): Choice("fused", "predicted: the correction needs no pass of its own"),
-    # Where a loss computes W f' in the kernels that use it, by calculation from figures of an H100 (bench/results): at
-    # 256x8142x2048 the fused product of the logits took 64 µs, 133 TFLOP/s, and the library's 19 µs, 450 TFLOP/s. So
-    # fusing costs 2 d (1/133 - 1/450) = 0.0106 d ps per score. It saves the write and the read of a score of 4 bytes,
-    # 2.7 ps at 3.0 TB/s, in each direction that computes the product: a gain for d below 250 where the scores do not fit
-    # the L2 of 50 MB. That leaves out that the fused kernels of a loss have smaller tiles than the fused product of the logits.
-    # So the library serves until a GPU has measured both; then FusedLimits(1 << 24, 128) is where to begin.
-    ("fused_loss", "any", "any"): Choice(None, "predicted: no gain without a wide matrix instruction"),
-    ("fused_loss", "hopper", "half"): Choice(None, "predicted: by the calculation above, no sure gain"),
     # The forward accumulates [classes, rows] in a loop over dims. Largest first: `first_that_fills` tries them in order.
     # In the epilogue the accumulator, the maximum and the slot take 3 · classes · rows / threads registers. At 64 elements
     # per thread (128 x 128 with 8 warps) that is 192 of 255, the limit.
@@ -142,17 +127,6 @@ CHOICES: dict[tuple[str, str, str], Choice] = {
     ("centers", "amd", "tf32"): Choice((Config(64, 32, 64, 4, 2),), COMPILED),
     ("centers", "any", "ieee"): Choice((Config(32, 32, 64, 4, 2),), FMA),
     ("centers", "any", "f64"): Choice((Config(32, 16, 32, 4, 2),), FMA),
-    # The fused kernels of a loss accumulate as the forward does, but their epilogues take twelve registers or more per
-    # product. So a thread has 16 products: with 32, whether taken at once or in parts, the backward spills 100 to 300 bytes.
-    ("loss", "hopper", "half"): Choice(
-        (
-            Config(64, 64, 64, 8, 3),
-            Config(64, 32, 64, 4, 3),  # few classes or rows: twice the programs
-        ),
-        COMPILED,
-    ),
-    ("loss", "ampere", "half"): Choice((Config(64, 64, 32, 8, 3),), COMPILED),
-    ("loss", "amd", "half"): Choice((Config(64, 64, 64, 4, 2),), COMPILED),
     # Top-k accumulates as the forward does. An entry holds the tile per length of the lists, TOPK_KEEP. Rows are 64 since
     # wgmma multiplies 64 rows at least. Keys of 8 bytes take twice the registers of the products, so that a thread holds
     # 32 products at most; the lists take as many again at a length of 64. By calculation two programs of 4 warps per
@@ -204,12 +178,6 @@ def choice(name: str, target: str, kind: str) -> Any:
         if key in CHOICES:
             return CHOICES[key].value
     raise KeyError((name, target, kind))
-
-
-def fused_loss_tiles(target: str, kind: str) -> tuple[Config, ...]:
-    """Return the tiles of the fused kernels of a loss; empty where there are none."""
-    entry = CHOICES.get(("loss", target, kind))
-    return () if entry is None else entry.value
 
 
 @dataclass(frozen=True)
