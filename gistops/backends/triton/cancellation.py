@@ -1,4 +1,4 @@
-"""Pairs that cancel, w_k close to -δ_j: their scores and their weights in the backward, computed from w_k + δ_j.
+"""Pairs that cancel, w_k close to -δ_j: their logits and their weights in the backward, computed from w_k + δ_j.
 
 This is a kernel of its own because a branch in the forward would cost registers whether it is taken or not. Where no
 pair cancels, which is almost always, a program reads the signs of its norms and ends.
@@ -36,11 +36,13 @@ def any_cancelled(center_rnorms, start, count, K, M):
 
 
 @triton.jit
-def recomputed_scores(
+def recomputed_logits(
     input,  # [B, d]
     centers,  # [K, d]
     displacements,  # [m, d]
     center_rnorms,  # [M, K]
+    input_rnorms,  # [B]
+    tau,  # one element
     classes,
     class_valid,
     rows,
@@ -53,7 +55,7 @@ def recomputed_scores(
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Return scores, without the factor τ / |f_i|, and slots of a tile [classes, rows], computed from w_k + δ_j.
+    """Return logits and slots of a tile [classes, rows], computed from w_k + δ_j.
 
     Stores the norms of the pairs that cancel. They stay negative.
     """
@@ -82,7 +84,8 @@ def recomputed_scores(
         better = (score > best) | (score != score)
         best = tl.where(better, score, best)
         slot = tl.where(better, j, slot)
-    return best, slot
+    scale = load_tau(tau, ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
+    return best * scale[None, :], slot
 
 
 @triton.jit
@@ -141,13 +144,12 @@ def rescore_cancelled_kernel(
         for first in range(0, tl.maximum(B, 1), BLOCK_B):
             rows = first + tl.arange(0, BLOCK_B)
             row_valid = rows < B
-            best, slot = recomputed_scores(
-                input, centers, displacements, center_rnorms, classes, class_valid, rows, row_valid, K, d, M,
-                BLOCK_C, BLOCK_B, BLOCK_D, ACC,
+            z, slot = recomputed_logits(
+                input, centers, displacements, center_rnorms, input_rnorms, tau, classes, class_valid, rows, row_valid,
+                K, d, M, BLOCK_C, BLOCK_B, BLOCK_D, ACC,
             )  # fmt: skip
-            scale = load_tau(tau, ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
             offsets = rows.to(tl.int64)[None, :] * K + classes[:, None]
             valid = row_valid[None, :] & class_valid[:, None] & (marks > 0)[:, None]
-            tl.store(logits + offsets, (best * scale[None, :]).to(logits.dtype.element_ty), mask=valid)
+            tl.store(logits + offsets, z.to(logits.dtype.element_ty), mask=valid)
             if NEED_SLOTS:
                 tl.store(slots + offsets, slot.to(tl.uint8), mask=valid)

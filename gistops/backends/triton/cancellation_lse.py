@@ -9,9 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cancellation import mark_cancelled, recomputed_scores
+from .cancellation import mark_cancelled, recomputed_logits
 from .lse_partials import local_targets, merge_lse, store_lse, tile_lse
-from .numerics import load_tau
 
 
 @triton.jit
@@ -59,7 +58,6 @@ def rescore_cancelled_lse_kernel(
         for start_row in range(0, B, BLOCK_B):
             rows = start_row + tl.arange(0, BLOCK_B)
             row_valid = rows < B
-            scale = load_tau(tau, ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
             targets = local_targets(target, rows, row_valid, first_class, ignore_index)
             largest = tl.full((BLOCK_B,), float("-inf"), ACC)
             total = tl.zeros((BLOCK_B,), ACC)
@@ -67,11 +65,10 @@ def rescore_cancelled_lse_kernel(
             for tile in range(start, start + group_tiles):
                 classes = tile * BLOCK_C + tl.arange(0, BLOCK_C)
                 class_valid = classes < K
-                best, slot = recomputed_scores(
-                    input, centers, displacements, center_rnorms, classes, class_valid, rows, row_valid, K, d, M,
-                    BLOCK_C, BLOCK_B, BLOCK_D, ACC,
+                z, slot = recomputed_logits(
+                    input, centers, displacements, center_rnorms, input_rnorms, tau, classes, class_valid, rows, row_valid,
+                    K, d, M, BLOCK_C, BLOCK_B, BLOCK_D, ACC,
                 )  # fmt: skip
-                z = best * scale[None, :]
                 valid = row_valid[None, :] & class_valid[:, None]
                 if STASH:
                     offsets = classes.to(tl.int64)[:, None] * stride + rows[None, :]

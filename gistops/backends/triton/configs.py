@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -112,7 +112,7 @@ class Forced(NamedTuple):
     route_logits_grad: tuple[int, int, int] | None = None
 
 
-_FORCED_TILES = Forced._fields[5:]
+_FORCED_TILES = tuple(field.name for field in fields(TileSizes) if field.name in Forced._fields)
 _forced = Forced()
 
 

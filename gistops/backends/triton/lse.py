@@ -42,7 +42,7 @@ def score_tile(
 
 @triton.jit
 def lse_kernel(
-    scores,  # P [K, stride], overwritten by z with STASH; with SCORED, z
+    scores,  # P [K, stride], overwritten by z with STASH; with SCORED z, 0 from B on
     slots,  # [K, stride]: written with STASH
     center_rnorms,  # [M, K]
     shifts,  # [M, B]
@@ -107,7 +107,7 @@ def lse_kernel(
         next_inside = (classes + BLOCK_C < end)[:, None] & columns
         ahead = tl.load(scores + start + BLOCK_C * stride + offsets, mask=next_inside, other=0.0)
         if SCORED:
-            z = tl.where(valid, products, tl.zeros_like(products))  # uninitialized from B on
+            z = products
         else:
             z, slot = score_tile(
                 products,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cancellation import mark_cancelled, recomputed_scores
+from .cancellation import mark_cancelled, recomputed_logits
 from .forward import tile_products
 from .max_over_slots import max_over_slots
 from .numerics import load_tau
@@ -131,12 +131,10 @@ def topk_cancelled_kernel(
             for first in range(0, B, BLOCK_B):
                 rows = first + tl.arange(0, BLOCK_B)
                 row_valid = rows < B
-                z, slot = recomputed_scores(
-                    input, centers, displacements, center_rnorms, classes, class_valid, rows, row_valid, K, d, M,
-                    BLOCK_C, BLOCK_B, BLOCK_D, ACC,
+                z, slot = recomputed_logits(
+                    input, centers, displacements, center_rnorms, input_rnorms, tau, classes, class_valid, rows, row_valid,
+                    K, d, M, BLOCK_C, BLOCK_B, BLOCK_D, ACC,
                 )  # fmt: skip
-                scale = load_tau(tau, ACC) * tl.load(input_rnorms + rows, mask=row_valid, other=0.0)
-                z = z * scale[None, :]
                 if HAS_BIAS:
                     z = z + tl.load(class_bias + classes, mask=class_valid, other=0.0).to(ACC)[:, None]
                 valid = (marks > 0)[:, None] & row_valid[None, :]
