@@ -206,7 +206,7 @@ def test_a_mean_of_targets_without_weight_is_nan(seed: int) -> None:
 
 
 def test_one_graph_serves_all_values(seed: int) -> None:
-    dynamic.test_one_graph_serves_all_values("ignore_index", "triton", seed)
+    dynamic.test_one_graph_serves_all_values("ignore_index", "triton", "cpu", seed)
 
 
 def test_in_place_changes_of_arguments(seed: int) -> None:
