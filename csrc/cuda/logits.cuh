@@ -45,10 +45,15 @@ class LogitsLauncher : private BackwardLauncher<T> {
       uint8_t* slots = results.slots ? results.slots + first : nullptr;
       ScoreInputs<T> inputs = this->norms_and_products(p, first == 0, norms, products, slots);
       inputs.slot_class = 1, inputs.slot_row = p_.K();
-      using Shape = ScoresShape;
-      launch("max_over_slots", max_over_slots_kernel<T, Z>,
-             blocks(ceil_div(p.K(), Shape::kClasses), ceil_div(p.B(), Shape::kRows)), Shape::kThreads, 0, stream_,
-             inputs, static_cast<Z*>(results.logits) + first, p_.K());
+      with_slots<T>(p.M(), [&](auto slot_count) {
+        using Shape = LogitsShape<S, slot_count>;
+        const auto launch_kernel = [&](auto kernel) {
+          launch("max_over_slots", kernel, blocks(ceil_div(p.B(), Shape::kRows), ceil_div(p.K(), Shape::kClasses)),
+                 Shape::kThreads, 0, stream_, inputs, static_cast<Z*>(results.logits) + first, p_.K());
+        };
+        results.slots ? launch_kernel(max_over_slots_kernel<T, Z, slot_count, true>)
+                      : launch_kernel(max_over_slots_kernel<T, Z, slot_count, false>);
+      });
     }
   }
 

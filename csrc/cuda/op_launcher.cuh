@@ -52,7 +52,7 @@ class OpLauncher {
   int64_t cached_classes() const {
     if (p_.K() * vectors_ * ld_ <= 2 * limits.cached) return p_.K();
     if (vectors_ > 1) return std::max<int64_t>(limits.cached / ld_ / vectors_, 1);
-    return std::max<int64_t>(limits.cached / ld_ / ScoresShape::kClasses, 1) * ScoresShape::kClasses;
+    return std::max<int64_t>(limits.cached / ld_ / kWarp, 1) * kWarp;
   }
 
   // with_input: also compute the results that depend on the input alone.

@@ -19,9 +19,6 @@ struct ScoresTileShape {
   static constexpr int kSlots = 8;  // in shared memory at a time
 };
 
-// 32 classes by 128 rows: the lanes of a warp have consecutive rows of one class.
-using ScoresShape = ScoresTileShape<32, 128>;
-
 // Arguments of a kernel that computes scores, for a chunk of classes; p.centers are those of the chunk.
 template <class T>
 struct ScoreInputs {
@@ -39,7 +36,7 @@ struct ScoreInputs {
 };
 
 // R, Q and the classes with a cancelled pair, in shared memory.
-template <class S, class Shape = ScoresShape>
+template <class S, class Shape>
 struct ScoresTile {
   S rnorms[Shape::kSlots][Shape::kClasses];
   S input_dots[Shape::kSlots][Shape::kRows];

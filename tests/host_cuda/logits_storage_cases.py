@@ -16,7 +16,9 @@ from tests.ops.oracle import (
     errors_of_rounded_logits,
     gradients,
     leaves,
+    plain,
     routed,
+    scores,
 )
 
 from .host_logits import HostLogits
@@ -50,6 +52,39 @@ def test_forward_without_slots(dtype: torch.dtype, narrow: bool, m: int, module:
     assert kernels.slots.shape[0] == 0
     assert torch.equal(kernels.logits, with_slots.logits)
     assert torch.equal(kernels.center_rnorms, with_slots.center_rnorms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, bf16, f64])
+@pytest.mark.parametrize("m", range(13))
+def test_forward_of_every_number_of_slots(m: int, dtype: torch.dtype, module: Any, seed: int) -> None:
+    """There are several variants of the kernel, by the number of slots and by the results."""
+    tensors = Sample(37, 131, 24, m, dtype, dtype, dtype).tensors(seed, requires_grad=False)
+    kernels = HostLogits(module, tensors)
+    wide = [t.double() for t in tensors]
+    every = wide[3] * scores(*wide[:3])
+    truth = every.max(dim=2).values
+    bound = allowed(error(plain(tensors)[0], truth), truth, kernels.sums)
+    assert error(kernels.logits, truth) <= bound
+    assert error(every.gather(2, kernels.slots.long()[..., None]).squeeze(2), truth) <= 2 * bound
+    assert torch.equal(HostLogits(module, tensors, need_slots=False).logits, kernels.logits)
+    for need_slots in (False, True):
+        narrow = HostLogits(module, tensors, need_slots, narrow=True)
+        assert torch.equal(narrow.logits, kernels.logits.to(narrow.logits.dtype))
+
+
+@pytest.mark.parametrize("m", [0, 2, 6, 11])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("argument", [0, 1, 2])
+def test_forward_of_non_finite_elements_without_slots(
+    argument: int, value: float, m: int, module: Any, seed: int
+) -> None:
+    tensors = Sample(6, 40, 19, m).tensors(seed, requires_grad=False)
+    if tensors[argument].numel():
+        tensors[argument][1, 3] = value
+    expected = HostLogits(module, tensors).logits
+    assert expected.isnan().any() == (tensors[argument].numel() > 0)
+    without_slots = HostLogits(module, tensors, need_slots=False).logits
+    torch.testing.assert_close(without_slots, expected, equal_nan=True, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("sample", NARROW, ids=IDS)
