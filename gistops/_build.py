@@ -124,7 +124,7 @@ class Record:
     source_hash: str
     torch: str
     compiler: str
-    cuda: str  # the library's GPU architectures, such as "sm_80 sm_90", or why it has none
+    cuda: str  # the library's GPU architectures, such as "sm_80 sm_90a", or why it has none
 
     @staticmethod
     def path(library: Path) -> Path:

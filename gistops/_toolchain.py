@@ -48,7 +48,7 @@ class Cuda:
 
     nvcc: Path
     runtime: Path  # libcudart, linked as in torch, so that both share the current device
-    architectures: tuple[str, ...]  # "80", "90", or "100+PTX", which also runs on newer GPUs
+    architectures: tuple[str, ...]  # "80", "90a", or "100+PTX", which also runs on newer GPUs
 
     def flags(self) -> list[str]:
         """Return nvcc's flags for the architectures."""
@@ -57,7 +57,9 @@ class Cuda:
             number = architecture.removesuffix("+PTX")
             code = f"[sm_{number},compute_{number}]" if architecture.endswith("+PTX") else f"sm_{number}"
             flags.append(f"-gencode=arch=compute_{number},code={code}")
-        return flags
+        # The host chooses kernels with wgmma only if a Hopper GPU loads their code, and not that for sm_90.
+        numbers = {architecture.removesuffix("+PTX") for architecture in self.architectures}
+        return [*flags, "-DGISTOPS_SM90A=1"] if "90a" in numbers and "90" not in numbers else flags
 
     def __str__(self) -> str:
         return " ".join(f"sm_{architecture}" for architecture in self.architectures)
@@ -178,8 +180,8 @@ def find_ninja() -> Path:
     return Path(path)
 
 
-#: The default of TORCH_CUDA_ARCH_LIST: Ampere, Hopper, Blackwell, and PTX for newer GPUs.
-ARCHITECTURES = ("80", "90", "100")
+#: The default of TORCH_CUDA_ARCH_LIST: Ampere, Hopper with its own instructions, Blackwell, and PTX for newer GPUs.
+ARCHITECTURES = ("80", "90a", "100")
 
 
 def find_nvcc() -> Path | None:
@@ -212,7 +214,7 @@ def _architectures(nvcc: Path) -> tuple[str, ...]:
                 )
         return tuple(name.replace(".", "") for name in asked)
     listed = subprocess.run([str(nvcc), "--list-gpu-arch"], capture_output=True, text=True, check=False)
-    known = [a for a in ARCHITECTURES if f"compute_{a}\n" in listed.stdout]
+    known = [a for a in ARCHITECTURES if f"compute_{a.removesuffix('a')}\n" in listed.stdout]
     return (*known[:-1], f"{known[-1]}+PTX") if known else ()
 
 

@@ -10,14 +10,16 @@
 
 #ifdef __CUDACC__
 #define GISTOPS_LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
-#define GISTOPS_DYNAMIC_SHARED(type, name)               \
-  extern __shared__ __align__(128) unsigned char raw_[]; \
-  type* name = reinterpret_cast<type*>(raw_)
+#define GISTOPS_ALIGNED_SHARED(alignment, type, name) \
+  extern __shared__ __align__(alignment)              \
+  unsigned char raw_##alignment##_[];                 \
+  type* name = reinterpret_cast<type*>(raw_##alignment##_)
 #else
 #define GISTOPS_LAUNCH(kernel, grid, block, shared, stream, ...) \
   host_cuda::launch(grid, block, shared, stream, kernel, __VA_ARGS__)
-#define GISTOPS_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(host_cuda::dynamic_shared())
+#define GISTOPS_ALIGNED_SHARED(alignment, type, name) type* name = reinterpret_cast<type*>(host_cuda::dynamic_shared())
 #endif
+#define GISTOPS_DYNAMIC_SHARED(type, name) GISTOPS_ALIGNED_SHARED(128, type, name)
 
 namespace gistops::cuda {
 

@@ -9,7 +9,7 @@ namespace gistops::cuda {
 
 // How to compute the gradient of the centers.
 struct GradCentersPlan {
-  bool stationary = false;
+  bool stationary = false, wgmma = false;
   int classes = kGradCentersClasses;  // of a tile
   int64_t dim_parts = 1, shared = 0;  // stationary: blocks per tile of classes; bytes of dynamic shared memory
 
@@ -29,12 +29,31 @@ struct GradCentersPlan {
   static constexpr int64_t kMostGroups = 264;
 };
 
-// Choose the kernel and its tile. Parked scores take a stationary tile whatever GISTOPS_CUDA_CENTERS_TILE asks for, so
-// that it may change between a forward and its backward.
-//   aligned: rows of d elements begin at multiples of 16 bytes and are whole vectors long
-//   parked: H lies in the memory of the gradient, so that one block must take all dims of its classes
+// Return a plan with a stationary shape for wgmma, or no stationary one if neither fits into shared memory.
+//   asked: the classes per tile to prefer, or 0
 template <class T>
-GradCentersPlan plan_grad_centers(int64_t B, int64_t K, int64_t d, int64_t m, bool aligned, bool parked) {
+GradCentersPlan plan_wgmma(int64_t B, int64_t K, int64_t d, int64_t m, bool parked, int asked) {
+  using Wide = WgmmaShape<T, 64>;
+  using High = WgmmaShape<T, 128>;
+  constexpr int64_t kMultiprocessors = 132, kReserved = 1024;  // of a Hopper GPU; bytes of each block
+  const int64_t most = shared_memory_limit("grad_centers"), most_of_two = (most + kReserved) / 2 - kReserved;
+  const int64_t high = StationaryMemory<High>::bytes(B, m), wide = StationaryMemory<Wide>::bytes(B, m);
+  // High tiles read f half as often; wide ones leave room for two blocks, or make more blocks of parked scores.
+  const bool few_blocks = parked && ceil_div(K, High::kClasses) < kMultiprocessors;
+  const bool prefers_wide = asked ? asked == Wide::kClasses : few_blocks || (high > most_of_two && wide <= most_of_two);
+  const bool takes_wide = prefers_wide ? wide <= most : high > most;
+  const int classes = takes_wide ? Wide::kClasses : High::kClasses, dims = takes_wide ? Wide::kDims : High::kDims;
+  const int64_t shared = takes_wide ? wide : high, blocks = kMultiprocessors * (shared <= most_of_two ? 2 : 1);
+  if (shared > most) return {};
+  const int64_t tiles = std::max<int64_t>(ceil_div(K, classes), 1), dim_tiles = ceil_div(d, dims);
+  const int64_t wanted = parked ? 1 : std::max<int64_t>(blocks / tiles, 1);
+  const int64_t parts = ceil_div(dim_tiles, ceil_div(dim_tiles, wanted));  // each a whole number of tiles
+  return {true, true, classes, parts, shared};
+}
+
+// The same for mma.sync, which is chosen for parked scores alone: the tiled kernel is faster.
+template <class T>
+GradCentersPlan plan_stationary(int64_t B, int64_t K, int64_t d, int64_t m, bool parked, int asked) {
   using Wide = StationaryShape<T, 64>;
   using High = StationaryShape<T, 128>;
   constexpr int64_t kEnoughBlocks = 128;                   // nearly one per multiprocessor of a large GPU
@@ -42,16 +61,29 @@ GradCentersPlan plan_grad_centers(int64_t B, int64_t K, int64_t d, int64_t m, bo
     const int64_t wanted = parked ? 1 : ceil_div(kEnoughBlocks, std::max<int64_t>(ceil_div(K, classes), 1));
     return ceil_div(ceil_div(d, dims), ceil_div(ceil_div(d, dims), wanted));
   };
-  const int asked = asked_centers_tile();
-  if (!aligned || (asked == 0 && !parked)) return {};
   const int64_t most = shared_memory_limit("grad_centers"), high = StationaryMemory<High>::bytes(B, m),
                 wide = StationaryMemory<Wide>::bytes(B, m);
   const bool few_blocks = parked && ceil_div(K, High::kClasses) < kEnoughBlocks;
-  const bool prefers_high = asked > 0 ? asked == High::kClasses : !few_blocks;
+  const bool prefers_high = asked ? asked == High::kClasses : !few_blocks;
   if (high <= most && (prefers_high || wide > most))
-    return {true, High::kClasses, parts(High::kClasses, High::kDims), high};
-  if (wide <= most) return {true, Wide::kClasses, parts(Wide::kClasses, Wide::kDims), wide};
+    return {true, false, High::kClasses, parts(High::kClasses, High::kDims), high};
+  if (wide <= most) return {true, false, Wide::kClasses, parts(Wide::kClasses, Wide::kDims), wide};
   return {};
+}
+
+// Choose the kernel and its tile. Parked scores take a stationary tile whatever GISTOPS_CUDA_CENTERS_TILE asks for, so
+// that it may change between a forward and its backward.
+//   aligned: rows of d elements begin at multiples of 16 bytes and are whole vectors long
+//   parked: H lies in the memory of the gradient, so that one block must take all dims of its classes
+template <class T>
+GradCentersPlan plan_grad_centers(int64_t B, int64_t K, int64_t d, int64_t m, bool aligned, bool parked) {
+  const int asked = asked_centers_tile();
+  if (!aligned || (asked == 0 && !parked)) return {};
+  if (has_wgmma("grad_centers")) {
+    const GradCentersPlan plan = plan_wgmma<T>(B, K, d, m, parked, std::max(asked, 0));
+    if (plan.stationary) return plan;
+  }
+  return parked || asked > 0 ? plan_stationary<T>(B, K, d, m, parked, std::max(asked, 0)) : GradCentersPlan{};
 }
 
 // Return true if H may lie in the memory of the gradient of the centers, in rows of d elements.
@@ -88,9 +120,11 @@ template <class T>
 void launch_grad_centers(void* stream, const GradCentersPlan& plan, bool aligned, const GradCentersInputs<T>& in,
                          const GradCentersOutputs<T>& out) {
   if (plan.stationary) {
-    plan.classes == 64 ? launch_grad_centers_stationary<StationaryShape<T, 64>>(stream, plan, in, out)
-                       : launch_grad_centers_stationary<StationaryShape<T, 128>>(stream, plan, in, out);
-    return;
+    if (plan.wgmma)
+      return plan.classes == 64 ? launch_grad_centers_stationary<WgmmaShape<T, 64>>(stream, plan, in, out)
+                                : launch_grad_centers_stationary<WgmmaShape<T, 128>>(stream, plan, in, out);
+    return plan.classes == 64 ? launch_grad_centers_stationary<StationaryShape<T, 64>>(stream, plan, in, out)
+                              : launch_grad_centers_stationary<StationaryShape<T, 128>>(stream, plan, in, out);
   }
   using Narrow = GradCentersShape<T, 64>;
   if (!aligned) return launch_grad_centers_tiled<Narrow, false>(stream, in, out);

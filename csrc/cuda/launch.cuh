@@ -23,6 +23,20 @@ inline int shared_memory_limit(const char* name) {
   return bytes;
 }
 
+// Return true if the current device is a Hopper GPU and the library has the code for its wgmma instructions: the build
+// defines GISTOPS_SM90A if it compiles for sm_90a.
+inline bool has_wgmma([[maybe_unused]] const char* name) {
+#ifdef GISTOPS_SM90A
+  int device, major, minor;
+  check(cudaGetDevice(&device), name);
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), name);
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), name);
+  return major == 9 && minor == 0;
+#else
+  return false;
+#endif
+}
+
 // Request dynamic shared memory for a kernel if it has less: by default 48 KiB less its static memory. The request is
 // for all that there is, so that no thread lowers what another one requested.
 template <class... Parameters>

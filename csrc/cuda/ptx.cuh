@@ -62,6 +62,89 @@ __device__ __forceinline__ void mma_16816(float (&c)[4], const uint32_t (&a)[4],
   }
 }
 
+// True if the code being compiled may have wgmma.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasWgmma = true;
+#else
+constexpr bool kHasWgmma = false;
+#endif
+
+// End the kernel with an error.
+__device__ __forceinline__ void trap() { asm volatile("trap;"); }
+
+// A matrix of 16-bit elements in shared memory, as wgmma reads it: bytes at or after a start, in rows of 128 bytes
+// whose vectors of 16 bytes are exchanged (address bits 4 to 6 are xored with bits 7 to 9). PTX ISA, "Matrix
+// descriptor".
+struct WgmmaMatrix {
+  uint64_t bits;
+};
+
+// leading, stride: bytes between one 64 columns and the next, and between eight rows and the next; multiples of 1024
+__device__ __forceinline__ WgmmaMatrix wgmma_matrix(const void* start, int leading, int stride) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  return {static_cast<uint64_t>(shared_address(start) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
+          static_cast<uint64_t>(stride >> 4) << 32 | kSwizzle128};
+}
+__device__ __forceinline__ WgmmaMatrix advance(WgmmaMatrix x, int bytes) { return {x.bits + (bytes >> 4)}; }
+
+// Let wgmma see what this thread has written to shared memory. A barrier must follow.
+__device__ __forceinline__ void fence_wgmma_operands() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Order the following products after earlier uses of their accumulators.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// Close a group of products.
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Wait until all of this warpgroup's groups of products are complete.
+__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
+#define GISTOPS_FRAGMENT(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
+#define GISTOPS_FRAGMENTS_4(j) \
+  GISTOPS_FRAGMENT(j), GISTOPS_FRAGMENT(j + 1), GISTOPS_FRAGMENT(j + 2), GISTOPS_FRAGMENT(j + 3)
+#define GISTOPS_WGMMA(columns, type, registers, a_bits, b_bits, add, ...)                                \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns \
+               "k16.f32." type "." type " {" registers "}, " a_bits ", " b_bits ", p, 1, 1, 0, 1;\n}"    \
+               : __VA_ARGS__                                                                             \
+               : "l"(a.bits), "l"(b.bits), "r"(static_cast<int>(accumulate)))
+#define GISTOPS_REGISTERS_32                                                                                       \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31"
+#define GISTOPS_REGISTERS_64                                                                         \
+  GISTOPS_REGISTERS_32                                                                               \
+      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+      "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// Start c [64, 8 kFragments] = a [64, 16] b [16, 8 kFragments], plus c if accumulate, by four warps. Each warp has 16
+// rows of c, which lie as in mma.m16n8. a is row-major in blocks of 64 summed elements; b is row-major in blocks of 64
+// columns.
+template <class T, int kFragments>
+__device__ __forceinline__ void wgmma(float (&c)[kFragments][4], WgmmaMatrix a, WgmmaMatrix b, bool accumulate) {
+  static_assert(kFragments == 8 || kFragments == 16);
+  if constexpr (kFragments == 8) {
+    if constexpr (__is_same(T, bf16)) {
+      GISTOPS_WGMMA("64", "bf16", GISTOPS_REGISTERS_32, "%32", "%33", "%34", GISTOPS_FRAGMENTS_4(0),
+                    GISTOPS_FRAGMENTS_4(4));
+    } else {
+      GISTOPS_WGMMA("64", "f16", GISTOPS_REGISTERS_32, "%32", "%33", "%34", GISTOPS_FRAGMENTS_4(0),
+                    GISTOPS_FRAGMENTS_4(4));
+    }
+  } else {
+    if constexpr (__is_same(T, bf16)) {
+      GISTOPS_WGMMA("128", "bf16", GISTOPS_REGISTERS_64, "%64", "%65", "%66", GISTOPS_FRAGMENTS_4(0),
+                    GISTOPS_FRAGMENTS_4(4), GISTOPS_FRAGMENTS_4(8), GISTOPS_FRAGMENTS_4(12));
+    } else {
+      GISTOPS_WGMMA("128", "f16", GISTOPS_REGISTERS_64, "%64", "%65", "%66", GISTOPS_FRAGMENTS_4(0),
+                    GISTOPS_FRAGMENTS_4(4), GISTOPS_FRAGMENTS_4(8), GISTOPS_FRAGMENTS_4(12));
+    }
+  }
+}
+#undef GISTOPS_FRAGMENT
+#undef GISTOPS_FRAGMENTS_4
+#undef GISTOPS_WGMMA
+#undef GISTOPS_REGISTERS_32
+#undef GISTOPS_REGISTERS_64
+
 // Return 2^x to about two units in the last place; results below the normal numbers are 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

@@ -16,6 +16,9 @@ struct Tile {
   static constexpr int kBytes = kRows * kLd * static_cast<int>(sizeof(T));
   static_assert(kCols % kVector == 0 && kLd * sizeof(T) % 16 == 0);
 
+  // Return the index of an element.
+  static __device__ __forceinline__ int at(int row, int col) { return row * kLd + col; }
+
   // Loads one tile of x after another, along its rows or down its columns; elements outside x are zero. All threads of
   // the block take part: a thread copies one vector of every kRowStride-th row.
   // kVectors: the rows of x begin at multiples of 16 bytes and are whole vectors long; the copies are asynchronous.
@@ -56,6 +59,53 @@ struct Tile {
     const T* from_;
     int64_t ld_, rows_, cols_;  // rows_, cols_: from this thread's first element to the ends of x
     int to_;
+  };
+};
+
+// A tile of 16-bit elements in blocks of 64 columns, each of rows of 128 bytes, as wgmma reads them: without padding,
+// but vector v of row r is where vector v ^ r % 8 would be. The address is a multiple of 1024. Neither eight vectors of
+// one column nor those of one row have bank conflicts.
+template <class T, int kRows, int kCols>
+struct SwizzledTile {
+  static_assert(sizeof(T) == 2 && kCols % 64 == 0 && kRows % 8 == 0);
+  static constexpr int kVector = 8, kBlockCols = 64;
+  static constexpr int kBlockBytes = kRows * kBlockCols * 2, kBytes = kCols / kBlockCols * kBlockBytes;
+
+  static __device__ __forceinline__ int at(int row, int col) {
+    const int vector = (col / kVector ^ row) % (kBlockCols / kVector);
+    return (col / kBlockCols * kRows + row) * kBlockCols + vector * kVector + col % kVector;
+  }
+
+  // As Tile's. The copies are asynchronous.
+  template <int kThreads>
+  class Loader {
+    static constexpr int kVectorsPerRow = kCols / kVector, kRowStride = kThreads / kVectorsPerRow;
+    static_assert(kThreads % kVectorsPerRow == 0 && kRowStride % 8 == 0 && kRows % kRowStride == 0);
+
+   public:
+    __device__ Loader(const GlobalMatrix<T>& x, int64_t first_row, int64_t first_col) {
+      const int row = static_cast<int>(threadIdx.x) / kVectorsPerRow,
+                col = static_cast<int>(threadIdx.x) % kVectorsPerRow * kVector;
+      to_ = at(row, col);
+      from_ = x.data + (first_row + row) * x.ld + first_col + col;
+      ld_ = x.ld;
+      rows_ = static_cast<int>(min(x.rows - first_row, int64_t{1} << 30)) - row, inside_ = first_col + col < x.cols;
+    }
+
+    __device__ __forceinline__ void load(T* tile) const {
+      const T* from = from_;
+#pragma unroll
+      for (int r = 0; r < kRows; r += kRowStride, from += kRowStride * ld_)
+        copy_async_16(tile + to_ + r * kBlockCols, from, inside_ && r < rows_);
+    }
+
+    __device__ __forceinline__ void advance_rows() { from_ += kRows * ld_, rows_ -= kRows; }
+
+   private:
+    const T* from_;
+    int64_t ld_;
+    int rows_, to_;  // rows_: from this thread's first to the end of x
+    bool inside_;
   };
 };
 

@@ -37,7 +37,7 @@ class Status:
     origin: str | None = None  # when the library was compiled: "install" or "first use"
     built_for: str | None = None  # version of torch
     compiler: str | None = None
-    cuda: str = ""  # GPU architectures in the library, such as "sm_80 sm_90", or why there are none
+    cuda: str = ""  # GPU architectures in the library, such as "sm_80 sm_90a", or why there are none
     error: str | None = None  # the last library that did not load, and why
 
 

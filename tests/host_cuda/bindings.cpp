@@ -327,5 +327,6 @@ PYBIND11_MODULE(GISTOPS_MODULE, m) {
                          seed);
   });
   m.def("set_limits", [](int64_t cached, int64_t recomputed) { gc::limits = {cached, recomputed}; });
+  m.def("set_compute_capability", [](int value) { host_cuda::compute_capability = value; });
   m.def("set_shared_memory", [](int bytes) { host_cuda::shared_at_most = bytes; });
 }

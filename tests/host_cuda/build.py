@@ -30,6 +30,7 @@ FLAGS = (
     "-Werror",
     "-Wno-unknown-pragmas",
     "-Wno-clobbered",
+    "-DGISTOPS_SM90A=1",
 )
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 

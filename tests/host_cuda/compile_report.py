@@ -21,7 +21,7 @@ from gistops import _build
 from gistops._toolchain import find_nvcc
 from gistops.backends import native
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 FOLDER = native.source_dir() / "cuda"
 SOURCES = tuple(native.source_dir() / unit.source for unit in _build.CUDA if unit.source.endswith(".cu"))
 FLAGS = ("-std=c++20", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v")
@@ -39,7 +39,7 @@ class Kernel:
     shared: int  # bytes of static shared memory; dynamic shared memory is not included
     stack: int
     spilled: int  # bytes stored and loaded
-    matrix_products: int  # mma.sync instructions
+    matrix_products: int  # mma.sync and wgmma instructions
 
 
 def compile_kernels(source: Path, architecture: str, cache: Path | None = None) -> list[Kernel]:
@@ -47,7 +47,7 @@ def compile_kernels(source: Path, architecture: str, cache: Path | None = None) 
 
     Args:
         source: A .cu file; it may include headers of its folder.
-        architecture: A target such as "sm_90".
+        architecture: A target such as "sm_90a".
         cache: Folder in which reports are kept, by a hash of all sources and flags.
 
     Raises:
@@ -133,16 +133,16 @@ def count_products(ptx: str) -> dict[str, int]:
     """Return the number of tensor-core instructions of each kernel."""
     kernels = re.split(r"\.entry (\w+)\(", ptx)[1:]
     return {
-        name: len(re.findall(r"^\s*mma\.sync", text, re.M))
+        name: len(re.findall(r"^\s*(?:mma\.sync|wgmma\.mma_async)", text, re.M))
         for name, text in zip(kernels[::2], kernels[1::2], strict=True)
     }
 
 
 def table(kernels: Iterable[Kernel]) -> Iterator[str]:
     """Yield the lines of a Markdown table of the kernels."""
-    yield "| kernel | file | target | registers | static shared memory, B | stack, B | spilled, B | mma.sync |"
+    yield "| kernel | file | target | registers | static shared memory, B | stack, B | spilled, B | products |"
     yield "|---|---|---|---:|---:|---:|---:|---:|"
-    for k in sorted(kernels, key=lambda k: (k.source, k.name, int(k.architecture.removeprefix("sm_")))):
+    for k in sorted(kernels, key=lambda k: (k.source, k.name, int(k.architecture.removeprefix("sm_").removesuffix("a")))):
         yield (
             f"| {k.name} | {k.source} | {k.architecture} | {k.registers} | {k.shared} | {k.stack} "
             f"| {k.spilled} | {k.matrix_products or '–'} |"

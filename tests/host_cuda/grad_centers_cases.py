@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,16 +15,20 @@ from .host_logits import HostLogits
 from .logits_cases import assert_same_bits_in_any_order
 
 half, bf16 = torch.float16, torch.bfloat16
-#: The tiled kernel, and the stationary one with tiles of 64 classes by 256 dims and of 128 classes by 128 dims.
-FORMS = {"tiled": "0", "wide": "64", "high": "128"}
+#: The tile that is asked for, and the compute capability: the tiled kernel; the stationary one with tiles of 64 classes by
+#: 256 dims and of 128 classes by 128 dims; by wgmma, of 64 classes by 128 dims and of 128 classes by 64 dims.
+FORMS = {"tiled": (0, 80), "wide": (64, 80), "high": (128, 80), "wgmma wide": (64, 90), "wgmma high": (128, 90)}
 SIZES = [(37, 130, 296, 4), (172, 70, 40, 8), (129, 66, 136, 12), (5, 3, 264, 0), (16, 129, 8, 1)]
 
 
 @pytest.fixture(params=FORMS)
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, module: Any) -> Iterator[str]:
     """Force a kernel and its tile."""
-    monkeypatch.setenv("GISTOPS_CUDA_CENTERS_TILE", FORMS[request.param])
-    return str(request.param)
+    asked, capability = FORMS[request.param]
+    monkeypatch.setenv("GISTOPS_CUDA_CENTERS_TILE", str(asked))
+    module.set_compute_capability(capability)
+    yield str(request.param)
+    module.set_compute_capability(90)
 
 
 def check(tensors: list[torch.Tensor], module: Any, seed: int, terms: int) -> None:
@@ -109,7 +114,7 @@ def test_parked_scores_with_every_form(m: int, shared_memory: int, form: str, mo
     assert error(made, expected.double()) <= allowed(0.0, expected.double(), bf16, 20 * 133)
 
 
-@pytest.mark.parametrize("form", ["wide", "high"], indirect=True)
+@pytest.mark.parametrize("form", list(FORMS)[1:], indirect=True)
 @pytest.mark.parametrize("dtype", [bf16, half])
 @pytest.mark.parametrize(("B", "cancelled"), [(37, [7, 90, 131]), (130, [])])
 def test_weights_in_the_memory_of_the_gradient(

@@ -257,6 +257,10 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_100,code=[sm_100,compute_100]",
     ]
+    assert "-DGISTOPS_SM90A=1" in _toolchain.Cuda(nvcc, nvcc, ("80", "90a")).flags()
+    assert "-DGISTOPS_SM90A=1" not in _toolchain.Cuda(nvcc, nvcc, ("90", "90a")).flags()
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    assert _toolchain._architectures(nvcc) == ("80", "90a", "100+PTX")
     for wrong in ("7.5", "Hopper", "9"):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wrong)
         with pytest.raises(BuildError, match=f"TORCH_CUDA_ARCH_LIST: expected .* got '{wrong}'"):

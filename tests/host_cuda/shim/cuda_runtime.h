@@ -41,7 +41,11 @@ struct alignas(4) uchar4 {
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor
+};
 
 namespace host_cuda {
 
@@ -49,6 +53,7 @@ constexpr int kSharedWithoutAsking = 48 << 10, kSharedAtMost = 227 << 10;  // of
 inline std::map<const void*, int> shared_limits;                           // what kernels have asked for
 inline cudaError_t last_error = cudaSuccess;
 inline int shared_at_most = kSharedAtMost;
+inline int compute_capability = 90;
 inline int launches = 0;
 inline bool count_only = false;  // kernels are counted, and not run
 
@@ -99,8 +104,11 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  return *value = host_cuda::shared_at_most, cudaSuccess;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? host_cuda::compute_capability / 10
+           : attribute == cudaDevAttrComputeCapabilityMinor ? host_cuda::compute_capability % 10
+                                                            : host_cuda::shared_at_most;
+  return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   return std::memset(to, value, bytes), cudaSuccess;

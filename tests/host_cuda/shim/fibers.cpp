@@ -40,6 +40,7 @@ struct Fiber {
   int slot;                                        // the one in use
   std::vector<Copy> copies;
   size_t copy_group;  // the open one
+  std::vector<std::function<void()>> operations;
   void* sanitizer = nullptr;
 };
 
@@ -123,6 +124,7 @@ void run_block() {
     f.state = State::ready;
     f.slot = 0;
     f.copies.clear(), f.copy_group = 0;
+    f.operations.clear();
     f.context.prepare(f.stack, kStackBytes, enter);
   }
   for (;;) {
@@ -162,8 +164,10 @@ void run(Index grid, Index dim, size_t shared_bytes, const std::function<void()>
   if (thread_order == Order::reverse) std::reverse(b.order.begin(), b.order.end());
   if (thread_order == Order::shuffled) std::shuffle(b.order.begin(), b.order.end(), std::mt19937(order_seed));
   block = &b;
-  // Its exact size, from an address that is a multiple of 16: one beyond the end is AddressSanitizer's.
-  b.shared.reset(static_cast<unsigned char*>(std::malloc(std::max<size_t>(shared_bytes, 1))));
+  // Its exact size, from an address that is a multiple of 1024: one beyond the end is AddressSanitizer's.
+  void* shared = nullptr;
+  if (posix_memalign(&shared, 1024, std::max<size_t>(shared_bytes, 1)) != 0) throw std::bad_alloc();
+  b.shared.reset(static_cast<unsigned char*>(shared));
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
@@ -219,6 +223,13 @@ void wait_for_copies(size_t groups_left) {
     copy.from ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
   });
   copies.erase(copies.begin(), end);
+}
+
+void do_later(std::function<void()> operation) { current->operations.push_back(std::move(operation)); }
+bool is_anything_later() { return !current->operations.empty(); }
+void do_now() {
+  for (const auto& operation : current->operations) operation();
+  current->operations.clear();
 }
 
 }  // namespace host_cuda

@@ -2,8 +2,8 @@
 //
 // Detected: accesses out of bounds (with AddressSanitizer; dynamic shared memory has its exact size), a missing barrier
 // (the result changes with the order of the threads), a barrier that not all threads reach, a missing wait for an
-// asynchronous copy. Not detected: races between warps that no order of whole threads reveals, races between blocks,
-// the rounding of tensor cores.
+// asynchronous copy or product. Not detected: races between warps that no order of whole threads reveals, races between
+// blocks, the rounding of tensor cores.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -49,5 +49,10 @@ const void* shown_by(unsigned lane);
 void copy_later(void* to, const void* from);
 void end_copy_group();
 void wait_for_copies(size_t groups_left);
+
+// Operations that take place when the thread calls do_now() and not before.
+void do_later(std::function<void()> operation);
+bool is_anything_later();
+void do_now();
 
 }  // namespace host_cuda

@@ -1,6 +1,9 @@
 // The functions of csrc/cuda/ptx.cuh for the host: each instruction in C++, with the same layouts of fragments (PTX
 // ISA).
 #pragma once
+#include <array>
+#include <limits>
+
 #include "device.cuh"
 
 namespace gistops::cuda {
@@ -45,6 +48,58 @@ inline float exp2_approx(float x) {
 }
 inline void load_matrix_x4(uint32_t (&r)[4], const void* row) { load_matrices(r, row, false); }
 inline void load_matrix_x4_trans(uint32_t (&r)[4], const void* row) { load_matrices(r, row, true); }
+
+constexpr bool kHasWgmma = true;
+inline void trap() { host_cuda::fail("a trap"); }
+
+// A matrix of 16-bit elements in shared memory, in rows of 128 bytes whose vectors are exchanged by address.
+struct WgmmaMatrix {
+  uintptr_t start;
+  int leading, stride;
+
+  // Return element (major, minor): rows of `major` hold 64 values of `minor`.
+  template <class T>
+  float at(int major, int minor) const {
+    const int row = major % 8 * 128 + minor % 64 * static_cast<int>(sizeof(T));
+    const uintptr_t address = start + minor / 64 * leading + major / 8 * stride + row;
+    T value;
+    std::memcpy(&value, reinterpret_cast<const void*>(address ^ (address >> 7 & 7) << 4), sizeof value);
+    return wide(value);
+  }
+};
+inline WgmmaMatrix wgmma_matrix(const void* start, int leading, int stride) {
+  require_vector(start);
+  return {reinterpret_cast<uintptr_t>(start), leading, stride};
+}
+inline WgmmaMatrix advance(WgmmaMatrix x, int bytes) { return {x.start + bytes, x.leading, x.stride}; }
+
+inline void fence_wgmma_operands() {}
+inline void wgmma_fence() {}
+inline void wgmma_commit() {}
+inline void wgmma_wait() { host_cuda::do_now(); }
+
+// Until the wait the sums are NaN, and the operands are not read.
+template <class T, int kFragments>
+void wgmma(float (&c)[kFragments][4], WgmmaMatrix a, WgmmaMatrix b, bool accumulate) {
+  using Sums = std::array<std::array<float, 4>, kFragments>;
+  Sums before;
+  std::memcpy(&before, c, sizeof before);
+  const unsigned thread = host_cuda::thread_index().x;
+  const int first_row = static_cast<int>(thread / 32 % 4 * 16 + thread % 32 / 4), first_col = thread % 4 * 2;
+  if (!host_cuda::is_anything_later()) host_cuda::do_later([before, &c] { std::memcpy(c, &before, sizeof before); });
+  host_cuda::do_later([=, &c] {
+    for (int j = 0; j < kFragments; ++j)
+      for (int e = 0; e < 4; ++e) {
+        float sum = accumulate ? c[j][e] : 0.0f;
+        for (int k = 0; k < 16; ++k)
+          sum += a.template at<T>(first_row + e / 2 * 8, k) * b.template at<T>(k, j * 8 + first_col + e % 2);
+        c[j][e] = sum;
+      }
+  });
+  for (auto& fragment : c)
+    for (float& sum : fragment) sum = std::numeric_limits<float>::quiet_NaN();
+}
+
 struct Operands {
   uint32_t a[4], b[2];
 };
