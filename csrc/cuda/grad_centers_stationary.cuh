@@ -220,15 +220,22 @@ class GradCentersStationary : private StationaryProduct<Shape> {
       for (int half = 0; half < 2; ++half) {
         const int c = class_of(i, half);
         const S s = shared_.t_sums[c];
+        Pack<T, 2> values[kFragmentsD];  // all loads before the stores, which could be to the same memory
+#pragma unroll
+        for (int j = 0; j < kFragmentsD; ++j) values[j] = *fragment(c, j);
 #pragma unroll
         for (int j = 0; j < kFragmentsD; ++j) {
-          auto* at = reinterpret_cast<Pack<T, 2>*>(w_ + W::at(c, warp_dim_ + j * 8 + lane_ % 4 * 2));
-          Pack<T, 2> values = *at;
 #pragma unroll
-          for (int e = 0; e < 2; ++e) values.e[e] = narrow<T>(fma(-s, wide(values.e[e]), sums_[i][j][half * 2 + e]));
-          *at = values;
+          for (int e = 0; e < 2; ++e)
+            values[j].e[e] = narrow<T>(fma(-s, wide(values[j].e[e]), sums_[i][j][half * 2 + e]));
+          *fragment(c, j) = values[j];
         }
       }
+  }
+
+  // Return this lane's elements of a fragment in the tile of the centers.
+  __device__ __forceinline__ Pack<T, 2>* fragment(int c, int j) const {
+    return reinterpret_cast<Pack<T, 2>*>(w_ + W::at(c, warp_dim_ + j * 8 + lane_ % 4 * 2));
   }
 
   // Write the warp's part of the gradient: kStoredRows classes with one instruction.

@@ -32,7 +32,7 @@ class StationaryProduct {
         last_dim_(min(static_cast<int>(p_.d()), first_dim_ + dims_of_part(dim_parts))), loaded_(shared_.ring),
         multiplied_(shared_.ring), f_loader_(p_.input, 0, first_dim_), f_loader_dim_(first_dim_) {
     thread_ = static_cast<int>(threadIdx.x);
-    lane_ = thread_ % kWarp, warp_ = thread_ / kWarp;
+    lane_ = static_cast<int>(threadIdx.x % kWarp), warp_ = static_cast<int>(threadIdx.x / kWarp);
     stages_ = static_cast<int>(ceil_div(p_.B(), Shape::kRows));
     warp_class_ = warp_ / Shape::kWarpsD * kFragmentsC * 16;
     warp_dim_ = warp_ % Shape::kWarpsD * kFragmentsD * 8;

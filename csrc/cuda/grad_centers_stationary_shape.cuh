@@ -76,7 +76,8 @@ struct WgmmaShape : StationaryShapeBase<T, kClasses, 64 * 128 / kClasses, 2 * kC
   using H = SwizzledTile<T, kClasses, kHRows>;
   static __host__ __device__ int64_t h_size(int64_t B) { return ceil_div(B, kHRows) * kHRows * kClasses; }
   static __device__ __forceinline__ int h_at(int c, int row, int64_t) {
-    return row / kHRows * (kHRows * kClasses) + H::at(c, row % kHRows);
+    const unsigned block = static_cast<unsigned>(row) / kHRows, in_block = static_cast<unsigned>(row) % kHRows;
+    return static_cast<int>(block) * (kHRows * kClasses) + H::at(c, static_cast<int>(in_block));
   }
   static __device__ __forceinline__ int h_class(int64_t) { return kHRows; }
 };
