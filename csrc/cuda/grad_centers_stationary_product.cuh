@@ -8,8 +8,8 @@ namespace gistops::cuda {
 // accumulates kFragmentsC x kFragmentsD fragments of 16 classes by 8 dims in registers. The copies of the next stages
 // of f are under way during each product, and while its result is corrected.
 //
-// wgmma reads both operands from shared memory while the threads go on. A stage is multiplied while the block waits for
-// the copies of the next one.
+// wgmma reads both operands from shared memory while the threads go on: a stage is multiplied while the block waits for
+// the copies of the next one and starts its product, so that two stages of the ring are in use.
 template <class Shape>
 class StationaryProduct {
  protected:
@@ -21,6 +21,7 @@ class StationaryProduct {
   using Delta = typename Shape::Delta;
   static constexpr int kSlots = Shape::kSlots, kDims = Shape::kDims, kVector = Shape::kVector;
   static constexpr int kFragmentsC = Shape::kFragmentsC, kFragmentsD = Shape::kFragmentsD, kStages = Shape::kStages;
+  static constexpr int kAhead = kStages - (Shape::kWgmma ? 2 : 1);  // stages whose copies are under way
 
   // class_tile: the block's tile of classes
   // dim_parts: number of blocks that share the dims of a tile of classes
@@ -41,7 +42,7 @@ class StationaryProduct {
   // Start to load the first stages.
   __device__ __forceinline__ void start() {
 #pragma unroll 1
-    for (int i = 0; i < kStages - 1; ++i) load_stage();
+    for (int i = 0; i < kAhead; ++i) load_stage();
   }
 
   // Compute the product, and load the centers meanwhile.
@@ -54,8 +55,8 @@ class StationaryProduct {
         for (int c = 0; c < 4; ++c) sums_[i][j][c] = 0;
 #pragma unroll 1
     for (int stage = 0; stage < stages_; ++stage) {
-      copy_async_wait<kStages - 2>();
-      if constexpr (Shape::kWgmma) wgmma_wait(), fence_wgmma_operands();
+      copy_async_wait<kAhead - 1>();
+      if constexpr (Shape::kWgmma) wgmma_wait<1>(), fence_wgmma_operands();
       __syncthreads();  // this stage is complete, and no thread still reads the memory that the next copies overwrite
       if (stage == 0) load_vectors(dim);
       load_stage();
@@ -67,8 +68,8 @@ class StationaryProduct {
         if (dim + warp_dim_ < last_dim_) multiply_stage(stage * Shape::kRows, f + warp_dim_);
       }
     }
-    if constexpr (Shape::kWgmma) wgmma_wait();
-    if (stages_ < kStages) copy_async_wait<0>();  // else the waits of the later stages include the centers
+    if constexpr (Shape::kWgmma) wgmma_wait<0>();
+    if (stages_ <= kAhead) copy_async_wait<0>();  // else the waits of the later stages include the centers
     __syncthreads();
   }
   __device__ __forceinline__ T* delta(int group) const {

@@ -63,7 +63,7 @@ struct WgmmaShape : StationaryShapeBase<T, kClasses, 64 * 128 / kClasses, 2 * kC
   static constexpr bool kWgmma = true;
   static constexpr int kBlocks = 2;
   static constexpr int kFragmentsC = 1, kFragmentsD = kDims / 8, kWarpsD = 1;
-  static constexpr int kStages = 5;
+  static constexpr int kStages = kClasses > 64 ? 5 : 6;
   static constexpr int kStoredRows = kWarp / (kDims / kVector);
 
   using F = SwizzledTile<T, kRows, kDims>;

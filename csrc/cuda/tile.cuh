@@ -72,7 +72,8 @@ struct SwizzledTile {
   static constexpr int kBlockBytes = kRows * kBlockCols * 2, kBytes = kCols / kBlockCols * kBlockBytes;
 
   static __device__ __forceinline__ int at(int row, int col) {
-    const unsigned r = row, c = col, vector = (c / kVector ^ r) % (kBlockCols / kVector);  // unsigned: no sign to handle
+    const unsigned r = row, c = col,
+                   vector = (c / kVector ^ r) % (kBlockCols / kVector);  // unsigned: no sign to handle
     return static_cast<int>((c / kBlockCols * kRows + r) * kBlockCols + vector * kVector + c % kVector);
   }
 

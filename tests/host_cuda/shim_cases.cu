@@ -6,6 +6,7 @@
 
 #include "device.cuh"
 #include "ptx.cuh"
+#include "tile.cuh"
 
 namespace py = pybind11;
 using namespace gistops::cuda;
@@ -46,6 +47,53 @@ Array<float> product(const std::string& type, py::array a, py::array b, bool tra
   } else {
     GISTOPS_LAUNCH(product_kernel<f16>, dim3(1), dim3(32), 0, nullptr, static_cast<const f16*>(a.data()),
                    static_cast<const f16*>(b.data()), c.mutable_data(), transposed);
+  }
+  return c;
+}
+
+// c [64, columns] = a [64, 32] b [32, columns] by two steps of wgmma, from tiles that are filled as the kernels do.
+//   wait: the groups of products that the last wait leaves
+template <class T, int kColumns, int kWait>
+__global__ void wgmma_kernel(const T* a, const T* b, float* c) {
+  using Left = SwizzledTile<T, 64, 64>;
+  using Right = SwizzledTile<T, 32, kColumns>;
+  GISTOPS_ALIGNED_SHARED(1024, T, left);
+  T* right = left + Left::kBytes / sizeof(T);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  for (int i = thread; i < 64 * 32; i += 128) left[Left::at(i / 32, i % 32)] = a[i];
+  typename Right::template Loader<128>(GlobalMatrix<T>{b, 32, kColumns, kColumns}, 0, 0).load(right);
+  copy_async_commit();
+  copy_async_wait<0>();
+  fence_wgmma_operands();
+  __syncthreads();
+  float sums[kColumns / 8][4] = {};
+  const WgmmaMatrix x = wgmma_matrix(left, 16, 1024), y = wgmma_matrix(right, Right::kBlockBytes, 1024);
+  for (int step = 0; step < 2; ++step) {
+    wgmma_fence();
+    wgmma<T>(sums, advance(x, step * 32), advance(y, step * 2048), step > 0);
+    wgmma_commit();
+  }
+  wgmma_wait<kWait>();
+  const int row = thread / 32 * 16 + lane / 4;
+  for (int j = 0; j < kColumns / 8; ++j)
+    for (int e = 0; e < 4; ++e) c[(row + e / 2 * 8) * kColumns + j * 8 + lane % 4 * 2 + e % 2] = sums[j][e];
+}
+
+template <class T, int kColumns>
+void launch_wgmma(const py::array& a, const py::array& b, float* c, bool wait) {
+  const int bytes = (64 * 64 + 32 * kColumns) * 2;
+  GISTOPS_LAUNCH((wait ? wgmma_kernel<T, kColumns, 0> : wgmma_kernel<T, kColumns, 1>), dim3(1), dim3(128), bytes,
+                 nullptr, static_cast<const T*>(a.data()), static_cast<const T*>(b.data()), c);
+}
+
+Array<float> wide_product(const std::string& type, py::array a, py::array b, bool wait) {
+  const bool wide = b.shape(1) == 128;
+  Array<float> c({64, wide ? 128 : 64});
+  float* out = c.mutable_data();
+  if (type == "bf16") {
+    wide ? launch_wgmma<bf16, 128>(a, b, out, wait) : launch_wgmma<bf16, 64>(a, b, out, wait);
+  } else {
+    wide ? launch_wgmma<f16, 128>(a, b, out, wait) : launch_wgmma<f16, 64>(a, b, out, wait);
   }
   return c;
 }
@@ -115,6 +163,7 @@ int beyond(int bytes, int n, bool ask) {
 
 PYBIND11_MODULE(GISTOPS_MODULE, m) {
   m.def("product", &product);
+  m.def("wide_product", &wide_product);
   m.def("neighbor", &neighbor);
   m.def("divergent", [](bool by_warp) { GISTOPS_LAUNCH(divergent_kernel, dim3(1), dim3(64), 0, nullptr, by_warp); });
   m.def("copied", &copied);

@@ -35,6 +35,18 @@ def test_products_of_fragments(dtype: torch.dtype, transposed: bool, shim: Any, 
     torch.testing.assert_close(value, a.float() @ b.float(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("columns", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_tiles_in_shared_memory(dtype: torch.dtype, columns: int, shim: Any, seed: int) -> None:
+    """Products whose last group is not waited for leave NaN."""
+    a, b = torch.randn(64, 32).to(dtype), torch.randn(32, columns).to(dtype)
+    name = "bf16" if dtype == torch.bfloat16 else "f16"
+    arrays = [x.view(torch.uint16).numpy() for x in (a, b)]
+    value = torch.from_numpy(shim.wide_product(name, *arrays, True))
+    torch.testing.assert_close(value, a.float() @ b.float(), atol=1e-4, rtol=1e-5)
+    assert torch.from_numpy(shim.wide_product(name, *arrays, False)).isnan().all()
+
+
 def test_roundings(shim: Any, seed: int) -> None:
     special = torch.tensor(
         [0.0, -0.0, 1.0, 6e-8, 65519.0, 1e-40, 3.3e38, float("inf"), 1.00390625, 1.01171875]

@@ -39,8 +39,9 @@ struct Fiber {
   alignas(16) unsigned char slots[2][kSlotBytes];  // used in turn
   int slot;                                        // the one in use
   std::vector<Copy> copies;
-  size_t copy_group;  // the open one
-  std::vector<std::function<void()>> operations;
+  size_t copy_group;                                                 // the open one
+  std::vector<std::pair<size_t, std::function<void()>>> operations;  // with their groups
+  size_t operation_group;                                            // the open one
   void* sanitizer = nullptr;
 };
 
@@ -124,7 +125,7 @@ void run_block() {
     f.state = State::ready;
     f.slot = 0;
     f.copies.clear(), f.copy_group = 0;
-    f.operations.clear();
+    f.operations.clear(), f.operation_group = 0;
     f.context.prepare(f.stack, kStackBytes, enter);
   }
   for (;;) {
@@ -225,11 +226,17 @@ void wait_for_copies(size_t groups_left) {
   copies.erase(copies.begin(), end);
 }
 
-void do_later(std::function<void()> operation) { current->operations.push_back(std::move(operation)); }
-bool is_anything_later() { return !current->operations.empty(); }
-void do_now() {
-  for (const auto& operation : current->operations) operation();
-  current->operations.clear();
+void do_later(std::function<void()> operation) {
+  current->operations.emplace_back(current->operation_group, std::move(operation));
+}
+void end_operation_group() { ++current->operation_group; }
+
+void do_now(size_t groups_left) {
+  auto& operations = current->operations;
+  size_t done = 0;
+  for (; done < operations.size() && operations[done].first + groups_left < current->operation_group; ++done)
+    operations[done].second();
+  operations.erase(operations.begin(), operations.begin() + static_cast<std::ptrdiff_t>(done));
 }
 
 }  // namespace host_cuda

@@ -50,9 +50,9 @@ void copy_later(void* to, const void* from);
 void end_copy_group();
 void wait_for_copies(size_t groups_left);
 
-// Operations that take place when the thread calls do_now() and not before.
+// Operations that take place when the thread waits for their group and not before.
 void do_later(std::function<void()> operation);
-bool is_anything_later();
-void do_now();
+void end_operation_group();
+void do_now(size_t groups_left);
 
 }  // namespace host_cuda

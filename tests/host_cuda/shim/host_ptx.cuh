@@ -1,8 +1,9 @@
 // The functions of csrc/cuda/ptx.cuh for the host: each instruction in C++, with the same layouts of fragments (PTX
 // ISA).
 #pragma once
-#include <array>
 #include <limits>
+#include <map>
+#include <memory>
 
 #include "device.cuh"
 
@@ -75,26 +76,40 @@ inline WgmmaMatrix advance(WgmmaMatrix x, int bytes) { return {x.start + bytes, 
 
 inline void fence_wgmma_operands() {}
 inline void wgmma_fence() {}
-inline void wgmma_commit() {}
-inline void wgmma_wait() { host_cuda::do_now(); }
+inline void wgmma_commit() { host_cuda::end_operation_group(); }
+template <int N>
+void wgmma_wait() {
+  host_cuda::do_now(N);
+}
 
-// Until the wait the sums are NaN, and the operands are not read.
+// The sums of products that have not been waited for.
+template <int kFragments>
+struct PendingSums {
+  float values[kFragments][4];
+  int products = 0;
+};
+
+// Until the wait for the last product the sums are NaN, and a product reads its operands when it is waited for.
 template <class T, int kFragments>
 void wgmma(float (&c)[kFragments][4], WgmmaMatrix a, WgmmaMatrix b, bool accumulate) {
-  using Sums = std::array<std::array<float, 4>, kFragments>;
-  Sums before;
-  std::memcpy(&before, c, sizeof before);
+  static std::map<const void*, std::weak_ptr<PendingSums<kFragments>>> all;
+  auto pending = all[&c].lock();
+  if (!pending) {
+    all[&c] = pending = std::make_shared<PendingSums<kFragments>>();
+    std::memcpy(pending->values, c, sizeof c);
+  }
+  ++pending->products;
   const unsigned thread = host_cuda::thread_index().x;
   const int first_row = static_cast<int>(thread / 32 % 4 * 16 + thread % 32 / 4), first_col = thread % 4 * 2;
-  if (!host_cuda::is_anything_later()) host_cuda::do_later([before, &c] { std::memcpy(c, &before, sizeof before); });
   host_cuda::do_later([=, &c] {
     for (int j = 0; j < kFragments; ++j)
       for (int e = 0; e < 4; ++e) {
-        float sum = accumulate ? c[j][e] : 0.0f;
+        float sum = accumulate ? pending->values[j][e] : 0.0f;
         for (int k = 0; k < 16; ++k)
           sum += a.template at<T>(first_row + e / 2 * 8, k) * b.template at<T>(k, j * 8 + first_col + e % 2);
-        c[j][e] = sum;
+        pending->values[j][e] = sum;
       }
+    if (--pending->products == 0) std::memcpy(c, pending->values, sizeof c);
   });
   for (auto& fragment : c)
     for (float& sum : fragment) sum = std::numeric_limits<float>::quiet_NaN();
