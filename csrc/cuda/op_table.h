@@ -120,7 +120,8 @@ struct OpTable {
 };
 
 // Return the kernel that GISTOPS_CUDA_CENTERS_TILE asks for to compute the gradient of the centers: 0 for the tiled
-// one, 64 or 128 for the classes per tile of the stationary one, -1 for the choice by the sizes.
+// one, 64 or 128 for the classes per tile of the stationary one, by wgmma if the device has it, -1 for the choice by
+// the sizes.
 inline int asked_centers_tile() {
   const char* asked = std::getenv("GISTOPS_CUDA_CENTERS_TILE");
   return asked ? std::atoi(asked) : -1;

@@ -274,6 +274,13 @@ py::array grad_centers_parked_of_type(const std::string& type, const py::array& 
                         : grad_centers_parked<gc::f16>(a, loss, saved, grad, t, cancelled, centers_grad);
 }
 
+// Return the kernel for the gradient of the centers in bfloat16, its classes per tile and the blocks that share its
+// dims.
+py::tuple grad_centers_plan(int64_t B, int64_t K, int64_t d, int64_t m, bool parked) {
+  const gc::GradCentersPlan plan = gc::plan_grad_centers<gc::bf16>(B, K, d, m, true, parked);
+  return py::make_tuple(plan.wgmma ? "wgmma" : plan.stationary ? "mma" : "tiled", plan.classes, plan.dim_parts);
+}
+
 // Also returns the bytes of scratch memory, and the launches with those of the products.
 py::tuple topk(const std::string& type, const py::array& input, const py::array& centers,
                const py::array& displacements, const py::array& tau, const py::object& class_bias, int64_t k,
@@ -307,6 +314,7 @@ PYBIND11_MODULE(GISTOPS_MODULE, m) {
   });
   m.def("cross_entropy_forward", &cross_entropy_forward);
   m.def("cross_entropy_backward", &cross_entropy_backward);
+  m.def("grad_centers_plan", &grad_centers_plan);
   m.def("grad_centers_parked", &grad_centers_parked_of_type);
   // Count launches, products and bytes of scratch memory; run none of them.
   m.def("count_only", [](bool on) { host_cuda::count_only = on; });

@@ -142,7 +142,9 @@ def table(kernels: Iterable[Kernel]) -> Iterator[str]:
     """Yield the lines of a Markdown table of the kernels."""
     yield "| kernel | file | target | registers | static shared memory, B | stack, B | spilled, B | products |"
     yield "|---|---|---|---:|---:|---:|---:|---:|"
-    for k in sorted(kernels, key=lambda k: (k.source, k.name, int(k.architecture.removeprefix("sm_").removesuffix("a")))):
+    for k in sorted(
+        kernels, key=lambda k: (k.source, k.name, int(k.architecture.removeprefix("sm_").removesuffix("a")))
+    ):
         yield (
             f"| {k.name} | {k.source} | {k.architecture} | {k.registers} | {k.shared} | {k.stack} "
             f"| {k.spilled} | {k.matrix_products or '–'} |"

@@ -17,7 +17,13 @@ from .logits_cases import assert_same_bits_in_any_order
 half, bf16 = torch.float16, torch.bfloat16
 #: The tile that is asked for, and the compute capability: the tiled kernel; the stationary one with tiles of 64 classes by
 #: 256 dims and of 128 classes by 128 dims; by wgmma, of 64 classes by 128 dims and of 128 classes by 64 dims.
-FORMS = {"tiled": (0, 80), "wide": (64, 80), "high": (128, 80), "wgmma wide": (64, 90), "wgmma high": (128, 90)}
+FORMS = {
+    "tiled": (0, 80),
+    "wide": (64, 80),
+    "high": (128, 80),
+    "wgmma wide": (64, 90),
+    "wgmma high": (128, 90),
+}
 SIZES = [(37, 130, 296, 4), (172, 70, 40, 8), (129, 66, 136, 12), (5, 3, 264, 0), (16, 129, 8, 1)]
 
 
@@ -95,6 +101,27 @@ def test_same_bits_of_each_form_in_any_order_of_threads(form: str, module: Any, 
     assert_same_bits_in_any_order(
         module, seed, lambda: kernels.gradients(grad, (False, True, True, False))[1:3]
     )
+
+
+@pytest.mark.parametrize(
+    ("capability", "rows", "parked", "plan"),
+    [
+        (90, 256, False, ("wgmma", 128, 4)),
+        (90, 256, True, ("wgmma", 64, 1)),
+        (90, 512, False, ("wgmma", 128, 2)),  # one block per multiprocessor
+        (90, 2048, True, ("tiled", 128, 1)),  # H does not fit
+        (80, 256, False, ("tiled", 128, 1)),
+        (100, 256, True, ("mma", 64, 1)),
+    ],
+)
+def test_kernel_and_tile_by_sizes_and_device(
+    capability: int, rows: int, parked: bool, plan: tuple[str, int, int], module: Any
+) -> None:
+    module.set_compute_capability(capability)
+    try:
+        assert module.grad_centers_plan(rows, 8142, 2048, 4, parked) == plan
+    finally:
+        module.set_compute_capability(90)
 
 
 @pytest.mark.parametrize(("m", "shared_memory"), [(3, 227 << 10), (0, 90400)])

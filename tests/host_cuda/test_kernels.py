@@ -44,9 +44,11 @@ def test_under_address_and_undefined_behavior_sanitizers(cache: Path, request: p
 def test_a_failed_launch_raises(module: Any, seed: int) -> None:
     sample = Sample(1, 1024, 4096, 0, torch.bfloat16, torch.bfloat16, torch.bfloat16)
     kernels = HostLogits(module, sample.tensors(seed))
+    module.set_compute_capability(80)
     module.set_shared_memory(64 << 10)  # less than the wide tiles of grad_centers_kernel need
     try:
         with pytest.raises(RuntimeError, match="gistops: grad_centers: invalid argument"):
             kernels.gradients(torch.ones(1, 1024), (False, True, False, False))
     finally:
+        module.set_compute_capability(90)
         module.set_shared_memory(227 << 10)
