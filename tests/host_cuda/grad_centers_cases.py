@@ -115,8 +115,14 @@ def test_same_bits_of_each_form_in_any_order_of_threads(form: str, module: Any, 
     ],
 )
 def test_kernel_and_tile_by_sizes_and_device(
-    capability: int, rows: int, parked: bool, plan: tuple[str, int, int], module: Any
+    capability: int,
+    rows: int,
+    parked: bool,
+    plan: tuple[str, int, int],
+    module: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("GISTOPS_CUDA_CENTERS_TILE", raising=False)
     module.set_compute_capability(capability)
     try:
         assert module.grad_centers_plan(rows, 8142, 2048, 4, parked) == plan
