@@ -29,22 +29,24 @@ void with_slots(int64_t M, const Run& run) {
   }
 }
 
-// Lane j of a warp holds R[j, k] of its class k; two other lanes hold its bias and weight. More slots than lanes are
-// read from memory. Without norms, where M is 1, R is 1.
+// Lane j of a warp holds R[j, k] of its class k; two other lanes hold its bias and weight. Up to six slots are repeated
+// in every eight lanes. More slots than lanes are read from memory. Without norms, where M is 1, R is 1.
 template <class S>
 struct ClassValues {
-  static constexpr int kBiasLane = 30, kWeightLane = 31, kMostSlots = 30;
+  static constexpr int kBiasLane = 30, kWeightLane = 31, kMostSlots = 30, kMostRepeated = 6;
   const S* values;  // of this lane, by class; or null
   S otherwise;
 
   // first_class: of the chunk in bias and weight, which may be null
   __device__ __forceinline__ ClassValues(const S* rnorms, int64_t ldr, int64_t M, const S* bias, const S* weight,
                                          int64_t first_class, int lane)
-      : values(lane < kMostSlots               ? lane < M && rnorms ? rnorms + lane * ldr : nullptr
-               : lane == kBiasLane && bias     ? bias + first_class
-               : lane == kWeightLane && weight ? weight + first_class
-                                               : nullptr),
-        otherwise(lane == kWeightLane || (lane == 0 && !rnorms) ? S(1) : S(0)) {}
+      : values(lane == kBiasLane                ? bias ? bias + first_class : nullptr
+               : lane == kWeightLane            ? weight ? weight + first_class : nullptr
+               : slot_of(lane, M) < M && rnorms ? rnorms + slot_of(lane, M) * ldr
+                                                : nullptr),
+        otherwise(lane == kWeightLane || (slot_of(lane, M) == 0 && !rnorms) ? S(1) : S(0)) {}
+
+  static __device__ __forceinline__ int slot_of(int lane, int64_t M) { return M <= kMostRepeated ? lane % 8 : lane; }
 
   __device__ __forceinline__ S operator()(int k) const { return values ? values[k] : otherwise; }
 };
@@ -57,19 +59,22 @@ struct ClassRing {
   alignas(16) S sums[kStages][kRows];
   alignas(16) uint8_t slots[kSlotBytes ? kStages : 1][kSlotBytes ? kRows : 16];
 
-  // Start to copy a class to a stage, vectors from row `count` on as zeros; by all lanes. from_sums null: no class.
-  __device__ __forceinline__ void copy(int stage, const S* from_sums, const uint8_t* from_slots, int count, int lane) {
+  // Start to copy a class, if there is one, to a stage; by all lanes.
+  //   from_sums, from_slots: what this lane copies first; it takes four sums of each quad, and 16 slots
+  //   count: rows from the lane's first on; vectors beyond them become zeros
+  __device__ __forceinline__ void copy(bool any, int stage, const S* from_sums, const uint8_t* from_slots, int count,
+                                       int lane) {
     constexpr int kVectors = static_cast<int>(sizeof(S)) / 4;  // per quad and lane
-    if (from_sums) {
+    if (any) {
 #pragma unroll
       for (int q = 0; q < kQuads; ++q)
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
-          const int row = q * kQuadRows + lane * 4 + v * kVector<S>;
-          copy_async_16(&sums[stage][row], from_sums + row, row < count);
+          const int row = q * kQuadRows + v * kVector<S>;
+          copy_async_16(&sums[stage][lane * 4 + row], from_sums + row, row < count);
         }
       if constexpr (kSlotBytes) {
-        if (lane * 16 < kRows) copy_async_16(&slots[stage][lane * 16], from_slots + lane * 16, lane * 16 < count);
+        if (lane * 16 < kRows) copy_async_16(&slots[stage][lane * 16], from_slots, lane * 12 < count);
       }
     }
     copy_async_commit();
@@ -84,7 +89,7 @@ struct ClassRing {
 
 // Marks classes that are the target of a row of a tile. A class may be marked without being a target.
 struct TargetMarks {
-  static constexpr int kWords = 32;
+  static constexpr int kWords = 256;
   int words[kWords];
 
   __device__ __forceinline__ void clear(int thread) {
@@ -104,6 +109,20 @@ __device__ __forceinline__ Sum<T> exp_of(Sum<T> x) {
     return exp2_approx(x * 1.44269504f);
   } else {
     return exp(x);
+  }
+}
+
+// The factor from exponents to the basis e to those of exp_of_sum.
+template <class T>
+inline constexpr Sum<T> kExpUnit = sizeof(T) == 2 ? Sum<T>(1.44269504) : Sum<T>(1);
+
+// Return e^(z + bias - shift), as exact as exp_of, for a bias and a shift that were multiplied by kExpUnit.
+template <class T>
+__device__ __forceinline__ Sum<T> exp_of_sum(Sum<T> z, Sum<T> bias, Sum<T> shift) {
+  if constexpr (sizeof(T) == 2) {
+    return exp2_approx(fma(z, kExpUnit<T>, bias - shift));
+  } else {
+    return exp(z + bias - shift);
   }
 }
 

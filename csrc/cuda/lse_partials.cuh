@@ -151,9 +151,9 @@ __global__ void __launch_bounds__(ClassStream<T, kSlots>::kThreads, ClassStream<
     }
   };
   auto& ring = shared.rings[warp];
-  const S* next_products = in.products + (begin + warp) * in.score_class + first_row;
+  const S* next_products = in.products + (begin + warp) * in.score_class + first_row + lane * 4;
   const auto copy_next = [&](int k, int stage) {
-    ring.copy(stage, k < end ? next_products : nullptr, nullptr, B - first_row, lane);
+    ring.copy(k < end, stage, next_products, nullptr, B - first_row - lane * 4, lane);
     next_products += kWarps * in.score_class;
   };
 #pragma unroll

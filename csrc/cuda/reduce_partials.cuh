@@ -4,14 +4,14 @@
 
 namespace gistops::cuda {
 
-// The grid: blocks for S, 32 sums each, because S has many partials; then blocks for T and the gradients of bias and
-// margin, one sum per thread; then one block for dtau and a margin of one element.
+// The grid: blocks for S, 32 sums each, because S has many partials; slot 0 is left out. Then blocks for T and the
+// gradients of bias and margin, one sum per thread; then one block for dtau and a margin of one element.
 struct ReduceShape {
   static constexpr int kThreads = RoutingShape::kThreads, kWarps = kThreads / kWarp;
   int64_t s_blocks, class_blocks;
 
   ReduceShape(int64_t ld, int64_t K, int64_t M)
-      : s_blocks(ceil_div(ld * M, kWarp)), class_blocks(ceil_div(K * M, kThreads)) {}
+      : s_blocks(ceil_div(ld * (M - 1), kWarp)), class_blocks(ceil_div(K * M, kThreads)) {}
   __host__ __device__ int64_t blocks() const { return s_blocks + class_blocks + 1; }
 };
 
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(ReduceShape::kThreads)
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   const int64_t block = blockIdx.x, K = in.p.K(), M = in.p.M();
   if (block < shape.s_blocks) {
-    const int64_t at = block * kWarp + lane, count = M * out.ld;
+    const int64_t at = out.ld + block * kWarp + lane, count = M * out.ld;
     S sum = 0;
     if (at < count) {
 #pragma unroll 4

@@ -10,7 +10,9 @@ template <class T, int kSlots, bool kParked>
 struct RouteLossShared {
   using Stream = ClassStream<T, kSlots>;
   using S = Sum<T>;
-  static constexpr int kRound = (kSlots + 1) / 2;  // slots whose sums are combined at a time
+  // S of slot 0 is not needed. Only the variant of 8 slots takes several passes, of which one begins at slot 0.
+  static constexpr int kFirstSum = kSlots == 8 ? 0 : 1, kSums = kSlots > 1 ? kSlots - kFirstSum : 1;
+  static constexpr int kRound = kSums < 4 ? kSums : 4;  // slots whose sums are combined at a time
   using Ring = ClassRing<S, Stream::kQuads, !kParked>;
   SoftmaxGradRow<S> rows[Stream::kRows];
   TargetMarks marks;
@@ -21,7 +23,8 @@ struct RouteLossShared {
   };
 };
 
-// Load the scores and slots of four rows of a class from shared memory.
+// Load the scores and slots of four rows of a class from shared memory. Only the lowest three bits of a parked slot
+// count.
 template <bool kParked, class T, class Ring>
 __device__ __forceinline__ void load_scores(const GradSource<T>& in, const Ring& ring, int stage, int row,
                                             Sum<T> (&z)[4], int (&slot)[4]) {
@@ -29,13 +32,19 @@ __device__ __forceinline__ void load_scores(const GradSource<T>& in, const Ring&
     alignas(16) uint32_t bits[4];
     *reinterpret_cast<uint4*>(bits) = *reinterpret_cast<const uint4*>(&ring.sums[stage][row]);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) z[e] = parked_score(bits[e]), slot[e] = static_cast<int>(parked_slot(bits[e]));
+    for (int e = 0; e < 4; ++e) z[e] = parked_score(bits[e]), slot[e] = static_cast<int>(bits[e]);
   } else {
     load_sums<true>(ring.sums[stage], row, 0, z);
     const uint32_t bytes = *reinterpret_cast<const uint32_t*>(&ring.slots[stage][row]);
 #pragma unroll
     for (int e = 0; e < 4; ++e) slot[e] = in.valid_slot(static_cast<uint8_t>(bytes >> (8 * e)));
   }
+}
+
+// Return a number whose bit j + 1 is 1 for j = slot & 7, and 0 for every other j below 7. One rotation: the slot need
+// not be masked. One instruction then moves the bits to predicates, but a test of bit 0 would take two more.
+__device__ __forceinline__ uint32_t one_hot(int slot) {
+  return __funnelshift_l(0x02020202u, 0x02020202u, static_cast<unsigned>(slot));
 }
 
 // Compute the gradient G of the loss with respect to the scores, and route it: H and the partials of S, T, dtau, and of
@@ -52,12 +61,14 @@ __global__ void __launch_bounds__(ClassStream<T, kSlots>::kThreads, ClassStream<
   using Shared = RouteLossShared<T, kSlots, kParked>;
   constexpr int kQuads = Stream::kQuads, kQuadRows = Stream::kQuadRows, kRows = Stream::kRows;
   constexpr int kWarps = Stream::kWarps, kStages = Shared::Ring::kStages;
+  constexpr int kFirstSum = Shared::kFirstSum, kSums = Shared::kSums;
+  constexpr bool kManyPasses = kSlots == 8;
   __shared__ Shared shared;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   const int B = static_cast<int>(in.p.B()), K = static_cast<int>(in.p.K()), M = static_cast<int>(in.p.M());
   const int group = static_cast<int>(blockIdx.x), ld = static_cast<int>(out.ld);
   const int group_classes = static_cast<int>(shape.tiles_per_group) * kWarps, begin = group * group_classes;
-  const int end = min(begin + group_classes, K);
+  const int end = min(begin + group_classes, K), first_class = begin + warp;
   const S tau = load_tau(in.p.tau), clamped_scale = magnitude(tau) * max_rnorm<S>();
   const bool smoothed = in.softmax.smoothing > S(0), has_bias = out.bias, has_margin = out.margin;
   const bool shuffled = kSlots < 8 || M <= ClassValues<S>::kMostSlots;
@@ -68,8 +79,23 @@ __global__ void __launch_bounds__(ClassStream<T, kSlots>::kThreads, ClassStream<
   bool cancelled = false;
   for (int pass = 0; pass < static_cast<int>(shape.row_passes); ++pass) {
     const int first_row = (static_cast<int>(blockIdx.y) * static_cast<int>(shape.row_passes) + pass) * kRows;
-    const int thread_row = first_row + lane * 4;
+    const int lane_rows = ld - first_row - lane * 4;  // from the first row of this lane on
     if (first_row >= B) break;
+    const bool few_rows = first_row + kQuadRows >= B;  // none in the second quad
+    const S* next_scores = nullptr;
+    const uint8_t* next_slots = nullptr;
+    const auto copy_next = [&](int k, int stage) {
+      ring.copy(k < end, stage, next_scores, next_slots, lane_rows, lane);
+      next_scores += kWarps * in.score_class;
+      if constexpr (!kParked) next_slots += kWarps * in.score_class;
+    };
+    const auto copy_first = [&] {
+      next_scores = in.scores + first_class * in.score_class + first_row + lane * 4;
+      if constexpr (!kParked) next_slots = in.slots + first_class * in.score_class + first_row + lane * 16;
+#pragma unroll
+      for (int stage = 0; stage + 1 < kStages; ++stage) copy_next(first_class + stage * kWarps, stage);
+    };
+    copy_first();
     shared.marks.clear(thread);
     __syncthreads();
     if (thread < kRows) {
@@ -85,80 +111,90 @@ __global__ void __launch_bounds__(ClassStream<T, kSlots>::kThreads, ClassStream<
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int row = q * kQuadRows + lane * 4 + e;
-        factor[q][e] = shared.rows[row].factor, shift[q][e] = shared.rows[row].shift;
+        factor[q][e] = shared.rows[row].factor, shift[q][e] = shared.rows[row].shift * kExpUnit<T>;
       }
 #pragma unroll 1
-    for (int first = 0; first < M; first += kSlots) {
-      S s[kSlots][kQuads][4] = {};
+    for (int first = 0; first < (kManyPasses ? M : 1); first += kSlots) {
+      S s[kSums][kQuads][4] = {};
+      T* next_h = out.h + first_class * out.h_class + first_row + lane * 4;
+      S* next_t =
+          out.t + (static_cast<int64_t>(blockIdx.y) * K + first_class) * M + first + warp_sum_index<kSlots>(lane);
+      const bool has_t = warp_sum_owner<kSlots>(lane) && first + warp_sum_index<kSlots>(lane) < M;
       const auto route = [&](int k, int stage, S value) {
         const bool is_target = shared.marks.get(k);
-        const S bias = __shfl_sync(~0u, value, ClassValues<S>::kBiasLane);
-        const S class_weight = smoothed ? __shfl_sync(~0u, value, ClassValues<S>::kWeightLane) : S(0);
+        const S bias = __shfl_sync(~0u, value, ClassValues<S>::kBiasLane) * kExpUnit<T>;
         // A cancelled pair is not in H and S.
         const S rnorm = value < S(0) ? S(0) : value;
         lowest = value < lowest ? value : lowest;
-        S t[kSlots] = {}, bias_grad = 0, margin_grad = 0;
+        S z[kQuads][4], g[kQuads][4];
+        int slot[kQuads][4];
 #pragma unroll
         for (int q = 0; q < kQuads; ++q) {
-          if (q > 0 && first_row + q * kQuadRows >= B) break;
-          S z[4], g[4];
-          int slot[4];
-          load_scores<kParked>(in, ring, stage, q * kQuadRows + lane * 4, z, slot);
+          load_scores<kParked>(in, ring, stage, q * kQuadRows + lane * 4, z[q], slot[q]);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) g[e] = factor[q][e] * exp_of<T>(z[e] + bias - shift[q][e]);
-          if (smoothed) {
+          for (int e = 0; e < 4; ++e) g[q][e] = factor[q][e] * exp_of_sum<T>(z[q][e], bias, shift[q][e]);
+        }
+        S bias_grad = 0, margin_grad = 0;
+        if (smoothed || is_target || has_bias) {
+          const S class_weight = smoothed ? __shfl_sync(~0u, value, ClassValues<S>::kWeightLane) : S(0);
 #pragma unroll
-            for (int e = 0; e < 4; ++e)
-              g[e] = fma(shared.rows[q * kQuadRows + lane * 4 + e].weight_grad, class_weight, g[e]);
-          }
-          if (is_target) {
+          for (int q = 0; q < kQuads; ++q) {
+            if (q > 0 && few_rows) break;
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
               const SoftmaxGradRow<S>& row = shared.rows[q * kQuadRows + lane * 4 + e];
-              if (row.target != k) {
-                bias_grad += g[e];
+              if (smoothed) g[q][e] = fma(row.weight_grad, class_weight, g[q][e]);
+              if (!is_target || row.target != k) {
+                bias_grad += g[q][e];
                 continue;
               }
-              g[e] = row.target_grad * row.by_logit;
+              g[q][e] = row.target_grad * row.by_logit;
               bias_grad += row.target_grad, margin_grad += row.margin_grad;
               if (first == 0) gz_sum += row.tau_grad * tau;
             }
-          } else if (has_bias) {
-            bias_grad += (g[0] + g[1]) + (g[2] + g[3]);
           }
+        }
+        S t[kSlots] = {};
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+          if (q > 0 && few_rows) break;
           S r[4], scale[4];
           load_sums<true>(shared.scales, q * kQuadRows + lane * 4, 0, scale);
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            if (shuffled) {
-              r[e] = __shfl_sync(~0u, rnorm, slot[e]);
+            if constexpr (kManyPasses && kParked) slot[q][e] &= 7;
+            if constexpr (kSlots == 1) {
+              r[e] = __shfl_sync(~0u, rnorm, 0);
+            } else if constexpr (kSlots < 8) {
+              r[e] = __shfl_sync(~0u, rnorm, slot[q][e], 8);  // every eight lanes have all values
+            } else if (shuffled) {
+              r[e] = __shfl_sync(~0u, rnorm, slot[q][e]);
             } else {
-              const S in_memory = in.center_rnorms[slot[e] * in.ldr + k];
+              const S in_memory = in.center_rnorms[slot[q][e] * in.ldr + k];
               r[e] = in_memory < S(0) ? S(0) : in_memory, cancelled |= in_memory < S(0);
             }
           }
           alignas(16) T h[4];
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            const S weight = g[e] * scale[e] * r[e];
+            const S weight = g[q][e] * scale[e] * r[e];
             h[e] = rounded_weight<T>(weight, r[e] >= max_rnorm<S>() || magnitude(scale[e]) >= clamped_scale);
-            const unsigned won = kSlots == 5 ? 1u << (slot[e] & 31) : 0;  // a bit per slot is cheaper to test
+            const uint32_t won = one_hot(slot[q][e]);
 #pragma unroll
             for (int j = 0; j < kSlots; ++j) {
-              const bool wins = kSlots == 5 ? won >> j & 1 : kSlots == 1 || slot[e] == first + j;
-              if (wins) s[j][q][e] += weight, t[j] = fma(g[e], z[e], t[j]);
+              const bool wins = kSlots == 1 || (kSlots < 8 ? won >> (j + 1) & 1 : slot[q][e] == first + j);
+              if (wins && j >= kFirstSum) s[j - kFirstSum][q][e] += weight;
+              if (wins) t[j] = fma(g[q][e], z[q][e], t[j]);
             }
           }
-          if (first == 0 && thread_row + q * kQuadRows < ld)
-            store_four(out.h + k * out.h_class + thread_row + q * kQuadRows, h);
+          if (first == 0 && q * kQuadRows < lane_rows) store_four(next_h + q * kQuadRows, h);
         }
         const S sum = warp_sum_of<kSlots>(t, lane);
-        const int j = first + warp_sum_index<kSlots>(lane);
-        if (warp_sum_owner<kSlots>(lane) && j < M) {
+        if (has_t) {
           gz_sum += sum;
-          S* to = out.t + (static_cast<int64_t>(blockIdx.y) * K + k) * M + j;
-          *to = pass == 0 ? sum : *to + sum;  // this lane alone reads and writes it
+          *next_t = pass == 0 ? sum : *next_t + sum;  // this lane alone reads and writes it
         }
+        next_h += kWarps * out.h_class, next_t += kWarps * M;
         if (first > 0) return;
         const auto store_class_sum = [&](S* sums, S value) {
           value = warp_sum(value);
@@ -168,16 +204,7 @@ __global__ void __launch_bounds__(ClassStream<T, kSlots>::kThreads, ClassStream<
         if (has_bias) store_class_sum(out.bias, bias_grad);
         if (has_margin) store_class_sum(out.margin, margin_grad);
       };
-      const int first_class = begin + warp;
-      const S* next_scores = in.scores + first_class * in.score_class + first_row;
-      const uint8_t* next_slots = kParked ? nullptr : in.slots + first_class * in.score_class + first_row;
-      const auto copy_next = [&](int k, int stage) {
-        ring.copy(stage, k < end ? next_scores : nullptr, next_slots, ld - first_row, lane);
-        next_scores += kWarps * in.score_class;
-        if constexpr (!kParked) next_slots += kWarps * in.score_class;
-      };
-#pragma unroll
-      for (int stage = 0; stage + 1 < kStages; ++stage) copy_next(first_class + stage * kWarps, stage);
+      if (first > 0) copy_first();
       S next_value = first_class < end ? values(first_class) : S(0);
       int stage = 0;
 #pragma unroll 1
@@ -193,23 +220,25 @@ __global__ void __launch_bounds__(ClassStream<T, kSlots>::kThreads, ClassStream<
       // Sum over the warps.
       constexpr int kRound = Shared::kRound;
 #pragma unroll
-      for (int round = 0; round < kSlots; round += kRound) {
-        if (first + round >= M) break;
+      for (int round = 0; kSlots > 1 && round < kSums; round += kRound) {
+        const int first_slot = first + round + kFirstSum;
+        if (first_slot >= M) break;
         __syncthreads();  // no warp reads scores, or sums of the round before
 #pragma unroll
         for (int j = 0; j < kRound; ++j)
 #pragma unroll
           for (int q = 0; q < kQuads; ++q)
-            if (round + j < kSlots)
+            if (round + j < kSums)
               store_sums<true>(shared.partial[warp][j], q * kQuadRows + lane * 4, 0, s[round + j][q]);
         __syncthreads();
+#pragma unroll 1
         for (int e = thread; e < kRound * kRows; e += Stream::kThreads) {
           const int j = e / kRows, row = e % kRows;
-          if (round + j >= kSlots || first + round + j >= M || first_row + row >= B) continue;
+          if (round + j >= kSums || first_slot + j >= M || first_row + row >= B) continue;
           S sum = 0;
 #pragma unroll
           for (int w = 0; w < kWarps; ++w) sum += shared.partial[w][j][row];
-          out.s[(static_cast<int64_t>(group) * M + first + round + j) * ld + first_row + row] = sum;
+          out.s[(static_cast<int64_t>(group) * M + first_slot + j) * ld + first_row + row] = sum;
         }
       }
       __syncthreads();  // the next pass may overwrite the sums; parked: and with H the scores of this one

@@ -82,7 +82,7 @@ struct RoutedSums {
   T* h;             // [K, ld], in rows of length h_class; zeros from B on; no partials
   int64_t h_class;  // ld, or d where H lies in the gradient of the centers
   int64_t ld;       // of S
-  S* s;             // partials [groups, M, ld], sums [M, ld]
+  S* s;             // partials [groups, M, ld], sums [M, ld]; those of slot 0 are not needed and may be undefined
   S* t;             // partials [row tiles, M, K], or [row tiles, K, M] if t_class_major; sums [K, M]
   bool t_class_major;
   S* tau;          // partials [blocks], sum [1]

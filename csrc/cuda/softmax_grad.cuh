@@ -34,24 +34,26 @@ struct SoftmaxGrad {
   S smoothing;
 
   __device__ __forceinline__ SoftmaxGradRow<S> row(int64_t i) const {
-    const S excess = row_stats[kExcess * B + i];
-    const S p_others = S(1) / (S(1) + exp(-excess)), p_target = S(1) / (S(1) + exp(excess));
+    // All loads but that of the weight come before any branch, so that they do not wait for each other.
+    const S excess = row_stats[kExcess * B + i], shift = row_stats[kShift * B + i];
     const int64_t y = target[i];
-    const bool counted = y != ignore_index && y >= 0 && y < classes;
+    const S loss_grad = grad_loss ? grad_loss[i * loss_stride] : S(0);
+    const S divisor = scalars[0], weight_sum = scalars[1];
     S lse_grad = grad_lse ? grad_lse[i * lse_stride] : S(0), nll_grad = 0, weight_grad = 0, target_weight = 1;
+    const bool counted = y != ignore_index && y >= 0 && y < classes;
+    if (grad_loss && weight && counted) target_weight = weight[y];
+    const S p_others = S(1) / (S(1) + exp(-excess)), p_target = S(1) / (S(1) + exp(excess));
     if (grad_loss && counted) {
-      nll_grad = grad_loss[i * loss_stride];
-      if (is_mean) nll_grad /= scalars[0];
-      if (weight) target_weight = weight[y];
+      nll_grad = is_mean ? loss_grad / divisor : loss_grad;
       if (smoothing > S(0)) {
         weight_grad = nll_grad * (-smoothing / static_cast<S>(classes));
-        lse_grad -= weight_grad * scalars[1];
+        lse_grad -= weight_grad * weight_sum;
         nll_grad *= S(1) - smoothing;
       }
       nll_grad *= target_weight;
     }
     SoftmaxGradRow<S> out;
-    out.shift = row_stats[kShift * B + i];
+    out.shift = shift;
     out.factor = (nll_grad + lse_grad) * p_others;
     out.weight_grad = weight_grad;
     out.target_grad = lse_grad * p_target - nll_grad * p_others + weight_grad * target_weight;

@@ -123,8 +123,12 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 }
 
 template <class T>
-T __shfl_sync(unsigned, T value, int from) {
-  return host_cuda::exchange(value, static_cast<unsigned>(from));
+T __shfl_sync(unsigned, T value, int from, int width = 32) {
+  const unsigned lane = host_cuda::lane(), in_group = static_cast<unsigned>(width) - 1;
+  return host_cuda::exchange(value, (lane & ~in_group) | (static_cast<unsigned>(from) & in_group));
+}
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>(((static_cast<unsigned long long>(high) << 32 | low) << (shift & 31)) >> 32);
 }
 inline int __any_sync(unsigned, int predicate) {
   int any = 0;
