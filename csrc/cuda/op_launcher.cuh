@@ -5,7 +5,7 @@
 // device, and the launches depend on the sizes alone, so that a CUDA graph can capture a call.
 #pragma once
 #include "launch.cuh"
-#include "norms.cuh"
+#include "norms_half.cuh"
 #include "op_table.h"
 #include "scores.cuh"
 
@@ -57,6 +57,9 @@ class OpLauncher {
 
   // with_input: also compute the results that depend on the input alone.
   void launch_norms(const Problem<T>& p, bool with_input, const NormOutputs<S>& out) {
+    if constexpr (sizeof(T) == 2) {
+      if (aligned()) return launch_norms_half(p, with_input, out);
+    }
     p.m() <= 4 ? launch_norms_kernel<4>(p, with_input, out) : launch_norms_kernel<8>(p, with_input, out);
   }
 
@@ -102,8 +105,22 @@ class OpLauncher {
     using Shape = NormsShape<kGroup>;
     const int64_t input_blocks = with_input ? ceil_div(p.B(), Shape::kRowsPerBlock) : 0;
     const int64_t center_blocks = out.center_rnorms ? ceil_div(p.K(), Shape::kRowsPerBlock) : 0;
-    launch("norms", aligned() ? norms_kernel<T, kGroup, true> : norms_kernel<T, kGroup, false>,
-           blocks(input_blocks + center_blocks), Shape::kThreads, 0, stream_, p, input_blocks, out);
+    const auto launch_kernel = [&](auto kernel) {
+      launch("norms", kernel, blocks(input_blocks + center_blocks), Shape::kThreads, 0, stream_, p, input_blocks, out);
+    };
+    if constexpr (sizeof(T) > 2) {
+      if (aligned()) return launch_kernel(norms_kernel<T, kGroup, true>);
+    }
+    launch_kernel(norms_kernel<T, kGroup, false>);
+  }
+
+  void launch_norms_half(const Problem<T>& p, bool with_input, const NormOutputs<S>& out) {
+    using Shape = HalfNormsShape;
+    const Shape shape(p.d());
+    const int64_t input_blocks = with_input ? ceil_div(p.B(), int64_t{shape.rows()}) : 0;
+    const int64_t center_blocks = out.center_rnorms ? ceil_div(p.K(), int64_t{shape.rows()}) : 0;
+    launch("norms", p.d() % Shape::kStep == 0 ? norms_half_kernel<T, true> : norms_half_kernel<T, false>,
+           blocks(input_blocks + center_blocks), Shape::kThreads, 0, stream_, shape, p, input_blocks, out);
   }
 };
 
