@@ -48,8 +48,8 @@ class ClassScores {
       finite = false;
       for (int j = lane_; j < M_; j += kWarp) cancelled |= in_.center_rnorms[j * in_.ldr + k] < S(0);
     }
-    if (__any_sync(~0u, cancelled)) return score_cancelled(k, slots_of_rows, z, slot);
-    if (__any_sync(~0u, !finite)) {
+    if (__any_sync(~0u, cancelled || !finite)) {
+      if (__any_sync(~0u, cancelled)) return score_cancelled(k, slots_of_rows, z, slot);
       score<true>(products, value, k, z, slot);
     } else {
       score<false>(products, value, k, z, slot);
@@ -91,13 +91,16 @@ class ClassScores {
       return kSlots < 8 || M_ <= ClassValues<S>::kMostSlots ? __shfl_sync(~0u, value, j)
                                                             : in_.center_rnorms[j * in_.ldr + k];
     };
-    const S r = rnorm(0);
+    // Those of few slots are exchanged before any is used, so that no exchange waits for another.
+    S rnorms[kSlots < 8 ? kSlots : 1];
+#pragma unroll
+    for (int j = 0; j < (kSlots < 8 ? kSlots : 1); ++j) rnorms[j] = rnorm(j);
     S product[kQuads][4];
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
       load_sums<true>(products, q * kQuadRows + lane_ * 4, 0, product[q]);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) z[q][e] = product[q][e] * r, slot[q][e] = 0;
+      for (int e = 0; e < 4; ++e) z[q][e] = product[q][e] * rnorms[0], slot[q][e] = 0;
     }
     if constexpr (kSlots > 1) {
 #pragma unroll 1
@@ -107,7 +110,7 @@ class ClassScores {
         for (int j = 0; j < kSlots; ++j) {
           if (first + j >= M_) break;
           if (first + j == 0) continue;
-          const S r = rnorm(first + j);
+          const S r = kSlots < 8 ? rnorms[kSlots < 8 ? j : 0] : rnorm(first + j);
 #pragma unroll
           for (int q = 0; q < kQuads; ++q)
 #pragma unroll

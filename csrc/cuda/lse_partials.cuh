@@ -88,7 +88,8 @@ __global__ void __launch_bounds__(ClassStream<T, kSlots>::kThreads, ClassStream<
   const int B = static_cast<int>(in.p.B()), K = static_cast<int>(in.p.K()), group = static_cast<int>(blockIdx.x);
   const int first_row = static_cast<int>(blockIdx.y) * kRows, group_classes = static_cast<int>(shape.group_classes);
   const int begin = group * group_classes, end = min(begin + group_classes, K);
-  const bool tail = first_row + kRows > B;
+  const int lane_rows = static_cast<int>(in.ld) - first_row - lane * 4;  // from the first row of this lane on
+  const bool tail = first_row + kRows > B, few_rows = first_row + kQuadRows >= B, has_sums = out.max;
   shared.marks.clear(thread);
   __syncthreads();
   if (thread < kRows) {
@@ -104,6 +105,8 @@ __global__ void __launch_bounds__(ClassStream<T, kSlots>::kThreads, ClassStream<
   for (int q = 0; q < kQuads; ++q)
 #pragma unroll
     for (int e = 0; e < 4; ++e) shift[q][e] = kLowest<S>, shared.weighted[warp][q * kQuadRows + lane * 4 + e] = S(0);
+  S* z_to = in.products + (begin + warp) * in.score_class + first_row + lane * 4;
+  uint8_t* slots_to = in.slots && !kParked ? in.slots + (begin + warp) * in.slot_class + first_row + lane * 4 : nullptr;
   const auto add = [&](const S* products, S value, int k) {
     S z[kQuads][4];
     int slot[kQuads][4];
@@ -113,7 +116,7 @@ __global__ void __launch_bounds__(ClassStream<T, kSlots>::kThreads, ClassStream<
     const S weight = terms.smoothed ? __shfl_sync(~0u, value, ClassValues<S>::kWeightLane) : S(0);
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
-      if (q > 0 && first_row + q * kQuadRows >= B) break;
+      if (q > 0 && few_rows) break;
       S x[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) x[e] = z[q][e] + bias - shift[q][e];
@@ -122,23 +125,27 @@ __global__ void __launch_bounds__(ClassStream<T, kSlots>::kThreads, ClassStream<
         for (int e = 0; e < 4; ++e) {
           if (shared.target[q * kQuadRows + lane * 4 + e] != k) continue;
           x[e] = -kInfinity<S>;
-          if (out.max) out.target_logits[scores.row(q, e)] = z[q][e];
+          if constexpr (kParked) z[q][e] = can_be_parked(z[q][e]);
+          if (has_sums) out.target_logits[scores.row(q, e)] = z[q][e];
         }
       }
-      store_scores<kParked>(in, k, scores.row(q, 0), z[q], slot[q]);
-      if (!out.max) continue;
-      bool exceeds = false;
+      bool exceeds = false;  // or is NaN
 #pragma unroll
-      for (int e = 0; e < 4; ++e) exceeds |= x[e] > kHeadroom;
+      for (int e = 0; e < 4; ++e) exceeds |= !(x[e] <= kHeadroom);
       if (__any_sync(~0u, exceeds)) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
+          if constexpr (kParked) z[q][e] = can_be_parked(z[q][e]);
           if (!(x[e] > kHeadroom)) continue;
           const S score = z[q][e] + bias;
           exp_sum[q][e] *= exp(shift[q][e] - score);
           shift[q][e] = score, x[e] = score - score;  // NaN if infinite
         }
       }
+      if (q * kQuadRows < lane_rows)
+        store_scores<kParked>(z_to + q * kQuadRows, kParked || !slots_to ? nullptr : slots_to + q * kQuadRows, z[q],
+                              slot[q]);
+      if (!has_sums) continue;
 #pragma unroll
       for (int e = 0; e < 4; ++e) exp_sum[q][e] += exp_of<T>(x[e]);
       if (!terms.smoothed) continue;
@@ -168,11 +175,13 @@ __global__ void __launch_bounds__(ClassStream<T, kSlots>::kThreads, ClassStream<
     const S value = next_value;
     if (k + kWarps < end) next_value = values(k + kWarps);
     add(ring.sums[stage], value, k);
+    z_to += kWarps * in.score_class;
+    if (slots_to) slots_to += kWarps * in.slot_class;
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }
   copy_async_wait<0>();
   __syncthreads();
-  if (!out.max) return;
+  if (!has_sums) return;
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {
     const int row = q * kQuadRows + lane * 4;

@@ -309,7 +309,7 @@ PYBIND11_MODULE(GISTOPS_MODULE, m) {
   m.def("cross_entropy_parks", &cross_entropy_parks);
   // Return the score and the slot that are parked in one float.
   m.def("parked", [](float z, unsigned slot) {
-    const uint32_t bits = gc::parked(z, slot);
+    const uint32_t bits = gc::parked(gc::can_be_parked(z), slot);
     return py::make_tuple(gc::parked_score(bits), gc::parked_slot(bits));
   });
   m.def("cross_entropy_forward", &cross_entropy_forward);
