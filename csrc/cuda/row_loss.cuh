@@ -13,6 +13,7 @@ namespace gistops::cuda {
 template <class S>
 struct RowLossShape {
   static constexpr int kThreads = sizeof(S) == 8 ? 512 : 1024, kRows = kWarp, kWarps = kThreads / kWarp;
+  static constexpr int kUnroll = sizeof(S) == 8 ? 4 : 8;
 };
 
 template <class S>
@@ -33,21 +34,28 @@ struct RowLossArgs {
 //
 // Grid: tiles of 32 rows. Block: kThreads. The last block to finish reduces the partial sums of all blocks, in order.
 template <class S>
-__global__ void __launch_bounds__(RowLossShape<S>::kThreads)
+__global__ void __launch_bounds__(RowLossShape<S>::kThreads, 1)
     row_loss_kernel(LossTerms<S> terms, LsePartials<S> in, RowLossArgs<S> args) {
   using Shape = RowLossShape<S>;
   constexpr int kWarps = Shape::kWarps;
-  __shared__ S maxima[kWarps][kWarp];
-  __shared__ S exp_sums[kWarps][kWarp];
-  __shared__ S weighted_sums[kWarps][kWarp];
-  __shared__ S class_sums[2][kWarps];
+  __shared__ S maxima[kWarps][kWarp + 1];
+  __shared__ S exp_sums[kWarps][kWarp + 1];
+  __shared__ S weighted_sums[kWarps][kWarp + 1];
+  __shared__ S class_sums[2][kWarp];
+  __shared__ S rows_lse[kWarp], rows_weighted[kWarp];
   __shared__ int is_last_block;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * Shape::kRows + lane, B = args.B;
   const bool inside = i < B;
+  // The first warp loads what it needs at the end before it waits for anything.
+  const int64_t y = warp == 0 && inside ? terms.target[i] : terms.ignore_index;
+  const bool ignored = y == terms.ignore_index, out_of_range = !ignored && (y < 0 || y >= args.classes);
+  const bool counted = !ignored && !out_of_range;
+  const S logit = counted ? in.target_logits[i] : S(0), bias = terms.bias && counted ? terms.bias[y] : S(0);
+  const S weight = terms.weight && counted ? terms.weight[y] : S(1);
   S max = -kInfinity<S>, exp_sum = 0, weighted = 0, weights = 0, biases = 0;
   if (inside) {
-#pragma unroll 4
+#pragma unroll Shape::kUnroll
     for (int64_t tile = warp; tile < args.tiles; tile += kWarps) {
       const S next_max = in.max[tile * B + i], next_sum = in.sum[tile * B + i];
       if (terms.smoothed) weighted += in.weighted[tile * B + i];
@@ -64,27 +72,32 @@ __global__ void __launch_bounds__(RowLossShape<S>::kThreads)
   maxima[warp][lane] = max, exp_sums[warp][lane] = exp_sum, weighted_sums[warp][lane] = weighted;
   if (lane == 0) class_sums[0][warp] = weights, class_sums[1][warp] = biases;
   __syncthreads();
-  if (warp == 0) {
-    weights = biases = weighted = exp_sum = 0;
-    for (int w = 1; w < kWarps; ++w) max = maxima[w][lane] > max ? maxima[w][lane] : max;
-    const S shift = finite_or_zero(max);
-    for (int w = 0; w < kWarps; ++w) {
-      exp_sum = fma(exp_sums[w][lane], exp(maxima[w][lane] - shift), exp_sum);
-      weighted += weighted_sums[w][lane], weights += class_sums[0][w], biases += class_sums[1][w];
+  // A warp combines the partials of a row, one per lane.
+  for (int row = warp; row < kWarp; row += kWarps) {
+    const S lane_max = lane < kWarps ? maxima[lane][row] : -kInfinity<S>;
+    max = lane_max;
+#pragma unroll
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+      const S other = __shfl_xor_sync(~0u, max, lanes);
+      max = other > max ? other : max;
     }
-    const S others_lse = max + log(exp_sum);
-    const int64_t y = inside ? terms.target[i] : terms.ignore_index;
-    const bool ignored = y == terms.ignore_index, out_of_range = !ignored && (y < 0 || y >= args.classes);
-    const bool counted = !ignored && !out_of_range;
-    const S logit = counted ? in.target_logits[i] : S(0);
+    exp_sum = warp_sum(lane < kWarps ? exp_sums[lane][row] * exp(lane_max - finite_or_zero(max)) : S(0));
+    if (terms.smoothed) weighted = warp_sum(lane < kWarps ? weighted_sums[lane][row] : S(0));
+    if (lane == 0) rows_lse[row] = max + log(exp_sum), rows_weighted[row] = weighted;
+  }
+  __syncthreads();
+  if (warp == 0) {
+    weights = warp_sum(lane < kWarps ? class_sums[0][lane] : S(0));
+    biases = warp_sum(lane < kWarps ? class_sums[1][lane] : S(0));
+    weighted = rows_weighted[lane];
+    const S others_lse = rows_lse[lane];
     MarginLogit<S> target{logit, S(1), S(0), S(0)};
     if (args.margin) {
       const S margin = args.margin[args.margin_per_class && counted ? y : 0];
       target = apply_margin(logit, load_tau(args.tau), margin, args.margin_kind);
     }
-    const S bias = terms.bias && counted ? terms.bias[y] : S(0), sum = target.value + bias,
-            score = sum == kInfinity<S> ? sum - sum : sum;  // NaN, as in F.cross_entropy
-    const S excess = others_lse - score, weight = terms.weight && counted ? terms.weight[y] : S(1);
+    const S sum = target.value + bias, score = sum == kInfinity<S> ? sum - sum : sum;  // NaN, as in F.cross_entropy
+    const S excess = others_lse - score;
     const S nll = softplus(excess), lse = ignored ? others_lse : logaddexp(others_lse, score);
     S loss = weight * nll;
     if (terms.smoothed) {
