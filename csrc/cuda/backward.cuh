@@ -121,7 +121,7 @@ class BackwardLauncher : protected OpLauncher<T> {
   void finish(const GradOutputs<T>& out) {
     if (!displacement_partials_) return;
     launch("grad_displacements_epilogue", grad_displacements_epilogue_kernel<T>,
-           blocks(p_.m() * ceil_div(p_.d(), kWarp)), EpilogueShape::kThreads, 0, stream_, p_,
+           blocks(p_.m() * ceil_div(p_.d(), kWarp)), DisplacementsEpilogueShape::kThreads, 0, stream_, p_,
            static_cast<const S*>(sums_.s), ld_, static_cast<const S*>(displacement_partials_), tiles_done_,
            out.displacements);
   }

@@ -9,6 +9,9 @@ namespace gistops::cuda {
 struct EpilogueShape {
   static constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 };
+struct DisplacementsEpilogueShape {
+  static constexpr int kThreads = 1024, kWarps = kThreads / kWarp;
+};
 
 // The coefficients of rotations and their gradients, [B, count] each: the sum of their products is that of H times the
 // terms that the coefficients add to the products.
@@ -108,14 +111,15 @@ __global__ void __launch_bounds__(EpilogueShape::kThreads, 1)
 //
 //   ddelta_j = sum_i S[j, i] f_i - the sum of the partials [tiles, m, d] that came with the gradient of the centers
 //
-// Grid: m ceil(d / 32) blocks; a block takes 32 dims of one displacement. Block: 256 threads, a lane per dim; the eight
-// warps split rows and partials.
+// Grid: m ceil(d / 32) blocks; a block takes 32 dims of one displacement. Block: 1024 threads, a lane per dim; the
+// warps split rows and partials. There are few blocks, so many warps shorten the chain of loads that wait for each
+// other.
 template <class T>
-__global__ void __launch_bounds__(EpilogueShape::kThreads)
+__global__ void __launch_bounds__(DisplacementsEpilogueShape::kThreads, 1)
     grad_displacements_epilogue_kernel(Problem<T> p, const Sum<T>* s, int64_t ld, const Sum<T>* partials, int64_t tiles,
                                        Sum<T>* out) {
   using S = Sum<T>;
-  constexpr int kWarps = EpilogueShape::kWarps;
+  constexpr int kWarps = DisplacementsEpilogueShape::kWarps;
   __shared__ S partial[kWarps][kWarp];
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int64_t dim_tiles = ceil_div(p.d(), kWarp), B = p.B(), m = p.m();

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(ReduceShape::kThreads)
     const int64_t at = out.ld + block * kWarp + lane, count = M * out.ld;
     S sum = 0;
     if (at < count) {
-#pragma unroll 4
+#pragma unroll 16
       for (int64_t g = warp; g < routing.groups; g += kWarps) sum += partials.s[g * count + at];
     }
     partial[warp][lane] = sum;
