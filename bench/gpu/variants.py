@@ -106,7 +106,8 @@ VARIANTS = (
         (128, 64, 128, 8, 3),
         (128, 128, 128, 8, 2),
     ),
-    # H of 0 (the tiled kernel), 64 or 128 classes stays in shared memory. With "tiled", no scores are parked.
+    # H of 0 (the tiled kernel), 64 or 128 classes stays in shared memory. The scores of a loss are parked where they fit,
+    # except with "tiled".
     *(
         Variant(
             f"cuda dW {name}",
@@ -116,7 +117,7 @@ VARIANTS = (
             {"cuda centers tile": classes},
             precisions=("bf16",),
         )
-        for name, classes in (("tiled", 0), ("64x256", 64), ("128x128", 128))
+        for name, classes in (("tiled", 0), ("64", 64), ("128", 128))
     ),
     # The kernels around the matmuls.
     *(
@@ -172,9 +173,8 @@ VARIANTS = (
     Variant("triton softmax 64x64 w8", "triton", ("loss",), "triton", {"softmax": (64, 64, 8)}),
     Variant("triton route 64x32 w4", "triton", ("step",), "triton", {"route": (64, 32, 4)}),
     Variant("triton route 16x128 w8", "triton", ("step",), "triton", {"route": (16, 128, 8)}),
-    # Where the scores of a loss are from the forward to the backward: in the gradient of the centers, in memory of their
-    # own, or nowhere. By default they are parked where they fit.
-    Variant("cuda loss parked", "cuda", ("loss",), "cuda", {"parked": True}, precisions=("bf16",)),
+    # Where the scores of a loss are from the forward to the backward: in memory of their own, or nowhere. By default they
+    # are kept, or parked in the gradient of the centers with many classes; "cuda dW 128" parks them wherever they fit.
     *(
         Variant(f"{name} loss {mode}", name, ("loss",), name, {"parked": False, "held bytes": most})
         for name in ("cuda", "triton")

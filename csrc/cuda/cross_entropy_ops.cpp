@@ -159,8 +159,13 @@ bool scores_can_be_parked(const Tensor& input, const Tensor& centers, const Tens
   return op_table(operands).cross_entropy_parks(a);
 }
 
+// Return true if the scores of a loss can be parked and the backward is not slower for it: one block then computes the
+// gradient of all dims of its classes, and it takes many classes to fill a large GPU with such blocks.
 bool cross_entropy_parks(const Tensor& input, const Tensor& centers, const Tensor& displacements) {
-  return asked_centers_tile() != 0 && scores_can_be_parked(input, centers, displacements);
+  constexpr int64_t kManyClasses = int64_t{2} * 132 * 128;  // two blocks of 128 classes per multiprocessor
+  const int asked = asked_centers_tile();
+  const bool wanted = asked < 0 ? centers.dim() == 2 && centers.size(0) >= kManyClasses : asked > 0;
+  return wanted && scores_can_be_parked(input, centers, displacements);
 }
 
 // Return the memory of parked scores, after a check that they fit.

@@ -44,7 +44,8 @@ GradCentersPlan plan_wgmma(int64_t B, int64_t K, int64_t d, int64_t m, bool park
   const bool takes_wide = prefers_wide ? wide <= most : high > most;
   const int classes = takes_wide ? Wide::kClasses : High::kClasses, dims = takes_wide ? Wide::kDims : High::kDims;
   const int64_t shared = takes_wide ? wide : high, blocks = kMultiprocessors * (shared <= most_of_two ? 2 : 1);
-  if (shared > most) return {};
+  // One block per multiprocessor is slower than the tiled kernel, which cannot serve parked scores.
+  if (shared > (parked || asked ? most : most_of_two)) return {};
   const int64_t tiles = std::max<int64_t>(ceil_div(K, classes), 1), dim_tiles = ceil_div(d, dims);
   const int64_t wanted = parked ? 1 : std::max<int64_t>(blocks / tiles, 1);
   const int64_t parts = ceil_div(dim_tiles, ceil_div(dim_tiles, wanted));  // each a whole number of tiles

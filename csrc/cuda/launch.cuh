@@ -68,6 +68,8 @@ inline void set_zero(void* x, int64_t bytes, void* stream) {
 struct Limits {
   // Scores, or sums of gradients, that stay in the cache of a large GPU from one kernel to the next.
   int64_t cached = int64_t{1} << 22;
+  // Scores of a chunk of logits. They do not stay in the cache, but fewer launches save more time.
+  int64_t logits = int64_t{1} << 24;
   // Scores that the backward of a loss recomputes at a time, if the forward did not keep them.
   int64_t recomputed = int64_t{1} << 25;
 };

@@ -30,7 +30,7 @@ class LogitsLauncher : private BackwardLauncher<T> {
   // Z: the type of the logits.
   template <class Z>
   void forward_as(const LogitsResults& results) {
-    const int64_t step = this->cached_classes();
+    const int64_t step = this->classes_with(limits.logits);
     S *input_dots, *products;
     Scratch(workspace_).add(input_dots, p_.M() * ld_).add(products, step * ld_).allocate();
     S *center_rnorms = static_cast<S*>(results.center_rnorms), *input_rnorms = static_cast<S*>(results.input_rnorms);

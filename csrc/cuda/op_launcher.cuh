@@ -49,10 +49,13 @@ class OpLauncher {
   }
 
   // Return the number of classes whose scores and centers stay in the cache of a large GPU between kernels.
-  int64_t cached_classes() const {
-    if (p_.K() * vectors_ * ld_ <= 2 * limits.cached) return p_.K();
-    if (vectors_ > 1) return std::max<int64_t>(limits.cached / ld_ / vectors_, 1);
-    return std::max<int64_t>(limits.cached / ld_ / kWarp, 1) * kWarp;
+  int64_t cached_classes() const { return classes_with(limits.cached); }
+
+  // Return the number of classes with about `scores` scores, or K if all classes have at most twice as many.
+  int64_t classes_with(int64_t scores) const {
+    if (p_.K() * vectors_ * ld_ <= 2 * scores) return p_.K();
+    if (vectors_ > 1) return std::max<int64_t>(scores / ld_ / vectors_, 1);
+    return std::max<int64_t>(scores / ld_ / kWarp, 1) * kWarp;
   }
 
   // with_input: also compute the results that depend on the input alone.

@@ -121,7 +121,7 @@ struct OpTable {
 
 // Return the kernel that GISTOPS_CUDA_CENTERS_TILE asks for to compute the gradient of the centers: 0 for the tiled
 // one, 64 or 128 for the classes per tile of the stationary one, by wgmma if the device has it, -1 for the choice by
-// the sizes.
+// the sizes. A loss parks its scores where they fit for 64 and 128, never for 0, and with many classes for -1.
 inline int asked_centers_tile() {
   const char* asked = std::getenv("GISTOPS_CUDA_CENTERS_TILE");
   return asked ? std::atoi(asked) : -1;

@@ -59,7 +59,7 @@ def best_cosine(unit: Tensor, centers: Tensor, structure: Tensor) -> tuple[Tenso
     vectors = normalized(vectors, dim=2)
     scores = unit @ vectors.flatten(0, 1).T  # [B, K·M]
     # Not unflatten, which torch 2.11 cannot compile while a default device is set.
-    return first_best(scores.reshape(len(unit), *vectors.shape[:2]), lowest_equals(structure))
+    return first_best(scores.reshape(unit.shape[0], *vectors.shape[:2]), lowest_equals(structure))
 
 
 def constellation_logits(
@@ -106,7 +106,7 @@ def subcenter_logits(input: Tensor, centers: Tensor, tau: Tensor) -> tuple[Tenso
     with no_autocast(input.device.type):
         unit = normalized(input.to(dtype), dim=1)
         vectors = normalized(centers.to(dtype), dim=2)
-        scores = (unit @ vectors.flatten(0, 1).T).reshape(len(unit), *centers.shape[:2])
+        scores = (unit @ vectors.flatten(0, 1).T).reshape(unit.shape[0], *centers.shape[:2])
         best, slots = first_best(scores, lowest_equals(centers))
         return tau.to(dtype).reshape(()) * best, slots
 

@@ -334,7 +334,10 @@ PYBIND11_MODULE(GISTOPS_MODULE, m) {
                                                : Order::forward,
                          seed);
   });
-  m.def("set_limits", [](int64_t cached, int64_t recomputed) { gc::limits = {cached, recomputed}; });
+  m.def("set_limits", [](int64_t cached, int64_t recomputed) {
+    gc::limits = {.cached = cached, .logits = cached, .recomputed = recomputed};
+  });
+  m.def("reset_limits", [] { gc::limits = {}; });
   m.def("set_compute_capability", [](int value) { host_cuda::compute_capability = value; });
   m.def("set_shared_memory", [](int bytes) { host_cuda::shared_at_most = bytes; });
 }

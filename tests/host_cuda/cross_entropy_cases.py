@@ -158,7 +158,7 @@ def small_limits(module: Any) -> Iterator[None]:
     """Set limits that small samples exceed, so that they are computed in chunks of classes."""
     module.set_limits(3200, 3200)
     yield
-    module.set_limits(1 << 22, 1 << 25)
+    module.reset_limits()
 
 
 @pytest.mark.usefixtures("small_limits")

@@ -291,4 +291,4 @@ def test_gradients_in_chunks_of_classes(dtype: torch.dtype, module: Any, seed: i
             assert other is not None
             torch.testing.assert_close(value, other, rtol=2e-2 if dtype == bf16 else 1e-4, atol=1e-2)
     finally:
-        module.set_limits(1 << 22, 1 << 25)
+        module.reset_limits()

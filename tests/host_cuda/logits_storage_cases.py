@@ -137,4 +137,4 @@ def test_gradients_in_steps_of_classes(module: Any, seed: int) -> None:
             assert other is not None
             torch.testing.assert_close(value, other, rtol=2e-2, atol=1e-2 * float(other.abs().max()))
     finally:
-        module.set_limits(1 << 22, 1 << 25)
+        module.reset_limits()

@@ -94,7 +94,7 @@ def test_memory_of_the_gradients_of_many_rotations(module: Any) -> None:
     try:
         _, backward = vector_step(module, "rotation", 20_000, "kept", rows=2048, count=63, dims=8)
     finally:
-        module.set_limits(1 << 22, 1 << 25)
+        module.reset_limits()
     assert 0 < backward["bytes"] <= 0.4 * 2048 * 20_000 * 4
 
 
@@ -113,7 +113,7 @@ def test_partial_sums_of_a_short_last_chunk_have_memory(rows: int, module: Any) 
             loss.gradients(torch.ones(()), None)  # raises an error before it exceeds its memory
             assert module.count()["products"] == 4  # scores and H W of two chunks
     finally:
-        module.set_limits(1 << 22, 1 << 25)
+        module.reset_limits()
 
 
 @pytest.mark.usefixtures("counting")

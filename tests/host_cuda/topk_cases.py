@@ -76,7 +76,7 @@ def test_topk_of_ties_takes_the_lower_class(dtype: torch.dtype, module: Any, see
             assert torch.equal(found.classes, expected)
             assert torch.equal(found.values, bias[expected])
     finally:
-        module.set_limits(1 << 22, 1 << 25)
+        module.reset_limits()
 
 
 def test_topk_of_sorted_scores(module: Any) -> None:
@@ -118,7 +118,7 @@ def test_topk_log_sum_exp_of_infinite_scores(dtype: torch.dtype, module: Any, se
             try:
                 lse = HostTopk(module, tensors, 2, bias).lse
             finally:
-                module.set_limits(1 << 22, 1 << 25)
+                module.reset_limits()
             torch.testing.assert_close(lse, bias.logsumexp(0).expand(3), equal_nan=True)
 
 
@@ -155,7 +155,7 @@ def test_topk_in_chunks_of_classes(dtype: torch.dtype, module: Any, seed: int) -
         assert HostTopk(module, few, 10).scratch_bytes == parts.scratch_bytes
         assert parts.scratch_bytes < 40 * 1400 * 4
     finally:
-        module.set_limits(1 << 22, 1 << 25)
+        module.reset_limits()
     for a, b in zip(parts.outputs[:3], whole.outputs[:3], strict=True):
         assert torch.equal(a, b)
 
