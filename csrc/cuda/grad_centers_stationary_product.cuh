@@ -56,7 +56,7 @@ class StationaryProduct {
 #pragma unroll 1
     for (int stage = 0; stage < stages_; ++stage) {
       copy_async_wait<kAhead - 1>();
-      if constexpr (Shape::kWgmma) wgmma_wait<1>();
+      if constexpr (Shape::kWgmma) wgmma_wait<1>(), fence_wgmma_operands();
       __syncthreads();  // this stage is complete, and no thread still reads the memory that the next copies overwrite
       if (stage == 0) load_vectors(dim);
       load_stage();

@@ -87,6 +87,9 @@ __device__ __forceinline__ WgmmaMatrix wgmma_matrix(const void* start, int leadi
 }
 __device__ __forceinline__ WgmmaMatrix advance(WgmmaMatrix x, int bytes) { return {x.bits + (bytes >> 4)}; }
 
+// Let wgmma see what this thread has written to shared memory. A barrier must follow.
+__device__ __forceinline__ void fence_wgmma_operands() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Order the following products after earlier uses of their accumulators.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 

@@ -64,6 +64,7 @@ __global__ void wgmma_kernel(const T* a, const T* b, float* c) {
   typename Right::template Loader<128>(GlobalMatrix<T>{b, 32, kColumns, kColumns}, 0, 0).load(right);
   copy_async_commit();
   copy_async_wait<0>();
+  fence_wgmma_operands();
   __syncthreads();
   float sums[kColumns / 8][4] = {};
   const WgmmaMatrix x = wgmma_matrix(left, 16, 1024), y = wgmma_matrix(right, Right::kBlockBytes, 1024);

@@ -65,7 +65,8 @@ def test_gradients(sample: Sample, backend: str, seed: int) -> None:
         elif sample.d > 1:  # if d is 1, the true gradients of the vectors are zero
             bound = max(bound, min(allowed(error(comparable, true), true, tensor.dtype), 1e3 * bound))
         else:
-            bound = max(bound, 1e-4 * float(grad.abs().sum()))
+            terms = tensors[3].detach().abs() * grad.abs().sum() * (1 / tensor.detach().abs()).sum()
+            bound = max(bound, 16 * torch.finfo(tensor.dtype).eps * float(terms))
         assert error(value, true) <= bound, name
 
 

@@ -74,6 +74,7 @@ inline WgmmaMatrix wgmma_matrix(const void* start, int leading, int stride) {
 }
 inline WgmmaMatrix advance(WgmmaMatrix x, int bytes) { return {x.start + bytes, x.leading, x.stride}; }
 
+inline void fence_wgmma_operands() {}
 inline void wgmma_fence() {}
 inline void wgmma_commit() { host_cuda::end_operation_group(); }
 template <int N>
