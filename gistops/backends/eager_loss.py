@@ -29,7 +29,7 @@ from ..operators.registry import cast_operands, compute_dtype
 MAX_KEPT_BYTES = 2 << 30
 Forward = Callable[[CrossEntropyForward], CrossEntropy]
 Backward = Callable[[CrossEntropyBackward], CrossEntropyGradients]
-#: Park the scores in the memory of the gradient of the centers, where they fit.
+#: Park the scores in the memory of the gradient of the centers, where the op cross_entropy_parks returns True.
 PARK_SCORES = True
 #: Backend -> the transforms whose loss its ops compute whole. The loss of other transforms is made from its parts.
 WHOLE_LOSS = {
