@@ -215,7 +215,8 @@ def _architectures(nvcc: Path) -> tuple[str, ...]:
         return tuple(name.replace(".", "") for name in asked)
     listed = subprocess.run([str(nvcc), "--list-gpu-arch"], capture_output=True, text=True, check=False)
     known = [a for a in ARCHITECTURES if f"compute_{a.removesuffix('a')}\n" in listed.stdout]
-    return (*known[:-1], f"{known[-1]}+PTX") if known else ()
+    portable = [a for a in known if not a.endswith("a")]  # the PTX of the others runs on no newer GPU
+    return tuple(f"{a}+PTX" if a == portable[-1] else a for a in known) if portable else ()
 
 
 def find_cuda(torch: Torch) -> Cuda | str:

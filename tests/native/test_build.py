@@ -267,6 +267,17 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
             _toolchain._architectures(nvcc)
 
 
+def test_newer_gpus_get_code_from_an_nvcc_without_blackwell(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """PTX of sm_90a runs on Hopper GPUs alone, so that the PTX for newer GPUs is that of sm_80."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nprintf 'compute_80\\ncompute_86\\ncompute_90\\n'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert _toolchain._architectures(nvcc) == ("80+PTX", "90a")
+
+
 @needs_compiler
 @pytest.mark.skipif(_toolchain.find_nvcc() is None, reason="nvcc is not installed")
 def test_cuda_kernels_that_do_not_compile(cheap_sources: Path, tmp_path: Path) -> None:
