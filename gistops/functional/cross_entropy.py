@@ -51,7 +51,7 @@ def constellation_cross_entropy(
     `mlp`, scores are kept from the forward to the backward if they take at most 2 GiB. A step takes three matrix products,
     as a linear layer does, if the scores are kept. It takes four if the backward recomputes them. On the CPU, scores are
     kept in the buffer of the centers' gradient, where there is room for them while B is below about 0.8 d; on NVIDIA GPUs
-    in half precision those of translations too, while B is at most d / 2 and M at most 8.
+    in half precision those of translations with 33,792 classes or more too, while B is at most d / 2 and M at most 8.
 
     Args:
         input, centers, displacements, tau, transform, axis, mlp, backend: as in `constellation_logits`.
