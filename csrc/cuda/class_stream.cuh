@@ -116,7 +116,14 @@ __device__ __forceinline__ Sum<T> exp_of(Sum<T> x) {
 template <class T>
 inline constexpr Sum<T> kExpUnit = sizeof(T) == 2 ? Sum<T>(1.44269504) : Sum<T>(1);
 
-// Return e^(z + bias - shift), as exact as exp_of, for a bias and a shift that were multiplied by kExpUnit.
+// Return true for a finite bias or shift with which exp_of_sum is less exact than exp_of, or overflows.
+template <class T>
+__device__ __forceinline__ bool is_large_exponent(Sum<T> x) {
+  return sizeof(T) == 2 && magnitude(x) >= Sum<T>(1024) && magnitude(x) < kInfinity<Sum<T>>;
+}
+
+// Return e^(z + bias - shift), for a bias and a shift that were multiplied by kExpUnit. A large one takes exp_of, which
+// rounds z + bias as the forward did.
 template <class T>
 __device__ __forceinline__ Sum<T> exp_of_sum(Sum<T> z, Sum<T> bias, Sum<T> shift) {
   if constexpr (sizeof(T) == 2) {

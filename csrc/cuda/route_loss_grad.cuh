@@ -106,13 +106,16 @@ __global__ void __launch_bounds__(ClassStream<T, kSlots>::kThreads, ClassStream<
     }
     __syncthreads();
     S factor[kQuads][4], shift[kQuads][4];
+    bool large_shift = false;
 #pragma unroll
     for (int q = 0; q < kQuads; ++q)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int row = q * kQuadRows + lane * 4 + e;
         factor[q][e] = shared.rows[row].factor, shift[q][e] = shared.rows[row].shift * kExpUnit<T>;
+        large_shift |= is_large_exponent<T>(shared.rows[row].shift);
       }
+    large_shift = __any_sync(~0u, large_shift);
 #pragma unroll 1
     for (int first = 0; first < (kManyPasses ? M : 1); first += kSlots) {
       S s[kSums][kQuads][4] = {};
@@ -122,7 +125,7 @@ __global__ void __launch_bounds__(ClassStream<T, kSlots>::kThreads, ClassStream<
       const bool has_t = warp_sum_owner<kSlots>(lane) && first + warp_sum_index<kSlots>(lane) < M;
       const auto route = [&](int k, int stage, S value) {
         const bool is_target = shared.marks.get(k);
-        const S bias = __shfl_sync(~0u, value, ClassValues<S>::kBiasLane) * kExpUnit<T>;
+        const S bias = __shfl_sync(~0u, value, ClassValues<S>::kBiasLane), scaled_bias = bias * kExpUnit<T>;
         // A cancelled pair is not in H and S.
         const S rnorm = value < S(0) ? S(0) : value;
         lowest = value < lowest ? value : lowest;
@@ -132,7 +135,14 @@ __global__ void __launch_bounds__(ClassStream<T, kSlots>::kThreads, ClassStream<
         for (int q = 0; q < kQuads; ++q) {
           load_scores<kParked>(in, ring, stage, q * kQuadRows + lane * 4, z[q], slot[q]);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) g[q][e] = factor[q][e] * exp_of_sum<T>(z[q][e], bias, shift[q][e]);
+          for (int e = 0; e < 4; ++e) g[q][e] = factor[q][e] * exp_of_sum<T>(z[q][e], scaled_bias, shift[q][e]);
+        }
+        if (large_shift || is_large_exponent<T>(bias)) {
+#pragma unroll
+          for (int q = 0; q < kQuads; ++q)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+              g[q][e] = factor[q][e] * exp_of<T>(z[q][e] + bias - shared.rows[q * kQuadRows + lane * 4 + e].shift);
         }
         S bias_grad = 0, margin_grad = 0;
         if (smoothed || is_target || has_bias) {

@@ -212,6 +212,28 @@ def test_loss_of_extreme_biases(value: float, smoothing: float, module: Any, see
             assert not gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("where", ["kept", "parked"])
+@pytest.mark.parametrize("dtype", [bf16, half])
+@pytest.mark.parametrize("value", [1e9, 3e38, torch.finfo(torch.float32).min])
+def test_gradients_of_extreme_biases_in_half_precision(
+    value: float, dtype: torch.dtype, where: str, module: Any, seed: int
+) -> None:
+    """One class has a large positive bias; or all classes but one, the target, have a large negative bias."""
+    tensors = Sample(12, 40, 32, 2, dtype, dtype, dtype).tensors(seed)
+    if value > 0:
+        bias, target = torch.randn(40), torch.arange(12)
+        bias[5] = value
+    else:
+        bias, target = torch.full((40,), value), torch.full((12,), 5)
+        bias[5] = 0.3
+    options = {"class_bias": bias, "reduction": "none"}
+    ours = HostLoss(module, tensors, target, where, **options)
+    loss, lse, wide = truth(tensors, target, options)
+    found = [g for g in ours.gradients(torch.ones(12), torch.ones(12)) if g is not None]
+    for gradient, true in zip(found, torch.autograd.grad(loss.sum() + lse.sum(), wide), strict=True):
+        assert error(gradient, true) <= 0.05 * float(true.abs().max())
+
+
 @pytest.mark.parametrize("m", [2, 12])
 def test_loss_gradients_of_slots_that_do_not_exist(m: int, module: Any, seed: int) -> None:
     tensors = Sample(20, 40, 24, m).tensors(seed)
