@@ -4,7 +4,7 @@
 
 namespace gistops::cuda {
 
-// What the shapes for the two kinds of tensor-core products share.
+// The parts that the shapes for the two kinds of tensor-core products share.
 template <class T_, int kClasses_, int kDims_, int kThreads_>
 struct StationaryShapeBase {
   using T = T_;
