@@ -38,9 +38,8 @@ GradCentersPlan plan_wgmma(int64_t B, int64_t K, int64_t d, int64_t m, bool park
   constexpr int64_t kMultiprocessors = 132, kReserved = 1024;  // of a Hopper GPU; bytes of each block
   const int64_t most = shared_memory_limit("grad_centers"), most_of_two = (most + kReserved) / 2 - kReserved;
   const int64_t high = StationaryMemory<High>::bytes(B, m), wide = StationaryMemory<Wide>::bytes(B, m);
-  // High tiles read f half as often; wide ones leave room for two blocks, or make more blocks of parked scores.
-  const bool few_blocks = parked && ceil_div(K, High::kClasses) < kMultiprocessors;
-  const bool prefers_wide = asked ? asked == Wide::kClasses : few_blocks || (high > most_of_two && wide <= most_of_two);
+  // High tiles read f half as often; wide ones leave room for two blocks.
+  const bool prefers_wide = asked ? asked == Wide::kClasses : high > most_of_two && wide <= most_of_two;
   const bool takes_wide = prefers_wide ? wide <= most : high > most;
   const int classes = takes_wide ? Wide::kClasses : High::kClasses, dims = takes_wide ? Wide::kDims : High::kDims;
   const int64_t shared = takes_wide ? wide : high, blocks = kMultiprocessors * (shared <= most_of_two ? 2 : 1);
@@ -64,9 +63,7 @@ GradCentersPlan plan_stationary(int64_t B, int64_t K, int64_t d, int64_t m, bool
   };
   const int64_t most = shared_memory_limit("grad_centers"), high = StationaryMemory<High>::bytes(B, m),
                 wide = StationaryMemory<Wide>::bytes(B, m);
-  const bool few_blocks = parked && ceil_div(K, High::kClasses) < kEnoughBlocks;
-  const bool prefers_high = asked ? asked == High::kClasses : !few_blocks;
-  if (high <= most && (prefers_high || wide > most))
+  if (high <= most && (asked != Wide::kClasses || wide > most))
     return {true, false, High::kClasses, parts(High::kClasses, High::kDims), high};
   if (wide <= most) return {true, false, Wide::kClasses, parts(Wide::kClasses, Wide::kDims), wide};
   return {};

@@ -135,8 +135,8 @@ __global__ void __launch_bounds__(HalfNormsShape::kThreads, 4)
 #pragma unroll
         for (int w = 0; w < Shape::kMostDimWarps; ++w) {
           if (w >= dim_warps) break;
-          const HalfNormsSums& of_warp = sums[first_warp + w];
-          square += of_warp.squares[r], delta_sum += of_warp.delta_squares[j], dot += of_warp.dots[j][r];
+          const HalfNormsSums& partial = sums[first_warp + w];
+          square += partial.squares[r], delta_sum += partial.delta_squares[j], dot += partial.dots[j][r];
         }
       }
       if (slot == 0) delta_sum = 0, dot = 0;

@@ -107,11 +107,11 @@ def test_same_bits_of_each_form_in_any_order_of_threads(form: str, module: Any, 
     ("capability", "rows", "parked", "plan"),
     [
         (90, 256, False, ("wgmma", 128, 4)),
-        (90, 256, True, ("wgmma", 64, 1)),
+        (90, 256, True, ("wgmma", 128, 1)),
         (90, 512, False, ("tiled", 128, 1)),  # one block of wgmma per multiprocessor is slower
         (90, 2048, True, ("tiled", 128, 1)),  # H does not fit
         (80, 256, False, ("tiled", 128, 1)),
-        (100, 256, True, ("mma", 64, 1)),
+        (100, 256, True, ("mma", 128, 1)),
     ],
 )
 def test_kernel_and_tile_by_sizes_and_device(

@@ -44,10 +44,7 @@ def of_few_elements(vectors: Tensor, tau: Tensor, grads: list[Tensor]) -> float:
     return 16 * torch.finfo(torch.float32).eps * float(sizes)
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=IDS)
-def test_forward(sample: Sample, module: Any, seed: int) -> None:
-    tensors = sample.tensors(seed, requires_grad=False)
-    kernels = HostLogits(module, tensors)
+def check_logits_and_slots(kernels: HostLogits, tensors: list[Tensor]) -> None:
     wide = [t.double() for t in tensors]
     every = wide[3] * scores(*wide[:3])
     truth = every.max(dim=2).values
@@ -55,6 +52,14 @@ def test_forward(sample: Sample, module: Any, seed: int) -> None:
     bound = allowed(error(plain(tensors)[0], truth), truth, kernels.sums)
     assert error(kernels.logits, truth) <= bound
     assert error(every.gather(2, kernels.slots.long()[..., None]).squeeze(2), truth) <= 2 * bound
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=IDS)
+def test_forward(sample: Sample, module: Any, seed: int) -> None:
+    tensors = sample.tensors(seed, requires_grad=False)
+    kernels = HostLogits(module, tensors)
+    check_logits_and_slots(kernels, tensors)
+    wide = [t.double() for t in tensors]
     vectors = wide[1][None] + F.pad(wide[2], (0, 0, 1, 0))[:, None]
     rnorms = 1 / vectors.norm(dim=2)
     assert error(kernels.center_rnorms.abs(), rnorms) <= allowed(0.0, rnorms, kernels.sums, 16)

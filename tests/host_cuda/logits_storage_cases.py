@@ -16,12 +16,11 @@ from tests.ops.oracle import (
     errors_of_rounded_logits,
     gradients,
     leaves,
-    plain,
     routed,
-    scores,
 )
 
 from .host_logits import HostLogits
+from .logits_cases import check_logits_and_slots
 
 half, bf16, f64 = torch.float16, torch.bfloat16, torch.float64
 NARROW = [
@@ -60,12 +59,7 @@ def test_forward_of_every_number_of_slots(m: int, dtype: torch.dtype, module: An
     """There are several variants of the kernel, by the number of slots and by the results."""
     tensors = Sample(37, 131, 24, m, dtype, dtype, dtype).tensors(seed, requires_grad=False)
     kernels = HostLogits(module, tensors)
-    wide = [t.double() for t in tensors]
-    every = wide[3] * scores(*wide[:3])
-    truth = every.max(dim=2).values
-    bound = allowed(error(plain(tensors)[0], truth), truth, kernels.sums)
-    assert error(kernels.logits, truth) <= bound
-    assert error(every.gather(2, kernels.slots.long()[..., None]).squeeze(2), truth) <= 2 * bound
+    check_logits_and_slots(kernels, tensors)
     assert torch.equal(HostLogits(module, tensors, need_slots=False).logits, kernels.logits)
     for need_slots in (False, True):
         narrow = HostLogits(module, tensors, need_slots, narrow=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +127,13 @@ def allowed(plain_error: float, truth: Tensor, dtype: torch.dtype, terms: int = 
     size = float(truth.detach().abs().max()) if truth.numel() else 0.0
     sums = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     return FACTOR * max(plain_error, max(torch.finfo(dtype).eps, terms**0.5 * sums) * max(size, 1e-30))
+
+
+def check_values(values: Sequence[Tensor], expected: Sequence[Tensor], bound: float) -> None:
+    """Assert that all errors are at most `bound` times one plus the largest of the expected values."""
+    for value, true in zip(values, expected, strict=True):
+        size = 1 + (float(true.detach().abs().max()) if true.numel() else 0)
+        assert error(value, true) <= bound * size
 
 
 def allowed_of_tau(grad: Tensor, logits: Tensor, tau: Tensor, truth: Tensor, dtype: torch.dtype) -> float:

@@ -12,7 +12,7 @@ import gistops
 from gistops._classifier import Classifier, LossOptions, no_displacements
 from gistops.backends import eager_loss
 from tests.ops.loss_oracle import OPTIONS, Call, Options, gradients
-from tests.ops.oracle import Sample, error
+from tests.ops.oracle import Sample, check_values, error
 from tests.ops.vector_oracle import VectorSample, by_definition
 
 from .conftest import INTERPRETED
@@ -82,9 +82,7 @@ def compare(tensors: list[Tensor], call: Call, seed: int, bound: float) -> None:
     values, expected = (
         [*pair, *gradients(*pair, ends, seed)] for pair, ends in ((made, leaves), (true, wide))
     )
-    for value, right in zip(values, expected, strict=True):
-        size = 1 + (float(right.detach().abs().max()) if right.numel() else 0)
-        assert error(value, right) <= bound * size
+    check_values(values, expected, bound)
     for leaf, gradient in zip(leaves, values[2:], strict=True):
         assert (gradient.dtype, gradient.shape) == (leaf.dtype, leaf.shape)
 
