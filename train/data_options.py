@@ -45,7 +45,7 @@ class DataConfig(Section):
 
     #: Hold this fraction of each class's training samples out, at random: as the test samples if there are none,
     #: otherwise as the validation samples. Each class with two samples or more holds out at least one and keeps
-    #: at least one. For folders and lists.
+    #: at least one. In arrays and archives, after --imbalance-ratio; in folders and lists, before it.
     hold_out: float = 0.0
     #: Seed of --hold-out.
     hold_out_seed: int = 0

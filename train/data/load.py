@@ -15,7 +15,7 @@ from .dataset import Dataset, Splits, make_dataset, read_only_tensor
 from .errors import DataError
 from .glyphs.dataset import NAME as GLYPHS
 from .glyphs.dataset import load_glyphs
-from .hold_out import hold_out
+from .hold_out import hold_out, hold_out_validation
 from .longtail import long_tailed
 from .sources.arrays import EMBEDDED, from_arrays, load_arrays
 from .sources.cifar import read_cifar
@@ -38,8 +38,6 @@ def load(config: DataConfig) -> Dataset:
     if config.data not in NAMED and not path.exists():
         expected = "an existing file" if path.suffix else f"an existing folder or file, or {', '.join(NAMED)}"
         raise DataError(f"{config.data}: expected {expected}, got none: the path does not exist")
-    if config.hold_out and not is_list(config.data):
-        raise DataError(f"--hold-out: expected a folder or a list of image files, got {config.data}")
     if config.data == GLYPHS:
         data = _load_glyphs(config)
     elif config.data in EMBEDDED or path.suffix in (".npz", ".safetensors"):
@@ -53,7 +51,13 @@ def load(config: DataConfig) -> Dataset:
             f"{config.data}: expected a file of arrays named .npz or .safetensors, CIFAR's archive, a list named "
             f".txt, .csv or .json, a folder of class folders, or {', '.join(NAMED)}"
         )
-    return data if config.imbalance_ratio == 1 else long_tailed(data, config.imbalance_ratio)
+    if config.imbalance_ratio != 1:
+        data = long_tailed(data, config.imbalance_ratio)
+    if config.hold_out and not is_list(
+        config.data
+    ):  # the files of lists are held out before they are decoded
+        data = hold_out_validation(data, config.hold_out, config.hold_out_seed)
+    return data
 
 
 def is_list(data: str) -> bool:

@@ -1,22 +1,26 @@
-"""Tests of datasets whose splits are folders of other names, or one folder that is split by class."""
+"""Folders of other names, and samples that are held out class by class, from folders, lists, arrays and archives."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from train.__main__ import main
 from train.config import DataConfig
 from train.data.errors import DataError
-from train.data.hold_out import hold_out
+from train.data.hold_out import held_out, hold_out
 from train.data.load import load, read_listings
 from train.data.sources.labels import Classes
 from train.data.sources.listing import Listing
 
-from ..conftest import COLORS, check_colors, write_image
+from ..conftest import COLORS, COUNTS, check_colors, write_image
+from .test_cifar import cifar
 
 
 def lists(folder: Path, **options: object) -> dict[str, Listing]:
@@ -139,7 +143,72 @@ def test_a_run_on_one_folder(tmp_path: Path, cache: str, capsys: pytest.CaptureF
     assert main([*words.split(), *short, "--hold-out", "0.3", "--resume"]) == 0
     capsys.readouterr()
     assert main([*words.split(), *short, "--hold-out", "0.3", "--hold-out-seed", "1", "--resume"]) == 2
-    assert main(["--recipe", "smoke", "--hold-out", "0.3", "--runs", str(tmp_path)]) == 2
     message = capsys.readouterr().err
     assert "--hold-out-seed: expected 0 as in" in message or "--data: expected the data" in message
-    assert "--hold-out: expected a folder or a list of image files, got fashion-mnist-lt" in message
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors", "features", "archive"])
+def test_arrays_hold_validation_samples_out(
+    kind: str,
+    arrays: dict[str, np.ndarray],
+    feature_arrays: dict[str, np.ndarray],
+    tmp_path: Path,
+    seed: int,
+) -> None:
+    path = tmp_path / f"data.{'npz' if kind == 'features' else kind}"
+    if kind == "safetensors":
+        safetensors.torch.save_file({name: torch.from_numpy(x) for name, x in arrays.items()}, path)
+    elif kind == "archive":
+        path = cifar(tmp_path / "cifar.tar.gz", 12, 60, np.random.default_rng(seed))
+    else:
+        np.savez(path, **(arrays if kind == "npz" else feature_arrays))
+    ratio = 6.0 if kind == "archive" else 1.0
+    whole = load(DataConfig(data=str(path), imbalance_ratio=ratio))
+    data = load(DataConfig(data=str(path), imbalance_ratio=ratio, hold_out=0.2, hold_out_seed=seed))
+    assert data.x_val is not None
+    assert data.y_val is not None
+    expected = [max(1, round(0.2 * count)) for count in whole.train_counts.tolist()]
+    assert torch.bincount(data.y_val, minlength=data.num_classes).tolist() == expected
+    assert data.train_counts.tolist() == (whole.train_counts - torch.tensor(expected)).tolist()
+    assert torch.bincount(data.y_train).tolist() == data.train_counts.tolist()
+    mask = torch.from_numpy(held_out(whole.y_train.numpy(), 0.2, seed))
+    assert torch.equal(data.x_val, whole.x_train[mask])
+    assert torch.equal(data.y_val, whole.y_train[mask])
+    assert torch.equal(data.x_train, whole.x_train[~mask])
+    assert torch.equal(data.y_train, whole.y_train[~mask])
+    assert torch.equal(data.x_test, whole.x_test)
+    assert torch.equal(data.y_test, whole.y_test)
+    assert data.eval_split[0] == "validation"
+
+
+def test_arrays_and_lists_hold_the_same_positions_out(seed: int) -> None:
+    listing = make_list([9, 1, 20, 3])
+    order = np.random.default_rng(seed).permutation(len(listing))
+    mixed = Listing([listing.files[i] for i in order], [listing.labels[i] for i in order], listing.classes)
+    mask = held_out(np.array(mixed.labels), 0.3, seed)
+    held = hold_out(mixed, 0.3, seed)[1]
+    assert held.files == [file for file, is_held in zip(mixed.files, mask, strict=True) if is_held]
+
+
+def test_arrays_that_cannot_hold_samples_out(arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    np.savez(path, **arrays, x_val=arrays["x_test"], y_val=arrays["y_test"])
+    with pytest.raises(DataError, match="--hold-out: expected no validation samples to hold out for, got"):
+        load(DataConfig(data=str(path), hold_out=0.2))
+    one = np.unique(arrays["y_train"], return_index=True)[1]
+    single = {**arrays, "x_train": arrays["x_train"][one], "y_train": arrays["y_train"][one]}
+    np.savez(path, **single)
+    with pytest.raises(DataError, match="expected a class with at least two training samples, got none"):
+        load(DataConfig(data=str(path), hold_out=0.2))
+
+
+def test_a_run_on_arrays(image_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = sum(max(1, round(0.1 * count)) for count in COUNTS)
+    words = f"--recipe smoke --data {image_file} --num-classes 5 --classes-per-batch 4 --hold-out 0.1"
+    assert main([*words.split(), *f"--device cpu --methods plain --runs {tmp_path}".split()]) == 0
+    assert f"{held} for validation" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "smoke" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["split"] for line in lines if line["event"] == "epoch"} == {"validation"}
+    assert lines[-1]["split"] == "test"
+    assert main(["doctor", *words.split()]) == 0
+    assert f"validation: {held} samples" in capsys.readouterr().out
