@@ -8,29 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
 from .data_options import DataConfig as DataConfig
+from .method_options import BaselineConfig as BaselineConfig
+from .method_options import DisplacementConfig as DisplacementConfig
+from .method_options import MethodConfig as MethodConfig
+from .method_options import MethodName as MethodName
 from .options import ConfigError as ConfigError
 from .options import Mark, Section, Sections, option
 from .shot_groups import SplitRule
 
 DEFAULT_RECIPE = "fashion-mnist-lt"
-
-MethodName = Literal[
-    "gist",
-    "plain",
-    "cos-cb",
-    "cos-cs-cb",
-    "cos-gist",
-    "gist-combined",
-    "gist-rotation",
-    "gist-mlp",
-    "balanced-softmax",
-    "cos-balanced-softmax",
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,83 +139,6 @@ class AugmentConfig(CropConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig(Section):
-    """The methods, and the two streams of samples that they train on."""
-
-    #: Methods to train, all with the same number of image passes. gist is GistNet (COS+CS+GIST in Table 3 of
-    #: the paper). cos-cb, cos-cs-cb, cos-gist, gist-combined (w = v), gist-rotation and gist-mlp are the
-    #: other rows of that table. plain is a linear softmax classifier. balanced-softmax and
-    #: cos-balanced-softmax add the log prior to the logits in training.
-    methods: tuple[MethodName, ...] = option(("gist", "plain"), Mark.SECOND_STAGE)
-    #: Number of displacements that all classes share; 0 for none.
-    num_displacements: int = option(4, Mark.SECOND_STAGE)
-    #: Factor of the log prior, where the log prior is added in training or subtracted in evaluation.
-    prior_strength: float = option(1.0, Mark.SECOND_STAGE)
-    #: λ in GistNet's loss L = L_random + λ L_balanced.
-    balanced_loss_weight: float = 0.5
-    #: Samples per step from the random stream, over all processes. An epoch is one pass of this stream.
-    batch_size: int = 128
-    #: Classes per step from the balanced stream. If not given, 32, or all classes if the data has fewer.
-    classes_per_batch: int | None = option(None, Mark.DATASET)
-    #: Samples of each of these classes. If not given, 4; if --classes-per-batch is not given either, as many
-    #: as give 128 samples per step. Methods without a balanced stream take as many more samples from the
-    #: random stream.
-    samples_per_class: int | None = option(None, Mark.DATASET)
-
-    def __post_init__(self) -> None:
-        self._expect_at_least(1, "batch_size", "classes_per_batch", "samples_per_class")
-        self._expect_at_least(0, "prior_strength", "balanced_loss_weight")
-        self._expect("num_displacements", 0 <= self.num_displacements <= 255, "0 to 255")
-        self._expect("methods", len(self.methods) > 0, f"at least one of {', '.join(get_args(MethodName))}")
-        self._expect("methods", len(set(self.methods)) == len(self.methods), "each method once")
-
-    def balanced_sizes(self, num_classes: int | None = None) -> tuple[int, int]:
-        """Return the classes per step of the balanced stream and the samples per class.
-
-        Args:
-            num_classes: the number of classes in the data, for options that are not given.
-        """
-        if self.classes_per_batch is not None:
-            return self.classes_per_batch, self.samples_per_class or 4
-        classes = min(32, num_classes or 32)
-        return classes, self.samples_per_class or 128 // classes
-
-
-@dataclass(frozen=True, kw_only=True)
-class DisplacementConfig(Section):
-    """Start and movement of the displacements, in the second stage."""
-
-    marks = Mark.SECOND_STAGE | Mark.DEPARTURE
-
-    #: Directions of the displacements at the start: random, or the directions in which features of the larger
-    #: classes spread around their class means. (The paper does not specify the start. Its released code
-    #: starts at zero, where displacements receive no gradient.) Rotations and MLPs always start at random.
-    displacement_init: Literal["random", "residuals"] = "random"
-    #: Length of the displacements at the start, relative to the mean length of the centers; 0.1 if not given,
-    #: and 1 for an MLP.
-    displacement_scale: float | None = None
-    #: Learning rate of the displacements as a multiple of --lr; 0 keeps displacements fixed.
-    displacement_lr: float = 1.0
-    #: Weight decay of the displacements; --weight-decay if not given.
-    displacement_weight_decay: float | None = None
-    #: gradient: train the displacements. residuals: set the displacements after every epoch to the directions
-    #: in which the features of the larger classes spread, with length --displacement-scale.
-    displacement_update: Literal["gradient", "residuals"] = "gradient"
-    #: GistNet: in the second stage, displace each feature of the balanced stream along one of this many
-    #: directions in which the larger classes spread, so that small classes vary as large classes do. The
-    #: directions are recomputed after every epoch. 0 turns the transfer off. Not in the paper.
-    transfer_directions: int = 0
-    #: Length of the transfer, for features of unit length.
-    transfer_length: float = 0.7
-
-    def __post_init__(self) -> None:
-        self._expect_at_least(0, "displacement_lr", "displacement_weight_decay", "transfer_directions")
-        self._expect("transfer_length", self.transfer_length > 0, "a number above 0")
-        valid = self.displacement_scale is None or self.displacement_scale > 0
-        self._expect("displacement_scale", valid, "a number above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
 class OptimConfig(Section):
     """Optimizer and schedule."""
 
@@ -315,6 +229,7 @@ class Config(Sections):
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     displacements: DisplacementConfig = field(default_factory=DisplacementConfig)
+    baselines: BaselineConfig = field(default_factory=BaselineConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 

@@ -22,7 +22,7 @@ from .report import figures
 from .report.html import read_records, write_page
 from .report.table import print_results
 from .training.first_stages import FirstStages
-from .training.input import epoch_step_sizes
+from .training.input import image_passes
 from .training.lock import locked
 from .training.progress import Display
 from .training.run_folder import RunFolder
@@ -54,7 +54,7 @@ def start(config: Config, console: Console, shared: Path | None = None) -> list[
 def _train(
     config: Config, data: Dataset, folder: RunFolder, console: Console, shared: Path | None
 ) -> list[dict[str, Any]]:
-    config, saved = distributed.broadcast_from_rank0(lambda: folder.open(config, data.fingerprint()))
+    config, saved = distributed.broadcast_from_rank0(lambda: folder.open(config, data))
     first_stages = FirstStages(
         shared or folder.path / "first-stages", config, data.fingerprint(), shared=shared is not None
     )
@@ -135,8 +135,7 @@ def announce(console: Console, config: Config, data: Dataset, saved: dict[str, A
 
 def images_in_all(config: Config, data: Dataset) -> int:
     """Return the number of image passes of all methods and stages."""
-    epochs = config.optim.stage1_epochs + config.optim.stage2_epochs
-    return len(config.method.methods) * epochs * sum(map(sum, epoch_step_sizes(config, data)))
+    return sum(image_passes(config, data, method) for method in config.method.methods)
 
 
 def images_done(saved: dict[str, Any] | None) -> int:

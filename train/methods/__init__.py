@@ -4,7 +4,7 @@ To add a method:
 
 1. Write a subclass of `Method` (method.py) in a file of its own. `TwoStageMethod` (two_stage.py) is the base class for
    methods whose displacements are added in a second stage.
-2. Add its name to `MethodName` in config.py, and to METHODS and TITLES below. Add it to FIRST_STAGES if it differs from
+2. Add its name to `MethodName` in method_options.py, and to METHODS and TITLES below. Add it to FIRST_STAGES if it differs from
    another method in the second stage only, so that their first stage is trained once.
 
 The gradients of GistNet's two streams are routed in `gistops.nn.GistClassifier.losses`.
@@ -39,6 +39,7 @@ METHODS: dict[str, Callable[[Config, Tensor], Method]] = {
 
 #: Groups of methods with the same first stage: a method's name -> the group's name.
 FIRST_STAGES = {
+    "plain": "plain",
     "cos-gist": "cos-gist",
     "gist": "cos-gist",
     "gist-rotation": "cos-gist",

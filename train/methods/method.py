@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from gistops.nn import ConstellationClassifier
@@ -13,22 +14,60 @@ from gistops.nn import ConstellationClassifier
 from ..config import Config
 from ..model.model import Model
 
-#: Returns the features [n, d] of all training samples, without augmentation, and their classes [n].
-TrainingFeatures = Callable[[], tuple[Tensor, Tensor]]
-
 
 @dataclass(frozen=True)
 class Stage:
-    """A number of epochs with one optimizer and one learning rate schedule."""
+    """A number of epochs with one optimizer and one learning rate schedule.
+
+    Args:
+        name: the name in progress messages; empty for the only stage of a method.
+        epochs: the number of epochs.
+        streams: the streams of samples. Each step has as many samples as a step of both streams.
+        classes: the classes whose samples are used, [K] bool; None for all.
+        frozen_features: keep the weights and the statistics of everything before the head.
+    """
 
     name: str
     epochs: int
+    streams: Literal["both", "balanced", "random"]
+    classes: Tensor | None = None
+    frozen_features: bool = False
+
+    def split(self, num_balanced: int, num_random: int) -> tuple[int, int]:
+        """Return the samples per step from the balanced and the random stream, for a step that could have both."""
+        total = num_balanced + num_random
+        sizes = {"both": (num_balanced, num_random), "balanced": (total, 0), "random": (0, total)}
+        return sizes[self.streams]
+
+    def same_samples(self, other: Stage) -> bool:
+        """Return whether both stages draw from the same streams and classes, so that one continues the other's draws."""
+        if self.streams != other.streams or (self.classes is None) != (other.classes is None):
+            return False
+        return self.classes is None or other.classes is None or torch.equal(self.classes, other.classes)
+
+
+#: Features [n, d] of unaugmented samples, and their classes [n].
+LabeledFeatures = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class StageData:
+    """The features that a method may compute between epochs and stages.
+
+    Args:
+        training: returns the features of all training samples.
+        validation: returns the features of the validation split; None if the data has none.
+    """
+
+    training: Callable[[], LabeledFeatures]
+    validation: Callable[[], LabeledFeatures | None]
 
 
 class Method:
     """A way to train a classifier: its head, stages, batches and loss.
 
-    The trainer minimizes the sum of `losses()`, each multiplied by its coefficient in `loss_coefficients`.
+    The trainer minimizes the sum of `losses()`, each multiplied by its coefficient in `loss_coefficients`. A resumed run
+    has the parameters and buffers of the model, and calls `begin_stage` and `begin_epoch` again: a method keeps no other state.
 
     Args:
         config: the options of the run.
@@ -37,18 +76,13 @@ class Method:
 
     stages: list[Stage]
     loss_coefficients: dict[str, float]
+    #: Names of the head's parameters without weight decay, beside the temperatures.
+    parameters_without_decay: tuple[str, ...] = ()
 
     def __init__(self, config: Config, counts: Tensor) -> None:
         self.config, self.counts = config, counts
         self.backend = config.runtime.head_backend
         self.log_prior = config.method.prior_strength * log_prior(counts)
-
-    def split_batch(self, num_balanced: int, num_random: int) -> tuple[int, int]:
-        """Return how a step's samples are split between the balanced and the random stream.
-
-        Every method sees num_balanced + num_random samples per step.
-        """
-        raise NotImplementedError
 
     def make_head(self, in_features: int, num_classes: int) -> nn.Module:
         """Return a new head for the first stage."""
@@ -61,11 +95,26 @@ class Method:
         """
         raise NotImplementedError
 
-    def begin_stage(self, stage: int, model: Model, training_features: TrainingFeatures) -> None:
-        """Change the head for the next stage, counted from 0."""
+    def training_losses(
+        self, model: Model, samples: Tensor, features: Tensor, labels: Tensor, num_balanced: int
+    ) -> dict[str, Tensor]:
+        """Return `losses()`. Methods whose losses need more than the features of the augmented samples override it."""
+        return self.losses(model.head, features, labels, num_balanced)
 
-    def end_epoch(self, model: Model, training_features: TrainingFeatures) -> None:
+    def begin_stage(self, stage: int, model: Model, data: StageData) -> None:
+        """Change the model for the next stage, counted from 0. A resumed run replaces the values, not the structure."""
+
+    def begin_epoch(self, stage: int, epoch: int, model: Model) -> None:
+        """Prepare an epoch, counted from 0 in its stage. A resumed run calls it again within an epoch.
+
+        Tensors are changed in place, because a CUDA graph reads them.
+        """
+
+    def end_epoch(self, model: Model, data: StageData) -> None:
         """Update parameters that are not trained by gradients."""
+
+    def finish(self, model: Model, data: StageData) -> None:
+        """Change the model after the last stage, before it is evaluated and saved."""
 
     def alternative_scores(self, head: Any, features: Tensor, logits: Tensor) -> dict[str, Tensor]:
         """Return other scores [b, K] that the trained head offers besides its `logits`, by name; they are evaluated too."""

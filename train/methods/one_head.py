@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 
 from gistops.nn import ConstellationClassifier, GistClassifier
@@ -16,12 +18,11 @@ class OneHead(TwoStageMethod):
     L = CE(s, y),    s_k = τ max_j cos(f, w_k + δ_j),  δ_0 = 0
     """
 
+    streams: Literal["balanced"] = "balanced"
+
     def __init__(self, config: Config, counts: Tensor, *, displacements: bool) -> None:
         super().__init__(config, counts, displacements=displacements)
         self.loss_coefficients = {"loss_balanced": 1.0}
-
-    def split_batch(self, num_balanced: int, num_random: int) -> tuple[int, int]:
-        return num_balanced + num_random, 0
 
     def make_head(self, in_features: int, num_classes: int) -> nn.Module:
         return ConstellationClassifier(in_features, num_classes, 0, backend=self.backend)

@@ -27,11 +27,8 @@ class SoftmaxClassifier(Method):
     def __init__(self, config: Config, counts: Tensor, *, cosine: bool = False, prior: bool = False) -> None:
         super().__init__(config, counts)
         self.cosine, self.prior = cosine, prior
-        self.stages = [Stage("", config.optim.stage1_epochs + config.optim.stage2_epochs)]
+        self.stages = [Stage("", config.optim.stage1_epochs + config.optim.stage2_epochs, "random")]
         self.loss_coefficients = {"loss_random": 1.0}
-
-    def split_batch(self, num_balanced: int, num_random: int) -> tuple[int, int]:
-        return 0, num_balanced + num_random
 
     def make_head(self, in_features: int, num_classes: int) -> nn.Module:
         if self.cosine:

@@ -14,7 +14,7 @@ from .. import distributed
 from ..config import Config
 from ..model.feature_transfer import FeatureTransfer
 from ..model.model import Model
-from .method import Method, Stage, TrainingFeatures, describe_constellation
+from .method import Method, Stage, StageData, describe_constellation
 from .residual_directions import residual_directions
 
 
@@ -32,18 +32,16 @@ class TwoStageMethod(Method):
 
     transfers_features = False  # whether --transfer-directions applies
     transform: Literal["translation", "rotation", "mlp"] = "translation"
+    streams: Literal["both", "balanced"] = "both"
 
     def __init__(self, config: Config, counts: Tensor, *, displacements: bool = True) -> None:
         super().__init__(config, counts)
         self.num_displacements = config.method.num_displacements if displacements else 0
         self.stages = [
-            Stage("stage 1", config.optim.stage1_epochs),
-            Stage("stage 2", config.optim.stage2_epochs),
+            Stage("stage 1", config.optim.stage1_epochs, self.streams),
+            Stage("stage 2", config.optim.stage2_epochs, self.streams),
         ]
         self.loss_coefficients = {"loss_balanced": config.method.balanced_loss_weight, "loss_random": 1.0}
-
-    def split_batch(self, num_balanced: int, num_random: int) -> tuple[int, int]:
-        return num_balanced, num_random
 
     def losses(
         self, head: GistClassifier, features: Tensor, labels: Tensor, num_balanced: int
@@ -52,7 +50,7 @@ class TwoStageMethod(Method):
         balanced, random = head.losses(f_b, y_b, f_r, y_r)  # the head routes the gradients
         return {"loss_balanced": balanced, "loss_random": random}
 
-    def begin_stage(self, stage: int, model: Model, training_features: TrainingFeatures) -> None:
+    def begin_stage(self, stage: int, model: Model, data: StageData) -> None:
         # Without epochs in the second stage, displacements would stay at their random start.
         if stage == 0 or not self.num_displacements or not self.stages[1].epochs:
             return
@@ -63,11 +61,11 @@ class TwoStageMethod(Method):
         if self.transfers_features and options.transfer_directions:
             transfer = FeatureTransfer(options.transfer_directions, head.in_features, options.transfer_length)
             model.feature_transfer = transfer.to(head.centers)
-        self._set_residual_directions(model, training_features, start=True)
+        self._set_residual_directions(model, data, start=True)
 
-    def end_epoch(self, model: Model, training_features: TrainingFeatures) -> None:
+    def end_epoch(self, model: Model, data: StageData) -> None:
         if constellation(model).num_displacements:
-            self._set_residual_directions(model, training_features, start=False)
+            self._set_residual_directions(model, data, start=False)
 
     def num_directions(self) -> int:
         """Return the largest number of residual directions that the second stage computes at once; 0 for none."""
@@ -84,14 +82,12 @@ class TwoStageMethod(Method):
         return residuals and head.transform == "translation"
 
     @torch.no_grad()
-    def _set_residual_directions(
-        self, model: Model, training_features: TrainingFeatures, start: bool
-    ) -> None:
+    def _set_residual_directions(self, model: Model, data: StageData, start: bool) -> None:
         """Set displacements and transfer directions to the residual directions of the features, as the options ask for.
 
         Args:
             model: the model.
-            training_features: returns the features and classes.
+            data: returns the features of the training samples.
             start: at the start of the stage; later, the clustering continues from the current directions.
         """
         head, options = constellation(model), self.config.displacements
@@ -104,7 +100,7 @@ class TwoStageMethod(Method):
             targets.append((model.feature_transfer.directions, 1.0))
         if not targets:
             return
-        features, labels = training_features()
+        features, labels = data.training()
         for target, norm in targets:
 
             def directions(target: Tensor = target) -> Tensor:

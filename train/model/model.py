@@ -19,6 +19,7 @@ from .backbones import make_backbone
 from .feature_transfer import FeatureTransfer
 
 RANDOM_HEAD = ("head.random_", "head.raw_random_")  # tensors of the random stream's head
+TRAINING_ONLY = ("feature_transfer.", "auxiliary.")
 
 HeadMaker = Callable[[int, int], nn.Module]  # (in_features, num_classes) -> head
 
@@ -50,6 +51,9 @@ class Model(nn.Module):
     """A classifier of images [b, c, h, w] uint8 or, without a backbone, of features [b, d]; returns logits [b, K]."""
 
     feature_transfer: FeatureTransfer | None  # in training only; set by methods that use it
+    #: Other modules that only training uses, such as teachers. Kept in evaluation mode, and left out of model files.
+    auxiliary: nn.Module | None
+    frozen_features = False
 
     def __init__(
         self,
@@ -63,9 +67,26 @@ class Model(nn.Module):
         self.normalize, self.backbone, self.center, self.head = normalize, backbone, center, head
         self.backbone_name = backbone_name
         self.register_module("feature_transfer", None)
+        self.register_module("auxiliary", None)
         for parameter in self.parameters():
             if parameter.dim() == 4:  # the faster memory layout for convolutions
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+    def freeze_features(self, frozen: bool) -> None:
+        """Keep the weights and the statistics of everything before the head from now on, or train them again."""
+        self.frozen_features = frozen
+        for module in (self.normalize, self.backbone, self.center):
+            module.requires_grad_(not frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Model:
+        super().train(mode)
+        if self.frozen_features:
+            for module in (self.normalize, self.backbone, self.center):
+                module.eval()
+        if self.auxiliary is not None:
+            self.auxiliary.eval()
+        return self
 
     def features(self, x: Tensor) -> Tensor:
         """Return the head's input, [b, d]."""
@@ -115,7 +136,8 @@ def save_model(
 ) -> None:
     """Write a trained model: weights as safetensors, with metadata for `load_model`.
 
-    The random stream's centers are kept, because rows of the results table use them. The feature transfer is left out.
+    The random stream's centers are kept, because rows of the results table use them. Modules that only training uses are
+    left out.
 
     Args:
         path: the file.
@@ -125,9 +147,7 @@ def save_model(
     """
     head = model.head
     state = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if not name.startswith("feature_transfer.")
+        name: tensor for name, tensor in model.state_dict().items() if not name.startswith(TRAINING_ONLY)
     }
     # A single metadata entry: safetensors does not keep the order of several, and equal models must give equal bytes.
     crop_size = model.normalize.crop_size if isinstance(model.normalize, Normalize) else 0

@@ -13,23 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import distributed
 from ..config import Config, ConfigError
 from ..methods import METHODS
+from ..methods.method import Method
 from ..options import Mark
 from ..recipes import load_recipe
 
 EPOCHS = ("stage1_epochs", "stage2_epochs")
 
 
-def continued(config: Config, config_file: Path, saved: dict[str, Any]) -> Config:
+def continued(config: Config, config_file: Path, saved: dict[str, Any], counts: Tensor) -> Config:
     """Return the options with which a run is resumed, with added methods last.
 
     Args:
         config: the options of the command line.
         config_file: the options of the run so far.
         saved: the checkpoint. If a finished stage is made longer, the checkpoint is moved back into the stage.
+        counts: the number of training samples of each class, [K].
 
     Raises:
         ConfigError: with an option the run would not continue exactly.
@@ -46,7 +49,7 @@ def continued(config: Config, config_file: Path, saved: dict[str, Any]) -> Confi
         expected = f"at least {', '.join(sorted(missing))} as in {config_file}, the run to resume"
         raise ConfigError("methods", expected, ", ".join(new["methods"]))
     changed = [option for option in EPOCHS if old[option] != new[option]]
-    if changed and (reason := _lengthen(before, config, saved)):
+    if changed and (reason := _lengthen(before, config, saved, counts)):
         raise _differs(changed[0], old[changed[0]], f"{new[changed[0]]}; {reason}", config_file)
     added = tuple(name for name in new["methods"] if name not in old["methods"])
     return config.replace(methods=old["methods"] + added)
@@ -69,15 +72,14 @@ def _device_of(config: Config, config_file: Path) -> str:
         return config.runtime.resolved_device
 
 
-def _lengthen(before: Config, config: Config, saved: dict[str, Any]) -> str:
+def _lengthen(before: Config, config: Config, saved: dict[str, Any], counts: Tensor) -> str:
     """Move the checkpoint back into a finished stage that is now longer; return why this is not exact, if it is not."""
     training, records = saved["training"], saved["records"]
     finished = [record["method"] for record in records if record["event"] == "result"]
     advice = "another --name trains anew"
     for name in before.method.methods:
         old, new = (
-            [stage.epochs for stage in METHODS[name](options, torch.ones(1)).stages]
-            for options in (before, config)
+            [stage.epochs for stage in METHODS[name](options, counts).stages] for options in (before, config)
         )
         if old == new or not (name == training["name"] or name in finished):
             continue
@@ -93,6 +95,8 @@ def _lengthen(before: Config, config: Config, saved: dict[str, Any]) -> str:
             reason = "the learning rate depends on the length of the stage"
             return f"{reason} that has begun, unless --schedule is step without --lr-drops; {advice}"
         if training["position"]["stage"] == len(old):
+            if type(METHODS[name](config, counts)).finish is not Method.finish:
+                return f"{name} has changed its head after its last stage; {advice}"
             training["position"] |= {"stage": stage, "epoch": old[stage], "step_of_epoch": 0}
             results = [r for r in records if r["event"] == "result" and r["method"] == name]
             for result in results:

@@ -48,8 +48,8 @@ class FirstStages:
             "processes": distributed.world_size(),
         }
 
-    def _file(self, group: str) -> Path:
-        text = json.dumps(self._key | {"kind": group}, sort_keys=True)
+    def _file(self, group: str, epochs: int) -> Path:
+        text = json.dumps(self._key | {"kind": group, "epochs": epochs}, sort_keys=True)
         return self.folder / f"{group}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
 
     def load(self, trainer: Trainer) -> list[Record]:
@@ -59,14 +59,15 @@ class FirstStages:
             The records of its epochs, with the trainer's method; an empty list if the stage remains to be trained.
         """
         group = FIRST_STAGES.get(trainer.name)
-        saved = distributed.broadcast_from_rank0(lambda: self._read(group)) if group else None
+        epochs = trainer.method.stages[0].epochs
+        saved = distributed.broadcast_from_rank0(lambda: self._read(group, epochs)) if group else None
         if saved is None:
             return []
         trainer.load_state_dict(saved["training"])
         return [record | {"method": trainer.name} for record in saved["records"]]
 
-    def _read(self, group: str) -> dict[str, Any] | None:
-        file = self._file(group)
+    def _read(self, group: str, epochs: int) -> dict[str, Any] | None:
+        file = self._file(group, epochs)
         if not file.exists():
             return None
         try:
@@ -86,7 +87,8 @@ class FirstStages:
         saved = {"training": trainer.state_dict(), "records": records}  # state_dict is a collective
         if distributed.rank() == 0:
             self.folder.mkdir(exist_ok=True)
-            write_atomically(self._file(group), lambda path: save_torch(saved, path))
+            file = self._file(group, trainer.method.stages[0].epochs)
+            write_atomically(file, lambda path: save_torch(saved, path))
 
     def clear(self) -> None:
         """Remove the files if no other run uses them."""

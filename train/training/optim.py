@@ -15,10 +15,12 @@ from ..model.model import Model
 DISPLACEMENT_PARAMETERS = ("displacements", "axis", "mlp_in", "mlp_out")
 
 
-def make_optimizer(model: Model, config: Config) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: Model, config: Config, without_decay: tuple[str, ...] = ()
+) -> torch.optim.Optimizer:
     """Return SGD with momentum over the parameter groups."""
     return torch.optim.SGD(
-        parameter_groups(model, config),
+        parameter_groups(model, config, without_decay),
         lr=config.optim.lr,
         momentum=config.optim.momentum,
         weight_decay=config.optim.weight_decay,
@@ -28,12 +30,20 @@ def make_optimizer(model: Model, config: Config) -> torch.optim.Optimizer:
     )
 
 
-def parameter_groups(model: Model, config: Config) -> list[dict[str, Any]]:
-    """Return three parameter groups: weights, temperatures without weight decay, and displacements."""
+def parameter_groups(
+    model: Model, config: Config, without_decay: tuple[str, ...] = ()
+) -> list[dict[str, Any]]:
+    """Return three parameter groups: weights, parameters without weight decay, and displacements.
+
+    Args:
+        model: the model.
+        config: the options.
+        without_decay: names of the head's parameters without weight decay, beside the temperatures.
+    """
     displacements = config.displacements
     groups: dict[str, dict[str, Any]] = {
         "weights": {},
-        "temperatures": {"weight_decay": 0.0},  # weight decay would lower them
+        "without decay": {"weight_decay": 0.0},  # weight decay would lower the temperatures
         "displacements": {"lr": config.optim.lr * displacements.displacement_lr},
     }
     if displacements.displacement_weight_decay is not None:
@@ -42,8 +52,8 @@ def parameter_groups(model: Model, config: Config) -> list[dict[str, Any]]:
         group["params"] = []
     for full_name, parameter in model.named_parameters():
         name = full_name.removeprefix("head.")
-        if name.endswith("tau"):
-            groups["temperatures"]["params"].append(parameter)
+        if name.endswith("tau") or (name in without_decay and name != full_name):
+            groups["without decay"]["params"].append(parameter)
         elif name in DISPLACEMENT_PARAMETERS:
             groups["displacements"]["params"].append(parameter)
         else:

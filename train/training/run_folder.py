@@ -18,6 +18,7 @@ import tomli_w
 from .. import distributed
 from ..config import Config, ConfigError
 from ..console import printable
+from ..data.dataset import Dataset
 from ..files import append_line, check_writable, existing_folder, write_atomically
 from .checkpoint import DamagedFileError, load_torch, save_torch
 from .continuation import continued, environment
@@ -66,7 +67,7 @@ class RunFolder:
         except OSError as error:
             raise ConfigError("runs", "a writable folder", f"{self.path} ({error.strerror})") from None
 
-    def open(self, config: Config, data_fingerprint: str) -> tuple[Config, dict[str, Any] | None]:
+    def open(self, config: Config, data: Dataset) -> tuple[Config, dict[str, Any] | None]:
         """Write the options into the folder, whose lock is held, and return the checkpoint to resume from, if there is one.
 
         Returns:
@@ -76,12 +77,12 @@ class RunFolder:
             ConfigError: the run would overwrite another one, or resume one with other options or data.
         """
         self.check_new(config)
-        saved = self._load_checkpoint()
+        saved, data_fingerprint = self._load_checkpoint(), data.fingerprint()
         if saved and saved["data"] != data_fingerprint:
             expected = f"the data that the run began with ({saved['data']})"
             raise ConfigError("data", expected, f"{config.data.data} ({data_fingerprint})")
         if saved and self.config_file.exists():
-            config = continued(config, self.config_file, saved)
+            config = continued(config, self.config_file, saved, data.train_counts)
         self._data_fingerprint = data_fingerprint
         values = {name: value for name, value in config.recorded().items() if value is not None}
         text = f"# From the recipe {printable(config.run.recipe)}. `--recipe` accepts this file.\n{tomli_w.dumps(values)}"

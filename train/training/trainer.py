@@ -19,6 +19,7 @@ from ..data.stream.batches import MicroBatch
 from ..evaluation.analysis import analyze
 from ..evaluation.evaluate import evaluate
 from ..methods import METHODS
+from ..methods.method import StageData
 from ..model.model import build_model, save_model
 from ..model.sync_batch_norm import convert_sync_batch_norm
 from ..trained import describe
@@ -80,12 +81,12 @@ class Trainer:
         if rank := distributed.rank():
             # For dropout; the weights are those of rank 0. The CPU's generator reads the low 32 bits of a seed only.
             torch.manual_seed(config.run.seed + 1_000_003 * rank)
-        self.batches = make_batches(config, data, self.method, self.device)
+        self.batches = make_batches(config, data, self.method.stages[0], 0, self.device)
         self.features: Callable[[Tensor], Tensor] = self.model.features
         if config.runtime.compile:
             self.features = CompiledFeatures(self.model, self.batches.micro_batch_sizes())
-        self.steps_per_epoch = len(self.batches.sizes)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.runtime.precision == "fp16")
+        self.stage_data = StageData(self.training_features, self.validation_features)
         self.images = 0  # image passes so far
         self.input_seconds = 0.0  # time spent waiting for input in this epoch
         self.begin_stage(0)
@@ -128,6 +129,11 @@ class Trainer:
         folder.write(model_file, lambda path: save_model(path, self.model, self.data.class_names, details))
         folder.append_record(self._result())
         folder.save_checkpoint(self.state_dict)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of steps in an epoch of this stage."""
+        return len(self.batches.sizes)
 
     def step(self) -> Tensor:
         """Take one step on the next mini-batch of both streams; return this process's estimate of the loss."""
@@ -173,19 +179,25 @@ class Trainer:
         self.stage, self.epoch, self.step_of_epoch, self.lr = stage, 0, 0, config.optim.lr
         self.loss_sums: dict[str, Tensor] = {}  # sums over the steps of this epoch
         self.graphed: GraphedSteps | None = None  # frees the memory of the previous stage's graph
-        if stage == len(self.method.stages):
+        stages = self.method.stages
+        if stage == len(stages):
+            self.method.finish(self.model, self.stage_data)
             return
-        self.method.begin_stage(stage, self.model, self.training_features)
+        if stage and not stages[stage].same_samples(stages[stage - 1]):
+            self.batches = make_batches(config, self.data, stages[stage], stage, self.device)
+        self.method.begin_stage(stage, self.model, self.stage_data)
         self.model.train()
+        self.model.freeze_features(stages[stage].frozen_features)
         self.training_model = TrainingModel(
             self.model, self.method, self.features, split_batch_norm=config.model.batch_norm == "split"
         )
         if distributed.is_initialized():  # also broadcasts the weights of rank 0
             self.training_model = nn.parallel.DistributedDataParallel(self.training_model)
-        self.optimizer = make_optimizer(self.model, config)
-        factor = lr_schedule(config.optim, self.method.stages[stage].epochs, self.steps_per_epoch)
+        self.optimizer = make_optimizer(self.model, config, self.method.parameters_without_decay)
+        factor = lr_schedule(config.optim, stages[stage].epochs, self.steps_per_epoch)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.graphed = graphed_steps(self)
+        self.method.begin_epoch(stage, 0, self.model)
 
     def end_epoch(self) -> Record:
         """Move to the next epoch and return the record of the finished one, with its mean losses."""
@@ -194,10 +206,11 @@ class Trainer:
         means = dict(zip(names, (sums / self.step_of_epoch).tolist(), strict=True))
         if not math.isfinite(means["loss"]):
             raise Diverged(f"the loss is {means['loss']}; a lower --lr or a longer --warmup-epochs may help")
-        self.method.end_epoch(self.model, self.training_features)
+        self.method.end_epoch(self.model, self.stage_data)
         for total in self.loss_sums.values():
             total.zero_()
         self.epoch, self.step_of_epoch, self.input_seconds = self.epoch + 1, 0, 0.0
+        self.method.begin_epoch(self.stage, self.epoch, self.model)
         record = {"event": "epoch", "method": self.name, "stage": self.stage + 1, "epoch": self.epoch}
         return record | {"images": self.images, "lr": self.lr} | means | self.method.describe(self.model.head)
 
@@ -235,6 +248,16 @@ class Trainer:
         self.model.train()
         return features, self.batches.y
 
+    @torch.no_grad()
+    def validation_features(self) -> tuple[Tensor, Tensor] | None:
+        """Return the features of the validation samples and their classes; None without a validation split."""
+        if self.data.x_val is None or self.data.y_val is None:
+            return None
+        self.model.eval()
+        features = torch.cat([self.model.features(x.to(self.device)) for x in self.data.x_val.split(500)])
+        self.model.train()
+        return features, self.data.y_val.to(self.device)
+
     def synchronize(self) -> None:
         """Wait until the GPU has finished all work, before a clock is read."""
         if self.device.type == "cuda":
@@ -245,6 +268,8 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         load_trainer_state(self, state)
+        if self.stage < len(self.method.stages):
+            self.method.begin_epoch(self.stage, self.epoch, self.model)
         if self.graphed:
             self.graphed = GraphedSteps(self)  # a graph would keep adding to the old loss sums
 

@@ -38,7 +38,7 @@ class TrainingModel(nn.Module):
             features = self.features(x)
         if self.model.feature_transfer is not None:
             features = self.model.feature_transfer(features, num_balanced, transfer_uniforms)
-        return self.method.losses(self.model.head, features, y, num_balanced)
+        return self.method.training_losses(self.model, x, features, y, num_balanced)
 
 
 class CompiledFeatures:

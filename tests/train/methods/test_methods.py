@@ -37,7 +37,8 @@ def test_every_name_has_a_method_and_a_title() -> None:
 def test_each_method_trains_on_as_many_samples_and_learns(name: str, features: Dataset) -> None:
     config = CONFIG.replace(stage1_epochs=4, stage2_epochs=4)
     trainer = Trainer(name, config, features)
-    assert trainer.method.split_batch(12, 48) == DRAWS.get(name, DRAWS["gist"] if "gist" in name else (0, 60))
+    expected = DRAWS.get(name, DRAWS["gist"] if "gist" in name else (0, 60))
+    assert {stage.split(12, 48) for stage in trainer.method.stages} == {expected}
     records = finish(trainer)
     per_epoch = sum(map(sum, trainer.batches.sizes))
     assert [record["images"] for record in records] == [per_epoch * n for n in range(1, len(records) + 1)]

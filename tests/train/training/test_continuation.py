@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+import torch
 
 from train.__main__ import main
 from train.config import Config, ConfigError
@@ -94,10 +95,10 @@ def test_other_options_are_refused_where_a_run_would_not_continue_exactly(
     config = before.replace(**change)
     if refused:
         with pytest.raises(ConfigError) as error:
-            continued(config, file, saved)
+            continued(config, file, saved, torch.ones(5))
         assert refused in str(error.value)
         return
-    assert continued(config, file, saved) == config
+    assert continued(config, file, saved, torch.ones(5)) == config
     if finished:  # moved back to the end of the last epoch
         assert saved["training"]["position"] == {"stage": 0, "epoch": 8, "step_of_epoch": 0}
         assert saved["records"] == []
@@ -121,6 +122,6 @@ def test_a_run_on_auto_goes_on_where_auto_is_the_same_device(tmp_path: Path) -> 
             continue
         if is_refused:
             with pytest.raises(ConfigError, match="--device: expected 'cuda'"):
-                continued(config, file, saved)
+                continued(config, file, saved, torch.ones(5))
         else:
-            assert continued(config, file, saved) == config
+            assert continued(config, file, saved, torch.ones(5)) == config

@@ -105,7 +105,7 @@ def test_a_resumed_run_shows_each_epoch_once(feature_file: Path, tmp_path: Path)
 
     folder = Stopped(config)
     folder.path.mkdir()
-    folder.open(config, data.fingerprint())
+    folder.open(config, data)
     with Display(console, 1, 0) as display, pytest.raises(InterruptedError):
         train_methods(config, data, folder, FirstStages(tmp_path, config, ""), display, None)
     assert len(check(tmp_path / "r", "gist")["loss"]) == 3

@@ -73,6 +73,7 @@ class Batches:
         transfer_generator: draws `MicroBatch.transfer_uniforms`. It is separate, so that they do not change other draws.
         micro_batches: the indices of this process's micro-batches, and the number of all micro-batches of a step.
         ahead: prepare the next step in a thread while the current one is in use. The draws are the same.
+        subset: the indices of the samples that the streams draw from; all samples if None.
     """
 
     def __init__(
@@ -87,7 +88,9 @@ class Batches:
         transfer_generator: torch.Generator,
         micro_batches: tuple[range, int] = (range(1), 1),
         ahead: bool = False,
+        subset: Tensor | None = None,
     ) -> None:
+        self.subset = subset
         self.x, self.y, self.random, self.balanced, self.sizes = x, y, random, balanced, sizes
         self.augment, self.generator, self.transfer_generator = augment, generator, transfer_generator
         self.local_indices, self.num_micro_batches = micro_batches
@@ -133,6 +136,7 @@ class Batches:
         num_balanced, num_random = self.sizes[self._drawn % len(self.sizes)]
         self._drawn += 1
         indices = torch.cat([self.balanced.take(num_balanced), self.random.take(num_random)])
+        indices = indices if self.subset is None else self.subset[indices]
         return {
             "indices": indices,
             "numbers": torch.rand(len(indices), NUM_UNIFORMS, generator=self.generator),
