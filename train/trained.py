@@ -13,7 +13,7 @@ from .config import Config
 from .data.dataset import Dataset
 from .methods import METHODS
 from .methods.method import Method
-from .model.model import Model, network_of, read_model_file
+from .model.model import Model, head_of, network_of, read_model_file
 from .shot_groups import split_classes
 
 
@@ -83,10 +83,12 @@ def load_trained(path: str | Path) -> TrainedModel:
         prior_strength=description["prior_strength"], num_displacements=num_displacements
     )
     method = METHODS[description["method"]](config, counts)
-    in_features = state["head.centers" if "head.centers" in state else "head.weight"].shape[1]
-    head = method.make_head(in_features, len(counts))
-    if num_displacements:
-        head.add_displacements(num_displacements)  # type: ignore[operator]
+    if "head.centers" in state:
+        head = method.make_head(state["head.centers"].shape[1], len(counts))  # with the random stream's head
+        if num_displacements:
+            head.add_displacements(num_displacements)  # type: ignore[operator]
+    else:
+        head = head_of(description, state)
     model = Model(*network_of(description, state), head, description["backbone"])
     model.load_state_dict(state)
     names = ("shot_groups", "split_rule", "image_size")

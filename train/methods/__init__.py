@@ -20,6 +20,7 @@ from torch import Tensor
 from ..config import Config
 from .gist import Gist
 from .method import Method
+from .oltr import Oltr
 from .one_head import CombinedHead, OneHead
 from .softmax import SoftmaxClassifier
 
@@ -35,6 +36,7 @@ METHODS: dict[str, Callable[[Config, Tensor], Method]] = {
     "gist-mlp": functools.partial(Gist, transform="mlp"),
     "balanced-softmax": functools.partial(SoftmaxClassifier, prior=True),
     "cos-balanced-softmax": functools.partial(SoftmaxClassifier, cosine=True, prior=True),
+    "oltr": Oltr,
 }
 
 #: Groups of methods with the same first stage: a method's name -> the group's name.
@@ -60,4 +62,5 @@ TITLES = {
     "gist-mlp": "GistNet, MLP",
     "balanced-softmax": "balanced softmax",
     "cos-balanced-softmax": "cosine balanced softmax",
+    "oltr": "OLTR",
 }

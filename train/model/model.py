@@ -17,6 +17,7 @@ from gistops.nn import ConstellationClassifier
 from ..data.dataset import Dataset
 from .backbones import make_backbone
 from .feature_transfer import FeatureTransfer
+from .memory_head import MemoryHead
 
 RANDOM_HEAD = ("head.random_", "head.raw_random_")  # tensors of the random stream's head
 TRAINING_ONLY = ("feature_transfer.", "auxiliary.")
@@ -206,6 +207,24 @@ def network_of(
     return normalize, backbone, center
 
 
+def head_of(description: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+    """Return the head of a model file for inference, without its weights."""
+    num_classes = len(description["classes"])
+    if "head.centroids" in state:
+        return MemoryHead(state["head.centroids"].shape[1], num_classes)
+    if "head.centers" not in state:
+        return nn.Linear(state["head.weight"].shape[1], num_classes)
+    num_displacements, in_features = state["head.displacements"].shape
+    hidden = description["hidden_features"] if description["transform"] == "mlp" else None
+    return ConstellationClassifier(
+        in_features,
+        num_classes,
+        num_displacements,
+        transform=description["transform"],
+        hidden_features=hidden,
+    )
+
+
 def load_model(path: str | Path) -> tuple[Model, list[str]]:
     """Load a trained model from `runs/<name>/model-<method>.safetensors`, with the head for inference.
 
@@ -216,20 +235,7 @@ def load_model(path: str | Path) -> tuple[Model, list[str]]:
         ModelFileError: the file is truncated or damaged, or is not from a run.
     """
     description, state = read_model_file(path)
-    names = description["classes"]
-    head: nn.Module
-    if "head.centers" in state:
-        num_displacements, in_features = state["head.displacements"].shape
-        hidden = description["hidden_features"] if description["transform"] == "mlp" else None
-        head = ConstellationClassifier(
-            in_features,
-            len(names),
-            num_displacements,
-            transform=description["transform"],
-            hidden_features=hidden,
-        )
-    else:
-        head = nn.Linear(state["head.weight"].shape[1], len(names))
+    head = head_of(description, state)
     model = Model(*network_of(description, state), head, description["backbone"])
     model.load_state_dict({name: x for name, x in state.items() if not name.startswith(RANDOM_HEAD)})
-    return model.eval(), names
+    return model.eval(), description["classes"]
