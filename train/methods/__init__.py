@@ -18,7 +18,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..config import Config
+from .cb_focal import ClassBalancedFocal
+from .focal import Focal
 from .gist import Gist
+from .ldam_drw import LdamDrw
 from .method import Method
 from .oltr import Oltr
 from .one_head import CombinedHead, OneHead
@@ -36,6 +39,9 @@ METHODS: dict[str, Callable[[Config, Tensor], Method]] = {
     "gist-mlp": functools.partial(Gist, transform="mlp"),
     "balanced-softmax": functools.partial(SoftmaxClassifier, prior=True),
     "cos-balanced-softmax": functools.partial(SoftmaxClassifier, cosine=True, prior=True),
+    "focal": Focal,
+    "cb-focal": ClassBalancedFocal,
+    "ldam-drw": LdamDrw,
     "oltr": Oltr,
 }
 
@@ -62,5 +68,8 @@ TITLES = {
     "gist-mlp": "GistNet, MLP",
     "balanced-softmax": "balanced softmax",
     "cos-balanced-softmax": "cosine balanced softmax",
+    "focal": "Focal loss",
+    "cb-focal": "CB-Focal",
+    "ldam-drw": "LDAM+DRW",
     "oltr": "OLTR",
 }

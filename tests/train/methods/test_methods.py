@@ -30,6 +30,17 @@ DRAWS = {
     "cos-cs-cb": [(60, 0)] * 2,
     "oltr": [(0, 60), (60, 0)],
 }
+#: One method of each kind.
+RESUMED = (
+    "cos-cs-cb",
+    "gist-mlp",
+    "gist-rotation",
+    "balanced-softmax",
+    "focal",
+    "cb-focal",
+    "ldam-drw",
+    "oltr",
+)
 
 
 def test_every_name_has_a_method_and_a_title() -> None:
@@ -117,7 +128,7 @@ def test_a_balanced_stream_in_any_runs_is_the_samplers(features: Dataset) -> Non
     assert torch.equal(torch.cat(taken), expected)
 
 
-@pytest.mark.parametrize("name", ["cos-cs-cb", "gist-mlp", "gist-rotation", "balanced-softmax", "oltr"])
+@pytest.mark.parametrize("name", RESUMED)
 def test_methods_resume_exactly(name: str, images: Dataset) -> None:
     config = IMAGES.replace(displacement_init="residuals")
     whole = Trainer(name, config, images)
