@@ -14,7 +14,7 @@ import time
 import warnings
 
 from .cli import parse, parse_run, program
-from .commands.ablation import Ablation, ablate
+from .commands.ablation import ablate
 from .commands.doctor import Doctor, examine
 from .commands.features import Features, extract
 from .commands.report import compare
@@ -94,7 +94,7 @@ def dispatch(args: list[str]) -> int:
     # fp16: GradScaler skips a first step that overflows, which is intended.
     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before", UserWarning)
     if args[:1] == ["ablation"]:
-        return ablate(parse(args[1:], Ablation, program("ablation")), console)
+        return ablate(args[1:], console)
     if rank() and args[:1] in (["report"], ["doctor"], ["features"]):
         return 0  # rank 0 alone runs these commands
     if args[:1] == ["report"]:

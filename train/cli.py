@@ -86,11 +86,16 @@ def _check_repeated(args: list[str], config: Sections) -> None:
     Of other options the last one counts, so that a script's options can be overridden.
     """
     lists = [name for name, value in {**vars(config), **config.options()}.items() if isinstance(value, tuple)]
-    given = [word.partition("=")[0].replace("_", "-") for word in args]
     for name in lists:
-        flag = f"--{name.replace('_', '-')}"
-        if (times := given.count(flag)) > 1:
+        if (times := times_given(name, args)) > 1:
+            flag = f"--{name.replace('_', '-')}"
             raise ConfigError(name, f"all values after one {flag}", f"{times} times {flag}")
+
+
+def times_given(option: str, args: list[str]) -> int:
+    """Return how many times a command line's words give an option."""
+    given = [word.partition("=")[0].replace("_", "-") for word in args]
+    return given.count(f"--{option.replace('_', '-')}")
 
 
 def data_name(data: str) -> str:

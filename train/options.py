@@ -47,6 +47,11 @@ class Mark(enum.Flag):
     """Identifies a run, so that an ablation cannot vary it."""
 
 
+def label(options: dict[str, Any]) -> str:
+    """Return options and their values as text, such as `num-displacements=8, displacement-lr=0.1`."""
+    return ", ".join(f"{name.replace('_', '-')}={value}" for name, value in options.items())
+
+
 def option(default: Any, marks: Mark) -> Any:
     """A dataclass field with a default and marks."""
     return field(default=default, metadata={"marks": marks})

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 
 from train.__main__ import main
-from train.commands.ablation import spread, table, usage
-from train.config import Config
 
 SHORT = "--stage1-epochs 1 --stage2-epochs 1 --classes-per-batch 3 --batch-size 50 --device cpu"
 
@@ -59,22 +57,6 @@ def test_changed_options_are_refused(
     assert "--seeds: expected at least one seed, each once, got (0, 1, 1)" in capsys.readouterr().err
 
 
-def test_cells_of_the_table() -> None:
-    assert spread([0.5, 0.6]) == "55.0 ± 7.1"
-    assert spread([0.5]) == "50.0"
-    assert spread([0.5, None]) == "–"
-    assert usage([{"slot_usage": [0.75, 0.25]}, {"slot_usage": [0.25, 0.75]}]) == "50 / 50"
-    assert usage([{"slot_usage": [1.0]}, {}]) == ""
-    one = {
-        "method": "plain",
-        "images": 7,
-        "accuracy": dict.fromkeys(("overall", "many", "medium", "few"), 0.5),
-    }
-    text = table({"": {0: [one]}}, Config().replace(data="somewhere/file.npz"))
-    assert "data file.npz" in text
-    assert text.splitlines()[-1] == "| plain softmax | 50.0 | 50.0 | 50.0 | 50.0 |  | 7 |"
-
-
 def test_values_and_seeds_of_earlier_commands_stay_in_the_table(
     feature_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,3 +84,55 @@ def test_values_and_seeds_of_earlier_commands_stay_in_the_table(
     (tmp_path / "empty").mkdir()
     assert main(["report", str(tmp_path / "empty"), "--out", str(page)]) == 2
     assert "--folders: expected folders of finished runs" in capsys.readouterr().err
+
+
+def test_a_table_of_the_paper_trains_its_rows_once_in_its_order(
+    feature_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Figures take most of the time of so many short runs.
+    monkeypatch.setattr("train.run.write_report", lambda *_: None)
+    monkeypatch.setattr("train.training.trainer.analyze", lambda *_: {})
+    args = f"ablation --recipe features --data {feature_file} --runs {tmp_path} --name t {SHORT} --seeds 0".split()
+    assert main([*args, "--methods", "balanced-softmax", "plain"]) == 0
+    model = tmp_path / "t" / "seed-0" / "model-plain.safetensors"
+    written = model.stat().st_mtime_ns
+    assert main([*args, "--table", "3"]) == 0
+    assert model.stat().st_mtime_ns == written, "a finished method was trained again"
+    text = (tmp_path / "t" / "table.md").read_text()
+    assert text in capsys.readouterr().out
+    methods, _, _ = text.partition("Other scores")
+    assert [line.split(" | ")[0] for line in methods.splitlines() if line.startswith("| ")][1:] == [
+        "| plain softmax",
+        "| COS+CB",
+        "| COS+CS+CB",
+        "| GistNet (COS+CS+GIST)",
+        "| COS+GIST",
+        "| w/v combined",
+        "| GistNet, rotation",
+        "| GistNet, MLP",
+        "| GistNet (COS+CS+GIST), m = 2",
+        "| GistNet (COS+CS+GIST), m = 8",
+        "| GistNet (COS+CS+GIST), m = 16",
+        "| balanced softmax",  # of the run without --table
+    ]
+    for m, slots in ((2, 3), (8, 9), (16, 17)):
+        (found,) = results_of(tmp_path / "t" / f"num-displacements={m}" / "seed-0")
+        assert (found["method"], len(found["slot_usage"])) == ("gist", slots)
+    models = {path: path.stat().st_mtime_ns for path in (tmp_path / "t").rglob("model-*.safetensors")}
+    assert len(models) == 12
+    assert main([*args, "--table", "3"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in models} == models
+    assert (tmp_path / "t" / "table.md").read_text() == text
+
+
+@pytest.mark.parametrize(
+    "more", [["--methods", "gist", "plain"], ["--methods=gist"], ["--vary", "lr=0.1,0.2"]]
+)
+def test_a_table_has_rows_of_its_own(
+    more: list[str], feature_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["ablation", "--data", str(feature_file), "--runs", str(tmp_path), "--recipe", "features"]
+    assert main([*args, "--table", "3", *more]) == 2
+    option = more[0].partition("=")[0]
+    assert f"--table: expected no {option} beside it" in capsys.readouterr().err
+    assert not list(tmp_path.glob("features*/"))

@@ -153,9 +153,23 @@ def test_the_table_counts_the_classes_of_each_group(capsys: pytest.CaptureFixtur
         "75.0",
         "–",
         "25.0",
-        "1,234",
+        "rule standard; 1,234 image passes",
     ):
         assert words in table
+
+
+def test_the_table_has_the_methods_first_and_their_image_passes_where_these_differ(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    accuracy = dict.fromkeys(("overall", "many", "medium", "few"), 0.5)
+    results = [
+        {"method": "cos-gist", "images": 1234, "accuracy": accuracy, "accuracy_of": {"both heads": accuracy}},
+        {"method": "plain", "images": 4321, "accuracy": accuracy},
+    ]
+    print_results(Console(width=100, force_terminal=False), results, torch.tensor([500, 5]), "standard")
+    shown = capsys.readouterr().out
+    words = ("COS+GIST ", "1,234", "plain softmax ", "4,321", "COS+GIST: ", "both heads ")
+    assert sorted(words, key=shown.index) == list(words)
 
 
 def test_a_head_alone_on_real_features(tmp_path: Path) -> None:

@@ -47,25 +47,30 @@ def write_page(path: Path, runs: dict[str, list[Record]], title: str, about: str
         runs: name of a run -> its records, as in metrics.jsonl. The "result" records may have an "analysis".
         title, about: the heading and the line below it, as plain text.
     """
-    rows, sections, results = [], [], {}
+    rows: list[Record] = []
+    others: list[Record] = []
+    sections: list[Record] = []
+    results: dict[str, Record] = {}
     for run, records in runs.items():
         for result in (record for record in records if record["event"] == "result"):
             name = TITLES[result["method"]] if len(runs) == 1 else f"{run}: {TITLES[result['method']]}"
             results[name] = result
-            accuracies = {name: result["accuracy"]}
-            accuracies |= {f"{name}: {key}": value for key, value in result.get("accuracy_of", {}).items()}
-            for key, accuracy in accuracies.items():
-                cells = [percent(accuracy[column]) for column in ("overall", *GROUPS)]
-                rows.append({"name": key, "cells": [*cells, f"{result['images']:,}"]})
+            rows.append(_row(name, result["accuracy"], result["images"]))
+            for key, accuracy in result.get("accuracy_of", {}).items():
+                others.append(_row(f"{name}: {key}", accuracy, result["images"]))
             epochs = [r for r in records if r["event"] == "epoch" and r["method"] == result["method"]]
             sections.append({"name": name, **_section(epochs, result.get("analysis"))})
     overview = _embed({"accuracy by size": lambda: figures.accuracy_by_size(results)})
     if overview and (numbers := names.explanation(list(results))):
         overview[0]["caption"] += f". {numbers}"
     html = TEMPLATE.render(
-        title=title, about=about, groups=GROUPS, rows=rows, overview=overview, sections=sections
+        title=title, about=about, groups=GROUPS, rows=rows + others, overview=overview, sections=sections
     )
     path.write_text(html, encoding="utf-8")
+
+
+def _row(name: str, accuracy: Record, images: int) -> Record:
+    return {"name": name, "cells": [*(percent(accuracy[c]) for c in ("overall", *GROUPS)), f"{images:,}"]}
 
 
 def _section(epochs: list[Record], analysis: Record | None) -> Record:

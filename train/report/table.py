@@ -19,23 +19,34 @@ def percent(value: float | None) -> str:
 
 
 def print_results(console: Console, results: list[dict[str, Any]], train_counts: Tensor, rule: str) -> None:
-    """Print the table and, for heads with slots, the slot usage, temperatures and norms of the displacements."""
+    """Print the table: the methods, then other scores of the same models. Below it, print the slot usage, the temperatures and
+    the norms of the displacements of heads with slots."""
     sizes = {
         group: counted(int(mask.sum()), "class", "classes")
         for group, mask in split_classes(train_counts, rule).items()
     }
-    table = Table(title=f"Test accuracy in %, split rule {rule}")
+    passes = {result["images"] for result in results}
+    shared = f"; {passes.pop():,} image passes" if len(passes) == 1 else ""
+    table = Table(title=f"Test accuracy in %, split rule {rule}{shared}")
     table.add_column("", no_wrap=True)
     table.add_column(f"overall\n{counted(len(train_counts), 'class', 'classes')}", justify="right")
     for group in GROUPS:
         table.add_column(f"{group}\n{sizes[group]}", justify="right")
-    table.add_column("image\npasses", justify="right")
+    if not shared:
+        table.add_column("image\npasses", justify="right")
+
+    def add_row(name: str, accuracy: dict[str, float | None], *more: str) -> None:
+        table.add_row(name, *(percent(accuracy[column]) for column in ("overall", *GROUPS)), *more)
+
     for result in results:
-        rows = {TITLES[result["method"]]: result["accuracy"]}
-        rows |= {f"  {name}": accuracy for name, accuracy in result.get("accuracy_of", {}).items()}
-        for name, accuracy in rows.items():
-            shown = (percent(accuracy[column]) for column in ("overall", *GROUPS))
-            table.add_row(name, *shown, "" if name.startswith(" ") else f"{result['images']:,}")
+        more = () if shared else (f"{result['images']:,}",)
+        add_row(TITLES[result["method"]], result["accuracy"], *more)
+    table.add_section()
+    for result in results:
+        if others := result.get("accuracy_of", {}):
+            table.add_row(f"{TITLES[result['method']]}:")
+        for name, accuracy in others.items():
+            add_row(f"  {name}", accuracy)
     console.print(table)
     for result in results:
         if "slot_usage" in result:
