@@ -17,6 +17,7 @@ from .data.dataset import Dataset
 from .files import check_writable, existing_folder
 from .footprint import disk_available, disk_needed, memory_available, memory_needed, try_network
 from .methods import METHODS
+from .methods.lifted import structure_loss
 from .methods.residual_directions import num_residuals
 from .methods.two_stage import TwoStageMethod
 from .model.backbones import BackboneError
@@ -48,12 +49,33 @@ def check_options(config: Config, data: Dataset) -> None:
 def problems_of(config: Config, data: Dataset) -> Iterator[ConfigError]:
     """Yield an error for every option that does not fit the data, this machine or the number of processes."""
     usable = True
-    for check in (_folder, _backbone, _crop, _classes, _devices, _micro_batches, _directions, _precision):
+    for check in (
+        _packages,
+        _folder,
+        _backbone,
+        _crop,
+        _classes,
+        _devices,
+        _micro_batches,
+        _directions,
+        _precision,
+    ):
         found = list(check(config, data))
         yield from found
         usable &= all(isinstance(problem, Doubt) for problem in found)
     if usable:  # otherwise the trial would fail for the same reasons
         yield from _network(config, data)
+
+
+def _packages(config: Config, data: Dataset) -> Iterator[ConfigError]:
+    """Check that the packages are installed that methods need."""
+    if "lifted" not in config.method.methods:
+        return
+    try:
+        structure_loss()
+    except ImportError as error:
+        expected = "pytorch-metric-learning for lifted, which `pip install '.[baselines]'` installs"
+        yield ConfigError("methods", expected, error)
 
 
 def _folder(config: Config, data: Dataset) -> Iterator[ConfigError]:

@@ -21,6 +21,8 @@ MethodName = Literal[
     "focal",
     "cb-focal",
     "ldam-drw",
+    "lifted",
+    "range",
     "oltr",
 ]
 
@@ -32,8 +34,9 @@ class MethodConfig(Section):
     #: Methods to train, all with the same number of image passes. gist is GistNet (COS+CS+GIST in Table 3 of
     #: the paper). cos-cb, cos-cs-cb, cos-gist, gist-combined (w = v), gist-rotation and gist-mlp are the
     #: other rows of that table. plain is a linear softmax classifier. balanced-softmax and
-    #: cos-balanced-softmax add the log prior to the logits in training. oltr answers features from a memory of
-    #: class centroids.
+    #: cos-balanced-softmax add the log prior to the logits in training. lifted and range add a loss of pairs
+    #: of samples to the cross-entropy on the balanced stream; lifted needs `pip install '.[baselines]'`. oltr
+    #: answers features from a memory of class centroids.
     methods: tuple[MethodName, ...] = option(("gist", "plain"), Mark.SECOND_STAGE)
     #: Number of displacements that all classes share; 0 for none.
     num_displacements: int = option(4, Mark.SECOND_STAGE)

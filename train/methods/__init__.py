@@ -22,9 +22,11 @@ from .cb_focal import ClassBalancedFocal
 from .focal import Focal
 from .gist import Gist
 from .ldam_drw import LdamDrw
+from .lifted import LiftedLoss
 from .method import Method
 from .oltr import Oltr
 from .one_head import CombinedHead, OneHead
+from .range_loss import RangeLoss
 from .softmax import SoftmaxClassifier
 
 #: Methods by name; called with the options and the number of training samples of each class, [K].
@@ -42,6 +44,8 @@ METHODS: dict[str, Callable[[Config, Tensor], Method]] = {
     "focal": Focal,
     "cb-focal": ClassBalancedFocal,
     "ldam-drw": LdamDrw,
+    "lifted": LiftedLoss,
+    "range": RangeLoss,
     "oltr": Oltr,
 }
 
@@ -71,5 +75,7 @@ TITLES = {
     "focal": "Focal loss",
     "cb-focal": "CB-Focal",
     "ldam-drw": "LDAM+DRW",
+    "lifted": "Lifted loss",
+    "range": "Range loss",
     "oltr": "OLTR",
 }

@@ -28,6 +28,8 @@ DRAWS = {
     "gist-combined": [(12, 48)] * 2,
     "cos-cb": [(60, 0)] * 2,
     "cos-cs-cb": [(60, 0)] * 2,
+    "lifted": [(60, 0)],
+    "range": [(60, 0)],
     "oltr": [(0, 60), (60, 0)],
 }
 #: One method of each kind.
@@ -39,6 +41,8 @@ RESUMED = (
     "focal",
     "cb-focal",
     "ldam-drw",
+    "lifted",
+    "range",
     "oltr",
 )
 
