@@ -13,7 +13,6 @@ from .config import Config
 from .data.dataset import Dataset
 from .files import existing_folder
 from .methods import METHODS
-from .methods.two_stage import TwoStageMethod
 from .model.backbones import make_backbone
 from .training.input import epoch_step_sizes, local_micro_batches
 from .training.trainer import HALF_PRECISION
@@ -80,15 +79,20 @@ def weights_of(method: str, config: Config, data: Dataset, trial: Trial) -> int:
     return trial.weights + size(head)
 
 
+def teachers_of(method: str, config: Config, data: Dataset, trial: Trial) -> int:
+    """Return the bytes of the weights of the further networks that the training of a method holds."""
+    classes = METHODS[method](config, data.train_counts).teachers
+    return sum(trial.weights + 4 * (trial.features + 1) * count for count in classes)
+
+
 def memory_needed(method: str, config: Config, data: Dataset, trial: Trial) -> int:
     """Estimate the bytes that the training of a method needs on its device, beside the samples."""
     parts = local_micro_batches(config)[1]
     samples = -(-max(map(sum, epoch_step_sizes(config, data))) // parts)
     scores = 2 * 4 * samples * data.num_classes  # and their gradient
     weights = 3 * weights_of(method, config, data, trial)  # with gradients and momentum
-    needed = weights + samples * trial.activations + scores
-    made = METHODS[method](config, data.train_counts)
-    if isinstance(made, TwoStageMethod) and made.num_directions():
+    needed = weights + samples * trial.activations + scores + teachers_of(method, config, data, trial)
+    if METHODS[method](config, data.train_counts).reads_training_features():
         needed += 2 * 4 * len(data.y_train) * trial.features  # all training features, concatenated
     return needed
 
@@ -114,9 +118,9 @@ def memory_available(device: torch.device) -> int | None:
 
 def disk_needed(config: Config, data: Dataset, trial: Trial) -> int:
     """Estimate the bytes of a run's files: a checkpoint and its successor, a first stage, and a model per method."""
-    weights = [weights_of(method, config, data, trial) for method in config.method.methods]
-    checkpoint = 2 * max(weights)  # with momentum
-    return 3 * checkpoint + sum(weights)
+    weights = {method: weights_of(method, config, data, trial) for method in config.method.methods}
+    checkpoints = (2 * own + teachers_of(method, config, data, trial) for method, own in weights.items())
+    return 3 * max(checkpoints) + sum(weights.values())  # a checkpoint has the momentum too
 
 
 def disk_available(config: Config) -> int:

@@ -24,6 +24,7 @@ MethodName = Literal[
     "lifted",
     "range",
     "oltr",
+    "lfme",
 ]
 
 
@@ -36,7 +37,8 @@ class MethodConfig(Section):
     #: other rows of that table. plain is a linear softmax classifier. balanced-softmax and
     #: cos-balanced-softmax add the log prior to the logits in training. lifted and range add a loss of pairs
     #: of samples to the cross-entropy on the balanced stream; lifted needs `pip install '.[baselines]'`. oltr
-    #: answers features from a memory of class centroids.
+    #: answers features from a memory of class centroids. lfme distills networks for the groups of classes into
+    #: one, and has more passes for them.
     methods: tuple[MethodName, ...] = option(("gist", "plain"), Mark.SECOND_STAGE)
     #: Number of displacements that all classes share; 0 for none.
     num_displacements: int = option(4, Mark.SECOND_STAGE)

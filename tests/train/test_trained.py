@@ -31,6 +31,7 @@ ALTERNATIVES = {
     "plain": {"adjusted afterwards"},
     "balanced-softmax": set(),
     "oltr": set(),
+    "lfme": set(),
 }
 
 

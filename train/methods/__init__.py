@@ -22,6 +22,7 @@ from .cb_focal import ClassBalancedFocal
 from .focal import Focal
 from .gist import Gist
 from .ldam_drw import LdamDrw
+from .lfme import Lfme
 from .lifted import LiftedLoss
 from .method import Method
 from .oltr import Oltr
@@ -47,6 +48,7 @@ METHODS: dict[str, Callable[[Config, Tensor], Method]] = {
     "lifted": LiftedLoss,
     "range": RangeLoss,
     "oltr": Oltr,
+    "lfme": Lfme,
 }
 
 #: Groups of methods with the same first stage: a method's name -> the group's name.
@@ -78,4 +80,5 @@ TITLES = {
     "lifted": "Lifted loss",
     "range": "Range loss",
     "oltr": "OLTR",
+    "lfme": "LFME",
 }

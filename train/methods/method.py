@@ -78,6 +78,8 @@ class Method:
     loss_coefficients: dict[str, float]
     #: Names of the head's parameters without weight decay, beside the temperatures.
     parameters_without_decay: tuple[str, ...] = ()
+    #: The numbers of classes of further networks that training holds without gradients, for the estimate of memory.
+    teachers: tuple[int, ...] = ()
 
     def __init__(self, config: Config, counts: Tensor) -> None:
         self.config, self.counts = config, counts
@@ -115,6 +117,10 @@ class Method:
 
     def finish(self, model: Model, data: StageData) -> None:
         """Change the model after the last stage, before it is evaluated and saved."""
+
+    def reads_training_features(self) -> bool:
+        """Return whether the method calls `StageData.training`, for the estimate of memory."""
+        return False
 
     def alternative_scores(self, head: Any, features: Tensor, logits: Tensor) -> dict[str, Tensor]:
         """Return other scores [b, K] that the trained head offers besides its `logits`, by name; they are evaluated too."""

@@ -76,6 +76,9 @@ class TwoStageMethod(Method):
         displacements = self.num_displacements if residuals and self.transform == "translation" else 0
         return max(displacements, options.transfer_directions if self.transfers_features else 0)
 
+    def reads_training_features(self) -> bool:
+        return self.num_directions() > 0
+
     def _follows_residuals(self, head: ConstellationClassifier) -> bool:
         """Return whether displacements follow the residuals. Rotations and MLPs are always trained by gradients."""
         residuals = self.config.displacements.displacement_update == "residuals"
