@@ -39,7 +39,7 @@ def make_batches(config: Config, data: Dataset, stage: Stage, number: int, devic
     classes, samples = config.method.balanced_sizes(data.num_classes)
     sampler = ClassBalancedBatchSampler(
         labels,
-        min(classes, len(labels.unique())),
+        classes if subset is None else min(classes, len(labels.unique())),
         samples,
         seed=seed,
         num_replicas=1,  # all processes draw the batches of one sequence, and each takes its part of a batch
