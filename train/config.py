@@ -163,8 +163,8 @@ class OptimConfig(Section):
     lr_drops: tuple[float, ...] = (0.25, 0.5, 0.75)
     #: Epochs at the start of a stage in which the learning rate grows linearly from 0.
     warmup_epochs: float = 0.0
-    #: Micro-batches per step, to save memory. Gradients are the same, except that batch normalization takes
-    #: its statistics from a micro-batch.
+    #: Micro-batches per step, to save memory. Gradients are the same, except that batch normalization and
+    #: the losses of ldam-drw, lifted, range and oltr depend on the samples of a micro-batch.
     accumulate: int = 1
 
     def __post_init__(self) -> None:

@@ -55,7 +55,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         )
 
 
-@pytest.mark.parametrize("method", ["gist", "plain", "cos-cb", "gist-combined"])
+@pytest.mark.parametrize("method", ["gist", "plain", "cos-cb", "gist-combined", "cb-focal"])
 def test_micro_batches_add_up_to_the_gradients_of_the_step(method: str, features: Dataset) -> None:
     whole = in_float64(method, PLAIN_FEATURES, features)
     parts = in_float64(method, PLAIN_FEATURES.replace(accumulate=4), features)
