@@ -61,7 +61,8 @@ def test_each_method_trains_on_as_many_samples_and_learns(name: str, features: D
     records = finish(trainer)
     per_epoch = sum(map(sum, trainer.batches.sizes))
     assert [record["images"] for record in records] == [per_epoch * n for n in range(1, len(records) + 1)]
-    assert records[-1]["loss"] < records[0]["loss"]
+    last = 5 if name == "ldam-drw" else -1  # the later losses of ldam-drw are weighted
+    assert records[last]["loss"] < records[0]["loss"]
     found = trainer.evaluate()
     assert found["accuracy"]["overall"] > 0.5
     displaced = name.startswith("gist") or name == "cos-cs-cb"
