@@ -164,7 +164,7 @@ class OptimConfig(Section):
     #: Epochs at the start of a stage in which the learning rate grows linearly from 0.
     warmup_epochs: float = 0.0
     #: Micro-batches per step, to save memory. Gradients are the same, except that batch normalization and
-    #: the losses of ldam-drw, lifted, range and oltr depend on the samples of a micro-batch.
+    #: the losses of ldam-drw, lifted, range, oltr and fslwf depend on the samples of a micro-batch.
     accumulate: int = 1
 
     def __post_init__(self) -> None:

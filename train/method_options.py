@@ -23,6 +23,7 @@ MethodName = Literal[
     "ldam-drw",
     "lifted",
     "range",
+    "fslwf",
     "oltr",
     "lfme",
 ]
@@ -38,7 +39,8 @@ class MethodConfig(Section):
     #: cos-balanced-softmax add the log prior to the logits in training. lifted and range add a loss of pairs
     #: of samples to the cross-entropy on the balanced stream; lifted needs `pip install '.[baselines]'`. oltr
     #: answers features from a memory of class centroids. lfme distills networks for the groups of classes into
-    #: one, and has more passes for them.
+    #: one, and has more passes for them. fslwf trains on the many-shot classes, generates the weights of the
+    #: others, and has fewer passes.
     methods: tuple[MethodName, ...] = option(("gist", "plain"), Mark.SECOND_STAGE)
     #: Number of displacements that all classes share; 0 for none.
     num_displacements: int = option(4, Mark.SECOND_STAGE)

@@ -30,6 +30,7 @@ ALTERNATIVES = {
     "cos-cs-cb": {"centers alone"},
     "plain": {"adjusted afterwards"},
     "balanced-softmax": set(),
+    "fslwf": set(),
     "oltr": set(),
     "lfme": set(),
 }

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..config import Config
 from .cb_focal import ClassBalancedFocal
 from .focal import Focal
+from .fslwf import Fslwf
 from .gist import Gist
 from .ldam_drw import LdamDrw
 from .lfme import Lfme
@@ -47,6 +48,7 @@ METHODS: dict[str, Callable[[Config, Tensor], Method]] = {
     "ldam-drw": LdamDrw,
     "lifted": LiftedLoss,
     "range": RangeLoss,
+    "fslwf": Fslwf,
     "oltr": Oltr,
     "lfme": Lfme,
 }
@@ -79,6 +81,7 @@ TITLES = {
     "ldam-drw": "LDAM+DRW",
     "lifted": "Lifted loss",
     "range": "Range loss",
+    "fslwf": "FSLwF",
     "oltr": "OLTR",
     "lfme": "LFME",
 }

@@ -48,6 +48,9 @@ class Oltr(Method):
         head.centroids.data.copy_(class_means(*data.training(), linear.out_features))
         model.head = head
 
+    def reads_training_features(self) -> bool:
+        return self.stages[1].epochs > 0
+
     def losses(
         self, head: nn.Module, features: Tensor, labels: Tensor, num_balanced: int
     ) -> dict[str, Tensor]:

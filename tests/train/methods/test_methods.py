@@ -30,6 +30,7 @@ DRAWS = {
     "cos-cs-cb": [(60, 0)] * 2,
     "lifted": [(60, 0)],
     "range": [(60, 0)],
+    "fslwf": [(0, 60), (60, 0)],
     "oltr": [(0, 60), (60, 0)],
 }
 #: One method of each kind.
@@ -43,6 +44,7 @@ RESUMED = (
     "ldam-drw",
     "lifted",
     "range",
+    "fslwf",
     "oltr",
 )
 #: The methods whose stages all use all samples; test_lfme.py tests the other one.
