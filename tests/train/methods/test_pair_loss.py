@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from train.__main__ import main
 from train.checks import problems_of
@@ -145,6 +146,13 @@ def test_features_that_are_not_trained_have_the_cross_entropy_alone(name: str, s
     x, y, head = torch.randn(20, 6), torch.randint(8, (20,)), nn.Linear(6, 8)
     loss = make(name).losses(head, x, y, 20)["loss_balanced"]
     torch.testing.assert_close(loss, F.cross_entropy(head(x), y))
+
+
+def test_no_shape_or_value_of_the_range_loss_depends_on_the_samples() -> None:
+    with FakeTensorMode():  # raises where the host would read a value, which a CUDA graph does not allow
+        x, y, head = torch.randn(32, 6, requires_grad=True), torch.randint(8, (32,)), nn.Linear(6, 8)
+        make("range").losses(head, x, y, 32)["loss_balanced"].backward()
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("name", NAMES)
