@@ -161,7 +161,8 @@ class OptimConfig(Section):
     #: Positions of the drops of the step schedule, as fractions of the stage. The default is the paper's:
     #: after epochs 15, 30 and 45 of 60.
     lr_drops: tuple[float, ...] = (0.25, 0.5, 0.75)
-    #: Epochs at the start of a stage in which the learning rate grows linearly from 0.
+    #: Epochs at the start of a stage in which the learning rate grows linearly from 0; not in the second stage of
+    #: crt and lws.
     warmup_epochs: float = 0.0
     #: Micro-batches per step, to save memory. Gradients are the same, except that batch normalization and
     #: the losses of ldam-drw, lifted, range, oltr and fslwf depend on the samples of a micro-batch.

@@ -26,6 +26,10 @@ MethodName = Literal[
     "fslwf",
     "oltr",
     "lfme",
+    "ncm",
+    "crt",
+    "tau-norm",
+    "lws",
 ]
 
 
@@ -33,14 +37,15 @@ MethodName = Literal[
 class MethodConfig(Section):
     """The methods, and the two streams of samples that they train on."""
 
-    #: Methods to train, all with the same number of image passes. gist is GistNet (COS+CS+GIST in Table 3 of
-    #: the paper). cos-cb, cos-cs-cb, cos-gist, gist-combined (w = v), gist-rotation and gist-mlp are the
-    #: other rows of that table. plain is a linear softmax classifier. balanced-softmax and
+    #: Methods to train, all with the same number of image passes, except lfme, fslwf, crt and lws. gist is GistNet, which
+    #: is COS+CS+GIST in Table 3 of the paper. cos-cb, cos-cs-cb, cos-gist, gist-combined (w = v), gist-rotation
+    #: and gist-mlp are the other rows of that table. plain is a linear softmax classifier. balanced-softmax and
     #: cos-balanced-softmax add the log prior to the logits in training. lifted and range add a loss of pairs
     #: of samples to the cross-entropy on the balanced stream; lifted needs `pip install '.[baselines]'`. oltr
     #: answers features from a memory of class centroids. lfme distills networks for the groups of classes into
     #: one, and has more passes for them. fslwf trains on the many-shot classes, generates the weights of the
-    #: others, and has fewer passes.
+    #: others, and has fewer passes. ncm, crt, tau-norm and lws replace the classifier of plain after its training;
+    #: crt and lws train the new one.
     methods: tuple[MethodName, ...] = option(("gist", "plain"), Mark.SECOND_STAGE)
     #: Number of displacements that all classes share; 0 for none.
     num_displacements: int = option(4, Mark.SECOND_STAGE)
@@ -123,8 +128,15 @@ class BaselineConfig(Section):
     #: γ of cb-focal, which weighs the logarithm of a probability p by (1 − p)^γ. The authors' scripts have 1 for
     #: CIFAR-10 and 0.5 for iNaturalist 2018.
     cb_focal_gamma: float = 1.0
+    #: crt: epochs of the new classifier: 10 for ImageNet-LT and Places-LT, 30 for iNaturalist 2018.
+    crt_epochs: int = 10
+    #: tau-norm: the exponent t of ‖w‖^t, by which weights are divided. If not given, the best one of 0, 0.1, …, 2
+    #: on the validation samples (see --hold-out), or 0.7 if there are none.
+    tau_norm: float | None = None
 
     def __post_init__(self) -> None:
         self._expect_at_least(0, "cb_focal_gamma")
         valid = 0 <= self.class_balanced_beta < 1
         self._expect("class_balanced_beta", valid, "at least 0 and below 1")
+        self._expect_at_least(1, "crt_epochs")
+        self._expect_at_least(0, "tau_norm")

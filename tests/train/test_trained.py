@@ -33,6 +33,10 @@ ALTERNATIVES = {
     "fslwf": set(),
     "oltr": set(),
     "lfme": set(),
+    "ncm": set(),
+    "crt": set(),
+    "tau-norm": set(),
+    "lws": set(),
 }
 
 

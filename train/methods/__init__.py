@@ -19,17 +19,21 @@ from torch import Tensor
 
 from ..config import Config
 from .cb_focal import ClassBalancedFocal
+from .crt import ClassifierRetraining
 from .focal import Focal
 from .fslwf import Fslwf
 from .gist import Gist
 from .ldam_drw import LdamDrw
 from .lfme import Lfme
 from .lifted import LiftedLoss
+from .lws import WeightScaling
 from .method import Method
+from .ncm import NearestClassMean
 from .oltr import Oltr
 from .one_head import CombinedHead, OneHead
 from .range_loss import RangeLoss
 from .softmax import SoftmaxClassifier
+from .tau_norm import TauNormalized
 
 #: Methods by name; called with the options and the number of training samples of each class, [K].
 METHODS: dict[str, Callable[[Config, Tensor], Method]] = {
@@ -51,11 +55,19 @@ METHODS: dict[str, Callable[[Config, Tensor], Method]] = {
     "fslwf": Fslwf,
     "oltr": Oltr,
     "lfme": Lfme,
+    "ncm": NearestClassMean,
+    "crt": ClassifierRetraining,
+    "tau-norm": TauNormalized,
+    "lws": WeightScaling,
 }
 
 #: Groups of methods with the same first stage: a method's name -> the group's name.
 FIRST_STAGES = {
     "plain": "plain",
+    "ncm": "plain",
+    "crt": "plain",
+    "tau-norm": "plain",
+    "lws": "plain",
     "cos-gist": "cos-gist",
     "gist": "cos-gist",
     "gist-rotation": "cos-gist",
@@ -84,4 +96,8 @@ TITLES = {
     "fslwf": "FSLwF",
     "oltr": "OLTR",
     "lfme": "LFME",
+    "ncm": "Decoupling, NCM",
+    "crt": "Decoupling, cRT",
+    "tau-norm": "Decoupling, τ-normalized",
+    "lws": "Decoupling, LWS",
 }

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..config import Config, OptimConfig
+from ..methods.method import Stage
 from ..model.model import Model
 
 #: The head's parameters that have the displacements' learning rate and weight decay.
@@ -61,16 +62,19 @@ def parameter_groups(
     return list(groups.values())
 
 
-def lr_schedule(optim: OptimConfig, epochs: int, steps_per_epoch: int) -> Callable[[int], float]:
-    """Return a function from the step of a stage to the factor of the learning rate."""
+def lr_schedule(optim: OptimConfig, stage: Stage, steps_per_epoch: int) -> Callable[[int], float]:
+    """Return a function from the step of a stage to the factor of the learning rate.
+
+    Stages with frozen features have no warm-up: they are short, and a linear layer needs none.
+    """
+    warmup_steps = 0 if stage.frozen_features else optim.warmup_epochs * steps_per_epoch
 
     def factor(step: int) -> float:
-        progress = step / max(1, epochs * steps_per_epoch)
+        progress = step / max(1, stage.epochs * steps_per_epoch)
         if optim.schedule == "cosine":
             value = 0.5 * (1 + math.cos(math.pi * progress))
         else:
             value = 0.1 ** sum(progress >= drop for drop in optim.lr_drops)
-        warmup_steps = optim.warmup_epochs * steps_per_epoch
         return value * min(1.0, (step + 1) / warmup_steps) if warmup_steps else value
 
     return factor

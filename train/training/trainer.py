@@ -122,8 +122,10 @@ class Trainer:
                 self._stop_if_requested(folder)
             if self.stage == 0:
                 first_stages.save(self, folder.records)
+            self._stop_if_requested(
+                folder
+            )  # before the method changes the model, so that a resumed run repeats it
             self.begin_stage(self.stage + 1)
-        self._stop_if_requested(folder)
         model_file = f"model-{self.name}.safetensors"
         details = describe(self.name, self.config, self.data)
         folder.write(model_file, lambda path: save_model(path, self.model, self.data.class_names, details))
@@ -194,7 +196,7 @@ class Trainer:
         if distributed.is_initialized():  # also broadcasts the weights of rank 0
             self.training_model = nn.parallel.DistributedDataParallel(self.training_model)
         self.optimizer = make_optimizer(self.model, config, self.method.parameters_without_decay)
-        factor = lr_schedule(config.optim, stages[stage].epochs, self.steps_per_epoch)
+        factor = lr_schedule(config.optim, stages[stage], self.steps_per_epoch)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.graphed = graphed_steps(self)
         self.method.begin_epoch(stage, 0, self.model)

@@ -32,6 +32,8 @@ DRAWS = {
     "range": [(60, 0)],
     "fslwf": [(0, 60), (60, 0)],
     "oltr": [(0, 60), (60, 0)],
+    "crt": [(0, 60), (60, 0)],
+    "lws": [(0, 60), (60, 0)],
 }
 #: One method of each kind.
 RESUMED = (

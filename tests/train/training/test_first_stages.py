@@ -12,7 +12,20 @@ from train.__main__ import main
 from train.training.trainer import Trainer
 
 SHORT = "--stage1-epochs 2 --stage2-epochs 2 --classes-per-batch 3 --batch-size 50 --device cpu"
-METHODS = ("cos-cb", "cos-cs-cb", "cos-gist", "gist", "gist-rotation", "gist-mlp", "gist-combined", "plain")
+METHODS = (
+    "cos-cb",
+    "cos-cs-cb",
+    "cos-gist",
+    "gist",
+    "gist-rotation",
+    "gist-mlp",
+    "gist-combined",
+    "plain",
+    "ncm",
+    "crt",
+    "tau-norm",
+    "lws",
+)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -42,7 +55,7 @@ def test_each_method_comes_to_the_bits_of_a_run_of_its_own(
     kind: str, image_file: Path, feature_file: Path, tmp_path: Path, steps: dict[tuple[str, int], int]
 ) -> None:
     file, recipe = (feature_file, "features") if kind == "features" else (image_file, "smoke")
-    methods = METHODS if kind == "features" else ("cos-gist", "gist")
+    methods = METHODS if kind == "features" else ("cos-gist", "gist", "plain", "crt")
     args = f"--recipe {recipe} --data {file} --num-classes 5 --runs {tmp_path} {SHORT}".split()
     assert main([*args, "--name", "all", "--methods", *methods]) == 0
     first = {name for name, stage in steps if stage == 0}

@@ -16,6 +16,7 @@ from torch import Tensor
 from train.__main__ import main
 from train.config import OptimConfig
 from train.data.dataset import Dataset
+from train.methods.method import Stage
 from train.training.input import epoch_step_sizes
 from train.training.optim import lr_schedule
 from train.training.trainer import Diverged, Trainer
@@ -139,14 +140,17 @@ def test_steps_of_an_epoch(images: Dataset) -> None:
 
 def test_schedules() -> None:
     step = lr_schedule(
-        OptimConfig(schedule="step", lr_drops=(0.25, 0.5, 0.75)), epochs=60, steps_per_epoch=10
+        OptimConfig(schedule="step", lr_drops=(0.25, 0.5, 0.75)), Stage("", 60, "both"), steps_per_epoch=10
     )
     for epoch, power in ((0, 0), (14, 0), (15, 1), (29, 1), (30, 2), (45, 3), (59, 3)):
         assert step(epoch * 10) == pytest.approx(0.1**power)
-    cosine = lr_schedule(OptimConfig(schedule="cosine", warmup_epochs=2), epochs=20, steps_per_epoch=5)
+    optim = OptimConfig(schedule="cosine", warmup_epochs=2)
+    cosine = lr_schedule(optim, Stage("", 20, "random"), steps_per_epoch=5)
     assert [cosine(i) for i in range(3)] == pytest.approx([0.1, 0.2, 0.3], rel=0.01)
     assert cosine(50) == pytest.approx(0.5)
     assert cosine(100) == pytest.approx(0.0)
+    frozen = lr_schedule(optim, Stage("", 4, "balanced", frozen_features=True), steps_per_epoch=5)
+    assert [frozen(i) for i in (0, 10)] == pytest.approx([1, 0.5])
 
 
 def test_a_loss_that_is_no_number_stops_the_run(features: Dataset) -> None:
