@@ -42,7 +42,8 @@ class Lfme(Method):
     gradients; these passes are not counted. A group with fewer than two classes has no expert: it could teach nothing.
 
     Accuracies are those on the validation split. If the data has none, or if it lacks a group, they are those on the
-    training samples without augmentation.
+    training samples without augmentation. The student soon knows its training samples, so that the distillation then
+    fades within a few epochs.
     """
 
     def __init__(self, config: Config, counts: Tensor) -> None:
