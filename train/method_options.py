@@ -53,6 +53,13 @@ class MethodConfig(Section):
     prior_strength: float = option(1.0, Mark.SECOND_STAGE)
     #: λ in GistNet's loss L = L_random + λ L_balanced.
     balanced_loss_weight: float = 0.5
+    #: Balancing of GistNet's balanced loss. sampling: class-balanced samples, as in the paper. prior: random
+    #: samples, with the log prior added to the logits (balanced softmax), so that each sample trains both
+    #: heads. Not in the paper.
+    balancing: Literal["sampling", "prior"] = option("sampling", Mark.DEPARTURE)
+    #: Start of the centers of cosine heads. random, or means: the class means of the unit features at the start
+    #: of training, for features and pretrained networks. Not in the paper.
+    center_init: Literal["random", "means"] = option("random", Mark.DEPARTURE)
     #: Samples per step from the random stream, over all processes. An epoch is one pass of this stream.
     batch_size: int = 128
     #: Classes per step from the balanced stream. If not given, 32, or all classes if the data has fewer.

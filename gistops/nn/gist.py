@@ -70,7 +70,13 @@ class GistClassifier(ConstellationClassifier):
         return logits
 
     def losses(
-        self, x_balanced: Tensor, y_balanced: Tensor, x_random: Tensor, y_random: Tensor
+        self,
+        x_balanced: Tensor,
+        y_balanced: Tensor,
+        x_random: Tensor,
+        y_random: Tensor,
+        *,
+        balanced_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute the mean cross-entropy of each stream. The class's docstring describes the routing of gradients.
 
@@ -83,6 +89,9 @@ class GistClassifier(ConstellationClassifier):
             y_balanced: classes, [...], int64 or int32; or class probabilities, [..., num_classes], floating-point.
             x_random: features of a random batch, [..., in_features].
             y_random: classes, [...], or class probabilities, [..., num_classes].
+            balanced_bias: added to the logits of the balanced loss, [num_classes], floating-point. With log class
+                frequencies, the balanced loss may take random samples in place of a class-balanced batch, also those of
+                the random stream (balanced softmax; Ren et al., NeurIPS 2020).
 
         Returns:
             (loss_balanced, loss_random), scalars, float32 (float64 for float64); NaN for an empty batch.
@@ -98,7 +107,9 @@ class GistClassifier(ConstellationClassifier):
         balanced = (self.centers, self.displacements.detach(), self.tau)
         random = (self.random_centers, self.displacements, self.random_tau)
         return (
-            self._stream_loss("y_balanced", x_balanced, y_balanced, balanced, _detached(transform)),
+            self._stream_loss(
+                "y_balanced", x_balanced, y_balanced, balanced, _detached(transform), balanced_bias
+            ),
             self._stream_loss("y_random", x_random, y_random, random, transform),
         )
 
@@ -109,14 +120,16 @@ class GistClassifier(ConstellationClassifier):
         target: Tensor,
         tensors: tuple[Tensor, Tensor, Tensor],
         transform: dict[str, Any],
+        bias: Tensor | None = None,
     ) -> Tensor:
         _check_target(name, target, input.shape[:-1], self.num_classes)
         if target.is_floating_point():  # probabilities are as large as the logits, so these may be too
             logits = constellation_logits(input, *tensors, backend=self.backend, **transform)
+            logits = logits if bias is None else logits + bias
             rows, target = logits.reshape(-1, self.num_classes), target.reshape(-1, self.num_classes)
             return F.cross_entropy(rows, target.to(logits.dtype))
         return constellation_cross_entropy(  # type: ignore[return-value]
-            input, *tensors, target, backend=self.backend, **transform
+            input, *tensors, target, class_bias=bias, backend=self.backend, **transform
         )
 
     @torch.inference_mode(False)  # the copy is trainable

@@ -22,22 +22,23 @@ class Stage:
     Args:
         name: the name in progress messages; empty for the only stage of a method.
         epochs: the number of epochs.
-        streams: the streams of samples. Each step has as many samples as a step of both streams.
+        streams: the streams of samples. Each step has as many samples as a step of both streams. shared: random samples,
+            each of which is in both streams.
         classes: the classes whose samples are used, [K] bool; None for all.
         frozen_features: keep the weights and the statistics of everything before the head.
     """
 
     name: str
     epochs: int
-    streams: Literal["both", "balanced", "random"]
+    streams: Literal["both", "balanced", "random", "shared"]
     classes: Tensor | None = None
     frozen_features: bool = False
 
     def split(self, num_balanced: int, num_random: int) -> tuple[int, int]:
         """Return the samples per step from the balanced and the random stream, for a step that could have both."""
         total = num_balanced + num_random
-        sizes = {"both": (num_balanced, num_random), "balanced": (total, 0), "random": (0, total)}
-        return sizes[self.streams]
+        sizes = {"both": (num_balanced, num_random), "balanced": (total, 0)}
+        return sizes.get(self.streams, (0, total))
 
     def same_samples(self, other: Stage) -> bool:
         """Return whether both stages draw from the same streams and classes, so that one continues the other's draws."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..config import Config
 from ..model.memory_head import MemoryHead
 from ..model.model import Model
+from .class_means import class_means
 from .method import Method, Stage, StageData
 
 CENTROID_WEIGHT = 0.01  # λ: the authors' configurations for ImageNet-LT and Places-LT
@@ -89,14 +90,3 @@ def centroid_loss(features: Tensor, labels: Tensor, centroids: Tensor) -> Tensor
     pairs = (features - mean).square().sum(1).mean() + (centroids - mean).square().sum(1).mean()
     others = pairs - (features - own).square().sum(1).mean() / len(centroids)
     return attract + REPEL_WEIGHT * F.relu(REPEL_MARGIN - others)
-
-
-def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Return the mean feature of each class, [K, d]; zeros for a class without samples."""
-    sums = features.new_zeros(num_classes, features.shape[1], dtype=torch.float64)
-    for rows in torch.arange(len(labels), device=labels.device).split(
-        4096
-    ):  # float64 of all may not fit into memory
-        sums.index_add_(0, labels[rows], features[rows].double())
-    counts = torch.bincount(labels, minlength=num_classes).clamp(min=1)
-    return (sums / counts[:, None]).to(features.dtype)

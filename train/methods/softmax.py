@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from gistops.nn import ConstellationClassifier
 
 from ..config import Config
-from .method import Method, Stage, describe_constellation
+from ..model.model import Model
+from .class_means import start_from_class_means
+from .method import Method, Stage, StageData, describe_constellation
 
 
 class SoftmaxClassifier(Method):
@@ -34,6 +36,13 @@ class SoftmaxClassifier(Method):
         if self.cosine:
             return ConstellationClassifier(in_features, num_classes, 0, backend=self.backend)
         return nn.Linear(in_features, num_classes)
+
+    def begin_stage(self, stage: int, model: Model, data: StageData) -> None:
+        if isinstance(model.head, ConstellationClassifier) and self.reads_training_features():
+            start_from_class_means([model.head.centers], model, data)
+
+    def reads_training_features(self) -> bool:
+        return self.cosine and self.config.method.center_init == "means"
 
     def losses(
         self, head: nn.Module, features: Tensor, labels: Tensor, num_balanced: int

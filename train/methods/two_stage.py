@@ -14,6 +14,7 @@ from .. import distributed
 from ..config import Config
 from ..model.feature_transfer import FeatureTransfer
 from ..model.model import Model
+from .class_means import start_from_class_means
 from .method import Method, Stage, StageData, describe_constellation
 from .residual_directions import residual_directions
 
@@ -32,14 +33,17 @@ class TwoStageMethod(Method):
 
     transfers_features = False  # whether --transfer-directions applies
     transform: Literal["translation", "rotation", "mlp"] = "translation"
-    streams: Literal["both", "balanced"] = "both"
+    streams: Literal["both", "balanced"] = "both"  # with --balancing sampling
 
     def __init__(self, config: Config, counts: Tensor, *, displacements: bool = True) -> None:
         super().__init__(config, counts)
         self.num_displacements = config.method.num_displacements if displacements else 0
+        shared = self.streams == "both" and config.method.balancing == "prior"
+        streams: Literal["both", "balanced", "shared"] = "shared" if shared else self.streams
+        self.balanced_bias = self.log_prior if shared else None
         self.stages = [
-            Stage("stage 1", config.optim.stage1_epochs, self.streams),
-            Stage("stage 2", config.optim.stage2_epochs, self.streams),
+            Stage("stage 1", config.optim.stage1_epochs, streams),
+            Stage("stage 2", config.optim.stage2_epochs, streams),
         ]
         self.loss_coefficients = {"loss_balanced": config.method.balanced_loss_weight, "loss_random": 1.0}
 
@@ -47,10 +51,16 @@ class TwoStageMethod(Method):
         self, head: GistClassifier, features: Tensor, labels: Tensor, num_balanced: int
     ) -> dict[str, Tensor]:
         (f_b, f_r), (y_b, y_r) = features.tensor_split([num_balanced]), labels.tensor_split([num_balanced])
-        balanced, random = head.losses(f_b, y_b, f_r, y_r)  # the head routes the gradients
+        balanced, random = head.losses(  # the head routes the gradients
+            f_b, y_b, f_r, y_r, balanced_bias=self.balanced_bias
+        )
         return {"loss_balanced": balanced, "loss_random": random}
 
     def begin_stage(self, stage: int, model: Model, data: StageData) -> None:
+        if stage == 0 and self.config.method.center_init == "means":
+            head = constellation(model)
+            random = [head.random_centers] if isinstance(head, GistClassifier) else []
+            start_from_class_means([head.centers, *random], model, data)
         # Without epochs in the second stage, displacements would stay at their random start.
         if stage == 0 or not self.num_displacements or not self.stages[1].epochs:
             return
@@ -77,7 +87,7 @@ class TwoStageMethod(Method):
         return max(displacements, options.transfer_directions if self.transfers_features else 0)
 
     def reads_training_features(self) -> bool:
-        return self.num_directions() > 0
+        return self.num_directions() > 0 or self.config.method.center_init == "means"
 
     def _follows_residuals(self, head: ConstellationClassifier) -> bool:
         """Return whether displacements follow the residuals. Rotations and MLPs are always trained by gradients."""

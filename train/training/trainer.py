@@ -191,7 +191,11 @@ class Trainer:
         self.model.train()
         self.model.freeze_features(stages[stage].frozen_features)
         self.training_model = TrainingModel(
-            self.model, self.method, self.features, split_batch_norm=config.model.batch_norm == "split"
+            self.model,
+            self.method,
+            self.features,
+            split_batch_norm=config.model.batch_norm == "split",
+            shared_streams=stages[stage].streams == "shared",
         )
         if distributed.is_initialized():  # also broadcasts the weights of rank 0
             self.training_model = nn.parallel.DistributedDataParallel(self.training_model)

@@ -19,14 +19,21 @@ class TrainingModel(nn.Module):
         method: the method.
         features: `model.features`, or its compiled form.
         split_batch_norm: pass the streams through the backbone one after the other, so that each has its own statistics.
+        shared_streams: each sample is in both streams.
     """
 
     def __init__(
-        self, model: Model, method: Method, features: Callable[[Tensor], Tensor], split_batch_norm: bool
+        self,
+        model: Model,
+        method: Method,
+        features: Callable[[Tensor], Tensor],
+        *,
+        split_batch_norm: bool,
+        shared_streams: bool,
     ) -> None:
         super().__init__()
         self.model, self.method, self.features = model, method, features
-        self.split_batch_norm = split_batch_norm
+        self.split_batch_norm, self.shared_streams = split_batch_norm, shared_streams
 
     def forward(
         self, x: Tensor, y: Tensor, num_balanced: int, transfer_uniforms: Tensor
@@ -36,6 +43,8 @@ class TrainingModel(nn.Module):
             features = torch.cat([self.features(stream) for stream in streams])
         else:
             features = self.features(x)
+        if self.shared_streams:
+            features, y, num_balanced = features.repeat(2, 1), y.repeat(2), len(y)
         if self.model.feature_transfer is not None:
             features = self.model.feature_transfer(features, num_balanced, transfer_uniforms)
         return self.method.training_losses(self.model, x, features, y, num_balanced)

@@ -166,9 +166,12 @@ class Batches:
             ]
         )
         local_balanced, local_random = last_balanced - first_balanced, last_random - first_random
+        random_share = local_random / max(1, num_random)
         loss_weights = {
-            "loss_balanced": local_balanced / max(1, num_balanced),
-            "loss_random": local_random / max(1, num_random),
+            "loss_balanced": local_balanced / num_balanced
+            if num_balanced
+            else random_share,  # of shared samples
+            "loss_random": random_share,
         }
         return MicroBatchDraw(
             draw["indices"][rows],
