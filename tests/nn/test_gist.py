@@ -115,3 +115,17 @@ def test_second_stage_keeps_the_parameters_of_the_first(cast: str, seed: int) ->
     other.load_state_dict({**head.state_dict(), "displacements": torch.empty(0, D)})
     other.add_displacements(6, generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(other.displacements.to(new.dtype), new)
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_a_bias_of_the_balanced_loss(probabilities: bool, seed: int) -> None:
+    head, (x, y) = spread(GistClassifier(D, K, M, dtype=torch.float64)), batch()
+    x, bias = x.detach().double(), torch.randn(K, dtype=torch.float64)
+    target = torch.rand(len(x), K, dtype=torch.float64).softmax(1) if probabilities else y
+    balanced, random = head.losses(x, target, x, y, balanced_bias=bias)
+    logits = reference_logits(x, head.centers, head.displacements, head.raw_tau)
+    torch.testing.assert_close(balanced, F.cross_entropy(logits + bias, target))
+    torch.testing.assert_close(random, head.losses(x, y, x, y)[1])
+    balanced.backward()
+    assert head.displacements.grad is None
+    assert head.random_centers.grad is None
