@@ -86,7 +86,7 @@ def _notes(paper: PaperTable | None, dataset: str | None) -> list[str]:
         return []
     datasets = paper.datasets()
     known = dataset in datasets
-    missing = f"Paper: no figures, as Table {paper.number} is for {' and '.join(datasets)} and the training data is not."
+    missing = f"Paper: no figures, because its Table {paper.number} is of {' and '.join(datasets)}."
     return [paper.source(str(dataset)) if known else missing, *([paper.note] if paper.note else [])]
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from train.config import Config
+from train.methods import METHODS
 from train.report.markdown import Results, spread, table, usage
-from train.report.paper import DATASETS, TABLES, Row, dataset_of
+from train.report.paper import DATASETS, TABLES, dataset_of
 
 GROUPS = ("overall", "many", "medium", "few")
 CONFIG = Config().replace(data="somewhere/file.npz")
@@ -128,16 +129,24 @@ def test_the_papers_figures_stand_beside_its_rows_in_its_order() -> None:
 def test_other_data_has_the_papers_order_without_its_figures() -> None:
     runs: Results = {"": {0: [result("gist"), result("plain", train_counts=[5, 3])]}}
     text = table(runs, CONFIG, TABLES[3])
-    assert "Paper: no figures, as Table 3 is for ImageNet-LT and the training data is not." in text
+    assert "Paper: no figures, because its Table 3 is of ImageNet-LT." in text
     assert [line.split(" | ")[0] for line in lines_of(text)[1:]] == [
         "| plain softmax",
         "| GistNet (COS+CS+GIST)",
     ]
 
 
-def test_a_row_without_a_method_has_the_papers_figures_alone() -> None:
-    row = Row(None, {"ImageNet-LT": (1.0,)}, title="Decoupling")
-    assert row.shown_title() == "Decoupling"
+def test_the_papers_decoupling_stands_above_its_variants() -> None:
+    more = {"train_counts": counts("Places-LT")}
+    text = table({"": {0: [result(m, 0.4, **more) for m in ("gist", "lws", "ncm")]}}, CONFIG, TABLES[1])
+    assert lines_of(text)[1:] == [
+        "| Decoupling, one of the next four | – | – | – | – | 37.9 |",
+        "| Decoupling, NCM | 40.0 | 40.0 | 40.0 | 40.0 |  |",
+        "| Decoupling, LWS | 40.0 | 40.0 | 40.0 | 40.0 |  |",
+        "| GistNet (COS+CS+GIST) | 40.0 | 40.0 | 40.0 | 40.0 | 39.6 / 42.5 / 40.8 / 32.1 |",
+    ]
+    text = table({"": {0: [result("ncm")]}}, CONFIG, TABLES[2])
+    assert [line.split(" | ")[0] for line in lines_of(text)[1:]] == ["| Decoupling, NCM"]
 
 
 @pytest.mark.parametrize("number", TABLES)
@@ -146,10 +155,12 @@ def test_the_rows_of_each_table(number: int) -> None:
     names = set(Config().options())
     for row in rows:
         assert row.shown_title()
+        assert row.method is None or row.method in METHODS
         assert set(row.options) <= names
         for dataset, figures in row.figures.items():
             assert dataset in DATASETS.values()
             assert len(figures) in (1, 4)
             assert all(0 < figure < 100 for figure in figures)
+    assert rows[0].method == {1: "plain", 2: "cb-focal", 3: "plain"}[number]
     titles = [row.shown_title() for row in rows]
     assert len(set(titles)) == len(titles)
