@@ -15,13 +15,23 @@ from .method import StageData
 ROWS = 4096  # samples per chunk, because all samples in float64 may not fit into memory
 
 
-def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Return the mean feature of each class, [K, d]; zeros for a class without samples."""
+def class_means(
+    features: Tensor, labels: Tensor, num_classes: int, *, origin: Tensor | None = None, unit: bool = False
+) -> Tensor:
+    """Return the mean feature of each class, [K, d] float64; zeros for a class without samples.
+
+    Args:
+        features: the features, [n, d].
+        labels: their classes, [n].
+        num_classes: K.
+        origin: subtracted from the features, [d].
+        unit: normalize the features.
+    """
     sums = features.new_zeros(num_classes, features.shape[1], dtype=torch.float64)
     for rows, classes in zip(features.split(ROWS), labels.split(ROWS), strict=True):
-        sums.index_add_(0, classes, rows.double())
-    counts = torch.bincount(labels, minlength=num_classes).clamp(min=1)
-    return (sums / counts[:, None]).to(features.dtype)
+        wide = rows.double() if origin is None else rows.double() - origin
+        sums.index_add_(0, classes, F.normalize(wide, dim=1) if unit else wide)
+    return sums / torch.bincount(labels, minlength=num_classes).clamp(min=1)[:, None]
 
 
 @torch.no_grad()
@@ -45,5 +55,4 @@ def start_from_class_means(centers: Iterable[Tensor], model: Model, data: StageD
         center.running_var.copy_(raw.var(0, correction=0))
         features = (raw - center.running_mean) * torch.rsqrt(center.running_var + center.eps)
     for tensor in centers:
-        means = class_means(F.normalize(features, dim=1), labels, len(tensor))
-        tensor.copy_(F.normalize(means, dim=1))
+        tensor.copy_(F.normalize(class_means(features, labels, len(tensor), unit=True), dim=1))

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from .. import distributed
 from ..model.model import Model
+from .class_means import class_means
 from .decoupled import Decoupled, set_classifier
 from .method import StageData
-
-ROWS = 10_000  # samples per chunk, because all samples in float64 may not fit into memory
 
 
 class NearestClassMean(Decoupled):
@@ -47,8 +46,5 @@ def class_mean_classifier(features: Tensor, labels: Tensor, num_classes: int) ->
         num_classes: K.
     """
     mean = features.mean(0, dtype=torch.float64)
-    sums = mean.new_zeros(num_classes, len(mean))
-    for rows, classes in zip(features.split(ROWS), labels.split(ROWS), strict=True):
-        sums.index_add_(0, classes, F.normalize(rows.double() - mean, dim=1))
-    centers = F.normalize(sums, dim=1)
+    centers = F.normalize(class_means(features, labels, num_classes, origin=mean, unit=True), dim=1)
     return centers, -centers @ mean

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .class_means import class_means
+
 #: The largest number of samples that are clustered; more samples do not change the directions.
 MAX_SAMPLES = 20_000
 
@@ -48,11 +50,7 @@ def residual_directions(
     from sklearn.cluster import KMeans  # here because the import takes a second, too long for --help
 
     kept = many_shot(counts).to(labels.device)[labels].nonzero().flatten()
-    label = labels[kept]
-    sums = features.new_zeros(len(counts), features.shape[1], dtype=torch.float64)
-    for rows in kept.split(MAX_SAMPLES):  # in chunks, because all samples in float64 may not fit into memory
-        sums.index_add_(0, labels[rows], F.normalize(features[rows].double(), dim=1))
-    means = sums / torch.bincount(label, minlength=len(counts)).clamp(min=1)[:, None]
+    means = class_means(features[kept], labels[kept], len(counts), unit=True)
     sample = kept[:: _stride(len(kept))]
     residuals = F.normalize(F.normalize(features[sample].double(), dim=1) - means[labels[sample]], dim=1)
     if len(residuals) < num:
