@@ -21,10 +21,8 @@ METHODS = (
     "gist-mlp",
     "gist-combined",
     "plain",
-    "ncm",
     "crt",
     "tau-norm",
-    "lws",
 )
 
 
