@@ -52,7 +52,7 @@ class MethodConfig(Section):
     #: Factor of the log prior, where the log prior is added in training or subtracted in evaluation.
     prior_strength: float = option(1.0, Mark.SECOND_STAGE)
     #: λ in GistNet's loss L = L_random + λ L_balanced.
-    balanced_loss_weight: float = 0.5
+    balanced_loss_weight: float = option(0.5, Mark.DEPARTURE)
     #: Balancing of GistNet's balanced loss. sampling: class-balanced samples, as in the paper. prior: random
     #: samples, with the log prior added to the logits (balanced softmax), so that each sample trains both
     #: heads. Not in the paper.
