@@ -137,13 +137,17 @@ def test_the_command_line_overrides_the_recipe() -> None:
 
 
 def test_preset_paper_restores_the_papers_settings() -> None:
+    cifar = parse_run(["--recipe", "cifar100-lt", "--data", "x.npz"])
+    assert cifar.displacements.displacement_update == "residuals"
+    assert cifar.displacements.transfer_directions == 32
+    paper = parse_run(["--recipe", "cifar100-lt", "--data", "x.npz", "--preset", "paper"])
+    assert paper.displacements == DisplacementConfig()
     recipe = parse_run(["--recipe", "features", "--data", "x.npz"])
+    assert (recipe.method.balancing, recipe.method.center_init) == ("prior", "means")
     paper = parse_run(["--recipe", "features", "--data", "x.npz", "--preset", "paper"])
+    assert paper.method == MethodConfig()
     assert recipe.model.center_features
     assert not paper.model.center_features
-    assert recipe.displacements.displacement_update == "residuals"
-    assert recipe.displacements.transfer_directions == 32
-    assert paper.displacements == DisplacementConfig()
     assert (paper.optim, paper.run.preset) == (recipe.optim, "paper")
     mixed = parse_run(["--recipe", "features", "--data", "x.npz", "--preset", "paper", "--center-features"])
     assert mixed.model.center_features
