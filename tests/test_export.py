@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gistops.export
-from gistops.nn import ConstellationClassifier, MaxCosineHead, SubcenterClassifier
+from gistops.nn import ConstellationClassifier, GistClassifier, MaxCosineHead, SubcenterClassifier
 
 HEADS = {
     "constellation": lambda: ConstellationClassifier(24, 53),
@@ -20,6 +20,8 @@ HEADS = {
     "mlp": lambda: ConstellationClassifier(24, 53, transform="mlp"),
     "subcenters": lambda: SubcenterClassifier(24, 53),
     "frozen subcenters": lambda: SubcenterClassifier(24, 53).freeze(),
+    "two heads": lambda: GistClassifier(24, 53).export("both", torch.randn(53)),
+    "frozen two heads": lambda: GistClassifier(24, 53).export("both", torch.randn(53)).freeze(),
 }
 
 

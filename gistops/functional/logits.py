@@ -133,7 +133,7 @@ def constellation_logits(
             transform of `torch.func` other than `vmap`.
     """
     classifier = check_constellation(input, centers, displacements, tau, transform, axis, mlp)
-    return _logits(input, classifier, backend, return_slots, logits_dtype)
+    return checked_logits(input, classifier, backend, return_slots, logits_dtype)
 
 
 def subcenter_logits(
@@ -166,10 +166,10 @@ def subcenter_logits(
         TypeError, ValueError, gistops.BackendUnavailable: as in `constellation_logits`.
     """
     classifier = check_subcenters(input, centers, tau)
-    return _logits(input, classifier, backend, return_slots, logits_dtype)
+    return checked_logits(input, classifier, backend, return_slots, logits_dtype)
 
 
-def _logits(
+def checked_logits(
     input: Tensor,
     classifier: Classifier,
     backend: str | None,
@@ -236,7 +236,7 @@ def frozen_logits(
     """Return logits, and slots, by the `cpu` backend from `center_norms`: the same bits, but not differentiable."""
     # A derivative in forward mode would be zero, and ONNX does not have the op.
     if unsupported_transform() or backends.exporting_to_onnx():
-        return _logits(input, classifier, None, return_slots, logits_dtype)
+        return checked_logits(input, classifier, None, return_slots, logits_dtype)
     dtype = check_logits_dtype(logits_dtype, input, classifier)
     tensors = (t.detach() for t in classifier[:3])
     operator = torch.ops.gistops.frozen_logits.default

@@ -6,6 +6,7 @@ from .gist import GistClassifier
 from .head import MaxCosineHead
 from .prediction import Prediction
 from .subcenter import SubcenterClassifier
+from .two_heads import TwoHeadClassifier
 from .usage import SlotUsage
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "Prediction",
     "SlotUsage",
     "SubcenterClassifier",
+    "TwoHeadClassifier",
 ]

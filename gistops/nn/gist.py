@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..functional import constellation_cross_entropy, constellation_logits
 from .constellation import ConstellationClassifier
 from .temperature import inverse_softplus, positive
+from .two_heads import TwoHeadClassifier
 from .usage import warn_if_zero
 
 
@@ -132,13 +133,43 @@ class GistClassifier(ConstellationClassifier):
             input, *tensors, target, class_bias=bias, backend=self.backend, **transform
         )
 
-    @torch.inference_mode(False)  # the copy is trainable
-    def export(self) -> ConstellationClassifier:
-        """Return the head for inference: a `ConstellationClassifier` with copies of w, δ and τ, without v.
+    @overload
+    def export(
+        self, heads: Literal["balanced"] = "balanced", class_bias: None = None
+    ) -> ConstellationClassifier: ...
 
-        Its logits are those of `forward`, bit for bit. `torch.export.export` accepts it. This method draws no random
-        numbers.
+    @overload
+    def export(self, heads: Literal["both"], class_bias: Tensor | None = None) -> TwoHeadClassifier: ...
+
+    @torch.inference_mode(False)  # the copy is trainable
+    def export(
+        self, heads: Literal["balanced", "both"] = "balanced", class_bias: Tensor | None = None
+    ) -> ConstellationClassifier | TwoHeadClassifier:
+        """Return a head for inference with copies of the parameters.
+
+        By default it is a `ConstellationClassifier` with w, δ and τ, without v. Its logits are those of `forward`, bit for bit.
+        With `heads="both"` it is a `TwoHeadClassifier`, whose logits are `forward(x) + (random_logits(x) + class_bias)`, bit
+        for bit: a prediction takes two passes. `torch.export.export` accepts both. This method draws no random numbers.
+
+        Args:
+            heads: "balanced" or "both".
+            class_bias: for `heads="both"`, added to the logits, [num_classes]; typically the negative log prior, because
+                the random stream has learned the frequencies of the classes.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong kind or does not fit; the message names it.
         """
+        if heads not in ("balanced", "both"):
+            raise ValueError(f"heads: expected 'balanced' or 'both', got {heads!r}")
+        if heads == "both":
+            random = self._copy({"centers": "random_centers", "raw_tau": "raw_random_tau"})
+            return TwoHeadClassifier(self._copy({}), random, class_bias).eval()
+        if class_bias is not None:
+            raise ValueError("class_bias: expected None with heads='balanced'; `predict` takes a class_bias")
+        return self._copy({})
+
+    def _copy(self, names: dict[str, str]) -> ConstellationClassifier:
+        """Return a copy of one stream's head; `names` maps its parameters to those of this module where they differ."""
         head = ConstellationClassifier(
             self.in_features,
             self.num_classes,
@@ -152,7 +183,7 @@ class GistClassifier(ConstellationClassifier):
             backend=self.backend,
         )
         for name, _ in list(head.named_parameters()):
-            parameter = getattr(self, name)
+            parameter = getattr(self, names.get(name, name))
             copy = parameter.detach().clone()
             setattr(head, name, nn.Parameter(copy, requires_grad=parameter.requires_grad))
         return head.eval()

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from gistops.nn import TwoHeadClassifier
 from train.config import Config
 from train.data.dataset import Dataset
 from train.evaluation.evaluate import evaluate
@@ -89,6 +90,34 @@ def test_a_file_holds_all_that_inference_needs(images: Dataset, tmp_path: Path) 
     assert torch.equal(loaded.scores(images.x_test[:7])[""], trainer.model(images.x_test[:7]))
 
 
+@pytest.mark.parametrize("method", ["gist", "cos-gist", "gist-rotation"])
+def test_a_model_with_both_heads_classifies_as_their_row(
+    method: str, features: Dataset, tmp_path: Path
+) -> None:
+    """In float64, in which no two classes are equal up to rounding."""
+    trained(method, FEATURES, features, tmp_path / "model")
+    model, names = load_model(tmp_path / "model", heads="both")
+    assert isinstance(model.head, TwoHeadClassifier)
+    assert names == features.class_names
+    loaded, x = load_trained(tmp_path / "model"), features.x_test.double()
+    model.double()
+    loaded.model.double()
+    row, logits = loaded.scores(x)["both heads"], model(x)
+    torch.testing.assert_close(logits.log_softmax(1), row.log_softmax(1), atol=1e-9, rtol=0)
+    own, _ = evaluate(model, x, features.y_test, 5)
+    _, rows = evaluate(loaded.model, x, features.y_test, 5, loaded.method.alternative_scores)
+    assert torch.equal(own.correct, rows["both heads"].correct)
+    assert torch.equal(model.eval().head.predict(model.features(x)), row.argmax(1))
+
+
+def test_a_model_with_one_head_has_no_second(features: Dataset, tmp_path: Path) -> None:
+    trained("plain", FEATURES, features, tmp_path / "model")
+    with pytest.raises(ValueError, match=r"heads: expected 'balanced' for .*model, which has one head"):
+        load_model(tmp_path / "model", heads="both")
+    with pytest.raises(ValueError, match="heads: expected 'balanced' or 'both', got 'random'"):
+        load_model(tmp_path / "model", heads="random")  # type: ignore[arg-type]
+
+
 def test_files_of_earlier_versions_load(features: Dataset, tmp_path: Path) -> None:
     """They have the head for inference alone, and a shorter description."""
     trained("gist", FEATURES, features, tmp_path / "model")
@@ -124,3 +153,4 @@ def test_the_example_of_the_documentation(
         logits = model(found["images"])
     assert found["classes"] == [images.class_names[int(logits.argmax())]]
     torch.testing.assert_close(found["probabilities"], logits.softmax(1))
+    assert isinstance(found["both"].head, TwoHeadClassifier)

@@ -13,6 +13,7 @@ from gistops.nn import ConstellationClassifier
 
 from ..config import Config
 from ..model.model import Model
+from ..model.prior import log_prior
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,6 @@ class Method:
     def describe(self, head: Any) -> dict[str, Any]:
         """Return properties of the head for the records, in plain types."""
         return {}
-
-
-def log_prior(counts: Tensor) -> Tensor:
-    """Return the logarithm of each class's fraction of the training samples, [K] float32."""
-    return (counts / counts.sum()).log().float()
 
 
 def describe_constellation(head: ConstellationClassifier) -> dict[str, Any]:

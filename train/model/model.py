@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from gistops.nn import ConstellationClassifier
+from gistops.nn import ConstellationClassifier, GistClassifier
 
 from ..data.dataset import Dataset
 from .backbones import make_backbone
 from .feature_transfer import FeatureTransfer
 from .memory_head import MemoryHead
+from .prior import log_prior
 
 RANDOM_HEAD = ("head.random_", "head.raw_random_")  # tensors of the random stream's head
 TRAINING_ONLY = ("feature_transfer.", "auxiliary.")
@@ -207,8 +208,12 @@ def network_of(
     return normalize, backbone, center
 
 
-def head_of(description: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
-    """Return the head of a model file for inference, without its weights."""
+def head_of(
+    description: dict[str, Any],
+    state: dict[str, Tensor],
+    constellation: type[ConstellationClassifier] = ConstellationClassifier,
+) -> nn.Module:
+    """Return the head of a model file for inference, without its weights; `constellation` is the class of constellations."""
     num_classes = len(description["classes"])
     if "head.centroids" in state:
         return MemoryHead(state["head.centroids"].shape[1], num_classes)
@@ -216,7 +221,7 @@ def head_of(description: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
         return nn.Linear(state["head.weight"].shape[1], num_classes)
     num_displacements, in_features = state["head.displacements"].shape
     hidden = description["hidden_features"] if description["transform"] == "mlp" else None
-    return ConstellationClassifier(
+    return constellation(
         in_features,
         num_classes,
         num_displacements,
@@ -225,17 +230,36 @@ def head_of(description: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     )
 
 
-def load_model(path: str | Path) -> tuple[Model, list[str]]:
+def load_model(path: str | Path, heads: Literal["balanced", "both"] = "balanced") -> tuple[Model, list[str]]:
     """Load a trained model from `runs/<name>/model-<method>.safetensors`, with the head for inference.
+
+    Args:
+        path: the file.
+        heads: "balanced" for the head that the method keeps for inference. "both" for GistNet's two heads together: a
+            `gistops.nn.TwoHeadClassifier`, with the scores of the results table's row "both heads" up to a number per sample.
 
     Returns:
         The model in evaluation mode, and the names of its classes.
 
     Raises:
+        ValueError: `heads` has another value, or it is "both" and the file has one head or is of an earlier version.
         ModelFileError: the file is truncated or damaged, or is not from a run.
     """
     description, state = read_model_file(path)
-    head = head_of(description, state)
+    if heads not in ("balanced", "both"):
+        raise ValueError(f"heads: expected 'balanced' or 'both', got {heads!r}")
+    if heads == "both":
+        if "head.random_centers" not in state or "train_counts" not in description:
+            raise ValueError(
+                f"heads: expected 'balanced' for {path}, which has one head or is of an earlier version, got 'both'"
+            )
+        head = head_of(description, state, GistClassifier)
+    else:
+        head = head_of(description, state)
+        state = {name: x for name, x in state.items() if not name.startswith(RANDOM_HEAD)}
     model = Model(*network_of(description, state), head, description["backbone"])
-    model.load_state_dict({name: x for name, x in state.items() if not name.startswith(RANDOM_HEAD)})
+    model.load_state_dict(state)
+    if isinstance(model.head, GistClassifier):
+        prior = description["prior_strength"] * log_prior(torch.tensor(description["train_counts"]))
+        model.head = model.head.export(heads="both", class_bias=-prior)
     return model.eval(), description["classes"]

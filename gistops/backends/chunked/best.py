@@ -16,9 +16,9 @@ class BestSoFar:
         self.k = k
         self.parts: list[tuple[Tensor, ...]] = []
 
-    def add(self, scores: Tensor, classes: Tensor, slots: Tensor) -> None:
-        """Add the best of a chunk, [B, ·] each, in the order of `best_first`."""
-        self.parts.append((scores, classes, slots))
+    def add(self, scores: Tensor, classes: Tensor, *slots: Tensor) -> None:
+        """Add the best of a chunk, [B, ·] each, in the order of `best_first`; one tensor of slots per head."""
+        self.parts.append((scores, classes, *slots))
         if sum(part[0].shape[1] for part in self.parts) > 2 * self.k:
             self._join()
 
