@@ -50,15 +50,16 @@ class MethodConfig(Section):
     #: Number of displacements that all classes share; 0 for none.
     num_displacements: int = option(4, Mark.SECOND_STAGE)
     #: Factor of the log prior, where the log prior is added in training or subtracted in evaluation.
-    prior_strength: float = option(1.0, Mark.SECOND_STAGE)
+    prior_strength: float = 1.0
     #: λ in GistNet's loss L = L_random + λ L_balanced.
     balanced_loss_weight: float = option(0.5, Mark.DEPARTURE)
     #: Balancing of GistNet's balanced loss. sampling: class-balanced samples, as in the paper. prior: random
     #: samples, with the log prior added to the logits (balanced softmax), so that each sample trains both
     #: heads. Not in the paper.
     balancing: Literal["sampling", "prior"] = option("sampling", Mark.DEPARTURE)
-    #: Start of the centers of cosine heads. random, or means: the class means of the unit features at the start
-    #: of training, for features and pretrained networks. Not in the paper.
+    #: Start of the centers of GistNet, its variants, cos-cb, cos-cs-cb and cos-balanced-softmax. random, or means:
+    #: the class means of the unit features at the start of training, for features and pretrained networks. Not in the
+    #: paper.
     center_init: Literal["random", "means"] = option("random", Mark.DEPARTURE)
     #: Samples per step from the random stream, over all processes. An epoch is one pass of this stream.
     batch_size: int = 128
