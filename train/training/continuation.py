@@ -1,8 +1,8 @@
 """The options with which a run is resumed: the same, or others with which it continues exactly.
 
 A method may be added, because every method trains as if it were alone. A stage may be made longer if it has not begun, or if
-its learning rate does not depend on its length (`--schedule step` without `--lr-drops`). The checkpoint holds the state of
-one method, so stages of other methods that are finished cannot be made longer.
+neither its learning rate (`--schedule step` without `--lr-drops`) nor its loss depends on its length. The checkpoint holds the
+state of one method, so stages of other methods that are finished cannot be made longer.
 """
 
 from __future__ import annotations
@@ -94,6 +94,8 @@ def _lengthen(before: Config, config: Config, saved: dict[str, Any], counts: Ten
         if new[stage] < old[stage] or optim.schedule != "step" or optim.lr_drops:
             reason = "the learning rate depends on the length of the stage"
             return f"{reason} that has begun, unless --schedule is step without --lr-drops; {advice}"
+        if type(METHODS[name](config, counts)).begin_epoch is not Method.begin_epoch:
+            return f"the loss of {name} depends on the length of the stage that has begun; {advice}"
         if training["position"]["stage"] == len(old):
             if type(METHODS[name](config, counts)).finish is not Method.finish:
                 return f"{name} has changed its head after its last stage; {advice}"

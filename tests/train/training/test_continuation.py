@@ -84,6 +84,13 @@ CASES: list[tuple[dict[str, Any], tuple[str, int, int, list[str]], dict[str, Any
         {"stage2_epochs": 9},
         "ncm has changed its head after its last stage",
     ),
+    (
+        CONSTANT | {"methods": ("ldam-drw",)},
+        ("ldam-drw", 0, 2, []),
+        {"stage2_epochs": 9},
+        "the loss of ldam-drw",
+    ),
+    (CONSTANT | {"methods": ("lfme",)}, ("lfme", 0, 2, []), {"stage2_epochs": 9}, "the loss of lfme"),
     ({}, ("gist", 0, 2, []), {"lr": 0.5}, "--lr: expected 0.1 as in"),
     ({}, ("gist", 0, 2, []), {"hold_out": 0.5}, "--hold-out: expected 0.0 as in"),
     ({}, ("gist", 0, 2, []), {"methods": ("plain",)}, "--methods: expected at least gist as in"),
