@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import check_class_vector
 from ..functional import constellation_cross_entropy, constellation_logits
 from .constellation import ConstellationClassifier
 from .temperature import inverse_softplus, positive
@@ -104,6 +105,8 @@ class GistClassifier(ConstellationClassifier):
         if not torch.compiler.is_compiling() and not self._checked_for_zero:
             self._checked_for_zero = True  # once, because the check synchronizes with a GPU
             warn_if_zero(self)
+        if balanced_bias is not None:
+            check_class_vector("balanced_bias", balanced_bias, self.num_classes, self.centers)
         transform = self._transform()
         balanced = (self.centers, self.displacements.detach(), self.tau)
         random = (self.random_centers, self.displacements, self.random_tau)

@@ -129,3 +129,5 @@ def test_a_bias_of_the_balanced_loss(probabilities: bool, seed: int) -> None:
     balanced.backward()
     assert head.displacements.grad is None
     assert head.random_centers.grad is None
+    with pytest.raises(ValueError, match=rf"balanced_bias: expected shape \[{K}\].*got \[1\]"):
+        head.losses(x, target, x, y, balanced_bias=bias[:1])
