@@ -61,8 +61,8 @@ def load(config: DataConfig) -> Dataset:
 
 
 def is_list(data: str) -> bool:
-    """Return whether `--data` names a list of image files or a folder of them."""
-    return Path(data).is_dir() or Path(data).suffix in LISTS
+    """Return whether `--data` names a list of image files or a folder of them. A named dataset precedes a folder."""
+    return data not in NAMED and (Path(data).is_dir() or Path(data).suffix in LISTS)
 
 
 def read_listings(config: DataConfig) -> dict[str, Listing]:

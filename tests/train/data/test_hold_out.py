@@ -181,6 +181,14 @@ def test_arrays_hold_validation_samples_out(
     assert data.eval_split[0] == "validation"
 
 
+def test_a_folder_with_the_name_of_a_dataset_has_no_influence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fashion-mnist-lt").mkdir()
+    assert load(DataConfig(data="fashion-mnist-lt", hold_out=0.1)).x_val is not None
+
+
 def test_arrays_and_lists_hold_the_same_positions_out(seed: int) -> None:
     listing = make_list([9, 1, 20, 3])
     order = np.random.default_rng(seed).permutation(len(listing))
