@@ -132,11 +132,7 @@ class TwoHeadClassifier(Predictor):
         else:
             logits, others = self.balanced(input), self.random(input)
         dtype = check_logits_dtype(logits_dtype, input, self.balanced._classifier())
-        bias = self.class_bias.to(others.dtype)
-        if torch.is_grad_enabled() or transforms_active():
-            logits = logits + (others + bias)
-        else:  # in-place, because the logits may be large
-            logits = logits.add_(others.add_(bias))
+        logits = _sum(logits, others, self.class_bias)
         logits = logits if dtype is None else logits.to(dtype)
         return (logits, torch.stack([slots, other_slots], -1)) if return_slots else logits
 
@@ -156,7 +152,7 @@ class TwoHeadClassifier(Predictor):
         for chunk in _chunks(x, classes):
             logits, slots = _logits_of_chunk(x, *balanced, chunk)
             others, other_slots = _logits_of_chunk(x, *random, chunk)
-            scores = logits.add_(others.add_(bias[chunk].to(others.dtype)))
+            scores = _sum(logits, others, bias[chunk])
             if return_lse:
                 lse_of_chunks.append(scores.logsumexp(1))
             count = min(k, chunk.stop - chunk.start)
@@ -166,6 +162,14 @@ class TwoHeadClassifier(Predictor):
         values, order, slots, other_slots = (restore(t, input) for t in best.result())
         found = (values, order, torch.stack([slots, other_slots], -1))
         return (*found, restore(torch.stack(lse_of_chunks).logsumexp(0), input)) if return_lse else found
+
+
+def _sum(logits: Tensor, others: Tensor, bias: Tensor) -> Tensor:
+    """Return logits + (others + bias); in-place without gradients, because logits may be large."""
+    bias = bias.to(others.dtype)
+    if torch.is_grad_enabled() or transforms_active() or logits.dtype != others.dtype:
+        return logits + (others + bias)
+    return logits.add_(others.add_(bias))
 
 
 def _chunks(x: Tensor, classes: int) -> Iterable[slice]:

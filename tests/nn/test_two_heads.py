@@ -256,6 +256,21 @@ def test_any_two_heads_of_the_same_sizes(seed: int) -> None:
     assert repr(head).startswith(f"TwoHeadClassifier(\n  in_features={D}, num_classes={K}\n  (balanced): Con")
 
 
+@pytest.mark.parametrize("narrow", ["balanced", "random"])
+def test_heads_of_two_dtypes_have_logits_of_the_wider_one(narrow: str, seed: int) -> None:
+    dtypes = [torch.float32 if name == narrow else torch.float64 for name in ("balanced", "random")]
+    head = TwoHeadClassifier(*(ConstellationClassifier(D, K, 4, dtype=dtype) for dtype in dtypes))
+    x = torch.randn(B, D)
+    with_gradients = head(x)
+    with torch.no_grad():
+        without = head(x)
+        found = head.predict_topk(x, 3)
+    assert with_gradients.dtype == without.dtype == found.probabilities.dtype == torch.float64
+    assert torch.equal(with_gradients, without)
+    assert torch.equal(found.classes, without.topk(3).indices)
+    torch.testing.assert_close(found.probabilities, without.softmax(1).topk(3).values)
+
+
 def test_a_model_per_sample_vmap_has_the_logits_of_the_batch(seed: int) -> None:
     head, x = exported(HEADS["translation"], dtype=F64), torch.randn(5, D, dtype=F64)
     biases = torch.randn(4, K, dtype=F64)
