@@ -16,10 +16,10 @@ from matplotlib.font_manager import fontManager
 from PIL import Image
 
 from train.__main__ import main
-from train.commands.ablation import markdown
 from train.report import figures, names
 from train.report.figures import feature_map
 from train.report.html import write_page
+from train.report.markdown import plain
 from train.report.names import GUARD, explanation, labels
 
 from .test_html_report import SHORT, Page
@@ -132,8 +132,8 @@ def test_long_names_are_cut_in_the_middle_and_stay_distinct() -> None:
 
 
 def test_names_in_markdown() -> None:
-    assert markdown("made_up.csv") == "made_up.csv"
-    assert markdown("_a_|*b*<c>\n$d$") == r"\_a\_\|\*b\*\<c>\\n\$d\$"
+    assert plain("made_up.csv") == "made_up.csv"
+    assert plain("_a_|*b*<c>\n$d$") == r"\_a\_\|\*b\*\<c>\\n\$d\$"
 
 
 def test_a_figure_that_fails_is_a_sentence(tmp_path: Path) -> None:
