@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from .class_weights import class_balanced_weights
-from .method import Method, Stage
+from .method import Method, Stage, wide
 
 
 class ClassBalancedFocal(Method):
@@ -54,7 +54,7 @@ def sigmoid_focal_loss(logits: Tensor, labels: Tensor, class_weights: Tensor, ga
         class_weights: the weight of a sample by its class, [K].
         gamma: γ, not negative.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = wide(logits)
     positive = labels[:, None] == torch.arange(logits.shape[1], device=labels.device)
     toward_wrong = torch.where(positive, -logits, logits)
     # (1 - p)^γ as an exponential: a power of 1 - p would have an infinite gradient at p = 1 for γ < 1.

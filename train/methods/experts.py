@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .method import wide
+
 #: Values of the authors' configuration for ImageNet-LT (config/ImageNet_LT/LFME.py): T, and the share of the expert's
 #: accuracy at which the distillation begins to fade.
 TEMPERATURE = 2.0
@@ -188,8 +190,3 @@ def distillation_weight(student_accuracy: Tensor, expert_accuracy: Tensor) -> Te
     tiny = torch.finfo(expert_accuracy.dtype).tiny
     gap = (expert_accuracy - student_accuracy) / expert_accuracy.clamp(min=tiny)
     return (gap / (1 - DECAY_THRESHOLD)).clamp(0, 1)
-
-
-def wide(logits: Tensor) -> Tensor:
-    """Return logits in float32, and float64 logits unchanged."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

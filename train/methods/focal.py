@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Config
-from .method import Method, Stage
+from .method import Method, Stage, wide
 
 #: γ, the best value of Lin et al., section 5.1; the value of the field's comparisons of long-tailed classifiers too.
 FOCUS = 2
@@ -43,7 +43,7 @@ def focal_loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits: [b, K].
         labels: classes, [b].
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = wide(logits)
     loss = F.cross_entropy(logits, labels, reduction="none")
     wrong = -torch.expm1(-loss)  # 1 - p_y without cancellation
     return (wrong**FOCUS * loss).mean()

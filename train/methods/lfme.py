@@ -12,8 +12,8 @@ from ..config import Config
 from ..model.fresh import reset_network
 from ..model.model import Model
 from ..shot_groups import split_classes
-from .experts import CURRICULUM_SHARE, Expert, ExpertHead, Experts, distillation_weight, wide
-from .method import LabeledFeatures, Method, Stage, StageData
+from .experts import CURRICULUM_SHARE, Expert, ExpertHead, Experts, distillation_weight
+from .method import LabeledFeatures, Method, Stage, StageData, wide
 
 
 class Lfme(Method):

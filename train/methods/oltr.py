@@ -10,7 +10,7 @@ from ..config import Config
 from ..model.memory_head import MemoryHead
 from ..model.model import Model
 from .class_means import class_means
-from .method import Method, Stage, StageData
+from .method import Method, Stage, StageData, wide
 
 CENTROID_WEIGHT = 0.01  # λ: the authors' configurations for ImageNet-LT and Places-LT
 REPEL_WEIGHT = 0.01  # in the authors' code; the paper has no value
@@ -57,12 +57,12 @@ class Oltr(Method):
     ) -> dict[str, Tensor]:
         if not isinstance(head, MemoryHead):
             logits = head(features)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            logits = wide(logits)
             return {"loss_random": F.cross_entropy(logits, labels)}
         with torch.autocast(
             features.device.type, enabled=False
         ):  # half precision is too coarse for distances
-            features = features.to(torch.promote_types(features.dtype, torch.float32))
+            features = wide(features)
             loss = F.cross_entropy(head(features), labels)
             return {"loss_balanced": loss + CENTROID_WEIGHT * centroid_loss(features, labels, head.centroids)}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,7 +12,7 @@ from gistops.nn import ConstellationClassifier
 from ..config import Config
 from ..model.model import Model
 from .class_means import start_from_class_means
-from .method import Method, Stage, StageData, describe_constellation
+from .method import Method, Stage, StageData, describe_constellation, wide
 
 
 class SoftmaxClassifier(Method):
@@ -51,7 +50,7 @@ class SoftmaxClassifier(Method):
         if isinstance(head, ConstellationClassifier):
             return {"loss_random": head.loss(features, labels, class_bias=bias)}
         logits = head(features)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = wide(logits)
         return {"loss_random": F.cross_entropy(logits if bias is None else logits + bias, labels)}
 
     def alternative_scores(self, head: nn.Module, features: Tensor, logits: Tensor) -> dict[str, Tensor]:

@@ -249,20 +249,20 @@ class Trainer:
     @torch.no_grad()
     def training_features(self) -> tuple[Tensor, Tensor]:
         """Return the features of all training samples, without augmentation, and their classes."""
-        self.model.eval()
-        features = torch.cat([self.model.features(x.to(self.device)) for x in self.batches.x.split(500)])
-        self.model.train()
-        return features, self.batches.y
+        return self._features_of(self.batches.x), self.batches.y
 
     @torch.no_grad()
     def validation_features(self) -> tuple[Tensor, Tensor] | None:
         """Return the features of the validation samples and their classes; None without a validation split."""
         if self.data.x_val is None or self.data.y_val is None:
             return None
+        return self._features_of(self.data.x_val), self.data.y_val.to(self.device)
+
+    def _features_of(self, samples: Tensor) -> Tensor:
         self.model.eval()
-        features = torch.cat([self.model.features(x.to(self.device)) for x in self.data.x_val.split(500)])
+        features = torch.cat([self.model.features(x.to(self.device)) for x in samples.split(500)])
         self.model.train()
-        return features, self.data.y_val.to(self.device)
+        return features
 
     def synchronize(self) -> None:
         """Wait until the GPU has finished all work, before a clock is read."""
