@@ -44,9 +44,9 @@ class RunConfig(RecipeConfig):
     runs: str = option("runs", Mark.UNRECORDED | Mark.IDENTITY)
     #: Continue from the last checkpoint of the run, or start if there is none.
     resume: bool = option(False, Mark.UNRECORDED | Mark.IDENTITY)
-    #: paper: use the paper's settings where a recipe departs from them to keep the displacements in
-    #: use (centered features, and how displacements start and move). Options on the command line take
-    #: precedence.
+    #: paper: use the paper's settings where a recipe departs from them for accuracy or to keep the
+    #: displacements in use (centered features, the balanced loss, the start of the centers, and how
+    #: displacements start and move). Options on the command line take precedence.
     preset: Literal["recipe", "paper"] = option("recipe", Mark.SECOND_STAGE | Mark.IDENTITY)
     #: Seed of all random numbers. The same seed gives bitwise identical results on the CPU.
     seed: int = option(0, Mark.IDENTITY)

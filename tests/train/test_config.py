@@ -137,11 +137,16 @@ def test_the_command_line_overrides_the_recipe() -> None:
 
 
 def test_preset_paper_restores_the_papers_settings() -> None:
-    cifar = parse_run(["--recipe", "cifar100-lt", "--data", "x.npz"])
-    assert cifar.displacements.displacement_update == "residuals"
-    assert cifar.displacements.transfer_directions == 32
-    paper = parse_run(["--recipe", "cifar100-lt", "--data", "x.npz", "--preset", "paper"])
-    assert paper.displacements == DisplacementConfig()
+    moved = ["--displacement-update", "residuals", "--transfer-directions", "32"]
+    for recipe in ("cifar100-lt", "cifar10-lt"):
+        cifar = parse_run(["--recipe", recipe, "--data", "x.npz"])
+        assert (cifar.method.balancing, cifar.method.balanced_loss_weight) == ("prior", 1.0)
+        paper = parse_run(["--recipe", recipe, "--data", "x.npz", "--preset", "paper"])
+        assert (paper.method.balancing, paper.method.balanced_loss_weight) == ("sampling", 0.5)
+        assert paper.displacements == DisplacementConfig()
+        own = parse_run(["--recipe", recipe, "--data", "x.npz", "--preset", "paper", *moved])
+        assert own.displacements.displacement_update == "residuals"
+        assert own.displacements.transfer_directions == 32
     recipe = parse_run(["--recipe", "features", "--data", "x.npz"])
     assert (recipe.method.balancing, recipe.method.center_init) == ("prior", "means")
     paper = parse_run(["--recipe", "features", "--data", "x.npz", "--preset", "paper"])
