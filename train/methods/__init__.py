@@ -2,8 +2,8 @@
 
 To add a method:
 
-1. Write a subclass of `Method` (method.py) in a file of its own. `TwoStageMethod` (two_stage.py) is the base class for
-   methods whose displacements are added in a second stage.
+1. Write a subclass of `Method` (method.py) in a file of its own. `SingleStageMethod` (single_stage.py) is the base class for
+   methods with one stage, `TwoStageMethod` (two_stage.py) for methods whose displacements are added in a second stage.
 2. Add its name to `MethodName` in method_options.py, and to METHODS and TITLES below. Add it to FIRST_STAGES if it differs from
    another method in the second stage only, so that their first stage is trained once.
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ..config import Config
 from .class_weights import class_balanced_weights
-from .method import Method, Stage, wide
+from .method import wide
+from .single_stage import SingleStageMethod
 
 
-class ClassBalancedFocal(Method):
+class ClassBalancedFocal(SingleStageMethod):
     """A linear classifier with the class-balanced focal loss (Cui, Jia, Lin, Song, Belongie, CVPR 2019, section 4.3).
 
         L = mean over samples of  weight_y Σ_k -(1 - p_k)^γ log p_k
@@ -29,8 +30,6 @@ class ClassBalancedFocal(Method):
 
     def __init__(self, config: Config, counts: Tensor) -> None:
         super().__init__(config, counts)
-        self.stages = [Stage("", config.optim.stage1_epochs + config.optim.stage2_epochs, "random")]
-        self.loss_coefficients = {"loss_random": 1.0}
         self.class_weights = class_balanced_weights(counts, config.baselines.class_balanced_beta)
 
     def make_head(self, in_features: int, num_classes: int) -> nn.Module:

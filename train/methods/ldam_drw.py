@@ -12,14 +12,15 @@ from gistops.nn import ConstellationClassifier
 from ..config import Config
 from ..model.model import Model
 from .class_weights import class_balanced_weights
-from .method import Method, Stage, describe_constellation
+from .method import describe_constellation
+from .single_stage import SingleStageMethod
 
 TEMPERATURE = 30.0  # s in the authors' code; the paper does not name it
 LARGEST_MARGIN = 0.5  # max_m in the authors' code
 BETA = 0.9999  # β of the class weights; the authors' code has one value for all data sets
 
 
-class LdamDrw(Method):
+class LdamDrw(SingleStageMethod):
     """LDAM with deferred re-weighting (Cao, Wei, Gaidon, Arechiga, Ma, NeurIPS 2019, equation 13 and algorithm 1).
 
         L = Σ weight_y CE(s, y) / Σ weight_y over the mini-batch,
@@ -34,8 +35,6 @@ class LdamDrw(Method):
 
     def __init__(self, config: Config, counts: Tensor) -> None:
         super().__init__(config, counts)
-        self.stages = [Stage("", config.optim.stage1_epochs + config.optim.stage2_epochs, "random")]
-        self.loss_coefficients = {"loss_random": 1.0}
         self.margins = ldam_margins(counts)
         self.deferred_weights = class_balanced_weights(counts, BETA)
         self.class_weights = torch.ones_like(self.deferred_weights)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Config
-from .method import Method, Stage
+from .single_stage import SingleStageMethod
 
 
-class PairLoss(Method):
+class PairLoss(SingleStageMethod):
     """A linear softmax classifier on the balanced stream, whose loss also compares samples with each other.
 
         L = CE(W f + b, y) + L_pairs(f/‖f‖, y)
@@ -25,14 +26,11 @@ class PairLoss(Method):
     L_pairs trains the features alone. It is left out where they are not trained, as with --recipe features.
     """
 
+    stream: Literal["balanced"] = "balanced"
+
     def __init__(self, config: Config, counts: Tensor) -> None:
         super().__init__(config, counts)
-        self.stages = [Stage("", config.optim.stage1_epochs + config.optim.stage2_epochs, "balanced")]
-        self.loss_coefficients = {"loss_balanced": 1.0}
         self.group_size = math.prod(config.method.balanced_sizes(len(counts)))
-
-    def make_head(self, in_features: int, num_classes: int) -> nn.Module:
-        return nn.Linear(in_features, num_classes)
 
     def losses(
         self, head: nn.Module, features: Tensor, labels: Tensor, num_balanced: int

@@ -12,10 +12,11 @@ from gistops.nn import ConstellationClassifier
 from ..config import Config
 from ..model.model import Model
 from .class_means import start_from_class_means
-from .method import Method, Stage, StageData, describe_constellation, wide
+from .method import StageData, describe_constellation, wide
+from .single_stage import SingleStageMethod
 
 
-class SoftmaxClassifier(Method):
+class SoftmaxClassifier(SingleStageMethod):
     """A softmax classifier on the random stream, trained in one stage.
 
         L = CE(s + c · log π, y),    s = w_k · f + b_k,  or  τ cos(f, w_k) with `cosine`
@@ -28,13 +29,11 @@ class SoftmaxClassifier(Method):
     def __init__(self, config: Config, counts: Tensor, *, cosine: bool = False, prior: bool = False) -> None:
         super().__init__(config, counts)
         self.cosine, self.prior = cosine, prior
-        self.stages = [Stage("", config.optim.stage1_epochs + config.optim.stage2_epochs, "random")]
-        self.loss_coefficients = {"loss_random": 1.0}
 
     def make_head(self, in_features: int, num_classes: int) -> nn.Module:
         if self.cosine:
             return ConstellationClassifier(in_features, num_classes, 0, backend=self.backend)
-        return nn.Linear(in_features, num_classes)
+        return super().make_head(in_features, num_classes)
 
     def begin_stage(self, stage: int, model: Model, data: StageData) -> None:
         if isinstance(model.head, ConstellationClassifier) and self.reads_training_features():
