@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +15,39 @@ from .data.dataset import Dataset
 from .files import existing_folder
 from .methods import METHODS
 from .model.backbones import make_backbone
+from .model.model import TRAINING_ONLY, Model, Normalize
 from .training.input import epoch_step_sizes, local_micro_batches
 from .training.trainer import HALF_PRECISION
 
 
 @dataclass(frozen=True)
 class Trial:
-    """The results of a trial: the number of features, and the bytes of the weights and of one sample's activations."""
+    """The results of a trial.
 
+    Args:
+        network: the model without a head, on the meta device: it has sizes, but no values.
+        features: the number of features.
+        activations: the bytes of one sample's activations.
+    """
+
+    network: Model
     features: int
-    weights: int
     activations: int
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The bytes of a model in training.
+
+    Args:
+        state: its parameters and buffers.
+        trained: the parameters that have a gradient and momentum.
+        saved: the part of the state that is in a model file.
+    """
+
+    state: int
+    trained: int
+    saved: int
 
 
 def try_network(config: Config, data: Dataset, samples: int) -> Trial:
@@ -49,8 +72,10 @@ def try_network(config: Config, data: Dataset, samples: int) -> Trial:
         return tensor
 
     with torch.random.fork_rng(devices=[]):
+        normalize: nn.Module = nn.Identity()
         backbone: nn.Module = nn.Identity()
         if data.is_images:
+            normalize = Normalize(*torch.zeros(2, shape[0]))
             backbone = make_backbone(config.model.backbone, shape[0])
         x = torch.randn(samples, *shape)
         precision = HALF_PRECISION.get(config.runtime.precision)
@@ -60,29 +85,33 @@ def try_network(config: Config, data: Dataset, samples: int) -> Trial:
             torch.autocast("cpu", precision, enabled=on_cpu and precision is not None),
         ):
             features = backbone.train()(x)
+        center: nn.Module = nn.Identity()
         if config.model.center_features:
-            nn.BatchNorm1d(features.shape[1], affine=False)(features)
-    weights = size(backbone)
+            center = nn.BatchNorm1d(features.shape[1], affine=False)
+            center(features)
+    weights = sum(parameter.nbytes for parameter in backbone.parameters())
     activations = max(0, sum(saved.values()) - weights) // samples + x[0].nbytes
-    return Trial(features.shape[1], weights, activations)
+    network = Model(normalize, backbone, center, nn.Identity(), config.model.backbone)
+    return Trial(network.to("meta"), features.shape[1], activations)
 
 
-def size(module: nn.Module) -> int:
-    """Return the bytes of the parameters."""
-    return sum(parameter.nbytes for parameter in module.parameters())
+def model_sizes(name: str, config: Config, data: Dataset, trial: Trial) -> tuple[ModelSize, ModelSize]:
+    """Return the sizes of the model in the first and in the last stage of a method, one of which is the largest."""
+    method = METHODS[name](config, data.train_counts)
+    model = copy.deepcopy(trial.network)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model.head = method.make_head(trial.features, data.num_classes)
+        first = _size(model)
+        method.restructure(model)
+    model.freeze_features(method.stages[-1].frozen_features)
+    return first, _size(model)
 
 
-def weights_of(method: str, config: Config, data: Dataset, trial: Trial) -> int:
-    """Return the bytes of the weights of a network with the head of a method."""
-    with torch.device("meta"):
-        head = METHODS[method](config, data.train_counts).make_head(trial.features, data.num_classes)
-    return trial.weights + size(head)
-
-
-def teachers_of(method: str, config: Config, data: Dataset, trial: Trial) -> int:
-    """Return the bytes of the weights of the further networks that the training of a method holds."""
-    classes = METHODS[method](config, data.train_counts).teachers
-    return sum(trial.weights + 4 * (trial.features + 1) * count for count in classes)
+def _size(model: Model) -> ModelSize:
+    state = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    saved = sum(size for name, size in state.items() if not name.startswith(TRAINING_ONLY))
+    return ModelSize(sum(state.values()), trained, saved)
 
 
 def memory_needed(method: str, config: Config, data: Dataset, trial: Trial) -> int:
@@ -90,8 +119,9 @@ def memory_needed(method: str, config: Config, data: Dataset, trial: Trial) -> i
     parts = local_micro_batches(config)[1]
     samples = -(-max(map(sum, epoch_step_sizes(config, data))) // parts)
     scores = 2 * 4 * samples * data.num_classes  # and their gradient
-    weights = 3 * weights_of(method, config, data, trial)  # with gradients and momentum
-    needed = weights + samples * trial.activations + scores + teachers_of(method, config, data, trial)
+    # 2: gradients and momentum
+    weights = max(size.state + 2 * size.trained for size in model_sizes(method, config, data, trial))
+    needed = weights + samples * trial.activations + scores
     if METHODS[method](config, data.train_counts).reads_training_features():
         needed += 2 * 4 * len(data.y_train) * trial.features  # all training features, concatenated
     return needed
@@ -118,9 +148,9 @@ def memory_available(device: torch.device) -> int | None:
 
 def disk_needed(config: Config, data: Dataset, trial: Trial) -> int:
     """Estimate the bytes of a run's files: a checkpoint and its successor, a first stage, and a model per method."""
-    weights = {method: weights_of(method, config, data, trial) for method in config.method.methods}
-    checkpoints = (2 * own + teachers_of(method, config, data, trial) for method, own in weights.items())
-    return 3 * max(checkpoints) + sum(weights.values())  # a checkpoint has the momentum too
+    stages = [model_sizes(method, config, data, trial) for method in config.method.methods]
+    checkpoints = (size.state + size.trained for sizes in stages for size in sizes)  # with the momentum
+    return 3 * max(checkpoints) + sum(last.saved for _, last in stages)
 
 
 def disk_available(config: Config) -> int:

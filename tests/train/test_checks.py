@@ -193,8 +193,7 @@ def test_memory_and_disk_are_compared_with_what_is_free(
     images: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trial = footprint.try_network(IMAGES, images, 2)
-    parameters = sum(p.nbytes for p in Trainer("plain", IMAGES, images).model.backbone.parameters())
-    assert (trial.features, trial.weights) == (128, parameters)
+    assert trial.features == 128
     # The first convolution keeps its input, and its output for the normalization after it.
     assert trial.activations > 4 * (3 * 10 * 10 + 2 * 32 * 5 * 5)
     twice = IMAGES.replace(batch_size=100)

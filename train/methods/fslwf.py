@@ -110,10 +110,14 @@ class Fslwf(Method):
     def make_head(self, in_features: int, num_classes: int) -> nn.Module:
         return ConstellationClassifier(in_features, num_classes, 0, tau=TAU, backend=self.backend)
 
-    def begin_stage(self, stage: int, model: Model, data: StageData) -> None:
-        if stage == 1 and self.stages[1].epochs:
+    def restructure(self, model: Model) -> None:
+        if self.stages[1].epochs:
             head = constellation(model)
             model.auxiliary = WeightGenerator(head.in_features, len(self.base)).to(head.centers)
+
+    def begin_stage(self, stage: int, model: Model, data: StageData) -> None:
+        if stage == 1:
+            self.restructure(model)
 
     def training_losses(
         self, model: Model, samples: Tensor, features: Tensor, labels: Tensor, num_balanced: int

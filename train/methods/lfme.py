@@ -56,7 +56,6 @@ class Lfme(Method):
         ]
         self.stages.append(Stage("student", epochs, "balanced"))
         self.loss_coefficients = {"loss_balanced": 1.0, "loss_random": 1.0}
-        self.teachers = tuple(int(group.sum()) for group in self.groups.values())
         self._is_last_epoch = False  # set by begin_epoch
 
     def make_head(self, in_features: int, num_classes: int) -> nn.Module:
@@ -77,6 +76,18 @@ class Lfme(Method):
             return self.losses(model.head, features, labels, num_balanced)
         teachers = experts.logits(model.normalize(samples))
         return {"loss_balanced": experts.loss(model.head(features), teachers, labels)}
+
+    def restructure(self, model: Model) -> None:
+        """Give the student all experts. `begin_stage` appends them one by one, as they are trained."""
+        if not self.groups:
+            return
+        head = model.head
+        assert isinstance(head, nn.Linear)
+        experts = Experts(self._floors(), len(self.groups))
+        for group in self.groups.values():
+            expert_head = ExpertHead(head.in_features, group.cpu())
+            experts.experts.append(Expert(model.backbone, model.center, expert_head))
+        model.auxiliary = experts.to(head.weight)
 
     def begin_stage(self, stage: int, model: Model, data: StageData) -> None:
         if not self.groups:

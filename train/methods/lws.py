@@ -25,11 +25,14 @@ class WeightScaling(Decoupled):
     def __init__(self, config: Config, counts: Tensor) -> None:
         super().__init__(config, counts, EPOCHS)
 
+    def restructure(self, model: Model) -> None:
+        assert isinstance(model.head, nn.Linear)
+        model.head = ScaledLinear(model.head)
+
     def begin_stage(self, stage: int, model: Model, data: StageData) -> None:
         super().begin_stage(stage, model, data)
         if stage == 1:
-            assert isinstance(model.head, nn.Linear)
-            model.head = ScaledLinear(model.head)
+            self.restructure(model)
 
     @torch.no_grad()
     def finish(self, model: Model, data: StageData) -> None:

@@ -80,8 +80,6 @@ class Method:
     loss_coefficients: dict[str, float]
     #: Names of the head's parameters without weight decay, beside the temperatures.
     parameters_without_decay: tuple[str, ...] = ()
-    #: The numbers of classes of further networks that training holds without gradients, for the estimate of memory.
-    teachers: tuple[int, ...] = ()
 
     def __init__(self, config: Config, counts: Tensor) -> None:
         self.config, self.counts = config, counts
@@ -104,6 +102,12 @@ class Method:
     ) -> dict[str, Tensor]:
         """Return `losses()`. Methods whose losses need more than the features of the augmented samples override it."""
         return self.losses(model.head, features, labels, num_balanced)
+
+    def restructure(self, model: Model) -> None:
+        """Give a model of the first stage the modules of the last stage, with any values.
+
+        The estimate of memory calls it with a model on the meta device, the method itself where a stage begins.
+        """
 
     def begin_stage(self, stage: int, model: Model, data: StageData) -> None:
         """Change the model for the next stage, counted from 0. A resumed run replaces the values, not the structure."""

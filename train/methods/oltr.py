@@ -39,15 +39,21 @@ class Oltr(Method):
     def make_head(self, in_features: int, num_classes: int) -> nn.Module:
         return nn.Linear(in_features, num_classes)
 
+    def restructure(self, model: Model) -> None:
+        if self.stages[1].epochs:
+            linear = model.head
+            assert isinstance(linear, nn.Linear)
+            head = MemoryHead(linear.in_features, linear.out_features, self.backend)
+            model.head = head.to(linear.weight)
+
     def begin_stage(self, stage: int, model: Model, data: StageData) -> None:
-        if stage == 0 or not self.stages[1].epochs:
+        if stage == 0:
             return
         linear = model.head
-        assert isinstance(linear, nn.Linear)
-        head = MemoryHead(linear.in_features, linear.out_features, self.backend).to(linear.weight)
-        head.hallucinator.load_state_dict(linear.state_dict())
-        head.centroids.data.copy_(class_means(*data.training(), linear.out_features))
-        model.head = head
+        self.restructure(model)
+        if isinstance(model.head, MemoryHead):
+            model.head.hallucinator.load_state_dict(linear.state_dict())
+            model.head.centroids.data.copy_(class_means(*data.training(), len(self.counts)))
 
     def reads_training_features(self) -> bool:
         return self.stages[1].epochs > 0

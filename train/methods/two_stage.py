@@ -56,13 +56,9 @@ class TwoStageMethod(Method):
         )
         return {"loss_balanced": balanced, "loss_random": random}
 
-    def begin_stage(self, stage: int, model: Model, data: StageData) -> None:
-        if stage == 0 and self.config.method.center_init == "means":
-            head = constellation(model)
-            random = [head.random_centers] if isinstance(head, GistClassifier) else []
-            start_from_class_means([head.centers, *random], model, data)
+    def restructure(self, model: Model) -> None:
         # Without epochs in the second stage, displacements would stay at their random start.
-        if stage == 0 or not self.num_displacements or not self.stages[1].epochs:
+        if not self.num_displacements or not self.stages[1].epochs:
             return
         head, options = constellation(model), self.config.displacements
         head.add_displacements(self.num_displacements, scale=options.displacement_scale)
@@ -71,7 +67,16 @@ class TwoStageMethod(Method):
         if self.transfers_features and options.transfer_directions:
             transfer = FeatureTransfer(options.transfer_directions, head.in_features, options.transfer_length)
             model.feature_transfer = transfer.to(head.centers)
-        self._set_residual_directions(model, data, start=True)
+
+    def begin_stage(self, stage: int, model: Model, data: StageData) -> None:
+        head = constellation(model)
+        if stage == 0 and self.config.method.center_init == "means":
+            random = [head.random_centers] if isinstance(head, GistClassifier) else []
+            start_from_class_means([head.centers, *random], model, data)
+        if stage == 1:
+            self.restructure(model)
+            if head.num_displacements:
+                self._set_residual_directions(model, data, start=True)
 
     def end_epoch(self, model: Model, data: StageData) -> None:
         if constellation(model).num_displacements:
