@@ -48,7 +48,7 @@ class Ablation(Config):
     #: The rows of a table of the paper, in its order, in place of --methods and --vary: 1 for ImageNet-LT and
     #: Places-LT, 2 for iNaturalist 2018, or 3, the ablation: w and v, displacements that move, rotate or pass
     #: through an MLP, and 2, 4, 8 or 16 of them. Any data will do; the paper's figures stand beside if --data
-    #: is the dataset of the table.
+    #: is the dataset of the table, all of it: not with --hold-out.
     table: Literal[1, 2, 3] | None = None
 
 

@@ -45,7 +45,8 @@ def table(results: Results, config: Config, paper: PaperTable | None = None) -> 
     trained = list(itertools.chain.from_iterable(runs))
     seeds = list(dict.fromkeys(itertools.chain.from_iterable(results.values())))
     # Results of early versions have no counts.
-    dataset = dataset_of(next((result["train_counts"] for result in trained if "train_counts" in result), ()))
+    counts = next((result["train_counts"] for result in trained if "train_counts" in result), ())
+    dataset = dataset_of(counts)
     lines = _lines(results, config, paper, dataset)
     for line in lines:
         if line.results and line.results.keys() != set(seeds):
@@ -56,7 +57,8 @@ def table(results: Results, config: Config, paper: PaperTable | None = None) -> 
         f"data {plain(Path(config.data.data).name)}, split rule {config.run.split_rule}"
         f"{f'; {passes.pop():,} image passes' if len(passes) == 1 else ''}."
     )
-    parts = [caption, *_notes(paper, dataset), "", *_methods(lines, differ=len(passes) > 1)]
+    notes = _notes(paper, counts, config.data.hold_out) if paper else []
+    parts = [caption, *notes, "", *_methods(lines, differ=len(passes) > 1)]
     if others := _other_scores(lines):
         parts += ["", "Other scores of the same models:", "", *others]
     return "\n".join(parts) + "\n"
@@ -80,14 +82,28 @@ def _lines(results: Results, config: Config, paper: PaperTable | None, dataset: 
     return lines + list(found.values())
 
 
-def _notes(paper: PaperTable | None, dataset: str | None) -> list[str]:
-    """Return sentences on the paper's figures, a line each."""
-    if paper is None:
-        return []
-    datasets = paper.datasets()
-    known = dataset in datasets
-    missing = f"Paper: no figures, because its Table {paper.number} is of {' and '.join(datasets)}."
-    return [paper.source(str(dataset)) if known else missing, *([paper.note] if paper.note else [])]
+def _notes(paper: PaperTable, train_counts: Sequence[int], hold_out: float) -> list[str]:
+    """Return sentences on the paper's figures, a line each.
+
+    Args:
+        paper: the table of the paper.
+        train_counts: the number of training samples of each class; empty if it is not known.
+        hold_out: the fraction of training samples that is held out.
+    """
+    dataset, datasets = dataset_of(train_counts), paper.datasets()
+    if dataset in datasets:
+        note = paper.source(str(dataset))
+    elif dataset:
+        note = f"Paper: no figures for {dataset}: its Table {paper.number} is of {' and '.join(datasets)}."
+    elif not train_counts:
+        note = "Paper: no figures, because the records, of an early version, have no numbers of training samples per class."
+    else:
+        after = f", after --hold-out {hold_out:g}," if hold_out else ""
+        note = (
+            f"Paper: no figures, because the numbers of training samples per class{after} are not those of {' or '.join(datasets)}, "
+            f"the data of its Table {paper.number}."
+        )
+    return [note, *([paper.note] if paper.note else [])]
 
 
 def _methods(lines: Sequence[Line], differ: bool) -> list[str]:

@@ -129,11 +129,42 @@ def test_the_papers_figures_stand_beside_its_rows_in_its_order() -> None:
 def test_other_data_has_the_papers_order_without_its_figures() -> None:
     runs: Results = {"": {0: [result("gist"), result("plain", train_counts=[5, 3])]}}
     text = table(runs, CONFIG, TABLES[3])
-    assert "Paper: no figures, because its Table 3 is of ImageNet-LT." in text
+    assert (
+        "Paper: no figures, because the numbers of training samples per class are not those of ImageNet-LT, "
+        "the data of its Table 3." in text
+    )
     assert [line.split(" | ")[0] for line in lines_of(text)[1:]] == [
         "| plain softmax",
         "| GistNet (COS+CS+GIST)",
     ]
+
+
+def notes_on_figures(table_number: int, train_counts: list[int] | None, config: Config) -> list[str]:
+    more = {} if train_counts is None else {"train_counts": train_counts}
+    text = table({"": {0: [result("gist", **more)]}}, config, TABLES[table_number])
+    return [line for line in text.splitlines() if line.startswith("Paper: ")]
+
+
+def test_a_table_without_the_papers_figures_names_the_reason() -> None:
+    imagenet, places = counts("ImageNet-LT"), counts("Places-LT")
+    held_out = [n - max(1, round(0.1 * n)) for n in imagenet]
+    few = "Paper: no figures, because the numbers of training samples per class"
+    assert notes_on_figures(1, held_out, CONFIG.replace(hold_out=0.1)) == [
+        f"{few}, after --hold-out 0.1, are not those of ImageNet-LT or Places-LT, the data of its Table 1."
+    ]
+    assert notes_on_figures(2, held_out, CONFIG) == [
+        f"{few} are not those of iNaturalist 2018, the data of its Table 2."
+    ]
+    assert notes_on_figures(3, places, CONFIG) == [
+        "Paper: no figures for Places-LT: its Table 3 is of ImageNet-LT."
+    ]
+    assert notes_on_figures(3, None, CONFIG) == [
+        "Paper: no figures, because the records, of an early version, have no numbers of training samples per class."
+    ]
+    (source,) = notes_on_figures(1, places, CONFIG)
+    assert source.startswith(
+        "Paper: Table 1 of Liu et al., GistNet, ICCV 2021, for Places-LT with ResNet-152"
+    )
 
 
 def test_the_papers_decoupling_stands_above_its_variants() -> None:
