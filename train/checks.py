@@ -15,7 +15,7 @@ from .config import Config, ConfigError
 from .console import counted
 from .data.dataset import Dataset
 from .files import check_writable, existing_folder
-from .footprint import disk_available, disk_needed, memory_available, memory_needed, try_network
+from .footprint import disk_available, disk_needed, fixed_memory, memory_available, memory_needed, try_network
 from .methods import METHODS
 from .methods.lifted import structure_loss
 from .methods.residual_directions import num_residuals
@@ -135,7 +135,7 @@ def _directions(config: Config, data: Dataset) -> Iterator[ConfigError]:
     for name in config.method.methods:
         method = METHODS[name](config, data.train_counts)
         if isinstance(method, TwoStageMethod) and method.num_directions() > most:
-            transfers = method.num_directions() == config.displacements.transfer_directions
+            transfers = method.transfers_features and config.displacements.transfer_directions > most
             option = "transfer_directions" if transfers else "num_displacements"
             expected = f"at most {most}, the training samples of the classes with more than the mean number"
             yield ConfigError(option, expected, f"{method.num_directions()} for {name}")
@@ -166,8 +166,12 @@ def _network(config: Config, data: Dataset) -> Iterator[ConfigError]:
     needed = {method: memory_needed(method, config, data, trial) for method in config.method.methods}
     largest = max(needed, key=lambda method: needed[method])
     available = memory_available(torch.device(device))
-    if available is not None and needed[largest] > available:
-        expected = f"about {needed[largest]:,} bytes of free memory on {device} for {largest}"
+    if available is None or needed[largest] <= available:
+        return
+    expected = f"about {needed[largest]:,} bytes of free memory on {device} for {largest}"
+    if (fixed := fixed_memory(largest, config, data, trial)) > available:
+        yield Doubt("methods", f"{expected}, {fixed:,} of them with any --batch-size", f"{available:,}")
+    else:
         advice = "a lower --batch-size or a higher --accumulate needs less"
         yield Doubt("batch_size", expected, f"{available:,}; {advice}")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .config import Config
 from .data.dataset import Dataset
 from .files import existing_folder
-from .methods import METHODS
+from .methods import FIRST_STAGES, METHODS
 from .model.backbones import make_backbone
 from .model.model import TRAINING_ONLY, Model, Normalize
 from .training.input import epoch_step_sizes, local_micro_batches
@@ -119,9 +119,13 @@ def memory_needed(method: str, config: Config, data: Dataset, trial: Trial) -> i
     parts = local_micro_batches(config)[1]
     samples = -(-max(map(sum, epoch_step_sizes(config, data))) // parts)
     scores = 2 * 4 * samples * data.num_classes  # and their gradient
+    return fixed_memory(method, config, data, trial) + samples * trial.activations + scores
+
+
+def fixed_memory(method: str, config: Config, data: Dataset, trial: Trial) -> int:
+    """Estimate the part of `memory_needed` that does not depend on the size of a step."""
     # 2: gradients and momentum
-    weights = max(size.state + 2 * size.trained for size in model_sizes(method, config, data, trial))
-    needed = weights + samples * trial.activations + scores
+    needed = max(size.state + 2 * size.trained for size in model_sizes(method, config, data, trial))
     if METHODS[method](config, data.train_counts).reads_training_features():
         needed += 2 * 4 * len(data.y_train) * trial.features  # all training features, concatenated
     return needed
@@ -147,10 +151,17 @@ def memory_available(device: torch.device) -> int | None:
 
 
 def disk_needed(config: Config, data: Dataset, trial: Trial) -> int:
-    """Estimate the bytes of a run's files: a checkpoint and its successor, a first stage, and a model per method."""
-    stages = [model_sizes(method, config, data, trial) for method in config.method.methods]
-    checkpoints = (size.state + size.trained for sizes in stages for size in sizes)  # with the momentum
-    return 3 * max(checkpoints) + sum(last.saved for _, last in stages)
+    """Estimate the bytes of a run's files: a checkpoint and its successor, a model per method, and the first stages."""
+    stages = {method: model_sizes(method, config, data, trial) for method in config.method.methods}
+    checkpoints = (
+        size.state + size.trained for sizes in stages.values() for size in sizes
+    )  # with the momentum
+    first = {FIRST_STAGES[method]: sizes[0] for method, sizes in stages.items() if method in FIRST_STAGES}
+    return (
+        2 * max(checkpoints)
+        + sum(last.saved for _, last in stages.values())
+        + sum(size.state + size.trained for size in first.values())
+    )
 
 
 def disk_available(config: Config) -> int:

@@ -134,6 +134,11 @@ def fails(config: Config, data: Dataset) -> bool:
         ({"displacement_init": "residuals", "num_displacements": 255}, "--num-displacements"),
         ({"transfer_directions": 181}, "--transfer-directions"),
         ({"transfer_directions": 180}, None),
+        (
+            {"transfer_directions": 255, "displacement_init": "residuals", "num_displacements": 255}
+            | {"methods": ("cos-cs-cb",)},
+            "--num-displacements",
+        ),
         ({"methods": ("cos-gist",), "displacement_init": "residuals", "num_displacements": 255}, None),
         ({"batch_norm": "split", "classes_per_batch": 1, "samples_per_class": 1}, "--batch-norm"),
         ({"batch_norm": "split", "batch_size": 231}, None),
@@ -199,10 +204,15 @@ def test_memory_and_disk_are_compared_with_what_is_free(
     twice = IMAGES.replace(batch_size=100)
     needed = [footprint.memory_needed("plain", config, images, trial) for config in (IMAGES, twice)]
     assert needed[1] - needed[0] == 50 * (trial.activations + 2 * 4 * 5)
-    monkeypatch.setattr("train.checks.memory_available", lambda device: needed[0] // 2)
-    (problem,) = problems_of(IMAGES.replace(methods=("plain",)), images)
-    assert isinstance(problem, Doubt)
-    assert str(problem).startswith("--batch-size: expected about ")
+    fixed = footprint.fixed_memory("plain", IMAGES, images, trial)
+    for available, option in ((fixed, "--batch-size"), (fixed - 1, "--methods")):
+        monkeypatch.setattr("train.checks.memory_available", lambda device, free=available: free)
+        (problem,) = problems_of(IMAGES.replace(methods=("plain",)), images)
+        assert isinstance(problem, Doubt)
+        assert str(problem).startswith(
+            f"{option}: expected about {needed[0]:,} bytes of free memory on cpu for plain"
+        )
+    assert f"{fixed:,} of them with any --batch-size, got {fixed - 1:,}" in str(problem)
     monkeypatch.setattr("train.checks.memory_available", lambda device: None)
     monkeypatch.setattr("train.checks.disk_available", lambda config: 1000)
     (problem,) = problems_of(IMAGES, images)

@@ -56,7 +56,7 @@ def residual_directions(
     if len(residuals) < num:
         raise ValueError(
             f"--num-displacements, --transfer-directions: expected at most {len(residuals)}, the number of samples of the "
-            f"many-shot classes; got {num}"
+            f"classes with more than the mean number; got {num}"
         )
     starts = 4 if start is None else 1
     init = "k-means++" if start is None else start.double().cpu().numpy()

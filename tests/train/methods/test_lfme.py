@@ -304,9 +304,9 @@ def test_the_estimates_count_four_networks(images: Dataset) -> None:
         trainer.begin_stage(trainer.stage + 1)
     experts = sum(tensor.nbytes for tensor in trainer.model.auxiliary.state_dict().values())
     features = 2 * 4 * len(data.y_train) * trial.features
-    lfme, plain = (footprint.memory_needed(name, config, data, trial) for name in ("lfme", "plain"))
-    assert lfme - plain == experts + features
-    lfme, plain = (
-        footprint.disk_needed(config.replace(methods=(name,)), data, trial) for name in ("lfme", "plain")
+    lfme, focal = (footprint.memory_needed(name, config, data, trial) for name in ("lfme", "focal"))
+    assert lfme - focal == experts + features
+    lfme, focal = (
+        footprint.disk_needed(config.replace(methods=(name,)), data, trial) for name in ("lfme", "focal")
     )
-    assert lfme - plain == 3 * experts
+    assert lfme - focal == 2 * experts
