@@ -135,10 +135,11 @@ def _directions(config: Config, data: Dataset) -> Iterator[ConfigError]:
     for name in config.method.methods:
         method = METHODS[name](config, data.train_counts)
         if isinstance(method, TwoStageMethod) and method.num_directions() > most:
-            transfers = method.transfers_features and config.displacements.transfer_directions > most
-            option = "transfer_directions" if transfers else "num_displacements"
+            option, got = "num_displacements", method.num_displacements
+            if method.transfers_features and config.displacements.transfer_directions > most:
+                option, got = "transfer_directions", config.displacements.transfer_directions
             expected = f"at most {most}, the training samples of the classes with more than the mean number"
-            yield ConfigError(option, expected, f"{method.num_directions()} for {name}")
+            yield ConfigError(option, expected, f"{got} for {name}")
             return
 
 

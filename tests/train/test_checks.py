@@ -156,6 +156,15 @@ def test_problems_with_features_are_found_where_training_fails(
     assert fails(config.replace(max_steps_per_epoch=steps), features) == (option is not None)
 
 
+def test_too_many_directions_are_named_with_the_value_of_their_option(features: Dataset) -> None:
+    more = FEATURES.replace(methods=("gist",), displacement_update="residuals", num_displacements=255)
+    (problem,) = problems_of(more.replace(transfer_directions=181), features)
+    expected = "at most 180, the training samples of the classes with more than the mean number"
+    assert str(problem) == f"--transfer-directions: expected {expected}, got 181 for gist"
+    (problem,) = problems_of(more, features)
+    assert str(problem) == f"--num-displacements: expected {expected}, got 255 for gist"
+
+
 def test_a_network_that_does_not_take_the_images_is_named(
     images: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
