@@ -115,6 +115,7 @@ SETTINGS: dict[str, Setting] = {
     "forward tile": _forced("forward", _tile("dims")),
     "centers tile": _forced("centers", _tile("rows")),
     "cuda centers tile": _environment("GISTOPS_CUDA_CENTERS_TILE"),
+    "cuda fused logits": _environment("GISTOPS_CUDA_FUSED_LOGITS"),
     "product": _forced("product"),
     "centers product": _forced("centers_product"),
     "norms": _forced("norms_in_registers"),

@@ -23,6 +23,13 @@ inline int shared_memory_limit(const char* name) {
   return bytes;
 }
 
+inline int multiprocessors(const char* name) {
+  int device, count;
+  check(cudaGetDevice(&device), name);
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), name);
+  return count;
+}
+
 // Return true if the current device is a Hopper GPU and the library has the code for its wgmma instructions: the build
 // defines GISTOPS_SM90A if it compiles for sm_90a.
 inline bool has_wgmma([[maybe_unused]] const char* name) {

@@ -1,6 +1,7 @@
 // The launches of the logits and their gradients.
 #pragma once
 #include "backward.cuh"
+#include "fused_logits_launch.cuh"
 #include "max_over_slots.cuh"
 #include "route_logits_grad.cuh"
 
@@ -30,6 +31,9 @@ class LogitsLauncher : private BackwardLauncher<T> {
   // Z: the type of the logits.
   template <class Z>
   void forward_as(const LogitsResults& results) {
+    if constexpr (sizeof(T) == 2) {
+      if (takes_fused_logits<T, Z>(p_, this->aligned())) return forward_fused<Z>(results);
+    }
     const int64_t step = this->classes_with(limits.logits);
     S *input_dots, *products;
     Scratch(workspace_).add(input_dots, p_.M() * ld_).add(products, step * ld_).allocate();
@@ -55,6 +59,33 @@ class LogitsLauncher : private BackwardLauncher<T> {
                       : launch_kernel(max_over_slots_kernel<T, Z, slot_count, false>);
       });
     }
+  }
+
+  // The same by one kernel after the norms of the input.
+  template <class Z>
+  void forward_fused(const LogitsResults& results) {
+    S *input_dots, *input_rnorms = static_cast<S*>(results.input_rnorms);
+    Scratch(workspace_).add(input_dots, p_.M() * ld_).allocate();
+    const NormOutputs<S> norms{.input_rnorms = input_rnorms,
+                               .input_dots = input_dots,
+                               .ld = ld_,
+                               .center_rnorms = nullptr,
+                               .ldr = p_.K(),
+                               .blocks_done = nullptr};
+    this->launch_norms(p_, true, norms);
+    S* center_rnorms = static_cast<S*>(results.center_rnorms);
+    const ScoreInputs<T> inputs{.p = p_,
+                                .products = nullptr,
+                                .ld = ld_,
+                                .score_class = 0,
+                                .input_dots = input_dots,
+                                .center_rnorms = center_rnorms,
+                                .ldr = p_.K(),
+                                .input_rnorms = input_rnorms,
+                                .slots = results.slots,
+                                .slot_class = 1,
+                                .slot_row = p_.K()};
+    launch_fused_logits<T>(stream_, inputs, static_cast<Z*>(results.logits), center_rnorms);
   }
 
   // Z: the type of the logits and of their gradient.

@@ -127,6 +127,13 @@ inline int asked_centers_tile() {
   return asked ? std::atoi(asked) : -1;
 }
 
+// Return what GISTOPS_CUDA_FUSED_LOGITS asks for: 1 for the logits of one kernel where that is possible, 0 for those of
+// the library's product, -1 for the choice by the sizes.
+inline int asked_fused_logits() {
+  const char* asked = std::getenv("GISTOPS_CUDA_FUSED_LOGITS");
+  return asked ? std::atoi(asked) : -1;
+}
+
 extern const OpTable bf16_ops, f16_ops, f32_ops, f64_ops;
 
 }  // namespace gistops::cuda

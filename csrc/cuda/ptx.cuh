@@ -46,6 +46,25 @@ __device__ __forceinline__ void load_matrix_x4_trans(uint32_t (&r)[4], const voi
                : "memory");
 }
 
+// The reverse of load_matrix_x4_trans. Needs a Hopper GPU or a newer one.
+__device__ __forceinline__ void store_matrix_x4_trans(void* row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
+// Return two numbers, rounded, in one word.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t word;
+  if constexpr (__is_same(T, bf16)) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
+}
+
 // c [16, 8] += a [16, 16] b [16, 8], accumulated in float.
 template <class T>
 __device__ __forceinline__ void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -142,11 +161,65 @@ __device__ __forceinline__ void wgmma(float (&c)[kFragments][4], WgmmaMatrix a, 
     }
   }
 }
+
+// The same with a in registers, as fragments of mma_16816, and with b' row-major in blocks of 64 summed elements. The
+// registers of a must keep their values until the product has been waited for: see hold().
+#define GISTOPS_WGMMA_RS(columns, type, registers, a_registers, b_bits, add, ...)                         \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns  \
+               "k16.f32." type "." type " {" registers "}, {" a_registers "}, " b_bits ", p, 1, 1, 0;\n}" \
+               : __VA_ARGS__                                                                              \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "r"(static_cast<int>(accumulate)))
+#define GISTOPS_FRAGMENTS_16 \
+  GISTOPS_FRAGMENTS_4(0), GISTOPS_FRAGMENTS_4(4), GISTOPS_FRAGMENTS_4(8), GISTOPS_FRAGMENTS_4(12)
+template <class T, int kFragments>
+__device__ __forceinline__ void wgmma(float (&c)[kFragments][4], const uint32_t (&a)[4], WgmmaMatrix b,
+                                      bool accumulate) {
+  static_assert(kFragments == 16 || kFragments == 17);
+  if constexpr (kFragments == 16) {
+    if constexpr (__is_same(T, bf16)) {
+      GISTOPS_WGMMA_RS("128", "bf16", GISTOPS_REGISTERS_64, "%64, %65, %66, %67", "%68", "%69", GISTOPS_FRAGMENTS_16);
+    } else {
+      GISTOPS_WGMMA_RS("128", "f16", GISTOPS_REGISTERS_64, "%64, %65, %66, %67", "%68", "%69", GISTOPS_FRAGMENTS_16);
+    }
+  } else {
+    if constexpr (__is_same(T, bf16)) {
+      GISTOPS_WGMMA_RS("136", "bf16", GISTOPS_REGISTERS_64 ", %64, %65, %66, %67", "%68, %69, %70, %71", "%72", "%73",
+                       GISTOPS_FRAGMENTS_16, GISTOPS_FRAGMENT(16));
+    } else {
+      GISTOPS_WGMMA_RS("136", "f16", GISTOPS_REGISTERS_64 ", %64, %65, %66, %67", "%68, %69, %70, %71", "%72", "%73",
+                       GISTOPS_FRAGMENTS_16, GISTOPS_FRAGMENT(16));
+    }
+  }
+}
 #undef GISTOPS_FRAGMENT
 #undef GISTOPS_FRAGMENTS_4
+#undef GISTOPS_FRAGMENTS_16
 #undef GISTOPS_WGMMA
+#undef GISTOPS_WGMMA_RS
 #undef GISTOPS_REGISTERS_32
 #undef GISTOPS_REGISTERS_64
+
+// Use registers where this stands: they hold their values until here, and are read from here on alone. Without it the
+// compiler, which does not know when a product ends, could reuse its operands or read its sums too early.
+__device__ __forceinline__ void hold(uint32_t (&x)[4]) {
+  asm volatile("" : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])::"memory");
+}
+__device__ __forceinline__ void hold(float (&x)[4]) {
+  asm volatile("" : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])::"memory");
+}
+__device__ __forceinline__ void hold(int& x) { asm volatile("" : "+r"(x)::"memory"); }
+
+// Bring the 128 bytes around an address to the L2 cache.
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p) : "memory");
+}
+
+// Return the larger of two numbers, or NaN if one is NaN.
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+  float most;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(x), "f"(y));
+  return most;
+}
 
 // Return 2^x to about two units in the last place; results below the normal numbers are 0.
 __device__ __forceinline__ float exp2_approx(float x) {

@@ -339,5 +339,6 @@ PYBIND11_MODULE(GISTOPS_MODULE, m) {
   });
   m.def("reset_limits", [] { gc::limits = {}; });
   m.def("set_compute_capability", [](int value) { host_cuda::compute_capability = value; });
+  m.def("set_multiprocessors", [](int count) { host_cuda::multiprocessors = count; });
   m.def("set_shared_memory", [](int bytes) { host_cuda::shared_at_most = bytes; });
 }

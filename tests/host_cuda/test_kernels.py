@@ -14,6 +14,7 @@ from tests.ops.oracle import Sample
 from .build import sanitized_pytest
 from .conftest import build_kernels
 from .cross_entropy_cases import *  # noqa: F403
+from .fused_logits_cases import *  # noqa: F403
 from .grad_centers_cases import *  # noqa: F403
 from .host_logits import HostLogits
 from .logits_cases import *  # noqa: F403  the tests themselves
@@ -23,7 +24,7 @@ from .vector_loss_cases import *  # noqa: F403
 
 CASES = [
     str(Path(__file__).with_name(f"{name}_cases.py"))
-    for name in ("logits", "logits_storage", "cross_entropy", "grad_centers", "topk", "vector_loss")
+    for name in ("logits", "logits_storage", "fused_logits", "cross_entropy", "grad_centers", "topk", "vector_loss")
 ]
 
 

@@ -44,7 +44,8 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrComputeCapabilityMajor,
-  cudaDevAttrComputeCapabilityMinor
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMultiProcessorCount
 };
 
 namespace host_cuda {
@@ -54,6 +55,7 @@ inline std::map<const void*, int> shared_limits;                           // wh
 inline cudaError_t last_error = cudaSuccess;
 inline int shared_at_most = kSharedAtMost;
 inline int compute_capability = 90;
+inline int multiprocessors = 132;
 inline int launches = 0;
 inline bool count_only = false;  // kernels are counted, and not run
 
@@ -107,6 +109,7 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrComputeCapabilityMajor   ? host_cuda::compute_capability / 10
            : attribute == cudaDevAttrComputeCapabilityMinor ? host_cuda::compute_capability % 10
+           : attribute == cudaDevAttrMultiProcessorCount    ? host_cuda::multiprocessors
                                                             : host_cuda::shared_at_most;
   return cudaSuccess;
 }
@@ -129,6 +132,15 @@ T __shfl_sync(unsigned, T value, int from, int width = 32) {
 }
 inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
   return static_cast<unsigned>(((static_cast<unsigned long long>(high) << 32 | low) << (shift & 31)) >> 32);
+}
+// Return the bytes of y:x that the hexadecimal digits of the selector number.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  unsigned bytes = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned byte = selector >> 4 * i & 7;
+    bytes |= ((byte < 4 ? x : y) >> byte % 4 * 8 & 255) << 8 * i;
+  }
+  return bytes;
 }
 inline int __any_sync(unsigned, int predicate) {
   int any = 0;

@@ -1,6 +1,7 @@
 // The functions of csrc/cuda/ptx.cuh for the host: each instruction in C++, with the same layouts of fragments (PTX
 // ISA).
 #pragma once
+#include <array>
 #include <limits>
 #include <map>
 #include <memory>
@@ -43,6 +44,29 @@ inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
   __syncwarp();  // until here the other lanes' rows are read
 }
 
+inline void store_matrix_x4_trans(void* row, const uint32_t (&r)[4]) {
+  const unsigned lane = host_cuda::lane();
+  require_vector(row);
+  host_cuda::show(&row, sizeof row);
+  for (unsigned matrix = 0; matrix < 4; ++matrix) {
+    uint16_t pair[2];
+    std::memcpy(pair, &r[matrix], sizeof pair);
+    for (unsigned h = 0; h < 2; ++h) {
+      uint16_t* to;
+      std::memcpy(&to, host_cuda::shown_by(matrix * 8 + lane % 4 * 2 + h), sizeof to);
+      to[lane / 4] = pair[h];
+    }
+  }
+}
+
+template <class T>
+uint32_t pack(float low, float high) {
+  const T both[2] = {narrow<T>(low), narrow<T>(high)};
+  uint32_t word;
+  std::memcpy(&word, both, sizeof word);
+  return word;
+}
+inline float max_or_nan(float x, float y) { return x > y || x != x ? x : y; }
 inline float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < 1.17549435e-38f ? 0.0f : y;
@@ -89,9 +113,11 @@ struct PendingSums {
   int products = 0;
 };
 
-// Until the wait for the last product the sums are NaN, and a product reads its operands when it is waited for.
-template <class T, int kFragments>
-void wgmma(float (&c)[kFragments][4], WgmmaMatrix a, WgmmaMatrix b, bool accumulate) {
+// Until the wait for the last product the sums are NaN, and a product reads shared memory when it is waited for.
+//   a: the 16 summed elements of rows l / 4 and l / 4 + 8 of the warp, by a(row / 8, element)
+//   b: element (element, column)
+template <int kFragments, class A, class B>
+void multiply_later(float (&c)[kFragments][4], const A& a, const B& b, bool accumulate) {
   static std::map<const void*, std::weak_ptr<PendingSums<kFragments>>> all;
   auto pending = all[&c].lock();
   if (!pending) {
@@ -99,14 +125,12 @@ void wgmma(float (&c)[kFragments][4], WgmmaMatrix a, WgmmaMatrix b, bool accumul
     std::memcpy(pending->values, c, sizeof c);
   }
   ++pending->products;
-  const unsigned thread = host_cuda::thread_index().x;
-  const int first_row = static_cast<int>(thread / 32 % 4 * 16 + thread % 32 / 4), first_col = thread % 4 * 2;
+  const int first_col = static_cast<int>(host_cuda::lane() % 4 * 2);
   host_cuda::do_later([=, &c] {
     for (int j = 0; j < kFragments; ++j)
       for (int e = 0; e < 4; ++e) {
         float sum = accumulate ? pending->values[j][e] : 0.0f;
-        for (int k = 0; k < 16; ++k)
-          sum += a.template at<T>(first_row + e / 2 * 8, k) * b.template at<T>(k, j * 8 + first_col + e % 2);
+        for (int k = 0; k < 16; ++k) sum += a(e / 2, k) * b(k, j * 8 + first_col + e % 2);
         pending->values[j][e] = sum;
       }
     if (--pending->products == 0) std::memcpy(c, pending->values, sizeof c);
@@ -114,6 +138,34 @@ void wgmma(float (&c)[kFragments][4], WgmmaMatrix a, WgmmaMatrix b, bool accumul
   for (auto& fragment : c)
     for (float& sum : fragment) sum = std::numeric_limits<float>::quiet_NaN();
 }
+
+template <class T, int kFragments>
+void wgmma(float (&c)[kFragments][4], WgmmaMatrix a, WgmmaMatrix b, bool accumulate) {
+  const unsigned thread = host_cuda::thread_index().x;
+  const int first_row = static_cast<int>(thread / 32 % 4 * 16 + thread % 32 / 4);
+  multiply_later(
+      c, [=](int half, int k) { return a.template at<T>(first_row + half * 8, k); },
+      [=](int k, int col) { return b.template at<T>(k, col); }, accumulate);
+}
+
+// With a in registers, as in mma_16816. The columns of b are rows in shared memory.
+template <class T, int kFragments>
+void wgmma(float (&c)[kFragments][4], const uint32_t (&a)[4], WgmmaMatrix b, bool accumulate) {
+  host_cuda::show(a, sizeof a);
+  std::array<std::array<float, 16>, 2> rows;
+  for (unsigned k = 0; k < 16; ++k) {
+    const auto* shown = static_cast<const T*>(host_cuda::shown_by(host_cuda::lane() / 4 * 4 + k % 8 / 2));
+    for (unsigned half = 0; half < 2; ++half) rows[half][k] = wide(shown[(k / 8 * 2 + half) * 2 + k % 2]);
+  }
+  multiply_later(
+      c, [=](int half, int k) { return rows[half][k]; }, [=](int k, int col) { return b.template at<T>(col, k); },
+      accumulate);
+}
+
+inline void hold(uint32_t (&)[4]) {}
+inline void hold(float (&)[4]) {}
+inline void hold(int&) {}
+inline void prefetch_l2(const void*) {}
 
 struct Operands {
   uint32_t a[4], b[2];
