@@ -24,23 +24,17 @@ struct FusedLogitsShared {
   Staged staged[Shape::kWarps];
 };
 
-// Copy rows of a warp's elements from shared memory, where their length is kLd, to a matrix of rows of K elements: 16
-// bytes per lane where the rows are aligned, else single elements.
-template <int kRows, int kClasses, int kLd, class E>
+// Copy rows of a warp's elements from shared memory, where their length is kLd, to a matrix of rows of K elements.
+// kPart: elements per copy
+template <int kPart, int kRows, int kClasses, int kLd, class E>
 __device__ __forceinline__ void copy_class_rows(const E* from, E* to, int64_t K, int rows, int classes, int lane) {
-  constexpr int kPart = 16 / static_cast<int>(sizeof(E));
-  const bool aligned = (reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(K) * sizeof(E)) % 16 == 0;
-  const int part = aligned ? kPart : 1, lanes = kClasses / part, c = lane % lanes * part, step = kWarp / lanes;
-  from += c, to += lane / lanes * K + c;
+  constexpr int kParts = kClasses / kPart, kStep = kWarp / kParts;
+  const int c = lane % kParts * kPart;
   if (c >= classes) return;
-#pragma unroll 1
-  for (int row = lane / lanes; row < min(rows, kRows); row += step, to += step * K) {
-    if (aligned) {
-      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from + row * kLd);
-    } else {
-      *to = from[row * kLd];
-    }
-  }
+  to += lane / kParts * K + c, from += lane / kParts * kLd + c;
+#pragma unroll 4
+  for (int row = 0; row < kRows; row += kStep, to += kStep * K, from += kStep * kLd)
+    if (lane / kParts + row < rows) *reinterpret_cast<Pack<E, kPart>*>(to) = *reinterpret_cast<const Pack<E, kPart>*>(from);
 }
 
 // The logits of one group of four warps, for one tile of classes after another.
@@ -197,8 +191,13 @@ class FusedLogits {
       }
       __syncwarp();
       const auto store = [&](auto ld, const auto* from, auto* to) {
-        copy_class_rows<Shared::kStagedRows, kWarpClasses, ld>(from, to + begin + first * K, K, rows_ - first, classes,
-                                                               lane_);
+        constexpr int kVector = 16 / static_cast<int>(sizeof(*from));
+        to += begin + first * K;
+        const bool aligned = (reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(K) * sizeof(*to)) % 16 == 0;
+        const auto copy = [&](auto part) {
+          copy_class_rows<part, Shared::kStagedRows, kWarpClasses, ld>(from, to, K, rows_ - first, classes, lane_);
+        };
+        aligned ? copy(std::integral_constant<int, kVector>()) : copy(std::integral_constant<int, 1>());
       };
       hold(lane_);  // as above
       store(std::integral_constant<int, Shared::Staged::kLd>(), staged.logits[0], logits_);
@@ -273,19 +272,17 @@ class FusedLogits {
 // Compute the logits [B, K] of the type Z, R [M, K] and, if kNeedSlots, the slots [B, K]; all blocks of a row tile
 // write the same R.
 //
-// Grid: row_tiles times blocks of classes, the rows fastest. Block: Shape::kThreads. Dynamic shared memory:
-// fused_logits_bytes.
+// Grid: (tiles of rows, blocks of classes). Block: Shape::kThreads. Dynamic shared memory: fused_logits_bytes.
 template <class Shape, class Z, bool kNeedSlots>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
-    fused_logits_kernel(ScoreInputs<typename Shape::T> in, Z* logits, float* center_rnorms, int row_tiles) {
+    fused_logits_kernel(ScoreInputs<typename Shape::T> in, Z* logits, float* center_rnorms) {
   if constexpr (!kHasWgmma) {
     trap();  // the host does not launch it
   } else {
     GISTOPS_ALIGNED_SHARED(1024, unsigned char, memory);
-    const int row_tile = static_cast<int>(blockIdx.x) % row_tiles, block = static_cast<int>(blockIdx.x) / row_tiles,
-              group = static_cast<int>(threadIdx.x) / Shape::kGroupThreads;
+    const int row_tile = static_cast<int>(blockIdx.x), group = static_cast<int>(threadIdx.x) / Shape::kGroupThreads;
     FusedLogits<Shape, Z, kNeedSlots>(in, logits, center_rnorms, row_tile * Shape::kRows, memory)
-        .run(block * Shape::kGroups + group, static_cast<int>(gridDim.x) / row_tiles * Shape::kGroups);
+        .run(static_cast<int>(blockIdx.y) * Shape::kGroups + group, static_cast<int>(gridDim.y) * Shape::kGroups);
   }
 }
 

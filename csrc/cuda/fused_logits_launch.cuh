@@ -36,9 +36,8 @@ void launch_fused_logits(void* stream, const ScoreInputs<T>& in, Z* logits, floa
     const int64_t class_blocks =
         std::clamp<int64_t>(multiprocessors("logits") / row_tiles, 1, ceil_div(tiles, Shape::kGroups));
     const auto launch_kernel = [&](auto kernel) {
-      launch("logits", kernel, blocks(row_tiles * class_blocks), Shape::kThreads,
-             static_cast<int>(fused_logits_bytes<Shape, Z>(in.p.d())), stream, in, logits, center_rnorms,
-             static_cast<int>(row_tiles));
+      launch("logits", kernel, blocks(row_tiles, class_blocks), Shape::kThreads,
+             static_cast<int>(fused_logits_bytes<Shape, Z>(in.p.d())), stream, in, logits, center_rnorms);
     };
     in.slots ? launch_kernel(fused_logits_kernel<Shape, Z, true>) : launch_kernel(fused_logits_kernel<Shape, Z, false>);
   });

@@ -24,7 +24,15 @@ from .vector_loss_cases import *  # noqa: F403
 
 CASES = [
     str(Path(__file__).with_name(f"{name}_cases.py"))
-    for name in ("logits", "logits_storage", "fused_logits", "cross_entropy", "grad_centers", "topk", "vector_loss")
+    for name in (
+        "logits",
+        "logits_storage",
+        "fused_logits",
+        "cross_entropy",
+        "grad_centers",
+        "topk",
+        "vector_loss",
+    )
 ]
 
 
