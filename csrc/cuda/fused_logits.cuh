@@ -34,7 +34,8 @@ __device__ __forceinline__ void copy_class_rows(const E* from, E* to, int64_t K,
   to += lane / kParts * K + c, from += lane / kParts * kLd + c;
 #pragma unroll 4
   for (int row = 0; row < kRows; row += kStep, to += kStep * K, from += kStep * kLd)
-    if (lane / kParts + row < rows) *reinterpret_cast<Pack<E, kPart>*>(to) = *reinterpret_cast<const Pack<E, kPart>*>(from);
+    if (lane / kParts + row < rows)
+      *reinterpret_cast<Pack<E, kPart>*>(to) = *reinterpret_cast<const Pack<E, kPart>*>(from);
 }
 
 // The logits of one group of four warps, for one tile of classes after another.
@@ -43,6 +44,7 @@ class FusedLogits {
   using T = typename Shape::T;
   using Shared = FusedLogitsShared<Shape, Z>;
   static constexpr int kSlots = Shape::kSlots, kWarpClasses = Shape::kWarpClasses, kRows = Shape::kRows;
+  static constexpr int kGroups = Shape::kGroups;
 
  public:
   __device__ FusedLogits(const ScoreInputs<T>& in, Z* logits, float* center_rnorms, int first_row,
@@ -57,10 +59,21 @@ class FusedLogits {
   __device__ __forceinline__ void run(int first_tile, int tile_stride) {
     product_.start(first_tile);
     load_shared();
-    const int tiles = static_cast<int>(ceil_div(in_.p.K(), Shape::kClasses));
+    const int tiles = static_cast<int>(ceil_div(in_.p.K(), Shape::kClasses)), group = warp_ / 4;
+    // A group starts to multiply when the one before is halfway: two multiply while the third computes scores. They
+    // would do the same at the same time otherwise. All have the same number of turns.
 #pragma unroll 1
-    for (int tile = first_tile; tile < tiles; tile += tile_stride) {
-      product_.multiply(tile + tile_stride);
+    for (int tile = first_tile; tile - group < tiles; tile += tile_stride) {
+      if (group > 0 || tile > first_tile) barrier_sync(1 + (group + kGroups - 1) % kGroups, 2 * Shape::kGroupThreads);
+      const auto let_next_group_start = [&] {
+        if (group + 1 < kGroups || tile - group + tile_stride < tiles)
+          barrier_arrive(1 + group, 2 * Shape::kGroupThreads);
+      };
+      if (tile >= tiles) {
+        let_next_group_start();
+        continue;
+      }
+      product_.multiply(tile + tile_stride, let_next_group_start);
       first_class_ = tile * Shape::kClasses + warp_ % 4 * kWarpClasses;
       hold(warp_), hold(lane_);  // so that no address that depends on it takes registers from the product
       compute_rnorms();
@@ -118,7 +131,8 @@ class FusedLogits {
       }
     }
     if constexpr (kSlots > 1) {
-      if (__any_sync(~0u, min(min(own[0][0], own[0][1]), min(own[1][0], own[1][1])) < 0)) compute_cancelled(own);
+      const bool any = own[0][0] < 0 || own[0][1] < 0 || own[1][0] < 0 || own[1][1] < 0;
+      if (__any_sync(~0u, any)) compute_cancelled(own);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

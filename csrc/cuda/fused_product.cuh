@@ -6,8 +6,8 @@
 namespace gistops::cuda {
 
 // The displacements and a tile of rows of f stay in the shared memory of a block. Each of its groups of four warps
-// takes 64 classes after 64 classes, on its own: while one multiplies, others compute scores. The centers go from global
-// memory to registers, where wgmma reads them; no other warp needs them.
+// takes 64 classes after 64 classes, on its own: while one multiplies, others compute scores. The centers go from
+// global memory to registers, where wgmma reads them; no other warp needs them.
 template <class T_, int kSlots_>
 struct FusedShape {
   using T = T_;
@@ -27,9 +27,10 @@ struct FusedShape {
 
 // Sums of a tile: those of a lane are of classes lane / 4 and lane / 4 + 8 of its warp.
 //
-// The order of the dims does not matter as long as it is the same in both factors. Lane l loads eight adjacent dims of a
-// step, four words, and interleaves the elements of two words at a time; f lies in shared memory in the same order. The
-// interleaved words are new registers: wgmma wants the words of two classes side by side, where a load cannot put them.
+// The order of the dims does not matter as long as it is the same in both factors. Lane l loads eight adjacent dims of
+// a step, four words, and interleaves the elements of two words at a time; f lies in shared memory in the same order.
+// The interleaved words are new registers: wgmma wants the words of two classes side by side, where a load cannot put
+// them.
 template <class Shape>
 class FusedProduct {
   using T = typename Shape::T;
@@ -74,8 +75,10 @@ class FusedProduct {
     fence_wgmma_operands();
   }
 
-  // Compute the sums of the tile whose first block is being loaded, and start to load that of the next tile.
-  __device__ __forceinline__ void multiply(int next_tile) {
+  // Compute the sums of the tile whose first block is being loaded, and start to load that of the next tile. Call
+  // `halfway` after half of the dims.
+  template <class Halfway>
+  __device__ __forceinline__ void multiply(int next_tile, const Halfway& halfway) {
     hold(lane_);  // so that no address that depends on it takes registers from the product
     prefetch(next_tile);
     squares_[0][0] = squares_[0][1] = squares_[1][0] = squares_[1][1] = 0;
@@ -101,6 +104,7 @@ class FusedProduct {
         hold(operands[1 - step]);  // of the step before, which is complete
       }
       f = advance(f, F::kBlockBytes);
+      if (block == blocks() / 2) halfway();
     }
     wgmma_wait<0>();
 #pragma unroll
@@ -166,8 +170,7 @@ class FusedProduct {
     } else {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        centers_[step].vectors[half] =
-            inside ? *reinterpret_cast<const uint4*>(row_[half] + step * kStep) : zeros;
+        centers_[step].vectors[half] = inside ? *reinterpret_cast<const uint4*>(row_[half] + step * kStep) : zeros;
     }
   }
   // Set the left factors of a step from the loaded words, and add their squares.

@@ -30,6 +30,15 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// A barrier of some of the block's warps, which have `threads` threads in all. __syncthreads is barrier 0. `arrive`
+// does not wait for the others.
+__device__ __forceinline__ void barrier_sync(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // Load four 8x8 matrices of 16-bit elements from shared memory. Lane l passes the address of row l % 8 of matrix l / 8,
 // and receives elements 2 (l % 4) and the next of row l / 4; with _trans, of column l / 4.
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* row) {

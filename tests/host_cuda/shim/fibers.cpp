@@ -1,6 +1,7 @@
 #include "fibers.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -21,7 +22,7 @@ namespace {
 constexpr unsigned kWarp = 32;
 constexpr size_t kStackBytes = 128 << 10;
 
-enum class State { ready, at_block_barrier, at_warp_barrier, done };
+enum class State { ready, at_block_barrier, at_warp_barrier, at_named_barrier, done };
 
 struct Copy {
   void* to;
@@ -36,6 +37,7 @@ struct Fiber {
   Index index;
   unsigned linear;
   int predicate;
+  int named_barrier;
   alignas(16) unsigned char slots[2][kSlotBytes];  // used in turn
   int slot;                                        // the one in use
   std::vector<Copy> copies;
@@ -53,6 +55,7 @@ struct Block {
   const std::function<void()>* body;
   Context scheduler;
   std::string failure;
+  std::array<int, 16> arrived;  // at the named barriers
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
   void* scheduler_sanitizer = nullptr;
@@ -118,6 +121,7 @@ bool release(size_t first, size_t last, State barrier) {
 void run_block() {
   Block& b = *block;
   const size_t n = b.fibers.size();
+  b.arrived = {};
   for (size_t i = 0; i < n; ++i) {
     Fiber& f = b.fibers[i];
     f.linear = static_cast<unsigned>(i);
@@ -136,7 +140,7 @@ void run_block() {
       }
     const size_t done = count(0, n, State::done);
     if (done == n) return;
-    bool released = false;
+    bool released = count(0, n, State::ready) > 0;  // from a named barrier
     for (size_t first = 0; first < n; first += kWarp)
       released |= release(first, std::min(n, first + kWarp), State::at_warp_barrier);
     if (count(0, n, State::at_block_barrier) == n) released |= release(0, n, State::at_block_barrier);
@@ -144,7 +148,8 @@ void run_block() {
       throw std::runtime_error("host_cuda: a barrier that not all threads reach: " +
                                std::to_string(count(0, n, State::at_block_barrier)) + " of " + std::to_string(n) +
                                " threads wait for the block, " + std::to_string(count(0, n, State::at_warp_barrier)) +
-                               " for their warp, " + std::to_string(done) + " have ended");
+                               " for their warp, " + std::to_string(count(0, n, State::at_named_barrier)) +
+                               " at another barrier, " + std::to_string(done) + " have ended");
   }
 }
 
@@ -192,6 +197,18 @@ void fail(const char* what) {
 
 void block_barrier() { wait_as(State::at_block_barrier); }
 void warp_barrier() { wait_as(State::at_warp_barrier); }
+
+void named_barrier(int barrier, int threads, bool wait) {
+  int& arrived = block->arrived.at(barrier);
+  if (++arrived < threads) {
+    current->named_barrier = barrier;
+    if (wait) wait_as(State::at_named_barrier);
+    return;
+  }
+  arrived = 0;
+  for (Fiber& f : block->fibers)
+    if (f.state == State::at_named_barrier && f.named_barrier == barrier) f.state = State::ready;
+}
 
 int block_any(int predicate) {
   current->predicate = predicate;

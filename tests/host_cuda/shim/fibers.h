@@ -37,6 +37,8 @@ void fail(const char* what);
 
 void block_barrier();
 void warp_barrier();
+// Arrive at one of 16 barriers; the last of `threads` threads releases those that wait.
+void named_barrier(int barrier, int threads, bool wait);
 int block_any(int predicate);
 
 constexpr size_t kSlotBytes = 32;

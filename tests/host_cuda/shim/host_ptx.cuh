@@ -25,6 +25,9 @@ void copy_async_wait() {
   host_cuda::wait_for_copies(N);
 }
 
+inline void barrier_sync(int barrier, int threads) { host_cuda::named_barrier(barrier, threads, true); }
+inline void barrier_arrive(int barrier, int threads) { host_cuda::named_barrier(barrier, threads, false); }
+
 // Lane l receives elements 2 (l % 4) and the next of row l / 4 of each matrix, or of column l / 4.
 inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
   const unsigned lane = host_cuda::lane();
@@ -148,7 +151,8 @@ void wgmma(float (&c)[kFragments][4], WgmmaMatrix a, WgmmaMatrix b, bool accumul
       [=](int k, int col) { return b.template at<T>(k, col); }, accumulate);
 }
 
-// With a in registers, as in mma_16816. The columns of b are rows in shared memory.
+// With a in registers, as in mma_16816, which must not change until the wait. The columns of b are rows in shared
+// memory.
 template <class T, int kFragments>
 void wgmma(float (&c)[kFragments][4], const uint32_t (&a)[4], WgmmaMatrix b, bool accumulate) {
   host_cuda::show(a, sizeof a);
@@ -157,6 +161,12 @@ void wgmma(float (&c)[kFragments][4], const uint32_t (&a)[4], WgmmaMatrix b, boo
     const auto* shown = static_cast<const T*>(host_cuda::shown_by(host_cuda::lane() / 4 * 4 + k % 8 / 2));
     for (unsigned half = 0; half < 2; ++half) rows[half][k] = wide(shown[(k / 8 * 2 + half) * 2 + k % 2]);
   }
+  std::array<uint32_t, 4> words;
+  std::memcpy(words.data(), a, sizeof a);
+  const uint32_t* registers = a;
+  host_cuda::do_later([=] {
+    if (std::memcmp(words.data(), registers, sizeof words) != 0) host_cuda::fail("a factor that changed too early");
+  });
   multiply_later(
       c, [=](int half, int k) { return rows[half][k]; }, [=](int k, int col) { return b.template at<T>(col, k); },
       accumulate);
