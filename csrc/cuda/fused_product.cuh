@@ -104,7 +104,7 @@ class FusedProduct {
         hold(operands[1 - step]);  // of the step before, which is complete
       }
       f = advance(f, F::kBlockBytes);
-      if (block == blocks() / 2) halfway();
+      if (block == (blocks() - 1) / 2) halfway();
     }
     wgmma_wait<0>();
 #pragma unroll
