@@ -173,10 +173,10 @@ __device__ __forceinline__ void wgmma(float (&c)[kFragments][4], WgmmaMatrix a, 
 
 // The same with a in registers, as fragments of mma_16816, and with b' row-major in blocks of 64 summed elements. The
 // registers of a must keep their values until the product has been waited for: see hold().
-#define GISTOPS_WGMMA_RS(columns, type, registers, a_registers, b_bits, add, ...)                         \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns  \
-               "k16.f32." type "." type " {" registers "}, {" a_registers "}, " b_bits ", p, 1, 1, 0;\n}" \
-               : __VA_ARGS__                                                                              \
+#define GISTOPS_WGMMA_RS(columns, type, registers, a_registers, b_bits, add, ...)                        \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns \
+               "k16.f32." type "." type " {" registers "},{" a_registers "}, " b_bits ", p, 1, 1, 0;\n}" \
+               : __VA_ARGS__                                                                             \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "r"(static_cast<int>(accumulate)))
 #define GISTOPS_FRAGMENTS_16 \
   GISTOPS_FRAGMENTS_4(0), GISTOPS_FRAGMENTS_4(4), GISTOPS_FRAGMENTS_4(8), GISTOPS_FRAGMENTS_4(12)
