@@ -119,19 +119,18 @@ VARIANTS = (
         )
         for name, classes in (("tiled", 0), ("64", 64), ("128", 128))
     ),
-    # The logits of one kernel (fused) or of the library's matmul; without slots, as bf16 and with slots.
+    # The logits of one kernel; without slots, as bf16 and with slots.
     *(
         Variant(
-            f"cuda F {name}{results}",
+            f"cuda F fused{results}",
             "cuda",
             ("forward", "step") if results == ", bf16 logits" else ("forward",),
             "cuda",
-            {"cuda fused logits": asked},
+            {"cuda fused logits": 1},
             narrow=results == ", bf16 logits",
             slots=results == ", slots",
             precisions=("bf16",),
         )
-        for name, asked in (("cublas", 0), ("fused", 1))
         for results in ("", ", bf16 logits", ", slots")
     ),
     # The kernels around the matmuls.

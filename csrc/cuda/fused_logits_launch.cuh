@@ -1,4 +1,4 @@
-// The choice of fused_logits_kernel, by the sizes and the device, and its launch.
+// The choice of fused_logits_kernel, which has not run on a GPU yet and must be asked for, and its launch.
 #pragma once
 #include "class_stream.cuh"
 #include "fused_logits.cuh"
@@ -18,12 +18,9 @@ bool takes_fused_logits(const Problem<T>& p, bool aligned) {
   if constexpr (sizeof(T) != 2) {
     return false;
   } else {
-    using Shape = FusedShape<T, 8>;        // the one with the most shared memory
-    constexpr int64_t kEnoughTiles = 792;  // two for each group of four warps of a Hopper GPU, to repay the load of f
-    const int asked = asked_fused_logits();
-    if (!aligned || p.M() > Shape::kSlots || asked == 0 || !has_wgmma("logits")) return false;
-    if (fused_logits_bytes<Shape, Z>(p.d()) > shared_memory_limit("logits")) return false;
-    return asked > 0 || ceil_div(p.K(), Shape::kClasses) * ceil_div(p.B(), Shape::kRows) >= kEnoughTiles;
+    using Shape = FusedShape<T, 8>;  // the one with the most shared memory
+    return fused_logits_are_asked() && aligned && p.M() <= Shape::kSlots && has_wgmma("logits") &&
+           fused_logits_bytes<Shape, Z>(p.d()) <= shared_memory_limit("logits");
   }
 }
 

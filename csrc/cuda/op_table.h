@@ -127,11 +127,10 @@ inline int asked_centers_tile() {
   return asked ? std::atoi(asked) : -1;
 }
 
-// Return what GISTOPS_CUDA_FUSED_LOGITS asks for: 1 for the logits of one kernel where that is possible, 0 for those of
-// the library's product, -1 for the choice by the sizes.
-inline int asked_fused_logits() {
+// Return true if GISTOPS_CUDA_FUSED_LOGITS is 1, which asks for the logits of one kernel where that is possible.
+inline bool fused_logits_are_asked() {
   const char* asked = std::getenv("GISTOPS_CUDA_FUSED_LOGITS");
-  return asked ? std::atoi(asked) : -1;
+  return asked && std::atoi(asked) == 1;
 }
 
 extern const OpTable bf16_ops, f16_ops, f32_ops, f64_ops;
