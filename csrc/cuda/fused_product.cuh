@@ -95,6 +95,7 @@ class FusedProduct {
       for (int step = 0; step < kSteps; ++step) {
         interleave(operands[step], centers_[step]);
         load(step, left);
+        add_step_squares(operands[step]);
         constexpr int kStepBytes = kStep * static_cast<int>(sizeof(T));
         wgmma_fence();
         wgmma<T>(sums_, operands[step].first, advance(f, step * kStepBytes), block > 0 || step > 0);
@@ -173,15 +174,23 @@ class FusedProduct {
         centers_[step].vectors[half] = inside ? *reinterpret_cast<const uint4*>(row_[half] + step * kStep) : zeros;
     }
   }
-  // Set the left factors of a step from the loaded words, and add their squares.
+  // Set the left factors of a step from the loaded words.
   __device__ __forceinline__ void interleave(Operands& to, const Centers& from) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint4& w = from.vectors[half];
       to.first[half] = even(w.x, w.y), to.first[half + 2] = odd(w.x, w.y);
       to.second[half] = even(w.z, w.w), to.second[half + 2] = odd(w.z, w.w);
-      add_squares<T>(w.x, squares_[half]), add_squares<T>(w.y, squares_[half]);
-      add_squares<T>(w.z, squares_[half]), add_squares<T>(w.w, squares_[half]);
+    }
+    hold(to);
+  }
+  // Add the squares of the left factors of a step. After `load`: before it, ptxas would move the sums of the next step
+  // before the products of this one, which would then wait for the next step's loads.
+  __device__ __forceinline__ void add_step_squares(const Operands& step) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      add_squares<T>(step.first[half], squares_[half]), add_squares<T>(step.first[half + 2], squares_[half]);
+      add_squares<T>(step.second[half], squares_[half]), add_squares<T>(step.second[half + 2], squares_[half]);
     }
   }
 
