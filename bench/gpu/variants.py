@@ -124,7 +124,7 @@ VARIANTS = (
         Variant(
             f"cuda F fused{results}",
             "cuda",
-            ("forward", "step") if results == ", bf16 logits" else ("forward",),
+            ("forward",) if results == ", slots" else ("forward", "step"),
             "cuda",
             {"cuda fused logits": 1},
             narrow=results == ", bf16 logits",

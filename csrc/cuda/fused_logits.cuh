@@ -165,13 +165,7 @@ class FusedLogits {
         if (!(lanes >> other & 1)) continue;
         const T* w = in_.p.centers.data + int64_t{first_class_ + half * 8 + other / 4} * d;
         const T* delta = in_.p.displacements.data + (other % 4 * 2 + e) * d;
-        float sum = 0;
-#pragma unroll 1
-        for (int x = lane_; x < d; x += kWarp) {
-          const float element = wide(w[x]) + wide(delta[x]);
-          sum = fma(element, element, sum);
-        }
-        const float rnorm = -clamped_rnorm(warp_sum(sum));
+        const float rnorm = -clamped_rnorm(squared_norm_of_slot<true>(w, delta, d, lane_));
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           if (other == lane_ && pair == i) own[i / 2][i % 2] = rnorm;
@@ -261,15 +255,7 @@ class FusedLogits {
 #pragma unroll 1
     for (int c = 0; c < kWarpClasses; ++c) {
       if (!((c < 8 ? cancelled_lanes_[0] : cancelled_lanes_[1]) >> c % 8 * 4 & 15)) continue;
-      const int64_t k = first_class_ + c;
-#pragma unroll 1
-      for (int i = first_row_; i < first_row_ + rows_; ++i) {
-        uint8_t slot;
-        const float z = score_cancelled_pair(in_, k, i, lane_, slot);
-        if (lane_ > 0) continue;
-        logits_[int64_t{i} * in_.p.K() + k] = narrow<Z>(z);
-        if constexpr (kNeedSlots) in_.slots[i * in_.slot_row + k * in_.slot_class] = slot;
-      }
+      store_cancelled_class<kNeedSlots>(in_, logits_, in_.p.K(), first_class_ + c, first_row_, rows_, lane_);
     }
   }
 

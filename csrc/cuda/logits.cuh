@@ -66,26 +66,17 @@ class LogitsLauncher : private BackwardLauncher<T> {
   void forward_fused(const LogitsResults& results) {
     S *input_dots, *input_rnorms = static_cast<S*>(results.input_rnorms);
     Scratch(workspace_).add(input_dots, p_.M() * ld_).allocate();
-    const NormOutputs<S> norms{.input_rnorms = input_rnorms,
-                               .input_dots = input_dots,
-                               .ld = ld_,
-                               .center_rnorms = nullptr,
-                               .ldr = p_.K(),
-                               .blocks_done = nullptr};
+    NormOutputs<S> norms{.input_rnorms = input_rnorms,
+                         .input_dots = input_dots,
+                         .ld = ld_,
+                         .center_rnorms = nullptr,
+                         .ldr = p_.K(),
+                         .blocks_done = nullptr};
     this->launch_norms(p_, true, norms);
-    S* center_rnorms = static_cast<S*>(results.center_rnorms);
-    const ScoreInputs<T> inputs{.p = p_,
-                                .products = nullptr,
-                                .ld = ld_,
-                                .score_class = 0,
-                                .input_dots = input_dots,
-                                .center_rnorms = center_rnorms,
-                                .ldr = p_.K(),
-                                .input_rnorms = input_rnorms,
-                                .slots = results.slots,
-                                .slot_class = 1,
-                                .slot_row = p_.K()};
-    launch_fused_logits<T>(stream_, inputs, static_cast<Z*>(results.logits), center_rnorms);
+    norms.center_rnorms = static_cast<S*>(results.center_rnorms);
+    ScoreInputs<T> inputs = this->score_inputs(p_, norms, nullptr, 0, results.slots);
+    inputs.slot_class = 1, inputs.slot_row = p_.K();
+    launch_fused_logits<T>(stream_, inputs, static_cast<Z*>(results.logits), norms.center_rnorms);
   }
 
   // Z: the type of the logits and of their gradient.

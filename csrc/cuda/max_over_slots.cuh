@@ -127,14 +127,7 @@ __global__ void __launch_bounds__(LogitsShape<Sum<T>, kSlots>::kThreads, LogitsS
 #pragma unroll 1
   for (int c = 0; cancelled_lanes != 0 && c < kWarp; ++c) {
     if (!(cancelled_lanes >> c & 1)) continue;
-    const int64_t cancelled_class = first_class + c;
-    for (int64_t i = first_row; i < first_row + rows; ++i) {
-      uint8_t slot;
-      const S z = score_cancelled_pair(in, cancelled_class, i, lane, slot);
-      if (lane > 0) continue;
-      logits[i * ldz + cancelled_class] = narrow<Z>(z);
-      if constexpr (kNeedSlots) in.slots[i * in.slot_row + cancelled_class * in.slot_class] = slot;
-    }
+    store_cancelled_class<kNeedSlots>(in, logits, ldz, first_class + c, first_row, rows, lane);
   }
   const int written = k < K && !(cancelled_lanes >> lane & 1) ? rows : 0;
   Z* z_out = logits + first_row * ldz + k;

@@ -76,6 +76,12 @@ class OpLauncher {
     const Matrix centers{p.centers.data, p.K(), p.d(), p.d(), 1},
         input_transposed{p.input.data, p.d(), p.B(), 1, p.d()};
     workspace_.multiply(centers, input_transposed, products, score_class);
+    return score_inputs(p, norms, products, score_class, slots);
+  }
+
+  // Return the arguments of the kernels that make scores, with class-major slots.
+  ScoreInputs<T> score_inputs(const Problem<T>& p, const NormOutputs<S>& norms, S* products, int64_t score_class,
+                              uint8_t* slots) const {
     return {.p = p,
             .products = products,
             .ld = ld_,

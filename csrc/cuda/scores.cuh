@@ -70,6 +70,20 @@ __device__ __forceinline__ typename Inputs::S score_cancelled_pair(const Inputs&
   return best * (load_tau(p.tau) * in.input_rnorms[i]);
 }
 
+// Write the logits of class k, which has a cancelled pair, and of some rows, from the elements of w_k + delta_j, by all
+// lanes of a warp. The logits have rows of length ldz.
+template <bool kNeedSlots, class Z, class T>
+__device__ __forceinline__ void store_cancelled_class(const ScoreInputs<T>& in, Z* logits, int64_t ldz, int64_t k,
+                                                      int first_row, int rows, int lane) {
+  for (int64_t i = first_row; i < first_row + rows; ++i) {
+    uint8_t slot;
+    const Sum<T> z = score_cancelled_pair(in, k, i, lane, slot);
+    if (lane > 0) continue;
+    logits[i * ldz + k] = narrow<Z>(z);
+    if constexpr (kNeedSlots) in.slots[i * in.slot_row + k * in.slot_class] = slot;
+  }
+}
+
 // Score the classes of the tile that have a cancelled pair, from the elements of w_k + delta_j; by all threads of the
 // block. Writes in.products, and in.slots unless it is null.
 template <class Shape, class T>

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Config
+from ..model.precision import wide
 from .class_weights import class_balanced_weights
-from .method import wide
 from .single_stage import SingleStageMethod
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .method import wide
+from ..model.precision import wide
 
 #: Values of the authors' configuration for ImageNet-LT (config/ImageNet_LT/LFME.py): T, and the share of the expert's
 #: accuracy at which the distillation begins to fade.

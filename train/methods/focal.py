@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .method import wide
+from ..model.precision import wide
 from .single_stage import SingleStageMethod
 
 #: γ, the best value of Lin et al., section 5.1; the value of the field's comparisons of long-tailed classifiers too.

@@ -14,6 +14,7 @@ from gistops.nn import ConstellationClassifier
 from .. import distributed
 from ..config import Config
 from ..model.model import Model
+from ..model.precision import wide
 from ..shot_groups import split_classes
 from .method import Method, Stage, StageData, describe_constellation
 from .residual_directions import many_shot
@@ -127,7 +128,7 @@ class Fslwf(Method):
         if model.auxiliary is None:
             return {"loss_random": self._cross_entropy(head, features, weights, target)}
         with torch.autocast(features.device.type, enabled=False):
-            features = features.to(torch.promote_types(features.dtype, torch.float32))
+            features = wide(features)
             novel, exemplar = self._episode(target)
             contributions = model.auxiliary(features, weights, ~novel)
             classes = torch.arange(len(weights), device=target.device)

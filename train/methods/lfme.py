@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ..config import Config
 from ..model.fresh import reset_network
 from ..model.model import Model
+from ..model.precision import wide
 from ..shot_groups import split_classes
 from .experts import CURRICULUM_SHARE, Expert, ExpertHead, Experts, distillation_weight
-from .method import LabeledFeatures, Method, Stage, StageData, wide
+from .method import LabeledFeatures, Method, Stage, StageData
 
 
 class Lfme(Method):

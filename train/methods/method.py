@@ -137,11 +137,6 @@ class Method:
         return {}
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """Return a tensor in float32, and a float64 tensor unchanged."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def describe_constellation(head: ConstellationClassifier) -> dict[str, Any]:
     """Return the temperature and the norms of the centers and displacements."""
     return {

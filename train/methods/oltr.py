@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from ..config import Config
 from ..model.memory_head import MemoryHead
 from ..model.model import Model
+from ..model.precision import wide
 from .class_means import class_means
-from .method import Method, Stage, StageData, wide
+from .method import Method, Stage, StageData
 
 CENTROID_WEIGHT = 0.01  # λ: the authors' configurations for ImageNet-LT and Places-LT
 REPEL_WEIGHT = 0.01  # in the authors' code; the paper has no value

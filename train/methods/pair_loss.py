@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Config
+from ..model.precision import wide
 from .single_stage import SingleStageMethod
 
 
@@ -35,11 +36,10 @@ class PairLoss(SingleStageMethod):
     def losses(
         self, head: nn.Module, features: Tensor, labels: Tensor, num_balanced: int
     ) -> dict[str, Tensor]:
-        dtype = torch.promote_types(features.dtype, torch.float32)
-        loss = F.cross_entropy(head(features).to(dtype), labels)
+        loss = F.cross_entropy(wide(head(features)), labels)
         if features.requires_grad:
             with torch.autocast(features.device.type, enabled=False):
-                units = F.normalize(features.to(dtype), dim=1)
+                units = F.normalize(wide(features), dim=1)
                 groups = zip(units.split(self.group_size), labels.split(self.group_size), strict=True)
                 sums = [len(y) * self.pair_loss(x, y) for x, y in groups]
                 loss = loss + torch.stack(sums).sum() / len(labels)

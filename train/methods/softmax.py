@@ -11,8 +11,9 @@ from gistops.nn import ConstellationClassifier
 
 from ..config import Config
 from ..model.model import Model
+from ..model.precision import wide
 from .class_means import start_from_class_means
-from .method import StageData, describe_constellation, wide
+from .method import StageData, describe_constellation
 from .single_stage import SingleStageMethod
 
 

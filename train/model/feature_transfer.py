@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .precision import wide
+
 
 class FeatureTransfer(nn.Module):
     """Replace each feature f of the balanced stream by f / ‖f‖ + length · u_j, with a random direction u_j.
@@ -34,6 +36,5 @@ class FeatureTransfer(nn.Module):
             uniforms: random numbers in [0, 1) that select the directions, [b].
         """
         selected = self.directions[(uniforms[:num_balanced] * len(self.directions)).long()]
-        wide = features.to(torch.promote_types(features.dtype, torch.float32))
-        balanced, random = wide.tensor_split([num_balanced])
+        balanced, random = wide(features).tensor_split([num_balanced])
         return torch.cat([F.normalize(balanced, dim=1) + self.length * selected, random])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..distributed import all_reduce_sum
+from .precision import wide
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -35,12 +36,12 @@ class _SyncForward:
             return super().forward(x)  # type: ignore[misc, no-any-return]
         dims = [i for i in range(x.dim()) if i != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        count = wide.new_tensor([x.numel() // x.shape[1]])
-        total: Tensor = _AllReduceSum.apply(torch.cat([wide.sum(dims), count]))  # type: ignore[no-untyped-call]
+        values = wide(x)
+        count = values.new_tensor([x.numel() // x.shape[1]])
+        total: Tensor = _AllReduceSum.apply(torch.cat([values.sum(dims), count]))  # type: ignore[no-untyped-call]
         count = total[-1].detach()
         mean = total[:-1] / count
-        centered = wide - mean.view(shape)
+        centered = values - mean.view(shape)
         var: Tensor = _AllReduceSum.apply(centered.square().sum(dims)) / count  # type: ignore[no-untyped-call]
         with torch.no_grad():
             self.num_batches_tracked += 1
