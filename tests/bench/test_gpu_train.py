@@ -73,15 +73,17 @@ def test_a_stopped_pool_resumes(image_file: Path, tmp_path: Path) -> None:
     words = ["--data", str(image_file), "--folder", str(tmp_path), "--epochs", "400", "--at-once", "0"]
     args = cli.parse([*words, *SMALL.split(), "--", *OPTIONS.split()])
     both = [Job(seed, ("gist", "cos-gist")) for seed in (0, 1)]
-    epochs = [0, 0]
+
+    def epochs() -> list[int]:
+        return [jobs.unfinished(tmp_path, job, None)["epochs"] for job in both]
+
     for _ in range(2):
+        before = epochs()  # while no process runs: one may have finished an epoch before it stopped
         running = pool.Pool(both, image_file, args, dict(os.environ))
-        before = epochs
-        while not all(now > then for now, then in zip(epochs, before, strict=True)):
+        while not all(now > then for now, then in zip(epochs(), before, strict=True)):
             running.poll()
             assert len(running.running) == 2, [jobs.read_log(tmp_path, job) for job in both]
             time.sleep(0.1)
-            epochs = [jobs.unfinished(tmp_path, job, None)["epochs"] for job in both]
         running.stop(time.monotonic() + 100)
         assert list(running.codes.values()) == [143, 143]
         for job in both:
