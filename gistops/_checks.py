@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ._classifier import Classifier, LossOptions, MarginKind, no_displacements
+from ._dtensor import is_dtensor
 from ._functorch import transforms_active
 
 MAX_SLOTS = 256  # slots are stored as uint8
@@ -25,15 +26,13 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def _floating(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if not torch.compiler.is_compiling() and "torch.distributed.tensor" in sys.modules:
-        from torch.distributed.tensor import DTensor
-
-        if isinstance(value, DTensor):
-            raise TypeError(
-                f"{name}: expected a local torch.Tensor, got a DTensor; call .to_local() or .full_tensor() first. "
-                "With fully_shard (FSDP2), a method other than forward needs "
-                "torch.distributed.fsdp.register_fsdp_forward_method(module, 'name of the method')"
-            )
+    if is_dtensor(value):
+        raise TypeError(
+            f"{name}: expected a local torch.Tensor, got a DTensor; call .to_local() or .full_tensor() first. A loss and a "
+            "top-k take centers that shard_classes has divided; their logits would be a matrix over all classes. "
+            "With fully_shard (FSDP2), a method other than forward needs "
+            "torch.distributed.fsdp.register_fsdp_forward_method(module, 'name of the method')"
+        )
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
     if value.dtype not in FLOAT_DTYPES:
@@ -166,16 +165,23 @@ def check_some_classes(centers: Tensor) -> int:
 
 
 def check_loss(
-    input: Tensor, classifier: Classifier, target: object, options: LossOptions
+    input: Tensor,
+    classifier: Classifier,
+    target: object,
+    options: LossOptions,
+    all_classes: int | None = None,
 ) -> tuple[Tensor, LossOptions]:
     """Check the arguments of a loss besides those of the logits; return target, and options with plain numbers.
+
+    Args:
+        all_classes: the number of classes of all processes, if the classifier has a part of them.
 
     Raises:
         TypeError: target is not an int64 or int32 tensor, or an option has the wrong type.
         ValueError: a shape or device does not fit, or an option is out of its range.
         IndexError: on the CPU, in eager mode, a target is out of range.
     """
-    classes = check_some_classes(classifier.centers)
+    classes = classifier.centers.shape[0] if all_classes else check_some_classes(classifier.centers)
     for name, choice, choices in (
         ("margin_kind", options.margin_kind, MARGIN_KINDS),
         ("reduction", options.reduction, REDUCTIONS),
@@ -196,11 +202,11 @@ def check_loss(
     if weight is not None:
         if weight.requires_grad:
             raise ValueError("weight: expected a tensor that needs no gradient; call .detach() first")
-        if _readable(weight) and weight.min() < 0:
+        if _readable(weight) and (weight < 0).any():
             raise ValueError(
                 f"weight: expected no negative value, got {weight.min().item()} at class {int(weight.argmin())}"
             )
-    return _target(target, options.ignore_index, classes, input), options
+    return _target(target, options.ignore_index, all_classes or classes, input), options
 
 
 def _margin(options: LossOptions, classes: int, input: Tensor) -> Tensor | float | None:
@@ -222,7 +228,7 @@ def _margin(options: LossOptions, classes: int, input: Tensor) -> Tensor | float
 
 
 def _angles(margin: Tensor, angle: bool) -> Tensor:
-    if angle and _readable(margin):
+    if angle and margin.numel() and _readable(margin):
         low, high = (x.item() for x in margin.aminmax())
         if low < 0 or high > PI:
             raise ValueError(f"margin: expected angles from 0 to π, got {low if low < 0 else high}")

@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ._dtensor import local
+
 Transform = Literal["translation", "rotation", "mlp"]
 MarginKind = Literal["logit", "cosine", "angle"]
 
@@ -42,4 +44,4 @@ class LossOptions(NamedTuple):
 
 def no_displacements(vectors: Tensor) -> Tensor:
     """Return the displacements [0, d] of sub-centers and rotations, for vectors of length d."""
-    return vectors.new_empty(0, vectors.shape[-1])
+    return local(vectors).new_empty(0, vectors.shape[-1])

@@ -222,6 +222,24 @@ def cross_entropy(
     return loss, torch.where(lse == torch.inf, torch.nan, lse)
 
 
+def cross_entropy_parts(
+    input: Tensor,
+    classifier: Classifier,
+    class_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the outputs of `cross_entropy_parts_forward`, of materialized logits."""
+    z, _ = logits(input, classifier)
+    scores = z if class_bias is None else z + class_bias.to(z.dtype)
+    is_target = target.long()[:, None] == torch.arange(z.shape[1], device=target.device)
+    is_target = is_target & (target != ignore_index)[:, None]
+    lse_others = torch.where(is_target, -torch.inf, scores).logsumexp(1)
+    sums = z.new_empty(0) if weight is None else z @ weight.to(z.dtype)
+    return lse_others, torch.where(is_target, z, 0).sum(1), sums
+
+
 def topk(
     input: Tensor, classifier: Classifier, class_bias: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

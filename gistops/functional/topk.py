@@ -16,6 +16,7 @@ from .._checks import (
     check_subcenters,
 )
 from .._classifier import Classifier, Transform, no_displacements
+from .._dtensor import is_dtensor
 from ..backends import reference
 from .leading import restore, rows
 from .transforms import mlp as mlp_transform
@@ -57,6 +58,9 @@ def constellation_topk(
     Raises:
         TypeError, ValueError, gistops.BackendUnavailable: as in `constellation_logits`; the message names the argument.
     """
+    if is_dtensor(centers):
+        classifier = Classifier(centers, displacements, tau, transform, axis, mlp)  # type: ignore[arg-type]
+        return sharded_topk(input, classifier, k, class_bias, return_lse, backend)
     classifier = check_constellation(input, centers, displacements, tau, transform, axis, mlp)
     return topk(input, classifier, k, class_bias, return_lse, backend)
 
@@ -76,7 +80,25 @@ def subcenter_topk(
 
     Arguments, returns and errors are those of `constellation_topk`, with centers [K, M, d].
     """
+    if is_dtensor(centers):
+        classifier = Classifier(centers, no_displacements(centers), tau, "subcenters")  # type: ignore[arg-type]
+        return sharded_topk(input, classifier, k, class_bias, return_lse, backend)
     return topk(input, check_subcenters(input, centers, tau), k, class_bias, return_lse, backend)
+
+
+def sharded_topk(
+    input: Tensor,
+    classifier: Classifier,
+    k: int,
+    class_bias: Tensor | None,
+    return_lse: bool,
+    backend: str | None,
+) -> tuple[Tensor, ...]:
+    """Return the top k of a classifier whose centers are a DTensor; the arguments are unchecked."""
+    from .sharded.topk import topk  # imports torch.distributed.tensor, which most processes never need
+
+    found: tuple[Tensor, ...] = topk(input, classifier, k, class_bias, return_lse, backend)
+    return found
 
 
 def topk(

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .._dtensor import is_dtensor
+
 
 def check_generator(generator: object) -> torch.Generator:
     """Return the generator; the CPU's default generator for None.
@@ -43,3 +45,29 @@ def check_plain(head: nn.Module, method: str, names: Iterable[str]) -> None:
                 f"{method}: expected {name} to be a plain parameter, got {' and '.join(hidden)}; call "
                 f"torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove (head, {name!r}) first"
             )
+
+
+def check_whole(head: nn.Module, method: str) -> None:
+    """Check that the classes of a head are not divided between processes.
+
+    Raises:
+        RuntimeError: they are.
+    """
+    if any(is_dtensor(p) for p in head.parameters()):
+        raise RuntimeError(
+            f"{method}: expected a head whose parameters are not DTensors; save a sharded head by "
+            "gistops.distributed.save_checkpoint and load it into a head that is not sharded"
+        )
+
+
+def distribute_like(head: nn.Module, old: torch.Tensor, names: Iterable[str]) -> None:
+    """Make parameters of a head DTensors, with the values of rank 0 in all processes, if `old` is one."""
+    if not is_dtensor(old):
+        return
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    for name in names:
+        parameter = getattr(head, name, None)
+        if parameter is not None:
+            value = distribute_tensor(parameter.detach(), old.device_mesh, [Replicate()])  # type: ignore[attr-defined]
+            setattr(head, name, nn.Parameter(value, requires_grad=parameter.requires_grad))

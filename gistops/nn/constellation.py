@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from .._checks import MAX_SLOTS, check_integer, check_positive
 from .._classifier import Classifier, Transform
+from .._dtensor import whole
 from ..functional import constellation_cross_entropy, constellation_logits
 from ..operators.registry import compute_dtype
 from . import state
-from .changes import check_generator, check_plain
+from .changes import check_generator, check_plain, distribute_like
 from .head import MaxCosineHead
-from .temperature import inverse_softplus
 from .usage import SlotUsage, warn_if_zero
 
 
@@ -123,10 +123,17 @@ class ConstellationClassifier(MaxCosineHead):
     def reset_parameters(self) -> None:
         """Redraw all parameters from the default generator of their device."""
         nn.init.normal_(self.centers, std=self.in_features**-0.5)
-        nn.init.constant_(self.raw_tau, inverse_softplus(self.initial_tau))
-        directions = torch.randn_like(self.displacements, dtype=torch.float32)
+        self._reset_shared(None)
+
+    def _reset_shared(self, generator: torch.Generator | None) -> None:
+        """Draw the parameters that all classes share; generator: as in `_reset_transform`."""
+        super()._reset_shared(generator)
+        device = self.displacements.device if generator is None else generator.device
+        directions = torch.randn(
+            self.displacements.shape, generator=generator, device=device, dtype=torch.float32
+        )
         self.displacements.copy_(self._scaled(directions, self._initial_scale))
-        self._reset_transform(None)
+        self._reset_transform(generator)
 
     @property
     def _initial_scale(self) -> float:
@@ -146,7 +153,7 @@ class ConstellationClassifier(MaxCosineHead):
 
     def _mean_norm(self) -> Tensor:
         centers = self.centers.detach()
-        norm = torch.linalg.vector_norm(centers, dim=1, dtype=compute_dtype(centers)).mean()
+        norm = whole(torch.linalg.vector_norm(centers, dim=1, dtype=compute_dtype(centers)).mean())
         return torch.where(norm > 0, norm, 1.0)  # displacements stay nonzero if all centers are zero
 
     def _scaled(self, directions: Tensor, scale: float) -> Tensor:
@@ -205,6 +212,7 @@ class ConstellationClassifier(MaxCosineHead):
             self._reset_transform(generator)
             for name in self._transform_shapes():
                 getattr(self, name).requires_grad_(trained)
+        distribute_like(self, old, ("displacements", *self._transform_shapes()))
 
     @property
     def num_displacements(self) -> int:
@@ -276,7 +284,7 @@ class ConstellationClassifier(MaxCosineHead):
                 random directions, of norm `scale` times the mean norm of the centers.
             scale: above 0; default: the relative norm of a new module's displacements.
             generator: draws all values, on its own device. By default the CPU's default generator, so that the
-                values do not depend on the module's device.
+                values do not depend on the module's device. A sharded head has the values of rank 0.
 
         Raises:
             RuntimeError: the head has displacements already, or they are parametrized.
@@ -308,6 +316,7 @@ class ConstellationClassifier(MaxCosineHead):
         self.displacements = nn.Parameter(values.detach().to(old.device, old.dtype, copy=True))
         self._make_parameters(self._transform_shapes(), old.device, old.dtype)
         self._reset_transform(generator)
+        distribute_like(self, old, ("displacements", *self._transform_shapes()))
         warn_if_zero(self)
 
     def slot_usage(self, input: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import check_class_vector
+from .._dtensor import is_dtensor
 from ..functional import constellation_cross_entropy, constellation_logits
 from .constellation import ConstellationClassifier
 from .temperature import inverse_softplus, positive
@@ -58,6 +59,9 @@ class GistClassifier(ConstellationClassifier):
         """Redraw all parameters from the default generator of their device."""
         super().reset_parameters()
         nn.init.normal_(self.random_centers, std=self.in_features**-0.5)
+
+    def _reset_shared(self, generator: torch.Generator | None) -> None:
+        super()._reset_shared(generator)
         nn.init.constant_(self.raw_random_tau, inverse_softplus(self.initial_tau))
 
     @property
@@ -105,7 +109,7 @@ class GistClassifier(ConstellationClassifier):
         if not torch.compiler.is_compiling() and not self._checked_for_zero:
             self._checked_for_zero = True  # once, because the check synchronizes with a GPU
             warn_if_zero(self)
-        if balanced_bias is not None:
+        if balanced_bias is not None and not is_dtensor(balanced_bias):
             check_class_vector("balanced_bias", balanced_bias, self.num_classes, self.centers)
         transform = self._transform()
         balanced = (self.centers, self.displacements.detach(), self.tau)

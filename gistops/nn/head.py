@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from .. import backends
 from .._checks import FLOAT_DTYPES, check_integer, check_positive
-from .changes import check_generator, check_plain
+from .changes import check_generator, check_plain, check_whole
 from .frozen import FrozenClassifier
 from .prediction import Predictor
-from .temperature import check_representable, positive
+from .temperature import check_representable, inverse_softplus, positive
 
 
 class MaxCosineHead(Predictor):
@@ -89,11 +89,23 @@ class MaxCosineHead(Predictor):
         """
         raise NotImplementedError
 
+    def _reset_shared(self, generator: torch.Generator | None) -> None:
+        """Initialize the parameters that all classes share.
+
+        Args:
+            generator: draws the values on its device; by default the default generator of the parameters' device.
+        """
+        nn.init.constant_(self.raw_tau, inverse_softplus(self.initial_tau))
+
     def freeze(self) -> FrozenClassifier:
         """Return a copy for inference, without parameters and with precomputed norms; the head does not change.
 
         `FrozenClassifier` says what the copy can do. Its logits and predictions have the bits of the head's.
+
+        Raises:
+            RuntimeError: the head is sharded.
         """
+        check_whole(self, "freeze")
         classifier = self._classifier()
         # Without displacements the logits need no transform, but a state dict with displacements will.
         transform = getattr(self, "transform", classifier.transform)
@@ -124,12 +136,13 @@ class MaxCosineHead(Predictor):
                 do not depend on the module's device.
 
         Raises:
-            RuntimeError: the centers are parametrized.
+            RuntimeError: the centers are parametrized or sharded.
             TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
         """
         num = check_integer("num", num, 1)
         generator = check_generator(generator)
         check_plain(self, "add_classes", self._per_class)
+        check_whole(self, "add_classes")
         for name in self._per_class:
             old = self._parameters.get(name)
             if old is None:  # a subclass may share the centers of its streams

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .._checks import check_classifier
 from .._classifier import Classifier
-from ..functional.topk import topk
+from .._dtensor import is_dtensor
+from ..functional.topk import sharded_topk, topk
 
 
 class Prediction(NamedTuple):
@@ -34,7 +35,10 @@ class Predictor(nn.Module):
         return None
 
     def _topk(self, input: Tensor, k: int, class_bias: Tensor | None, return_lse: bool) -> tuple[Tensor, ...]:
-        classifier = check_classifier(input, self._classifier())
+        classifier = self._classifier()
+        if is_dtensor(classifier.centers):
+            return sharded_topk(input, classifier, k, class_bias, return_lse, self.backend)
+        classifier = check_classifier(input, classifier)
         return topk(input, classifier, k, class_bias, return_lse, self.backend, self._known_norms(input))
 
     @torch.no_grad()

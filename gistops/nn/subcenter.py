@@ -11,7 +11,6 @@ from .._checks import MAX_SLOTS, check_integer
 from .._classifier import Classifier, no_displacements
 from ..functional import subcenter_cross_entropy, subcenter_logits
 from .head import MaxCosineHead
-from .temperature import inverse_softplus
 
 
 class SubcenterClassifier(MaxCosineHead):
@@ -57,7 +56,7 @@ class SubcenterClassifier(MaxCosineHead):
     def reset_parameters(self) -> None:
         """Redraw all parameters from the default generator of their device."""
         nn.init.normal_(self.centers, std=self.in_features**-0.5)
-        nn.init.constant_(self.raw_tau, inverse_softplus(self.initial_tau))
+        self._reset_shared(None)
 
     def forward(
         self, input: Tensor, return_slots: bool = False, *, logits_dtype: torch.dtype | None = None

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._dtensor import local
 from ..operators.registry import compute_dtype
 
 
 def positive(raw: Tensor) -> Tensor:
     """Return softplus of a parameter [1] as a scalar, in float32 (float64 for float64): bfloat16 is too coarse."""
+    raw = local(raw)
     return F.softplus(raw.to(compute_dtype(raw))).reshape(())
 
 

@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._classifier import Classifier
+from .._dtensor import is_dtensor, local
+from ..functional.topk import sharded_topk
+
 #: Samples per slot below which an unused slot proves nothing.
 MIN_SAMPLES_PER_SLOT = 100
 
@@ -17,6 +21,7 @@ class ConstellationHead(Protocol):
     """The part of a `ConstellationClassifier` that this module needs."""
 
     displacements: nn.Parameter
+    backend: str | None
     _warned: bool
 
     @property
@@ -26,6 +31,8 @@ class ConstellationHead(Protocol):
     def num_displacements(self) -> int: ...
 
     def __call__(self, input: Tensor, /, *, return_slots: bool) -> Any: ...
+
+    def _classifier(self) -> Classifier: ...
 
 
 class SlotUsage:
@@ -42,7 +49,7 @@ class SlotUsage:
 
     `counts` is an int64 tensor [num_displacements + 1] on the head's device. After `add_displacements()` it has the new
     slots too; for a head with fewer displacements than before, the histogram begins anew. With several processes, sum it before
-    `shares()`: `torch.distributed.all_reduce(usage.counts)`.
+    `shares()`: `torch.distributed.all_reduce(usage.counts)`. With a sharded head, `update()` counts the samples of all processes.
 
     Args:
         head: a `ConstellationClassifier` or `GistClassifier`. `shares()` also warns about its displacements.
@@ -71,8 +78,21 @@ class SlotUsage:
         Raises:
             TypeError, ValueError, IndexError: as for `gistops.constellation_logits` and `update_slots`.
         """
+        classifier = self.head._classifier()
+        if is_dtensor(classifier.centers):
+            self._update_sharded(input, classifier, labels)
+            return
         logits, slots = self.head(input, return_slots=True)
         self.update_slots(slots, logits.argmax(dim=-1) if labels is None else labels)
+
+    def _update_sharded(self, input: Tensor, classifier: Classifier, labels: Tensor | None) -> None:
+        from ..functional.sharded.topk import slot_counts
+
+        backend = self.head.backend
+        if labels is None:
+            labels = sharded_topk(input, classifier, 1, None, False, backend)[1][..., 0]
+        self._follow_the_head()
+        self.counts += slot_counts(input, classifier, labels, len(self.counts), backend)
 
     @torch.no_grad()
     def update_slots(self, slots: Tensor, labels: Tensor) -> None:
@@ -141,10 +161,10 @@ class SlotUsage:
 
 def warn_if_zero(head: ConstellationHead) -> None:
     """Warn once per head if its displacements are exactly zero. Synchronizes with a GPU."""
-    displacements = head.displacements
-    # Fake, functional and distributed tensors, which are of other types, have no values to read.
-    readable = type(displacements) is nn.Parameter and not displacements.is_meta
-    if readable and not head._warned and head.num_displacements and not displacements.detach().any():
+    displacements = local(head.displacements.detach())
+    # Fake and functional tensors, which are of other types, have no values to read.
+    readable = type(displacements) is Tensor and not displacements.is_meta
+    if readable and not head._warned and head.num_displacements and not displacements.any():
         _warn_once(
             head,
             "displacements are exactly zero: all slots tie, slot 0 wins every tie, and the displacements "
