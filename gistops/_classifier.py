@@ -40,8 +40,6 @@ class LossOptions(NamedTuple):
     reduction: str = "mean"
     ignore_index: int = -100
     label_smoothing: float = 0.0
-    sample_negatives: float | None = None
-    generator: torch.Generator | None = None
 
 
 def no_displacements(vectors: Tensor) -> Tensor:

@@ -1,0 +1,78 @@
+"""The check of the model: some measured points set its rates and its link, and the model predicts the others."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from ..problem import Size
+from .model import Case, Link, Rates, collectives, cpu_work, fit, fit_link, memory, optimizer_bytes
+
+#: The sizes that calibrate, on one process the rates and on two the link. They vary rows and dimensions, not classes.
+CALIBRATING = (Size(64, 65_536, 128), Size(1024, 65_536, 128), Size(256, 65_536, 512))
+TIMES = ("work", "communication", "optimizer")
+
+
+class Found(NamedTuple):
+    """The measured values of a case: medians over steps, in seconds and bytes."""
+
+    seconds: float
+    work: float  # computation and waiting for memory, without collectives
+    waiting: float  # for other processes
+    communication: float
+    optimizer: float
+    peak: int
+    sent: int
+
+
+def found(result: dict[str, Any]) -> Found:
+    """Return the medians of one case of the document."""
+    seconds = statistics.median(result["seconds"])
+    alone = not result["own"]
+    parts = [statistics.median(result[name] or [0.0]) for name in ("own", "waiting", "transfer", "optimizer")]
+    return Found(seconds, seconds if alone else parts[0], *parts[1:], result["peak"], result["sent"])
+
+
+def case(result: dict[str, Any]) -> Case:
+    """Return the case of a result of the document."""
+    return Case(Size(**result["size"]), result["ranks"])
+
+
+class Model(NamedTuple):
+    """The model of the measured machine."""
+
+    rates: Rates
+    link: Link
+    optimizer: float  # bytes per second
+    cores: int
+
+    def predict(self, case: Case) -> dict[str, float]:
+        """Return the predicted seconds of TIMES, and the predicted bytes of memory.
+
+        Processes that share a core take turns.
+        """
+        turns = max(1.0, case.ranks / self.cores)
+        return {
+            "work": turns * self.rates.seconds(cpu_work(case)),
+            "communication": self.link.seconds(collectives(case), case.ranks),
+            "optimizer": turns * optimizer_bytes(case) / self.optimizer,
+            "peak": memory(case).total,
+        }
+
+
+def calibrate(results: Iterable[dict[str, Any]], cores: int) -> Model | None:
+    """Return the model, or None if a calibrating size has not been measured on one and on two processes."""
+    measured = {case(result): found(result) for result in results}
+    needed = [Case(size, ranks) for ranks in (1, 2) for size in CALIBRATING]
+    if not all(point in measured for point in needed):
+        return None
+    alone, together = needed[: len(CALIBRATING)], needed[len(CALIBRATING) :]
+    rates = fit([(cpu_work(c), measured[c].work) for c in alone], ["flops", "pairs", "bytes"])
+    link = fit_link([(c, measured[c].communication) for c in together])
+    optimizer = statistics.median(optimizer_bytes(c) / measured[c].optimizer for c in alone)
+    return Model(rates, link, optimizer, cores)
+
+
+def calibrates(case: Case) -> bool:
+    return case.size in CALIBRATING and case.ranks <= 2

@@ -1,0 +1,155 @@
+"""Measure a head whose classes are divided between processes, and check the model of its cost: `python -m bench.sharded`.
+
+The command starts the processes itself, on this machine's CPU. Each run is of one size on one number of processes, in new
+processes; rounds of runs repeat all of them, so that a busy moment does not fall on one size alone. The files go to --output and are
+rewritten after each run. Times are not asserted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import hardware
+from ..gpu.output import save
+from ..problem import Size
+from . import report, worker
+from .calibration import CALIBRATING
+from .model import Case
+
+SWEEP = tuple(Size(256, K, 128) for K in (8_142, 65_536, 262_144, 1_000_000, 4_000_000))
+SIZES = (*SWEEP, *CALIBRATING, Size(256, 8_142, 512), Size(1024, 65_536, 512))
+FIELDS = ("seconds", "optimizer", "own", "waiting", "transfer")
+PEAKS = ("sent", "peak of loss", "peak")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def sizes(text: str) -> tuple[Size, ...]:
+    """Parse sizes such as `256x8142x128,256x65536x128`; B counts the rows of the joint batch."""
+    try:
+        return tuple(Size.parse(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Parse positive integers such as `1,2,4`."""
+    parts = text.split(",")
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"expected positive integers such as 1,2,4, got {text!r}")
+    return tuple(map(int, parts))
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.sharded",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--sizes",
+        type=sizes,
+        default=SIZES,
+        help="BxKxd; default: " + ",".join(f"{s.B}x{s.K}x{s.d}" for s in SIZES),
+    )
+    add("--processes", type=numbers, default=(1, 2, 4), help="numbers of processes; default: 1,2,4")
+    add("--steps", type=int, default=3, help="timed steps of a run; default: 3")
+    add("--rounds", type=int, default=3, help="runs of each size and number of processes; default: 3")
+    add(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of result.json and table.md; default: print alone",
+    )
+    return parser.parse_args(argv)
+
+
+def header(argv: Sequence[str]) -> dict[str, str]:
+    """Return the machine, the versions, the commit, the date and the command."""
+    return {
+        "hardware": hardware.hardware(),
+        "cores": str(os.cpu_count()),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "command": shlex.join(["python", "-m", "bench.sharded", *argv]),
+    }
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip()
+
+    commit = git("rev-parse", "HEAD") or "not known: no git checkout"
+    return commit + (" and uncommitted changes" if git("status", "--porcelain") else "")
+
+
+def busy_seconds() -> float:
+    """Return the seconds of CPU time that all programs have taken since the machine started."""
+    fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()
+    user, nice, system, _, _, irq, softirq, *_ = map(int, fields[1:])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds() -> float:
+    """Return the seconds of CPU time of this process and of its children that have ended."""
+    return sum(os.times()[:4])
+
+
+def add_run(results: dict[Case, dict[str, Any]], case: Case, steps: int) -> None:
+    """Make a run and add its values to those of earlier runs of the case."""
+    busy, own, begin = busy_seconds(), own_seconds(), time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="bench-sharded-") as folder:
+        new = worker.run(case, steps, Path(folder))
+    others = (busy_seconds() - busy - own_seconds() + own) / (time.perf_counter() - begin)
+    empty = {"size": asdict(case.size), "ranks": case.ranks, "others": []}
+    result = results.setdefault(case, empty | {name: [] for name in FIELDS} | dict.fromkeys(PEAKS, 0))
+    for name in FIELDS:
+        result[name] += new[name]
+    for name in PEAKS:
+        result[name] = max(result[name], new[name])
+    result["collectives"] = new["collectives"]
+    result["others"].append(max(0.0, others))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    options = arguments(argv)
+    torch.set_num_threads(1)  # as in the processes, for the header
+    results: dict[Case, dict[str, Any]] = {}
+    document: dict[str, Any] = {"header": header(argv), "cores": os.cpu_count(), "cases": []}
+    for number in range(options.rounds):
+        for size in options.sizes:
+            for ranks in options.processes:
+                add_run(results, Case(size, ranks), options.steps)
+                document["cases"] = list(results.values())
+                seconds = results[Case(size, ranks)]["seconds"][-1]
+                print(
+                    f"round {number + 1}: {Case(size, ranks)}: {1e3 * seconds:,.1f} ms",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                if options.output:
+                    save(
+                        options.output / "result.json",
+                        json.dumps(document, indent=1, ensure_ascii=False) + "\n",
+                    )
+                    save(options.output / "table.md", report.render(document))
+    print(report.render(document), end="")
+    return 0

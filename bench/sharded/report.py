@@ -1,0 +1,133 @@
+"""The results of `python -m bench.sharded` as a page."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from .calibration import Model, calibrate, calibrates, case, found
+from .model import sent
+
+LEGEND = (
+    "float32, one thread per process, gloo over the loopback device, a `ConstellationClassifier` with m = 4 displacements. B counts "
+    "the rows of the joint batch, which the processes divide. A *step* is the forward and backward of `head.loss`: the time of the "
+    "slowest process, the median over n steps, with quartiles. Its parts are from as many further steps in which all processes wait "
+    "for each other before each collective, means over the processes, medians over steps: *work* is all but the collectives, "
+    "*waiting* the time until the last process comes to them, *transfer* the time from then on. *per class* is the time of a step, over "
+    "K. *SGD* is the step of the optimizer, with momentum. *Peak* is the growth of resident memory over that of a process that has "
+    "taken a small step: with the first loss alone, and with momentum. *Sent* counts the bytes of the TCP connections of a process in "
+    "a step, in parentheses those of the model."
+)
+
+
+def render(document: dict[str, Any]) -> str:
+    """Format the page."""
+    lines = ["# A head sharded over processes", ""]
+    lines += [f"- {name}: {value}" for name, value in document["header"].items()]
+    results = sorted(
+        document["cases"], key=lambda r: (r["size"]["d"], r["size"]["B"], r["size"]["K"], r["ranks"])
+    )
+    lines += [*_load(results), "", LEGEND, "", *_measured(results), "", *_flatness(results)]
+    model = calibrate(results, document["cores"])
+    lines += ["", "## The model", "", *(_no_model() if model is None else _checked(results, model))]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _load(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    others = [share for result in results for share in result["others"]]
+    if others:
+        yield (
+            f"- other programs: {statistics.median(others):.2f} cores in the median of the {len(others)} runs, "
+            f"{max(others):.2f} at most"
+        )
+
+
+def _measured(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    yield "| B×K×d | processes | step, ms (quartiles; n) | work | waiting | transfer | per class, ns | SGD, ms | peak, MiB: loss; with momentum | sent, KiB (model) |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for result in results:
+        point, values = case(result), found(result)
+        times = sorted(result["seconds"])
+        low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+        parts = ["–"] * 3
+        if point.ranks > 1:
+            parts = [f"{1e3 * x:,.1f}" for x in (values.work, values.waiting, values.communication)]
+        yield "| " + " | ".join([
+            str(point.size),
+            str(point.ranks),
+            f"{1e3 * values.seconds:,.1f} ({1e3 * low:,.1f}–{1e3 * high:,.1f}; {len(times)})",
+            *parts,
+            f"{1e9 * values.seconds / point.size.K:,.0f}",
+            f"{1e3 * values.optimizer:,.1f}",
+            f"{result['peak of loss'] / 2**20:,.0f}; {values.peak / 2**20:,.0f}",
+            f"{values.sent / 1024:,.0f} ({sent(point) / 1024:,.0f})",
+        ]) + " |"  # fmt: skip
+
+
+def _flatness(results: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield the spread of the cost per class over sizes that differ in K alone, from 8,142 to a million."""
+    groups: dict[tuple[int, ...], dict[int, float]] = {}
+    for result in results:
+        point = case(result)
+        if 8_142 <= point.size.K <= 1_000_000:
+            key = (point.size.B, point.size.d, point.ranks)
+            groups.setdefault(key, {})[point.size.K] = found(result).seconds / point.size.K
+    for (rows, dims, ranks), costs in groups.items():
+        if len(costs) > 2:
+            spread = max(costs.values()) / min(costs.values()) - 1
+            yield (
+                f"- B = {rows}, d = {dims}, {_processes(ranks)}: the costs per class from {min(costs):,} to {max(costs):,} classes differ "
+                f"by {spread:.1%}"
+            )
+
+
+def _processes(ranks: int) -> str:
+    return "1 process" if ranks == 1 else f"{ranks} processes"
+
+
+def _no_model() -> Iterator[str]:
+    yield "Not calibrated: the sizes of `CALIBRATING` in `bench/sharded/calibration.py` have not been measured on 1 and 2 processes."
+
+
+def _checked(results: Sequence[dict[str, Any]], model: Model) -> Iterator[str]:
+    """Yield the rates of the model, and its predictions beside the measured values."""
+    rates, link = model.rates, model.link
+    rate = f"{1e-9 / rates.flops:,.0f} GFLOP/s" if rates.flops else "free"
+    bandwidth = f"{1e-9 / rates.bytes:,.1f} GB/s" if rates.bytes else "unlimited"
+    yield (
+        f"`bench/sharded/model.py`. Calibrated on the points marked *: one process gives the rates ({rate} of products, "
+        f"{1e9 * rates.pairs:.2f} ns per pair of row and class, {bandwidth} for centers), two processes give the link "
+        f"({1e6 * link.latency:,.0f} µs per message, {1e-9 * link.bandwidth:,.2f} GB/s), one process gives {1e-9 * model.optimizer:,.1f} GB/s of "
+        f"the optimizer. {model.cores} cores: processes beyond their number take turns. Cells: predicted / measured (error)."
+    )
+    yield from (
+        "",
+        "| B×K×d | processes | work, ms | transfer, ms | SGD, ms | peak with momentum, MiB |",
+        "|---|---|---|---|---|---|",
+    )
+    errors: dict[str, list[float]] = {}
+    for result in results:
+        point, values = case(result), found(result)
+        predicted = model.predict(point)
+        cells = []
+        for name, unit in (("work", 1e3), ("communication", 1e3), ("optimizer", 1e3), ("peak", 2**-20)):
+            measured = getattr(values, name)
+            if not measured:
+                cells.append("–")
+                continue
+            error = predicted[name] / measured - 1
+            cells.append(f"{unit * predicted[name]:,.1f} / {unit * measured:,.1f} ({error:+.0%})")
+            if not calibrates(point):
+                errors.setdefault(name, []).append(abs(error))
+        star = "*" if calibrates(point) else ""
+        yield f"| {point.size}{star} | {point.ranks} | {' | '.join(cells)} |"
+    yield ""
+    yield (
+        "Errors of the points that did not calibrate: "
+        + "; ".join(
+            f"{name} {statistics.median(found):.0%} in the median, {max(found):.0%} at most"
+            for name, found in errors.items()
+        )
+        + "."
+    )
