@@ -195,6 +195,7 @@ def check_loss(
         ),
         margin=_margin(options, classes, input),
     )
+    _check_sampling(options, input)
     for name, value in (("class_bias", options.class_bias), ("weight", options.weight)):
         if value is not None:
             check_class_vector(name, value, classes, input)
@@ -207,6 +208,24 @@ def check_loss(
                 f"weight: expected no negative value, got {weight.min().item()} at class {int(weight.argmin())}"
             )
     return _target(target, options.ignore_index, all_classes or classes, input), options
+
+
+def _check_sampling(options: LossOptions, input: Tensor) -> None:
+    share, generator = options.sample_negatives, options.generator
+    if share is None:
+        if generator is not None:
+            raise ValueError("generator: expected None without sample_negatives")
+        return
+    check_number("sample_negatives", share, "a number above 0, up to 1", SMALLEST, 1.0)
+    if options.label_smoothing > 0:
+        raise ValueError(
+            f"label_smoothing: expected 0 with sample_negatives, got {options.label_smoothing}: the logits of classes that "
+            "are not drawn are unknown"
+        )
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+    if generator is not None and generator.device != input.device:
+        raise ValueError(f"generator: expected device {input.device} to match input, got {generator.device}")
 
 
 def _margin(options: LossOptions, classes: int, input: Tensor) -> Tensor | float | None:

@@ -40,6 +40,8 @@ class LossOptions(NamedTuple):
     reduction: str = "mean"
     ignore_index: int = -100
     label_smoothing: float = 0.0
+    sample_negatives: float | None = None
+    generator: torch.Generator | None = None
 
 
 def no_displacements(vectors: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import backends
@@ -38,6 +39,8 @@ def constellation_cross_entropy(
     reduction: str = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    sample_negatives: float | None = None,
+    generator: torch.Generator | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -71,6 +74,12 @@ def constellation_cross_entropy(
         ignore_index: rows with this target do not count. If no row counts, the mean is NaN.
         label_smoothing: share of the target distribution that is spread evenly over all classes, from 0 to 1. On GPUs,
             torch.compile makes a graph for each value.
+        sample_negatives: share of the classes that the loss uses, above 0, up to 1: all targets of the batch and other classes,
+            drawn uniformly by each call (Partial FC: An et al., ICCV Workshops 2021). With sharded centers, each process draws this
+            share of its classes. The loss is that over the drawn classes, as if there were no others: it is too low, and its gradient
+            is not an unbiased estimate (Rawat et al., NeurIPS 2019). The gradient of centers is a sparse tensor of the drawn rows,
+            for `gistops.optim.RowOptimizer`. Excludes label_smoothing.
+        generator: draws the classes, on the device of input; None for the device's default generator.
         return_lse: also return the log-sum-exp of each row's logits, including bias and margin; differentiable.
 
     Returns:
@@ -86,7 +95,10 @@ def constellation_cross_entropy(
     """
     # A graph ends here, where no NamedTuple is alive: torch 2.11 cannot resume with one.
     ignore_index, label_smoothing = plain_scalar(ignore_index), plain_scalar(label_smoothing)
-    options = LossOptions(class_bias, weight, margin, margin_kind, reduction, ignore_index, label_smoothing)
+    options = LossOptions(
+        *(class_bias, weight, margin, margin_kind, reduction, ignore_index, label_smoothing),
+        *(sample_negatives, generator),
+    )
     if is_dtensor(centers):
         classifier = Classifier(centers, displacements, tau, transform, axis, mlp)  # type: ignore[arg-type]
         return _sharded(input, classifier, target, options, return_lse, backend)
@@ -108,6 +120,8 @@ def subcenter_cross_entropy(
     reduction: str = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    sample_negatives: float | None = None,
+    generator: torch.Generator | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -117,7 +131,10 @@ def subcenter_cross_entropy(
     GPUs, the products of the sub-centers exist for one chunk of classes at a time.
     """
     ignore_index, label_smoothing = plain_scalar(ignore_index), plain_scalar(label_smoothing)
-    options = LossOptions(class_bias, weight, margin, margin_kind, reduction, ignore_index, label_smoothing)
+    options = LossOptions(
+        *(class_bias, weight, margin, margin_kind, reduction, ignore_index, label_smoothing),
+        *(sample_negatives, generator),
+    )
     if is_dtensor(centers):
         classifier = Classifier(centers, no_displacements(centers), tau, "subcenters")  # type: ignore[arg-type]
         return _sharded(input, classifier, target, options, return_lse, backend)
@@ -154,6 +171,11 @@ def _cross_entropy(
     """Return the loss and the log-sum-exp [...]."""
     target, options = check_loss(input, classifier, target, options)
     target = target if target.dim() == 1 else target.reshape(-1)
+    if options.sample_negatives is not None:
+        from .sampled_classes import IGNORED, sampled
+
+        labels = torch.where(target == options.ignore_index, IGNORED, target.long())
+        classifier, target, options = sampled(classifier.centers, classifier, labels, options)
     loss, lse = loss_of_rows(rows(input), classifier, target, options, backend)
     return restore(loss, input) if options.reduction == "none" else loss, restore(lse, input)
 

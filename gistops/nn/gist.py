@@ -83,6 +83,8 @@ class GistClassifier(ConstellationClassifier):
         y_random: Tensor,
         *,
         balanced_bias: Tensor | None = None,
+        sample_negatives: float | None = None,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute the mean cross-entropy of each stream. The class's docstring describes the routing of gradients.
 
@@ -98,6 +100,7 @@ class GistClassifier(ConstellationClassifier):
             balanced_bias: added to the logits of the balanced loss, [num_classes], floating-point. With log class
                 frequencies, the balanced loss may take random samples in place of a class-balanced batch, also those of
                 the random stream (balanced softmax; Ren et al., NeurIPS 2020).
+            sample_negatives, generator: as in `gistops.constellation_cross_entropy`; each stream draws its own classes.
 
         Returns:
             (loss_balanced, loss_random), scalars, float32 (float64 for float64); NaN for an empty batch.
@@ -111,14 +114,15 @@ class GistClassifier(ConstellationClassifier):
             warn_if_zero(self)
         if balanced_bias is not None and not is_dtensor(balanced_bias):
             check_class_vector("balanced_bias", balanced_bias, self.num_classes, self.centers)
+        sampling = {"sample_negatives": sample_negatives, "generator": generator}
         transform = self._transform()
         balanced = (self.centers, self.displacements.detach(), self.tau)
         random = (self.random_centers, self.displacements, self.random_tau)
         return (
             self._stream_loss(
-                "y_balanced", x_balanced, y_balanced, balanced, _detached(transform), balanced_bias
+                "y_balanced", x_balanced, y_balanced, balanced, _detached(transform), balanced_bias, sampling
             ),
-            self._stream_loss("y_random", x_random, y_random, random, transform),
+            self._stream_loss("y_random", x_random, y_random, random, transform, None, sampling),
         )
 
     def _stream_loss(
@@ -128,17 +132,19 @@ class GistClassifier(ConstellationClassifier):
         target: Tensor,
         tensors: tuple[Tensor, Tensor, Tensor],
         transform: dict[str, Any],
-        bias: Tensor | None = None,
+        bias: Tensor | None,
+        sampling: dict[str, Any],
     ) -> Tensor:
         _check_target(name, target, input.shape[:-1], self.num_classes)
         if target.is_floating_point():  # probabilities are as large as the logits, so these may be too
+            if sampling["sample_negatives"] is not None:
+                raise ValueError(f"{name}: expected classes with sample_negatives, got probabilities")
             logits = constellation_logits(input, *tensors, backend=self.backend, **transform)
             logits = logits if bias is None else logits + bias
             rows, target = logits.reshape(-1, self.num_classes), target.reshape(-1, self.num_classes)
             return F.cross_entropy(rows, target.to(logits.dtype))
-        return constellation_cross_entropy(  # type: ignore[return-value]
-            input, *tensors, target, class_bias=bias, backend=self.backend, **transform
-        )
+        options = {"class_bias": bias, "backend": self.backend} | sampling | transform
+        return constellation_cross_entropy(input, *tensors, target, **options)  # type: ignore[return-value]
 
     @overload
     def export(

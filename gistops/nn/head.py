@@ -73,8 +73,8 @@ class MaxCosineHead(Predictor):
         Args:
             input: features, [..., in_features].
             target: classes, [...], int64 or int32.
-            options: class_bias, weight, margin, margin_kind, reduction, ignore_index, label_smoothing and return_lse,
-                as in `gistops.constellation_cross_entropy`.
+            options: class_bias, weight, margin, margin_kind, reduction, ignore_index, label_smoothing, sample_negatives,
+                generator and return_lse, as in `gistops.constellation_cross_entropy`.
 
         Returns, raises: as for `gistops.constellation_cross_entropy`.
         """

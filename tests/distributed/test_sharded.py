@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -63,7 +64,10 @@ def options_of(name: str, classes: int) -> dict[str, Any]:
         "bias": {"class_bias": vector - 0.5, "return_lse": True},
         "weight": {"weight": vector},
         "margins": {"margin": vector, "margin_kind": "angle"},
-        "margin": {"margin": torch.tensor(0.3, dtype=torch.float64, requires_grad=True), "margin_kind": "cosine"},
+        "margin": {
+            "margin": torch.tensor(0.3, dtype=torch.float64, requires_grad=True),
+            "margin_kind": "cosine",
+        },
         "smoothing": {"label_smoothing": 0.1},
         "all": {
             "class_bias": vector - 0.5,
@@ -79,13 +83,18 @@ def options_of(name: str, classes: int) -> dict[str, Any]:
 OPTIONS = ("none", "sum", "per row", "bias", "weight", "margins", "margin", "smoothing", "all", "excluded")
 
 
+def as_tuple(output: Any) -> tuple[Tensor, ...]:
+    return output if isinstance(output, tuple) else (output,)
+
+
 def objective(output: Any, weights: Tensor) -> Tensor:
     """Return a scalar that depends on all outputs; weights: of each row of this process."""
-    outputs = output if isinstance(output, tuple) else (output,)
-    return sum((t * weights[: t.numel()].view(t.shape)).sum() if t.dim() else t for t in outputs)
+    return sum((t * weights[: t.numel()].view(t.shape)).sum() if t.dim() else t for t in as_tuple(output))
 
 
-def check_loss(rank: int, size: int, mesh: Any, kind: str, classes: int, name: str, backend: str | None) -> None:
+def check_loss(
+    rank: int, size: int, mesh: Any, kind: str, classes: int, name: str, backend: str | None
+) -> None:
     torch.manual_seed(classes)
     total = 23
     x = torch.randn(total, D, dtype=torch.float64)
@@ -99,14 +108,8 @@ def check_loss(rank: int, size: int, mesh: Any, kind: str, classes: int, name: s
     whole_x = x.clone().requires_grad_()
     options = options_of(name, classes)
     expected = alone.loss(whole_x, y, **options)
-    per_row = isinstance(expected, tuple) or expected.dim() > 0
-    value = objective(expected, row_weights)
-    # The objective of the processes is the mean of theirs; scalars are the same in all.
-    if per_row:
-        parts = expected if isinstance(expected, tuple) else (expected,)
-        scalars = sum(t for t in parts if t.dim() == 0)
-        value = scalars + objective(tuple(t for t in parts if t.dim()), row_weights) / size
-    value.backward()
+    # The objective is the mean over the processes, which have the same scalars, and a part of the rows each.
+    objective(expected, row_weights / size).backward()
     # this one
     own = x[mine].clone().requires_grad_()
     options_sharded = options_of(name, classes)
@@ -116,8 +119,8 @@ def check_loss(rank: int, size: int, mesh: Any, kind: str, classes: int, name: s
             options[key].requires_grad_()
     found = sharded.loss(own, y[mine], **options_sharded)
     label = f"{kind} {classes} {name} {backend}"
-    for i, (a, b) in enumerate(zip(found if isinstance(found, tuple) else (found,), expected if isinstance(expected, tuple) else (expected,), strict=True)):
-        torch.testing.assert_close(a, b[mine] if b.dim() else b, **TOLERANCE, msg=lambda t: f"{label} output {i}: {t}")
+    for a, b in zip(as_tuple(found), as_tuple(expected), strict=True):
+        compare(a, b[mine] if b.dim() else b, label)
     objective(found, row_weights[mine]).backward()
     assert whole_x.grad is not None
     compare(own.grad, whole_x.grad[mine] * size, f"{label} input")
@@ -127,16 +130,92 @@ def check_loss(rank: int, size: int, mesh: Any, kind: str, classes: int, name: s
         compare(options_sharded["margin"].grad, m.grad, f"{label} margin")
 
 
-def _losses(rank: int, size: int, backend: str | None) -> None:
+def _losses(rank: int, size: int) -> None:
     mesh = init_device_mesh("cpu", (size,))
-    for kind in ("translation", "plain", "rotation", "mlp", "subcenters"):
-        for name in OPTIONS:
-            check_loss(rank, size, mesh, kind, 101, name, backend)
-    for classes in (1, 2, 3, 5):
-        for name in OPTIONS:
-            check_loss(rank, size, mesh, "translation", classes, name, backend)
+    for name in OPTIONS:
+        for classes in (101, 5):
+            check_loss(rank, size, mesh, "translation", classes, name, None)
+    for kind in ("plain", "rotation", "mlp", "subcenters"):
+        for name in ("per row", "all"):
+            check_loss(rank, size, mesh, kind, 101, name, None)
+    for classes in (1, 2, 3):
+        check_loss(rank, size, mesh, "translation", classes, "all", "reference")
+    check_two_streams(rank, size, mesh)
+    check_sampled(rank, size, mesh)
+    check_same_rows(rank, size, mesh)
+
+
+def check_two_streams(rank: int, size: int, mesh: Any) -> None:
+    """Check `GistClassifier.losses`: its two streams and its blocked gradients."""
+    torch.manual_seed(1)
+    x = torch.randn(2, 17, D, dtype=torch.float64)
+    y = torch.randint(47, (2, 17))
+    bias = torch.rand(47, dtype=torch.float64)
+    mine = rows_of(rank, size, 17)
+    alone, sharded = make_head("gist", 47), shard_classes(make_head("gist", 47), mesh)
+    for head, rows in ((alone, slice(None)), (sharded, mine)):
+        balanced, random = head.losses(x[0, rows], y[0, rows], x[1, rows], y[1, rows], balanced_bias=bias)
+        (random + 0.5 * balanced).backward()
+    for (name, p), q in zip(sharded.named_parameters(), alone.parameters(), strict=True):
+        compare(p.grad, q.grad, name)
+
+
+def check_sampled(rank: int, size: int, mesh: Any) -> None:
+    """Check a loss over drawn classes: it is that of a classifier with the classes that all processes have drawn."""
+    torch.manual_seed(2)
+    classes = 97
+    x, y = torch.randn(17, D, dtype=torch.float64), torch.randint(classes, (17,))
+    mine = rows_of(rank, size, 17)
+    sharded = shard_classes(make_head("translation", classes), mesh)
+    own = x[mine].clone().requires_grad_()
+    vector = torch.rand(classes, dtype=torch.float64)
+    options = {"class_bias": vector, "margin": vector.flip(0), "margin_kind": "cosine"}
+    generator = torch.Generator().manual_seed(5 + rank)
+    loss = sharded.loss(own, y[mine], **options, sample_negatives=0.7, generator=generator)
+    loss.backward()
+    grad = sharded.centers.grad._local_tensor  # sparse
+    assert grad.is_sparse
+    chunk = -(-classes // size)
+    drawn: list[Any] = [None] * size
+    dist.all_gather_object(drawn, (grad.coalesce().indices()[0] + rank * chunk, grad.to_dense()))
+    index = torch.cat([i for i, _ in drawn])
+    assert torch.isin(y, index).all()
+    assert 0.6 * classes < len(index) < 0.9 * classes
+    alone = make_head("translation", classes)
+    full = x.clone().requires_grad_()
+    excluded = torch.full((classes,), -torch.inf, dtype=torch.float64)
+    excluded[index] = vector[index]
+    expected = alone.loss(full, y, **{**options, "class_bias": excluded})
+    expected.backward()
+    compare(loss, expected, "sampled loss")
+    compare(own.grad, full.grad[mine] * size, "sampled input")
+    compare(torch.cat([g for _, g in drawn]), alone.centers.grad, "sampled centers")
+    compare(sharded.displacements.grad, alone.displacements.grad, "sampled displacements")
+
+
+def check_same_rows(rank: int, size: int, mesh: Any) -> None:
+    """Check input with placement Replicate: all processes have the same rows, and their gradients."""
+    torch.manual_seed(3)
+    x, y = torch.randn(11, D, dtype=torch.float64), torch.randint(23, (11,))
+    alone, sharded = make_head("translation", 23), shard_classes(make_head("translation", 23), mesh)
+    for reduction in ("mean", "none"):
+        same = distribute_tensor(x, mesh, [Replicate()]).requires_grad_()
+        full = x.clone().requires_grad_()
+        found, expected = sharded.loss(same, y, reduction=reduction), alone.loss(full, y, reduction=reduction)
+        compare(found, expected, "same rows")
+        found.sum().backward()
+        expected.sum().backward()
+        compare(same.grad, full.grad, "gradient of the same rows")
+    parts = distribute_tensor(x, mesh, [Shard(0)])
+    compare(
+        sharded.loss(parts, parts.to_local().new_zeros(len(parts.to_local())).long()),
+        alone.loss(x, 0 * y),
+        "parts",
+    )
+    for (name, p), q in zip(sharded.named_parameters(), alone.parameters(), strict=True):
+        compare(p.grad, q.grad, name)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_losses_and_gradients(size: int, tmp_path: Path) -> None:
-    in_group(_losses, size, tmp_path, size, None)
+    in_group(_losses, size, tmp_path, size)

@@ -14,11 +14,10 @@ from ..._dtensor import is_dtensor
 from ...backends import eager_loss
 from ..cross_entropy import loss_of_rows
 from ..row_loss import RowTerms, in_compute_dtype, loss_from_terms, reduced_loss, row_terms
+from ..sampled_classes import IGNORED, sampled
 from .collectives import gather_rows, join, leave, once
 from .problem import agreed, enter_problem
 from .shards import Shards
-
-IGNORED = -100  # the target of rows whose class another process has
 
 
 class _Options(NamedTuple):
@@ -47,6 +46,7 @@ def cross_entropy(
     def check(shards: Shards, input: Tensor, classifier: Classifier) -> tuple[dict[str, object], _Options]:
         return _checked_options(shards, input, classifier, target, options)
 
+    centers = classifier.centers
     shards, batch, problem = agreed("cross-entropy", input, classifier, backend, check)
     more: _Options = problem.more
     x, classifier, margins = enter_problem(shards, batch, problem, more.replicated)
@@ -54,7 +54,7 @@ def cross_entropy(
     options = more.options
     if margins:
         options = options._replace(margin=margins[0])
-    loss, lse = _joint_loss(shards, problem.backend, x, classifier, labels, options)
+    loss, lse = _joint_loss(shards, problem.backend, x, centers, classifier, labels, options)
     outputs = (loss, lse) if return_lse else (loss,)
     loss, *rest = leave(shards, batch, problem.replicated_input, *outputs)
     loss = loss.reshape(problem.shape) if options.reduction == "none" else loss
@@ -76,6 +76,7 @@ def _checked_options(
     facts: dict[str, object] = {
         name: (value if not isinstance(value, Tensor) else f"a tensor with {value.dim()} dimensions")
         for name, value in options._asdict().items()
+        if name != "generator"
     }
     margin = local.margin
     is_scalar = isinstance(margin, Tensor) and margin.dim() == 0
@@ -89,13 +90,24 @@ def _checked_options(
 
 
 def _joint_loss(
-    shards: Shards, backend: str, x: Tensor, classifier: Classifier, labels: Tensor, options: LossOptions
+    shards: Shards,
+    backend: str,
+    x: Tensor,
+    centers: Tensor,
+    classifier: Classifier,
+    labels: Tensor,
+    options: LossOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss and the log-sum-exp of the rows of all processes, [B]; the same in all processes."""
+    """Return the loss and the log-sum-exp of the rows of all processes, [B]; the same in all processes.
+
+    centers: the DTensor whose part the classifier has.
+    """
     ignored = labels == options.ignore_index
     owned = ~ignored & (labels >= shards.start) & (labels < shards.stop)
     target = torch.where(owned, labels - shards.start, IGNORED)
     local = options._replace(ignore_index=IGNORED)
+    if options.sample_negatives is not None:
+        classifier, target, local = sampled(centers, classifier, target, local)
     whole = classifier.transform in eager_loss.WHOLE_LOSS.get(backend, ())
     if whole and options.label_smoothing == 0 and shards.start < shards.stop:
         return _from_losses(shards, backend, x, classifier, target, owned, ignored, local)

@@ -98,7 +98,7 @@ class Shards(NamedTuple):
         others = self._gather_object({name: str(value) for name, value in facts.items()})
         first = others[0]
         for rank, other in enumerate(others):
-            for name in first.keys() | other.keys():
+            for name in (*first, *(name for name in other if name not in first)):
                 expected, got = first.get(name), other.get(name)
                 if got != expected:
                     raise ValueError(
