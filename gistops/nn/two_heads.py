@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import backends
 from .._checks import check_class_vector, check_classifier, check_integer, check_some_classes
 from .._classifier import Classifier
+from .._dtensor import is_dtensor, local
 from .._functorch import transforms_active
 from ..backends.chunked.best import BestSoFar, best_first
 from ..functional.leading import restore, rows
@@ -73,7 +74,9 @@ class TwoHeadClassifier(Predictor):
             if got != expected:
                 raise ValueError(f"random: expected {name} {expected}, as balanced, got {got}")
         self.balanced, self.random = balanced, random
-        centers = balanced._classifier().centers.detach()
+        if is_dtensor(balanced._classifier().centers) != is_dtensor(random._classifier().centers):
+            raise TypeError("random: expected a head that is sharded if and only if balanced is")
+        centers = local(balanced._classifier().centers.detach())
         dtype = compute_dtype(centers, random._classifier().centers)
         if class_bias is None:
             bias = centers.new_zeros(self.num_classes, dtype=dtype)
@@ -140,16 +143,45 @@ class TwoHeadClassifier(Predictor):
         return f"in_features={self.in_features}, num_classes={self.num_classes}"
 
     def _topk(self, input: Tensor, k: int, class_bias: Tensor | None, return_lse: bool) -> tuple[Tensor, ...]:
-        balanced, random = (
-            (head, check_classifier(input, head._classifier())) for head in (self.balanced, self.random)
-        )
-        classes = check_some_classes(balanced[1].centers)
+        classifiers = self.balanced._classifier(), self.random._classifier()
+        if is_dtensor(classifiers[0].centers):
+            from ..functional.sharded.topk import best_of_shards
+
+            biases = (self.class_bias, class_bias)
+            backend = self.balanced.backend
+            return best_of_shards(input, classifiers, k, biases, return_lse, backend, self._best)  # type: ignore[no-any-return]
+        balanced, random = (check_classifier(input, classifier) for classifier in classifiers)
+        classes = check_some_classes(balanced.centers)
         k = check_integer("k", k, 1, classes)
         bias = self.class_bias
         if class_bias is not None:
             bias = bias + check_class_vector("class_bias", class_bias, classes, input)
-        best, lse_of_chunks, x = BestSoFar(k), [], rows(input)
-        for chunk in _chunks(x, classes):
+        values, order, slots, *lse = self._best(rows(input), (balanced, random), k, bias, return_lse)
+        found = tuple(restore(t, input) for t in (values, order, slots))
+        return *found, *(restore(t, input) for t in lse)
+
+    def _best(
+        self,
+        x: Tensor,
+        classifiers: Sequence[Classifier],
+        k: int,
+        bias: Tensor,
+        return_lse: bool,
+        backend: str | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Return values and classes [B, k] and slots [B, k, 2] of rows [B, d]; with `return_lse` also lse [B].
+
+        Args:
+            x: the rows.
+            classifiers: those of the balanced and of the random head, checked.
+            k: at most the number of their classes.
+            bias: added to the logits, [K].
+            return_lse: also return the log-sum-exp of the classes.
+            backend: not used; each head has its own.
+        """
+        balanced, random = zip((self.balanced, self.random), classifiers, strict=True)
+        best, lse_of_chunks = BestSoFar(k), []
+        for chunk in _chunks(x, classifiers[0].centers.shape[0]):
             logits, slots = _logits_of_chunk(x, *balanced, chunk)
             others, other_slots = _logits_of_chunk(x, *random, chunk)
             scores = _sum(logits, others, bias[chunk])
@@ -159,9 +191,9 @@ class TwoHeadClassifier(Predictor):
             exporting = backends.exporting_to_onnx()  # ONNX cannot express the order of ties
             values, order = scores.topk(count, dim=1) if exporting else best_first(scores, count)
             best.add(values, order + chunk.start, slots.gather(1, order), other_slots.gather(1, order))
-        values, order, slots, other_slots = (restore(t, input) for t in best.result())
+        values, order, slots, other_slots = best.result()
         found = (values, order, torch.stack([slots, other_slots], -1))
-        return (*found, restore(torch.stack(lse_of_chunks).logsumexp(0), input)) if return_lse else found
+        return (*found, torch.stack(lse_of_chunks).logsumexp(0)) if return_lse else found
 
 
 def _sum(logits: Tensor, others: Tensor, bias: Tensor) -> Tensor:

@@ -13,7 +13,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 
 from gistops.distributed import shard_classes
-from gistops.nn import ConstellationClassifier, GistClassifier, SlotUsage, SubcenterClassifier
+from gistops.nn import (
+    ConstellationClassifier,
+    GistClassifier,
+    SlotUsage,
+    SubcenterClassifier,
+    TwoHeadClassifier,
+)
 from gistops.nn.head import MaxCosineHead
 
 from ..processes import in_group
@@ -38,14 +44,28 @@ def check_predictions(rank: int, size: int, mesh: Any, kind: str, classes: int) 
     assert torch.equal(sharded.predict(x[mine][None]), alone.predict(x)[mine][None])
 
 
+def check_both_heads(rank: int, size: int, mesh: Any, classes: int) -> None:
+    torch.manual_seed(classes)
+    x, bias = torch.randn(N, D, dtype=torch.float64), torch.rand(classes, dtype=torch.float64)
+    gist: Any = make_head("gist", classes)
+    alone = gist.export(heads="both", class_bias=bias)
+    sharded = shard_classes(gist, mesh).export(heads="both", class_bias=bias)
+    mine, more = rows_of(rank, size, N), bias.flip(0)
+    for k in {1, classes}:
+        expected = alone.predict_topk(x, k, class_bias=more)
+        for a, b in zip(sharded.predict_topk(x[mine], k, class_bias=more), expected, strict=True):
+            torch.testing.assert_close(a, b[mine], **TOLERANCE)
+    assert torch.equal(sharded.predict(x[mine]), alone.predict(x)[mine])
+    with pytest.raises(TypeError, match="random: expected a head that is sharded if and only if balanced is"):
+        TwoHeadClassifier(sharded.balanced, alone.random)
+
+
 def check_ties(rank: int, size: int, mesh: Any) -> None:
     """Check that the lowest of equal classes comes first, also across processes, and that NaN is the largest value."""
-    alone = ConstellationClassifier(D, 9, 2)
+    head = ConstellationClassifier(D, 9, 0)
     with torch.no_grad():
-        alone.centers[1:] = alone.centers[0]
-    sharded = ConstellationClassifier(D, 9, 2)
-    sharded.load_state_dict(alone.state_dict())
-    shard_classes(sharded, mesh)
+        head.centers.zero_()[:, 0] = 1  # products without rounding
+    sharded = shard_classes(head, mesh)
     x = torch.randn(5, D)
     for k in (1, 4, 9):
         assert torch.equal(sharded.predict_topk(x, k).classes, torch.arange(k).expand(5, k))
@@ -124,6 +144,8 @@ def _all(rank: int, size: int) -> None:
         check_predictions(rank, size, mesh, kind, 31)
     for classes in (1, 2, 5):
         check_predictions(rank, size, mesh, "translation", classes)
+    check_both_heads(rank, size, mesh, 31)
+    check_both_heads(rank, size, mesh, 2)
     check_ties(rank, size, mesh)
     for kind in ("translation", "plain", "rotation", "mlp"):
         check_usage(rank, size, mesh, kind)

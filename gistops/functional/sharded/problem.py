@@ -82,7 +82,7 @@ def _checked(
                 f"input: expected a DTensor with placement Shard(0) or Replicate(), got {input.placements}"
             )
         input = input.to_local()
-    classifier = _local(shards, classifier)
+    classifier = local_classifier(shards, classifier)
     if isinstance(input, Tensor) and input.device.type != shards.mesh.device_type:
         raise ValueError(
             f"input: expected device type {shards.mesh.device_type}, that of the mesh, got {input.device}"
@@ -106,14 +106,14 @@ def _checked(
     return Problem(rows, input.shape[:-1], replicated_input, classifier, chosen, mine), facts
 
 
-def _local(shards: Shards, classifier: Classifier) -> Classifier:
+def local_classifier(shards: Shards, classifier: Classifier) -> Classifier:
     """Return the classifier of this process's classes.
 
     Raises:
         TypeError, ValueError: a placement, a mesh or a shape does not fit.
     """
     centers, displacements, tau, transform, axis, mlp = classifier
-    part = centers.to_local()  # type: ignore[attr-defined]
+    part = shards.sharded("centers", centers)
     if len(part) != shards.stop - shards.start:
         raise ValueError(
             f"centers: expected {shards.stop - shards.start} classes on rank {shards.rank} of {shards.size}, as torch.chunk "

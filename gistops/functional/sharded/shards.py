@@ -140,14 +140,22 @@ class Shards(NamedTuple):
                 f"{name}: expected shape [{self.classes}], one element per class, got {list(value.shape)}"
             )
         if is_dtensor(value):
-            self._check(name, value, Shard(0))
-            return local(value)
+            return self.sharded(name, value)
         if value.requires_grad:
             raise ValueError(
                 f"{name}: expected a DTensor like the centers where it needs a gradient, got a whole tensor; "
                 "distribute_tensor(value, mesh, [Shard(0)]) makes one"
             )
         return value[self.start : self.stop]
+
+    def sharded(self, name: str, value: Any) -> Tensor:
+        """Return the local tensor of a DTensor with placement Shard(0), differentiable.
+
+        Raises:
+            TypeError, ValueError: the placement or the mesh does not fit.
+        """
+        self._check(name, value, Shard(0))
+        return local(value)
 
     def replicated(self, name: str, value: Any) -> Any:
         """Return the local tensor of a DTensor with placement Replicate, differentiable; and any other value itself.
@@ -161,6 +169,10 @@ class Shards(NamedTuple):
         return local(value)
 
     def _check(self, name: str, value: Any, placement: Shard | Replicate) -> None:
+        if not is_dtensor(value):
+            raise TypeError(
+                f"{name}: expected a DTensor, like those of the other head, got {type(value).__name__}"
+            )
         if value.device_mesh != self.mesh:
             raise ValueError(
                 f"{name}: expected the mesh of the centers, {self.mesh}, got {value.device_mesh}"
