@@ -219,8 +219,7 @@ def _parts(
         parts = StashedCrossEntropyParts.apply(*arguments, ignore_index)  # type: ignore[no-untyped-call]
         return parts
     if target.device.type == "cuda":
-        in_range = (target.long() == ignore_index) | ((target >= 0) & (target < centers.shape[0]))
-        assert_in_range(in_range.all(), classifier, options)
+        assert_targets(target.long(), centers.shape[0], ignore_index)
     ops, allow_tf32 = backends.ops(backend), backends.allow_tf32(backend)
     if classifier.mlp is not None:
         return mlp_transform.cross_entropy_parts(
@@ -230,9 +229,15 @@ def _parts(
     return parts
 
 
-def assert_in_range(in_range: Tensor, classifier: Classifier, options: LossOptions) -> None:
-    last: int | str = classifier.centers.shape[0] - 1
-    ignore_index: int | str = options.ignore_index
+def assert_targets(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Assert on the device that all targets are classes or ignored."""
+    in_range = (target == ignore_index) | ((target >= 0) & (target < classes))
+    assert_in_range(in_range.all(), classes, ignore_index)
+
+
+def assert_in_range(in_range: Tensor, classes: int, ignore_index: int | str) -> None:
+    """Assert on the device that a flag is True."""
+    last: int | str = classes - 1
     if torch.compiler.is_compiling():  # a number in the text would make each of its values a graph of its own
         last, ignore_index = "K - 1", ""
     if transforms_active() and not torch.compiler.is_compiling():  # a graph cannot hold the unwrapped tensor

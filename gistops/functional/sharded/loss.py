@@ -13,7 +13,7 @@ from ..._classifier import Classifier, LossOptions
 from ..._dtensor import is_dtensor
 from ...backends import eager_loss
 from ..cross_entropy import loss_of_rows
-from ..row_loss import RowTerms, in_compute_dtype, loss_from_terms, reduced_loss, row_terms
+from ..row_loss import RowTerms, assert_targets, in_compute_dtype, loss_from_terms, reduced_loss, row_terms
 from ..sampled_classes import IGNORED, sampled
 from .collectives import gather_rows, join, leave, once
 from .problem import agreed, enter_problem
@@ -102,6 +102,8 @@ def _joint_loss(
 
     centers: the DTensor whose part the classifier has.
     """
+    if labels.device.type == "cuda":  # on the CPU, `check_loss` has raised
+        assert_targets(labels, shards.classes, options.ignore_index)
     ignored = labels == options.ignore_index
     owned = ~ignored & (labels >= shards.start) & (labels < shards.stop)
     target = torch.where(owned, labels - shards.start, IGNORED)
