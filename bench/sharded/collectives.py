@@ -37,8 +37,9 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         # The tensor of all processes is the first argument of a gather and of an all-reduce, the second of a scatter.
-        self._replace("all_gather_into_tensor", "all_gather", 0)
-        self._replace("reduce_scatter_tensor", "reduce_scatter", 1)
+        new = hasattr(dist, "all_gather_single")  # torch 2.11 has the old names alone
+        self._replace("all_gather_single" if new else "all_gather_into_tensor", "all_gather", 0)
+        self._replace("reduce_scatter_single" if new else "reduce_scatter_tensor", "reduce_scatter", 1)
         self._replace("all_reduce", "all_reduce", 0)
         return self
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...operators.registry import compute_dtype
-from .shards import Batch, Shards
+from .shards import Batch, Shards, all_gather_single, reduce_scatter_single
 
 INPUT = 1  # the bit of input in `Batch.needs`; parameter i has the bit 2 << i
 
@@ -27,7 +27,7 @@ def gather_rows(shards: Shards, sizes: Sequence[int], x: Tensor) -> Tensor:
         return x
     out = x.new_empty(shards.size * longest, *x.shape[1:])
     with shards.collective():
-        dist.all_gather_into_tensor(out, _padded(x, longest), group=shards.group)
+        all_gather_single(out, _padded(x, longest), group=shards.group)
     if min(sizes) == longest:
         return out
     return torch.cat([part[:n] for part, n in zip(out.split(longest), sizes, strict=True)])
@@ -42,7 +42,7 @@ def reduce_scatter_rows(shards: Shards, sizes: Sequence[int], x: Tensor) -> Tens
         x = torch.cat([_padded(part, longest) for part in x.split(list(sizes))])
     out = x.new_empty(longest, *x.shape[1:])
     with shards.collective():
-        dist.reduce_scatter_tensor(out, x.contiguous(), group=shards.group)
+        reduce_scatter_single(out, x.contiguous(), group=shards.group)
     return out[: sizes[shards.rank]]
 
 

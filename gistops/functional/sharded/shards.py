@@ -18,6 +18,20 @@ from ..._dtensor import is_dtensor, local
 _host_groups: dict[Any, dist.ProcessGroup] = {}
 
 
+def all_gather_single(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
+    """Gather x of all processes into out; torch 2.11 has this collective under its old name alone."""
+    gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+    gather(out, x, group=group)
+
+
+def reduce_scatter_single(out: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:
+    """Write the sum over the processes of this process's part of x to out; the same about its name."""
+    scatter = (
+        dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+    )
+    scatter(out, x, group=group)
+
+
 class Shards(NamedTuple):
     """The classes of this process: `start` to `stop` of K. Rank r has the r-th of the chunks that `torch.chunk` makes."""
 
@@ -76,7 +90,7 @@ class Shards(NamedTuple):
         mine = torch.tensor([error is not None, rows, needs, digest])
         gathered = torch.empty(self.size * len(mine), dtype=torch.int64)
         with self.collective():
-            dist.all_gather_into_tensor(gathered, mine, group=self.host_group)
+            all_gather_single(gathered, mine, group=self.host_group)
         failed, sizes, needed, digests = gathered.view(self.size, -1).T.tolist()
         if any(failed):
             self._raise_error(error)

@@ -15,7 +15,7 @@ from ..logits import checked_logits
 from ..topk import topk as local_topk
 from .collectives import all_reduce, gather_rows
 from .problem import Problem, agreed, local_classifier
-from .shards import Batch, Shards
+from .shards import Batch, Shards, all_gather_single
 
 #: Rows per chunk in `slot_counts`, which computes the logits of as many classes.
 CHUNK_ROWS = 512
@@ -122,7 +122,7 @@ def _exchanged(shards: Shards, batch: Batch, problem: Problem, x: Tensor) -> Ten
     out = x.new_empty(shards.size * mine, *x.shape[1:])
     with shards.collective():
         if problem.replicated_input:
-            dist.all_gather_into_tensor(out, x.contiguous(), group=shards.group)
+            all_gather_single(out, x.contiguous(), group=shards.group)
         else:
             dist.all_to_all_single(
                 out, x.contiguous(), [mine] * shards.size, list(batch.sizes), group=shards.group
