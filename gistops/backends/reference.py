@@ -235,7 +235,8 @@ def cross_entropy_parts(
     scores = z if class_bias is None else z + class_bias.to(z.dtype)
     is_target = target.long()[:, None] == torch.arange(z.shape[1], device=target.device)
     is_target = is_target & (target != ignore_index)[:, None]
-    lse_others = torch.where(is_target, -torch.inf, scores).logsumexp(1)
+    # Without `where`, the gradient of excluded classes would be NaN in a row that has no other classes.
+    lse_others = torch.where(is_target | (scores == -torch.inf), -torch.inf, scores).logsumexp(1)
     sums = z.new_empty(0) if weight is None else z @ weight.to(z.dtype)
     return lse_others, torch.where(is_target, z, 0).sum(1), sums
 

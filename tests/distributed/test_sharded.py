@@ -77,10 +77,17 @@ def options_of(name: str, classes: int) -> dict[str, Any]:
             "label_smoothing": 0.2,
         },
         "excluded": {"class_bias": torch.where(excluded, -torch.inf, vector), "ignore_index": 0},
+        "half excluded": {  # all classes of some processes
+            "class_bias": torch.where(torch.arange(classes) > classes // 2, -torch.inf, vector),
+            "reduction": "none",
+        },
     }[name]
 
 
-OPTIONS = ("none", "sum", "per row", "bias", "weight", "margins", "margin", "smoothing", "all", "excluded")
+OPTIONS = (
+    *("none", "sum", "per row", "bias", "weight", "margins", "margin", "smoothing", "all"),
+    *("excluded", "half excluded"),
+)
 
 
 def as_tuple(output: Any) -> tuple[Tensor, ...]:
@@ -107,16 +114,18 @@ def check_loss(
     # one process
     whole_x = x.clone().requires_grad_()
     options = options_of(name, classes)
+    learned = [key for key in ("class_bias", "margin") if isinstance(options.get(key), Tensor)]
+    for key in learned:
+        options[key].requires_grad_()
     expected = alone.loss(whole_x, y, **options)
     # The objective is the mean over the processes, which have the same scalars, and a part of the rows each.
     objective(expected, row_weights / size).backward()
     # this one
     own = x[mine].clone().requires_grad_()
     options_sharded = options_of(name, classes)
-    for key in ("class_bias", "weight", "margin"):
-        if isinstance(v := options_sharded.get(key), Tensor) and v.dim() and key != "weight":
-            options_sharded[key] = nn.Parameter(distribute_tensor(v, mesh, [Shard(0)]))
-            options[key].requires_grad_()
+    for key in learned:
+        if options_sharded[key].dim():
+            options_sharded[key] = nn.Parameter(distribute_tensor(options_sharded[key], mesh, [Shard(0)]))
     found = sharded.loss(own, y[mine], **options_sharded)
     label = f"{kind} {classes} {name} {backend}"
     for a, b in zip(as_tuple(found), as_tuple(expected), strict=True):
@@ -126,8 +135,8 @@ def check_loss(
     compare(own.grad, whole_x.grad[mine] * size, f"{label} input")
     for (key, p), q in zip(sharded.named_parameters(), alone.parameters(), strict=True):
         compare(p.grad, q.grad, f"{label} {key}")
-    if isinstance(m := options.get("margin"), Tensor) and m.dim() == 0:
-        compare(options_sharded["margin"].grad, m.grad, f"{label} margin")
+    for key in learned:
+        compare(options_sharded[key].grad, options[key].grad, f"{label} {key}")
 
 
 def _losses(rank: int, size: int) -> None:

@@ -111,7 +111,7 @@ def _joint_loss(
     if options.sample_negatives is not None:
         classifier, target, local = sampled(centers, classifier, target, local)
     whole = classifier.transform in eager_loss.WHOLE_LOSS.get(backend, ())
-    if whole and options.label_smoothing == 0 and shards.start < shards.stop:
+    if whole and options.label_smoothing == 0:
         return _from_losses(shards, backend, x, classifier, target, owned, ignored, local)
     classifier, local = in_compute_dtype(x, classifier, local)
     if shards.start < shards.stop:
@@ -154,18 +154,38 @@ def _from_losses(
     With l and z the log-sum-exp and the score of the target over the classes of the process that has the target, and r the
     log-sum-exp over all other classes, the loss is log(e^l + e^r) - z = (l - z) + log(1 + e^(r - l)): no digit is lost.
     """
-    rows = options._replace(reduction="none", weight=None)
-    loss, lse = loss_of_rows(x, classifier, target, rows, backend)
     scale = None
-    mine = [torch.where(owned, loss, 0), torch.where(owned, lse, 0)]
-    if options.weight is not None:
-        mine.append(torch.where(owned, options.weight.to(loss.dtype)[torch.where(owned, target, 0)], 0))
-    rest, totals = join(shards, torch.where(owned, -torch.inf, lse), mine)
+    if shards.start < shards.stop:
+        loss, own, others = _losses_of_classes(backend, x, classifier, target, owned, options)
+        if options.weight is not None:
+            scale = options.weight.to(loss.dtype)[torch.where(owned, target, 0)]
+    else:  # the collectives are those of the other processes
+        terms = _terms_without_classes(x, classifier, options)
+        loss, own, others, scale = terms.logit, terms.logit, terms.lse_others, terms.weight
+    mine = [torch.where(owned, value, 0) for value in (loss, own, scale) if value is not None]
+    rest, totals = join(shards, others, mine)
     loss, own = totals[:2]
     scale = totals[2] if len(totals) > 2 else None
     loss = loss - F.logsigmoid(own - rest)
     lse = torch.where(ignored, rest, torch.logaddexp(own, rest))
     return reduced_loss(loss, None, scale, ignored, shards.classes, options), lse
+
+
+def _losses_of_classes(
+    backend: str, x: Tensor, classifier: Classifier, target: Tensor, owned: Tensor, options: LossOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return l - z and l of the rows whose target is here, and the log-sum-exp over the classes of the rows' other terms, [B]."""
+    rows, bias = options._replace(reduction="none", weight=None), options.class_bias
+    if bias is None:
+        loss, lse = loss_of_rows(x, classifier, target, rows, backend)
+        return loss, lse, torch.where(owned, -torch.inf, lse)
+    # If all classes here are excluded, l and z are -inf. The gradient of l would be NaN, so z, whose gradient is finite, is l.
+    excluded = (bias == -torch.inf).all()
+    rows = rows._replace(class_bias=torch.where(excluded, 0, bias))
+    loss, lse = loss_of_rows(x, classifier, target, rows, backend)
+    score = lse - loss + bias.to(lse.dtype)[torch.where(owned, target, 0)]
+    own = torch.where(excluded, score, lse)
+    return torch.where(excluded, 0, loss), own, torch.where(owned | excluded, -torch.inf, lse)
 
 
 def _terms_without_classes(x: Tensor, classifier: Classifier, options: LossOptions) -> RowTerms:
