@@ -59,6 +59,7 @@ def problems_of(config: Config, data: Dataset) -> Iterator[ConfigError]:
         _micro_batches,
         _directions,
         _precision,
+        _sharding,
     ):
         found = list(check(config, data))
         yield from found
@@ -146,6 +147,19 @@ def _directions(config: Config, data: Dataset) -> Iterator[ConfigError]:
 def _precision(config: Config, data: Dataset) -> Iterator[ConfigError]:
     if config.runtime.precision == "fp16" and config.runtime.resolved_device == "cpu":
         yield Doubt("precision", "float32 or bf16 on a CPU, where fp16 is slower than float32", "'fp16'")
+
+
+def _sharding(config: Config, data: Dataset) -> Iterator[ConfigError]:
+    """Check that the heads can be sharded, whatever the number of processes, as another number may resume the run."""
+    if not config.runtime.shard_classes:
+        return
+    fits = {name: make(config, data.train_counts).shards_classes for name, make in METHODS.items()}
+    if others := [name for name in config.method.methods if not fits[name]]:
+        expected = f"{', '.join(name for name in fits if fits[name])} with --shard-classes"
+        yield ConfigError("methods", expected, ", ".join(others))
+    if config.runtime.precision == "fp16":
+        # A gradient scaler skips the steps of the processes whose gradients overflow, and classes would go apart.
+        yield ConfigError("precision", "float32 or bf16 with --shard-classes", "'fp16'")
 
 
 def _network(config: Config, data: Dataset) -> Iterator[ConfigError]:

@@ -213,6 +213,10 @@ class RuntimeConfig(DeviceConfig):
     #: On a GPU, capture each step in a CUDA graph. For small networks, whose kernels take longer to launch
     #: than to run. The samples must fit into GPU memory. Not with fp16 or several processes.
     cuda_graph: bool = option(False, Mark.CHANGEABLE)
+    #: With several processes (torchrun), divide the classes of the head between them, so that no process has all
+    #: centers. For methods with a cosine classifier or a constellation that is trained on its loss alone; not with
+    #: fp16.
+    shard_classes: bool = False
 
     @property
     def head_backend(self) -> str | None:

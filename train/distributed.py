@@ -93,3 +93,11 @@ def all_gather(value: Tensor) -> list[Tensor]:
     values = [torch.empty_like(value) for _ in range(world_size())]
     dist.all_gather(values, value)
     return values
+
+
+def all_gather_rows(value: Tensor) -> Tensor:
+    """Return the rows of the CPU tensors of all processes, in the order of the ranks. Their numbers may differ."""
+    sizes = [int(size) for size in all_gather(torch.tensor([len(value)]))]
+    padding = value.new_zeros(max(sizes) - len(value), *value.shape[1:])
+    parts = all_gather(torch.cat([value, padding]))
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])

@@ -54,9 +54,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         if reason := _reason(error):
             raise WriteError(f"{path}: {reason}") from error
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)  # otherwise a power failure could undo the rename
+
+
+def sync_folder(path: Path) -> None:
+    """Write the names in a folder to the disk."""
+    folder = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)  # otherwise a power failure could undo the rename
+        os.fsync(folder)
     finally:
         os.close(folder)
 

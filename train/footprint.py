@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .config import Config
 from .data.dataset import Dataset
 from .files import existing_folder
@@ -18,6 +19,8 @@ from .model.backbones import make_backbone
 from .model.model import TRAINING_ONLY, Model, Normalize
 from .training.input import epoch_step_sizes, local_micro_batches
 from .training.trainer import HALF_PRECISION
+
+PER_CLASS = ("head.centers", "head.random_centers")  # the tensors that --shard-classes divides
 
 
 @dataclass(frozen=True)
@@ -95,21 +98,34 @@ def try_network(config: Config, data: Dataset, samples: int) -> Trial:
     return Trial(network.to("meta"), features.shape[1], activations)
 
 
-def model_sizes(name: str, config: Config, data: Dataset, trial: Trial) -> tuple[ModelSize, ModelSize]:
-    """Return the sizes of the model in the first and in the last stage of a method, one of which is the largest."""
+def model_sizes(
+    name: str, config: Config, data: Dataset, trial: Trial, shards: int = 1
+) -> tuple[ModelSize, ModelSize]:
+    """Return the sizes of the model in the first and in the last stage of a method, one of which is the largest.
+
+    Args:
+        name: the name of the method.
+        config: the options.
+        data: the dataset.
+        trial: the results of the trial.
+        shards: the number of processes that share the classes of the head; the sizes are those of one process.
+    """
     method = METHODS[name](config, data.train_counts)
     model = copy.deepcopy(trial.network)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model.head = method.make_head(trial.features, data.num_classes)
-        first = _size(model)
+        first = _size(model, shards)
         method.restructure(model)
     model.freeze_features(method.stages[-1].frozen_features)
-    return first, _size(model)
+    return first, _size(model, shards)
 
 
-def _size(model: Model) -> ModelSize:
-    state = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
-    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+def _size(model: Model, shards: int) -> ModelSize:
+    def part(name: str, tensor: Tensor) -> int:
+        return tensor[: -(-len(tensor) // shards)].nbytes if name in PER_CLASS else tensor.nbytes
+
+    state = {name: part(name, tensor) for name, tensor in model.state_dict().items()}
+    trained = sum(part(name, x) for name, x in model.named_parameters() if x.requires_grad)
     saved = sum(size for name, size in state.items() if not name.startswith(TRAINING_ONLY))
     return ModelSize(sum(state.values()), trained, saved)
 
@@ -125,7 +141,8 @@ def memory_needed(method: str, config: Config, data: Dataset, trial: Trial) -> i
 def fixed_memory(method: str, config: Config, data: Dataset, trial: Trial) -> int:
     """Estimate the part of `memory_needed` that does not depend on the size of a step."""
     # 2: gradients and momentum
-    needed = max(size.state + 2 * size.trained for size in model_sizes(method, config, data, trial))
+    shards = distributed.world_size() if config.runtime.shard_classes else 1
+    needed = max(size.state + 2 * size.trained for size in model_sizes(method, config, data, trial, shards))
     if METHODS[method](config, data.train_counts).reads_training_features():
         needed += 2 * 4 * len(data.y_train) * trial.features  # all training features, concatenated
     return needed
@@ -167,5 +184,5 @@ def disk_needed(config: Config, data: Dataset, trial: Trial) -> int:
 def disk_available(config: Config) -> int:
     """Return the bytes that are free for the run's files, those of its folder included, which the run replaces."""
     folder = Path(config.run.runs) / config.run.name
-    own = sum(file.stat().st_size for file in folder.glob("*") if file.is_file()) if folder.is_dir() else 0
+    own = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
     return own + shutil.disk_usage(existing_folder(folder)).free

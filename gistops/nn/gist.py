@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._checks import check_class_vector
 from .._dtensor import is_dtensor
-from ..functional import constellation_cross_entropy, constellation_logits
+from ..functional import constellation_cross_entropy, constellation_logits, constellation_topk
 from .constellation import ConstellationClassifier
 from .temperature import inverse_softplus, positive
 from .two_heads import TwoHeadClassifier
@@ -74,6 +74,13 @@ class GistClassifier(ConstellationClassifier):
         tensors = (input, self.random_centers, self.displacements, self.random_tau)
         logits: Tensor = constellation_logits(*tensors, backend=self.backend, **self._transform())
         return logits
+
+    @torch.no_grad()
+    def random_predict(self, input: Tensor, *, class_bias: Tensor | None = None) -> Tensor:
+        """Return the class with the largest logit of the random stream's centers v; arguments as in `predict`."""
+        tensors = (input, self.random_centers, self.displacements, self.random_tau)
+        options = self._transform() | {"class_bias": class_bias, "backend": self.backend}
+        return constellation_topk(*tensors, 1, **options)[1][..., 0]
 
     def losses(
         self,

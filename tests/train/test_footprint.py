@@ -77,6 +77,21 @@ def test_a_head_without_a_network_has_the_estimated_size(features: Dataset, tmp_
     check_sizes("oltr", FEATURES, features, tmp_path / "model")
 
 
+def test_processes_share_the_classes_of_the_head(images: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = footprint.try_network(CONFIG, images, 2)
+    whole, shared = (footprint.model_sizes("gist", CONFIG, images, trial, shards) for shards in (1, 3))
+    saved = (
+        2 * 3 * 4 * trial.features
+    )  # of five rows of two heads in float32, three; the largest part has two
+    for before, after in zip(whole, shared, strict=True):
+        assert (before.state - after.state, before.trained - after.trained) == (saved, saved)
+    config = CONFIG.replace(shard_classes=True)
+    alone = footprint.fixed_memory("gist", config, images, trial)
+    monkeypatch.setattr(footprint.distributed, "world_size", lambda: 3)
+    assert alone - footprint.fixed_memory("gist", config, images, trial) == 3 * saved
+    assert footprint.fixed_memory("gist", CONFIG, images, trial) == alone
+
+
 def test_the_estimates_count_the_largest_stage(images: Dataset) -> None:
     """oltr's last stage needs the most, lws's first: in the last, only a scale per class is trained."""
     trial = footprint.try_network(CONFIG, images, 2)

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from gistops.nn import ConstellationClassifier
 
+from .. import distributed
 from ..data.dataset import Dataset
 from ..model.model import Model
+from ..model.sharded_head import is_sharded, local, rows_of
 from ..shot_groups import split_classes
-from .evaluate import eval_batch_size
+from .evaluate import eval_batch_size, own_features
 
 BINS = 15  # intervals of confidence
 MAPPED_CLASSES = 10
@@ -25,8 +27,25 @@ LISTED_CLASSES = 100  # if more classes are few-shot, those with the highest sin
 @torch.no_grad()
 def analyze(model: Model, data: Dataset, rule: str, seed: int) -> dict[str, Any]:
     """Analyze the head's own predictions; return plain values. The model is left in training mode."""
-    device = next(model.parameters()).device
     model.eval()
+    result: dict[str, Any] = {}
+    if is_sharded(model.head):
+        confidence, predicted = _top_classes(model, data)
+    else:
+        confidence, predicted, common = _predictions(model, data)
+        result |= {} if common is None else {"common_slot": common}
+    result |= {
+        "calibration": calibration(confidence, predicted == data.y_test),
+        "confusion": confusion(predicted, data, rule),
+        "map": feature_map(model, data, seed),
+    }
+    model.train()
+    return result
+
+
+def _predictions(model: Model, data: Dataset) -> tuple[Tensor, Tensor, float | None]:
+    """Return the probability [n] of the predicted class and the class, of each test sample; and the mean common slot."""
+    device = next(model.parameters()).device
     confidences, predictions, common = [], [], []
     has_displacements = isinstance(model.head, ConstellationClassifier) and model.head.num_displacements > 0
     for samples in data.x_test.split(eval_batch_size(data.num_classes)):
@@ -38,15 +57,23 @@ def analyze(model: Model, data: Dataset, rule: str, seed: int) -> dict[str, Any]
         best = logits.softmax(1).max(1)
         confidences.append(best.values.cpu())
         predictions.append(best.indices.cpu())
-    confidence, predicted = torch.cat(confidences), torch.cat(predictions)
-    result: dict[str, Any] = {"common_slot": float(torch.cat(common).mean())} if has_displacements else {}
-    result |= {
-        "calibration": calibration(confidence, predicted == data.y_test),
-        "confusion": confusion(predicted, data, rule),
-        "map": feature_map(model, data, seed),
-    }
-    model.train()
-    return result
+    mean = float(torch.cat(common).mean()) if has_displacements else None
+    return torch.cat(confidences), torch.cat(predictions), mean
+
+
+def _top_classes(model: Model, data: Dataset) -> tuple[Tensor, Tensor]:
+    """Return the probability [n] of the predicted class and the class, of each test sample, by the top class of a sharded head.
+
+    Each process takes a part of the samples. The common slot needs the slots of all classes, so that it is left out.
+    """
+    batch_size = eval_batch_size(data.num_classes)
+    found = [
+        model.head.predict_topk(features, 1)  # type: ignore[operator]
+        for features, _ in own_features(model, data.x_test, data.y_test, batch_size)
+    ]
+    confidence = torch.cat([prediction.probabilities[:, 0] for prediction in found])
+    classes = torch.cat([prediction.classes[:, 0] for prediction in found])
+    return distributed.all_gather_rows(confidence.cpu()), distributed.all_gather_rows(classes.cpu())
 
 
 def common_slot(slots: Tensor) -> Tensor:
@@ -159,5 +186,5 @@ def _constellations(head: Any, classes: list[int]) -> list[Tensor]:
     """Return the vectors of each class, [m + 1, d]; an empty list unless the head has translated centers."""
     if not isinstance(head, ConstellationClassifier) or head.transform != "translation":
         return []
-    offsets = F.pad(head.displacements, (0, 0, 1, 0))
-    return [head.centers[k] + offsets for k in classes]
+    offsets = F.pad(local(head.displacements), (0, 0, 1, 0))
+    return [center + offsets for center in rows_of(head.centers, classes)]

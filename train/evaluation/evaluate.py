@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,13 @@ from gistops.nn import ConstellationClassifier, SlotUsage
 
 from .. import distributed
 from ..model.model import Model
+from ..model.sharded_head import is_sharded
 from ..shot_groups import split_classes
 
 #: (head, features, the head's logits) -> logits of other ways to use the head, by name.
 AlternativeScores = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
+#: (sharded head, features) -> classes that other ways to use the head predict, by name.
+AlternativePredictions = Callable[[nn.Module, Tensor], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ def evaluate(
     num_classes: int,
     alternative_scores: AlternativeScores | None = None,
     batch_size: int | None = None,
+    *,
+    alternative_predictions: AlternativePredictions | None = None,
 ) -> tuple[Evaluation, dict[str, Evaluation]]:
     """Classify all samples in evaluation mode. The model is left in training mode.
 
@@ -73,33 +79,40 @@ def evaluate(
         num_classes: K.
         alternative_scores: other ways to use the head, which are evaluated too.
         batch_size: samples per batch; `eval_batch_size` if None.
+        alternative_predictions: other ways to use a sharded head, in place of `alternative_scores`.
 
     Returns:
         The evaluation of the head's own logits, and the evaluation of each alternative by its name.
     """
     model.eval()
-    batch_size = batch_size or eval_batch_size(num_classes)
-    device = next(model.parameters()).device
-    x, y = (tensor.tensor_split(distributed.world_size())[distributed.rank()] for tensor in (x, y))
-    y = y.to(device)
-    usage = SlotUsage(model.head) if isinstance(model.head, ConstellationClassifier) else None
-    predicted: dict[str, list[Tensor]] = {"": []}
-    for samples, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        features = model.features(samples.to(device))
-        if usage is None:
-            logits = model.head(features)
+    head, sharded = model.head, is_sharded(model.head)
+    usage = SlotUsage(head) if isinstance(head, ConstellationClassifier) else None
+    own_labels: list[Tensor] = []
+    predicted: dict[str, list[Tensor]] = {}
+    for features, labels in own_features(model, x, y, batch_size or eval_batch_size(num_classes)):
+        if sharded:
+            classes = {"": head.predict(features)}  # type: ignore[operator]
+            if usage is not None:
+                usage.update(features, labels)
+            classes |= alternative_predictions(head, features) if alternative_predictions else {}
         else:
-            logits, slots = model.head(features, return_slots=True)
-            usage.update_slots(slots, labels)
-        predicted[""].append(logits.argmax(1))
-        alternatives = alternative_scores(model.head, features, logits) if alternative_scores else {}
-        for name, scores in alternatives.items():
-            predicted.setdefault(name, []).append(scores.argmax(1))
+            if usage is None:
+                logits = head(features)
+            else:
+                logits, slots = head(features, return_slots=True)
+                usage.update_slots(slots, labels)
+            scores = alternative_scores(head, features, logits) if alternative_scores else {}
+            classes = {name: values.argmax(1) for name, values in ({"": logits} | scores).items()}
+        for name, batch in classes.items():
+            predicted.setdefault(name, []).append(batch)
+        own_labels.append(labels)
     model.train()
     slot_usage = None
     if usage is not None:
-        usage.counts = distributed.all_reduce_sum(usage.counts)
+        if not sharded:  # a sharded head counts the samples of all processes
+            usage.counts = distributed.all_reduce_sum(usage.counts)
         slot_usage = usage.shares().cpu()
+    y = torch.cat(own_labels)
 
     def count_per_class(labels: Tensor) -> Tensor:
         return distributed.all_reduce_sum(torch.bincount(labels, minlength=num_classes)).cpu()
@@ -109,3 +122,20 @@ def evaluate(
         correct = count_per_class(y[torch.cat(batches) == y])
         evaluations[name] = Evaluation(correct, total, None if name else slot_usage)
     return evaluations.pop(""), evaluations
+
+
+def own_features(model: Model, x: Tensor, y: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the features and the labels of this process's part of the samples, in batches, on the model's device.
+
+    A sharded head needs all processes for each batch, so that there are as many in each process, and the last may be empty.
+    """
+    parameter, size = next(model.parameters()), distributed.world_size()
+    own_x, own_y = (tensor.tensor_split(size)[distributed.rank()] for tensor in (x, y))
+    batches = list(zip(own_x.split(batch_size), own_y.split(batch_size), strict=True))
+    for samples, labels in batches:
+        yield model.features(samples.to(parameter.device)), labels.to(parameter.device)
+    largest = -(-len(x) // size)  # number of samples of a process
+    head: Any = model.head
+    if is_sharded(head) and len(batches) < -(-largest // batch_size):
+        empty = torch.zeros(0, head.in_features, dtype=parameter.dtype, device=parameter.device)
+        yield empty, own_y[:0].to(parameter.device)

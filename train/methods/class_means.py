@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..model.model import Model
+from ..model.sharded_head import local, local_classes
 from .method import StageData
 
 ROWS = 4096  # samples per chunk, because all samples in float64 may not fit into memory
@@ -55,4 +56,7 @@ def start_from_class_means(centers: Iterable[Tensor], model: Model, data: StageD
         center.running_var.copy_(raw.var(0, correction=0))
         features = (raw - center.running_mean) * torch.rsqrt(center.running_var + center.eps)
     for tensor in centers:
-        tensor.copy_(F.normalize(class_means(features, labels, len(tensor), unit=True), dim=1))
+        own = local_classes(tensor)
+        kept = slice(None) if len(own) == len(tensor) else (labels >= own.start) & (labels < own.stop)
+        means = class_means(features[kept], labels[kept] - own.start, len(own), unit=True)
+        local(tensor).copy_(F.normalize(means, dim=1))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gistops.nn import ConstellationClassifier, GistClassifier
 
 from ..config import Config
+from ..model.sharded_head import local
 from .two_stage import TwoStageMethod
 
 
@@ -60,6 +61,12 @@ class Gist(TwoStageMethod):
         }
         return scores | super().alternative_scores(head, features, logits)
 
+    def alternative_predictions(self, head: ConstellationClassifier, features: Tensor) -> dict[str, Tensor]:
+        """Return also those of the random head's scores minus the log prior. Both heads together have no top class of their own."""
+        assert isinstance(head, GistClassifier)
+        adjusted = head.random_predict(features, class_bias=-self.log_prior)
+        return {"random head, adjusted": adjusted} | super().alternative_predictions(head, features)
+
     def describe(self, head: ConstellationClassifier) -> dict[str, Any]:
         assert isinstance(head, GistClassifier)
-        return super().describe(head) | {"tau_random": float(head.random_tau.detach())}
+        return super().describe(head) | {"tau_random": float(local(head.random_tau))}

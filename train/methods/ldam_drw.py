@@ -33,6 +33,8 @@ class LdamDrw(SingleStageMethod):
     The mean is weighted, as in the authors' code, so the loss depends on how a mini-batch is split into micro-batches.
     """
 
+    shards_classes = True
+
     def __init__(self, config: Config, counts: Tensor) -> None:
         super().__init__(config, counts)
         self.margins = ldam_margins(counts)

@@ -14,6 +14,7 @@ from gistops.nn import ConstellationClassifier
 from ..config import Config
 from ..model.model import Model
 from ..model.prior import log_prior
+from ..model.sharded_head import local, mean_norm
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class Method:
     loss_coefficients: dict[str, float]
     #: Names of the head's parameters without weight decay, beside the temperatures.
     parameters_without_decay: tuple[str, ...] = ()
+    #: Whether --shard-classes may shard the head: the method reads neither logits of all classes nor centers of all.
+    shards_classes = False
 
     def __init__(self, config: Config, counts: Tensor) -> None:
         self.config, self.counts = config, counts
@@ -132,6 +135,13 @@ class Method:
         """Return other scores [b, K] that the trained head offers besides its `logits`, by name; they are evaluated too."""
         return {}
 
+    def alternative_predictions(self, head: Any, features: Tensor) -> dict[str, Tensor]:
+        """Return the classes [b] with the highest `alternative_scores`, of a sharded head, by name.
+
+        Scores are left out whose highest class the head does not find without the scores of all classes.
+        """
+        return {}
+
     def describe(self, head: Any) -> dict[str, Any]:
         """Return properties of the head for the records, in plain types."""
         return {}
@@ -140,7 +150,7 @@ class Method:
 def describe_constellation(head: ConstellationClassifier) -> dict[str, Any]:
     """Return the temperature and the norms of the centers and displacements."""
     return {
-        "tau_balanced": float(head.tau.detach()),
-        "mean_center_norm": float(head.centers.detach().norm(dim=1).mean()),
-        "displacement_norms": head.displacements.detach().norm(dim=1).tolist(),
+        "tau_balanced": float(local(head.tau)),
+        "mean_center_norm": float(mean_norm(head.centers)),
+        "displacement_norms": local(head.displacements).norm(dim=1).tolist(),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from gistops.nn import ConstellationClassifier, GistClassifier
@@ -51,6 +52,9 @@ class TiedGistClassifier(GistClassifier):
 
     def reset_parameters(self) -> None:
         ConstellationClassifier.reset_parameters(self)
+
+    def _reset_shared(self, generator: torch.Generator | None) -> None:
+        ConstellationClassifier._reset_shared(self, generator)
 
     @property
     def random_centers(self) -> nn.Parameter:  # type: ignore[override]

@@ -30,6 +30,7 @@ class SoftmaxClassifier(SingleStageMethod):
     def __init__(self, config: Config, counts: Tensor, *, cosine: bool = False, prior: bool = False) -> None:
         super().__init__(config, counts)
         self.cosine, self.prior = cosine, prior
+        self.shards_classes = cosine
 
     def make_head(self, in_features: int, num_classes: int) -> nn.Module:
         if self.cosine:

@@ -14,6 +14,7 @@ from .. import distributed
 from ..config import Config
 from ..model.feature_transfer import FeatureTransfer
 from ..model.model import Model
+from ..model.sharded_head import local, mean_norm
 from .class_means import start_from_class_means
 from .method import Method, Stage, StageData, describe_constellation
 from .residual_directions import residual_directions
@@ -31,6 +32,7 @@ class TwoStageMethod(Method):
         displacements: add displacements in the second stage.
     """
 
+    shards_classes = True
     transfers_features = False  # whether --transfer-directions applies
     transform: Literal["translation", "rotation", "mlp"] = "translation"
     streams: Literal["both", "balanced"] = "both"  # with --balancing sampling
@@ -66,7 +68,7 @@ class TwoStageMethod(Method):
             head.displacements.requires_grad_(False)
         if self.transfers_features and options.transfer_directions:
             transfer = FeatureTransfer(options.transfer_directions, head.in_features, options.transfer_length)
-            model.feature_transfer = transfer.to(head.centers)
+            model.feature_transfer = transfer.to(head.centers.device, head.centers.dtype)
 
     def begin_stage(self, stage: int, model: Model, data: StageData) -> None:
         head = constellation(model)
@@ -113,7 +115,7 @@ class TwoStageMethod(Method):
         targets: list[tuple[Tensor, Tensor | float]] = []  # tensors to set and the norms of their rows
         if init or self._follows_residuals(head):
             scale = options.displacement_scale or head.displacement_scale
-            targets.append((head.displacements, scale * head.centers.norm(dim=1).mean()))
+            targets.append((local(head.displacements), scale * mean_norm(head.centers)))
         if model.feature_transfer is not None:
             targets.append((model.feature_transfer.directions, 1.0))
         if not targets:
@@ -141,6 +143,15 @@ class TwoStageMethod(Method):
         )
         assert isinstance(scores, Tensor)
         return {"centers alone": scores}
+
+    def alternative_predictions(self, head: ConstellationClassifier, features: Tensor) -> dict[str, Tensor]:
+        if not head.num_displacements:
+            return {}
+        no_displacements = local(head.displacements)[:0]
+        _, classes, _ = gistops.constellation_topk(
+            features, head.centers, no_displacements, head.tau, k=1, backend=head.backend
+        )
+        return {"centers alone": classes[:, 0]}
 
     def describe(self, head: ConstellationClassifier) -> dict[str, Any]:
         return describe_constellation(head)

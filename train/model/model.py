@@ -134,7 +134,11 @@ def build_model(
 
 
 def save_model(
-    path: Path, model: Model, class_names: list[str], details: dict[str, Any] | None = None
+    path: Path,
+    model: Model,
+    class_names: list[str],
+    details: dict[str, Any] | None = None,
+    state: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a trained model: weights as safetensors, with metadata for `load_model`.
 
@@ -146,11 +150,11 @@ def save_model(
         model: the model.
         class_names: the names of the classes.
         details: more values for the metadata, in plain types, such as those that `trained.describe` returns.
+        state: the state dict of a model whose head is sharded, as `sharded_head.whole_state` returns it.
     """
     head = model.head
-    state = {
-        name: tensor for name, tensor in model.state_dict().items() if not name.startswith(TRAINING_ONLY)
-    }
+    state = model.state_dict() if state is None else state
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(TRAINING_ONLY)}
     # A single metadata entry: safetensors does not keep the order of several, and equal models must give equal bytes.
     crop_size = model.normalize.crop_size if isinstance(model.normalize, Normalize) else 0
     description = {"backbone": model.backbone_name, "classes": class_names, "crop_size": crop_size}

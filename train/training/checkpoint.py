@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import distributed
+from ..files import write_atomically
+from .head_checkpoint import METADATA, head_tensors, load_head, remove_other_folders, without_head, write_head
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -50,10 +52,42 @@ def load_torch(path: Path, *names: str) -> dict[str, Any]:
     return saved
 
 
+def save_trainer(file: Path, trainer: Trainer, more: dict[str, Any]) -> None:
+    """Write a checkpoint with a trainer's state and `more` atomically. All processes call the function; rank 0 writes.
+
+    With --shard-classes each process also writes its part of the head, into a folder beside the file.
+
+    Raises:
+        WriteError: the disk is full, or the folder cannot be written to. The previous checkpoint remains.
+    """
+    training = trainer.state_dict()
+    sharded = trainer.config.runtime.shard_classes
+    if sharded:
+        training["head_folder"] = write_head(file, head_tensors(trainer))
+    if distributed.rank() == 0:
+        write_atomically(file, lambda path: save_torch(more | {"training": training}, path))
+        if sharded:
+            remove_other_folders(file, training["head_folder"])
+
+
+def load_trainer_file(file: Path, *names: str) -> dict[str, Any]:
+    """Return what `save_trainer` wrote, for `load_trainer_state`; arguments and errors as for `load_torch`."""
+    saved = load_torch(file, "training", *names)
+    if name := saved["training"].get("head_folder"):
+        folder = file.with_name(name)
+        if not (folder / METADATA).exists():
+            raise DamagedFileError(f"{file}, whose folder {folder} is missing or damaged")
+        saved["training"]["head_folder"] = str(folder)
+    return saved
+
+
 def trainer_state(trainer: Trainer) -> dict[str, Any]:
-    """Return the state of a trainer in plain types and tensors. It is the same in all processes."""
+    """Return the state of a trainer in plain types and tensors. It is the same in all processes.
+
+    With --shard-classes it lacks the tensors of `sharding.head_tensors`.
+    """
     on_gpu = trainer.device.type == "cuda"
-    return {
+    state = {
         "name": trainer.name,
         "position": {name: getattr(trainer, name) for name in POSITION},
         "sums": {name: distributed.all_reduce_sum(sum_.clone()) for name, sum_ in trainer.loss_sums.items()},
@@ -65,6 +99,7 @@ def trainer_state(trainer: Trainer) -> dict[str, Any]:
         "torch_rng": distributed.all_gather(torch.get_rng_state()),
         "cuda_rng": distributed.all_gather(torch.cuda.get_rng_state(trainer.device)) if on_gpu else [],
     }
+    return without_head(trainer, state) if trainer.config.runtime.shard_classes else state
 
 
 def load_trainer_state(trainer: Trainer, state: dict[str, Any]) -> None:
@@ -79,8 +114,11 @@ def load_trainer_state(trainer: Trainer, state: dict[str, Any]) -> None:
     rank = distributed.rank()
     # The saved sums are over all processes: rank 0 continues them, the others start from zero.
     trainer.loss_sums = {name: sum_.to(trainer.device) * (rank == 0) for name, sum_ in state["sums"].items()}
-    trainer.model.load_state_dict({RENAMED.get(name, name): x for name, x in state["model"].items()})
+    model = {RENAMED.get(name, name): x for name, x in state["model"].items()}
     trainer.optimizer.load_state_dict(state["optimizer"])
+    if trainer.config.runtime.shard_classes:
+        model |= load_head(trainer, state)
+    trainer.model.load_state_dict(model)
     trainer.scheduler.load_state_dict(state["scheduler"])
     trainer.scaler.load_state_dict(state["scaler"])
     trainer.batches.load_state_dict(state["batches"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,9 @@ import torch
 
 from .. import distributed
 from ..config import Config
-from ..files import write_atomically
 from ..methods import FIRST_STAGES
 from ..options import Mark
-from .checkpoint import DamagedFileError, load_torch, save_torch
+from .checkpoint import DamagedFileError, load_trainer_file, save_trainer
 from .run_folder import Record
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class FirstStages:
         if not file.exists():
             return None
         try:
-            return load_torch(file, "training", "records")
+            return load_trainer_file(file, "records")
         except DamagedFileError as error:
             warnings.warn(f"a first stage is trained again: got {error}", RuntimeWarning, stacklevel=2)
             return None
@@ -84,15 +84,11 @@ class FirstStages:
             return
         epochs = [r for r in records if r["event"] == "epoch" and r["method"] == trainer.name]
         records = [{"first_stage_of": trainer.name} | record for record in epochs]
-        saved = {"training": trainer.state_dict(), "records": records}  # state_dict is a collective
         if distributed.rank() == 0:
             self.folder.mkdir(exist_ok=True)
-            file = self._file(group, trainer.method.stages[0].epochs)
-            write_atomically(file, lambda path: save_torch(saved, path))
+        save_trainer(self._file(group, trainer.method.stages[0].epochs), trainer, {"records": records})
 
     def clear(self) -> None:
         """Remove the files if no other run uses them."""
         if not self.shared and distributed.rank() == 0 and self.folder.exists():
-            for file in self.folder.iterdir():
-                file.unlink()
-            self.folder.rmdir()
+            shutil.rmtree(self.folder)

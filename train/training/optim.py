@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..config import Config, OptimConfig
 from ..methods.method import Stage
@@ -36,11 +37,27 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return three parameter groups: weights, parameters without weight decay, and displacements.
 
+    With --shard-classes the head has three of its own, as no optimizer takes sharded and other parameters in one group.
+
     Args:
         model: the model.
         config: the options.
         without_decay: names of the head's parameters without weight decay, beside the temperatures.
     """
+    if not config.runtime.shard_classes:
+        return _groups(model.named_parameters(), config, without_decay)
+    parameters = list(model.named_parameters())
+    head = [item for item in parameters if item[0].startswith("head.")]
+    others = [item for item in parameters if not item[0].startswith("head.")]
+    groups = _groups(head, config, without_decay)
+    for group in groups:  # fused SGD takes no sharded parameters
+        group |= {"fused": False, "foreach": True}
+    return _groups(others, config, without_decay) + groups
+
+
+def _groups(
+    parameters: Iterable[tuple[str, Tensor]], config: Config, without_decay: tuple[str, ...]
+) -> list[dict[str, Any]]:
     displacements = config.displacements
     groups: dict[str, dict[str, Any]] = {
         "weights": {},
@@ -51,7 +68,7 @@ def parameter_groups(
         groups["displacements"]["weight_decay"] = displacements.displacement_weight_decay
     for group in groups.values():
         group["params"] = []
-    for full_name, parameter in model.named_parameters():
+    for full_name, parameter in parameters:
         name = full_name.removeprefix("head.")
         if name.endswith("tau") or (name in without_decay and name != full_name):
             groups["without decay"]["params"].append(parameter)

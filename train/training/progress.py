@@ -90,3 +90,10 @@ class Display:
         if accuracy is not None:
             parts.append(f"{record['split']} accuracy {100 * accuracy['overall']:.1f}")
         self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
+
+
+def throughput(images: int, seconds: float, input_seconds: float) -> dict[str, float]:
+    """Return the images per second, and those of the model alone: without the time spent waiting for input."""
+    model_seconds = max(seconds - input_seconds, 1e-9)
+    rates = {"images_per_second": images / seconds, "model_images_per_second": images / model_seconds}
+    return {"seconds": round(seconds, 3)} | {name: round(rate, 1) for name, rate in rates.items()}

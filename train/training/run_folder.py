@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
@@ -20,10 +20,13 @@ from ..config import Config, ConfigError
 from ..console import printable
 from ..data.dataset import Dataset
 from ..files import append_line, check_writable, existing_folder, write_atomically
-from .checkpoint import DamagedFileError, load_torch, save_torch
+from .checkpoint import DamagedFileError, load_trainer_file, save_trainer
 from .continuation import continued, environment
 from .lock import LOCK
 from .tensorboard import TensorBoardWriter
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 #: Name in the records of earlier versions -> name of today.
 RENAMED = {"centres alone": "centers alone"}
@@ -101,7 +104,7 @@ class RunFolder:
         if not self.checkpoint_file.exists():
             return None
         try:
-            saved = load_torch(self.checkpoint_file, "training", "records", "data")
+            saved = load_trainer_file(self.checkpoint_file, "records", "data")
         except DamagedFileError as error:
             advice = "put a copy in its place, or delete it to train from the beginning"
             raise ConfigError("resume", "a whole checkpoint", f"{error}; {advice}") from None
@@ -112,13 +115,11 @@ class RunFolder:
         if distributed.rank() == 0:
             write_atomically(self.path / name, write)
 
-    def save_checkpoint(
-        self, trainer_state: Callable[[], dict[str, Any]], min_seconds: float | None = None
-    ) -> None:
-        """Save the records and the trainer's state.
+    def save_checkpoint(self, trainer: Trainer, min_seconds: float | None = None) -> None:
+        """Save the records and the trainer's state. All processes call the method.
 
         Args:
-            trainer_state: returns the state; called in all processes or in none.
+            trainer: the trainer.
             min_seconds: skip the checkpoint if the last one is more recent; None never skips it.
         """
         # The clocks of the processes differ, so rank 0 decides.
@@ -126,8 +127,8 @@ class RunFolder:
             lambda: self._checkpoint_age() >= min_seconds
         ):
             return
-        checkpoint = {"training": trainer_state(), "records": self.records, "data": self._data_fingerprint}
-        self.write(self.checkpoint_file.name, lambda path: save_torch(checkpoint, path))
+        checkpoint = {"records": self.records, "data": self._data_fingerprint}
+        save_trainer(self.checkpoint_file, trainer, checkpoint)
         self._checkpoint_time = time.monotonic()
 
     def _checkpoint_age(self) -> float:

@@ -21,12 +21,15 @@ from ..evaluation.evaluate import evaluate
 from ..methods import METHODS
 from ..methods.method import StageData
 from ..model.model import build_model, save_model
+from ..model.sharded_head import whole_state
 from ..model.sync_batch_norm import convert_sync_batch_norm
 from ..trained import describe
 from .checkpoint import load_trainer_state, trainer_state
 from .cuda_graph import GraphedSteps, graphed_steps
 from .input import make_batches, with_evaluation_data_on
 from .optim import lr_schedule, make_optimizer
+from .progress import throughput
+from .sharding import data_parallel, head_maker
 from .stopping import Stopped, stop_requested, training
 from .training_model import CompiledFeatures, TrainingModel
 
@@ -69,7 +72,7 @@ class Trainer:
         self.method = METHODS[name](config, data.train_counts.to(self.device))
         self.model = build_model(
             data,
-            self.method.make_head,
+            head_maker(self.method, config, self.device),
             backbone_name=config.model.backbone,
             pretrained=config.model.pretrained,
             center_features=config.model.center_features,
@@ -110,14 +113,14 @@ class Trainer:
                     loss = self.step()
                     display.step(title, num_images, self._loss_to_show(loss, display))
                     if self._is_checkpoint_step():
-                        folder.save_checkpoint(self.state_dict)
+                        folder.save_checkpoint(self)
                     self._stop_if_requested(folder)
                 self.synchronize()
                 speed = throughput(self.images - images, time.perf_counter() - start, self.input_seconds)
                 record = self.end_epoch() | speed
                 record |= self.evaluate() if self._is_evaluation_epoch() else self.slot_usage()
                 folder.append_record(record)
-                folder.save_checkpoint(self.state_dict, min_seconds=self.config.run.checkpoint_seconds)
+                folder.save_checkpoint(self, min_seconds=self.config.run.checkpoint_seconds)
                 display.epoch(title, record)
                 self._stop_if_requested(folder)
             if self.stage == 0:
@@ -128,9 +131,12 @@ class Trainer:
             self.begin_stage(self.stage + 1)
         model_file = f"model-{self.name}.safetensors"
         details = describe(self.name, self.config, self.data)
-        folder.write(model_file, lambda path: save_model(path, self.model, self.data.class_names, details))
+        state = whole_state(self.model)
+        folder.write(
+            model_file, lambda path: save_model(path, self.model, self.data.class_names, details, state)
+        )
         folder.append_record(self._result())
-        folder.save_checkpoint(self.state_dict)
+        folder.save_checkpoint(self)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -197,8 +203,7 @@ class Trainer:
             split_batch_norm=config.model.batch_norm == "split",
             shared_streams=stages[stage].streams == "shared",
         )
-        if distributed.is_initialized():  # also broadcasts the weights of rank 0
-            self.training_model = nn.parallel.DistributedDataParallel(self.training_model)
+        self.training_model = data_parallel(self.training_model)
         self.optimizer = make_optimizer(self.model, config, self.method.parameters_without_decay)
         factor = lr_schedule(config.optim, stages[stage], self.steps_per_epoch)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
@@ -224,7 +229,15 @@ class Trainer:
         """Evaluate on the validation split; on the test split if there is none, or if `final`. Return the accuracies."""
         data, rule = self.data, self.config.run.split_rule
         split, x, y = ("test", data.x_test, data.y_test) if final else data.eval_split
-        result, alternatives = evaluate(self.model, x, y, data.num_classes, self.method.alternative_scores)
+        method = self.method
+        result, alternatives = evaluate(
+            self.model,
+            x,
+            y,
+            data.num_classes,
+            method.alternative_scores,
+            alternative_predictions=method.alternative_predictions,
+        )
         record: Record = {"split": split, "accuracy": result.accuracy(data.train_counts, rule)}
         if alternatives:
             accuracy_of = {
@@ -304,7 +317,7 @@ class Trainer:
 
     def _stop_if_requested(self, folder: RunFolder) -> None:
         if number := stop_requested():
-            folder.save_checkpoint(self.state_dict)
+            folder.save_checkpoint(self)
             distributed.broadcast_from_rank0(
                 lambda: None
             )  # torchrun ends all processes when the first one ends
@@ -322,9 +335,9 @@ class Trainer:
 
     def _gradient_sync(self, last: bool) -> AbstractContextManager[None]:
         """Return a context in which backward all-reduces the gradients only with the last micro-batch."""
-        if last or not distributed.is_initialized():
+        if last or not isinstance(self.training_model, nn.parallel.DistributedDataParallel):
             return contextlib.nullcontext()
-        no_sync: AbstractContextManager[None] = self.training_model.no_sync()  # type: ignore[operator]
+        no_sync: AbstractContextManager[None] = self.training_model.no_sync()
         return no_sync
 
     def _accumulate_loss_sums(self, losses: dict[str, Tensor], loss: Tensor) -> None:
@@ -333,10 +346,3 @@ class Trainer:
             if name not in self.loss_sums:
                 self.loss_sums[name] = torch.zeros((), dtype=torch.float64, device=self.device)
             self.loss_sums[name] += value.detach()
-
-
-def throughput(images: int, seconds: float, input_seconds: float) -> Record:
-    """Return the images per second, and those of the model alone: without the time spent waiting for input."""
-    model_seconds = max(seconds - input_seconds, 1e-9)
-    rates = {"images_per_second": images / seconds, "model_images_per_second": images / model_seconds}
-    return {"seconds": round(seconds, 3)} | {name: round(rate, 1) for name, rate in rates.items()}

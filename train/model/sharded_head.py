@@ -1,0 +1,90 @@
+"""Values of a head whose classes may be sharded over the processes (`gistops.distributed.shard_classes`).
+
+The functions take plain parameters too. Those that say "all processes" communicate, so all processes call them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import distributed
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Return whether a tensor is distributed over processes."""
+    if not distributed.is_initialized():
+        return False
+    from torch.distributed.tensor import DTensor  # imported here because it takes a second, also for --help
+
+    return isinstance(tensor, DTensor)
+
+
+def is_sharded(head: nn.Module) -> bool:
+    """Return whether the classes of a head are sharded."""
+    return any(map(is_dtensor, head.parameters()))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor; it shares the tensor's memory."""
+    part: Any = tensor.detach()
+    part = part.to_local() if is_dtensor(tensor) else part
+    assert isinstance(part, Tensor)
+    return part
+
+
+def local_classes(centers: Tensor) -> range:
+    """Return the classes whose centers this process has: those of `torch.chunk`."""
+    classes = range(len(centers))
+    if not is_dtensor(centers):
+        return classes
+    size = -(-len(centers) // distributed.world_size())
+    return classes[distributed.rank() * size :][:size]
+
+
+def mean_norm(centers: Tensor) -> Tensor:
+    """Return the mean norm of the centers, in all processes."""
+    norms = local(centers).norm(dim=1)
+    return distributed.all_reduce_sum(norms.sum()) / len(centers) if is_dtensor(centers) else norms.mean()
+
+
+def rows_of(centers: Tensor, classes: list[int]) -> Tensor:
+    """Return the centers of some classes, [n, d], in all processes."""
+    rows, own = local(centers), local_classes(centers)
+    if not is_dtensor(centers):
+        return rows[classes]
+    found = rows.new_zeros(len(classes), rows.shape[1])
+    for i, k in enumerate(classes):
+        if k in own:
+            found[i] = rows[k - own.start]
+    return distributed.all_reduce_sum(found)
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of a model for its file; that of a sharded head on rank 0 alone, gathered on its CPU.
+
+    One tensor is gathered at a time, so that no GPU needs memory for a whole one. All processes call the function.
+    """
+    state: dict[str, Any] = model.state_dict()
+    return {name: _on_rank0(tensor) if is_dtensor(tensor) else tensor for name, tensor in state.items()}
+
+
+def _on_rank0(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor on the CPU of rank 0, and the own part in other processes."""
+    own = local(tensor).cpu()
+    if not any(placement.is_shard() for placement in tensor.placements):  # type: ignore[attr-defined]
+        return own
+    if distributed.rank():
+        if len(own):
+            dist.send(own.contiguous(), 0)
+        return own
+    whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+    whole[: len(own)] = own
+    size = len(own)  # that of every process but the last ones
+    for rank, part in enumerate(whole.split(size)):
+        if rank:
+            dist.recv(part, rank)
+    return whole

@@ -1,0 +1,137 @@
+"""Checkpoints of a head with --shard-classes: a folder beside the checkpoint, to which each process writes its own classes.
+
+PyTorch's `torch.distributed.checkpoint` writes it, so that any number of processes can read it. The checkpoint names its folder and
+is written last, and older folders are removed afterward: a run that is killed at any moment leaves a checkpoint with its folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import distributed
+from ..config import ConfigError
+from ..files import WriteError, sync_folder
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from .trainer import Trainer
+
+HEAD = "head."
+METADATA = ".metadata"  # a folder is complete if it has this file
+
+
+def head_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """Return the tensors of the head and of its optimizer state, by name; they share the trainer's memory."""
+    tensors = {name: x for name, x in trainer.model.state_dict().items() if name.startswith(HEAD)}
+    for name, parameter in trainer.model.named_parameters():
+        if name.startswith(HEAD):
+            for key, value in trainer.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{key} {name}"] = value
+    return tensors
+
+
+def without_head(trainer: Trainer, state: dict[str, Any]) -> dict[str, Any]:
+    """Return a trainer's state without the tensors of `head_tensors`, but with their names."""
+    head = {id(p) for name, p in trainer.model.named_parameters() if name.startswith(HEAD)}
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    others = {i: values for i, values in state["optimizer"]["state"].items() if id(parameters[i]) not in head}
+    return state | {
+        "model": {name: x for name, x in state["model"].items() if not name.startswith(HEAD)},
+        "optimizer": state["optimizer"] | {"state": others},
+        "head": sorted(head_tensors(trainer)),
+    }
+
+
+def load_head(trainer: Trainer, state: dict[str, Any]) -> dict[str, Tensor]:
+    """Read the tensors of `head_tensors` into a trainer whose head has the saved shapes, and return those of the head.
+
+    Raises:
+        ConfigError: a file is missing or damaged.
+    """
+    tensors = head_tensors(trainer)
+    for name, parameter in trainer.model.named_parameters():
+        for saved in state["head"]:
+            key, _, owner = saved.rpartition(" ")
+            if key and owner == name:
+                tensors[saved] = trainer.optimizer.state[parameter][key] = torch.zeros_like(
+                    parameter.detach()
+                )
+    _read(Path(state["head_folder"]), tensors)
+    return {name: x for name, x in tensors.items() if name.startswith(HEAD)}
+
+
+def write_head(file: Path, tensors: dict[str, Tensor]) -> str:
+    """Write tensors into a new folder for the checkpoint `file`; return its name. All processes call the function.
+
+    Raises:
+        WriteError: the disk is full, or the folder cannot be written to.
+    """
+    # Imported here because it takes a second, also for --help.
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    folder = distributed.broadcast_from_rank0(lambda: _next_folder(file))
+    try:
+        with _quiet():
+            save(tensors, checkpoint_id=folder, no_dist=not distributed.is_initialized())
+    except CheckpointException as error:
+        raise WriteError(f"{folder}: {_reason(error)}") from error
+    if distributed.rank() == 0:
+        sync_folder(folder)
+    return folder.name
+
+
+def remove_other_folders(file: Path, kept: str) -> None:
+    """Remove the folders of the checkpoint `file` but the one that it names."""
+    for folder in _folders(file).values():
+        if folder.name != kept:
+            (folder / METADATA).unlink(missing_ok=True)  # first, so that the rest does not look complete
+            shutil.rmtree(folder)
+
+
+def _folders(file: Path) -> dict[int, Path]:
+    """Return the folders of a checkpoint by their numbers."""
+    start = f"{file.stem}-head-"
+    return {int(path.name.removeprefix(start)): path for path in file.parent.glob(f"{start}*")}
+
+
+def _next_folder(file: Path) -> Path:
+    return file.with_name(f"{file.stem}-head-{max(_folders(file), default=0) + 1}")
+
+
+def _read(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Read tensors that any number of processes has written, in-place; each process reads its own parts."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    try:
+        with _quiet():
+            load(tensors, checkpoint_id=folder, no_dist=not distributed.is_initialized())
+    except CheckpointException as error:
+        got = f"{folder}, which is damaged ({_reason(error)})"
+        raise ConfigError("resume", "a whole checkpoint", got) from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the warning that a single process saves or loads."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
+
+
+def _reason(error: CheckpointException) -> str:
+    """Return the reason of the first process that failed, in one line."""
+    first = error.failures[min(error.failures)][0]
+    strerror = first.strerror if isinstance(first, OSError) else None
+    return strerror or str(first).partition("\n")[0]
