@@ -6,6 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+#: Advice for a DTensor that a method finds where it needs another placement.
+FSDP = (
+    "With fully_shard (FSDP2), a method other than forward needs "
+    "torch.distributed.fsdp.register_fsdp_forward_method(module, 'name of the method')"
+)
+
 
 def is_dtensor(value: object) -> bool:
     """Return True for a DTensor, also as a parameter."""

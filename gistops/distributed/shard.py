@@ -80,7 +80,7 @@ def shard_classes(head: Head, mesh: DeviceMesh | None = None, *, seed: int | Non
     if mesh is not None:
         shards = Shards.on(mesh, head.num_classes)
         facts = {"head": type(head).__name__, "num_classes": head.num_classes, "meta device": on_meta}
-        facts |= {name: (list(p.shape[1:]), p.dtype) for name, p in head.named_parameters(recurse=False)}
+        facts |= {name: (list(p.shape), p.dtype) for name, p in head.named_parameters(recurse=False)}
         shards.agree(facts, 0, 0, None)
     if on_meta:
         _draw(head, shards, device, seed)

@@ -119,7 +119,7 @@ class GistClassifier(ConstellationClassifier):
         if not torch.compiler.is_compiling() and not self._checked_for_zero:
             self._checked_for_zero = True  # once, because the check synchronizes with a GPU
             warn_if_zero(self)
-        if balanced_bias is not None and not is_dtensor(balanced_bias):
+        if balanced_bias is not None and not is_dtensor(self.centers):
             check_class_vector("balanced_bias", balanced_bias, self.num_classes, self.centers)
         sampling = {"sample_negatives": sample_negatives, "generator": generator}
         transform = self._transform()
@@ -142,8 +142,11 @@ class GistClassifier(ConstellationClassifier):
         bias: Tensor | None,
         sampling: dict[str, Any],
     ) -> Tensor:
-        _check_target(name, target, input.shape[:-1], self.num_classes)
-        if target.is_floating_point():  # probabilities are as large as the logits, so these may be too
+        sharded = is_dtensor(tensors[0])  # then the loss checks the targets, in all processes together
+        if not sharded:
+            _check_target(name, target, input.shape[:-1], self.num_classes)
+        if not sharded and target.is_floating_point():
+            # Probabilities are as large as the logits, so these may be too.
             if sampling["sample_negatives"] is not None:
                 raise ValueError(f"{name}: expected classes with sample_negatives, got probabilities")
             logits = constellation_logits(input, *tensors, backend=self.backend, **transform)

@@ -8,12 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._dtensor import local
+from .._dtensor import FSDP, local
 from ..operators.registry import compute_dtype
 
 
 def positive(raw: Tensor) -> Tensor:
-    """Return softplus of a parameter [1] as a scalar, in float32 (float64 for float64): bfloat16 is too coarse."""
+    """Return softplus of a parameter [1] as a scalar, in float32 (float64 for float64): bfloat16 is too coarse.
+
+    Raises:
+        TypeError: the parameter is a DTensor that is not whole in each process.
+    """
+    placements = getattr(raw, "placements", ())  # of a DTensor
+    if not all(p.is_replicate() for p in placements):
+        raise TypeError(f"raw_tau: expected a DTensor with placement Replicate(), got {placements}. {FSDP}")
     raw = local(raw)
     return F.softplus(raw.to(compute_dtype(raw))).reshape(())
 

@@ -44,7 +44,8 @@ def cross_entropy(
     """
 
     def check(shards: Shards, input: Tensor, classifier: Classifier) -> tuple[dict[str, object], _Options]:
-        return _checked_options(shards, input, classifier, target, options)
+        facts, checked = _checked_options(shards, input, classifier, target, options)
+        return {**facts, "return_lse": return_lse}, checked
 
     centers = classifier.centers
     shards, batch, problem = agreed("cross-entropy", input, classifier, backend, check)

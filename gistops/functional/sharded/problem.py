@@ -101,6 +101,7 @@ def _checked(
         "placement of input": "replicated" if replicated_input else "own rows",
         **({"number of rows": len(rows)} if replicated_input else {}),
         "backend": chosen,
+        "gradients": "enabled" if torch.is_grad_enabled() else "disabled",  # the backward has collectives too
         **more,
     }
     return Problem(rows, input.shape[:-1], replicated_input, classifier, chosen, mine), facts

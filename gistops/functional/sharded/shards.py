@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from ..._dtensor import is_dtensor, local
+from ..._dtensor import FSDP, is_dtensor, local
 
 #: Group of a mesh on GPUs -> a group of the same processes for tensors of the host.
 _host_groups: dict[Any, dist.ProcessGroup] = {}
@@ -193,15 +193,8 @@ class Shards(NamedTuple):
             )
         if tuple(value.placements) != (placement,):
             raise TypeError(
-                f"{name}: expected a DTensor with placement {placement}, got {value.placements}. {FSDP}"
+                f"{name}: expected a DTensor with placement {placement!r}, got {value.placements}. {FSDP}"
             )
-
-
-#: Advice for another use of DTensors.
-FSDP = (
-    "With fully_shard (FSDP2), a method other than forward needs "
-    "torch.distributed.fsdp.register_fsdp_forward_method(module, 'name of the method')"
-)
 
 
 class Batch(NamedTuple):
