@@ -9,16 +9,15 @@ from typing import Any, NamedTuple
 from ..problem import Size
 from .model import Case, Link, Rates, collectives, cpu_work, fit, fit_link, memory, optimizer_bytes
 
-#: The sizes that calibrate, on one process the rates and on two the link. They vary rows and dimensions, not classes.
-CALIBRATING = (Size(64, 65_536, 128), Size(1024, 65_536, 128), Size(256, 65_536, 512))
-TIMES = ("work", "communication", "optimizer")
+#: The sizes that calibrate, on one process the rates and on two the link. The smallest one gives the time per call.
+CALIBRATING = (Size(256, 1_000, 128), Size(64, 65_536, 128), Size(1024, 65_536, 128), Size(256, 65_536, 512))
 
 
 class Found(NamedTuple):
     """The measured values of a case: medians over steps, in seconds and bytes."""
 
     seconds: float
-    work: float  # computation and waiting for memory, without collectives
+    work: float  # CPU time of the slowest process
     waiting: float  # for other processes
     communication: float
     optimizer: float
@@ -28,10 +27,10 @@ class Found(NamedTuple):
 
 def found(result: dict[str, Any]) -> Found:
     """Return the medians of one case of the document."""
-    seconds = statistics.median(result["seconds"])
-    alone = not result["own"]
-    parts = [statistics.median(result[name] or [0.0]) for name in ("own", "waiting", "transfer", "optimizer")]
-    return Found(seconds, seconds if alone else parts[0], *parts[1:], result["peak"], result["sent"])
+    names = ("seconds", "work", "waiting", "transfer", "optimizer")
+    return Found(
+        *(statistics.median(result[name] or [0.0]) for name in names), result["peak"], result["sent"]
+    )
 
 
 def case(result: dict[str, Any]) -> Case:
@@ -48,15 +47,14 @@ class Model(NamedTuple):
     cores: int
 
     def predict(self, case: Case) -> dict[str, float]:
-        """Return the predicted seconds of TIMES, and the predicted bytes of memory.
-
-        Processes that share a core take turns.
-        """
-        turns = max(1.0, case.ranks / self.cores)
+        """Return the predicted values of `Found`. Processes that share a core take turns."""
+        work, optimizer = self.rates.seconds(cpu_work(case)), optimizer_bytes(case) / self.optimizer
+        communication = self.link.seconds(collectives(case), case.ranks)
         return {
-            "work": turns * self.rates.seconds(cpu_work(case)),
-            "communication": self.link.seconds(collectives(case), case.ranks),
-            "optimizer": turns * optimizer_bytes(case) / self.optimizer,
+            "seconds": work * max(1.0, case.ranks / self.cores) + communication,
+            "work": work,
+            "communication": communication,
+            "optimizer": optimizer,
             "peak": memory(case).total,
         }
 
@@ -68,9 +66,9 @@ def calibrate(results: Iterable[dict[str, Any]], cores: int) -> Model | None:
     if not all(point in measured for point in needed):
         return None
     alone, together = needed[: len(CALIBRATING)], needed[len(CALIBRATING) :]
-    rates = fit([(cpu_work(c), measured[c].work) for c in alone], ["flops", "pairs", "bytes"])
+    rates = fit([(cpu_work(c), measured[c].work) for c in alone], ["calls", "flops", "pairs", "bytes"])
     link = fit_link([(c, measured[c].communication) for c in together])
-    optimizer = statistics.median(optimizer_bytes(c) / measured[c].optimizer for c in alone)
+    optimizer = statistics.median(optimizer_bytes(c) / measured[c].optimizer for c in alone[1:])
     return Model(rates, link, optimizer, cores)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import shlex
@@ -30,9 +31,16 @@ from . import report, worker
 from .calibration import CALIBRATING
 from .model import Case
 
+PROCESSES = (1, 2, 4)
 SWEEP = tuple(Size(256, K, 128) for K in (8_142, 65_536, 262_144, 1_000_000, 4_000_000))
-SIZES = (*SWEEP, *CALIBRATING, Size(256, 8_142, 512), Size(1024, 65_536, 512))
-FIELDS = ("seconds", "optimizer", "own", "waiting", "transfer")
+SIZES = (*SWEEP, *CALIBRATING, Size(1024, 65_536, 512))
+#: Sizes for one process alone, with so many rows that the time per call does not count.
+MANY_ROWS = tuple(Size(1024, K, 128) for K in (8_142, 262_144, 1_000_000))
+CASES = [
+    *(Case(size, ranks) for size in SIZES for ranks in PROCESSES),
+    *(Case(size, 1) for size in MANY_ROWS),
+]
+FIELDS = ("seconds", "work", "optimizer", "waiting", "transfer")
 PEAKS = ("sent", "peak of loss", "peak")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,22 +69,22 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "--sizes",
-        type=sizes,
-        default=SIZES,
-        help="BxKxd; default: " + ",".join(f"{s.B}x{s.K}x{s.d}" for s in SIZES),
-    )
-    add("--processes", type=numbers, default=(1, 2, 4), help="numbers of processes; default: 1,2,4")
-    add("--steps", type=int, default=3, help="timed steps of a run; default: 3")
-    add("--rounds", type=int, default=3, help="runs of each size and number of processes; default: 3")
+    add("--sizes", type=sizes, help="BxKxd, separated by commas, in place of the default sizes")
+    add("--processes", type=numbers, help="numbers of processes, such as 1,2,4, in place of the default ones")
+    add("--seconds", type=float, default=3.0, help="time of the steps of a run, at least two; default: 3")
+    add("--rounds", type=int, default=2, help="runs of each size and number of processes; default: 2")
     add(
         "--output",
         type=Path,
         metavar="FOLDER",
         help="folder of result.json and table.md; default: print alone",
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.cases = CASES
+    if options.sizes or options.processes:
+        chosen = options.sizes or SIZES, options.processes or PROCESSES
+        options.cases = [Case(size, ranks) for size, ranks in itertools.product(*chosen)]
+    return options
 
 
 def header(argv: Sequence[str]) -> dict[str, str]:
@@ -112,11 +120,11 @@ def own_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def add_run(results: dict[Case, dict[str, Any]], case: Case, steps: int) -> None:
+def add_run(results: dict[Case, dict[str, Any]], case: Case, seconds: float) -> None:
     """Make a run and add its values to those of earlier runs of the case."""
     busy, own, begin = busy_seconds(), own_seconds(), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="bench-sharded-") as folder:
-        new = worker.run(case, steps, Path(folder))
+        new = worker.run(case, seconds, Path(folder))
     others = (busy_seconds() - busy - own_seconds() + own) / (time.perf_counter() - begin)
     empty = {"size": asdict(case.size), "ranks": case.ranks, "others": []}
     result = results.setdefault(case, empty | {name: [] for name in FIELDS} | dict.fromkeys(PEAKS, 0))
@@ -134,22 +142,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)  # as in the processes, for the header
     results: dict[Case, dict[str, Any]] = {}
     document: dict[str, Any] = {"header": header(argv), "cores": os.cpu_count(), "cases": []}
-    for number in range(options.rounds):
-        for size in options.sizes:
-            for ranks in options.processes:
-                add_run(results, Case(size, ranks), options.steps)
-                document["cases"] = list(results.values())
-                seconds = results[Case(size, ranks)]["seconds"][-1]
-                print(
-                    f"round {number + 1}: {Case(size, ranks)}: {1e3 * seconds:,.1f} ms",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                if options.output:
-                    save(
-                        options.output / "result.json",
-                        json.dumps(document, indent=1, ensure_ascii=False) + "\n",
-                    )
-                    save(options.output / "table.md", report.render(document))
+    for number, case in itertools.product(range(options.rounds), options.cases):
+        add_run(results, case, options.seconds)
+        document["cases"] = list(results.values())
+        milliseconds = 1e3 * results[case]["seconds"][-1]
+        print(f"round {number + 1}: {case}: {milliseconds:,.1f} ms", file=sys.stderr, flush=True)
+        if options.output:
+            save(options.output / "result.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+            save(options.output / "table.md", report.render(document))
     print(report.render(document), end="")
     return 0

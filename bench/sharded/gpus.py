@@ -16,6 +16,7 @@ from ..problem import Size
 from .cli import numbers, sizes
 from .model import (
     Case,
+    Collective,
     Link,
     Rates,
     Scores,
@@ -123,55 +124,50 @@ def _predictions(rates: Rates, cases: Sequence[Case], links: Sequence[NamedLink]
         "Predicted milliseconds of a step in bfloat16 with float32 parameters, m = 4. B counts the rows of all GPUs. *Work* is that of "
         "one GPU, *autocast* the conversion of the centers and of their gradient, *SGD* the optimizer with momentum at the bandwidth of a "
         "copy. The last columns are the collectives by the ring algorithm over a link, in one direction per GPU. The exchange of sizes "
-        "between the hosts is left out: it overlaps with the GPUs' work of the step before."
+        "between the hosts is left out: it overlaps with the GPUs' work of the step before. *DDP* counts what a process would send to "
+        "all-reduce the gradient of a head that every GPU holds whole."
     )
     yield ""
-    yield (
-        "| K | d | GPUs | B | scores | work | autocast | SGD | sent, MiB | "
-        + " | ".join(x.name for x in links)
-        + " |"
-    )
-    yield "|---|" + "---|" * (8 + len(links))
+    names = " | ".join(x.name for x in links)
+    yield f"| K | d | GPUs | B | scores | work | autocast | SGD | sent, MiB | DDP, MiB | {names} |"
+    yield "|---|" + "---|" * (9 + len(links))
     for case in cases:
         size, on_gpus = case.size, collectives(case)[1:]
         parts = (rates.seconds(gpu_work(case)), conversion(case).bytes / COPY, optimizer_bytes(case) / COPY)
         times = [
             f"{1e3 * part:.2f}" for part in (*parts, *(x.link.seconds(on_gpus, case.ranks) for x in links))
         ]
-        cells = [
-            f"{size.K:,}",
-            size.d,
-            case.ranks,
-            size.B,
-            scores_on_gpu(case),
-            *times[:3],
-            f"{sent(case) / 2**20:.1f}",
-        ]
+        whole = Collective("all_reduce", size.K * size.d * 4, 2).sent(case.ranks)
+        amounts = (f"{sent(case) / 2**20:.1f}", f"{whole / 2**20:,.0f}")
+        cells = (f"{size.K:,}", size.d, case.ranks, size.B, scores_on_gpu(case), *times[:3], *amounts)
         yield "| " + " | ".join(map(str, (*cells, *times[3:]))) + " |"
 
 
 def _memory(gpus: Sequence[int]) -> Iterator[str]:
+    ranks = list(dict.fromkeys((1, 2, *gpus)))
     yield (
-        "GB of memory per GPU, 10⁹ bytes, for one set of centers with float32 parameters, d = 512. Autocast adds copies of the centers "
-        "and of their gradient in half precision. `GistClassifier` has two sets while it trains."
+        "GB (10⁹ bytes) per GPU of one set of centers in float32, its gradient and the optimizer's state: SGD with momentum / AdamW. "
+        "Parameters, gradient, momentum and each of AdamW's two states take as much as the first figure over the number of GPUs. "
+        "Autocast adds as much again: copies of the centers and of their gradient in half precision. `GistClassifier` has two sets of "
+        "centers while it trains. A GPU also holds up to 2 GiB of scores, and the joint batch of features twice."
     )
     yield ""
-    yield "| K | GPUs | classes per GPU | parameters | gradient | momentum | SGD | AdamW | autocast adds |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "| K | d | centers | " + " | ".join("1 GPU" if n == 1 else f"{n} GPUs" for n in ranks) + " |"
+    yield "|---|---|---|" + "---|" * len(ranks)
     for classes in (100_000, 1_000_000, 10_000_000, 100_000_000):
-        for ranks in dict.fromkeys((1, 2, *gpus)):
-            case = Case(Size(0, classes, 512), ranks, on_gpu=True)
-            sgd, adamw = memory(case), memory(case, states=2)
-            values = (
-                sgd.parameters,
-                sgd.gradients,
-                sgd.optimizer,
-                sgd.total - sgd.half,
-                adamw.total - sgd.half,
-                sgd.half,
-            )
-            cells = " | ".join(f"{1e-9 * value:,.2f}" for value in values)
-            yield f"| {classes:,} | {ranks} | {case.classes:,} | {cells} |"
+        for dims in (512, 2048):
+            cells = []
+            for n in ranks:
+                case = Case(Size(0, classes, dims), n)
+                cells.append(f"{_gb(memory(case).total)} / {_gb(memory(case, states=2).total)}")
+            whole = memory(Case(Size(0, classes, dims), 1)).parameters
+            yield f"| {classes:,} | {dims} | {_gb(whole)} | {' | '.join(cells)} |"
+
+
+def _gb(count: float) -> str:
+    """Format bytes as GB with three digits, or fewer below 0.1."""
+    value = count / 1e9
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

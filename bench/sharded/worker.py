@@ -29,16 +29,17 @@ LEARNING_RATE = 0.1
 MOMENTUM = 0.9
 
 
-def run(case: Case, steps: int, folder: Path) -> dict[str, Any]:
+def run(case: Case, seconds: float, folder: Path) -> dict[str, Any]:
     """Measure a case in new processes.
 
     Args:
         case: the problem; its rows are divided between the processes.
-        steps: timed steps, after one that is not timed. Where there are several processes, as many more are recorded.
+        seconds: the time of all steps, of which there are at least two and at most twenty after one that is not timed. With
+            several processes, as many more are recorded.
         folder: an empty folder for the rendezvous and the results.
     """
     context = mp.start_processes(
-        _begin, (case, steps, str(folder)), nprocs=case.ranks, join=False, start_method="spawn"
+        _begin, (case, seconds, str(folder)), nprocs=case.ranks, join=False, start_method="spawn"
     )
     assert context is not None
     while not context.join():  # if a process failed, raises and ends the others
@@ -47,11 +48,11 @@ def run(case: Case, steps: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-def _begin(rank: int, case: Case, steps: int, folder: str) -> None:
+def _begin(rank: int, case: Case, seconds: float, folder: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # independent of the host name
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=case.ranks)
-    mine = measure(case, steps)
+    mine = measure(case, seconds)
     everyone: list[Any] = [None] * case.ranks
     dist.all_gather_object(everyone, mine)
     if rank == 0:
@@ -74,64 +75,72 @@ class Steps:
         self.x = torch.randn(rows, size.d, generator=generator).requires_grad_()
         self.y: Tensor = torch.randint(size.K, (rows,), generator=generator)
 
-    def loss(self) -> float:
-        """Compute the loss and the gradients, and return the seconds."""
+    def loss(self) -> tuple[float, float]:
+        """Compute the loss and the gradients, and return the seconds and this thread's seconds of CPU time.
+
+        The thread computes everything. CPU time leaves out the time in which it waits for collectives, or for a core.
+        """
         dist.barrier()
-        begin = time.perf_counter()
+        begin, busy = time.perf_counter(), time.thread_time()
         self.head.loss(self.x, self.y).backward()
-        return time.perf_counter() - begin
+        return time.perf_counter() - begin, time.thread_time() - busy
 
     def update(self) -> float:
-        """Step the optimizer, and return the seconds."""
-        begin = time.perf_counter()
+        """Step the optimizer, and return this thread's seconds of CPU time."""
+        begin = time.thread_time()
         self.optimizer.step()
-        seconds = time.perf_counter() - begin
+        seconds = time.thread_time() - begin
         self.optimizer.zero_grad()
         self.x.grad = None
         return seconds
 
 
-def measure(case: Case, steps: int) -> dict[str, Any]:
+def measure(case: Case, seconds: float) -> dict[str, Any]:
     """Return the results of this process."""
     small = Steps(Case(Size(8, 128 * case.ranks, case.size.d, case.size.m), case.ranks))
     small.loss()  # loads the kernels and starts the threads of gloo
     small.update()
     del small
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    before = reset_peak()
+    before = resting_memory()
     tried = Steps(case)
-    reset_peak()  # drawing the centers takes more memory than they do
-    tried.loss()
+    resting_memory()  # drawing the centers takes more memory than they do
+    steps = torch.tensor(seconds / tried.loss()[0])
+    dist.all_reduce(steps, dist.ReduceOp.MIN)
     peak_of_loss = read_status("VmHWM") - before
     tried.update()
-    found: dict[str, Any] = {"seconds": [], "optimizer": [], "own": [], "waiting": [], "transfer": []}
-    for _ in range(steps):
+    found: dict[str, Any] = {"seconds": [], "work": [], "optimizer": [], "waiting": [], "transfer": []}
+    for _ in range(int(steps.clamp(2, 20))):
         sent = bytes_sent()
-        found["seconds"].append(tried.loss())
+        elapsed, busy = tried.loss()
         found["sent"] = bytes_sent() - sent
+        found["seconds"].append(elapsed)
+        found["work"].append(busy)
         found["optimizer"].append(tried.update())
         if case.ranks == 1:
             continue
         with Recorder() as recorder:
-            seconds = tried.loss()
+            tried.loss()
         tried.update()
-        waiting, transfer = (
-            sum(getattr(c, part) for c in recorder.calls) for part in ("waiting", "transfer")
-        )
-        found["own"].append(seconds - waiting - transfer)
-        found["waiting"].append(waiting)
-        found["transfer"].append(transfer)
-        found["collectives"] = [(c.kind, c.bytes) for c in recorder.calls]
+        found["waiting"].append(sum(call.waiting for call in recorder.calls))
+        found["transfer"].append(sum(call.transfer for call in recorder.calls))
+        found["collectives"] = [(call.kind, call.bytes) for call in recorder.calls]
     return found | {"peak of loss": peak_of_loss, "peak": read_status("VmHWM") - before}
 
 
+def resting_memory() -> int:
+    """Return freed memory to the system, reset the peak and return the resident bytes."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return reset_peak()
+
+
 def joined(everyone: list[dict[str, Any]]) -> dict[str, Any]:
-    """Join the results of the processes: a step takes as long as in the slowest; its parts are means over processes."""
-    found = {name: [max(step) for step in _steps(everyone, name)] for name in ("seconds", "optimizer")}
+    """Join the results of the processes: of times, those of the slowest process; of waiting and transfer, means."""
+    found = {
+        name: [max(step) for step in _steps(everyone, name)] for name in ("seconds", "work", "optimizer")
+    }
     found |= {
-        name: [statistics.mean(step) for step in _steps(everyone, name)]
-        for name in ("own", "waiting", "transfer")
+        name: [statistics.mean(step) for step in _steps(everyone, name)] for name in ("waiting", "transfer")
     }
     largest = {name: max(mine[name] for mine in everyone) for name in ("sent", "peak of loss", "peak")}
     return found | largest | {"collectives": everyone[0].get("collectives", [])}

@@ -33,7 +33,7 @@ from bench.sharded.model import (
 def test_two_processes_make_the_collectives_of_the_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--sizes", "12x301x24", "--processes", "1,2", "--steps", "1", "--rounds", "2"]
+    options = ["--sizes", "12x301x24", "--processes", "1,2", "--seconds", "0", "--rounds", "1"]
     assert cli.main([*options, "--output", str(tmp_path)]) == 0
     document = json.loads((tmp_path / "result.json").read_text())
     alone, together = document["cases"]
@@ -42,8 +42,8 @@ def test_two_processes_make_the_collectives_of_the_model(
     expected = collectives(Case(Size(12, 301, 24), 2))
     assert together["collectives"] == [[c.kind, c.bytes] for c in expected]
     assert together["sent"] >= sent(Case(Size(12, 301, 24), 2))
-    assert len(together["seconds"]) == len(together["own"]) == 2
-    assert alone["own"] == []
+    assert len(together["seconds"]) == len(together["transfer"]) == 2
+    assert alone["transfer"] == []
     page = (tmp_path / "table.md").read_text()
     assert page == capsys.readouterr().out
     assert "| 12×301×24 | 2 |" in page
@@ -146,7 +146,7 @@ def test_a_fitted_rate_is_never_negative() -> None:
 
 def test_the_model_predicts_the_points_that_calibrate_it() -> None:
     """Times made from rates, a link and an optimizer are found again, and predicted for other sizes and processes."""
-    rates, link, bandwidth = Rates(flops=1e-11, pairs=5e-9, bytes=2e-10), Link(1e-4, 1e9), 5e9
+    rates, link, bandwidth = Rates(calls=2e-3, flops=1e-11, pairs=5e-9, bytes=2e-10), Link(1e-4, 1e9), 5e9
 
     def result(case: Case) -> dict[str, object]:
         work, communication = rates.seconds(cpu_work(case)), link.seconds(collectives(case), case.ranks)
@@ -155,7 +155,7 @@ def test_the_model_predicts_the_points_that_calibrate_it() -> None:
             "size": {"B": case.size.B, "K": case.size.K, "d": case.size.d, "m": case.size.m},
             "ranks": case.ranks,
             "seconds": [work + communication],
-            "own": [work] * together,
+            "work": [work],
             "waiting": [0.0] * together,
             "transfer": [communication] * together,
             "optimizer": [optimizer_bytes(case) / bandwidth],
@@ -169,11 +169,11 @@ def test_the_model_predicts_the_points_that_calibrate_it() -> None:
     assert model is not None
     other = Case(Size(300, 1_000_000, 128), 4)
     predicted = model.predict(other)
-    assert predicted["work"] == pytest.approx(
-        2 * rates.seconds(cpu_work(other))
-    )  # four processes on two cores
-    assert predicted["communication"] == pytest.approx(link.seconds(collectives(other), 4))
-    assert predicted["optimizer"] == pytest.approx(2 * optimizer_bytes(other) / bandwidth)
+    work, communication = rates.seconds(cpu_work(other)), link.seconds(collectives(other), 4)
+    assert predicted["work"] == pytest.approx(work)
+    assert predicted["communication"] == pytest.approx(communication)
+    assert predicted["seconds"] == pytest.approx(2 * work + communication)  # four processes on two cores
+    assert predicted["optimizer"] == pytest.approx(optimizer_bytes(other) / bandwidth)
     assert predicted["peak"] == memory(other).total
 
 
