@@ -2,7 +2,7 @@
 
 The computation between `enter` and `leave` is the same in all processes, but for the classes that each one scores. Its gradients are
 therefore partial sums over the classes, which `enter` adds up. The objective is the mean over the processes of the values that each
-one differentiates, as under DistributedDataParallel.
+one differentiates, as under DistributedDataParallel. A second derivative would lack the parts of the other processes, so it raises.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ...operators.registry import compute_dtype
 from .shards import Batch, Shards, all_gather_single, reduce_scatter_single
@@ -99,6 +100,7 @@ class _Enter(torch.autograd.Function):
         return x.view_as(x), *(p.view_as(p) for p in parameters)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         shards, batch = ctx.shards, ctx.batch
         grad_input = None
@@ -159,6 +161,7 @@ class _Join(torch.autograd.Function):
         return joint, *totals
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *grads: Tensor) -> tuple[Tensor | None, ...]:
         lse, joint = ctx.saved_tensors
         share = torch.where(lse == -torch.inf, 0, (lse - joint).exp())
@@ -192,6 +195,7 @@ class _Leave(torch.autograd.Function):
         return tuple(_own_rows(shards, batch, replicated_input, value).clone() for value in values)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         shards = ctx.shards
         joint = []

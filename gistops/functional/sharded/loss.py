@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..._checks import check_loss
 from ..._classifier import Classifier, LossOptions
@@ -219,5 +220,6 @@ class _Zeros(torch.autograd.Function):
         return tensors[0].new_zeros(rows, dtype=dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *(grad.new_zeros(shape, dtype=dtype) for shape, dtype in ctx.tensors)
