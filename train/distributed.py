@@ -87,7 +87,7 @@ def largest(value: int) -> int:
 
 
 def all_gather(value: Tensor) -> list[Tensor]:
-    """Return the CPU tensors of all processes, which have the same shape."""
+    """Return the tensors of all processes, which have the same shape."""
     if not is_initialized():
         return [value]
     values = [torch.empty_like(value) for _ in range(world_size())]
@@ -95,9 +95,9 @@ def all_gather(value: Tensor) -> list[Tensor]:
     return values
 
 
-def all_gather_rows(value: Tensor) -> Tensor:
-    """Return the rows of the CPU tensors of all processes, in the order of the ranks. Their numbers may differ."""
+def all_gather_rows(value: Tensor) -> list[Tensor]:
+    """Return the tensors of all processes. Their numbers of rows may differ."""
     sizes = [int(size) for size in all_gather(torch.tensor([len(value)]))]
     padding = value.new_zeros(max(sizes) - len(value), *value.shape[1:])
     parts = all_gather(torch.cat([value, padding]))
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return [part[:size] for part, size in zip(parts, sizes, strict=True)]

@@ -13,7 +13,7 @@ from gistops.nn import ConstellationClassifier
 from .. import distributed
 from ..data.dataset import Dataset
 from ..model.model import Model
-from ..model.sharded_head import is_sharded, local, rows_of
+from ..model.sharded_head import common_slots, is_sharded, local, rows_of
 from ..shot_groups import split_classes
 from .evaluate import eval_batch_size, own_features
 
@@ -28,12 +28,8 @@ LISTED_CLASSES = 100  # if more classes are few-shot, those with the highest sin
 def analyze(model: Model, data: Dataset, rule: str, seed: int) -> dict[str, Any]:
     """Analyze the head's own predictions; return plain values. The model is left in training mode."""
     model.eval()
-    result: dict[str, Any] = {}
-    if is_sharded(model.head):
-        confidence, predicted = _top_classes(model, data)
-    else:
-        confidence, predicted, common = _predictions(model, data)
-        result |= {} if common is None else {"common_slot": common}
+    confidence, predicted, common = (_top_classes if is_sharded(model.head) else _predictions)(model, data)
+    result: dict[str, Any] = {} if common is None else {"common_slot": common}
     result |= {
         "calibration": calibration(confidence, predicted == data.y_test),
         "confusion": confusion(predicted, data, rule),
@@ -61,19 +57,21 @@ def _predictions(model: Model, data: Dataset) -> tuple[Tensor, Tensor, float | N
     return torch.cat(confidences), torch.cat(predictions), mean
 
 
-def _top_classes(model: Model, data: Dataset) -> tuple[Tensor, Tensor]:
-    """Return the probability [n] of the predicted class and the class, of each test sample, by the top class of a sharded head.
-
-    Each process takes a part of the samples. The common slot needs the slots of all classes, so that it is left out.
-    """
-    batch_size = eval_batch_size(data.num_classes)
-    found = [
-        model.head.predict_topk(features, 1)  # type: ignore[operator]
-        for features, _ in own_features(model, data.x_test, data.y_test, batch_size)
-    ]
-    confidence = torch.cat([prediction.probabilities[:, 0] for prediction in found])
-    classes = torch.cat([prediction.classes[:, 0] for prediction in found])
-    return distributed.all_gather_rows(confidence.cpu()), distributed.all_gather_rows(classes.cpu())
+def _top_classes(model: Model, data: Dataset) -> tuple[Tensor, Tensor, float | None]:
+    """Return `_predictions` of a sharded head, by the top class. Each process takes a part of the samples."""
+    head: Any = model.head
+    confidences, predictions, common = [], [], []
+    for features, _ in own_features(model, data.x_test, data.y_test):
+        top = head.predict_topk(features, 1)
+        confidences.append(top.probabilities[:, 0])
+        predictions.append(top.classes[:, 0])
+        if head.num_displacements:
+            common.append(common_slots(features, head).cpu())
+    mean = float(torch.cat(common).mean()) if common else None
+    confidence, predicted = (
+        torch.cat(distributed.all_gather_rows(torch.cat(parts))).cpu() for parts in (confidences, predictions)
+    )
+    return confidence, predicted, mean
 
 
 def common_slot(slots: Tensor) -> Tensor:

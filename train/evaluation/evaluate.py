@@ -22,6 +22,9 @@ AlternativeScores = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
 AlternativePredictions = Callable[[nn.Module, Tensor], dict[str, Tensor]]
 
 
+MAX_BATCH = 500  # samples
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The number of correct samples and of all samples of each class, [K], and the share that each slot wins, [M].
@@ -54,7 +57,7 @@ class Evaluation:
 
 def eval_batch_size(num_classes: int) -> int:
     """Return 500, or fewer samples if the logits of 500 exceed 256 MiB."""
-    return max(1, min(500, 2**26 // num_classes))
+    return max(1, min(MAX_BATCH, 2**26 // num_classes))
 
 
 @torch.no_grad()
@@ -78,7 +81,7 @@ def evaluate(
         y: their labels, [n], on any device.
         num_classes: K.
         alternative_scores: other ways to use the head, which are evaluated too.
-        batch_size: samples per batch; `eval_batch_size` if None.
+        batch_size: samples per batch; if None, `eval_batch_size`, or `MAX_BATCH` of a sharded head, which has no logits.
         alternative_predictions: other ways to use a sharded head, in place of `alternative_scores`.
 
     Returns:
@@ -89,7 +92,9 @@ def evaluate(
     usage = SlotUsage(head) if isinstance(head, ConstellationClassifier) else None
     own_labels: list[Tensor] = []
     predicted: dict[str, list[Tensor]] = {}
-    for features, labels in own_features(model, x, y, batch_size or eval_batch_size(num_classes)):
+    if batch_size is None and not sharded:
+        batch_size = eval_batch_size(num_classes)
+    for features, labels in own_features(model, x, y, batch_size or MAX_BATCH):
         if sharded:
             classes = {"": head.predict(features)}  # type: ignore[operator]
             if usage is not None:
@@ -124,7 +129,9 @@ def evaluate(
     return evaluations.pop(""), evaluations
 
 
-def own_features(model: Model, x: Tensor, y: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def own_features(
+    model: Model, x: Tensor, y: Tensor, batch_size: int = MAX_BATCH
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the features and the labels of this process's part of the samples, in batches, on the model's device.
 
     A sharded head needs all processes for each batch, so that there are as many in each process, and the last may be empty.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gistops.nn import ConstellationClassifier, GistClassifier
 
 from ..config import Config
-from ..model.sharded_head import local
+from ..model.sharded_head import highest, local, local_classes
 from .two_stage import TwoStageMethod
 
 
@@ -62,10 +62,15 @@ class Gist(TwoStageMethod):
         return scores | super().alternative_scores(head, features, logits)
 
     def alternative_predictions(self, head: ConstellationClassifier, features: Tensor) -> dict[str, Tensor]:
-        """Return also those of the random head's scores minus the log prior. Both heads together have no top class of their own."""
         assert isinstance(head, GistClassifier)
-        adjusted = head.random_predict(features, class_bias=-self.log_prior)
-        return {"random head, adjusted": adjusted} | super().alternative_predictions(head, features)
+        own = local_classes(head.centers)
+        prior = self.log_prior[own.start : own.stop]
+        classes = {
+            "random head, adjusted": head.random_predict(features, class_bias=-self.log_prior),
+            # The normalization of the log-probabilities does not change the highest sum.
+            "both heads": highest(features, head, lambda part, x: part(x) + part.random_logits(x) - prior),
+        }
+        return classes | super().alternative_predictions(head, features)
 
     def describe(self, head: ConstellationClassifier) -> dict[str, Any]:
         assert isinstance(head, GistClassifier)

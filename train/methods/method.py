@@ -136,10 +136,7 @@ class Method:
         return {}
 
     def alternative_predictions(self, head: Any, features: Tensor) -> dict[str, Tensor]:
-        """Return the classes [b] with the highest `alternative_scores`, of a sharded head, by name.
-
-        Scores are left out whose highest class the head does not find without the scores of all classes.
-        """
+        """Return the classes [b] with the highest `alternative_scores`, of a sharded head, by name."""
         return {}
 
     def describe(self, head: Any) -> dict[str, Any]:

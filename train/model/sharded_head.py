@@ -5,6 +5,8 @@ The functions take plain parameters too. Those that say "all processes" communic
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,6 +63,62 @@ def rows_of(centers: Tensor, classes: list[int]) -> Tensor:
         if k in own:
             found[i] = rows[k - own.start]
     return distributed.all_reduce_sum(found)
+
+
+def highest(features: Tensor, head: Any, scores: Callable[[Any, Tensor], Tensor]) -> Tensor:
+    """Return the class with the highest score of each of this process's rows, [b]; for scores that have no top k of their own.
+
+    Each process computes the scores of all rows for its own classes, a chunk of rows at a time. All processes call the function.
+
+    Args:
+        features: the rows of this process, [b, d].
+        head: a sharded head.
+        scores: (a head of this process's k classes, rows [n, d]) -> scores [n, k].
+    """
+    parts, own = distributed.all_gather_rows(features), local_classes(head.centers)
+    rows = torch.cat(parts)
+    values = rows.new_full((len(rows),), -torch.inf, dtype=torch.float64)
+    classes = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    if len(own):
+        part = _own_head(head)
+        for chunk in torch.arange(len(rows), device=rows.device).split(_rows_per_chunk(own)):
+            values[chunk], best = scores(part, rows[chunk]).double().max(1)
+            classes[chunk] = best + own.start
+    first = torch.stack(distributed.all_gather(values)).argmax(0, keepdim=True)
+    joint: Tensor = torch.stack(distributed.all_gather(classes)).gather(0, first)[0]
+    start = sum(map(len, parts[: distributed.rank()]))
+    return joint[start : start + len(features)]
+
+
+def common_slots(features: Tensor, head: Any) -> Tensor:
+    """Return `analysis.common_slot` of the rows of all processes. All processes call the function.
+
+    Each process counts the slots of its own classes, a chunk of rows at a time.
+    """
+    rows, own = torch.cat(distributed.all_gather_rows(features)), local_classes(head.centers)
+    counts = torch.zeros(head.num_displacements + 1, len(rows), dtype=torch.int64, device=rows.device)
+    if len(own):
+        part = _own_head(head)
+        for chunk in torch.arange(len(rows), device=rows.device).split(_rows_per_chunk(own)):
+            slots = part(rows[chunk], return_slots=True)[1]
+            counts[:, chunk] = torch.stack([(slots == j).sum(1) for j in range(len(counts))])
+    most: Tensor = distributed.all_reduce_sum(counts).max(0).values
+    return most / int(head.num_classes)
+
+
+def _own_head(head: nn.Module) -> Any:
+    """Return a head of this process's classes. It shares the memory of a sharded head."""
+    part = copy.copy(head)
+    part._parameters = {
+        name: nn.Parameter(local(parameter), requires_grad=False)
+        for name, parameter in head.named_parameters()
+    }
+    return part
+
+
+def _rows_per_chunk(classes: range) -> int:
+    """Return the number of rows whose scores take 256 MiB in float32."""
+    return max(1, 2**26 // len(classes))
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
