@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,11 +11,10 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from ._classifier import Classifier, LossOptions, MarginKind, no_displacements
 from ._dtensor import is_dtensor
 from ._functorch import transforms_active
+from ._numbers import LARGEST, SMALLEST, check_integer, check_number, is_traced_scalar
 
 MAX_SLOTS = 256  # slots are stored as uint8
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-LARGEST = sys.float_info.max
-SMALLEST = 5e-324  # above 0
 PI = 3.1415928  # π, rounded up so that π in float32 is within
 MARGIN_KINDS, REDUCTIONS = get_args(MarginKind), ("mean", "sum", "none")
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -121,7 +118,7 @@ def check_classifier(input: Tensor, classifier: Classifier) -> Classifier:
 
 def _with_tau(tau: object, input: Tensor, classifier: Classifier) -> Classifier:
     """Return the classifier with tau checked; a number becomes a tensor of the dtype of the logits."""
-    if _is_traced_scalar(tau):
+    if is_traced_scalar(tau):
         tau = torch.as_tensor(tau).to(input.device, classifier.compute_dtype(input))
     if not isinstance(tau, Tensor):
         number = check_number("tau", tau, "a tensor of one element or a finite number above 0", SMALLEST)
@@ -232,7 +229,7 @@ def _margin(options: LossOptions, classes: int, input: Tensor) -> Tensor | float
     margin, angle = options.margin, options.margin_kind == "angle"
     if margin is None:
         return None
-    if _is_traced_scalar(margin):
+    if is_traced_scalar(margin):
         margin = torch.as_tensor(margin).to(input.device, torch.promote_types(input.dtype, torch.float32))
     low, high = (0.0, PI) if angle else (-LARGEST, LARGEST)
     if not isinstance(margin, Tensor):
@@ -305,61 +302,3 @@ def _check_transform(transform: str, axis: object, mlp: object, input: Tensor) -
                 raise ValueError(
                     f"mlp[{i}]: expected device {input.device} to match input, got {value.device}"
                 )
-
-
-def check_integer(name: str, value: object, low: int, high: int | None = None) -> int:
-    """Return `value` as an int.
-
-    Raises:
-        TypeError: `value` is not an integer.
-        ValueError: `value` is below `low` or above `high`.
-    """
-    value = plain_scalar(value)
-    integer = isinstance(value, Integral) and not isinstance(value, bool)
-    number = int(value) if integer else low  # type: ignore[call-overload]
-    if integer and number >= low and (high is None or number <= high):
-        return number
-    # Only an error formats the limits: in a compiled graph, text would make a dynamic limit constant.
-    expected = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
-    if not integer:
-        raise TypeError(f"{name}: expected {expected}, got {value!r} of type {type(value).__name__}")
-    raise ValueError(f"{name}: expected {expected}, got {number}")
-
-
-def check_positive(name: str, value: object) -> float:
-    """Return `value` as a float.
-
-    Raises:
-        TypeError: `value` is not a real number.
-        ValueError: `value` is not finite or not above 0.
-    """
-    return check_number(name, value, "a finite number above 0", SMALLEST)
-
-
-def check_number(name: str, value: object, expected: str, low: float, high: float = LARGEST) -> float:
-    """Return `value` as a float. Scalars of numpy are numbers; arrays, lists, tensors and bools are not.
-
-    Raises:
-        TypeError: `value` is not a real number; the message says what was `expected`.
-        ValueError: `value` is NaN, below `low` or above `high`.
-    """
-    value = plain_scalar(value)
-    if isinstance(value, bool) or not isinstance(value, (float, Real)):
-        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = float("inf")
-    if not low <= number <= high:
-        raise ValueError(f"{name}: expected {expected}, got {value}")
-    return number
-
-
-def plain_scalar(value: Any) -> Any:
-    """Return a number of Python for a scalar of numpy in a compiled graph, which ends there; and any other value itself."""
-    return value.item() if _is_traced_scalar(value) else value
-
-
-def _is_traced_scalar(value: object) -> bool:
-    """Return True for a scalar of numpy in a compiled graph, where it is an array without dimensions."""
-    return torch.compiler.is_compiling() and type(value).__name__ == "ndarray" and value.ndim == 0  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from ._checks import check_integer
+from ._numbers import check_integer
 
 Integers = npt.NDArray[np.int64]
 #: Images drawn by all replicas at the largest position; far below the counters of 64 bits.

@@ -18,7 +18,7 @@ TEXT = CODE | {".md", ".toml", ".html"}
 #: Folders and modules of each package, lowest layer first. A module may import its own layer and the layers before it.
 LAYERS = {
     "gistops": [
-        "_toolchain", "_build", "_dtensor", "_classifier", "_functorch", "_checks", "operators", "backends", "functional", "optim", "export", "nn", "distributed",
+        "_toolchain", "_build", "_dtensor", "_classifier", "_functorch", "_numbers", "_checks", "operators", "backends", "functional", "optim", "export", "nn", "distributed",
         "sampling", "info",
     ],
     "train": [

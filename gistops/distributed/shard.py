@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from .._checks import check_integer
 from .._dtensor import is_dtensor
+from .._numbers import check_integer
 from ..functional.sharded.shards import Shards
 from ..nn.changes import check_plain, check_whole
 from ..nn.head import MaxCosineHead

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._checks import check_constellation, check_loss, check_subcenters, plain_scalar
+from .._checks import check_constellation, check_loss, check_subcenters
 from .._classifier import Classifier, LossOptions, MarginKind, Transform, no_displacements
 from .._dtensor import is_dtensor
+from .._numbers import plain_scalar
 from ..backends import eager_loss, reference
 from ..backends.in_place import detect_changes
 from .leading import restore, rows

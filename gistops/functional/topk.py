@@ -8,15 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._checks import (
-    check_class_vector,
-    check_constellation,
-    check_integer,
-    check_some_classes,
-    check_subcenters,
-)
+from .._checks import check_class_vector, check_constellation, check_some_classes, check_subcenters
 from .._classifier import Classifier, Transform, no_displacements
 from .._dtensor import is_dtensor
+from .._numbers import check_integer
 from ..backends import reference
 from .leading import restore, rows
 from .transforms import mlp as mlp_transform

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import MAX_SLOTS, check_integer, check_positive
+from .._checks import MAX_SLOTS
 from .._classifier import Classifier, Transform
 from .._dtensor import whole
+from .._numbers import check_integer, check_positive
 from ..functional import constellation_cross_entropy, constellation_logits
 from ..operators.registry import compute_dtype
 from . import state

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from .._checks import FLOAT_DTYPES, check_integer, check_positive
+from .._checks import FLOAT_DTYPES
+from .._numbers import check_integer, check_positive
 from .changes import check_generator, check_plain, check_whole
 from .frozen import FrozenClassifier
 from .prediction import Predictor

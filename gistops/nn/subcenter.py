@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import MAX_SLOTS, check_integer
+from .._checks import MAX_SLOTS
 from .._classifier import Classifier, no_displacements
+from .._numbers import check_integer
 from ..functional import subcenter_cross_entropy, subcenter_logits
 from .head import MaxCosineHead
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._checks import check_class_vector, check_classifier, check_integer, check_some_classes
+from .._checks import check_class_vector, check_classifier, check_some_classes
 from .._classifier import Classifier
 from .._dtensor import is_dtensor, local
 from .._functorch import transforms_active
+from .._numbers import check_integer
 from ..backends.chunked.best import BestSoFar, best_first
 from ..functional.leading import restore, rows
 from ..functional.logits import checked_logits, frozen_logits

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..._checks import check_class_vector, check_classifier, check_integer
+from ..._checks import check_class_vector, check_classifier
 from ..._classifier import Classifier
+from ..._numbers import check_integer
 from ..logits import checked_logits
 from ..topk import topk as local_topk
 from .collectives import all_reduce, gather_rows

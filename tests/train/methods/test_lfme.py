@@ -273,7 +273,7 @@ def test_without_a_group_of_two_classes_the_student_trains_alone(features: Datas
     train, test = data.y_train % 2 == 0, data.y_test % 2 == 0
     splits = (data.x_train[train], data.y_train[train] // 2, data.x_test[test], data.y_test[test] // 2)
     small = Dataset(*splits, data.class_names[::2], data.train_counts[::2])
-    trainer = Trainer("lfme", FEATURES.replace(stage1_epochs=3), small)
+    trainer = Trainer("lfme", FEATURES.replace(stage1_epochs=8), small)
     assert [stage.name for stage in trainer.method.stages] == ["student"]
     finish(trainer)
     assert trainer.evaluate()["accuracy"]["overall"] > 0.6
