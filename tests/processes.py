@@ -32,16 +32,17 @@ def in_group(function: Callable[..., object], size: int, folder: Path, *argument
         Exception: the exception of a process, with its traceback; or the processes did not end in time.
     """
     context = mp.start_processes(
-        _begin, (function, size, str(folder), arguments), nprocs=size, join=False, start_method="spawn"
+        begin, (function, size, str(folder), arguments), nprocs=size, join=False, start_method="spawn"
     )
     assert context is not None
     while not context.join():  # if a process failed, raises and ends the others
         pass
 
 
-def _begin(
+def begin(
     rank: int, function: Callable[..., object], size: int, folder: str, arguments: tuple[Any, ...]
 ) -> None:
+    """Call `function(rank, *arguments)` in this process, of a group of `size` processes."""
     faulthandler.dump_traceback_later(SECONDS, exit=True)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # independent of the host name
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
