@@ -8,7 +8,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +51,18 @@ def begin(
     function(rank, *arguments)
     gc.collect()  # DistributedDataParallel may be in a reference cycle, and aborts or hangs if it outlives the group
     dist.destroy_process_group()
+
+
+def groups_in_turn(rank: int, sizes: tuple[int, ...], folder: Path) -> Iterator[tuple[int, int]]:
+    """Yield the turns and the sizes of process groups of the first processes, in those that belong to them.
+
+    New groups of the same processes take less time than new processes. The last group has all of them.
+    """
+    for turn, size in enumerate(sizes):
+        gc.collect()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if rank < size:
+            rendezvous = f"file://{folder}/group-{turn}"
+            dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size)
+            yield turn, size

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from gistops.distributed import shard_classes
 from gistops.nn import ConstellationClassifier, GistClassifier, SubcenterClassifier
 from gistops.nn.head import MaxCosineHead
 
-from ..processes import in_group
+from ..processes import groups_in_turn, in_group
 from .test_sharded import whole
 
 STEPS, FEATURES, D = 50, 6, 12
@@ -132,21 +131,23 @@ def trained(
     return losses, {name: whole(p.detach()) for name, p in named}
 
 
-def check_training(rank: int, size: int, cases: tuple[Case, ...]) -> None:
-    mesh = init_device_mesh("cpu", (size,))
-    for case in cases:
-        expected, weights = trained(case, size, None, mesh)
-        found, own = trained(case, size, rank, mesh)
-        torch.testing.assert_close(
-            found, expected, rtol=1e-10, atol=0, msg=f"{case}: {found}, not {expected}"
-        )
-        for name, value in weights.items():
-            difference = (own[name] - value).abs().max() / value.abs().max()
-            assert difference < 1e-10, f"{case}: {name} differs by {difference:.2e}"
+#: The number of processes -> its cases.
+TURNS = {2: CASES[:4], 3: CASES[4:], 4: CASES[1::2]}
 
 
-@pytest.mark.parametrize(
-    ("size", "cases"), [(2, CASES), (3, CASES[::2]), (4, CASES[1::2])], ids=["2", "3", "4"]
-)
-def test_fifty_steps(size: int, cases: tuple[Case, ...], tmp_path: Path) -> None:
-    in_group(check_training, size, tmp_path, size, cases)
+def check_training(rank: int, folder: Path) -> None:
+    for _, size in groups_in_turn(rank, tuple(TURNS), folder):
+        mesh = init_device_mesh("cpu", (size,))
+        for case in TURNS[size]:
+            expected, weights = trained(case, size, None, mesh)
+            found, own = trained(case, size, rank, mesh)
+            torch.testing.assert_close(
+                found, expected, rtol=1e-10, atol=0, msg=f"{case}: {found}, not {expected}"
+            )
+            for name, value in weights.items():
+                difference = (own[name] - value).abs().max() / value.abs().max()
+                assert difference < 1e-10, f"{size} processes, {case}: {name} differs by {difference:.2e}"
+
+
+def test_fifty_steps(tmp_path: Path) -> None:
+    in_group(check_training, max(TURNS), tmp_path, tmp_path)

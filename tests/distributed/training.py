@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from gistops.distributed import load_checkpoint, save_checkpoint, shard_classes
 from gistops.nn import ConstellationClassifier, GistClassifier, SubcenterClassifier
+
+from ..processes import groups_in_turn
 
 INPUTS, FEATURES, BATCH, STEPS = 5, 6, 9, 3
 EPS = 1e-3  # Adam multiplies the rounding errors of gradients by up to lr / eps
@@ -88,18 +89,9 @@ def train(case: str, seed: int, model: Model, optimizers: list[Optimizer], first
 
 
 def train_in_turns(rank: int, sizes: tuple[int, ...], seed: int, folder: Path) -> None:
-    """Train each model with groups of these sizes in turn; each group continues from the checkpoints of the one before.
-
-    New groups of the same processes take less time than new processes. The last group has all of them.
-    """
-    for turn, size in enumerate(sizes):
-        gc.collect()  # as in tests.processes
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        if rank < size:
-            rendezvous = f"file://{folder}/group-{turn}"
-            dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size)
-            _continue(seed, folder / f"turn-{turn - 1}", folder / f"turn-{turn}")
+    """Train each model with groups of these sizes in turn; each group continues from the checkpoints of the one before."""
+    for turn, _ in groups_in_turn(rank, sizes, folder):
+        _continue(seed, folder / f"turn-{turn - 1}", folder / f"turn-{turn}")
 
 
 def _continue(seed: int, source: Path, target: Path) -> None:
