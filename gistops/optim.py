@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ._dtensor import local
 
+#: Options that choose how a step is computed: they depend on the machine and on sharding.
+IMPLEMENTATION = ("foreach", "fused", "capturable")
+
 
 class RowOptimizer(torch.optim.Optimizer):
     """An optimizer of PyTorch, applied to the rows of a parameter that have a gradient.
@@ -31,6 +34,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     Raises:
         TypeError: `optimizer` is not a class of optimizers.
+        ValueError: an update with it would not be that of the rows alone, as with Adafactor, LBFGS, Muon and Rprop.
     """
 
     def __init__(self, optimizer: type[torch.optim.Optimizer], params: Iterable[Any], **options: Any) -> None:
@@ -38,7 +42,13 @@ class RowOptimizer(torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a class of torch.optim, got {optimizer!r}")
         self._optimizer = optimizer
         self._options = options
-        super().__init__(params, optimizer([torch.zeros(1)], **options).defaults)
+        defaults = optimizer([torch.zeros(1, 1)], **options).defaults
+        _check_rows(optimizer, options)
+        super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for copies, to which the base class would not give attributes of a subclass."""
+        return {**super().__getstate__(), "_optimizer": self._optimizer, "_options": self._options}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -88,6 +98,49 @@ class RowOptimizer(torch.optim.Optimizer):
                     local(state[name]).copy_(initial[name])
             _write(state[name], value, index)
         _write(parameter, rows, index)
+
+
+def _check_rows(optimizer: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
+    """Check an optimizer by one step.
+
+    The step of two rows must be those of each row. A row of zeros without a gradient must get the state that `RowOptimizer` gives
+    to rows before their first update: zeros, or what the constructor makes.
+
+    Raises:
+        ValueError: it is not so.
+    """
+
+    def stepped(rows: Tensor, grad: Tensor) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
+        rows = rows.clone()
+        inner = optimizer([rows], **options)
+        inner.param_groups[0].update({name: False for name in IMPLEMENTATION if name in inner.defaults})
+        inner.param_groups[0]["lr"] = 1.0  # that of a warm-up may begin at 0
+        first = {name: x.clone() for name, x in inner.state[rows].items() if isinstance(x, Tensor)}
+        rows.grad = grad
+        inner.step()
+        return rows, first, inner.state[rows]
+
+    rows = torch.tensor([[1.0, -2.0], [0.5, 3.0], [0.0, 0.0]], device="cpu")
+    grad = torch.tensor([[0.5, 1.0], [-4.0, 0.25], [0.0, 0.0]], device="cpu")
+    try:
+        together, first, state = stepped(rows, grad)
+        alone = torch.cat([stepped(row, g)[0] for row, g in zip(rows.split(1), grad.split(1), strict=True)])
+    except (TypeError, RuntimeError) as error:  # no step with a dense gradient and without a closure
+        raise ValueError(_refusal(optimizer, str(error))) from error
+    if not torch.allclose(together, alone):
+        raise ValueError(_refusal(optimizer, "one where rows depend on each other"))
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.shape == rows.shape:
+            initial = first[name][2] if name in first else torch.zeros(2, device="cpu")
+            if not torch.allclose(value[2], initial, atol=1e-3):
+                raise ValueError(_refusal(optimizer, f"one whose {name} starts at {value[2, 0].item():g}"))
+
+
+def _refusal(optimizer: type[torch.optim.Optimizer], got: str) -> str:
+    return (
+        "optimizer: expected a class whose update of an element depends on the element alone, with a state that starts at "
+        f"zero or in its constructor, got {optimizer.__name__}: {got}"
+    )
 
 
 def _rows_of(value: Any, parameter: Tensor, index: Tensor | None) -> Any:

@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..optim import IMPLEMENTATION
 from .checkpoint_names import OPTIMIZER_OPTIONS, OPTIMIZER_STATE, Saved, memory_for, plain_name, some
-
-#: Options that choose how a step is computed: they depend on the machine and on sharding, and are not loaded.
-IMPLEMENTATION = ("foreach", "fused", "capturable")
 
 
 class NamedOptimizer(NamedTuple):
@@ -144,7 +142,7 @@ def _common_options(group: int, options: Sequence[tuple[str, Mapping[str, Any]]]
     owner: dict[str, str] = {}
     for name, own in options:
         for key, value in own.items():
-            if key in IMPLEMENTATION:
+            if key in IMPLEMENTATION:  # not loaded
                 continue
             if key in common and common[key] != value:
                 raise ValueError(
