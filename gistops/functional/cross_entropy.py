@@ -15,6 +15,7 @@ from ..backends.in_place import detect_changes
 from .leading import restore, rows
 from .row_loss import (
     assert_in_range,
+    assert_targets,
     copied_arguments,
     in_compute_dtype,
     loss_from_terms,
@@ -175,6 +176,8 @@ def _cross_entropy(
     if options.sample_negatives is not None:
         from .sampled_classes import IGNORED, sampled
 
+        if target.device.type == "cuda" or torch.compiler.is_compiling():  # otherwise `check_loss` has raised
+            assert_targets(target.long(), classifier.centers.shape[0], options.ignore_index)
         labels = torch.where(target == options.ignore_index, IGNORED, target.long())
         classifier, target, options = sampled(classifier.centers, classifier, labels, options)
     loss, lse = loss_of_rows(rows(input), classifier, target, options, backend)

@@ -51,8 +51,10 @@ def sampled(
     index = drawn_classes(classes, target, options.sample_negatives, options.generator)
     position = torch.searchsorted(index, target)
     target = torch.where(target == IGNORED, IGNORED, position)
-    needs_grad = torch.is_grad_enabled() and centers.requires_grad
-    rows = _Rows.apply(centers, index) if needs_grad else classifier.centers[index]  # type: ignore[no-untyped-call]
+    sparse = torch.is_grad_enabled() and centers.requires_grad
+    if is_dtensor(centers) and not centers.is_leaf:
+        sparse = False  # autograd cannot pass a sparse DTensor on to a parametrization
+    rows = _Rows.apply(centers, index) if sparse else classifier.centers[index]  # type: ignore[no-untyped-call]
 
     def part(vector: Any) -> Any:
         return vector[index] if isinstance(vector, Tensor) and vector.dim() else vector

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -203,6 +204,67 @@ def test_errors(changes: dict[str, Any], error: type[Exception], words: str) -> 
     head = ConstellationClassifier(D, K)
     with pytest.raises(error, match=words):
         head.loss(torch.randn(2, D), torch.tensor([0, 1]), **changes)
+
+
+@pytest.mark.parametrize("wrong", [-1, K])
+def test_compiled_targets_out_of_range(wrong: int) -> None:
+    head = ConstellationClassifier(D, K)
+    x, y = torch.randn(B, D), torch.randint(K, (B,))
+    y[3] = -2
+    compiled = torch.compile(
+        lambda x, y: head.loss(x, y, sample_negatives=0.2, ignore_index=-2), backend="eager"
+    )
+    assert compiled(x, y).isfinite()
+    y[2] = wrong
+    with pytest.raises(RuntimeError, match="target: expected 0 to"):
+        compiled(x, y)
+
+
+def test_optimizers_copy(seed: int) -> None:
+    torch.manual_seed(seed)
+    parameter = torch.randn(K, D, requires_grad=True)
+    optimizer = RowOptimizer(torch.optim.AdamW, [parameter], lr=0.1)
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        (other,) = copied.param_groups[0]["params"]
+        for p, one in ((parameter, optimizer), (other, copied)):
+            p.data = torch.ones(K, D)
+            p.grad = torch.ones(K, D)
+            one.state.clear()
+            one.step()
+        assert torch.equal(parameter, other)
+        assert (other != 1).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (torch.optim.Adafactor, "Adafactor: one where rows depend on each other"),
+        (torch.optim.LBFGS, "LBFGS: .*closure"),
+        (torch.optim.Rprop, "Rprop: one whose step_size starts at 1"),
+        (torch.optim.SparseAdam, "SparseAdam: .* dense gradients"),
+    ],
+)
+def test_optimizers_whose_updates_are_not_those_of_rows(
+    kind: type[torch.optim.Optimizer], words: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^optimizer: expected a class .* element alone, .* got {words}"):
+        RowOptimizer(kind, [torch.zeros(K, D, requires_grad=True)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *OPTIMIZERS.values(),
+        (torch.optim.SGD, {"lr": 0.0, "momentum": 0.9}),  # before a warm-up
+        (torch.optim.Adam, {"lr": torch.tensor(0.1), "fused": True, "amsgrad": True}),
+        (torch.optim.Adam, {"capturable": True}),  # for CUDA graphs
+        (torch.optim.Adagrad, {"initial_accumulator_value": 0.5, "weight_decay": 0.1}),
+        (torch.optim.RMSprop, {"centered": True, "momentum": 0.9}),
+        *((getattr(torch.optim, name), {}) for name in ("Adadelta", "Adamax", "NAdam", "RAdam")),
+    ],
+)
+def test_other_optimizers_are_accepted(kind: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
+    RowOptimizer(kind, [torch.zeros(K, D, requires_grad=True)], **options)
 
 
 def test_the_optimizer_needs_a_class() -> None:
