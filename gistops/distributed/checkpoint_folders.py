@@ -22,11 +22,10 @@ def begin(folder: Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"folder: expected a folder, got the file {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    numbered = _numbered(folder)
-    for path in numbered.values():
-        if not _is_complete(path):
-            shutil.rmtree(path)
-    path = folder / f"checkpoint-{max(numbered, default=0) + 1}"
+    path = folder / f"checkpoint-{max(_numbers(folder), default=0) + 1}"
+    for older in _numbered(folder).values():
+        if not _is_complete(older):
+            _remove(older)
     path.mkdir()
     return path
 
@@ -48,8 +47,7 @@ def finish(path: Path) -> None:
             os.close(descriptor)
     for older in _numbered(path.parent).values():
         if older != path:
-            (older / METADATA).unlink(missing_ok=True)  # first: what is left is not complete
-            shutil.rmtree(older)
+            _remove(older)
 
 
 def last_complete(folder: Path) -> Path:
@@ -75,7 +73,21 @@ def _is_complete(path: Path) -> bool:
     return (path / METADATA).is_file()
 
 
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; of a link, the link alone."""
+    if path.is_symlink():
+        path.unlink()
+        return
+    (path / METADATA).unlink(missing_ok=True)  # first: what is left is not complete
+    shutil.rmtree(path)
+
+
 def _numbered(folder: Path) -> dict[int, Path]:
     """Return the folders of checkpoints, complete or not, by their numbers."""
-    matches = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir())
+    return {number: path for number, path in _numbers(folder).items() if path.is_dir()}
+
+
+def _numbers(folder: Path) -> dict[int, Path]:
+    """Return everything with the name of a checkpoint, by its number."""
+    matches = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
     return {int(match[1]): path for match, path in matches if match}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -30,11 +31,20 @@ def on_all_ranks(action: Callable[[], T]) -> T:
     errors = [error]
     if is_distributed():
         errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
+        dist.all_gather_object(errors, _sendable(error))
     for first in (error, *errors):
         if first is not None:
             raise first
     return result  # type: ignore[return-value]
+
+
+def _sendable(error: Exception | None) -> Exception | None:
+    """Return an exception that other ranks can read; of one that pickle cannot write and read, its text."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def on_rank_0(action: Callable[[], T]) -> T:

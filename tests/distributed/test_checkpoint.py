@@ -145,6 +145,22 @@ class TestFolders:
         assert load_checkpoint(tmp_path, model) == {"number": 2}
         assert load_checkpoint(tmp_path / "best", model) == {"number": 1}
 
+    def test_of_a_link_only_the_link_is_removed(self, tmp_path: Path) -> None:
+        model, run, elsewhere = nn.Linear(1, 1), tmp_path / "run", tmp_path / "elsewhere"
+        save_checkpoint(run, model, extra={"number": 1}).rename(elsewhere)
+        (run / "checkpoint-1").symlink_to(elsewhere)
+        assert load_checkpoint(run, model) == {"number": 1}
+        save_checkpoint(run, model, extra={"number": 2})
+        assert names(run) == ["checkpoint-2"]
+        assert load_checkpoint(elsewhere, model) == {"number": 1}
+
+    def test_files_may_have_the_names_of_checkpoints(self, tmp_path: Path) -> None:
+        model = nn.Linear(1, 1)
+        (tmp_path / "checkpoint-1").touch()
+        (tmp_path / "checkpoint-2").symlink_to(tmp_path / "nothing")
+        assert save_checkpoint(tmp_path, model).name == "checkpoint-3"
+        assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
 
 class TestDisplacements:
     """The number of displacements follows the checkpoint, as with `load_state_dict`."""
