@@ -51,7 +51,7 @@ def memory_for(saved: STORAGE_TYPES, like: Tensor) -> Tensor | None:
         return None
     size, dtype = saved.size, saved.properties.dtype
     if not size:
-        return torch.empty(size, dtype=dtype)
+        return torch.empty(size, dtype=dtype, device="cpu")
     if not isinstance(like, DTensor):
         return torch.empty(size, dtype=dtype, device=like.device)
     placements = [

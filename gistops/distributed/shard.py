@@ -23,6 +23,7 @@ Head = TypeVar("Head", bound=MaxCosineHead)
 BLOCK = 65_536
 
 
+@torch.inference_mode(False)  # the new parameters are trainable
 def shard_classes(head: Head, mesh: DeviceMesh | None = None, *, seed: int | None = None) -> Head:
     """Divide the classes of a head between the processes of a mesh, in-place, and return the head.
 
@@ -67,6 +68,8 @@ def shard_classes(head: Head, mesh: DeviceMesh | None = None, *, seed: int | Non
         raise ValueError(
             f"mesh: expected one dimension, got shape {tuple(mesh.shape)}; mesh['name'] is the submesh of a dimension"
         )
+    if mesh is not None and mesh.get_coordinate() is None:
+        raise ValueError(f"mesh: expected one with this process, rank {dist.get_rank()}, got {mesh}")
     names = [name for name, p in head._parameters.items() if p is not None]
     check_plain(head, "shard_classes", {*names, *head._per_class})
     check_whole(head, "shard_classes")
@@ -137,10 +140,11 @@ def _draw(head: MaxCosineHead, shards: Shards | None, device: torch.device, seed
 def _drawn_rows(seed: str, parameter: Tensor, shards: Shards | None) -> Tensor:
     """Return normal random numbers for the classes of this process, float32 on the CPU."""
     start, stop = (0, len(parameter)) if shards is None else (shards.start, shards.stop)
-    rows = torch.empty(stop - start, *parameter.shape[1:], dtype=torch.float32)
+    rows = torch.empty(stop - start, *parameter.shape[1:], dtype=torch.float32, device="cpu")
     for block in range(start // BLOCK, -(-stop // BLOCK)):
         first, last = block * BLOCK, min((block + 1) * BLOCK, len(parameter))
-        drawn = torch.randn(last - first, *parameter.shape[1:], generator=_generator(f"{seed} {block}"))
+        shape, generator = (last - first, *parameter.shape[1:]), _generator(f"{seed} {block}")
+        drawn = torch.randn(shape, generator=generator, device="cpu")
         low, high = max(first, start), min(last, stop)
         rows[low - start : high - start] = drawn[low - first : high - first]
     return rows
@@ -148,4 +152,4 @@ def _drawn_rows(seed: str, parameter: Tensor, shards: Shards | None) -> Tensor:
 
 def _generator(seed: str) -> torch.Generator:
     digest = hashlib.sha256(seed.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -76,7 +76,7 @@ def _checked_options(
     )
     target, local = check_loss(input, classifier, target, local, shards.classes)
     facts: dict[str, object] = {
-        name: (value if not isinstance(value, Tensor) else f"a tensor with {value.dim()} dimensions")
+        name: _description(value) if isinstance(value, Tensor) else value
         for name, value in options._asdict().items()
         if name != "generator"
     }
@@ -89,6 +89,11 @@ def _checked_options(
         (margin,) if is_scalar else (),  # type: ignore[arg-type]
         tuple(v for v in vectors if isinstance(v, Tensor)),
     )
+
+
+def _description(value: Tensor) -> str:
+    text = f"a tensor with {value.dim()} dimensions"
+    return f"{text} that needs a gradient" if value.requires_grad and torch.is_grad_enabled() else text
 
 
 def _joint_loss(

@@ -101,7 +101,9 @@ def _checked(
         "placement of input": "replicated" if replicated_input else "own rows",
         **({"number of rows": len(rows)} if replicated_input else {}),
         "backend": chosen,
-        "gradients": "enabled" if torch.is_grad_enabled() else "disabled",  # the backward has collectives too
+        # The backward has collectives too.
+        "gradients": "enabled" if torch.is_grad_enabled() else "disabled",
+        "requires_grad of centers": torch.is_grad_enabled() and classifier.centers.requires_grad,
         **more,
     }
     return Problem(rows, input.shape[:-1], replicated_input, classifier, chosen, mine), facts

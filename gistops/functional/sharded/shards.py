@@ -87,8 +87,8 @@ class Shards(NamedTuple):
                 raise error
             return Batch([rows], needs)
         digest = zlib.crc32(repr(facts).encode())
-        mine = torch.tensor([error is not None, rows, needs, digest])
-        gathered = torch.empty(self.size * len(mine), dtype=torch.int64)
+        mine = torch.tensor([error is not None, rows, needs, digest], device="cpu")
+        gathered = torch.empty(self.size * len(mine), dtype=torch.int64, device="cpu")
         with self.collective():
             all_gather_single(gathered, mine, group=self.host_group)
         failed, sizes, needed, digests = gathered.view(self.size, -1).T.tolist()
@@ -155,7 +155,7 @@ class Shards(NamedTuple):
             )
         if is_dtensor(value):
             return self.sharded(name, value)
-        if value.requires_grad:
+        if value.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name}: expected a DTensor like the centers where it needs a gradient, got a whole tensor; "
                 "distribute_tensor(value, mesh, [Shard(0)]) makes one"
