@@ -46,12 +46,17 @@ class Model(NamedTuple):
     optimizer: float  # bytes per second
     cores: int
 
-    def predict(self, case: Case) -> dict[str, float]:
-        """Return the predicted values of `Found`. Processes that share a core take turns."""
+    def predict(self, case: Case, others: float = 0.0) -> dict[str, float]:
+        """Return the predicted values of `Found`. Processes that share a core take turns.
+
+        Args:
+            case: the problem.
+            others: cores that other programs keep busy.
+        """
         work, optimizer = self.rates.seconds(cpu_work(case)), optimizer_bytes(case) / self.optimizer
         communication = self.link.seconds(collectives(case), case.ranks)
         return {
-            "seconds": work * max(1.0, case.ranks / self.cores) + communication,
+            "seconds": work * max(1.0, case.ranks / (self.cores - others)) + communication,
             "work": work,
             "communication": communication,
             "optimizer": optimizer,

@@ -1,9 +1,12 @@
-"""The results of `python -m bench.sharded` as a page."""
+"""The results of `python -m bench.sharded` as a page; `python -m bench.sharded.report result.json` prints it again."""
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from .calibration import Model, calibrate, calibrates, case, found
@@ -116,8 +119,8 @@ def _checked(results: Sequence[dict[str, Any]], model: Model) -> Iterator[str]:
         f"`bench/sharded/model.py`. Calibrated on the points marked *: one process gives the rates ({1e3 * rates.calls:.1f} ms per step, {rate} of products, "
         f"{1e9 * rates.pairs:.2f} ns per pair of row and class, {bandwidth} for centers), two processes give the link "
         f"({1e6 * link.latency:,.0f} µs per message, {1e-9 * link.bandwidth:,.2f} GB/s), one process gives {1e-9 * model.optimizer:,.1f} GB/s of "
-        f"the optimizer. A step is predicted as work and transfer, where processes beyond the {model.cores} cores take turns. Cells: "
-        "predicted / measured (error)."
+        f"the optimizer. A step is predicted as work and transfer, where processes take turns beyond the {model.cores} cores, less those "
+        "that other programs kept busy in its runs. Cells: predicted / measured (error)."
     )
     yield from (
         "",
@@ -127,7 +130,7 @@ def _checked(results: Sequence[dict[str, Any]], model: Model) -> Iterator[str]:
     errors: dict[str, list[float]] = {}
     for result in results:
         point, values = case(result), found(result)
-        predicted = model.predict(point)
+        predicted = model.predict(point, statistics.median(result["others"]))
         cells = []
         for name in PREDICTED:
             unit = 2**-20 if name == "peak" else 1e3
@@ -150,3 +153,7 @@ def _checked(results: Sequence[dict[str, Any]], model: Model) -> Iterator[str]:
         )
         + "."
     )
+
+
+if __name__ == "__main__":
+    print(render(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))), end="")

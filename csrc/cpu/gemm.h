@@ -6,7 +6,6 @@
 // only AVX2 on AMD processors and reaches 103 GFLOP/s. GISTOPS_CPU_PRODUCTS=blas or onednn overrides the rule.
 #pragma once
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
@@ -14,8 +13,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <optional>
-#include <string>
-#include <vector>
 
 #include "../torch_calls.h"
 
@@ -26,6 +23,9 @@ __attribute__((weak)) void sgemm_(const char*, const char*, const int*, const in
 __attribute__((weak)) void dgemm_(const char*, const char*, const int*, const int*, const int*, const double*,
                                   const double*, const int*, const double*, const int*, const double*, double*,
                                   const int*);
+__attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(AtenTensorHandle, AtenTensorHandle,
+                                                                      AtenTensorHandle*, const char*, const double**,
+                                                                      int64_t, const char**, AtenTensorHandle*);
 }
 
 namespace gistops {
@@ -59,7 +59,9 @@ void blas_product(const Matrix<T>& a, const Matrix<T>& b, T beta, T* c, int64_t 
   }
 }
 
-// a b by oneDNN, through the dispatcher, as torch.compile calls it for linear layers.
+// a b by oneDNN, by the function of PyTorch's C interface that compiled models call for linear layers. (Each call of
+// mkldnn::_linear_pointwise through the stable ABI's dispatcher would leak its string argument, 48 bytes: torch 2.11
+// to 2.13.)
 inline torch::stable::Tensor onednn_product(const Matrix<float>& a, const Matrix<float>& b) {
   using torch::stable::Tensor;
   const auto tensor = [](const Matrix<float>& x) {
@@ -69,18 +71,13 @@ inline torch::stable::Tensor onednn_product(const Matrix<float>& a, const Matrix
                                     torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                     torch::headeronly::ScalarType::Float);
   };
-  // (X, W, bias, attr, scalars, algorithm) -> X W'
-  std::array<StableIValue, 6> stack{
-      torch::stable::detail::from(tensor(a)),
-      torch::stable::detail::from(tensor(b.t())),
-      torch::stable::detail::from(std::optional<Tensor>()),
-      torch::stable::detail::from(std::string("none")),
-      torch::stable::detail::from(std::vector<int64_t>()),
-      torch::stable::detail::from(std::optional<std::string>()),
-  };
+  const Tensor x = tensor(a), w = tensor(b.t());
   return explained("a matrix product", [&] {
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::detail::to<Tensor>(stack[0]);
+    AtenTensorHandle product = nullptr;
+    // (X, W, bias, attr, scalars, algorithm) -> X W'
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu__linear_pointwise(x.get(), w.get(), nullptr, "none", nullptr, 0, nullptr, &product));
+    return Tensor(product);
   });
 }
 
@@ -92,8 +89,8 @@ inline bool choose_onednn() {
   __builtin_cpu_init();
   wanted |= __builtin_cpu_is("amd") && __builtin_cpu_supports("x86-64-v4");
 #endif
-  if (!wanted) return false;
-  try {  // a PyTorch without oneDNN does not have this op
+  if (!wanted || !aoti_torch_cpu__linear_pointwise) return false;
+  try {  // a PyTorch without oneDNN raises an error
     const float one = 1;
     onednn_product({&one, 1, 1, 1}, {&one, 1, 1, 1});
     return true;

@@ -173,6 +173,8 @@ def test_the_model_predicts_the_points_that_calibrate_it() -> None:
     assert predicted["work"] == pytest.approx(work)
     assert predicted["communication"] == pytest.approx(communication)
     assert predicted["seconds"] == pytest.approx(2 * work + communication)  # four processes on two cores
+    busy = model.predict(other, others=1.2)
+    assert busy["seconds"] == pytest.approx(5 * work + communication)
     assert predicted["optimizer"] == pytest.approx(optimizer_bytes(other) / bandwidth)
     assert predicted["peak"] == memory(other).total
 

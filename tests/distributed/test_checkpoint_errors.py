@@ -181,7 +181,7 @@ def test_extra_is_a_dict(tmp_path: Path) -> None:
 
 
 def check_in_group(rank: int, folder: Path) -> None:
-    """Check sharded heads with two processes."""
+    """Check errors and what ranks share with two processes."""
     run = folder / "run"
     sharded = shard_classes(head(classes=5))
     with pytest.raises(FileNotFoundError, match="which is none"):
@@ -197,6 +197,7 @@ def check_in_group(rank: int, folder: Path) -> None:
     plain = head(classes=5 + rank)  # fits on rank 0
     check_refused_on_all(lambda: load_checkpoint(run, plain), ValueError, r"centers: expected \[6, 4\]")
     _check_displacements(run, sharded)
+    _check_replicated(rank, folder / "replicated")
     if rank == 1:
         (run / "checkpoint-1" / "__1_0.distcp").unlink()
     dist.barrier()
@@ -219,6 +220,16 @@ def check_refused_on_all(call: Callable[[], object], error: type[Exception], mat
     dist.barrier()
 
 
+def _check_replicated(rank: int, folder: Path) -> None:
+    """Check that values that differ between ranks are saved as those of rank 0, as buffers under DDP must be."""
+    model = nn.BatchNorm1d(4)
+    for value in model.state_dict().values():
+        value.fill_(rank)
+    save_checkpoint(folder, model, extra={"rank": rank})
+    assert load_checkpoint(folder, model) == {"rank": 0}
+    assert not any(value.any() for value in model.state_dict().values())
+
+
 def _check_displacements(run: Path, sharded: ConstellationClassifier) -> None:
     """Load the sharded head into sharded heads with other numbers of displacements."""
     for present in (0, 3):
@@ -235,5 +246,5 @@ def _check_displacements(run: Path, sharded: ConstellationClassifier) -> None:
 
 
 @pytest.mark.cpu
-def test_all_ranks_raise(tmp_path: Path) -> None:
+def test_ranks_raise_and_load_alike(tmp_path: Path) -> None:
     in_group(check_in_group, 2, tmp_path, tmp_path)

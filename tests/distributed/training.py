@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 from gistops.distributed import load_checkpoint, save_checkpoint, shard_classes
 from gistops.nn import ConstellationClassifier, GistClassifier, SubcenterClassifier
+from gistops.optim import RowOptimizer
 
 from ..processes import groups_in_turn
 
@@ -54,12 +56,16 @@ def make(case: str, seed: int) -> tuple[Model, list[Optimizer]]:
     model = Model(case, seed)
     distributed = dist.is_initialized()
     if distributed:
-        model.backbone = DistributedDataParallel(model.backbone)
+        if case == "gist":
+            fully_shard(model.backbone)
+        else:
+            model.backbone = DistributedDataParallel(model.backbone)
         shard_classes(model.head)
         model.rank.fill_(dist.get_rank())
     backbone, head = list(model.backbone.parameters()), list(model.head.parameters())
     if case == "subcenters":
-        return model, [SGD(backbone, 0.1), AdamW(head, 0.01, eps=EPS, weight_decay=0.1, amsgrad=True)]
+        options = {"lr": 0.01, "eps": EPS, "weight_decay": 0.1, "amsgrad": True}
+        return model, [SGD(backbone, 0.1), RowOptimizer(AdamW, head, **options)]
     groups: Any = [{"params": backbone}, {"params": head}] if distributed else [*backbone, *head]
     if case == "rotation":
         return model, [SGD(groups, 0.02, momentum=0.9, weight_decay=0.01, nesterov=True)]
