@@ -19,7 +19,8 @@ class RowOptimizer(torch.optim.Optimizer):
 
     For the sparse gradients of losses with `sample_negatives`: only the drawn rows, and the same rows of the optimizer's state, are
     read and written. Other rows have no weight decay, and their momentum waits, as in `torch.optim.SparseAdam` and in Partial FC (An
-    et al., ICCV Workshops 2021). Counts of steps, as Adam has them, are those of the parameter. A dense gradient updates all rows.
+    et al., ICCV Workshops 2021). Counts of steps, as Adam has them, are those of the parameter. SGD's `dampening` applies to the first
+    gradient of a row, too, after the parameter's first step. A dense gradient updates all rows.
 
         head, other = RowOptimizer(torch.optim.SGD, [head.centers], lr=0.1, momentum=0.9), torch.optim.SGD(others, lr=0.1)
 

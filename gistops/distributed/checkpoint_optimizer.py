@@ -80,7 +80,7 @@ def state_to_load(named: Sequence[NamedOptimizer], saved: Saved, strict: bool) -
     """Return memory for the state and the options that a checkpoint has for the parameters of optimizers.
 
     Raises:
-        ValueError: the checkpoint has no optimizer, or one for other parameters.
+        ValueError: the checkpoint has no optimizer, one of another class, or one for other parameters.
     """
     entries = [name for name in saved if name.startswith((OPTIMIZER_STATE, OPTIMIZER_OPTIONS))]
     if not entries:
@@ -95,12 +95,35 @@ def state_to_load(named: Sequence[NamedOptimizer], saved: Saved, strict: bool) -
             memory[entry] = memory_for(saved[entry], parameters[name])
         else:
             unknown.add(name)
+    for one in named:
+        _check_class(one, entries)
     if strict:
         problems = [f"{name} is not in the checkpoint's" for name in parameters if name not in found]
         problems += [f"{name} is in the checkpoint's alone" for name in sorted(unknown)]
         if problems:
             raise ValueError(some(problems))
     return memory
+
+
+def _check_class(named: NamedOptimizer, entries: Sequence[str]) -> None:
+    """Check that the saved options of a parameter are not those of another class of optimizers.
+
+    Versions of PyTorch add options, so that one side may have more, but not each side.
+
+    Raises:
+        ValueError: both sides have options that the other lacks.
+    """
+    own = set(named.optimizer.defaults) - set(IMPLEMENTATION)
+    for name, _ in named.parameters():
+        prefix = f"{OPTIMIZER_OPTIONS}{name}."
+        saved = {entry.removeprefix(prefix) for entry in entries if entry.startswith(prefix)}
+        saved -= {"initial_lr", *IMPLEMENTATION}  # a learning rate schedule adds the first
+        if saved - own and own - saved:
+            raise ValueError(
+                f"expected options of {type(named.optimizer).__name__} for {name}, the checkpoint has {some(sorted(saved - own))} "
+                f"and lacks {some(sorted(own - saved))}: it is of another class of optimizers"
+            )
+        return  # all parameters of an optimizer have the same options
 
 
 def load_optimizers(named: Sequence[NamedOptimizer], values: Mapping[str, Any]) -> None:

@@ -120,12 +120,6 @@ class ConstellationClassifier(MaxCosineHead):
             return {"axis": (d,)}
         return {"mlp_in": (hidden, 2 * d), "mlp_out": (d, hidden)} if self.transform == "mlp" else {}
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Redraw all parameters from the default generator of their device."""
-        nn.init.normal_(self.centers, std=self.in_features**-0.5)
-        self._reset_shared(None)
-
     def _reset_shared(self, generator: torch.Generator | None) -> None:
         """Draw the parameters that all classes share; generator: as in `_reset_transform`."""
         super()._reset_shared(generator)

@@ -81,14 +81,20 @@ class MaxCosineHead(Predictor):
         """
         raise NotImplementedError
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Redraw all parameters from the default generator of their device.
 
         It initializes everything, so that it may follow `to_empty()`. A framework that builds a model on the meta device
         must call it for a head that its checkpoint lacks. With Hugging Face: `if isinstance(module, MaxCosineHead):
         module.reset_parameters()` in the `_init_weights` of the `PreTrainedModel`.
+
+        Raises:
+            RuntimeError: the head is sharded; `shard_classes` draws the values of a head on the meta device.
         """
-        raise NotImplementedError
+        check_whole(self, "reset_parameters")
+        nn.init.normal_(self.centers, std=self.in_features**-0.5)
+        self._reset_shared(None)
 
     def _reset_shared(self, generator: torch.Generator | None) -> None:
         """Initialize the parameters that all classes share.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import MAX_SLOTS
 from .._classifier import Classifier, no_displacements
@@ -52,12 +52,6 @@ class SubcenterClassifier(MaxCosineHead):
         shapes = {"centers": (num_classes, num_subcenters, in_features), "raw_tau": (1,)}
         self._make_parameters(shapes, device, dtype)
         self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Redraw all parameters from the default generator of their device."""
-        nn.init.normal_(self.centers, std=self.in_features**-0.5)
-        self._reset_shared(None)
 
     def forward(
         self, input: Tensor, return_slots: bool = False, *, logits_dtype: torch.dtype | None = None

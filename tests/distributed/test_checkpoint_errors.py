@@ -145,6 +145,11 @@ class TestOptimizer:
             ):
                 call(folder, head(), SGD(head().parameters()))
 
+    def test_it_is_of_another_class(self, folder: Path) -> None:
+        model = head()
+        match = "optimizer: .*expected options of Adam for centers, the checkpoint has .*momentum.* and lacks .*betas"
+        check_refused(ValueError, match, folder, model, torch.optim.Adam(model.parameters()))
+
     def test_two_have_a_parameter(self, folder: Path) -> None:
         model = head()
         with pytest.raises(ValueError, match="expected each parameter in one optimizer, got raw_tau in two"):

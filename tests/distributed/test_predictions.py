@@ -105,7 +105,12 @@ def check_changes(rank: int, size: int, mesh: Any) -> None:
     (sum(head.losses(x, y, x, y))).backward()
     with pytest.raises(TypeError, match=r"centers: expected a local torch\.Tensor, got a DTensor.*top-k"):
         head(x)
-    for method in (head.freeze, lambda: head.add_classes(2), lambda: shard_classes(head, mesh)):
+    for method in (
+        head.freeze,
+        head.reset_parameters,
+        lambda: head.add_classes(2),
+        lambda: shard_classes(head, mesh),
+    ):
         with pytest.raises(RuntimeError, match="expected a head whose parameters are not DTensors"):
             method()
 
