@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ._classifier import Classifier, LossOptions, MarginKind, no_displacements
-from ._dtensor import is_dtensor
+from ._dtensor import FSDP, is_dtensor
 from ._functorch import transforms_active
 from ._numbers import LARGEST, SMALLEST, check_integer, check_number, is_traced_scalar
 
@@ -27,8 +27,7 @@ def _floating(name: str, value: object) -> Tensor:
         raise TypeError(
             f"{name}: expected a local torch.Tensor, got a DTensor; call .to_local() or .full_tensor() first. A loss and a "
             "top-k take centers that shard_classes has divided; their logits would be a matrix over all classes. "
-            "With fully_shard (FSDP2), a method other than forward needs "
-            "torch.distributed.fsdp.register_fsdp_forward_method(module, 'name of the method')"
+            + FSDP
         )
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")

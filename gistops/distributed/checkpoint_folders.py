@@ -36,10 +36,8 @@ def finish(path: Path) -> None:
     Raises:
         OSError: a folder could not be removed.
     """
-    for folder in (
-        path,
-        path.parent,
-    ):  # a power failure could otherwise undo the new names, but not the removal
+    # A power failure could otherwise undo the new names, but not the removal.
+    for folder in (path, path.parent):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -13,16 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gistops import _dtensor
+from gistops._dtensor import is_dtensor
+
 from .. import distributed
-
-
-def is_dtensor(tensor: Tensor) -> bool:
-    """Return whether a tensor is distributed over processes."""
-    if not distributed.is_initialized():
-        return False
-    from torch.distributed.tensor import DTensor  # imported here because it takes a second, also for --help
-
-    return isinstance(tensor, DTensor)
 
 
 def is_sharded(head: nn.Module) -> bool:
@@ -32,10 +26,7 @@ def is_sharded(head: nn.Module) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor; it shares the tensor's memory."""
-    part: Any = tensor.detach()
-    part = part.to_local() if is_dtensor(tensor) else part
-    assert isinstance(part, Tensor)
-    return part
+    return _dtensor.local(tensor.detach())
 
 
 def local_classes(centers: Tensor) -> range:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from gistops._dtensor import is_dtensor
 from gistops.nn import MaxCosineHead
 
 from .. import distributed
 from ..config import Config
 from ..methods.method import Method
 from ..model.model import HeadMaker
-from ..model.sharded_head import is_dtensor
 
 
 def head_maker(method: Method, config: Config, device: torch.device) -> HeadMaker:
