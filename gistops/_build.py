@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import re
 import shlex
 import subprocess
@@ -17,7 +16,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ._toolchain import BuildError, Tools
+from ._toolchain import BuildError, Tools, host_machine
 
 STABLE_ABI = "0x020a000000000000"  # torch 2.10: the library loads on this version and on later ones
 SOURCE_SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
@@ -65,20 +64,17 @@ CUDA = (
 )
 
 
-def machine() -> str:
-    """Return the processor's architecture under one name per architecture: "x86_64", "aarch64", ..."""
-    name = platform.machine().lower()
-    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
-
-
-def units(cuda: bool = False) -> tuple[Unit, ...]:
-    """Return the units for this architecture, with or without the backend for NVIDIA GPUs."""
-    cpu = COMMON + (X86_64 if machine() == "x86_64" else BASELINE)
+def units(cuda: bool = False, machine: str | None = None) -> tuple[Unit, ...]:
+    """Return the units for an architecture (None: this one's), with or without the backend for NVIDIA GPUs."""
+    cpu = COMMON + (X86_64 if (machine or host_machine()) == "x86_64" else BASELINE)
     return cpu + CUDA if cuda else cpu
 
 
-def compile_flags() -> tuple[str, ...]:
-    """Return the flags of every unit. They do not depend on the compiling machine (no -march=native)."""
+def compile_flags(machine: str | None = None) -> tuple[str, ...]:
+    """Return the flags of every unit for an architecture (None: this one's).
+
+    They depend on nothing else about the compiling machine (no -march=native).
+    """
     flags = (
         "-std=c++20",
         "-O3",
@@ -88,7 +84,7 @@ def compile_flags() -> tuple[str, ...]:
         "-fvisibility=hidden",
         f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
     )
-    return (*flags, "-DGISTOPS_X86=1") if machine() == "x86_64" else flags
+    return (*flags, "-DGISTOPS_X86=1") if (machine or host_machine()) == "x86_64" else flags
 
 
 def nvcc_flags() -> tuple[str, ...]:
@@ -109,9 +105,10 @@ def sources(src: Path) -> list[Path]:
     return sorted(path.relative_to(src) for path in src.rglob("*") if path.suffix in SOURCE_SUFFIXES)
 
 
-def source_hash(src: Path) -> str:
-    """Return a hash of everything that determines a build of `src`, except torch and the compiler."""
-    digest = hashlib.sha256(repr((units(True), compile_flags(), nvcc_flags(), link_flags())).encode())
+def source_hash(src: Path, machine: str | None = None) -> str:
+    """Return a hash of everything that determines a build of `src` for `machine`, except torch and the compiler."""
+    flags = (compile_flags(machine), nvcc_flags(), link_flags())
+    digest = hashlib.sha256(repr((units(True, machine), *flags)).encode())
     for path in sources(src):
         digest.update(f"\0{path.as_posix()}\0".encode() + (src / path).read_bytes())
     return digest.hexdigest()[:16]
@@ -162,7 +159,7 @@ def _compile_command(unit: Unit, source: Path, obj: Path, tools: Tools, src: Pat
         compiler = ("-ccbin", tools.compiler[0])
         return _command(tools.cuda.nvcc, *compiler, *nvcc_flags(), *tools.cuda.flags(), *output)
     # Checks put the name of their file into Python's messages; the folder of the build is left out.
-    flags = [*compile_flags(), *unit.flags, f"-ffile-prefix-map={src}=csrc"]
+    flags = [*compile_flags(tools.machine), *unit.flags, f"-ffile-prefix-map={src}=csrc"]
     if unit.torch_headers:
         flags += ["-isystem", str(tools.torch.include)]
     return _command(*tools.compiler, *flags, *output)
@@ -172,7 +169,7 @@ def _write_ninja(src: Path, out: Path, tmp: Path, tools: Tools) -> None:
     lines = []
     objects = []
     cuda = () if isinstance(tools.cuda, str) else (tools.cuda.runtime,)
-    for unit in units(bool(cuda)):
+    for unit in units(bool(cuda), tools.machine):
         obj, source = tmp / f"{unit.name}.o", src / unit.source
         lines += [
             f"rule {unit.name}",
@@ -218,11 +215,10 @@ def build(src: Path, out: Path, tmp: Path, tools: Tools | None = None, strict: b
         BuildError: torch, a compiler or ninja is missing, or the compilation failed.
     """
     tools = tools or Tools.find()
-    missing = [
-        unit.source for unit in units(not isinstance(tools.cuda, str)) if not (src / unit.source).is_file()
-    ]
+    wanted = dict.fromkeys(unit.source for unit in units(not isinstance(tools.cuda, str), tools.machine))
+    missing = [source for source in wanted if not (src / source).is_file()]
     if missing:
-        raise BuildError(f"{src}: C++ sources are missing: {', '.join(dict.fromkeys(missing))}")
+        raise BuildError(f"{src}: C++ sources are missing: {', '.join(missing)}")
     src, out, tmp = src.resolve(), out.absolute(), tmp.absolute()
     tmp.mkdir(parents=True, exist_ok=True)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +228,9 @@ def build(src: Path, out: Path, tmp: Path, tools: Tools | None = None, strict: b
         error = _run_ninja(src, out, tmp, tools)
     if error:
         raise BuildError(f"compiling gistops' C++ code for torch {tools.torch.version} failed:\n{error}")
-    record = Record(source_hash(src), tools.torch.version, tools.compiler_version(), str(tools.cuda))
+    record = Record(
+        source_hash(src, tools.machine), tools.torch.version, tools.compiler_version(), str(tools.cuda)
+    )
     record.write(out)
     return record
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 MIN_TORCH = (2, 11)
@@ -65,6 +66,12 @@ class Cuda:
         return " ".join(f"sm_{architecture}" for architecture in self.architectures)
 
 
+def host_machine() -> str:
+    """Return the processor's architecture under one name per architecture: "x86_64", "aarch64", ..."""
+    name = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+
+
 @dataclass(frozen=True)
 class Tools:
     """The tools of a build."""
@@ -73,6 +80,7 @@ class Tools:
     compiler: tuple[str, ...]
     ninja: Path
     cuda: Cuda | str  # a string: why the kernels for NVIDIA GPUs cannot be compiled
+    machine: str = field(default_factory=host_machine)  # the architecture that the compiler compiles for
 
     @classmethod
     def find(cls) -> Tools:

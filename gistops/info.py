@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from . import __version__, backends
-from ._build import machine
-from ._toolchain import BuildError, find_compiler
+from ._toolchain import BuildError, find_compiler, host_machine
 from .backends import native
 
 
@@ -62,7 +61,7 @@ def info() -> dict[str, Any]:
     return {
         "versions": {
             "gistops": __version__,
-            "python": f"{platform.python_version()} ({machine()}, {platform.system()})",
+            "python": f"{platform.python_version()} ({host_machine()}, {platform.system()})",
             "torch, running": torch.__version__,
             "torch, built for": status.built_for or "nothing is built",
             "compiler": _compiler(status),

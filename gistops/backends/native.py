@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .. import _build
-from .._toolchain import BuildError, Tools
+from .._toolchain import BuildError, Tools, host_machine
 from ..operators import registry
 from ..operators.cross_entropy import CROSS_ENTROPY_BACKWARD, CROSS_ENTROPY_FORWARD
 from ..operators.logits import CENTER_NORMS, FROZEN_LOGITS, LOGITS_BACKWARD, LOGITS_FORWARD
@@ -56,7 +56,7 @@ def cache_dir() -> Path:
 
 def first_use_path(wanted: str) -> Path:
     """Return the path of the first-use build of the sources with hash `wanted`, for this torch and machine."""
-    return cache_dir() / f"{wanted}-torch{torch.__version__}-{_build.machine()}" / LIBRARY
+    return cache_dir() / f"{wanted}-torch{torch.__version__}-{host_machine()}" / LIBRARY
 
 
 def _installed() -> list[Path]:
