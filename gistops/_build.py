@@ -96,8 +96,12 @@ def link_flags() -> tuple[str, ...]:
     """Return the flags of the link step."""
     # defs: a missing function is an error at link time, not at load time.
     # no-as-needed: on a CUDA torch, libtorch loads libtorch_cuda, whose functions are looked up at the first call.
-    linux = () if sys.platform == "darwin" else ("-Wl,-z,defs", "-Wl,--no-as-needed")
-    return (*linux, "-ltorch", "-ltorch_cpu", "-lc10")
+    linux = ("-Wl,-z,defs", "-Wl,--no-as-needed")
+    # The linker of macOS also refuses the weak functions of cpu/gemm.h if torch lacks them, unless it may leave every
+    # missing function to the load.
+    macos = ("-Wl,-undefined,dynamic_lookup",)
+    system = macos if sys.platform == "darwin" else linux
+    return (*system, "-ltorch", "-ltorch_cpu", "-lc10")
 
 
 def sources(src: Path) -> list[Path]:

@@ -125,11 +125,12 @@ def test_a_compile_error_is_shown_with_its_command(cheap_sources: Path, tmp_path
 
 
 @needs_compiler
+@pytest.mark.skipif(sys.platform == "darwin", reason="on macOS a missing function is an error of the load")
 def test_a_missing_function_is_an_error_of_the_build(cheap_sources: Path, tmp_path: Path) -> None:
     (cheap_sources / "cpu" / "dispatch.cpp").write_text(
         "void nowhere_defined();\nvoid g() { nowhere_defined(); }\n"
     )
-    with pytest.raises(BuildError, match=r"undefined reference to .*nowhere_defined|Undefined symbols"):
+    with pytest.raises(BuildError, match=r"undefined reference to .*nowhere_defined"):
         _build.build(cheap_sources, tmp_path / "_C.so", tmp_path / "objects")
 
 
