@@ -3,7 +3,7 @@
 //   T[j, k] = R[j, k]^2 sum over i with j* = j of G z
 //   dw_k = (H' f)_k - sum_j T[j, k] u_kj,   ddelta_j = (S' f)_j - sum_k T[j, k] u_kj,   u_kj = w_k + delta_j
 //   g = H w + S delta,   df_i = g_i - (g_i . f_i) f_i / |f_i|^2,   dtau = sum G z / tau
-// Sub-centers: dw_kj = (H_j' f)_k - T[j, k] w_kj and g = sum_j H_j w_j, with H_j = H where j* = j, else 0.
+// Sub-centers: dw_kj = sum over i with j* = j of H[i, k] f_i, - T[j, k] w_kj, and g_i = sum over k of H[i, k] w_kj*.
 #pragma once
 #include <optional>
 #include <utility>
@@ -41,8 +41,7 @@ class BackwardShard {
         h_(need_h_ ? std::min(kBlockRows, p.B) * size : 0), t_(need_t_ ? p.M * size : 0),
         block_dd_(out.displacements ? p.m * p.d : 0),
         dw_(out.centers && (!in_place_ || GradSource::kStashed) ? size * p.vectors_per_class() * p.d : 0),
-        class_coeffs_(p.is_rotation() ? 2 * p.M * size : 0), slot_vectors_(p.is_subcenter() ? size * p.d : 0),
-        slot_h_(p.is_subcenter() ? std::min(kBlockRows, p.B) * size : 0) {
+        class_coeffs_(p.is_rotation() ? 2 * p.M * size : 0) {
     g.zero(), s.zero(), dd.zero(), input_coeffs.zero(), gz.zero();
   }
 
@@ -67,7 +66,8 @@ class BackwardShard {
       const Matrix<T> f = input_.rows(i, block.rows), classes{w, n, p_.d, p_.d};
       route(block, i, source_.r(), need_h_ ? const_cast<T*>(h.data) : nullptr, h.ld, cancelled.empty(), true);
       if (p_.is_subcenter()) {
-        if (need_h_) add_subcenter_products(h, block, w, i, dw);
+        if (out_.input) kernels<T>().add_winners(block, h.data, h.ld, w, p_.M, p_.d, g.get() + i * p_.d);
+        if (dw) kernels<T>().add_to_winners(block, h.data, h.ld, f.data, p_.M, p_.d, dw);
         continue;
       }
       // The product for g comes first: hf keeps its memory.
@@ -154,20 +154,6 @@ class BackwardShard {
     route(block, i, {.data = r.get(), .ld = n_, .slots = p_.M}, need_h_ ? h_.get() : nullptr, size_, true, false);
   }
 
-  // Adds the products of each slot's sub-centers with its part of h.
-  void add_subcenter_products(const Matrix<T>& h, const GradBlock<T>& block, const T* w, int64_t i, T* dw) {
-    for (int64_t j = 0; j < p_.M; ++j) {
-      kernels<T>().mask_slot(block, h.data, h.ld, static_cast<int>(j), slot_h_.get());
-      const Matrix<T> slot_h{slot_h_.get(), block.rows, n_, n_};
-      const Matrix<T> vectors{pack_slot(p_, w, n_, j, slot_vectors_.get()), n_, p_.d, p_.d};
-      if (out_.input) add_product(slot_h, vectors, g.get() + i * p_.d);
-      if (!dw) continue;
-      const Product<T> hf(slot_h.t(), input_.rows(i, block.rows), slot_vectors_.get(), p_.d);
-      for (int64_t c = 0; c < n_; ++c)
-        for (int64_t e = 0; e < p_.d; ++e) dw[(c * p_.M + j) * p_.d + e] += hf.data[c * hf.ld + e];
-    }
-  }
-
   // dw = hf - sum_j T u_j, and the same terms in dd.
   void subtract_norm_terms(const T* w, const T* hf, T* dw) {
     const SlotMatrix<T> r = source_.r();
@@ -196,11 +182,10 @@ class BackwardShard {
   const int64_t size_;
   GradSource source_;
   const bool need_h_, need_t_, in_place_;
-  int64_t first_ = 0, n_ = 0;         // the current block: its first class, and the number of its classes
-  Scratch<T> h_, t_;                  // [rows, size], [M, size]
-  Scratch<T> block_dd_, dw_;          // [m, d], [size, vectors per class, d]
-  Scratch<T> class_coeffs_;           // of a rotation: [2, M, size]
-  Scratch<T> slot_vectors_, slot_h_;  // of sub-centers: [size, d], [rows, size]
+  int64_t first_ = 0, n_ = 0;  // the current block: its first class, and the number of its classes
+  Scratch<T> h_, t_;           // [rows, size], [M, size]
+  Scratch<T> block_dd_, dw_;   // [m, d], [size, vectors per class, d]
+  Scratch<T> class_coeffs_;    // of a rotation: [2, M, size]
 };
 
 }  // namespace gistops

@@ -80,11 +80,4 @@ struct Problem {
   }
 };
 
-// Copies the sub-centers of one slot from w [n, M, d] into `packed` [n, d].
-template <class T>
-const T* pack_slot(const Problem<T>& p, const T* w, int64_t n, int64_t slot, T* packed) {
-  for (int64_t k = 0; k < n; ++k) std::copy_n(w + (k * p.vectors_per_class() + slot) * p.d, p.d, packed + k * p.d);
-  return packed;
-}
-
 }  // namespace gistops

@@ -71,7 +71,7 @@ class ClassBlock {
       : p_(p), input_(input), size_(size),
         converted_(p.centers.template scratch_elements<T>(size * p.vectors_per_class())),
         squares_(size * p.vectors_per_class()), dots_(size * p.m), r_(size * p.M),
-        product_(p.is_subcenter() ? rows * size : 0), packed_(p.is_subcenter() ? size * p.d : 0) {}
+        product_(p.is_subcenter() ? size * p.M * rows : 0) {}
 
   // Loads the classes [first, first + n) and computes their norms.
   void load(int64_t first, int64_t n) {
@@ -188,12 +188,9 @@ class ClassBlock {
   void set_nan(int64_t k) { r_[k] = std::numeric_limits<T>::quiet_NaN(); }
 
   void score_subcenters(const Matrix<T>& f, const T* scale, const ScoreBlock<T>& out) {
-    for (int64_t j = 0; j < p_.M; ++j) {
-      const Matrix<T> vectors{pack_slot(p_, w_, n_, j, packed_.get()), n_, p_.d, p_.d};
-      const Product<T> product(f, vectors.t(), product_.get(), n_);
-      kernels<T>().running_max(product.data, product.ld, r_.get() + j * size_, static_cast<int>(j),
-                               j + 1 == p_.M ? scale : nullptr, out);
-    }
+    const Matrix<T> vectors{w_, n_ * p_.M, p_.d, p_.d};
+    const Product<T> product(vectors, f.t(), product_.get(), f.rows);
+    kernels<T>().max_over_subcenters(product.data, product.ld, out, r(), scale);
   }
 
   // Scores the classes with a cancelled pair again, from w_k + delta_j.
@@ -222,7 +219,7 @@ class ClassBlock {
   int64_t size_, first_ = 0, n_ = 0;
   Scratch<T> converted_, squares_, dots_;  // the vectors, |w|^2, w . delta_j
   Scratch<T> r_;                           // [M, size]: R = 1 / |w_k + delta_j|
-  Scratch<T> product_, packed_;            // sub-centers: a slot's product, and its vectors
+  Scratch<T> product_;                     // of sub-centers: [size M, rows]
   const T* w_ = nullptr;
   std::vector<int64_t> cancelled_;  // classes with a cancelled pair, within the block
 };

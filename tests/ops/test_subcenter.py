@@ -48,6 +48,8 @@ SAMPLES = [
     SubcenterSample(3, 2, 2, 5),
     SubcenterSample(20, 70, 1, 16),
     SubcenterSample(67, 129, 4, 40, f64, f64),
+    SubcenterSample(290, 90, 5, 75, f64, f64),  # more rows and dimensions than a packed strip of the CPU
+    SubcenterSample(20, 9, 200, 70),
     SubcenterSample(67, 129, 4, 40, bf16, bf16),
     SubcenterSample(67, 129, 4, 40, half, torch.float32),
 ]

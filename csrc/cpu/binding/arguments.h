@@ -89,9 +89,9 @@ struct Arguments {
     return {.input = {input.const_data_ptr(), format_of(input, "input"), B(), d},
             .centers = {centers.const_data_ptr(), format_of(centers, "centers"), K() * (has_subcenters() ? M() : 1), d},
             .delta = values<T>(displacements),
-            .transform = has_subcenters() ? Transform::subcenter
-                         : input_coeffs   ? Transform::rotation
-                                          : Transform::translation,
+            .transform = has_subcenters() && M() > 1 ? Transform::subcenter  // M = 1 is a plain center
+                         : input_coeffs              ? Transform::rotation
+                                                     : Transform::translation,
             .B = B(),
             .K = K(),
             .d = d,

@@ -121,12 +121,14 @@ struct Kernels {
   // True if any z + bias is NaN or larger than bound.
   bool (*any_above)(const T* z, int64_t n, const T* bias, T bound);
 
-  // Sub-centers, one slot per call: logits = max(logits, p r), slots = slot where p r is larger. Slot 0 overwrites
-  // both. The call for the last slot passes scale, which multiplies the maximum; other calls pass null.
-  void (*running_max)(const T* p, int64_t ld_p, const T* r, int slot, const T* scale, ScoreBlock<T> out);
+  // Sub-centers, from the product p [n M, rows] of their vectors with the input:
+  //   logits[i, k] = scale[i] max_j p[k M + j, i] r[j, k],  slots[i, k] = the lowest j that attains it.
+  void (*max_over_subcenters)(const T* p, int64_t ld_p, ScoreBlock<T> out, SlotMatrix<T> r, const T* scale);
 
-  // out[i, k] = h[i, k] where slot won, else 0. out is [rows, n], contiguous.
-  void (*mask_slot)(GradBlock<T> block, const T* h, int64_t ld_h, int slot, T* out);
+  // The products of the backward of sub-centers w [n M, d], with the weights h [rows, n] of the winners k M + slots:
+  //   g[i] += sum_k h[i, k] w[k M + slots[i, k]],   dw[k M + slots[i, k]] += sum_i h[i, k] f[i].
+  void (*add_winners)(GradBlock<T> block, const T* h, int64_t ld_h, const T* w, int64_t slots, int64_t d, T* g);
+  void (*add_to_winners)(GradBlock<T> block, const T* h, int64_t ld_h, const T* f, int64_t slots, int64_t d, T* dw);
 
   // logits[i, k] = scale[i] r[k] max_j (P[i, k] + input[i, 0] class_a[j, k] + input[i, j] class_b[j, k]), with P alone
   // in slot 0.
