@@ -107,7 +107,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     write = terminalreporter.write_line
     write("")
-    capability = torch.ops.gistops.cpu_capability()
+    capability = torch.ops.gistops.cpu_capability().replace("\n", "; ")
     write(f"{hardware()}, kernels {capability}; n = rounds, each paired with F.linear")
     for title, table in tables.items():
         columns = list(dict.fromkeys(column for cells in table.values() for column in cells))

@@ -130,6 +130,8 @@ STABLE_TORCH_LIBRARY(gistops, m) {
       "frozen_logits(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor norms,"
       " bool need_slots=True, ScalarType? logits_dtype=None)"
       " -> (Tensor logits, Tensor slots)");
-  // The instruction set and the matrix-product library that the CPU backend uses here.
+  // Lines: the instruction set of the CPU backend, and how it multiplies float32, bfloat16 and float16, and why.
   m.def("cpu_capability() -> str");
+  // True if the CPU backend multiplies operands of this dtype on units made for it.
+  m.def("cpu_multiplies(ScalarType dtype) -> bool");
 }

@@ -42,7 +42,10 @@ COMMON = (
 
 
 def _kernels(isa: str, *flags: str) -> Unit:
-    return Unit(f"cpu_kernels_{isa}", "cpu/isa/kernels.cpp", (f"-DGISTOPS_ISA={isa}", *flags))
+    # -fno-math-errno: a square root is one instruction, also of vectors.
+    return Unit(
+        f"cpu_kernels_{isa}", "cpu/isa/kernels.cpp", (f"-DGISTOPS_ISA={isa}", "-fno-math-errno", *flags)
+    )
 
 
 # The files in cpu/isa/ are compiled once per instruction set, and cpu/dispatch.cpp picks a copy at run time, so that

@@ -26,8 +26,11 @@ def _backend(name: str, status: native.Status) -> dict[str, Any]:
     return {"available": True, "reason": reasons[name]}
 
 
-def _capability(status: native.Status) -> str | None:
-    return str(torch.ops.gistops.cpu_capability()) if status.loaded else None
+def _cpu(status: native.Status) -> dict[str, str]:
+    if not status.loaded:
+        return {"instruction set": "none: the compiled ops are not loaded"}
+    names = ("instruction set", "float32 products", "bfloat16 products", "float16 products")
+    return dict(zip(names, str(torch.ops.gistops.cpu_capability()).splitlines(), strict=True))
 
 
 def _compiler(status: native.Status) -> str:
@@ -68,7 +71,7 @@ def info() -> dict[str, Any]:
         },
         "backends": {name: _backend(name, status) for name in backends.NAMES},
         "cpu": {
-            "instruction set": _capability(status) or "none: the compiled ops are not loaded",
+            **_cpu(status),
             "threads": torch.get_num_threads(),
             "cores": os.cpu_count(),
         },

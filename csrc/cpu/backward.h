@@ -18,17 +18,20 @@ class SavedScores {
               const T* center_rnorms, int64_t size)
       : p_(p), grad_(grad), logits_(logits), slots_(slots), center_rnorms_(center_rnorms),
         direct_(grad.template is<T>() && logits.template is<T>()),
-        converted_(p.centers.template scratch_elements<T>(size * p.vectors_per_class())),
+        converted_(p.half_backward() ? 0 : p.centers.template scratch_elements<T>(size * p.vectors_per_class())),
         block_grad_(direct_ ? 0 : std::min(kBlockRows, p.B) * size),
         block_logits_(direct_ ? 0 : std::min(kBlockRows, p.B) * size),
         block_slots_(direct_ ? 0 : std::min(kBlockRows, p.B) * size) {}
 
-  // Moves to the classes [k, k + n); returns their vectors.
+  // Moves to the classes [k, k + n); returns their vectors, or null if the products are in half precision.
   const T* begin(int64_t k, int64_t n) {
     first_ = k, n_ = n;
+    if (p_.half_backward()) return nullptr;
     return p_.centers.template as<T>(k * p_.vectors_per_class(), n * p_.vectors_per_class(), converted_.get());
   }
   SlotMatrix<T> r() const { return {.data = center_rnorms_ + first_, .ld = p_.K, .slots = p_.M}; }
+  // The number of rows that rows() takes at once, from row i on.
+  int64_t rows_from(int64_t i) const { return std::min(kBlockRows, p_.B - i); }
   GradBlock<T> rows(int64_t i, int64_t rows) const {
     const uint8_t* slots = slots_ + i * p_.K + first_;
     if (direct_)
@@ -116,9 +119,11 @@ void reduce_shards(const Problem<T>& p, const Input<T>& input, const Gradients& 
 template <class T, class MakeSource>
 void run_shards(const Problem<T>& p, const Input<T>& input, const Gradients& out, const Partition& partition,
                 int64_t workers, MakeSource make_source) {
+  const InputPairs pairs(p, p.half_backward() && out.centers);
   std::vector<BackwardShard<T, decltype(make_source())>> shards;
   shards.reserve(workers);
-  for (int64_t i = 0; i < workers; ++i) shards.emplace_back(p, input, out, partition.size, make_source(), i == 0);
+  for (int64_t i = 0; i < workers; ++i)
+    shards.emplace_back(p, input, pairs, out, partition.size, make_source(), i == 0);
   partition.for_each_block(workers, [&](int64_t i, int64_t k, int64_t n) { shards[i].add_block(k, n); });
   reduce_shards(p, input, out, shards);
 }

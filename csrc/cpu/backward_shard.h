@@ -6,9 +6,11 @@
 // Sub-centers: dw_kj = sum over i with j* = j of H[i, k] f_i, - T[j, k] w_kj, and g_i = sum over k of H[i, k] w_kj*.
 #pragma once
 #include <optional>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "half_backward.h"
 #include "scores.h"
 
 namespace gistops {
@@ -31,36 +33,41 @@ template <class T, class GradSource>
 class BackwardShard {
  public:
   // first: this shard accumulates the input's gradient in out.input, if the formats allow it.
-  BackwardShard(const Problem<T>& p, const Input<T>& input, const Gradients& out, int64_t size, GradSource source,
-                bool first)
-      : g(out.input ? p.B * p.d : 0, first && p.input.template is<T>() ? static_cast<T*>(out.input) : nullptr),
+  BackwardShard(const Problem<T>& p, const Input<T>& input, const InputPairs& pairs, const Gradients& out, int64_t size,
+                GradSource source, bool first)
+      : g(out.input ? (p.half_backward() ? round_up(p.B, kPad) : p.B) * p.d : 0,
+          first && p.input.template is<T>() ? static_cast<T*>(out.input) : nullptr),
         s((out.input || out.displacements) && p.m ? p.B * p.M : 0), dd(out.displacements ? p.m * p.d : 0),
-        input_coeffs(p.is_rotation() ? p.B * p.M : 0), gz(p.is_rotation() ? p.B : 0), p_(p), input_(input), out_(out),
-        size_(size), source_(std::move(source)), need_h_(out.input || out.centers),
+        input_coeffs(p.is_rotation() ? p.B * p.M : 0), gz(p.is_rotation() ? p.B : 0), p_(p), input_(input),
+        pairs_(pairs), out_(out), size_(size), source_(std::move(source)), need_h_(out.input || out.centers),
         need_t_(out.centers || out.displacements || p.is_rotation()), in_place_(p.centers.template is<T>()),
         h_(need_h_ ? std::min(kBlockRows, p.B) * size : 0), t_(need_t_ ? p.M * size : 0),
         block_dd_(out.displacements ? p.m * p.d : 0),
         dw_(out.centers && (!in_place_ || GradSource::kStashed) ? size * p.vectors_per_class() * p.d : 0),
-        class_coeffs_(p.is_rotation() ? 2 * p.M * size : 0) {
+        class_coeffs_(p.is_rotation() ? 2 * p.M * size : 0),
+        half_products_(p, size, p.half_backward() && out.input, p.half_backward() && out.centers),
+        vectors_(p.half_backward() ? group_size(p.d) * p.d : 0) {
     g.zero(), s.zero(), dd.zero(), input_coeffs.zero(), gz.zero();
   }
 
   // Adds the classes [k, k + n).
   void add_block(int64_t k, int64_t n) {
     first_ = k, n_ = n;
-    const T* w = source_.begin(k, n);
+    const T* w = source_.begin(k, n);  // null if the products are in half precision
+    half_products_.begin(k, n);
     const int64_t vectors = n * p_.vectors_per_class();
     void* grad = out_.centers ? gradient_row(out_.centers, p_.centers, k * p_.vectors_per_class()) : nullptr;
     // Scores stashed in the gradient of the centers are read until the last row: accumulate elsewhere.
     T* dw = !grad ? nullptr : in_place_ && !GradSource::kStashed ? static_cast<T*>(grad) : dw_.get();
     // With one block of rows, subtract_norm_terms() reads the product where it lies and writes dw once.
-    const bool one_product = p_.B > 0 && p_.B <= kBlockRows && !p_.is_subcenter();
-    if (dw && !one_product) std::fill_n(dw, vectors * p_.d, T(0));
+    const bool one_product = p_.B > 0 && source_.rows_from(0) == p_.B && !p_.is_subcenter() && !p_.half_backward();
+    if (dw && !one_product && (!p_.half_backward() || p_.B == 0)) std::fill_n(dw, vectors * p_.d, T(0));
     std::optional<Product<T>> hf;
     t_.zero(), class_coeffs_.zero();
     const std::vector<Pair> cancelled = cancelled_pairs();
-    for (int64_t i = 0; i < p_.B; i += kBlockRows) {
-      const GradBlock<T> block = source_.rows(i, std::min(kBlockRows, p_.B - i));
+    for (int64_t i = 0, rows = 0; i < p_.B; i += rows) {
+      rows = source_.rows_from(i);
+      const GradBlock<T> block = source_.rows(i, rows);
       T* reused = cancelled.empty() ? source_.reusable_grad() : nullptr;
       const Matrix<T> h{reused ? reused : h_.get(), block.rows, n, reused ? block.ld : size_};
       const Matrix<T> f = input_.rows(i, block.rows), classes{w, n, p_.d, p_.d};
@@ -69,6 +76,14 @@ class BackwardShard {
         if (out_.input) kernels<T>().add_winners(block, h.data, h.ld, w, p_.M, p_.d, g.get() + i * p_.d);
         if (dw) kernels<T>().add_to_winners(block, h.data, h.ld, f.data, p_.M, p_.d, dw);
         continue;
+      }
+      if constexpr (std::is_same_v<T, float>) {
+        if (p_.half_backward()) {
+          if (dw) half_products_.centers(h, pairs_.rows(i, block.rows), dw, i > 0);
+          if (!cancelled.empty()) add_cancelled(cancelled, block, w, i);
+          if (out_.input) half_products_.add_input(h, g.get() + i * p_.d);
+          continue;
+        }
       }
       // The product for g comes first: hf keeps its memory.
       if (out_.input && cancelled.empty()) add_product(h, classes, g.get() + i * p_.d);
@@ -82,7 +97,6 @@ class BackwardShard {
       for (int64_t row = 0; row < 2 * p_.M; ++row)
         std::copy_n(class_coeffs_.get() + row * size_, n, static_cast<T*>(out_.class_coeffs) + row * p_.K + k);
     if (need_t_) subtract_norm_terms(w, hf ? hf->data : dw, grad && in_place_ ? static_cast<T*>(grad) : dw);
-    if (grad && !in_place_) kernels<T>().store(dw, vectors * p_.d, p_.centers.format, grad);
   }
 
   Scratch<T> g, s, dd;      // [B, d], [B, M], [m, d]
@@ -139,7 +153,8 @@ class BackwardShard {
     for (int64_t j = 0; j < p_.M; ++j) std::copy_n(source_.r().data + j * source_.r().ld, n_, r.get() + j * n_);
     for (const Pair& pair : pairs) {
       const T rnorm = std::exchange(r[pair.j * n_ + pair.k], T(0));
-      for (int64_t e = 0; e < p_.d; ++e) u[e] = w[pair.k * p_.d + e] + p_.delta[(pair.j - 1) * p_.d + e];
+      const T* center = w ? w + pair.k * p_.d : p_.centers.template as<T>(first_ + pair.k, 1, vectors_.get());
+      for (int64_t e = 0; e < p_.d; ++e) u[e] = center[e] + p_.delta[(pair.j - 1) * p_.d + e];
       for (int64_t row = 0; row < block.rows; ++row) {
         const int64_t entry = row * block.ld + pair.k;
         if (block.slots[entry] != pair.j) continue;
@@ -154,7 +169,7 @@ class BackwardShard {
     route(block, i, {.data = r.get(), .ld = n_, .slots = p_.M}, need_h_ ? h_.get() : nullptr, size_, true, false);
   }
 
-  // dw = hf - sum_j T u_j, and the same terms in dd.
+  // dw = hf - sum_j T u_j, and the same terms in dd. Stores dw if it is not the gradient itself.
   void subtract_norm_terms(const T* w, const T* hf, T* dw) {
     const SlotMatrix<T> r = source_.r();
     for (int64_t j = 0; j < p_.M; ++j)
@@ -165,27 +180,41 @@ class BackwardShard {
     if (p_.is_subcenter()) {
       Scratch<T> t(n_ * p_.M);  // one factor per row of w
       for (int64_t v = 0; v < n_ * p_.M; ++v) t[v] = t_[v % p_.M * size_ + v / p_.M];
-      return kernels<T>().norm_correction(w, n_ * p_.M, p_.d, nullptr, {.data = t.get(), .ld = 0, .slots = 1}, hf, dw,
-                                          nullptr);
+      kernels<T>().norm_correction(w, n_ * p_.M, p_.d, nullptr, {.data = t.get(), .ld = 0, .slots = 1}, hf, dw,
+                                   nullptr);
+      if (dw && !in_place_)
+        kernels<T>().store(dw, n_ * p_.M * p_.d, p_.centers.format,
+                           gradient_row(out_.centers, p_.centers, first_ * p_.M));
+      return;
     }
     // dd is summed per block first: in two levels, sums over many classes have smaller rounding errors. A rotation has
     // one norm per class, and t in slot 0 alone.
     block_dd_.zero();
-    kernels<T>().norm_correction(w, n_, p_.d, p_.delta, {.data = t_.get(), .ld = size_, .slots = p_.m + 1}, hf, dw,
-                                 out_.displacements ? block_dd_.get() : nullptr);
+    for (int64_t k = 0, group = w ? n_ : group_size(p_.d); k < n_; k += group) {
+      const int64_t n = std::min(group, n_ - k);
+      const T* vectors = w ? w : p_.centers.template as<T>(first_ + k, n, vectors_.get());
+      T* out = dw ? dw + k * p_.d : nullptr;
+      kernels<T>().norm_correction(vectors, n, p_.d, p_.delta, {.data = t_.get() + k, .ld = size_, .slots = p_.m + 1},
+                                   dw ? hf + k * p_.d : nullptr, out, out_.displacements ? block_dd_.get() : nullptr);
+      if (dw && !in_place_)
+        kernels<T>().store(out, n * p_.d, p_.centers.format, gradient_row(out_.centers, p_.centers, first_ + k));
+    }
     if (out_.displacements) dd.add(block_dd_);
   }
 
   const Problem<T>& p_;
   const Input<T>& input_;
+  const InputPairs& pairs_;
   const Gradients out_;
   const int64_t size_;
   GradSource source_;
   const bool need_h_, need_t_, in_place_;
-  int64_t first_ = 0, n_ = 0;  // the current block: its first class, and the number of its classes
-  Scratch<T> h_, t_;           // [rows, size], [M, size]
-  Scratch<T> block_dd_, dw_;   // [m, d], [size, vectors per class, d]
-  Scratch<T> class_coeffs_;    // of a rotation: [2, M, size]
+  int64_t first_ = 0, n_ = 0;      // the current block: its first class, and the number of its classes
+  Scratch<T> h_, t_;               // [rows, size], [M, size]
+  Scratch<T> block_dd_, dw_;       // [m, d], [size, vectors per class, d]
+  Scratch<T> class_coeffs_;        // of a rotation: [2, M, size]
+  HalfProducts<T> half_products_;  // products in half precision, and
+  Scratch<T> vectors_;             // a group of converted vectors
 };
 
 }  // namespace gistops

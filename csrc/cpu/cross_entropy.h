@@ -21,15 +21,21 @@ namespace gistops {
 // products of a linear layer, and no memory besides the gradients.
 template <class T>
 struct Stash {
+  static constexpr int64_t kFewest = 64;  // fewer rows save less than their products, on their own, cost
   char* data = nullptr;
-  int64_t class_bytes = 0, rows = 0;
+  int64_t class_bytes = 0, rows = 0;  // rows: all of them, or a multiple of kPad
 
   Stash() = default;
   Stash(const Problem<T>& p, void* buffer) : data(static_cast<char*>(buffer)) {
     class_bytes = p.vectors_per_class() * p.d * p.centers.element_size();
     if (class_bytes % sizeof(T) != 0) return;  // the scores would not be aligned
     const int64_t room = (class_bytes - p.M * static_cast<int64_t>(sizeof(T))) / static_cast<int64_t>(sizeof(T) + 1);
-    rows = room >= p.B ? p.B : std::max<int64_t>(room, 0) / kBlockRows * kBlockRows;
+    rows = room >= p.B ? p.B : room >= kFewest ? room / kPad * kPad : 0;
+  }
+  // The number of rows to score at once, from row i on: of one block of rows, and all or none of them stashed.
+  int64_t rows_from(int64_t i, int64_t B) const {
+    const int64_t end = std::min((i / kBlockRows + 1) * kBlockRows, B);
+    return (i < rows ? std::min(end, rows) : end) - i;
   }
   bool holds(int64_t i) const { return i < rows; }
   bool holds_all(int64_t B) const { return B > 0 && rows == B; }
@@ -111,8 +117,8 @@ void cross_entropy_forward(const Problem<T>& p, const LossArguments<T>& loss, co
   partition.for_each_block(workers, [&](int64_t worker, int64_t k, int64_t n) {
     Shard& shard = shards[worker];
     shard.block.load(k, n);
-    for (int64_t i = 0; i < p.B; i += kBlockRows) {
-      const int64_t rows = std::min(kBlockRows, p.B - i);
+    for (int64_t i = 0, rows = 0; i < p.B; i += rows) {
+      rows = stash.rows_from(i, p.B);
       const bool stashed = stash.holds(i);
       T* z = stashed ? stash.scores(k, n, p.M, i) : shard.scores.get();
       shard.block.score(i, rows, z, stashed ? stash.slots(k, n, p.M, i) : shard.slots.get(), n);
@@ -157,20 +163,22 @@ class LossScores {
         block_(p, input, size, std::min(kBlockRows, p.B)), g_(std::min(kBlockRows, p.B) * size),
         scores_(stash.holds_all(p.B) ? 0 : std::min(kBlockRows, p.B) * size),
         slots_(stash.holds_all(p.B) ? 0 : std::min(kBlockRows, p.B) * size),
-        converted_(p.centers.template scratch_elements<T>(size * p.vectors_per_class())) {}
+        converted_(p.half_backward() ? 0 : p.centers.template scratch_elements<T>(size * p.vectors_per_class())) {}
 
   const T* begin(int64_t k, int64_t n) {
     first_ = k, n_ = n;
     if (grad_bias_) std::fill_n(grad_bias_ + k, n, T(0));
-    if (stash_.holds_all(p_.B))
-      return p_.centers.template as<T>(k * p_.vectors_per_class(), n * p_.vectors_per_class(), converted_.get());
-    block_.load(k, n);
-    return block_.w();
+    if (!stash_.holds_all(p_.B)) block_.load(k, n);
+    if (p_.half_backward()) return nullptr;
+    if (!stash_.holds_all(p_.B) && block_.w()) return block_.w();
+    return p_.centers.template as<T>(k * p_.vectors_per_class(), n * p_.vectors_per_class(), converted_.get());
   }
   SlotMatrix<T> r() const {
     if (!stash_.holds_all(p_.B)) return block_.r();
     return {.data = stash_.norms(first_), .ld = n_, .slots = p_.M};
   }
+  // The number of rows that rows() takes at once, from row i on.
+  int64_t rows_from(int64_t i) const { return stash_.rows_from(i, p_.B); }
   GradBlock<T> rows(int64_t i, int64_t rows) {
     const bool stashed = stash_.holds(i);
     T* z = stashed ? stash_.scores(first_, n_, p_.M, i) : scores_.get();

@@ -15,6 +15,7 @@
 #include <optional>
 
 #include "../torch_calls.h"
+#include "half_product.h"
 
 extern "C" {
 // Weak: with a libtorch that lacks these functions, this library still loads, and the ops raise an error.
@@ -81,28 +82,34 @@ inline torch::stable::Tensor onednn_product(const Matrix<float>& a, const Matrix
   });
 }
 
-inline bool choose_onednn() {
+// The library of the float32 products.
+inline Choice choose_onednn() {
   const char* asked = std::getenv("GISTOPS_CPU_PRODUCTS");
-  if (asked && std::strcmp(asked, "blas") == 0) return false;
-  bool wanted = asked && std::strcmp(asked, "onednn") == 0;
+  if (asked && std::strcmp(asked, "blas") == 0) return {false, "BLAS, as GISTOPS_CPU_PRODUCTS asks"};
+  const bool wanted = asked && std::strcmp(asked, "onednn") == 0;
+  bool faster = false;
 #ifdef GISTOPS_X86
   __builtin_cpu_init();
-  wanted |= __builtin_cpu_is("amd") && __builtin_cpu_supports("x86-64-v4");
+  faster = __builtin_cpu_is("amd") && __builtin_cpu_supports("x86-64-v4");
 #endif
-  if (!wanted || !aoti_torch_cpu__linear_pointwise) return false;
-  try {  // a PyTorch without oneDNN raises an error
+  if (!wanted && !faster) return {false, "BLAS, the rule for all processors but AMD's with AVX-512"};
+  if (!aoti_torch_cpu__linear_pointwise) return {false, "BLAS: this PyTorch exports no linear_pointwise"};
+  try {
     const float one = 1;
     onednn_product({&one, 1, 1, 1}, {&one, 1, 1, 1});
-    return true;
   } catch (...) {
-    return false;
+    return {false, "BLAS: this PyTorch has no oneDNN"};
   }
+  return {true, wanted ? "oneDNN, as GISTOPS_CPU_PRODUCTS asks"
+                       : "oneDNN: on AMD processors with AVX-512, MKL uses AVX2 alone"};
 }
 
-inline bool use_onednn() {
-  static const bool chosen = choose_onednn();
-  return chosen;
+inline const Choice& float32_choice() {
+  static const Choice choice = choose_onednn();
+  return choice;
 }
+
+inline bool use_onednn() { return float32_choice().chosen; }
 
 template <class T>
 bool prefer_onednn(const Matrix<T>& a, const Matrix<T>& b) {

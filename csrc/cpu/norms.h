@@ -1,19 +1,8 @@
-// Reciprocal norms, and the pairs whose norms lose digits.
+// Norms that are clamped, and pairs whose norms lose digits.
 #pragma once
-#include <cmath>
-#include <limits>
-
 #include "isa/kernels.h"
 
 namespace gistops {
-
-// 1 / max(norm, kMinNorm) from the squared norm. A NaN stays NaN, and a square that has overflowed gives NaN.
-template <class T>
-T clamped_rnorm(T square) {
-  const T norm = std::sqrt(square);
-  if (norm < static_cast<T>(kMinNorm)) return static_cast<T>(1 / kMinNorm);
-  return std::isinf(norm) ? std::numeric_limits<T>::quiet_NaN() : 1 / norm;
-}
 
 // A clamped norm is constant: it has no gradient.
 template <class T>

@@ -7,6 +7,7 @@
 #include <exception>
 #include <mutex>
 
+#include "half_product.h"
 #include "problem.h"
 
 namespace gistops {
@@ -15,8 +16,10 @@ constexpr int64_t kBlockRows = 256;         // rows per block: with kBlockClasse
 constexpr int64_t kBlockClasses = 512;      // classes per block, at most
 constexpr int64_t kLossBlockClasses = 192;  // the same for a loss: as fast, with less scratch memory
 constexpr int64_t kMinBlockClasses = 64;    // fewer make the matrix product inefficient
+constexpr int64_t kPad = 16;                // the rows of a product in half precision are a multiple of this
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Calls f(begin, end) for parts of [begin, end) in PyTorch's thread pool. The first exception of a part is rethrown;
 // the stable ABI would lose its message.
@@ -27,6 +30,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
     try {
       f(first, last);
+      release_half_units();
     } catch (...) {
       const std::lock_guard<std::mutex> lock(mutex);
       if (!error) error = std::current_exception();

@@ -41,6 +41,9 @@ struct StoredMatrix {
   }
 };
 
+// The number of vectors that are converted to the type of computation, then read again from L1.
+inline int64_t group_size(int64_t d) { return std::clamp<int64_t>(8192 / d, 4, 16); }
+
 // Where the forward stores logits and slots, [B, K] each. Slots are null if they are not needed.
 struct StoredScores {
   void* logits;
@@ -68,10 +71,16 @@ struct Problem {
   Transform transform;
   int64_t B, K, d, m, M;  // m = 0 without translation
   T tau;
-  const T* input_coeffs = nullptr;  // [B, M] of a rotation
-  const T* class_coeffs = nullptr;  // [2, M, K] of a rotation
-  const T* norms = nullptr;         // [M, K], the output of center_norms(), if known
+  const T* input_coeffs = nullptr;         // [B, M] of a rotation
+  const T* class_coeffs = nullptr;         // [2, M, K] of a rotation
+  const T* norms = nullptr;                // [M, K], the output of center_norms(), if known
+  bool half = false;                       // P = f W' takes input and centers as stored (half_product.h)
+  bool bf16_dots = false;                  // half, and all operands are bfloat16
+  const uint16_t* stored_delta = nullptr;  // [m, d], as stored
 
+  // True if the products of the backward, too, are in half precision. With float16 they are in float32: small weights H
+  // would underflow. Those of sub-centers multiply the winners alone, without a matrix product.
+  bool half_backward() const { return half && input.format == Format::bf16 && !is_subcenter(); }
   bool is_subcenter() const { return transform == Transform::subcenter; }
   bool is_rotation() const { return transform == Transform::rotation; }
   int64_t vectors_per_class() const { return is_subcenter() ? M : 1; }

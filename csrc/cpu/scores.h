@@ -2,9 +2,11 @@
 #pragma once
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "gemm.h"
+#include "half_product.h"
 #include "norms.h"
 #include "partition.h"
 #include "problem.h"
@@ -18,18 +20,41 @@ class Input {
  public:
   explicit Input(const Problem<T>& p)
       : q(p.B * p.M), rnorm(p.B), scale(p.B), delta_squares(p.m), p_(p),
-        converted_(p.input.template scratch_elements<T>(p.B)) {
+        converted_(p.input.template scratch_elements<T>(p.B)), columns_(p.half ? round_up(p.B, kPad) * p.d / 2 : 0) {
     kernels<T>().dots(p.delta, p.m, p.d, nullptr, 0, delta_squares.get(), nullptr, 0);
     compute();
+    if (p.half) pack_columns();
   }
   const T* f() const { return p_.input.template is<T>() ? static_cast<const T*>(p_.input.data) : converted_.get(); }
   Matrix<T> rows(int64_t i, int64_t n) const { return {f() + i * p_.d, n, p_.d, p_.d}; }
+  // The rows [i, i + n) as columns, for a product in half precision: [d, n], where n is rounded up to kPad. They lie
+  // within one chunk of kBlockRows rows.
+  Pairs columns(int64_t i, int64_t n) const {
+    const int64_t chunk = i / kBlockRows * kBlockRows, ld = padded_rows(chunk);
+    return {columns_.get() + chunk * p_.d / 2 + i - chunk, p_.d / 2, round_up(n, kPad), ld};
+  }
 
   Scratch<T> q;              // [B, M]: f_i . delta_j, 0 in slot 0
   Scratch<T> rnorm, scale;   // [B]: 1 / |f_i|, tau / |f_i|
   Scratch<T> delta_squares;  // [m]: |delta_j|^2
 
  private:
+  int64_t padded_rows(int64_t chunk) const { return round_up(std::min(kBlockRows, p_.B - chunk), kPad); }
+
+  // Transposes each chunk as a matrix of pairs of dimensions, which have the size of a float.
+  void pack_columns() const {
+    const int64_t d = p_.d / 2;
+    parallel_for(0, ceil_div(p_.B, kBlockRows), ceil_div(kWorkPerThread, kBlockRows * d), [&](int64_t c, int64_t end) {
+      for (; c < end; ++c) {
+        const int64_t chunk = c * kBlockRows, rows = std::min(kBlockRows, p_.B - chunk), ld = padded_rows(chunk);
+        uint32_t* out = columns_.get() + chunk * d;
+        kernels<float>().transpose(static_cast<const float*>(p_.input.row(chunk)), rows, d, d,
+                                   reinterpret_cast<float*>(out), ld);
+        for (int64_t e = 0; e < d; ++e) std::fill(out + e * ld + rows, out + (e + 1) * ld, 0);
+      }
+    });
+  }
+
   void compute() const {
     constexpr int64_t kGrain = 16;  // rows that a thread converts, then reads again from its own cache
     const int64_t grains_per_thread = ceil_div(kWorkPerThread, kGrain * p_.d * p_.M);
@@ -40,8 +65,8 @@ class Input {
         const T* f =
             p_.input.template as<T>(begin, n, converted_.get() + (p_.input.template is<T>() ? 0 : begin * p_.d));
         kernels<T>().dots(f, n, p_.d, p_.delta, p_.m, squares, q.get() + begin * p_.M + 1, p_.M);
+        kernels<T>().rnorms(squares, n, &rnorm[begin]);
         for (int64_t i = begin; i < begin + n; ++i) {
-          rnorm[i] = clamped_rnorm(squares[i - begin]);
           scale[i] = p_.tau * rnorm[i];
           q[i * p_.M] = 0;
           if (has_nan(i)) scale[i] = std::numeric_limits<T>::quiet_NaN();
@@ -60,6 +85,7 @@ class Input {
 
   const Problem<T>& p_;
   Scratch<T> converted_;
+  Scratch<uint32_t> columns_;
 };
 
 // A block of classes: the norms of their vectors, and their scores.
@@ -69,25 +95,30 @@ class ClassBlock {
   // size: classes per block, at most. rows: rows per call of score(), at most.
   ClassBlock(const Problem<T>& p, const Input<T>& input, int64_t size, int64_t rows)
       : p_(p), input_(input), size_(size),
-        converted_(p.centers.template scratch_elements<T>(size * p.vectors_per_class())),
-        squares_(size * p.vectors_per_class()), dots_(size * p.m), r_(size * p.M),
-        product_(p.is_subcenter() ? size * p.M * rows : 0) {}
+        converted_(p.centers.template scratch_elements<T>(p.half ? group_size(p.d) : size * p.vectors_per_class())),
+        squares_(size * p.vectors_per_class()), dots_(size * p.m), slot_squares_(size), r_(size * p.M),
+        product_(p.half             ? half_vectors() * round_up(rows, kPad)
+                 : p.is_subcenter() ? size * p.M * rows
+                                    : 0) {}
 
   // Loads the classes [first, first + n) and computes their norms.
   void load(int64_t first, int64_t n) {
-    constexpr int64_t kGroup = 16;  // vectors that are converted, then read again from L1
     first_ = first, n_ = n;
     cancelled_.clear();
     const int64_t begin = first * p_.vectors_per_class(), vectors = n * p_.vectors_per_class();
     const bool direct = p_.centers.template is<T>();
     if (p_.norms) {
-      w_ = p_.centers.template as<T>(begin, vectors, converted_.get());
+      if (!p_.half) w_ = p_.centers.template as<T>(begin, vectors, converted_.get());
       return load_norms();
     }
-    for (int64_t v = 0; v < vectors; v += direct ? vectors : kGroup) {
-      const int64_t rows = direct ? vectors : std::min(kGroup, vectors - v);
-      const T* w = p_.centers.template as<T>(begin + v, rows, converted_.get() + (direct ? 0 : v * p_.d));
-      if (v == 0) w_ = w;
+    if (p_.bf16_dots)
+      kernels<T>().dots_bf16(static_cast<const uint16_t*>(p_.centers.row(begin)), vectors, p_.d, p_.stored_delta, p_.m,
+                             squares_.get(), dots_.get(), p_.m);
+    const int64_t group = direct ? vectors : group_size(p_.d);
+    for (int64_t v = 0; v < vectors && !p_.bf16_dots; v += group) {
+      const int64_t rows = std::min(group, vectors - v);
+      const T* w = p_.centers.template as<T>(begin + v, rows, converted_.get() + (direct || p_.half ? 0 : v * p_.d));
+      if (v == 0 && !p_.half) w_ = w;
       kernels<T>().dots(w, rows, p_.d, p_.delta, p_.m, squares_.get() + v, dots_.get() + v * p_.m, p_.m);
     }
     if (p_.is_subcenter()) return subcenter_norms();
@@ -110,24 +141,24 @@ class ClassBlock {
   // Scores the rows [i, i + rows): logits and slots, both with row stride ld. slots may be null.
   void score(int64_t i, int64_t rows, T* logits, uint8_t* slots, int64_t ld) {
     const ScoreBlock<T> out{.logits = logits, .slots = slots, .ld = ld, .rows = rows, .n = n_};
+    if (p_.half) return score_in_half(i, out);
     const Matrix<T> f = input_.rows(i, rows);
-    const T* scale = input_.scale.get() + i;
-    if (p_.is_subcenter()) return score_subcenters(f, scale, out);
+    if (p_.is_subcenter()) return score_subcenters(f, input_.scale.get() + i, out);
     const Matrix<T> classes{w_, n_, p_.d, p_.d};
     const Product<T> product(f, classes.t(), logits, ld);
-    if (p_.is_rotation())
-      return kernels<T>().rotation_max_over_slots(product.data, product.ld, out, p_.coeffs(i, first_), r_.get(), scale);
-    kernels<T>().max_over_slots(product.data, product.ld, out, r(), input_.q.get() + i * p_.M, scale);
-    score_cancelled(f.data, scale, out);
+    score_product(product.data, product.ld, i, out);
   }
 
+  // The vectors, in the type of computation; null if the products are in half precision.
   const T* w() const { return w_; }
   SlotMatrix<T> r() const { return {.data = r_.get(), .ld = size_, .slots = p_.M}; }
 
  private:
   void subcenter_norms() {
-    for (int64_t k = 0; k < n_; ++k)
-      for (int64_t j = 0; j < p_.M; ++j) r_[j * size_ + k] = clamped_rnorm(squares_[k * p_.M + j]);
+    for (int64_t j = 0; j < p_.M; ++j) {
+      for (int64_t k = 0; k < n_; ++k) slot_squares_[k] = squares_[k * p_.M + j];
+      kernels<T>().rnorms(slot_squares_.get(), n_, r_.get() + j * size_);
+    }
   }
 
   // From save_norms().
@@ -156,32 +187,44 @@ class ClassBlock {
   // From |w + delta|^2 = |w|^2 + 2 w.delta + |delta|^2, or from w + delta itself for classes with a cancelled pair. The
   // backward decides from these norms which pairs have cancelled, so they must be exact before any score is.
   void translation_norms() {
-    for (int64_t k = 0; k < n_; ++k) {
-      r_[k] = clamped_rnorm(squares_[k]);
-      bool cancelled = false, has_nan = false;
-      for (int64_t j = 1; j <= p_.m; ++j) {
-        const T delta_square = input_.delta_squares[j - 1];
-        const T square = squares_[k] + delta_square + 2 * dots_[k * p_.m + j - 1];
-        r_[j * size_ + k] = clamped_rnorm(square);
-        cancelled |= cancels(square, squares_[k], delta_square);
-        has_nan |= !std::isfinite(square);
+    const auto square = [&](int64_t j, int64_t k) {
+      return squares_[k] + input_.delta_squares[j - 1] + 2 * dots_[k * p_.m + j - 1];
+    };
+    const auto cancelled = [&](int64_t j, int64_t k) {
+      return cancels(square(j, k), squares_[k], input_.delta_squares[j - 1]);
+    };
+    const auto too_large = [&](int64_t j, int64_t k) { return square(j, k) > std::numeric_limits<T>::max(); };
+    bool special = false;
+    kernels<T>().rnorms(squares_.get(), n_, r_.get());
+    for (int64_t j = 1; j <= p_.m; ++j) {
+      for (int64_t k = 0; k < n_; ++k) {
+        slot_squares_[k] = square(j, k);
+        special |= cancelled(j, k) | too_large(j, k);  // a NaN cancels
       }
-      if (has_nan) set_nan(k);
-      if (cancelled && !has_nan) cancelled_.push_back(k);
+      kernels<T>().rnorms(slot_squares_.get(), n_, r_.get() + j * size_);
+    }
+    if (!special) return;
+    for (int64_t k = 0; k < n_; ++k) {
+      bool any_cancelled = false, finite = true;
+      for (int64_t j = 1; j <= p_.m; ++j) any_cancelled |= cancelled(j, k), finite &= std::isfinite(square(j, k));
+      if (!finite) set_nan(k);
+      if (any_cancelled && finite) cancelled_.push_back(k);
     }
     if (cancelled_.empty()) return;
-    Scratch<T> u(p_.M * p_.d), squares(p_.M);
+    Scratch<T> u(p_.M * p_.d), squares(p_.M), rnorms(p_.M);
     for (const int64_t k : cancelled_) {
       load_slots(k, u);
       kernels<T>().dots(u.get(), p_.M, p_.d, u.get(), 0, squares.get(), nullptr, 0);
-      for (int64_t j = 0; j < p_.M; ++j) r_[j * size_ + k] = clamped_rnorm(squares[j]);
+      kernels<T>().rnorms(squares.get(), p_.M, rnorms.get());
+      for (int64_t j = 0; j < p_.M; ++j) r_[j * size_ + k] = rnorms[j];
     }
   }
 
   // Writes w_k + delta_j for all slots j to u [M, d].
   void load_slots(int64_t k, const Scratch<T>& u) const {
+    const T* w = w_ ? w_ + k * p_.d : p_.centers.template as<T>(first_ + k, 1, converted_.get());
     for (int64_t j = 0; j < p_.M; ++j)
-      for (int64_t e = 0; e < p_.d; ++e) u[j * p_.d + e] = w_[k * p_.d + e] + (j ? p_.delta[(j - 1) * p_.d + e] : 0);
+      for (int64_t e = 0; e < p_.d; ++e) u[j * p_.d + e] = w[e] + (j ? p_.delta[(j - 1) * p_.d + e] : 0);
   }
 
   // Gives slot 0 of class k a NaN, which the comparisons of the maximum keep; they would drop a NaN of a slot j >= 1.
@@ -191,6 +234,43 @@ class ClassBlock {
     const Matrix<T> vectors{w_, n_ * p_.M, p_.d, p_.d};
     const Product<T> product(vectors, f.t(), product_.get(), f.rows);
     kernels<T>().max_over_subcenters(product.data, product.ld, out, r(), scale);
+  }
+
+  // Vectors per product in half precision, which stays in L1: those of one class at least.
+  int64_t half_vectors() const { return std::max<int64_t>(64, p_.vectors_per_class()); }
+
+  // Calls use(product, ld, k, n) with W f' of the vectors of n classes from k on, for all classes of the block. W is
+  // the first operand, so that the centers are read as they are stored.
+  template <class Use>
+  void multiply_in_half(int64_t i, int64_t rows, Use use) const {
+    if constexpr (std::is_same_v<T, float>) {
+      const Pairs f = input_.columns(i, rows);
+      const int64_t per_class = p_.vectors_per_class(), group = half_vectors() / per_class;
+      for (int64_t k = 0; k < n_; k += group) {
+        const int64_t n = std::min(group, n_ - k);
+        half_product(p_.centers.format, p_.centers.row((first_ + k) * per_class), n * per_class, p_.d, f,
+                     product_.get(), f.cols, false);
+        use(product_.get(), f.cols, k, n);
+      }
+    }
+  }
+
+  void score_in_half(int64_t i, const ScoreBlock<T>& out) {
+    multiply_in_half(i, out.rows, [&](const T* product, int64_t ld, int64_t k, int64_t n) {
+      if (!p_.is_subcenter()) return kernels<T>().transpose(product, n, out.rows, ld, out.logits + k, out.ld);
+      const ScoreBlock<T> part{out.logits + k, out.slots ? out.slots + k : nullptr, out.ld, out.rows, n};
+      kernels<T>().max_over_subcenters(product, ld, part, {r_.get() + k, size_, p_.M}, input_.scale.get() + i);
+    });
+    if (!p_.is_subcenter()) score_product(out.logits, out.ld, i, out);
+  }
+
+  // From the product P of the rows from i on, which may lie in out.logits.
+  void score_product(const T* product, int64_t ld, int64_t i, const ScoreBlock<T>& out) {
+    const T* scale = input_.scale.get() + i;
+    if (p_.is_rotation())
+      return kernels<T>().rotation_max_over_slots(product, ld, out, p_.coeffs(i, first_), r_.get(), scale);
+    kernels<T>().max_over_slots(product, ld, out, r(), input_.q.get() + i * p_.M, scale);
+    score_cancelled(input_.f() + i * p_.d, scale, out);
   }
 
   // Scores the classes with a cancelled pair again, from w_k + delta_j.
@@ -217,9 +297,11 @@ class ClassBlock {
   const Problem<T>& p_;
   const Input<T>& input_;
   int64_t size_, first_ = 0, n_ = 0;
-  Scratch<T> converted_, squares_, dots_;  // the vectors, |w|^2, w . delta_j
-  Scratch<T> r_;                           // [M, size]: R = 1 / |w_k + delta_j|
-  Scratch<T> product_;                     // of sub-centers: [size M, rows]
+  Scratch<T> converted_;       // the vectors, or a group of them
+  Scratch<T> squares_, dots_;  // |w|^2, w . delta_j
+  Scratch<T> slot_squares_;    // |w + delta_j|^2 of one slot
+  Scratch<T> r_;               // [M, size]: R = 1 / |w_k + delta_j|
+  Scratch<T> product_;         // of sub-centers: [size M, rows]; in half precision: [half_vectors(), rows]
   const T* w_ = nullptr;
   std::vector<int64_t> cancelled_;  // classes with a cancelled pair, within the block
 };

@@ -90,7 +90,7 @@ def cross_entropy(
     plain = not input.is_meta and all(x is None or type(x) in _PLAIN for x in tensors)
     eager = plain and not torch.compiler.is_compiling() and not transforms_active()
     if eager and input.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-        tensors = (*cast_operands(tensors[:3]), *tensors[3:])
+        tensors = (*cast_operands(ops, "cuda", tensors[:3]), *tensors[3:])
     can_park = eager and graph and classifier.transform == "translation"
     park = can_park and _can_park(ops, *tensors[:3])
     keep_scores = (

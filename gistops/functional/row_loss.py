@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from .._classifier import Classifier, LossOptions, MarginKind, no_displacements
 from .._functorch import all_samples, transforms_active
 from ..backends import reference
 from ..backends.cpu_stash import StashedCrossEntropyParts, can_stash
-from ..operators.registry import nonzero_tau
+from ..operators.registry import cast_operands, nonzero_tau
 from .transforms import mlp as mlp_transform
 from .transforms import rotation
 
@@ -213,9 +213,11 @@ def _parts(
     input, classifier, coeffs = op_operands(input, classifier)
     centers, displacements, tau = classifier[:3]
     class_bias, ignore_index = options.class_bias, options.ignore_index
-    arguments = (input, centers, displacements, tau, class_bias, *coeffs, target, weight)
+    arguments: tuple[Any, ...] = (input, centers, displacements, tau, class_bias, *coeffs, target, weight)
     if backend == "cpu" and classifier.mlp is None and can_stash(centers, *arguments):
         parts: tuple[Tensor, Tensor, Tensor]
+        if torch.is_autocast_enabled("cpu"):  # the function calls its op below autocast
+            arguments = (*cast_operands(torch.ops.gistops, "cpu", arguments[:3]), *arguments[3:])
         parts = StashedCrossEntropyParts.apply(*arguments, ignore_index)  # type: ignore[no-untyped-call]
         return parts
     if target.device.type == "cuda":

@@ -33,7 +33,7 @@ class Op(NamedTuple):
         fake: the fake kernel; takes the record of the arguments.
         backward: autograd formula, `backward(ops, ctx, *grads)`, where `ops` is the namespace; None: not differentiable.
         save: `setup_context` of the formula.
-        autocast: number of leading tensors that autocast casts on a GPU; None: the op has no autocast rule.
+        autocast: number of leading tensors that autocast may cast; None: the op has no autocast rule.
     """
 
     name: str
@@ -90,6 +90,7 @@ def complete(ops: Any, op: Op) -> None:
         backward = functools.partial(op.backward, ops)
         torch.library.register_autograd(name, backward, setup_context=op.save)
     if op.autocast is not None:
+        _cpu_dtypes(ops)  # asked now: a graph that is traced later cannot hold the question
         for device in ("CPU", "CUDA"):
             _register(ops, op.name, _autocast(ops, op, device.lower()), f"Autocast{device}")
 
@@ -129,10 +130,9 @@ def _register(ops: Any, name: str, kernel: Callable[..., Any], key: str) -> None
 
 
 def _autocast(ops: Any, op: Op, device: str) -> Callable[..., Any]:
-    """Return the autocast kernel of an op. It casts the operands to the autocast dtype on GPUs, not on CPUs.
+    """Return the autocast kernel of an op: it calls `cast_operands`.
 
-    The CPU kernels compute in float32 from any mix of dtypes, so a cast would lose bits and gain no time. The outputs
-    are float32 on both devices, and tau is never cast.
+    The outputs are float32, and tau is never cast.
     """
     operator = getattr(ops, op.name).default
     operands = op.autocast
@@ -140,17 +140,29 @@ def _autocast(ops: Any, op: Op, device: str) -> Callable[..., Any]:
 
     def kernel(*arguments: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            if device == "cuda":
-                arguments = (*cast_operands(arguments[:operands]), *arguments[operands:])
-            return operator(*arguments)
+            return operator(*cast_operands(ops, device, arguments[:operands]), *arguments[operands:])
 
     return kernel
 
 
-def cast_operands(operands: Sequence[Tensor]) -> list[Tensor]:
-    """Cast tensors on a GPU to the dtype of autocast, float64 tensors excepted."""
-    dtype = torch.get_autocast_dtype("cuda")
+def cast_operands(ops: Any, device: str, operands: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Cast tensors [..., d] to the dtype of autocast, float64 tensors excepted.
+
+    The CPU's kernels compute in float32 from any mix of dtypes. They are faster in half precision only on processors
+    with units for this dtype, and for an even d; elsewhere a cast would lose bits and gain no time.
+    """
+    dtype = torch.get_autocast_dtype(device)
+    if device == "cpu" and (dtype not in _cpu_dtypes(ops) or operands[0].shape[-1] % 2):
+        return operands
     return [x if x.dtype == torch.float64 else x.to(dtype) for x in operands]
+
+
+@functools.cache
+def _cpu_dtypes(ops: Any) -> tuple[torch.dtype, ...]:
+    """Return the dtypes that the CPU kernels of a namespace multiply on units made for them."""
+    if not hasattr(ops, "cpu_multiplies"):
+        return ()
+    return tuple(x for x in (torch.bfloat16, torch.float16) if ops.cpu_multiplies.default(x))
 
 
 def below_autocast() -> Any:

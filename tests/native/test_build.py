@@ -210,6 +210,9 @@ def test_info_reports_versions_backends_and_folders() -> None:
         "cache folder",
         str(native.cache_dir()),
         "instruction set",
+        "float32 products",
+        "bfloat16 products",
+        "float16 products",
     ):
         assert word in text
     assert "last load error" in text

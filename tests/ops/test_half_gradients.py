@@ -96,8 +96,15 @@ def without_near_ties(named: dict[str, Tensor], transform: str) -> dict[str, Ten
     return named | {"input": named["input"][gaps.flatten(1).amin(1) > 1e-5]}
 
 
+def rounds_weights(transform: str, dtype: torch.dtype, backend: str) -> bool:
+    """Return True if the backend rounds the weights of its products: on GPUs, and on CPUs with units for bfloat16."""
+    if backend == "cpu":
+        return transform != "mlp" and dtype == bf16 and torch.ops.gistops.cpu_multiplies(dtype)
+    return transform in eager_loss.WHOLE_LOSS.get(backend, ())
+
+
 def rounded_weights(named: dict[str, Tensor], transform: str) -> dict[str, Tensor]:
-    """Return bounds of the errors of the gradients of input and centers on GPUs, which round the weights of their products.
+    """Return bounds of the errors of the gradients of input and centers if the weights of their products are rounded.
 
     A weight is at most 2 τ / (|f| |w'|) in size, with a margin in angles too. The bounds are those of half an eps of each
     weight, for the sum over the rows as for independent errors, times 8: for the projections, and for the gradients of the
@@ -119,14 +126,14 @@ def check_rounded_once(
     """Compare with the gradients of the same numbers in float32: one rounding, and the largest sum's float32 error.
 
     The signs of the terms are mixed: gradients are much smaller than the sums of their terms' magnitudes, so that a partial
-    sum in half precision shows. On GPUs, the weights of the products for input and centers are in half precision.
+    sum in half precision shows. Where `rounds_weights`, the weights of the products for input and centers are rounded.
     """
     named = without_near_ties(tensors(transform, kind is not None, dtype, rows, seed), transform)
     target = torch.randint(0, CLASSES, (len(named["input"]),), generator=generator(seed + 1))
     made = gradients(named, transform, kind, target, backend)
     wide = gradients({name: x.to(f32) for name, x in named.items()}, transform, kind, target, backend)
     more: dict[str, Tensor] = {}
-    if transform in eager_loss.WHOLE_LOSS.get(backend, ()):
+    if rounds_weights(transform, dtype, backend):
         more = rounded_weights(named, transform)
     for name, gradient in made.items():
         assert gradient.dtype == dtype

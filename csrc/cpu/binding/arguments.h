@@ -8,6 +8,7 @@
 
 #include <limits>
 #include <optional>
+#include <type_traits>
 #include <utility>
 
 #include "../../torch_calls.h"
@@ -52,18 +53,20 @@ using OptionalTensor = std::optional<Tensor>;
 // The arguments of the logits, contiguous. All but input and centers are in the dtype of computation.
 struct Arguments {
   Tensor input, centers, displacements, tau;
+  Tensor stored_displacements;  // contiguous, as given
   bool is_float64;
   ScalarType compute;                         // the dtype of computation
   OptionalTensor input_coeffs, class_coeffs;  // of a rotation: [B, M] and [2, M, K]
 
   Arguments(const Tensor& f, const Tensor& w, const Tensor& delta, const Tensor& t, const OptionalTensor& x = {},
             const OptionalTensor& y = {})
-      : input(f), centers(w), displacements(delta), tau(t),
+      : input(f), centers(w), displacements(delta), tau(t), stored_displacements(delta),
         is_float64(is_double(f) || is_double(w) || is_double(delta)),
         compute(is_float64 ? ScalarType::Double : ScalarType::Float) {
     check(f, w, delta, t);
     input = converted(f, f.scalar_type()), centers = converted(w, w.scalar_type());
     displacements = converted(delta, compute), tau = converted(t, compute);
+    stored_displacements = converted(delta, delta.scalar_type());
     STD_TORCH_CHECK(x.has_value() == y.has_value(), "gistops: input_coeffs, class_coeffs: expected both or neither");
     if (!x) return;
     const int64_t slots = x->dim() == 2 ? x->size(1) : 0;
@@ -86,7 +89,10 @@ struct Arguments {
   template <class T>
   Problem<T> problem() const {
     const int64_t d = input.size(1);
-    return {.input = {input.const_data_ptr(), format_of(input, "input"), B(), d},
+    const Format format = format_of(input, "input");
+    const bool half = std::is_same_v<T, float> && d % 2 == 0 && input.scalar_type() == centers.scalar_type() &&
+                      use_half_units(format);
+    return {.input = {input.const_data_ptr(), format, B(), d},
             .centers = {centers.const_data_ptr(), format_of(centers, "centers"), K() * (has_subcenters() ? M() : 1), d},
             .delta = values<T>(displacements),
             .transform = has_subcenters() && M() > 1 ? Transform::subcenter  // M = 1 is a plain center
@@ -99,7 +105,10 @@ struct Arguments {
             .M = M(),
             .tau = nonzero_tau(*values<T>(tau)),
             .input_coeffs = values_or_null<T>(input_coeffs),
-            .class_coeffs = values_or_null<T>(class_coeffs)};
+            .class_coeffs = values_or_null<T>(class_coeffs),
+            .half = half,
+            .bf16_dots = half && format == Format::bf16 && stored_displacements.scalar_type() == ScalarType::BFloat16,
+            .stored_delta = values<uint16_t>(stored_displacements)};
   }
 
   // Calls run(T()) with the type of computation T.

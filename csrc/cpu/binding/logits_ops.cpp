@@ -167,8 +167,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_op(const Tensor& input, const Te
   return {top_values, classes, slots, lse};
 }
 
+bool cpu_multiplies(ScalarType dtype) {
+  return (dtype == ScalarType::BFloat16 && use_half_units(Format::bf16)) ||
+         (dtype == ScalarType::Half && use_half_units(Format::f16));
+}
+
 std::string cpu_capability() {
-  return std::string(kernels<float>().name) + (use_onednn() ? ", products by oneDNN" : ", products by BLAS");
+  std::string lines = kernels<float>().name;
+  for (const Choice& choice : {float32_choice(), half_choice(Format::bf16), half_choice(Format::f16)})
+    lines += std::string("\n") + choice.why;
+  return lines;
 }
 
 }  // namespace
@@ -188,4 +196,5 @@ STABLE_TORCH_LIBRARY_IMPL(gistops, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(gistops, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&gistops::cpu_capability));
+  m.impl("cpu_multiplies", TORCH_BOX(&gistops::cpu_multiplies));
 }

@@ -5,6 +5,8 @@
 
 #include "convert.h"
 #include "dots.h"
+#include "dots_bf16.h"
+#include "layout.h"
 #include "norm_correction.h"
 #include "rotation.h"
 #include "simd.h"
@@ -23,7 +25,11 @@ template <class T>
 constexpr gistops::Kernels<T> kTable = {
     .load = load_format<T>,
     .store = store_format<T>,
+    .transpose = transpose<T>,
+    .pair_rows = pair_rows,
     .dots = dots<T>,
+    .dots_bf16 = kDotsBf16<T>,
+    .rnorms = rnorms<T>,
     .max_over_slots = max_over_slots<T>,
     .route_grad = route_grad<T>,
     .norm_correction = norm_correction<T>,

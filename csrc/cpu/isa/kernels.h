@@ -84,8 +84,22 @@ struct Kernels {
   void (*load)(const void* x, Format format, int64_t n, T* out);
   void (*store)(const T* x, int64_t n, Format format, void* out);
 
+  // out[c, r] = x[r, c].
+  void (*transpose)(const T* x, int64_t rows, int64_t cols, int64_t ld, T* out, int64_t ld_out);
+
+  // out[r / 2, c] = the pair x[r, c], x[r + 1, c] of 16-bit numbers, for even r, with 0 after the last row. x and out
+  // are contiguous.
+  void (*pair_rows)(const uint16_t* x, int64_t rows, int64_t cols, uint32_t* out);
+
   // dots[i, j] = x_i . y_j for j < columns, and squares[i] = |x_i|^2 (skipped if null).
   void (*dots)(const T* x, int64_t rows, int64_t d, const T* y, int64_t columns, T* squares, T* dots, int64_t ld_dots);
+
+  // The same for bfloat16 x and y and an even d, on processors with AVX512-BF16 alone; null for older instruction sets.
+  void (*dots_bf16)(const uint16_t* x, int64_t rows, int64_t d, const uint16_t* y, int64_t columns, T* squares, T* dots,
+                    int64_t ld_dots);
+
+  // out[k] = 1 / max(norm, kMinNorm) from squared norms. A NaN stays NaN, and a square that has overflowed gives NaN.
+  void (*rnorms)(const T* squares, int64_t n, T* out);
 
   // The epilogue of a block of the product P, which may lie in out.logits:
   //   logits[i, k] = scale[i] * max_j (P[i, k] + q[i, j]) * r[j, k],  slots[i, k] = the lowest j that attains it.

@@ -1,11 +1,25 @@
-// The terms of the gradients that come from normalization.
+// Reciprocal norms, and the terms of the gradients that come from normalization.
 #pragma once
+#include <cmath>
+#include <limits>
+
 #include "kernels.h"
 #include "simd.h"
 
 namespace {
 
 using gistops::SlotMatrix;
+
+// Without branches, so that the compiler vectorizes it.
+template <class T>
+void rnorms(const T* squares, int64_t n, T* out) {
+  constexpr T kSmallest = static_cast<T>(gistops::kMinNorm), kLargest = static_cast<T>(1 / gistops::kMinNorm);
+  for (int64_t k = 0; k < n; ++k) {
+    const T norm = std::sqrt(squares[k]), rnorm = 1 / norm;
+    const T finite = norm == std::numeric_limits<T>::infinity() ? std::numeric_limits<T>::quiet_NaN() : rnorm;
+    out[k] = norm < kSmallest ? kLargest : finite;
+  }
+}
 
 // R rows at once share the loads of delta, and the sums dd.
 template <class T, int R>
