@@ -76,6 +76,13 @@ STABLE_TORCH_LIBRARY(gistops, m) {
       " Tensor lse_others, bool need_input, bool need_displacements, bool need_tau, bool need_bias, Tensor(a!) stash)"
       " -> (Tensor grad_input, Tensor grad_displacements, Tensor grad_tau, Tensor grad_class_bias,"
       " Tensor grad_input_coeffs, Tensor grad_class_coeffs)");
+  // The loss from these parts, without bias, margin and label smoothing: cpu/row_loss.h describes the outputs. weight
+  // is that of the targets, reduction 0 none, 1 mean, 2 sum. stashed_cross_entropy_parts_backward takes the gradients
+  // loss_slopes and lse_slopes make of the parts.
+  m.def(
+      "stashed_cross_entropy_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor target,"
+      " Tensor? weight, int reduction, SymInt ignore_index, Tensor(a!) stash)"
+      " -> (Tensor loss, Tensor lse, Tensor lse_others, Tensor loss_slopes, Tensor lse_slopes)");
 
   // The whole loss, on GPUs: gistops/operators/cross_entropy.py describes the arguments.
   m.def(

@@ -12,6 +12,7 @@ from .._dtensor import is_dtensor
 from .._numbers import plain_scalar
 from ..backends import eager_loss, reference
 from ..backends.in_place import detect_changes
+from . import stashed_loss
 from .leading import restore, rows
 from .row_loss import (
     assert_in_range,
@@ -202,6 +203,8 @@ def loss_of_rows(
         )
         assert_in_range(in_range, classifier.centers.shape[0], options.ignore_index)
         return loss, lse
+    if stashed_loss.serves(chosen, input, classifier, target, options):
+        return stashed_loss.stashed_loss(input, classifier, target, options)
     return _loss_from_parts(chosen, input, classifier, target, options)
 
 

@@ -14,8 +14,8 @@ from .._checks import on_device
 from .._classifier import Classifier, LossOptions, MarginKind, no_displacements
 from .._functorch import all_samples, transforms_active
 from ..backends import reference
-from ..backends.cpu_stash import StashedCrossEntropyParts, can_stash
-from ..operators.registry import cast_operands, nonzero_tau
+from ..backends.cpu_stash import StashedCrossEntropyParts, can_stash, in_autocast_dtype
+from ..operators.registry import nonzero_tau
 from .transforms import mlp as mlp_transform
 from .transforms import rotation
 
@@ -216,8 +216,7 @@ def _parts(
     arguments: tuple[Any, ...] = (input, centers, displacements, tau, class_bias, *coeffs, target, weight)
     if backend == "cpu" and classifier.mlp is None and can_stash(centers, *arguments):
         parts: tuple[Tensor, Tensor, Tensor]
-        if torch.is_autocast_enabled("cpu"):  # the function calls its op below autocast
-            arguments = (*cast_operands(torch.ops.gistops, "cpu", arguments[:3]), *arguments[3:])
+        arguments = (*in_autocast_dtype(*arguments[:3]), *arguments[3:])
         parts = StashedCrossEntropyParts.apply(*arguments, ignore_index)  # type: ignore[no-untyped-call]
         return parts
     if target.device.type == "cuda":

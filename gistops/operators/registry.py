@@ -218,7 +218,8 @@ def needed_gradients(
 ) -> list[Tensor | None]:
     """Return the gradients of those arguments that need one, in the arguments' dtypes, and None for the others."""
     return [
-        g.to(x.dtype) if needed else None for g, x, needed in zip(gradients, arguments, needs, strict=False)
+        (g if g.dtype == x.dtype else g.to(x.dtype)) if needed else None
+        for g, x, needed in zip(gradients, arguments, needs, strict=False)
     ]
 
 

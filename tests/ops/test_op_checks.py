@@ -35,6 +35,10 @@ OPS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "cross_entropy_parts_forward": (PARTS, {"ignore_index": -100}),
     "cross_entropy_parts_backward": (PART_GRADS | PARTS | {"lse_others": "B"}, {"ignore_index": -100}),
     "stashed_cross_entropy_parts_forward": (PARTS | {"stash": "K d"}, {"ignore_index": -100}),
+    "stashed_cross_entropy_forward": (
+        VECTORS | {"target": "B", "weight": "K", "stash": "K d"},
+        {"ignore_index": -100},
+    ),
     "stashed_cross_entropy_parts_backward": (
         PART_GRADS | PARTS | {"lse_others": "B", "stash": "K d"},
         {"ignore_index": -100},

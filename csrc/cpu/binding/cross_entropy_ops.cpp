@@ -1,15 +1,17 @@
-// The CPU ops that compute the parts of a cross-entropy.
+// The CPU ops that compute a cross-entropy, or its parts.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
 #include "../cross_entropy.h"
+#include "../row_loss.h"
 #include "arguments.h"
 
 namespace gistops {
 namespace {
 
 using Parts = std::tuple<Tensor, Tensor, Tensor>;
+using Loss = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using PartGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // The arguments that the ops have in common, from input to ignore_index. stash, if not null, is the memory that will
@@ -66,6 +68,30 @@ struct LossCall {
     return {lse_others, target_logits, weighted_sums};
   }
 
+  // row_weight: the class weights of the targets; `weight` is that of the smoothed part.
+  Loss whole_loss(const Tensor& stash, const OptionalTensor& row_weight, int64_t reduction) const {
+    STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "gistops: reduction: expected 0 to 2, got ", reduction);
+    const OptionalTensor class_weight = a.per_class(row_weight, "weight");
+    const Parts parts = forward(&stash);
+    const Tensor &lse_others = std::get<0>(parts), &target_logits = std::get<1>(parts);
+    const auto kind = static_cast<Reduction>(reduction);
+    const Tensor lse = empty_on_device_of(a.input, {a.B()}, a.compute),
+                 loss_slopes = empty_on_device_of(a.input, {2, a.B()}, a.compute),
+                 lse_slopes = empty_on_device_of(a.input, {2, a.B()}, a.compute),
+                 loss = kind == Reduction::none ? empty_on_device_of(a.input, {a.B()}, a.compute)
+                                                : empty_on_device_of(a.input, {}, a.compute);
+    a.dispatch([&]<class T>(T) {
+      RowLoss<T>{.B = a.B(),
+                 .reduction = kind,
+                 .target = values<int64_t>(target),
+                 .lse_others = values<T>(lse_others),
+                 .target_logits = values<T>(target_logits),
+                 .weight = values_or_null<T>(class_weight)}
+          .compute(data<T>(loss), data<T>(lse), data<T>(loss_slopes), data<T>(lse_slopes));
+    });
+    return {loss, lse, lse_others, loss_slopes, lse_slopes};
+  }
+
   PartGradients backward(const Tensor& grad_lse_others, const Tensor& grad_target_logits,
                          const Tensor& grad_weighted_sums, const Tensor& lse_others, bool need_input, bool need_centers,
                          bool need_displacements, bool need_tau, bool need_bias, const Tensor* stash) const {
@@ -112,6 +138,13 @@ Parts stashed_cross_entropy_parts_forward(const Tensor& input, const Tensor& cen
       .forward(&stash);
 }
 
+Loss stashed_cross_entropy_forward(const Tensor& input, const Tensor& centers, const Tensor& displacements,
+                                   const Tensor& tau, const Tensor& target, OptionalTensor weight, int64_t reduction,
+                                   int64_t ignore_index, const Tensor& stash) {
+  return LossCall(input, centers, displacements, tau, {}, {}, {}, target, {}, ignore_index)
+      .whole_loss(stash, weight, reduction);
+}
+
 PartGradients cross_entropy_parts_backward(const Tensor& grad_lse_others, const Tensor& grad_target_logits,
                                            const Tensor& grad_weighted_sums, const Tensor& input, const Tensor& centers,
                                            const Tensor& displacements, const Tensor& tau, OptionalTensor class_bias,
@@ -146,5 +179,6 @@ STABLE_TORCH_LIBRARY_IMPL(gistops, CPU, m) {
   m.impl("cross_entropy_parts_forward", TORCH_BOX(&gistops::cross_entropy_parts_forward));
   m.impl("cross_entropy_parts_backward", TORCH_BOX(&gistops::cross_entropy_parts_backward));
   m.impl("stashed_cross_entropy_parts_forward", TORCH_BOX(&gistops::stashed_cross_entropy_parts_forward));
+  m.impl("stashed_cross_entropy_forward", TORCH_BOX(&gistops::stashed_cross_entropy_forward));
   m.impl("stashed_cross_entropy_parts_backward", TORCH_BOX(&gistops::stashed_cross_entropy_parts_backward));
 }
