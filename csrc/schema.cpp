@@ -32,50 +32,50 @@ STABLE_TORCH_LIBRARY(gistops, m) {
       " Tensor center_rnorms, Tensor input_rnorms, bool need_input, bool need_centers, bool need_tau,"
       " bool allow_tf32=False) -> (Tensor grad_input, Tensor grad_centers, Tensor grad_tau)");
 
-  // The same for rotations: slot j >= 1 of class k is w_k + y[0, j, k] a + y[1, j, k] b_j, of the same norm as w_k,
-  // with a and b_j shared by the classes. input_coeffs x [B, M]: f.a in slot 0, f.b_j in slot j >= 1; class_coeffs y
-  // [2, M, K], 0 in slot 0.
+  // The same for rotations: slot j >= 1 of class k is w_k + A u + B p_j, of the same norm as w_k, with
+  // A = a_j (w_k.u) - n_j (w_k.p_j) and B = b_j (w_k.p_j) + n_j (w_k.u). directions [M, d]: u, then p_j; turns [3, M -
+  // 1]: a, b and n.
   m.def(
-      "rotation_forward(Tensor input, Tensor centers, Tensor tau, Tensor input_coeffs, Tensor class_coeffs,"
+      "rotation_forward(Tensor input, Tensor centers, Tensor tau, Tensor directions, Tensor turns,"
       " bool allow_tf32=False, bool need_slots=True, ScalarType? logits_dtype=None)"
       " -> (Tensor logits, Tensor slots, Tensor center_rnorms, Tensor input_rnorms)");
-  // The gradients of input_coeffs and class_coeffs are always computed, in the dtype of the norms.
+  // The gradients of directions and turns are always computed, in the dtype of the norms.
   m.def(
-      "rotation_backward(Tensor grad, Tensor input, Tensor centers, Tensor tau, Tensor input_coeffs,"
-      " Tensor class_coeffs, Tensor logits, Tensor slots, Tensor center_rnorms, Tensor input_rnorms, bool need_input,"
+      "rotation_backward(Tensor grad, Tensor input, Tensor centers, Tensor tau, Tensor directions,"
+      " Tensor turns, Tensor logits, Tensor slots, Tensor center_rnorms, Tensor input_rnorms, bool need_input,"
       " bool need_centers, bool need_tau, bool allow_tf32=False)"
-      " -> (Tensor grad_input, Tensor grad_centers, Tensor grad_tau, Tensor grad_input_coeffs,"
-      " Tensor grad_class_coeffs)");
+      " -> (Tensor grad_input, Tensor grad_centers, Tensor grad_tau, Tensor grad_directions,"
+      " Tensor grad_turns)");
 
   // The parts of a cross-entropy of logits z that are never materialized. For a row with target y:
   //   lse_others = log sum over k != y of e^(z_k + class_bias_k), target_logits = z_y,
   //   weighted_sums = sum over k of weight_k z_k, [0] without weight.
   // Where y is ignore_index, lse_others includes every class and target_logits is 0. class_bias [K], target [B] int64,
-  // weight [K]. Sub-centers [K, M, d] and rotations (both coefficients or neither) take no displacements: [0, d].
+  // weight [K]. Sub-centers [K, M, d] and rotations (directions and turns or neither) take no displacements: [0, d].
   m.def(
       "cross_entropy_parts_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias,"
-      " Tensor? input_coeffs, Tensor? class_coeffs, Tensor target, Tensor? weight, SymInt ignore_index,"
+      " Tensor? directions, Tensor? turns, Tensor target, Tensor? weight, SymInt ignore_index,"
       " bool allow_tf32=False) -> (Tensor lse_others, Tensor target_logits, Tensor weighted_sums)");
   m.def(
       "cross_entropy_parts_backward(Tensor grad_lse_others, Tensor grad_target_logits, Tensor grad_weighted_sums,"
-      " Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias, Tensor? input_coeffs,"
-      " Tensor? class_coeffs, Tensor target, Tensor? weight, SymInt ignore_index, Tensor lse_others, bool need_input,"
+      " Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias, Tensor? directions,"
+      " Tensor? turns, Tensor target, Tensor? weight, SymInt ignore_index, Tensor lse_others, bool need_input,"
       " bool need_centers, bool need_displacements, bool need_tau, bool need_bias, bool allow_tf32=False)"
       " -> (Tensor grad_input, Tensor grad_centers, Tensor grad_displacements, Tensor grad_tau,"
-      " Tensor grad_class_bias, Tensor grad_input_coeffs, Tensor grad_class_coeffs)");
+      " Tensor grad_class_bias, Tensor grad_directions, Tensor grad_turns)");
   // The same on the CPU, where the forward stores the scores in `stash`, a buffer like centers, and the backward
   // overwrites it with the gradient of centers.
   m.def(
       "stashed_cross_entropy_parts_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau,"
-      " Tensor? class_bias, Tensor? input_coeffs, Tensor? class_coeffs, Tensor target, Tensor? weight,"
+      " Tensor? class_bias, Tensor? directions, Tensor? turns, Tensor target, Tensor? weight,"
       " SymInt ignore_index, Tensor(a!) stash) -> (Tensor lse_others, Tensor target_logits, Tensor weighted_sums)");
   m.def(
       "stashed_cross_entropy_parts_backward(Tensor grad_lse_others, Tensor grad_target_logits,"
       " Tensor grad_weighted_sums, Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias,"
-      " Tensor? input_coeffs, Tensor? class_coeffs, Tensor target, Tensor? weight, SymInt ignore_index,"
+      " Tensor? directions, Tensor? turns, Tensor target, Tensor? weight, SymInt ignore_index,"
       " Tensor lse_others, bool need_input, bool need_displacements, bool need_tau, bool need_bias, Tensor(a!) stash)"
       " -> (Tensor grad_input, Tensor grad_displacements, Tensor grad_tau, Tensor grad_class_bias,"
-      " Tensor grad_input_coeffs, Tensor grad_class_coeffs)");
+      " Tensor grad_directions, Tensor grad_turns)");
   // The loss from these parts, without bias, margin and label smoothing: cpu/row_loss.h describes the outputs. weight
   // is that of the targets, reduction 0 none, 1 mean, 2 sum. stashed_cross_entropy_parts_backward takes the gradients
   // loss_slopes and lse_slopes make of the parts.
@@ -122,8 +122,8 @@ STABLE_TORCH_LIBRARY(gistops, m) {
   // The k largest z + class_bias of each row, in descending order, ties by the lower class: values [B, k], classes [B,
   // k] int64, slots [B, k] uint8. lse [B] over all classes, [0] unless need_lse. norms: from center_norms, CPU only.
   m.def(
-      "topk(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias, Tensor? input_coeffs,"
-      " Tensor? class_coeffs, SymInt k, bool need_lse=False, bool allow_tf32=False, Tensor? norms=None)"
+      "topk(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor? class_bias, Tensor? directions,"
+      " Tensor? turns, SymInt k, bool need_lse=False, bool allow_tf32=False, Tensor? norms=None)"
       " -> (Tensor values, Tensor classes, Tensor slots, Tensor lse)");
   // The same by kernels of its own, on GPUs: k is at most 128, K at most 2^24; translations alone.
   m.def(

@@ -67,8 +67,8 @@ class SavedScores {
   Scratch<uint8_t> block_slots_;
 };
 
-// Adds the partial sums of all shards to those of the first, and writes the gradients of displacements, tau, the
-// input's coefficients and the input.
+// Adds the partial sums of all shards to those of the first, and writes the gradients of the shared vectors, tau, the
+// turns and the input.
 template <class T, class GradSource>
 void reduce_shards(const Problem<T>& p, const Input<T>& input, const Gradients& out,
                    const std::vector<BackwardShard<T, GradSource>>& shards) {
@@ -78,16 +78,15 @@ void reduce_shards(const Problem<T>& p, const Input<T>& input, const Gradients& 
     tau += shards[i].tau;
     sums.s.add(shards[i].s);
     sums.dd.add(shards[i].dd);
-    sums.input_coeffs.add(shards[i].input_coeffs);
-    sums.gz.add(shards[i].gz);
+    sums.turns.add(shards[i].turns);
   }
-  for (int64_t i = 0; i < (p.is_rotation() ? p.B : 0); ++i) tau += sums.gz[i];
-  if (out.input_coeffs) std::copy_n(sums.input_coeffs.get(), p.B * p.M, static_cast<T*>(out.input_coeffs));
+  const int64_t shared = p.num_shared();
+  if (out.turns) std::copy_n(sums.turns.get(), 3 * (p.M - 1), static_cast<T*>(out.turns));
   if (out.tau) *static_cast<T*>(out.tau) = static_cast<T>(tau / p.tau);
   if (out.displacements) {
-    const Matrix<T> s{sums.s.get() + 1, p.B, p.m, p.M};
+    const Matrix<T> s{sums.s.get() + p.M - shared, p.B, shared, p.M};
     add_product(s.t(), input.rows(0, p.B), sums.dd.get());
-    std::copy_n(sums.dd.get(), p.m * p.d, static_cast<T*>(out.displacements));
+    std::copy_n(sums.dd.get(), shared * p.d, static_cast<T*>(out.displacements));
   }
   if (!out.input) return;
   parallel_for(0, p.B, 8, [&](int64_t begin, int64_t end) {
@@ -97,19 +96,12 @@ void reduce_shards(const Problem<T>& p, const Input<T>& input, const Gradients& 
       const T* other = shards[i].g.get() + begin * p.d;
       for (int64_t e = 0; e < rows * p.d; ++e) g[e] += other[e];
     }
-    if (p.m) {
-      const Matrix<T> s{sums.s.get() + begin * p.M + 1, rows, p.m, p.M}, displacements{p.delta, p.m, p.d, p.d};
-      add_product(s, displacements, g);
+    if (shared) {
+      const Matrix<T> s{sums.s.get() + (begin + 1) * p.M - shared, rows, shared, p.M},
+          vectors{p.delta, shared, p.d, p.d};
+      add_product(s, vectors, g);
     }
-    if (p.is_rotation()) {  // g . f lacks the terms of the coefficients, gz holds them all
-      for (int64_t i = begin; i < end; ++i) {
-        const T r = input.rnorm[i];
-        const T along = is_clamped(r) ? 0 : static_cast<T>(sums.gz[i]) * r * r;
-        for (int64_t e = 0; e < p.d; ++e) g[(i - begin) * p.d + e] -= along * input.f()[i * p.d + e];
-      }
-    } else {
-      kernels<T>().normalize_backward(g, input.f() + begin * p.d, rows, p.d, input.rnorm.get() + begin);
-    }
+    kernels<T>().normalize_backward(g, input.f() + begin * p.d, rows, p.d, input.rnorm.get() + begin);
     void* grad = gradient_row(out.input, p.input, begin);
     if (g != grad) kernels<T>().store(g, rows * p.d, p.input.format, grad);
   });

@@ -3,6 +3,8 @@
 //   T[j, k] = R[j, k]^2 sum over i with j* = j of G z
 //   dw_k = (H' f)_k - sum_j T[j, k] u_kj,   ddelta_j = (S' f)_j - sum_k T[j, k] u_kj,   u_kj = w_k + delta_j
 //   g = H w + S delta,   df_i = g_i - (g_i . f_i) f_i / |f_i|^2,   dtau = sum G z / tau
+// Rotations: u_kj has the norm of w_k, and T sums over all slots. S and the sums over i give the gradients of the
+// coefficients, and these add terms in the directions to dw and g (rotation.h).
 // Sub-centers: dw_kj = sum over i with j* = j of H[i, k] f_i, - T[j, k] w_kj, and g_i = sum over k of H[i, k] w_kj*.
 #pragma once
 #include <optional>
@@ -15,11 +17,11 @@
 
 namespace gistops {
 
-// Pointers to the gradients, each in the storage format of its argument; those of the coefficients of a rotation are in
-// the type of computation. Null where not needed.
+// Pointers to the gradients, null where not needed: of input and centers in their storage formats, the others in the
+// type of computation. displacements: of Problem::delta.
 struct Gradients {
   void *input, *centers, *displacements, *tau;
-  void *input_coeffs = nullptr, *class_coeffs = nullptr;
+  void* turns = nullptr;
 };
 
 inline void* gradient_row(void* gradient, const StoredMatrix& argument, int64_t row) {
@@ -37,17 +39,18 @@ class BackwardShard {
                 GradSource source, bool first)
       : g(out.input ? (p.half_backward() ? round_up(p.B, kPad) : p.B) * p.d : 0,
           first && p.input.template is<T>() ? static_cast<T*>(out.input) : nullptr),
-        s((out.input || out.displacements) && p.m ? p.B * p.M : 0), dd(out.displacements ? p.m * p.d : 0),
-        input_coeffs(p.is_rotation() ? p.B * p.M : 0), gz(p.is_rotation() ? p.B : 0), p_(p), input_(input),
-        pairs_(pairs), out_(out), size_(size), source_(std::move(source)), need_h_(out.input || out.centers),
-        need_t_(out.centers || out.displacements || p.is_rotation()), in_place_(p.centers.template is<T>()),
-        h_(need_h_ ? std::min(kBlockRows, p.B) * size : 0), t_(need_t_ ? p.M * size : 0),
-        block_dd_(out.displacements ? p.m * p.d : 0),
+        s((out.input || out.displacements) && p.num_shared() ? p.B * p.M : 0),
+        dd(out.displacements ? p.num_shared() * p.d : 0), turns(p.is_rotation() ? 3 * (p.M - 1) : 0), p_(p),
+        input_(input), pairs_(pairs), out_(out), size_(size), source_(std::move(source)),
+        need_h_(out.input || out.centers), need_t_(out.centers || out.displacements),
+        in_place_(p.centers.template is<T>()), h_(need_h_ ? std::min(kBlockRows, p.B) * size : 0),
+        t_(need_t_ ? p.M * size : 0), block_dd_(out.displacements ? p.num_shared() * p.d : 0),
         dw_(out.centers && (!in_place_ || GradSource::kStashed) ? size * p.vectors_per_class() * p.d : 0),
-        class_coeffs_(p.is_rotation() ? 2 * p.M * size : 0),
+        class_dots_(p.is_rotation() ? p.M * size : 0), class_coeffs_(p.is_rotation() ? 2 * p.M * size : 0),
+        class_turns_(p, p.is_rotation() ? size : 0),
         half_products_(p, size, p.half_backward() && out.input, p.half_backward() && out.centers),
         vectors_(p.half_backward() ? group_size(p.d) * p.d : 0) {
-    g.zero(), s.zero(), dd.zero(), input_coeffs.zero(), gz.zero();
+    g.zero(), s.zero(), dd.zero(), turns.zero();
   }
 
   // Adds the classes [k, k + n).
@@ -63,7 +66,14 @@ class BackwardShard {
     const bool one_product = p_.B > 0 && source_.rows_from(0) == p_.B && !p_.is_subcenter() && !p_.half_backward();
     if (dw && !one_product && (!p_.half_backward() || p_.B == 0)) std::fill_n(dw, vectors * p_.d, T(0));
     std::optional<Product<T>> hf;
-    t_.zero(), class_coeffs_.zero();
+    t_.zero();
+    if (p_.is_rotation()) {
+      for_each_group(w, [&](int64_t c, int64_t count, const T* group) {
+        kernels<T>().dots(group, count, p_.d, p_.delta, p_.M, nullptr, class_dots_.get() + c * p_.M, p_.M);
+      });
+      class_turns_.set(class_dots_.get(), n);
+      class_coeffs_.zero();
+    }
     const std::vector<Pair> cancelled = cancelled_pairs();
     for (int64_t i = 0, rows = 0; i < p_.B; i += rows) {
       rows = source_.rows_from(i);
@@ -93,16 +103,12 @@ class BackwardShard {
       add_cancelled(cancelled, block, w, i);
       if (out_.input) add_product(h, classes, g.get() + i * p_.d);
     }
-    if (out_.class_coeffs)
-      for (int64_t row = 0; row < 2 * p_.M; ++row)
-        std::copy_n(class_coeffs_.get() + row * size_, n, static_cast<T*>(out_.class_coeffs) + row * p_.K + k);
     if (need_t_) subtract_norm_terms(w, hf ? hf->data : dw, grad && in_place_ ? static_cast<T*>(grad) : dw);
   }
 
-  Scratch<T> g, s, dd;      // [B, d], [B, M], [m, d]
-  Scratch<T> input_coeffs;  // of a rotation: [B, M]
-  Scratch<double> gz;       // of a rotation: [B], sum over the classes of G z
-  double tau = 0;           // without a rotation: sum of G z
+  Scratch<T> g, s, dd;    // [B, d], [B, M], [num_shared(), d]
+  Scratch<double> turns;  // of a rotation: [3, M - 1]
+  double tau = 0;         // sum of G z
 
  private:
   struct Pair {
@@ -114,15 +120,15 @@ class BackwardShard {
   void route(const GradBlock<T>& block, int64_t i, const SlotMatrix<T>& r, T* h, int64_t ld_h, bool sum_s, bool sum_t) {
     const T* scale = input_.scale.get() + i;
     if (p_.is_rotation())
-      return kernels<T>().rotation_route_grad(block, p_.coeffs(i, first_), r.data, scale,
+      return kernels<T>().rotation_route_grad(block, class_turns_.coeffs(input_.q.get() + i * p_.M), r.data, scale,
                                               {.h = h,
                                                .ld_h = ld_h,
-                                               .input = input_coeffs.get() + i * p_.M,
+                                               .s = s.get() + i * p_.M,
                                                .class_a = class_coeffs_.get(),
                                                .class_b = class_coeffs_.get() + p_.M * size_,
                                                .ld_class = size_,
                                                .t = t_.get(),
-                                               .gz = gz.get() + i});
+                                               .tau = out_.tau ? &tau : nullptr});
     const bool need_s = p_.m && (out_.input || out_.displacements);
     kernels<T>().route_grad(block, r, scale,
                             {.h = h,
@@ -169,6 +175,15 @@ class BackwardShard {
     route(block, i, {.data = r.get(), .ld = n_, .slots = p_.M}, need_h_ ? h_.get() : nullptr, size_, true, false);
   }
 
+  // Calls use(k, n, vectors) for the centers of the block: at once, or in groups that are converted in turn.
+  template <class Use>
+  void for_each_group(const T* w, Use use) const {
+    for (int64_t k = 0, group = w ? n_ : group_size(p_.d); k < n_; k += group) {
+      const int64_t n = std::min(group, n_ - k);
+      use(k, n, w ? w : p_.centers.template as<T>(first_ + k, n, vectors_.get()));
+    }
+  }
+
   // dw = hf - sum_j T u_j, and the same terms in dd. Stores dw if it is not the gradient itself.
   void subtract_norm_terms(const T* w, const T* hf, T* dw) {
     const SlotMatrix<T> r = source_.r();
@@ -187,18 +202,23 @@ class BackwardShard {
                            gradient_row(out_.centers, p_.centers, first_ * p_.M));
       return;
     }
-    // dd is summed per block first: in two levels, sums over many classes have smaller rounding errors. A rotation has
-    // one norm per class, and t in slot 0 alone.
+    // dd is summed per block first: in two levels, sums over many classes have smaller rounding errors.
     block_dd_.zero();
-    for (int64_t k = 0, group = w ? n_ : group_size(p_.d); k < n_; k += group) {
-      const int64_t n = std::min(group, n_ - k);
-      const T* vectors = w ? w : p_.centers.template as<T>(first_ + k, n, vectors_.get());
-      T* out = dw ? dw + k * p_.d : nullptr;
-      kernels<T>().norm_correction(vectors, n, p_.d, p_.delta, {.data = t_.get() + k, .ld = size_, .slots = p_.m + 1},
-                                   dw ? hf + k * p_.d : nullptr, out, out_.displacements ? block_dd_.get() : nullptr);
+    T *grad_a = class_coeffs_.get(), *grad_b = class_coeffs_.get() + p_.M * size_;
+    if (p_.is_rotation()) class_turns_.backward(grad_a, grad_b, grad_a, turns.get());
+    for_each_group(w, [&](int64_t k, int64_t n, const T* vectors) {
+      const T* product = dw ? hf + k * p_.d : nullptr;
+      T *out = dw ? dw + k * p_.d : nullptr, *block_dd = out_.displacements ? block_dd_.get() : nullptr;
+      if (p_.is_rotation()) {  // grad_a now holds the weights of the directions
+        kernels<T>().rotation_correction(vectors, n, p_.d, p_.delta, t_.get() + k, {grad_a + k, size_, p_.M}, product,
+                                         out, block_dd);
+      } else {
+        kernels<T>().norm_correction(vectors, n, p_.d, p_.delta, {t_.get() + k, size_, p_.m + 1}, product, out,
+                                     block_dd);
+      }
       if (dw && !in_place_)
         kernels<T>().store(out, n * p_.d, p_.centers.format, gradient_row(out_.centers, p_.centers, first_ + k));
-    }
+    });
     if (out_.displacements) dd.add(block_dd_);
   }
 
@@ -211,8 +231,10 @@ class BackwardShard {
   const bool need_h_, need_t_, in_place_;
   int64_t first_ = 0, n_ = 0;      // the current block: its first class, and the number of its classes
   Scratch<T> h_, t_;               // [rows, size], [M, size]
-  Scratch<T> block_dd_, dw_;       // [m, d], [size, vectors per class, d]
-  Scratch<T> class_coeffs_;        // of a rotation: [2, M, size]
+  Scratch<T> block_dd_, dw_;       // [num_shared(), d], [size, vectors per class, d]
+  Scratch<T> class_dots_;          // of a rotation: [size, M]
+  Scratch<T> class_coeffs_;        // of a rotation: [2, M, size], the gradients of the coefficients
+  ClassTurns<T> class_turns_;      // of a rotation
   HalfProducts<T> half_products_;  // products in half precision, and
   Scratch<T> vectors_;             // a group of converted vectors
 };

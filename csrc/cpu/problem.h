@@ -54,7 +54,7 @@ struct StoredScores {
 // The definition of a class's M slots:
 //   translation: w_k and w_k + delta_j, with m = M - 1 displacements shared by all classes;
 //   subcenter:   M vectors per class;
-//   rotation:    w_k and w_k + a rank-2 term (RotationCoeffs), of the same norm.
+//   rotation:    w_k and w_k + a rank-2 term (rotation.h), of the same norm.
 enum class Transform { translation, subcenter, rotation };
 
 // Returns tau, of magnitude 1e-20 at least: the backward finds the cosine of a logit by division.
@@ -67,12 +67,11 @@ T nonzero_tau(T tau) {
 template <class T>
 struct Problem {
   StoredMatrix input, centers;  // [B, d], [K * vectors_per_class(), d]
-  const T* delta;               // [m, d]
+  const T* delta;               // [num_shared(), d]: the displacements, or the directions of a rotation
   Transform transform;
   int64_t B, K, d, m, M;  // m = 0 without translation
   T tau;
-  const T* input_coeffs = nullptr;         // [B, M] of a rotation
-  const T* class_coeffs = nullptr;         // [2, M, K] of a rotation
+  const T* turns = nullptr;                // [3, M - 1] of a rotation
   const T* norms = nullptr;                // [M, K], the output of center_norms(), if known
   bool half = false;                       // P = f W' takes input and centers as stored (half_product.h)
   bool bf16_dots = false;                  // half, and all operands are bfloat16
@@ -84,9 +83,7 @@ struct Problem {
   bool is_subcenter() const { return transform == Transform::subcenter; }
   bool is_rotation() const { return transform == Transform::rotation; }
   int64_t vectors_per_class() const { return is_subcenter() ? M : 1; }
-  RotationCoeffs<T> coeffs(int64_t i, int64_t k) const {
-    return {input_coeffs + i * M, class_coeffs + k, class_coeffs + M * K + k, M, K};
-  }
+  int64_t num_shared() const { return is_rotation() ? M : m; }  // vectors that all classes share; slots M - this to M
 };
 
 }  // namespace gistops

@@ -10,6 +10,7 @@
 #include "norms.h"
 #include "partition.h"
 #include "problem.h"
+#include "rotation.h"
 #include "scratch.h"
 
 namespace gistops {
@@ -34,7 +35,7 @@ class Input {
     return {columns_.get() + chunk * p_.d / 2 + i - chunk, p_.d / 2, round_up(n, kPad), ld};
   }
 
-  Scratch<T> q;              // [B, M]: f_i . delta_j, 0 in slot 0
+  Scratch<T> q;              // [B, M]: f_i . delta_j, 0 in slot 0 of a translation
   Scratch<T> rnorm, scale;   // [B]: 1 / |f_i|, tau / |f_i|
   Scratch<T> delta_squares;  // [m]: |delta_j|^2
 
@@ -64,11 +65,12 @@ class Input {
         const int64_t n = std::min(kGrain, p_.B - begin);
         const T* f =
             p_.input.template as<T>(begin, n, converted_.get() + (p_.input.template is<T>() ? 0 : begin * p_.d));
-        kernels<T>().dots(f, n, p_.d, p_.delta, p_.m, squares, q.get() + begin * p_.M + 1, p_.M);
+        T* shared_dots = q.get() + (begin + 1) * p_.M - p_.num_shared();
+        kernels<T>().dots(f, n, p_.d, p_.delta, p_.num_shared(), squares, shared_dots, p_.M);
         kernels<T>().rnorms(squares, n, &rnorm[begin]);
         for (int64_t i = begin; i < begin + n; ++i) {
           scale[i] = p_.tau * rnorm[i];
-          q[i * p_.M] = 0;
+          if (!p_.is_rotation()) q[i * p_.M] = 0;
           if (has_nan(i)) scale[i] = std::numeric_limits<T>::quiet_NaN();
         }
       }
@@ -78,9 +80,8 @@ class Input {
   // True if a slot j >= 1 of the row is NaN. The comparisons of the maximum would drop this NaN, so that it goes into
   // the scale of the row.
   bool has_nan(int64_t i) const {
-    const T* terms = p_.is_rotation() ? p_.input_coeffs + i * p_.M : q.get() + i * p_.M;
-    const int64_t count = p_.is_rotation() ? p_.M : p_.m + 1;
-    return std::any_of(terms, terms + count, [](T x) { return std::isnan(x); });
+    const T* end = q.get() + (i + 1) * p_.M;
+    return std::any_of(end - p_.num_shared(), end, [](T x) { return std::isnan(x); });
   }
 
   const Problem<T>& p_;
@@ -96,10 +97,10 @@ class ClassBlock {
   ClassBlock(const Problem<T>& p, const Input<T>& input, int64_t size, int64_t rows)
       : p_(p), input_(input), size_(size),
         converted_(p.centers.template scratch_elements<T>(p.half ? group_size(p.d) : size * p.vectors_per_class())),
-        squares_(size * p.vectors_per_class()), dots_(size * p.m), slot_squares_(size), r_(size * p.M),
-        product_(p.half             ? half_vectors() * round_up(rows, kPad)
-                 : p.is_subcenter() ? size * p.M * rows
-                                    : 0) {}
+        squares_(size * p.vectors_per_class()), dots_(size * p.num_shared()), slot_squares_(size), r_(size * p.M),
+        turns_(p, p.is_rotation() ? size : 0), product_(p.half             ? half_vectors() * round_up(rows, kPad)
+                                                        : p.is_subcenter() ? size * p.M * rows
+                                                                           : 0) {}
 
   // Loads the classes [first, first + n) and computes their norms.
   void load(int64_t first, int64_t n) {
@@ -114,12 +115,12 @@ class ClassBlock {
     if (p_.bf16_dots)
       kernels<T>().dots_bf16(static_cast<const uint16_t*>(p_.centers.row(begin)), vectors, p_.d, p_.stored_delta, p_.m,
                              squares_.get(), dots_.get(), p_.m);
-    const int64_t group = direct ? vectors : group_size(p_.d);
+    const int64_t group = direct ? vectors : group_size(p_.d), shared = p_.num_shared();
     for (int64_t v = 0; v < vectors && !p_.bf16_dots; v += group) {
       const int64_t rows = std::min(group, vectors - v);
       const T* w = p_.centers.template as<T>(begin + v, rows, converted_.get() + (direct || p_.half ? 0 : v * p_.d));
       if (v == 0 && !p_.half) w_ = w;
-      kernels<T>().dots(w, rows, p_.d, p_.delta, p_.m, squares_.get() + v, dots_.get() + v * p_.m, p_.m);
+      kernels<T>().dots(w, rows, p_.d, p_.delta, shared, squares_.get() + v, dots_.get() + v * shared, shared);
     }
     if (p_.is_subcenter()) return subcenter_norms();
     translation_norms();
@@ -176,11 +177,9 @@ class ClassBlock {
 
   // A rotation keeps |w_k|: all slots have the same norm.
   void rotation_norms() {
+    turns_.set(dots_.get(), n_);
     for (int64_t k = 0; k < n_; ++k)
-      for (int64_t j = 1; j < p_.M; ++j) {
-        const RotationCoeffs<T> coeffs = p_.coeffs(0, first_ + k);
-        if (std::isnan(coeffs.class_a[j * coeffs.ld] + coeffs.class_b[j * coeffs.ld])) set_nan(k);
-      }
+      if (turns_.has_nan(k)) set_nan(k);
     for (int64_t j = 1; j < p_.M; ++j) std::copy_n(r_.get(), n_, r_.get() + j * size_);
   }
 
@@ -266,10 +265,10 @@ class ClassBlock {
 
   // From the product P of the rows from i on, which may lie in out.logits.
   void score_product(const T* product, int64_t ld, int64_t i, const ScoreBlock<T>& out) {
-    const T* scale = input_.scale.get() + i;
+    const T *scale = input_.scale.get() + i, *q = input_.q.get() + i * p_.M;
     if (p_.is_rotation())
-      return kernels<T>().rotation_max_over_slots(product, ld, out, p_.coeffs(i, first_), r_.get(), scale);
-    kernels<T>().max_over_slots(product, ld, out, r(), input_.q.get() + i * p_.M, scale);
+      return kernels<T>().rotation_max_over_slots(product, ld, out, turns_.coeffs(q), r_.get(), scale);
+    kernels<T>().max_over_slots(product, ld, out, r(), q, scale);
     score_cancelled(input_.f() + i * p_.d, scale, out);
   }
 
@@ -301,6 +300,7 @@ class ClassBlock {
   Scratch<T> squares_, dots_;  // |w|^2, w . delta_j
   Scratch<T> slot_squares_;    // |w + delta_j|^2 of one slot
   Scratch<T> r_;               // [M, size]: R = 1 / |w_k + delta_j|
+  ClassTurns<T> turns_;        // of a rotation
   Scratch<T> product_;         // of sub-centers: [size M, rows]; in half precision: [half_vectors(), rows]
   const T* w_ = nullptr;
   std::vector<int64_t> cancelled_;  // classes with a cancelled pair, within the block

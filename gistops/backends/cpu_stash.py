@@ -64,7 +64,7 @@ def new_stash(ctx: Any, centers: Tensor) -> Tensor:
 def parts_backward(
     ctx: Any, grads: tuple[Tensor, ...], tensors: list[Any], lse_others: Tensor
 ) -> list[Tensor | None]:
-    """Return the gradients of the tensors from input to class_coeffs; None for those that need none.
+    """Return the gradients of the tensors from input to turns; None for those that need none.
 
     Args:
         ctx: a context with ignore_index and `new_stash`, of a function that takes the fields of `PartsForward` first.

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..operators.logits import FrozenLogits, Logits, LogitsForward, RotationForward, SubcenterForward
 from ..operators.registry import compute_dtype
 from ..operators.topk import Best, Topk
+from .rotation_coeffs import class_coeffs
 
 
 def logits_forward(*arguments: Any) -> Logits:
@@ -47,12 +48,13 @@ def frozen_logits(*arguments: Any) -> tuple[Tensor, Tensor]:
 def rotation_forward(*arguments: Any) -> Logits:
     a = RotationForward(*arguments)
     dtype = compute_dtype(a.input, a.centers)
-    f, w, x, y = (t.to(dtype) for t in (a.input, a.centers, a.input_coeffs, a.class_coeffs))
+    f, w, directions, turns = (t.to(dtype) for t in (a.input, a.centers, a.directions, a.turns))
+    x, y = f @ directions.T, class_coeffs(directions, turns, w)
     rnorm, center_rnorm = _rnorm(f), _rnorm(w)
     product = f @ w.T
     best, slot = product, torch.zeros_like(product, dtype=torch.int32)
     for j in range(1, x.shape[1]):
-        score = product + x[:, :1] * y[0, j] + x[:, j : j + 1] * y[1, j]
+        score = product + x[:, :1] * y[0, j - 1] + x[:, j : j + 1] * y[1, j - 1]
         best, slot = _running_max(score, j, best, slot)
     logits = best * (a.tau.to(dtype) * rnorm[:, None] * center_rnorm)
     return _asked(a, Logits(logits, slot.to(torch.uint8), center_rnorm.expand(x.shape[1], -1), rnorm))
@@ -62,8 +64,8 @@ def topk(*arguments: Any) -> Best:
     a = Topk(*arguments)
     if a.centers.dim() == 3:
         scores, slots = subcenter_forward(a.input, a.centers, a.tau)[:2]
-    elif a.input_coeffs is not None:
-        scores, slots = rotation_forward(a.input, a.centers, a.tau, a.input_coeffs, a.class_coeffs)[:2]
+    elif a.directions is not None:
+        scores, slots = rotation_forward(a.input, a.centers, a.tau, a.directions, a.turns)[:2]
     else:
         scores, slots = logits_forward(a.input, a.centers, a.displacements, a.tau)[:2]
     if a.class_bias is not None:

@@ -20,9 +20,9 @@ from .row_loss import (
     copied_arguments,
     in_compute_dtype,
     loss_from_terms,
-    op_operands,
     row_terms,
 )
+from .transforms import rotation
 
 
 def constellation_cross_entropy(
@@ -193,10 +193,15 @@ def loss_of_rows(
     if chosen in ("reference", "plain"):
         return reference.cross_entropy(input, classifier, target, options)
     if classifier.transform in eager_loss.WHOLE_LOSS.get(chosen, ()):
-        watched = (classifier.displacements, classifier.axis)
-        input, classifier, coeffs = op_operands(input, classifier, widen=False)
-        if coeffs[0] is not None and coeffs[1] is not None:  # the op saves no more than these
-            coeffs = detect_changes(coeffs[0], *watched), detect_changes(coeffs[1], *watched)
+        coeffs: tuple[Tensor | None, Tensor | None] = (None, None)
+        if classifier.transform == "rotation":
+            watched = (classifier.displacements, classifier.axis)
+            input, centers, x, y = rotation.coefficients(input, classifier)
+            classifier = classifier._replace(centers=centers, displacements=no_displacements(input))
+            coeffs = (
+                detect_changes(x, *watched),
+                detect_changes(y, *watched),
+            )  # the op saves no more than these
         ops, allow_tf32 = backends.ops(chosen), backends.allow_tf32(chosen)
         loss, lse, in_range = eager_loss.cross_entropy(
             ops, input, classifier, coeffs, target, options, allow_tf32

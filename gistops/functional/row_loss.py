@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -183,20 +184,6 @@ def _smoothed_loss(lse: Tensor, loss: Tensor, lowered: Tensor, terms: RowTerms) 
     return lse * (total_weight - scale) - sums + scale * target_term
 
 
-def op_operands(
-    input: Tensor, classifier: Classifier, widen: bool = True
-) -> tuple[Tensor, Classifier, tuple[Tensor | None, Tensor | None]]:
-    """Return the operands of the ops: input, the classifier, and the coefficients of rotations instead of displacements.
-
-    widen: as in `rotation.operands`.
-    """
-    if classifier.transform != "rotation":
-        return input, classifier, (None, None)
-    input, centers, *coeffs = rotation.operands(input, classifier, widen)
-    classifier = classifier._replace(centers=centers, displacements=no_displacements(input))
-    return input, classifier, (coeffs[0], coeffs[1])
-
-
 def _parts(
     backend: str,
     input: Tensor,
@@ -210,10 +197,13 @@ def _parts(
         return reference.cross_entropy_parts(
             input, classifier, options.class_bias, target, weight, options.ignore_index
         )
-    input, classifier, coeffs = op_operands(input, classifier)
     centers, displacements, tau = classifier[:3]
     class_bias, ignore_index = options.class_bias, options.ignore_index
-    arguments: tuple[Any, ...] = (input, centers, displacements, tau, class_bias, *coeffs, target, weight)
+    turns: Sequence[Tensor | None] = (None, None)
+    if classifier.transform == "rotation":
+        input, centers, *turns = rotation.operands(input, classifier, backend)
+        displacements = no_displacements(input)
+    arguments: tuple[Any, ...] = (input, centers, displacements, tau, class_bias, *turns, target, weight)
     if backend == "cpu" and classifier.mlp is None and can_stash(centers, *arguments):
         parts: tuple[Tensor, Tensor, Tensor]
         arguments = (*in_autocast_dtype(*arguments[:3]), *arguments[3:])

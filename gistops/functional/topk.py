@@ -119,12 +119,12 @@ def topk(
     elif classifier.mlp is not None:
         outputs = mlp_transform.topk(ops, input, classifier, class_bias, k, return_lse, allow_tf32)
     else:
-        coefficients: Sequence[Tensor | None] = (None, None)
+        turns: Sequence[Tensor | None] = (None, None)
         if classifier.transform == "rotation":
-            input, centers, *coefficients = rotation.operands(input, classifier)
+            input, centers, *turns = rotation.operands(input, classifier, chosen)
             displacements = no_displacements(input)
         outputs = ops.topk.default(
-            input, centers, displacements, tau, class_bias, *coefficients, k, return_lse, allow_tf32, norms
+            input, centers, displacements, tau, class_bias, *turns, k, return_lse, allow_tf32, norms
         )
     values, best, slots = (restore(x, whole) for x in outputs[:3])
     lse = restore(outputs[3], whole) if return_lse else outputs[3]

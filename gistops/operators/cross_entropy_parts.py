@@ -20,8 +20,8 @@ class PartsForward(NamedTuple):
     displacements: Tensor
     tau: Tensor
     class_bias: Tensor | None
-    input_coeffs: Tensor | None
-    class_coeffs: Tensor | None
+    directions: Tensor | None
+    turns: Tensor | None
     target: Tensor
     weight: Tensor | None
     ignore_index: SymInt
@@ -47,8 +47,8 @@ class PartsBackward(NamedTuple):
     displacements: Tensor
     tau: Tensor
     class_bias: Tensor | None
-    input_coeffs: Tensor | None
-    class_coeffs: Tensor | None
+    directions: Tensor | None
+    turns: Tensor | None
     target: Tensor
     weight: Tensor | None
     ignore_index: SymInt
@@ -69,8 +69,8 @@ class PartsGradients(NamedTuple):
     grad_displacements: Tensor
     grad_tau: Tensor
     grad_class_bias: Tensor
-    grad_input_coeffs: Tensor
-    grad_class_coeffs: Tensor
+    grad_directions: Tensor
+    grad_turns: Tensor
 
 
 def _forward_fake(a: PartsForward) -> Parts:
@@ -99,8 +99,8 @@ def _backward_fake(a: PartsBackward) -> PartsGradients:
         empty(a.displacements, a.need_displacements),
         empty(a.tau, a.need_tau),
         empty(a.class_bias, a.need_bias),
-        empty(a.input_coeffs, True, computed=True),
-        empty(a.class_coeffs, True, computed=True),
+        empty(a.directions, True, computed=True),
+        empty(a.turns, True, computed=True),
     )
 
 

@@ -104,8 +104,8 @@ class RotationForward(NamedTuple):
     input: Tensor
     centers: Tensor
     tau: Tensor
-    input_coeffs: Tensor
-    class_coeffs: Tensor
+    directions: Tensor
+    turns: Tensor
     allow_tf32: bool = False
     need_slots: bool = True
     logits_dtype: torch.dtype | None = None
@@ -118,8 +118,8 @@ class RotationBackward(NamedTuple):
     input: Tensor
     centers: Tensor
     tau: Tensor
-    input_coeffs: Tensor
-    class_coeffs: Tensor
+    directions: Tensor
+    turns: Tensor
     logits: Tensor
     slots: Tensor
     center_rnorms: Tensor
@@ -136,8 +136,8 @@ class RotationGradients(NamedTuple):
     grad_input: Tensor
     grad_centers: Tensor
     grad_tau: Tensor
-    grad_input_coeffs: Tensor
-    grad_class_coeffs: Tensor
+    grad_directions: Tensor
+    grad_turns: Tensor
 
 
 class CenterNorms(NamedTuple):
@@ -176,7 +176,7 @@ def _subcenter_fake(a: SubcenterForward) -> Logits:
 
 
 def _rotation_fake(a: RotationForward) -> Logits:
-    return _fake(a, a.input_coeffs.shape[1], compute_dtype(a.input, a.centers))
+    return _fake(a, a.directions.shape[0], compute_dtype(a.input, a.centers))
 
 
 def _fake(a: LogitsForward | SubcenterForward | RotationForward, slots: int, dtype: torch.dtype) -> Logits:
@@ -219,8 +219,8 @@ def _rotation_backward_fake(a: RotationBackward) -> RotationGradients:
         empty_gradient(a.input, a.need_input),
         empty_gradient(a.centers, a.need_centers),
         empty_gradient(a.tau, a.need_tau),
-        a.input_coeffs.new_empty(a.input_coeffs.shape, dtype=a.center_rnorms.dtype),
-        a.class_coeffs.new_empty(a.class_coeffs.shape, dtype=a.center_rnorms.dtype),
+        a.directions.new_empty(a.directions.shape, dtype=a.center_rnorms.dtype),
+        a.turns.new_empty(a.turns.shape, dtype=a.center_rnorms.dtype),
     )
 
 

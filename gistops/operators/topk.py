@@ -18,8 +18,8 @@ class Topk(NamedTuple):
     displacements: Tensor
     tau: Tensor
     class_bias: Tensor | None
-    input_coeffs: Tensor | None
-    class_coeffs: Tensor | None
+    directions: Tensor | None
+    turns: Tensor | None
     k: SymInt
     need_lse: bool = False
     allow_tf32: bool = False
@@ -74,7 +74,7 @@ MOST_FUSED_K, MOST_FUSED_CLASSES = 128, 1 << 24  # as in csrc/cuda/op_table.h
 
 def can_fuse(a: Topk) -> bool:
     """Return True if `fused_topk` serves the call: translations, few results and at most 2^24 classes."""
-    translation = a.centers.dim() == 2 and a.input_coeffs is None and a.class_coeffs is None
+    translation = a.centers.dim() == 2 and a.directions is None and a.turns is None
     return translation and a.k <= MOST_FUSED_K and a.centers.shape[0] <= MOST_FUSED_CLASSES
 
 

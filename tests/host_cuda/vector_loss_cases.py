@@ -48,8 +48,9 @@ def run(
     coeffs: tuple[Tensor | None, Tensor | None] = (None, None)
     operands = [x, w, tau]
     if turns:
-        classifier = Classifier(w, turns[0], tau, "rotation", turns[1])
-        wide_x, wide_w, *both = rotation.operands(x, classifier)
+        sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+        classifier = Classifier(w.to(sums), turns[0], tau, "rotation", turns[1])
+        wide_x, wide_w, *both = rotation.coefficients(x.to(sums), classifier)
         operands, coeffs = [wide_x, wide_w, tau, *both], (both[0], both[1])
     given = [operands[0].to(x.dtype), operands[1].to(w.dtype), no_displacements(x), tau]
     return Ours(HostLoss(module, given, target, where, coeffs=coeffs, **options), operands), leaves

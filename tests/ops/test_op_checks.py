@@ -14,10 +14,10 @@ from torch import Tensor
 
 from gistops import backends
 
-SIZES = {"B": 3, "K": 5, "M": 3, "d": 8, "m": 2, "2": 2, "1": 1}
+SIZES = {"B": 3, "K": 5, "M": 3, "d": 8, "m": 2, "3": 3, "1": 1}
 VECTORS = {"input": "B d", "centers": "K d", "displacements": "m d", "tau": "1"}
 SUBCENTERS = {"input": "B d", "centers": "K M d", "tau": "1"}
-ROTATED = {"input": "B d", "centers": "K d", "tau": "1", "input_coeffs": "B M", "class_coeffs": "2 M K"}
+ROTATED = {"input": "B d", "centers": "K d", "tau": "1", "directions": "M d", "turns": "3 m"}
 SAVED = {"logits": "B K", "slots": "B K", "center_rnorms": "M K", "input_rnorms": "B"}
 PARTS = VECTORS | {"class_bias": "K", "target": "B", "weight": "K"}
 PART_GRADS = {name: "B" for name in ("grad_lse_others", "grad_target_logits", "grad_weighted_sums")}
@@ -76,7 +76,7 @@ def resized(shapes: dict[str, str], name: str, x: Tensor) -> Iterator[Tensor]:
     symbols = shapes[name].replace("m", "M").split()
     every = [size for shape in shapes.values() for size in shape.replace("m", "M").split()]
     for dim, symbol in enumerate(symbols):
-        if symbol in "12" or every.count(symbol) > 1:
+        if symbol in "13" or every.count(symbol) > 1:
             yield x.narrow(dim, 0, 0)
             yield torch.cat([x, x], dim)
             if symbol != "1":
@@ -140,10 +140,10 @@ def test_values_out_of_range(op: str) -> None:
                 call(op, arguments | {"target": torch.full_like(arguments["target"], value)})
 
 
-def test_one_coefficient_of_a_rotation_alone() -> None:
+def test_directions_of_a_rotation_without_turns() -> None:
     arguments = arguments_of("cross_entropy_parts_forward")
-    with pytest.raises(RuntimeError, match="input_coeffs, class_coeffs: expected both or neither"):
-        call("cross_entropy_parts_forward", arguments | {"input_coeffs": torch.ones(3, 3)})
+    with pytest.raises(RuntimeError, match="directions, turns: expected both or neither"):
+        call("cross_entropy_parts_forward", arguments | {"directions": torch.ones(3, 8)})
 
 
 def test_number_of_classes_of_topk() -> None:

@@ -99,9 +99,9 @@ def test_opcheck(fused: str, seed: int) -> None:
     ops = backends.ops(fused)
     centers = torch.randn(131, 3, 20, generator=generator(seed))
     torch.library.opcheck(ops.subcenter_forward.default, (tensors[0], centers, tensors[3], False, False))
-    coeffs = torch.randn(37, 3), torch.randn(2, 3, 131)
+    turns = torch.randn(3, 20), torch.randn(3, 2)
     torch.library.opcheck(
-        ops.rotation_forward.default, (tensors[0], tensors[1], tensors[3], *coeffs, False, False)
+        ops.rotation_forward.default, (tensors[0], tensors[1], tensors[3], *turns, False, False)
     )
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gistops.backends.chunked import ChunkedOps, scorers
+from gistops.backends.rotation_coeffs import class_coeffs
 from gistops.operators.cross_entropy_parts import PartsBackward, PartsForward
 from gistops.operators.logits import (
     RotationBackward,
@@ -39,26 +40,24 @@ def ops(fused: str) -> Any:
 
 
 def arguments(kind: str, dtype: torch.dtype, seed: int, bias: bool = True) -> tuple[Tensor | None, ...]:
-    """Return input, centers, displacements, tau, class_bias, input_coeffs, class_coeffs."""
+    """Return input, centers, displacements, tau, class_bias, directions, turns."""
     source = generator(seed)
     B, K, d, m = 37, 431, 24, 3
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=source).to(dtype)
 
-    coeffs = (random(B, m), 0.3 * random(2, m, K)) if kind == "rotation" else (None, None)
+    rotation = (random(m, d) / d**0.5, random(3, m - 1)) if kind == "rotation" else (None, None)
     x, w = random(B, d), random(K, m, d) if kind == "subcenters" else random(K, d)
     if dtype == f64:  # zero vectors, whose gradients are of the size 1e12
         w[5], x[3] = 0, 0
-    if coeffs[0] is not None and coeffs[1] is not None:
-        coeffs[0][3], coeffs[1][:, :, 5], coeffs[1][:, 0] = 0, 0, 0
     return (
         x,
         w,
         0.3 * random(m if kind == "translation" else 0, d),
         torch.tensor(9.0, dtype=dtype),
         random(K) if bias else None,
-        *coeffs,
+        *rotation,
     )
 
 
@@ -67,14 +66,16 @@ def near_ties(tensors: tuple[Tensor | None, ...]) -> Tensor:
 
     Rounding decides there which slot gets the gradient.
     """
-    x, w, delta, _, _, *coeffs = (None if t is None else t.double() for t in tensors)
+    x, w, delta, _, _, directions, turns = (None if t is None else t.double() for t in tensors)
     assert x is not None
     assert w is not None
     assert delta is not None
-    x, scale = F.normalize(x, dim=1), 1 / torch.linalg.vector_norm(x, dim=1)
-    if coeffs[0] is not None and coeffs[1] is not None:  # rotations: each slot has the norm of w
-        f, (y, z) = coeffs[0] * scale[:, None], coeffs[1]
-        scores = (x @ w.T)[:, None] + f[:, :1, None] * y + f[:, :, None] * torch.cat([0 * z[:1], z[1:]])
+    x = F.normalize(x, dim=1)
+    if directions is not None and turns is not None:  # rotations: each slot has the norm of w
+        y, z = class_coeffs(directions, turns, w)
+        f = x @ directions.T
+        terms = f[:, :1, None] * y + f[:, 1:, None] * z
+        scores = (x @ w.T)[:, None] + F.pad(terms, (0, 0, 1, 0))
         scores = scores / torch.linalg.vector_norm(w, dim=1)
     else:
         slots = w if w.dim() == 3 else torch.cat([w[:, None], w[:, None] + delta], dim=1)

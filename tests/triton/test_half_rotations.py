@@ -29,7 +29,9 @@ def loss_of(leaves: list[Tensor], target: Tensor) -> Tensor:
     """Return the loss of an op that gets input and centers in float16, and the coefficients in float32."""
     x, w, tau, delta, axis = leaves
     assert gistops.backends.choose("cpu", "triton") == "triton"  # which defines the ops
-    wide_x, wide_w, *coeffs = rotation.operands(x, Classifier(w, delta, tau, "rotation", axis))
+    wide_x, wide_w, *coeffs = rotation.coefficients(
+        x.to(f32), Classifier(w.to(f32), delta, tau, "rotation", axis)
+    )
     loss: Tensor = torch.ops.gistops_triton.cross_entropy_forward.default(
         wide_x.to(half), wide_w.to(half), no_displacements(x.to(half)), tau, *coeffs, target, None, None, None, 0, 1, -100, 0.0, True
     )[0]  # fmt: skip

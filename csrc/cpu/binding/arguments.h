@@ -55,8 +55,8 @@ struct Arguments {
   Tensor input, centers, displacements, tau;
   Tensor stored_displacements;  // contiguous, as given
   bool is_float64;
-  ScalarType compute;                         // the dtype of computation
-  OptionalTensor input_coeffs, class_coeffs;  // of a rotation: [B, M] and [2, M, K]
+  ScalarType compute;                // the dtype of computation
+  OptionalTensor directions, turns;  // of a rotation: [M, d] and [3, M - 1]
 
   Arguments(const Tensor& f, const Tensor& w, const Tensor& delta, const Tensor& t, const OptionalTensor& x = {},
             const OptionalTensor& y = {})
@@ -67,22 +67,22 @@ struct Arguments {
     input = converted(f, f.scalar_type()), centers = converted(w, w.scalar_type());
     displacements = converted(delta, compute), tau = converted(t, compute);
     stored_displacements = converted(delta, delta.scalar_type());
-    STD_TORCH_CHECK(x.has_value() == y.has_value(), "gistops: input_coeffs, class_coeffs: expected both or neither");
+    STD_TORCH_CHECK(x.has_value() == y.has_value(), "gistops: directions, turns: expected both or neither");
     if (!x) return;
-    const int64_t slots = x->dim() == 2 ? x->size(1) : 0;
+    const int64_t slots = x->dim() == 2 ? x->size(0) : 0;
     STD_TORCH_CHECK(w.dim() == 2 && delta.size(0) == 0 && slots >= 1 && slots <= 256,
-                    "gistops: input_coeffs: expected shape [B, M] with 1 <= M <= 256, centers [K, d] and no "
+                    "gistops: directions: expected shape [M, d] with 1 <= M <= 256, centers [K, d] and no "
                     "displacements, got ",
                     shape_text(x->sizes()), " with centers ", shape_text(w.sizes()), " and displacements ",
                     shape_text(delta.sizes()));
-    input_coeffs = in_compute(*x, {B(), slots}, "input_coeffs");
-    class_coeffs = in_compute(*y, {2, slots, K()}, "class_coeffs");
+    directions = in_compute(*x, {slots, input.size(1)}, "directions");
+    turns = in_compute(*y, {3, slots - 1}, "turns");
   }
 
   int64_t B() const { return input.size(0); }
   int64_t K() const { return centers.size(0); }
   int64_t M() const {
-    return has_subcenters() ? centers.size(1) : input_coeffs ? input_coeffs->size(1) : displacements.size(0) + 1;
+    return has_subcenters() ? centers.size(1) : directions ? directions->size(0) : displacements.size(0) + 1;
   }
   bool has_subcenters() const { return centers.dim() == 3; }
 
@@ -94,9 +94,9 @@ struct Arguments {
                       use_half_units(format);
     return {.input = {input.const_data_ptr(), format, B(), d},
             .centers = {centers.const_data_ptr(), format_of(centers, "centers"), K() * (has_subcenters() ? M() : 1), d},
-            .delta = values<T>(displacements),
+            .delta = values<T>(directions.value_or(displacements)),
             .transform = has_subcenters() && M() > 1 ? Transform::subcenter  // M = 1 is a plain center
-                         : input_coeffs              ? Transform::rotation
+                         : directions                ? Transform::rotation
                                                      : Transform::translation,
             .B = B(),
             .K = K(),
@@ -104,10 +104,10 @@ struct Arguments {
             .m = displacements.size(0),
             .M = M(),
             .tau = nonzero_tau(*values<T>(tau)),
-            .input_coeffs = values_or_null<T>(input_coeffs),
-            .class_coeffs = values_or_null<T>(class_coeffs),
+            .turns = values_or_null<T>(turns),
             .half = half,
-            .bf16_dots = half && format == Format::bf16 && stored_displacements.scalar_type() == ScalarType::BFloat16,
+            .bf16_dots = half && format == Format::bf16 && !directions &&
+                         stored_displacements.scalar_type() == ScalarType::BFloat16,
             .stored_delta = values<uint16_t>(stored_displacements)};
   }
 
@@ -184,7 +184,7 @@ struct Arguments {
 // The needed gradients, in the shapes of their arguments; the others are empty tensors.
 struct GradientTensors {
   Tensor input, centers, displacements, tau;
-  Tensor input_coeffs, class_coeffs;  // always computed for a rotation, else empty
+  Tensor directions, turns;  // always computed for a rotation, else empty
   Gradients out;
 
   // stash: memory for the gradient of centers, or null.
@@ -193,14 +193,15 @@ struct GradientTensors {
       : input(make(need_input, a.input, a.input.scalar_type())),
         centers(stash ? *stash : make(need_centers, a.centers, a.centers.scalar_type())),
         displacements(make(need_displacements, a.displacements, a.compute)), tau(make(need_tau, a.tau, a.compute)),
-        input_coeffs(make(a.input_coeffs.has_value(), a.input_coeffs.value_or(a.tau), a.compute)),
-        class_coeffs(make(a.class_coeffs.has_value(), a.class_coeffs.value_or(a.tau), a.compute)),
+        directions(make(a.directions.has_value(), a.directions.value_or(a.tau), a.compute)),
+        turns(make(a.turns.has_value(), a.turns.value_or(a.tau), a.compute)),
         out{.input = need_input ? input.mutable_data_ptr() : nullptr,
             .centers = need_centers ? centers.mutable_data_ptr() : nullptr,
-            .displacements = need_displacements && a.displacements.numel() ? displacements.mutable_data_ptr() : nullptr,
+            .displacements = a.directions                                    ? directions.mutable_data_ptr()
+                             : need_displacements && a.displacements.numel() ? displacements.mutable_data_ptr()
+                                                                             : nullptr,
             .tau = need_tau ? tau.mutable_data_ptr() : nullptr,
-            .input_coeffs = a.input_coeffs ? input_coeffs.mutable_data_ptr() : nullptr,
-            .class_coeffs = a.class_coeffs ? class_coeffs.mutable_data_ptr() : nullptr} {}
+            .turns = a.turns ? turns.mutable_data_ptr() : nullptr} {}
 
   static Tensor make(bool needed, const Tensor& x, ScalarType dtype) {
     return needed ? empty_on_device_of(x, x.sizes(), dtype) : empty_on_device_of(x, {0}, x.scalar_type());

@@ -23,9 +23,9 @@ struct LossCall {
   ScalarType displacements_dtype, tau_dtype, bias_dtype;
 
   LossCall(const Tensor& input, const Tensor& centers, const Tensor& displacements, const Tensor& tau,
-           const OptionalTensor& class_bias, const OptionalTensor& input_coeffs, const OptionalTensor& class_coeffs,
+           const OptionalTensor& class_bias, const OptionalTensor& directions, const OptionalTensor& turns,
            const Tensor& y, const OptionalTensor& class_weight, int64_t ignore_index)
-      : a(input, centers, displacements, tau, input_coeffs, class_coeffs), bias(a.per_class(class_bias, "class_bias")),
+      : a(input, centers, displacements, tau, directions, turns), bias(a.per_class(class_bias, "class_bias")),
         weight(a.per_class(class_weight, "weight")), target(empty_on_device_of(a.input, {a.B()}, ScalarType::Long)),
         displacements_dtype(displacements.scalar_type()), tau_dtype(tau.scalar_type()),
         bias_dtype(class_bias ? class_bias->scalar_type() : a.compute) {
@@ -115,26 +115,24 @@ struct LossCall {
             converted(g.displacements, displacements_dtype),
             converted(g.tau, tau_dtype),
             converted(grad_bias, bias_dtype),
-            g.input_coeffs,
-            g.class_coeffs};
+            g.directions,
+            g.turns};
   }
 };
 
 Parts cross_entropy_parts_forward(const Tensor& input, const Tensor& centers, const Tensor& displacements,
-                                  const Tensor& tau, OptionalTensor class_bias, OptionalTensor input_coeffs,
-                                  OptionalTensor class_coeffs, const Tensor& target, OptionalTensor weight,
+                                  const Tensor& tau, OptionalTensor class_bias, OptionalTensor directions,
+                                  OptionalTensor turns, const Tensor& target, OptionalTensor weight,
                                   int64_t ignore_index, bool /*allow_tf32*/) {
-  return LossCall(input, centers, displacements, tau, class_bias, input_coeffs, class_coeffs, target, weight,
-                  ignore_index)
+  return LossCall(input, centers, displacements, tau, class_bias, directions, turns, target, weight, ignore_index)
       .forward(nullptr);
 }
 
 Parts stashed_cross_entropy_parts_forward(const Tensor& input, const Tensor& centers, const Tensor& displacements,
-                                          const Tensor& tau, OptionalTensor class_bias, OptionalTensor input_coeffs,
-                                          OptionalTensor class_coeffs, const Tensor& target, OptionalTensor weight,
+                                          const Tensor& tau, OptionalTensor class_bias, OptionalTensor directions,
+                                          OptionalTensor turns, const Tensor& target, OptionalTensor weight,
                                           int64_t ignore_index, const Tensor& stash) {
-  return LossCall(input, centers, displacements, tau, class_bias, input_coeffs, class_coeffs, target, weight,
-                  ignore_index)
+  return LossCall(input, centers, displacements, tau, class_bias, directions, turns, target, weight, ignore_index)
       .forward(&stash);
 }
 
@@ -148,13 +146,11 @@ Loss stashed_cross_entropy_forward(const Tensor& input, const Tensor& centers, c
 PartGradients cross_entropy_parts_backward(const Tensor& grad_lse_others, const Tensor& grad_target_logits,
                                            const Tensor& grad_weighted_sums, const Tensor& input, const Tensor& centers,
                                            const Tensor& displacements, const Tensor& tau, OptionalTensor class_bias,
-                                           OptionalTensor input_coeffs, OptionalTensor class_coeffs,
-                                           const Tensor& target, OptionalTensor weight, int64_t ignore_index,
-                                           const Tensor& lse_others, bool need_input, bool need_centers,
-                                           bool need_displacements, bool need_tau, bool need_bias,
-                                           bool /*allow_tf32*/) {
-  return LossCall(input, centers, displacements, tau, class_bias, input_coeffs, class_coeffs, target, weight,
-                  ignore_index)
+                                           OptionalTensor directions, OptionalTensor turns, const Tensor& target,
+                                           OptionalTensor weight, int64_t ignore_index, const Tensor& lse_others,
+                                           bool need_input, bool need_centers, bool need_displacements, bool need_tau,
+                                           bool need_bias, bool /*allow_tf32*/) {
+  return LossCall(input, centers, displacements, tau, class_bias, directions, turns, target, weight, ignore_index)
       .backward(grad_lse_others, grad_target_logits, grad_weighted_sums, lse_others, need_input, need_centers,
                 need_displacements, need_tau, need_bias, nullptr);
 }
@@ -162,14 +158,14 @@ PartGradients cross_entropy_parts_backward(const Tensor& grad_lse_others, const 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> stashed_cross_entropy_parts_backward(
     const Tensor& grad_lse_others, const Tensor& grad_target_logits, const Tensor& grad_weighted_sums,
     const Tensor& input, const Tensor& centers, const Tensor& displacements, const Tensor& tau,
-    OptionalTensor class_bias, OptionalTensor input_coeffs, OptionalTensor class_coeffs, const Tensor& target,
+    OptionalTensor class_bias, OptionalTensor directions, OptionalTensor turns, const Tensor& target,
     OptionalTensor weight, int64_t ignore_index, const Tensor& lse_others, bool need_input, bool need_displacements,
     bool need_tau, bool need_bias, const Tensor& stash) {
-  const auto [grad_input, grad_centers, grad_displacements, grad_tau, grad_bias, grad_input_coeffs, grad_class_coeffs] =
-      LossCall(input, centers, displacements, tau, class_bias, input_coeffs, class_coeffs, target, weight, ignore_index)
+  const auto [grad_input, grad_centers, grad_displacements, grad_tau, grad_bias, grad_directions, grad_turns] =
+      LossCall(input, centers, displacements, tau, class_bias, directions, turns, target, weight, ignore_index)
           .backward(grad_lse_others, grad_target_logits, grad_weighted_sums, lse_others, need_input, true,
                     need_displacements, need_tau, need_bias, &stash);
-  return {grad_input, grad_displacements, grad_tau, grad_bias, grad_input_coeffs, grad_class_coeffs};
+  return {grad_input, grad_displacements, grad_tau, grad_bias, grad_directions, grad_turns};
 }
 
 }  // namespace

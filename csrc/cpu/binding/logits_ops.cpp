@@ -104,20 +104,20 @@ std::tuple<Tensor, Tensor, Tensor> subcenter_backward(const Tensor& grad, const 
   return {g.input, g.centers, converted(g.tau, tau.scalar_type())};
 }
 
-Logits rotation_forward(const Tensor& input, const Tensor& centers, const Tensor& tau, const Tensor& input_coeffs,
-                        const Tensor& class_coeffs, bool /*allow_tf32*/, bool need_slots, OptionalDtype logits_dtype) {
-  return logits_and_norms(Arguments(input, centers, no_displacements(input), tau, input_coeffs, class_coeffs),
-                          need_slots, logits_dtype);
+Logits rotation_forward(const Tensor& input, const Tensor& centers, const Tensor& tau, const Tensor& directions,
+                        const Tensor& turns, bool /*allow_tf32*/, bool need_slots, OptionalDtype logits_dtype) {
+  return logits_and_norms(Arguments(input, centers, no_displacements(input), tau, directions, turns), need_slots,
+                          logits_dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rotation_backward(
-    const Tensor& grad, const Tensor& input, const Tensor& centers, const Tensor& tau, const Tensor& input_coeffs,
-    const Tensor& class_coeffs, const Tensor& logits, const Tensor& slots, const Tensor& center_rnorms,
+    const Tensor& grad, const Tensor& input, const Tensor& centers, const Tensor& tau, const Tensor& directions,
+    const Tensor& turns, const Tensor& logits, const Tensor& slots, const Tensor& center_rnorms,
     const Tensor& input_rnorms, bool need_input, bool need_centers, bool need_tau, bool /*allow_tf32*/) {
   const GradientTensors g =
-      logits_gradients(Arguments(input, centers, no_displacements(input), tau, input_coeffs, class_coeffs), grad,
-                       logits, slots, center_rnorms, input_rnorms, need_input, need_centers, false, need_tau);
-  return {g.input, g.centers, converted(g.tau, tau.scalar_type()), g.input_coeffs, g.class_coeffs};
+      logits_gradients(Arguments(input, centers, no_displacements(input), tau, directions, turns), grad, logits, slots,
+                       center_rnorms, input_rnorms, need_input, need_centers, false, need_tau);
+  return {g.input, g.centers, converted(g.tau, tau.scalar_type()), g.directions, g.turns};
 }
 
 Tensor center_norms_op(const Tensor& centers, const Tensor& displacements) {
@@ -147,16 +147,17 @@ std::tuple<Tensor, Tensor> frozen_logits(const Tensor& input, const Tensor& cent
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> topk_op(const Tensor& input, const Tensor& centers,
                                                    const Tensor& displacements, const Tensor& tau,
-                                                   OptionalTensor class_bias, OptionalTensor input_coeffs,
-                                                   OptionalTensor class_coeffs, int64_t k, bool need_lse,
-                                                   bool /*allow_tf32*/, OptionalTensor norms) {
-  const Arguments a(input, centers, displacements, tau, input_coeffs, class_coeffs);
+                                                   OptionalTensor class_bias, OptionalTensor directions,
+                                                   OptionalTensor turns, int64_t k, bool need_lse, bool /*allow_tf32*/,
+                                                   OptionalTensor norms) {
+  const Arguments a(input, centers, displacements, tau, directions, turns);
   const OptionalTensor bias = a.per_class(class_bias, "class_bias");
   STD_TORCH_CHECK(k >= 1 && k <= a.K(), "gistops: k: expected 1 to ", a.K(), ", got ", k);
   const Tensor top_values = empty_on_device_of(input, {a.B(), k}, a.compute),
                classes = empty_on_device_of(input, {a.B(), k}, ScalarType::Long),
                slots = empty_on_device_of(input, {a.B(), k}, ScalarType::Byte),
                lse = empty_on_device_of(input, {need_lse ? a.B() : 0}, a.compute);
+  STD_TORCH_CHECK(!norms || !directions, "gistops: norms: expected None for rotations, got a tensor");
   if (norms) norms = a.in_compute(*norms, {a.M(), a.K()}, "norms");
   a.dispatch([&]<class T>(T) {
     Problem<T> p = a.problem<T>();

@@ -42,6 +42,7 @@ constexpr gistops::Kernels<T> kTable = {
     .add_to_winners = add_to_winners<T>,
     .rotation_max_over_slots = rotation_max_over_slots<T>,
     .rotation_route_grad = rotation_route_grad<T>,
+    .rotation_correction = rotation_correction<T>,
     .name = GISTOPS_STRING(GISTOPS_ISA),
 };
 

@@ -45,8 +45,8 @@ struct RoutedGrads {
   double* tau;
 };
 
-// The vectors of class k of a rotation are w_k + class_a[j, k] a + class_b[j, k] b_j, with a and b_j shared by all
-// classes; input[i, 0] = f_i . a and input[i, j] = f_i . b_j.
+// The vectors of class k of a rotation are w_k + class_a[j, k] u + class_b[j, k] p_j, with directions u and p_j shared
+// by all classes; input[i, 0] = f_i . u and input[i, j] = f_i . p_j.
 template <class T>
 struct RotationCoeffs {
   const T* input;              // [rows, slots], contiguous
@@ -54,16 +54,16 @@ struct RotationCoeffs {
   int64_t slots, ld;
 };
 
-// Outputs of rotation_route_grad(). h may be null. All but h are accumulated.
+// Outputs of rotation_route_grad(). h and tau may be null. All but h are accumulated.
 template <class T>
 struct RotationGrads {
   T* h;  // [rows, n]
   int64_t ld_h;
-  T* input;              // [rows, slots], contiguous
+  T* s;                  // [rows, slots], contiguous: the gradient of RotationCoeffs::input
   T *class_a, *class_b;  // [slots, n]
   int64_t ld_class;
-  T* t;        // [n], over all slots
-  double* gz;  // [rows]: sum over the classes of G z
+  T* t;  // [n], over all slots
+  double* tau;
 };
 
 // Per-class terms of a cross-entropy, [n] each; null where not given.
@@ -152,6 +152,12 @@ struct Kernels {
   // Routes a block of G = grad to the winning slots: h as in route_grad(), and the gradients of the coefficients.
   void (*rotation_route_grad)(GradBlock<T> block, RotationCoeffs<T> coeffs, const T* r, const T* scale,
                               RotationGrads<T> out);
+
+  // The gradients of centers w [rows, d] and of the directions of a rotation, with the weights c [slots, rows] of the
+  // directions in the gradient of the centers: dw[k] = hf[k] - t[k] w_k + sum_j c[j, k] directions_j,
+  // dd[j] += sum_k c[j, k] w_k. hf may be dw. dw, with hf, is skipped if null.
+  void (*rotation_correction)(const T* w, int64_t rows, int64_t d, const T* directions, const T* t, SlotMatrix<T> c,
+                              const T* hf, T* dw, T* dd);
 
   const char* name;
 };

@@ -82,8 +82,8 @@ class ChunkedOps:
 
     def rotation_backward(self, a: RotationBackward) -> RotationGradients:
         needs = Needs(a.need_input, a.need_centers, False, a.need_tau)
-        input, centers, _, tau, input_coeffs, class_coeffs = _gradients(make_scorer(self.ops, a), a, needs)
-        return RotationGradients(input, centers, tau, input_coeffs, class_coeffs)
+        input, centers, _, tau, directions, turns = _gradients(make_scorer(self.ops, a), a, needs)
+        return RotationGradients(input, centers, tau, directions, turns)
 
     def cross_entropy_parts_forward(self, a: PartsForward) -> Parts:
         scorer, weight = make_scorer(self.ops, a), a.weight
@@ -131,9 +131,9 @@ class ChunkedOps:
                 grad_target = torch.addcmul(grad_target, grad_sums, weights[columns])
             _overwrite_targets(grad, columns, in_chunk, grad_target)
             accumulator.add(chunk, scorer.backward(chunk, grad, output, needs))
-        input, centers, displacements, tau, *coeffs = accumulator.gradients()
+        input, centers, displacements, tau, *rotation = accumulator.gradients()
         grad_bias = grad_bias if bias is None else grad_bias.to(bias.dtype)
-        return PartsGradients(input, centers, displacements, tau, grad_bias, *coeffs)
+        return PartsGradients(input, centers, displacements, tau, grad_bias, *rotation)
 
     def topk(self, a: Topk) -> Best:
         """Return the best k classes; norms are recomputed, in the same pass as the products."""

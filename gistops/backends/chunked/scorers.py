@@ -1,7 +1,7 @@
 """Logits and gradients of one chunk of classes, from a namespace's `logits_forward` and `logits_backward`.
 
 A scorer holds the arguments of one call. `forward(chunk)` returns the logits of the classes in a slice; `backward(chunk,
-grad, output, needs)` returns gradients, those of the centers and class coefficients for the slice alone.
+grad, output, needs)` returns gradients, those of the centers for the slice alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...operators.logits import Logits
 from ...operators.registry import below_autocast, compute_dtype, nonzero_tau
+from ..rotation_coeffs import center_dots, class_coeffs
 
 #: Maximum number of scores in a chunk: 128 MiB in float32, so that 256 rows and 100,000 classes are one chunk. The
 #: temporaries of a chunk take half a GiB at most. On the CPU, where caches are small and launches are free, 16 MiB.
@@ -23,7 +24,7 @@ CPU_CHUNK_ELEMENTS = 1 << 22
 
 
 class Needs(NamedTuple):
-    """The gradients that the caller asks for; those of coefficients are always computed."""
+    """The gradients that the caller asks for; those of directions and turns are always computed."""
 
     input: bool
     centers: bool
@@ -38,8 +39,8 @@ class Gradients(NamedTuple):
     centers: Tensor | None
     displacements: Tensor | None
     tau: Tensor | None
-    input_coeffs: Tensor | None = None
-    class_coeffs: Tensor | None = None
+    directions: Tensor | None = None
+    turns: Tensor | None = None
 
 
 @dataclass
@@ -118,18 +119,18 @@ class SubcenterScorer(TranslationScorer):
 
 @dataclass
 class RotationScorer(TranslationScorer):
-    """Centers [K, d] and rotations given by coefficients: `rotation_forward` in csrc/schema.cpp."""
+    """Centers [K, d] and rotations given by directions and turns: `rotation_forward` in csrc/schema.cpp."""
 
-    input_coeffs: Tensor  # [B, M]
-    class_coeffs: Tensor  # [2, M, K]
+    directions: Tensor  # [M, d]
+    turns: Tensor  # [3, M - 1]
 
     def forward(self, chunk: slice, need_slots: bool = True) -> Logits:
         unrotated = self._forward(self.centers[chunk], torch.ones_like(self.tau), need_slots=False)
         best, slots = first_slot(unrotated.logits, need_slots)
-        for j in range(1, self.input_coeffs.shape[1]):
-            score = unrotated.logits + self._term(chunk, j) * _inverse_norms(unrotated)
+        for j, term in enumerate(self._terms(*self._coeffs(chunk)), 1):
+            score = unrotated.logits + term * _inverse_norms(unrotated)
             best, slots = running_max(score, j, best, slots)
-        rnorms = unrotated.center_rnorms.expand(self.input_coeffs.shape[1], -1)
+        rnorms = unrotated.center_rnorms.expand(len(self.directions), -1)
         return Logits(best * nonzero_tau(self.tau.to(best.dtype)), slots, rnorms, unrotated.input_rnorms)
 
     def backward(self, chunk: slice, grad: Tensor, output: Logits, needs: Needs) -> Gradients:
@@ -137,31 +138,50 @@ class RotationScorer(TranslationScorer):
         centers, one = self.centers[chunk], torch.ones_like(self.tau)
         unrotated = self._forward(centers, one, need_slots=True)
         weight = grad * tau * _inverse_norms(unrotated)
-        x, y = self.input_coeffs, self.class_coeffs[:, :, chunk]
+        x, y = self._coeffs(chunk)
         grad_x, grad_y = torch.zeros_like(x), torch.zeros_like(y)
         moment = torch.zeros_like(weight)
-        for j in range(1, x.shape[1]):
+        for j, term in enumerate(self._terms(x, y), 1):
             slot_weight = torch.where(output.slots == j, weight, 0)
-            grad_x[:, 0] += (slot_weight * y[0, j]).sum(1)
-            grad_x[:, j] = (slot_weight * y[1, j]).sum(1)
-            grad_y[0, j] = (slot_weight * x[:, :1]).sum(0)
-            grad_y[1, j] = (slot_weight * x[:, j : j + 1]).sum(0)
-            moment += slot_weight * self._term(chunk, j)
+            grad_x[:, 0] += (slot_weight * y[0, j - 1]).sum(1)
+            grad_x[:, j] = (slot_weight * y[1, j - 1]).sum(1)
+            grad_y[0, j - 1] = (slot_weight * x[:, :1]).sum(0)
+            grad_y[1, j - 1] = (slot_weight * x[:, j : j + 1]).sum(0)
+            moment += slot_weight * term
         gradients = self._backward(
             grad * tau, centers, one, unrotated, needs._replace(displacements=False, tau=False)
         )
+        grad_input = _subtract_norm_term(gradients.input, self.input, moment.sum(1), unrotated.input_rnorms)
+        grad_centers = _subtract_norm_term(
+            gradients.centers, centers, moment.sum(0), unrotated.center_rnorms[0]
+        )
+        grad_dots, grad_turns = self._coeffs_backward(centers.to(x.dtype), grad_y)
         return Gradients(
-            _subtract_norm_term(gradients.input, self.input, moment.sum(1), unrotated.input_rnorms),
-            _subtract_norm_term(gradients.centers, centers, moment.sum(0), unrotated.center_rnorms[0]),
+            None if grad_input is None else grad_input + grad_x @ self.directions,
+            None if grad_centers is None else grad_centers + grad_dots.T @ self.directions,
             torch.zeros_like(self.displacements) if needs.displacements else None,
             ((grad * output.logits).sum() / tau).reshape(self.tau.shape) if needs.tau else None,
-            grad_x,
-            grad_y,
+            grad_x.T @ self.input.to(x.dtype) + grad_dots @ centers.to(x.dtype),
+            grad_turns,
         )
 
-    def _term(self, chunk: slice, j: int) -> Tensor:
-        x, y = self.input_coeffs, self.class_coeffs
-        return x[:, :1] * y[0, j, chunk] + x[:, j : j + 1] * y[1, j, chunk]
+    def _coeffs(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        """Return f·u and f·p_j [B, M], and A and B [2, M - 1, k] of a chunk of k classes."""
+        x = self.input.to(self.directions.dtype) @ self.directions.T
+        return x, class_coeffs(self.directions, self.turns, self.centers[chunk].to(x.dtype))
+
+    def _terms(self, x: Tensor, y: Tensor) -> Iterator[Tensor]:
+        """Yield what slot j adds to the product, from slot 1 on."""
+        return (x[:, :1] * y[0, j - 1] + x[:, j : j + 1] * y[1, j - 1] for j in range(1, x.shape[1]))
+
+    def _coeffs_backward(self, centers: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of the dot products of directions and centers, [M, k], and of the turns."""
+        along, across = center_dots(self.directions, centers)
+        a, b, n = self.turns[:, :, None].unbind()
+        grad_a, grad_b = grad_y.unbind()
+        grad_along = (a * grad_a + n * grad_b).sum(0, keepdim=True)
+        grad_turns = (grad_a * along, grad_b * across, grad_b * along - grad_a * across)
+        return torch.cat([grad_along, b * grad_b - n * grad_a]), torch.stack(grad_turns).sum(2)
 
 
 def make_scorer(ops: Any, a: Any) -> TranslationScorer:
@@ -170,15 +190,15 @@ def make_scorer(ops: Any, a: Any) -> TranslationScorer:
     if displacements is None:
         displacements = a.input.new_empty(0, a.input.shape[1])
     arguments = (ops, a.input, a.centers, displacements, a.tau, a.allow_tf32)
-    coeffs = getattr(a, "input_coeffs", None), getattr(a, "class_coeffs", None)
-    if coeffs[0] is not None and coeffs[1] is not None:
+    directions, turns = getattr(a, "directions", None), getattr(a, "turns", None)
+    if directions is not None and turns is not None:
         dtype = compute_dtype(a.input, a.centers)
-        return RotationScorer(*arguments, coeffs[0].to(dtype), coeffs[1].to(dtype))
+        return RotationScorer(*arguments, directions.to(dtype), turns.to(dtype))
     return SubcenterScorer(*arguments) if a.centers.dim() == 3 else TranslationScorer(*arguments)
 
 
 class GradientAccumulator:
-    """Gradients from chunks: those of centers and class coefficients are put together, the others are summed."""
+    """Gradients from chunks: those of centers are put together, the others are summed."""
 
     def __init__(self, scorer: TranslationScorer, needs: Needs) -> None:
         self.scorer = scorer
@@ -197,8 +217,6 @@ class GradientAccumulator:
             gradient = getattr(gradients, name)
             if name == "centers":
                 total[chunk] = gradient
-            elif name == "class_coeffs":
-                total[:, :, chunk] = gradient
             else:
                 total += gradient
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._classifier import Classifier
+from ...backends.rotation_coeffs import class_coeffs
 from ...operators.registry import no_autocast, widest_dtype
 
 EPS = 1e-12  # a norm up to EPS counts as zero, as in `torch.nn.functional.normalize`
@@ -76,33 +77,48 @@ def _normalized(x: Tensor) -> tuple[Tensor, Tensor]:
     return x / norm.clamp(min=EPS)[..., None], norm
 
 
-def operands(
-    input: Tensor, classifier: Classifier, widen: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return input, centers, input_coeffs [B, M] and class_coeffs [2, M, K] for `rotation_forward`; differentiable.
+class Operands(NamedTuple):
+    """The arguments of the ops: `rotation_forward` in csrc/schema.cpp."""
 
-    Args:
-        widen: return input and centers that need gradients in the dtype of the logits. The op and the coefficients both
-            use them, and autograd then adds the two gradients of each in that dtype and rounds the sum once. Without
-            `widen`, half precision stays, and so do the products of tensor cores, whose weights are rounded to it anyway.
+    input: Tensor
+    centers: Tensor
+    directions: Tensor  # [M, d]
+    turns: Tensor  # [3, M - 1]
+
+
+def operands(input: Tensor, classifier: Classifier, backend: str) -> Operands:
+    """Return the arguments of the ops of a backend; differentiable.
+
+    Input and centers that need gradients get the dtype of the logits, except for the `cpu` backend: the ops sum several
+    gradients of each in that dtype, and would round them to half precision one by one.
     """
-    centers, displacements, axis = classifier.centers, classifier.displacements, classifier.axis
-    assert axis is not None
     dtype = classifier.compute_dtype(input)
+
+    def widened(x: Tensor) -> Tensor:
+        wide = backend != "cpu" and torch.is_grad_enabled() and x.requires_grad
+        return x.to(dtype) if wide or dtype == torch.float64 else x
+
+    with no_autocast(input.device.type):
+        directions, turns = _directions_and_turns(classifier, dtype)
+        return Operands(widened(input), widened(classifier.centers), directions, turns)
+
+
+def coefficients(input: Tensor, classifier: Classifier) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the arguments of the whole loss on GPUs: input, centers, input_coeffs [B, M] and class_coeffs [2, M, K].
+
+    Half precision stays, and so do the products of tensor cores, whose weights are rounded to it anyway.
+    """
+    centers, dtype = classifier.centers, classifier.compute_dtype(input)
     with no_autocast(input.device.type):
         wide_input, wide_centers = input.to(dtype), centers.to(dtype)
-        u, p, a, b, n = (x.to(dtype) for x in plane(displacements, axis))
-        directions = torch.cat([u[None], p])  # [M, d]
-        x = wide_input @ directions.T
-        along, across = (directions @ wide_centers.T).split([1, len(p)])  # w·u [1, K], w·p [m, K]
-        class_a = a[:, None] * along - n[:, None] * across
-        class_b = b[:, None] * across + n[:, None] * along
-        y = F.pad(torch.stack([class_a, class_b]), (0, 0, 1, 0))
-        is_double = dtype == torch.float64
-        input = wide_input if is_double or (widen and _needs_gradient(input)) else input
-        centers = wide_centers if is_double or (widen and _needs_gradient(centers)) else centers
-        return input, centers, x, y
+        directions, turns = _directions_and_turns(classifier, dtype)
+        y = F.pad(class_coeffs(directions, turns, wide_centers), (0, 0, 1, 0))
+        if dtype == torch.float64:
+            input, centers = wide_input, wide_centers
+        return input, centers, wide_input @ directions.T, y
 
 
-def _needs_gradient(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad
+def _directions_and_turns(classifier: Classifier, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    assert classifier.axis is not None
+    u, p, *turns = plane(classifier.displacements, classifier.axis)
+    return torch.cat([u[None], p]).to(dtype), torch.stack(turns).to(dtype)
