@@ -20,8 +20,10 @@ def run(tensors: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("m", [1, 3, 4, 6, 9])
-def test_ties_go_to_the_lowest_slot(m: int, backend: str, seed: int) -> None:
-    tensors = Sample(37, 530, 45, m).tensors(seed, requires_grad=False)
+@pytest.mark.parametrize("d", [45, 46])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ties_go_to_the_lowest_slot(dtype: torch.dtype, d: int, m: int, backend: str, seed: int) -> None:
+    tensors = Sample(37, 530, d, m, dtype, dtype, dtype).tensors(seed, requires_grad=False)
     tensors[2][-1] = tensors[2][0]  # the last displacement repeats the first
     assert run(tensors, backend)[1].max() < m or m == 1
     tensors[2].zero_()  # every slot ties

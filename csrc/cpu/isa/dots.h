@@ -5,8 +5,8 @@
 namespace {
 
 // One tile of dots(): ROWS x COLS sums in registers, so that a load of x serves COLS products and a load of y serves
-// ROWS. The order of each sum does not depend on the tile, so that equal displacements give equal bits, and ties stay
-// ties.
+// ROWS. Neither the order of a sum nor its rounding depends on the tile, so that equal displacements give equal bits,
+// and ties stay ties.
 template <class T, int ROWS, int COLS, bool SQUARES>
 GISTOPS_INLINE void dots_tile(const T* x, int64_t d, const T* y, T* squares, T* dots, int64_t ld_dots) {
   using V = typename Simd<T>::V;
@@ -16,10 +16,10 @@ GISTOPS_INLINE void dots_tile(const T* x, int64_t d, const T* y, T* squares, T* 
     for (int i = 0; i < ROWS; ++i) xs[i] = load<V>(x + i * d + e, n);
     for (int j = 0; j < COLS; ++j) {
       const V ys = load<V>(y + j * d + e, n);
-      for (int i = 0; i < ROWS; ++i) acc[i][j] += xs[i] * ys;
+      for (int i = 0; i < ROWS; ++i) acc[i][j] = multiply_add(xs[i], ys, acc[i][j]);
     }
     if constexpr (SQUARES)
-      for (int i = 0; i < ROWS; ++i) sq[i] += xs[i] * xs[i];
+      for (int i = 0; i < ROWS; ++i) sq[i] = multiply_add(xs[i], xs[i], sq[i]);
   });
   for (int i = 0; i < ROWS; ++i) {
     for (int j = 0; j < COLS; ++j) dots[i * ld_dots + j] = lane_sum<T>(acc[i][j]);

@@ -2,6 +2,11 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#if defined(__FMA__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 #if defined(__AVX512F__)
 #define GISTOPS_VECTOR_BYTES 64
@@ -56,6 +61,30 @@ GISTOPS_INLINE void store(E* p, V v, int n) {
   } else {
     for (int i = 0; i < n; ++i) p[i] = v[i];
   }
+}
+
+// a b + c, rounded once if the processor can. Of `a * b + c` in several copies of a loop's body, compilers round some
+// once and others twice.
+template <class V>
+GISTOPS_INLINE V multiply_add(V a, V b, V c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(a[0]) == sizeof(float))
+    return _mm512_fmadd_ps(a, b, c);
+  else
+    return _mm512_fmadd_pd(a, b, c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  if constexpr (sizeof(a[0]) == sizeof(float))
+    return _mm256_fmadd_ps(a, b, c);
+  else
+    return _mm256_fmadd_pd(a, b, c);
+#elif defined(__aarch64__)
+  if constexpr (sizeof(a[0]) == sizeof(float))
+    return vfmaq_f32(c, a, b);
+  else
+    return vfmaq_f64(c, a, b);
+#else
+  return a * b + c;
+#endif
 }
 
 // The sum of the lanes, in a fixed order.
