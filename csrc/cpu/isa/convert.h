@@ -32,8 +32,12 @@ GISTOPS_INLINE uint16_t to_bf16(float x) {
 }
 
 GISTOPS_INLINE float from_f16(uint16_t x) {
-#ifdef __F16C__
+#if defined(__F16C__)
   return _cvtsh_ss(x);
+#elif defined(__aarch64__)
+  __fp16 half;
+  std::memcpy(&half, &x, 2);
+  return half;
 #else
   const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16, exponent = (x >> 10) & 0x1f, fraction = x & 0x3ff;
   if (exponent == 31) return from_bits(sign | 0x7f800000 | fraction << 13);
@@ -44,8 +48,13 @@ GISTOPS_INLINE float from_f16(uint16_t x) {
 }
 
 GISTOPS_INLINE uint16_t to_f16(float x) {
-#ifdef __F16C__
+#if defined(__F16C__)
   return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__aarch64__)
+  const __fp16 half = static_cast<__fp16>(x);
+  uint16_t bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
 #else
   const uint32_t bits = to_bits(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);

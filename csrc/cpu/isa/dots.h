@@ -45,7 +45,7 @@ void dots_rows(const T* x, int64_t d, const T* y, int64_t columns, T* squares, T
 
 template <class T>
 void dots(const T* x, int64_t rows, int64_t d, const T* y, int64_t columns, T* squares, T* out, int64_t ld) {
-  constexpr int R = GISTOPS_VECTOR_BYTES == 64 ? 4 : 2;  // 4 x 4 sums need 32 registers
+  constexpr int R = GISTOPS_VECTOR_REGISTERS == 32 ? 4 : 2;  // for 4 x 4 sums
   int64_t i = 0;
   for (; i + R <= rows; i += R)
     dots_rows<T, R>(x + i * d, d, y, columns, squares ? squares + i : nullptr, out + i * ld, ld);

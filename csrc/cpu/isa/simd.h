@@ -15,6 +15,11 @@
 #else
 #define GISTOPS_VECTOR_BYTES 16
 #endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define GISTOPS_VECTOR_REGISTERS 32
+#else
+#define GISTOPS_VECTOR_REGISTERS 16
+#endif
 #define GISTOPS_INLINE inline __attribute__((always_inline))
 #define GISTOPS_INLINE_LAMBDA __attribute__((always_inline))
 
