@@ -102,7 +102,6 @@ inline Choice choose_half_units(Format format) {
                         const c10::BFloat16*, float*, bool);
   using Half = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const c10::Half*, const c10::Half*,
                         float*, bool);
-  constexpr auto kHalf = static_cast<c10::ScalarType>(5);
   const bool bf16 = format == Format::bf16;
   const char* asked = std::getenv("GISTOPS_CPU_PRODUCTS");
   if (asked && std::strcmp(asked, "blas") == 0) return {false, "in float32, as GISTOPS_CPU_PRODUCTS asks"};
@@ -112,6 +111,7 @@ inline Choice choose_half_units(Format format) {
     return {false, "in float32: this PyTorch exports no brgemm"};
   bool supported = false;
 #ifdef GISTOPS_X86
+  constexpr auto kHalf = static_cast<c10::ScalarType>(5);
   __builtin_cpu_init();
   supported = bf16 ? __builtin_cpu_supports("avx512bf16") : could_pack(kHalf);
 #endif

@@ -198,7 +198,8 @@ class ClassBlock {
     for (int64_t j = 1; j <= p_.m; ++j) {
       for (int64_t k = 0; k < n_; ++k) {
         slot_squares_[k] = square(j, k);
-        special |= cancelled(j, k) | too_large(j, k);  // a NaN cancels
+        special |= cancelled(j, k);  // also a NaN
+        special |= too_large(j, k);
       }
       kernels<T>().rnorms(slot_squares_.get(), n_, r_.get() + j * size_);
     }

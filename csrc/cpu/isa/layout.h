@@ -1,6 +1,7 @@
 // Other layouts of a matrix, for the operands and results of products in half precision (../half_product.h).
 #pragma once
 #include <cstdint>
+#include <utility>
 
 #include "simd.h"
 
