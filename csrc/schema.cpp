@@ -47,6 +47,13 @@ STABLE_TORCH_LIBRARY(gistops, m) {
       " -> (Tensor grad_input, Tensor grad_centers, Tensor grad_tau, Tensor grad_directions,"
       " Tensor grad_turns)");
 
+  // CPU only: directions and turns, in `dtype`, of the rotations from axis [d] to displacements [m, d], and the
+  // backward.
+  m.def("rotation_planes(Tensor displacements, Tensor axis, ScalarType dtype) -> (Tensor directions, Tensor turns)");
+  m.def(
+      "rotation_planes_backward(Tensor grad_directions, Tensor grad_turns, Tensor displacements, Tensor axis)"
+      " -> (Tensor grad_displacements, Tensor grad_axis)");
+
   // The parts of a cross-entropy of logits z that are never materialized. For a row with target y:
   //   lse_others = log sum over k != y of e^(z_k + class_bias_k), target_logits = z_y,
   //   weighted_sums = sum over k of weight_k z_k, [0] without weight.
@@ -80,8 +87,9 @@ STABLE_TORCH_LIBRARY(gistops, m) {
   // is that of the targets, reduction 0 none, 1 mean, 2 sum. stashed_cross_entropy_parts_backward takes the gradients
   // loss_slopes and lse_slopes make of the parts.
   m.def(
-      "stashed_cross_entropy_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau, Tensor target,"
-      " Tensor? weight, int reduction, SymInt ignore_index, Tensor(a!) stash)"
+      "stashed_cross_entropy_forward(Tensor input, Tensor centers, Tensor displacements, Tensor tau,"
+      " Tensor? directions, Tensor? turns, Tensor target, Tensor? weight, int reduction, SymInt ignore_index,"
+      " Tensor(a!) stash)"
       " -> (Tensor loss, Tensor lse, Tensor lse_others, Tensor loss_slopes, Tensor lse_slopes)");
 
   // The whole loss, on GPUs: gistops/operators/cross_entropy.py describes the arguments.

@@ -37,6 +37,7 @@ COMMON = (
     Unit("schema", "schema.cpp", torch_headers=True),
     Unit("cpu_logits_ops", "cpu/binding/logits_ops.cpp", torch_headers=True),
     Unit("cpu_cross_entropy_ops", "cpu/binding/cross_entropy_ops.cpp", torch_headers=True),
+    Unit("cpu_rotation_ops", "cpu/binding/rotation_ops.cpp", torch_headers=True),
     Unit("cpu_dispatch", "cpu/dispatch.cpp"),
 )
 

@@ -20,12 +20,15 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def can_stash(centers: Tensor, *others: Tensor | None) -> bool:
     """Return True for plain CPU tensors in eager mode, if the centers need a gradient."""
+    return torch.is_grad_enabled() and centers.requires_grad and is_eager(centers, *others)
+
+
+def is_eager(*tensors: Tensor | None) -> bool:
+    """Return True for plain CPU tensors in eager mode, outside transforms of `torch.func`."""
     return (
         not torch.compiler.is_compiling()
         and not transforms_active()
-        and torch.is_grad_enabled()
-        and centers.requires_grad
-        and all(t is None or (type(t) in _PLAIN and t.device.type == "cpu") for t in (centers, *others))
+        and all(t is None or (type(t) in _PLAIN and t.device.type == "cpu") for t in tensors)
     )
 
 

@@ -17,6 +17,7 @@ from .._toolchain import BuildError, Tools, host_machine
 from ..operators import registry
 from ..operators.cross_entropy import CROSS_ENTROPY_BACKWARD, CROSS_ENTROPY_FORWARD
 from ..operators.logits import CENTER_NORMS, FROZEN_LOGITS, LOGITS_BACKWARD, LOGITS_FORWARD
+from ..operators.rotation_planes import ROTATION_PLANES, ROTATION_PLANES_BACKWARD
 from ..operators.topk import FUSED_TOPK, Best
 from . import _own_files
 from ._own_files import UnsafeError
@@ -188,6 +189,8 @@ def _complete(cuda: bool) -> None:
         CENTER_NORMS,
         FROZEN_LOGITS,
         FUSED_TOPK,
+        ROTATION_PLANES,
+        ROTATION_PLANES_BACKWARD,
     ):
         registry.complete(ops, op)
     if cuda:

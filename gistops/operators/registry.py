@@ -19,7 +19,7 @@ SymInt = Annotated[int, "SymInt"]
 _libraries: list[torch.library.Library] = []  # kept alive: registrations end with them
 _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "int", SymInt: "SymInt", float: "float",
-    torch.dtype | None: "ScalarType?",
+    torch.dtype: "ScalarType", torch.dtype | None: "ScalarType?",
 }  # fmt: skip
 
 
@@ -103,11 +103,13 @@ def _fake(op: Op, *arguments: Any) -> Any:
             would return uninitialized memory on the device of the others.
     """
     record = op.arguments(*arguments)
-    tensors = [(name, x) for name, x in zip(record._fields, record, strict=True) if isinstance(x, Tensor)]
-    for name, x in tensors:
-        if x.device != record.centers.device:
+    tensors = {name: x for name, x in zip(record._fields, record, strict=True) if isinstance(x, Tensor)}
+    reference = "centers" if "centers" in tensors else next(iter(tensors))
+    device = tensors[reference].device
+    for name, x in tensors.items():
+        if x.device != device:
             raise RuntimeError(
-                f"{op.name}: {name}: expected device {record.centers.device} to match centers, got {x.device}"
+                f"{op.name}: {name}: expected device {device} to match {reference}, got {x.device}"
             )
     return op.fake(record)
 

@@ -39,6 +39,11 @@ OPS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
         VECTORS | {"target": "B", "weight": "K", "stash": "K d"},
         {"ignore_index": -100},
     ),
+    "rotation_planes": ({"displacements": "m d", "axis": "d"}, {"dtype": torch.float32}),
+    "rotation_planes_backward": (
+        {"grad_directions": "M d", "grad_turns": "3 m", "displacements": "m d", "axis": "d"},
+        {},
+    ),
     "stashed_cross_entropy_parts_backward": (
         PART_GRADS | PARTS | {"lse_others": "B", "stash": "K d"},
         {"ignore_index": -100},

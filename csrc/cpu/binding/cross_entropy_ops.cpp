@@ -137,9 +137,10 @@ Parts stashed_cross_entropy_parts_forward(const Tensor& input, const Tensor& cen
 }
 
 Loss stashed_cross_entropy_forward(const Tensor& input, const Tensor& centers, const Tensor& displacements,
-                                   const Tensor& tau, const Tensor& target, OptionalTensor weight, int64_t reduction,
-                                   int64_t ignore_index, const Tensor& stash) {
-  return LossCall(input, centers, displacements, tau, {}, {}, {}, target, {}, ignore_index)
+                                   const Tensor& tau, OptionalTensor directions, OptionalTensor turns,
+                                   const Tensor& target, OptionalTensor weight, int64_t reduction, int64_t ignore_index,
+                                   const Tensor& stash) {
+  return LossCall(input, centers, displacements, tau, {}, directions, turns, target, {}, ignore_index)
       .whole_loss(stash, weight, reduction);
 }
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._classifier import Classifier
+from ...backends import cpu_planes
 from ...backends.rotation_coeffs import class_coeffs
 from ...operators.registry import no_autocast, widest_dtype
 
@@ -99,8 +100,8 @@ def operands(input: Tensor, classifier: Classifier, backend: str) -> Operands:
         return x.to(dtype) if wide or dtype == torch.float64 else x
 
     with no_autocast(input.device.type):
-        directions, turns = _directions_and_turns(classifier, dtype)
-        return Operands(widened(input), widened(classifier.centers), directions, turns)
+        shared = _directions_and_turns(classifier, dtype, backend)
+        return Operands(widened(input), widened(classifier.centers), *shared)
 
 
 def coefficients(input: Tensor, classifier: Classifier) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -118,7 +119,12 @@ def coefficients(input: Tensor, classifier: Classifier) -> tuple[Tensor, Tensor,
         return input, centers, wide_input @ directions.T, y
 
 
-def _directions_and_turns(classifier: Classifier, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    assert classifier.axis is not None
-    u, p, *turns = plane(classifier.displacements, classifier.axis)
+def _directions_and_turns(
+    classifier: Classifier, dtype: torch.dtype, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    displacements, axis = classifier.displacements, classifier.axis
+    assert axis is not None
+    if backend == "cpu" and cpu_planes.serves(displacements, axis):
+        return cpu_planes.directions_and_turns(displacements, axis, dtype)
+    u, p, *turns = plane(displacements, axis)
     return torch.cat([u[None], p]).to(dtype), torch.stack(turns).to(dtype)
