@@ -74,7 +74,7 @@ struct Problem {
   const T* turns = nullptr;                // [3, M - 1] of a rotation
   const T* norms = nullptr;                // [M, K], the output of center_norms(), if known
   bool half = false;                       // P = f W' takes input and centers as stored (half_product.h)
-  bool bf16_dots = false;                  // half, and all operands are bfloat16
+  bool bf16_dots = false;                  // norms by dots_bf16(): centers and displacements are bfloat16
   const uint16_t* stored_delta = nullptr;  // [m, d], as stored
 
   // True if the products of the backward, too, are in half precision. With float16 they are in float32: small weights H

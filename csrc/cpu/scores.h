@@ -116,11 +116,12 @@ class ClassBlock {
       kernels<T>().dots_bf16(static_cast<const uint16_t*>(p_.centers.row(begin)), vectors, p_.d, p_.stored_delta, p_.m,
                              squares_.get(), dots_.get(), p_.m);
     const int64_t group = direct ? vectors : group_size(p_.d), shared = p_.num_shared();
-    for (int64_t v = 0; v < vectors && !p_.bf16_dots; v += group) {
+    for (int64_t v = 0; v < vectors && !(p_.half && p_.bf16_dots); v += group) {
       const int64_t rows = std::min(group, vectors - v);
       const T* w = p_.centers.template as<T>(begin + v, rows, converted_.get() + (direct || p_.half ? 0 : v * p_.d));
       if (v == 0 && !p_.half) w_ = w;
-      kernels<T>().dots(w, rows, p_.d, p_.delta, shared, squares_.get() + v, dots_.get() + v * shared, shared);
+      if (!p_.bf16_dots)
+        kernels<T>().dots(w, rows, p_.d, p_.delta, shared, squares_.get() + v, dots_.get() + v * shared, shared);
     }
     if (p_.is_subcenter()) return subcenter_norms();
     translation_norms();

@@ -111,7 +111,7 @@ def test_logits(size: tuple[int, int, int, int], seed: int) -> None:
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_loss(size: tuple[int, int, int, int], frozen: bool, seed: int) -> None:
-    """With frozen centers the scores are computed again in the backward."""
+    """If the centers are frozen, the scores are computed again in the backward."""
     leaves = [t.requires_grad_() for t in tensors(*size, seed)]
     wide = [t.detach().double().requires_grad_() for t in leaves]
     target = torch.randint(0, size[1], (size[0],), generator=generator(seed + 1))

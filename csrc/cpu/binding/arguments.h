@@ -92,6 +92,10 @@ struct Arguments {
     const Format format = format_of(input, "input");
     const bool half = std::is_same_v<T, float> && d % 2 == 0 && input.scalar_type() == centers.scalar_type() &&
                       use_half_units(format);
+    // By centers and displacements alone: the norms of a frozen head have the same bits for any input.
+    const bool bf16_dots = std::is_same_v<T, float> && !directions && centers.scalar_type() == ScalarType::BFloat16 &&
+                           (displacements.size(0) == 0 || stored_displacements.scalar_type() == ScalarType::BFloat16) &&
+                           use_half_units(Format::bf16);
     return {.input = {input.const_data_ptr(), format, B(), d},
             .centers = {centers.const_data_ptr(), format_of(centers, "centers"), K() * (has_subcenters() ? M() : 1), d},
             .delta = values<T>(directions.value_or(displacements)),
@@ -106,8 +110,7 @@ struct Arguments {
             .tau = nonzero_tau(*values<T>(tau)),
             .turns = values_or_null<T>(turns),
             .half = half,
-            .bf16_dots = half && format == Format::bf16 && !directions &&
-                         stored_displacements.scalar_type() == ScalarType::BFloat16,
+            .bf16_dots = bf16_dots,
             .stored_delta = values<uint16_t>(stored_displacements)};
   }
 

@@ -94,7 +94,7 @@ struct Kernels {
   // dots[i, j] = x_i . y_j for j < columns, and squares[i] = |x_i|^2 (skipped if null).
   void (*dots)(const T* x, int64_t rows, int64_t d, const T* y, int64_t columns, T* squares, T* dots, int64_t ld_dots);
 
-  // The same for bfloat16 x and y and an even d, on processors with AVX512-BF16 alone; null for older instruction sets.
+  // The same for bfloat16 x and y, on processors with AVX512-BF16 alone; null for older instruction sets.
   void (*dots_bf16)(const uint16_t* x, int64_t rows, int64_t d, const uint16_t* y, int64_t columns, T* squares, T* dots,
                     int64_t ld_dots);
 
