@@ -10,15 +10,17 @@ namespace {
 
 using gistops::SlotMatrix;
 
-// Without branches, so that the compiler vectorizes it.
 template <class T>
 void rnorms(const T* squares, int64_t n, T* out) {
+  using V = typename Simd<T>::V;
   constexpr T kSmallest = static_cast<T>(gistops::kMinNorm), kLargest = static_cast<T>(1 / gistops::kMinNorm);
-  for (int64_t k = 0; k < n; ++k) {
-    const T norm = std::sqrt(squares[k]), rnorm = 1 / norm;
-    const T finite = norm == std::numeric_limits<T>::infinity() ? std::numeric_limits<T>::quiet_NaN() : rnorm;
-    out[k] = norm < kSmallest ? kLargest : finite;
-  }
+  constexpr T kInfinity = std::numeric_limits<T>::infinity(), kNaN = std::numeric_limits<T>::quiet_NaN();
+  for (int64_t k = 0; k < n; ++k) out[k] = std::sqrt(squares[k]);  // no comparison: GCC vectorizes it
+  for_each_vector<Simd<T>::N>(n, [&](int64_t k, int lanes) GISTOPS_INLINE_LAMBDA {
+    const V norm = load<V>(out + k, lanes);
+    const V finite = norm == kInfinity ? V{} + kNaN : 1 / norm;
+    store(out + k, norm < kSmallest ? V{} + kLargest : finite, lanes);
+  });
 }
 
 // R rows at once share the loads of delta, and the sums dd.
