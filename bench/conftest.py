@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,32 +10,33 @@ import torch
 
 from gistops.backends import native
 
+from .cpu import pairs
 from .cpu.logits import SIZES
+from .cpu.report import Tables
 from .hardware import hardware
-from .problem import Size
+from .problem import FAIR, MAIN, Size, parse_sizes
 
-#: Returns the ratio, milliseconds and the number of pairs: see the fixture `paired`.
-Paired = Callable[..., tuple[float, float, int]]
+#: Measures a case and writes its cell: see the fixture `compare`.
+Compare = Callable[..., None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gistops")
     group.addoption(
         "--sizes",
-        default=None,
-        help="comma-separated BxKxd or BxKxdxm; default: " + ", ".join(map(str, SIZES)),
+        type=parse_sizes,
+        default=SIZES,
+        help="comma-separated BxKxd or BxKxdxm of all tables but that of the host overhead; tables of one size take "
+        f"{MAIN.text} if it is among these, otherwise the first. Default: {','.join(s.text for s in SIZES)}, and "
+        f"{FAIR.text} for F.linear_cross_entropy",
     )
-    group.addoption("--seconds", type=float, default=5.0, help="time per row of a table (at least 3 rounds)")
-
-
-class Tables:
-    """The results: table -> row -> column -> text."""
-
-    def __init__(self) -> None:
-        self.tables: dict[str, dict[str, dict[str, str]]] = {}
-
-    def add(self, table: str, row: str, column: str, value: str) -> None:
-        self.tables.setdefault(table, {}).setdefault(row, {})[column] = value
+    group.addoption(
+        "--seconds",
+        type=float,
+        default=1.0,
+        help=f"time per cell of a table. A cell has at least {pairs.LEAST} rounds, or {pairs.FEW} if one takes longer "
+        f"than this time; if one takes over {pairs.TOO_LONG} times as long, the cell is left out. Default: %(default)s",
+    )
 
 
 TABLES = pytest.StashKey[Tables]()
@@ -47,14 +46,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[TABLES] = Tables()
 
 
-def sizes(config: pytest.Config) -> tuple[Size, ...]:
-    chosen = config.getoption("--sizes")
-    return tuple(Size.parse(text) for text in chosen.split(",")) if chosen else SIZES
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "size" in metafunc.fixturenames:
-        metafunc.parametrize("size", sizes(metafunc.config), ids=str)
+    sizes: tuple[Size, ...] = metafunc.config.getoption("--sizes")
+    chosen = {
+        "size": sizes,
+        "main": (MAIN if MAIN in sizes else sizes[0],),
+        "fair": (FAIR,) if sizes == SIZES else (),
+    }
+    for name in chosen.keys() & set(metafunc.fixturenames):
+        metafunc.parametrize(name, chosen[name], ids=str)
 
 
 @pytest.fixture
@@ -69,50 +69,47 @@ def require_compiled_ops() -> None:
 
 
 @pytest.fixture
-def paired(benchmark: Any, request: pytest.FixtureRequest) -> Paired:
-    """Return a function that times a call in pairs with a baseline call.
+def compare(tables: Tables, benchmark: Any, request: pytest.FixtureRequest) -> Compare:
+    """Return a function that times a call in pairs with a baseline and writes the result into a cell of a table.
 
-    pytest-benchmark times `run`, and each round times `baseline` just before. Both calls of a pair see the same state of
-    the machine, so that the median ratio of the pairs is reliable even if the times themselves are not. The function
-    returns this ratio, the median time of `run` in milliseconds, and the number of pairs.
+    pytest-benchmark times the call, and each round times the baseline just before. With `times` the ratio is that to so
+    many calls of the baseline.
     """
-    seconds: float = request.config.getoption("--seconds")
 
-    def measure(run: Callable[[], Any], baseline: Callable[[], Any]) -> tuple[float, float, int]:
-        for function in (baseline, run):  # the first calls compile and allocate
-            function()
-        begin = time.perf_counter()
-        baseline()
-        run()
-        rounds = min(max(3, int(seconds / (time.perf_counter() - begin))), 200)
-        baselines: list[float] = []
-
-        def setup() -> None:
-            begin = time.perf_counter()
-            baseline()
-            baselines.append(time.perf_counter() - begin)
-
+    def pedantic(run: Callable[[], Any], setup: Callable[[], None], rounds: int) -> list[float]:
         benchmark.pedantic(run, setup=setup, rounds=rounds, iterations=1, warmup_rounds=0)
+        if benchmark.stats is None:
+            pytest.skip("pytest-benchmark is disabled, by --benchmark-disable or by xdist")
         times: list[float] = benchmark.stats.stats.data
-        ratio = statistics.median(a / b for a, b in zip(times, baselines[-rounds:], strict=True))
-        benchmark.extra_info["ratio to F.linear"] = ratio
-        return ratio, statistics.median(times) * 1e3, rounds
+        return times
 
-    return measure
+    def compare(
+        title: str,
+        row: str,
+        column: object,
+        run: Callable[[], Any],
+        baseline: Callable[[], Any],
+        times: int = 1,
+    ) -> None:
+        try:
+            result = pairs.measure(run, baseline, request.config.getoption("--seconds"), pedantic)
+        except pairs.TooSlow as reason:
+            tables.add(title, row, str(column), f"– ({reason})")
+            pytest.skip(str(reason))
+        benchmark.extra_info["ratio to the baseline"] = result.ratio / times
+        tables.add(title, row, str(column), result._replace(ratio=result.ratio / times))
+
+    return compare
 
 
+@pytest.hookimpl(trylast=True)  # after the table of pytest-benchmark
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    tables = config.stash[TABLES].tables
-    if not tables:
+    lines = config.stash[TABLES].lines()
+    if not lines:
         return
-    write = terminalreporter.write_line
-    write("")
     capability = torch.ops.gistops.cpu_capability().replace("\n", "; ")
-    write(f"{hardware()}, kernels {capability}; n = rounds, each paired with F.linear")
-    for title, table in tables.items():
-        columns = list(dict.fromkeys(column for cells in table.values() for column in cells))
-        write(f"\n{title}\n")
-        write("| | " + " | ".join(columns) + " |")
-        write("|---|" + "---|" * len(columns))
-        for row, cells in table.items():
-            write(f"| {row} | " + " | ".join(cells.get(column, "–") for column in columns) + " |")
+    terminalreporter.write_line(
+        f"\n{hardware()}, kernels {capability}; n = rounds, each paired with the baseline"
+    )
+    for line in lines:
+        terminalreporter.write_line(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +28,28 @@ class Size:
                 f"--sizes: expected BxKxd or BxKxdxm, such as 256x8142x2048, got {text!r}"
             ) from None
 
+    @property
+    def text(self) -> str:
+        """The text that `parse` reads."""
+        return f"{self.B}x{self.K}x{self.d}" + ("" if self.m == 4 else f"x{self.m}")
+
     def __str__(self) -> str:
         return f"{self.B}×{self.K}×{self.d}" + ("" if self.m == 4 else f", m={self.m}")
 
 
 #: The size of the stated targets: the classes of iNaturalist 2018, the features of ResNet-50.
 MAIN = Size(256, 8142, 2048)
+#: A size with B >= d and K > d, where the documentation of torch.nn.LinearCrossEntropyOptions says that chunking pays.
+FAIR = Size(2048, 8142, 1024)
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def parse_sizes(text: str) -> tuple[Size, ...]:
+    """Parse an option such as `256x8142x128,256x65536x128`."""
+    try:
+        return tuple(Size.parse(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def make_tensors(

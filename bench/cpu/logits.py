@@ -24,6 +24,17 @@ def ours(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor) -> Tensor:
     return gistops.constellation_logits(x, w, delta, tau, backend="cpu")
 
 
+def rotation(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor) -> Tensor:
+    """Compute the logits of displacements that rotate the centers."""
+    axis = torch.linspace(-1, 1, w.shape[1])
+    return gistops.constellation_logits(x, w, delta, tau, transform="rotation", axis=axis, backend="cpu")
+
+
+def subcenters(x: Tensor, centers: Tensor, delta: Tensor, tau: Tensor) -> Tensor:
+    """Compute the logits of classes with several centers each, [K, M, d]."""
+    return gistops.subcenter_logits(x, centers, tau, backend="cpu")
+
+
 def implementation(name: str) -> Callable[..., Tensor]:
     """Return the implementation of a name in NAMES. The suffix "compiled" means torch.compile with static shapes."""
     function = (baselines.LOGITS | {"ours": ours})[name.removesuffix(" compiled")]

@@ -59,6 +59,13 @@ def rotation(x: Tensor, w: Tensor, delta: Tensor, tau: Tensor, labels: Tensor) -
     return ours(x, w, delta, tau, labels, transform="rotation", axis=axis)
 
 
+def subcenters(x: Tensor, centers: Tensor, delta: Tensor, tau: Tensor, labels: Tensor) -> Tensor:
+    """Compute the fused loss of classes with several centers each, [K, M, d]."""
+    loss = gistops.subcenter_cross_entropy(x, centers, tau, labels, backend="cpu")
+    assert isinstance(loss, Tensor)
+    return loss
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "linear": linear_loss,
     "ours": ours,
@@ -75,28 +82,14 @@ def why_not(name: str) -> str | None:
     return baselines.why_no_torch_linear_cross_entropy() if name == "F.linear_cross_entropy" else None
 
 
-def loss_step(name: str, arguments: Tensors) -> Run:
+def loss_step(function: Callable[..., Tensor], arguments: Tensors) -> Run:
     """Return a call of a loss and its backward to all arguments. Each call allocates the gradients anew."""
-    labels, function = make_labels(arguments), LOSSES[name]
+    labels = make_labels(arguments)
 
     def run() -> None:
         for argument in arguments:
             argument.grad = None
         function(*arguments, labels).backward()
-
-    return run
-
-
-def subcenter_step(arguments: Tensors, num_subcenters: int) -> Run:
-    """Return a call of `subcenter_cross_entropy` and its backward."""
-    x, w, _, tau = arguments
-    centers = torch.randn(w.shape[0], num_subcenters, w.shape[1], requires_grad=True)
-    labels = make_labels(arguments)
-
-    def run() -> None:
-        for argument in (x, centers, tau):
-            argument.grad = None
-        gistops.subcenter_cross_entropy(x, centers, tau, labels, backend="cpu").backward()  # type: ignore[union-attr]
 
     return run
 
@@ -131,5 +124,5 @@ TOPK: dict[str, Callable[..., Any]] = {
 
 
 def topk(name: str, arguments: Tensors, k: int = TOP_K) -> Run:
-    """Return a call of a top-k implementation."""
-    return logits.forward(functools.partial(TOPK[name], k=k), arguments)
+    """Return a call of a top-k implementation, for all classes if there are fewer than k."""
+    return logits.forward(functools.partial(TOPK[name], k=min(k, len(arguments[1]))), arguments)

@@ -9,7 +9,9 @@ call is measured.
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -35,9 +37,14 @@ def reset_peak() -> int:
 
 def peak(name: str, kind: str, size: Size) -> int:
     """Return the peak of the resident memory that one call adds, in bytes."""
+    torch.manual_seed(0)
     arguments = make_tensors(size)
-    runs = {"loss": losses.loss_step, "topk": losses.topk}
-    run = runs[kind](name, arguments) if kind in runs else PASSES[kind](implementation(name), arguments)
+    if kind == "loss":
+        run = losses.loss_step(losses.LOSSES[name], arguments)
+    elif kind == "topk":
+        run = losses.topk(name, arguments)
+    else:
+        run = PASSES[kind](implementation(name), arguments)
     run()
     for argument in arguments:
         argument.grad = None
@@ -47,6 +54,27 @@ def peak(name: str, kind: str, size: Size) -> int:
     return read_status("VmHWM") - before
 
 
+def peak_in_new_process(name: str, kind: str, size: Size) -> int:
+    """Return `peak` in a new process, a fork of one that has imported the modules and computed nothing.
+
+    The imports would take longer than most calls. The compiler's modules are among them.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__, "bench.cpu.compiler"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_peak, args=(sender, name, kind, size))
+    process.start()
+    process.join()
+    if process.exitcode:
+        command = f"python -m {__name__} '{name}' {kind} {size.text}"
+        raise RuntimeError(f"the process ended with code {process.exitcode}; `{command}` shows why")
+    added: int = receiver.recv()
+    return added
+
+
+def _send_peak(sender: Connection, name: str, kind: str, size: Size) -> None:
+    sender.send(peak(name, kind, size))
+
+
 if __name__ == "__main__":
-    torch.manual_seed(0)
     print(peak(sys.argv[1], sys.argv[2], Size.parse(sys.argv[3])))

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from ..baselines import linear
-from ..conftest import Paired, Tables
+from ..conftest import Compare
 from ..problem import Size, Tensors, make_tensors
 from . import logits
-from .losses import loss_step, topk
+from .losses import linear_loss, loss_step, ours, topk
 
 Make = Callable[[Tensors], Callable[[], Any]]
 
@@ -20,15 +20,13 @@ TINY = Size(8, 16, 32)
 FUNCTIONS: dict[str, tuple[Make, Make]] = {
     "logits": (lambda a: logits.forward(logits.ours, a), lambda a: logits.forward(linear, a)),
     "logits, step": (lambda a: logits.step(logits.ours, a), lambda a: logits.step(linear, a)),
-    "loss, step": (lambda a: loss_step("ours", a), lambda a: loss_step("linear", a)),
+    "loss, step": (lambda a: loss_step(ours, a), lambda a: loss_step(linear_loss, a)),
     "topk": (lambda a: topk("ours", a), lambda a: topk("linear", a)),
 }
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_host_overhead(name: str, paired: Paired, tables: Tables) -> None:
+def test_host_overhead(name: str, compare: Compare) -> None:
     arguments = make_tensors(TINY)
-    ours, baseline = (make(arguments) for make in FUNCTIONS[name])
-    ratio, ms, n = paired(ours, baseline)
-    title = f"Host overhead, {TINY}: µs per call, and as a multiple of F.linear's (n)"
-    tables.add(title, name, "cpu", f"{1e3 * ms:.0f} µs ({ratio:.1f}; {n})")
+    title = f"Host overhead, {TINY}: time of a call, as a multiple of F.linear's (ms; n)"
+    compare(title, name, "cpu", *(make(arguments) for make in FUNCTIONS[name]))

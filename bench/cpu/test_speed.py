@@ -1,4 +1,4 @@
-"""Time of the logits, as ratios to `F.linear` with the same input and centers: hardly any classifier head is faster."""
+"""Time of other forms of the logits, and of the classifier in special cases, as ratios to `F.linear`."""
 
 from __future__ import annotations
 
@@ -6,57 +6,54 @@ import pytest
 import torch
 
 from ..baselines import linear
-from ..conftest import Paired, Tables
+from ..conftest import Compare
 from ..problem import MAIN, Size, make_tensors
 from .logits import NAMES, PASSES, implementation, ours
 
+#: Compiled forms are timed up to this number of products, above which a compilation and a step take half a minute.
+MOST_PRODUCTS = MAIN.B * MAIN.K * MAIN.d
+#: The forms that are timed. `test_classifier.py` times ours; eager "split" is slower than compiled.
+TIMED = tuple(name for name in NAMES if name not in ("linear", "ours", "split"))
+
 
 @pytest.mark.parametrize("kind", PASSES)
-@pytest.mark.parametrize("name", NAMES[1:])
-def test_implementations(size: Size, name: str, kind: str, paired: Paired, tables: Tables) -> None:
+@pytest.mark.parametrize("name", TIMED)
+def test_other_forms(size: Size, name: str, kind: str, compare: Compare) -> None:
+    if name.endswith(" compiled") and size.B * size.K * size.d > MOST_PRODUCTS:
+        pytest.skip(f"compiled forms are timed at sizes up to {MAIN}")
     arguments = make_tensors(size)
-    ratio, ms, n = paired(PASSES[kind](implementation(name), arguments), PASSES[kind](linear, arguments))
-    title = f"Time of a {kind}, as a multiple of F.linear's (median of pairs; ms; n)"
-    tables.add(title, name, str(size), f"{ratio:.2f} ({ms:.3g} ms; {n})")
+    run, baseline = (PASSES[kind](function, arguments) for function in (implementation(name), linear))
+    if name.endswith(" compiled"):
+        run()  # the first call compiles
+    title = f"Time of a {kind} in plain PyTorch, as a multiple of F.linear's (ms; n)"
+    compare(title, name, size, run, baseline)
 
 
 @pytest.mark.parametrize("kind", PASSES)
-@pytest.mark.parametrize("m", [0, 2, 4, 8, 16])
-def test_number_of_displacements(m: int, kind: str, paired: Paired, tables: Tables, size: Size) -> None:
-    _only_at_main(size)
-    arguments = make_tensors(Size(size.B, size.K, size.d, m))
-    ratio, ms, n = paired(PASSES[kind](ours, arguments), PASSES[kind](linear, arguments))
-    title = f"Displacements m, ours, {size}, multiples of F.linear"
-    tables.add(title, kind, f"m={m}", f"{ratio:.2f} ({ms:.3g} ms; {n})")
+@pytest.mark.parametrize("m", [0, 2, 8, 16])
+def test_number_of_displacements(m: int, kind: str, main: Size, compare: Compare) -> None:
+    arguments = make_tensors(Size(main.B, main.K, main.d, m))
+    title = f"Displacements m, ours, {main}, multiples of F.linear (ms; n)"
+    compare(title, kind, f"m={m}", *(PASSES[kind](function, arguments) for function in (ours, linear)))
 
 
 @pytest.mark.parametrize("frozen", ["nothing", "displacements", "centers", "input"])
-def test_frozen_arguments_skip_their_work(frozen: str, paired: Paired, tables: Tables, size: Size) -> None:
+def test_frozen_arguments_skip_their_work(frozen: str, main: Size, compare: Compare) -> None:
     """The step of F.linear has nothing frozen, so that the ratios differ by the work that freezing saves."""
-    _only_at_main(size)
-    x, w, delta, tau = full = make_tensors(size)
+    x, w, delta, tau = full = make_tensors(main)
     arguments = (
         x.detach() if frozen == "input" else x,
         w.detach() if frozen == "centers" else w,
         delta.detach() if frozen == "displacements" else delta,
         tau,
     )
-    ratio, ms, n = paired(PASSES["step"](ours, arguments), PASSES["step"](linear, full))
-    title = f"Frozen arguments, ours, step, {size}, multiples of F.linear's whole step"
-    tables.add(title, "step", f"{frozen} frozen", f"{ratio:.2f} ({ms:.3g} ms; {n})")
+    title = f"Frozen arguments, ours, step, {main}, multiples of F.linear's whole step (ms; n)"
+    compare(title, "step", f"{frozen} frozen", PASSES["step"](ours, arguments), PASSES["step"](linear, full))
 
 
 @pytest.mark.parametrize("kind", PASSES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision(dtype: torch.dtype, kind: str, paired: Paired, tables: Tables, size: Size) -> None:
-    """Input and centers in half precision are compared with F.linear in float32."""
-    _only_at_main(size)
-    run = PASSES[kind](ours, make_tensors(size, dtype))
-    ratio, ms, n = paired(run, PASSES[kind](linear, make_tensors(size)))
-    title = f"Half precision, ours, {size}, multiples of F.linear in float32"
-    tables.add(title, kind, str(dtype).removeprefix("torch."), f"{ratio:.2f} ({ms:.3g} ms; {n})")
-
-
-def _only_at_main(size: Size) -> None:
-    if size != MAIN:
-        pytest.skip(f"measured at {MAIN} alone")
+def test_float16(kind: str, main: Size, compare: Compare) -> None:
+    """The baseline is in float32. Without float16 instructions, F.linear in float16 takes half a minute per step."""
+    run = PASSES[kind](ours, make_tensors(main, torch.float16))
+    title = f"Input and centers in float16, ours, {main}, multiples of F.linear in float32 (ms; n)"
+    compare(title, kind, "float16", run, PASSES[kind](linear, make_tensors(main)))

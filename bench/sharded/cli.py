@@ -26,7 +26,7 @@ import torch
 
 from .. import hardware
 from ..gpu.output import save
-from ..problem import Size
+from ..problem import Size, parse_sizes
 from . import report, worker
 from .calibration import CALIBRATING
 from .model import Case
@@ -45,14 +45,6 @@ PEAKS = ("sent", "peak of loss", "peak")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def sizes(text: str) -> tuple[Size, ...]:
-    """Parse sizes such as `256x8142x128,256x65536x128`; B counts the rows of the joint batch."""
-    try:
-        return tuple(Size.parse(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def numbers(text: str) -> tuple[int, ...]:
     """Parse positive integers such as `1,2,4`."""
     parts = text.split(",")
@@ -69,7 +61,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--sizes", type=sizes, help="BxKxd, separated by commas, in place of the default sizes")
+    add(
+        "--sizes",
+        type=parse_sizes,
+        help="BxKxd, separated by commas, in place of the default sizes; B counts the rows of the joint batch",
+    )
     add("--processes", type=numbers, help="numbers of processes, such as 1,2,4, in place of the default ones")
     add("--seconds", type=float, default=3.0, help="time of the steps of a run, at least two; default: 3")
     add("--rounds", type=int, default=2, help="runs of each size and number of processes; default: 2")

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..problem import Size
-from .cli import numbers, sizes
+from ..problem import Size, parse_sizes
+from .cli import numbers
 from .model import (
     Case,
     Collective,
@@ -174,7 +174,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.sharded.gpus", description=__doc__)
     add = parser.add_argument
     add(
-        "--sizes", type=sizes, default=SIZES, help="BxKxd, separated by commas; B counts the rows of all GPUs"
+        "--sizes",
+        type=parse_sizes,
+        default=SIZES,
+        help="BxKxd, separated by commas; B counts the rows of all GPUs",
     )
     add("--gpus", type=numbers, default=(8,), help="numbers of GPUs, separated by commas; default: 8")
     add("--links", type=NamedLink.parse, nargs="+", default=LINKS, help="NAME:GB/s:µs, such as NVLink:450:2")
