@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "equal_slots.h"
 #include "gemm.h"
 #include "half_product.h"
 #include "norms.h"
@@ -106,6 +107,7 @@ class ClassBlock {
   void load(int64_t first, int64_t n) {
     first_ = first, n_ = n;
     cancelled_.clear();
+    if (p_.is_subcenter()) equal_slots_.find(p_.centers, first, n, p_.M);
     const int64_t begin = first * p_.vectors_per_class(), vectors = n * p_.vectors_per_class();
     const bool direct = p_.centers.template is<T>();
     if (p_.norms) {
@@ -143,12 +145,16 @@ class ClassBlock {
   // Scores the rows [i, i + rows): logits and slots, both with row stride ld. slots may be null.
   void score(int64_t i, int64_t rows, T* logits, uint8_t* slots, int64_t ld) {
     const ScoreBlock<T> out{.logits = logits, .slots = slots, .ld = ld, .rows = rows, .n = n_};
-    if (p_.half) return score_in_half(i, out);
-    const Matrix<T> f = input_.rows(i, rows);
-    if (p_.is_subcenter()) return score_subcenters(f, input_.scale.get() + i, out);
-    const Matrix<T> classes{w_, n_, p_.d, p_.d};
-    const Product<T> product(f, classes.t(), logits, ld);
-    score_product(product.data, product.ld, i, out);
+    if (p_.half) {
+      score_in_half(i, out);
+    } else if (p_.is_subcenter()) {
+      score_subcenters(input_.rows(i, rows), input_.scale.get() + i, out);
+    } else {
+      const Matrix<T> classes{w_, n_, p_.d, p_.d};
+      const Product<T> product(input_.rows(i, rows), classes.t(), logits, ld);
+      score_product(product.data, product.ld, i, out);
+    }
+    equal_slots_.replace(out);
   }
 
   // The vectors, in the type of computation; null if the products are in half precision.
@@ -305,6 +311,7 @@ class ClassBlock {
   ClassTurns<T> turns_;        // of a rotation
   Scratch<T> product_;         // of sub-centers: [size M, rows]; in half precision: [half_vectors(), rows]
   const T* w_ = nullptr;
+  EqualSlots equal_slots_;          // of sub-centers
   std::vector<int64_t> cancelled_;  // classes with a cancelled pair, within the block
 };
 

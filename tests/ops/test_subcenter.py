@@ -97,6 +97,27 @@ def test_logits_slots_and_gradients(sample: SubcenterSample, backend: str, seed:
         assert error(value, true) <= limit, name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, f64, bf16, half], ids=str)
+@pytest.mark.parametrize("sizes", [(23, 31, 4, 19), (37, 129, 3, 40), (64, 300, 8, 64), (1, 70, 5, 512)], ids=str)
+def test_the_lowest_of_equal_subcenters_wins(
+    sizes: tuple[int, ...], dtype: torch.dtype, backend: str, seed: int
+) -> None:
+    """Matrix products may sum the columns of equal vectors in different orders."""
+    x, w, tau = SubcenterSample(*sizes, dtype, dtype).tensors(seed, requires_grad=False)
+    w[::2, -1] = w[::2, 1]
+    w[1::3] = w[1::3, :1]
+    w[5] *= 0
+    slots = both([x, w, tau], backend)[1]
+    assert not (slots[:, ::2] == sizes[2] - 1).any()
+    assert not slots[:, 1::3].any()
+    assert not slots[:, 5].any()
+    target = torch.zeros(len(x), dtype=torch.int64)
+    loss = gistops.subcenter_cross_entropy(x, w.requires_grad_(), tau, target, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, w)
+    assert not gradient[::2, -1].any()
+    assert not gradient[1::3, 1:].any()
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=[o.id for o in OPTIONS])
 @pytest.mark.parametrize(
     "sample",
