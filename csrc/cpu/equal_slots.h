@@ -1,5 +1,5 @@
-// The slots of a class that hold the same vector. A matrix product may sum them in different orders, so that the higher of
-// two equal slots may have the larger score. The lower one wins.
+// The slots of a class that hold the same vector. A matrix product may sum them in different orders, so that the higher
+// of two equal slots may have the larger score. The lower one wins.
 #pragma once
 #include <vector>
 
@@ -9,7 +9,7 @@ namespace gistops {
 
 class EqualSlots {
  public:
-  // Compares the sub-centers of the classes [first, first + n). Different vectors differ at once, so that this costs little.
+  // Compares the sub-centers of the classes [first, first + n). Different vectors differ at once: this costs little.
   void find(const StoredMatrix& vectors, int64_t first, int64_t n, int64_t slots) {
     equals_.clear();
     switch (element_size(vectors.format)) {

@@ -98,7 +98,9 @@ def test_logits_slots_and_gradients(sample: SubcenterSample, backend: str, seed:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, f64, bf16, half], ids=str)
-@pytest.mark.parametrize("sizes", [(23, 31, 4, 19), (37, 129, 3, 40), (64, 300, 8, 64), (1, 70, 5, 512)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(23, 31, 4, 19), (37, 129, 3, 40), (64, 300, 8, 64), (1, 70, 5, 512)], ids=str
+)
 def test_the_lowest_of_equal_subcenters_wins(
     sizes: tuple[int, ...], dtype: torch.dtype, backend: str, seed: int
 ) -> None:
