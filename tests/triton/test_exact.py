@@ -190,7 +190,7 @@ def test_zero_vectors_give_others_nothing(dtype: torch.dtype, seed: int) -> None
 
 @pytest.mark.parametrize("m", [1, 4])
 def test_ties_go_to_the_lowest_slot(m: int, seed: int) -> None:
-    contract.test_ties_go_to_the_lowest_slot(m, "triton", seed)
+    contract.test_ties_go_to_the_lowest_slot(torch.float32, 45, m, "triton", seed)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
