@@ -33,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--seconds",
         type=float,
-        default=1.0,
+        default=0.7,
         help=f"time per cell of a table. A cell has at least {pairs.LEAST} rounds, or {pairs.FEW} if one takes longer "
         f"than this time; if one takes over {pairs.TOO_LONG} times as long, the cell is left out. Default: %(default)s",
     )

@@ -44,6 +44,11 @@ FAIR = Size(2048, 8142, 1024)
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
+def is_large(size: Size) -> bool:
+    """Return True if a matrix product of the size takes longer than one of `MAIN`."""
+    return size.B * size.K * size.d > MAIN.B * MAIN.K * MAIN.d
+
+
 def parse_sizes(text: str) -> tuple[Size, ...]:
     """Parse an option such as `256x8142x128,256x65536x128`."""
     try:

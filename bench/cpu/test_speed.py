@@ -7,11 +7,9 @@ import torch
 
 from ..baselines import linear
 from ..conftest import Compare
-from ..problem import MAIN, Size, make_tensors
+from ..problem import MAIN, Size, is_large, make_tensors
 from .logits import NAMES, PASSES, implementation, ours
 
-#: Compiled forms are timed up to this number of products, above which a compilation and a step take half a minute.
-MOST_PRODUCTS = MAIN.B * MAIN.K * MAIN.d
 #: The forms that are timed. `test_classifier.py` times ours; eager "split" is slower than compiled.
 TIMED = tuple(name for name in NAMES if name not in ("linear", "ours", "split"))
 
@@ -19,8 +17,8 @@ TIMED = tuple(name for name in NAMES if name not in ("linear", "ours", "split"))
 @pytest.mark.parametrize("kind", PASSES)
 @pytest.mark.parametrize("name", TIMED)
 def test_other_forms(size: Size, name: str, kind: str, compare: Compare) -> None:
-    if name.endswith(" compiled") and size.B * size.K * size.d > MOST_PRODUCTS:
-        pytest.skip(f"compiled forms are timed at sizes up to {MAIN}")
+    if is_large(size) and (name.endswith(" compiled") or kind == "step"):
+        pytest.skip(f"timed at sizes up to {MAIN}: a compilation and a step take half a minute at {size}")
     arguments = make_tensors(size)
     run, baseline = (PASSES[kind](function, arguments) for function in (implementation(name), linear))
     if name.endswith(" compiled"):
