@@ -149,10 +149,19 @@ class OptimConfig(Section):
     stage2_epochs: int = option(60, Mark.SECOND_STAGE)
     #: End every epoch after this many steps, for a quick trial.
     max_steps_per_epoch: int | None = None
-    #: Learning rate of SGD at the start of a stage.
+    #: sgd: stochastic gradient descent with --momentum, as in the paper. adamw: AdamW, as transformers are tuned, with
+    #: PyTorch's defaults beside --lr and --weight-decay. Its learning rate is about 1e-3, or 1e-5 to 1e-4 for all weights
+    #: of a pretrained network.
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    #: Learning rate at the start of a stage.
     lr: float = 0.1
+    #: Learning rate of the backbone as a multiple of --lr.
+    backbone_lr: float = 1.0
     #: Momentum of SGD.
     momentum: float = 0.9
+    #: Scale the gradients of each step down to this norm over all parameters, if theirs is larger. Not clipped if not
+    #: given.
+    clip_gradient_norm: float | None = None
     #: Weight decay of all parameters except the temperatures.
     weight_decay: float = 5e-4
     #: How the learning rate falls within a stage: to a tenth at each of --lr-drops, or along a cosine to
@@ -173,7 +182,10 @@ class OptimConfig(Section):
         self._expect_at_least(0, "stage1_epochs", "stage2_epochs", "warmup_epochs", "weight_decay")
         epochs = self.stage1_epochs + self.stage2_epochs
         self._expect("stage1_epochs", epochs > 0, "at least 1 if --stage2-epochs is 0")
-        self._expect("lr", self.lr > 0, "a number above 0")
+        for name in ("lr", "backbone_lr"):
+            self._expect(name, getattr(self, name) > 0, "a number above 0")
+        clips = self.clip_gradient_norm is None or self.clip_gradient_norm > 0
+        self._expect("clip_gradient_norm", clips, "a number above 0")
         self._expect("momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
         valid = all(0 < drop < 1 for drop in self.lr_drops)
         self._expect("lr_drops", valid, "fractions of a stage, between 0 and 1")

@@ -20,6 +20,7 @@ from .model.model import TRAINING_ONLY, Model, Normalize
 from .training.input import epoch_step_sizes, local_micro_batches
 from .training.trainer import HALF_PRECISION
 
+MOMENTS = {"sgd": 1, "adamw": 2}  # tensors of the optimizer's state per parameter
 PER_CLASS = ("head.centers", "head.random_centers")  # the tensors that --shard-classes divides
 
 
@@ -44,7 +45,7 @@ class ModelSize:
 
     Args:
         state: its parameters and buffers.
-        trained: the parameters that have a gradient and momentum.
+        trained: the parameters that have a gradient and optimizer state.
         saved: the part of the state that is in a model file.
     """
 
@@ -140,9 +141,10 @@ def memory_needed(method: str, config: Config, data: Dataset, trial: Trial) -> i
 
 def fixed_memory(method: str, config: Config, data: Dataset, trial: Trial) -> int:
     """Estimate the part of `memory_needed` that does not depend on the size of a step."""
-    # 2: gradients and momentum
+    copies = 1 + MOMENTS[config.optim.optimizer]  # 1: gradients
     shards = distributed.world_size() if config.runtime.shard_classes else 1
-    needed = max(size.state + 2 * size.trained for size in model_sizes(method, config, data, trial, shards))
+    sizes = model_sizes(method, config, data, trial, shards)
+    needed = max(size.state + copies * size.trained for size in sizes)
     if METHODS[method](config, data.train_counts).reads_training_features():
         needed += 2 * 4 * len(data.y_train) * trial.features  # all training features, concatenated
     return needed
@@ -170,14 +172,13 @@ def memory_available(device: torch.device) -> int | None:
 def disk_needed(config: Config, data: Dataset, trial: Trial) -> int:
     """Estimate the bytes of a run's files: a checkpoint and its successor, a model per method, and the first stages."""
     stages = {method: model_sizes(method, config, data, trial) for method in config.method.methods}
-    checkpoints = (
-        size.state + size.trained for sizes in stages.values() for size in sizes
-    )  # with the momentum
+    moments = MOMENTS[config.optim.optimizer]
+    checkpoints = (size.state + moments * size.trained for sizes in stages.values() for size in sizes)
     first = {FIRST_STAGES[method]: sizes[0] for method, sizes in stages.items() if method in FIRST_STAGES}
     return (
         2 * max(checkpoints)
         + sum(last.saved for _, last in stages.values())
-        + sum(size.state + size.trained for size in first.values())
+        + sum(size.state + moments * size.trained for size in first.values())
     )
 
 

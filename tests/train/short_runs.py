@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from train.config import Config
+from train.data.dataset import Dataset
 from train.training.trainer import Trainer
 
 IMAGES = Config().replace(backbone="resnet8-half", crop_padding=1, flip=True, batch_size=50, classes_per_batch=3, samples_per_class=4,
@@ -40,3 +42,19 @@ def equal(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
     return bool(a == b)
+
+
+def check_resuming(method: str, config: Config, data: Dataset, steps: int) -> Trainer:
+    """Assert that a run that stops after some steps continues to the same bits; return the trainer of the whole run."""
+    whole = Trainer(method, config, data)
+    expected = finish(whole)
+    first = Trainer(method, config, data)
+    records = finish(first, steps)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    second = Trainer(method, config, data)
+    torch.rand(3)  # nothing but the saved state may count
+    second.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    assert records + finish(second) == expected
+    assert equal(second.state_dict(), whole.state_dict())
+    return whole

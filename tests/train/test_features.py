@@ -22,6 +22,8 @@ from train.data.sources.arrays import load_arrays
 from train.evaluation.evaluate import evaluate
 from train.model.model import Model, load_model
 
+from .timm_networks import import_or_skip
+
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
 SHORT = "--classes-per-batch 3 --stage1-epochs 2 --stage2-epochs 2 --batch-size 50 --device cpu"
 
@@ -148,7 +150,7 @@ def test_names_in_a_safetensors_file(feature_arrays: dict[str, np.ndarray], tmp_
 def test_a_timm_network_gets_images_normalized_as_in_its_training(
     channels: int, images: Dataset, image_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timm: Any = pytest.importorskip("timm", reason="timm is not installed")
+    timm: Any = import_or_skip("timm")
     create, asked = timm.create_model, []
 
     def without_download(name: str, pretrained: bool, **more: Any) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,10 +107,10 @@ class Timm(nn.Module):
         super().__init__()
         try:
             import timm  # type: ignore[import-not-found, unused-ignore]
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another torch
             raise BackboneError(f"timm, which `pip install timm` installs ({error})") from None
         try:
-            self.network = timm.create_model(name, pretrained, in_chans=in_channels, num_classes=0)
+            self.network: Any = timm.create_model(name, pretrained, in_chans=in_channels, num_classes=0)
         except (
             RuntimeError,
             OSError,
@@ -119,7 +120,7 @@ class Timm(nn.Module):
                 " whose weights can be loaded" if pretrained else ""
             )
             raise BackboneError(f"{expected} ({error})") from None
-        self.out_features: int = self.network.num_features
+        self.out_features: int = self.network.num_features  # type: ignore[assignment, unused-ignore]
 
     def mean_std(self, channels: int) -> tuple[Tensor, Tensor]:
         """Return the mean and standard deviation of the images that the weights were trained on, [channels] each.

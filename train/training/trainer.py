@@ -27,7 +27,7 @@ from ..trained import describe
 from .checkpoint import load_trainer_state, trainer_state
 from .cuda_graph import GraphedSteps, graphed_steps
 from .input import make_batches, with_evaluation_data_on
-from .optim import lr_schedule, make_optimizer
+from .optim import clip_gradients, lr_schedule, make_optimizer
 from .progress import throughput
 from .sharding import data_parallel, head_maker
 from .stopping import Stopped, stop_requested, training
@@ -176,6 +176,7 @@ class Trainer:
                 self.scaler.scale(loss * distributed.world_size()).backward()
             self._accumulate_loss_sums(losses, loss)
             total = total + loss.detach()
+        clip_gradients(self.optimizer, self.scaler, self.config.optim.clip_gradient_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         assert isinstance(total, Tensor)

@@ -10,6 +10,8 @@ import torch
 from train.__main__ import main
 from train.model.backbones import BackboneError, make_backbone
 
+from ..timm_networks import import_or_skip
+
 
 def test_resnet10_has_the_published_size(seed: int) -> None:
     """The published network has ImageNet's stem and basic blocks 1-1-1-1; here it has no classifier."""
@@ -29,7 +31,7 @@ def count_by_hand() -> int:
 
 
 def test_timm_networks(seed: int) -> None:
-    pytest.importorskip("timm", reason="timm is not installed")
+    import_or_skip("timm")
     network = make_backbone("timm/resnet18", 3)
     assert network(torch.randn(2, 3, 64, 64)).shape == (2, network.out_features)
     with pytest.raises(BackboneError, match="the name of a network"):
