@@ -22,10 +22,9 @@ namespace gistops {
 template <class T>
 struct Stash {
   static constexpr int64_t kFewest = 64;  // fewer rows save less than their products, on their own, cost
-  char* data = nullptr;
+  char* data;                         // null: there is no buffer, and the rows are divided as with one, for equal bits
   int64_t class_bytes = 0, rows = 0;  // rows: all of them, or a multiple of kPad
 
-  Stash() = default;
   Stash(const Problem<T>& p, void* buffer) : data(static_cast<char*>(buffer)) {
     class_bytes = p.vectors_per_class() * p.d * p.centers.element_size();
     if (class_bytes % sizeof(T) != 0) return;  // the scores would not be aligned
@@ -37,8 +36,8 @@ struct Stash {
     const int64_t end = std::min((i / kBlockRows + 1) * kBlockRows, B);
     return (i < rows ? std::min(end, rows) : end) - i;
   }
-  bool holds(int64_t i) const { return i < rows; }
-  bool holds_all(int64_t B) const { return B > 0 && rows == B; }
+  bool holds(int64_t i) const { return data && i < rows; }
+  bool holds_all(int64_t B) const { return data && B > 0 && rows == B; }
   // For the block of classes [k, k + n). The norms come first, so that they and the scores are aligned.
   T* norms(int64_t k) const { return reinterpret_cast<T*>(data + k * class_bytes); }
   T* scores(int64_t k, int64_t n, int64_t M, int64_t i) const { return norms(k) + (M + i) * n; }
@@ -130,7 +129,7 @@ void cross_entropy_forward(const Problem<T>& p, const LossArguments<T>& loss, co
       for (const auto& entry : hidden.entries()) target_logits[i + entry.row] = entry.score;
       shard.lse.add(i, rows, z, n, loss.block(k).bias);
     }
-    if (stash.rows) shard.block.copy_rnorms(stash.norms(k), n);
+    if (stash.holds(0)) shard.block.copy_rnorms(stash.norms(k), n);
   });
   std::vector<const RunningLogSumExp<T>*> parts;
   for (const Shard& shard : shards) parts.push_back(&shard.lse);

@@ -26,4 +26,6 @@ LOSSES: list[tuple[Case, LossCase]] = [
     (replace(_case, classifier="rotation", dtypes=(torch.float16,) * 3), _loss),
     # A right angle is rounded before its cosine is taken.
     (_case, replace(_loss, margin="number", margin_kind="angle")),
+    # The weights of a product are rounded to bfloat16, and its terms and those of the norm cancel.
+    (replace(_case, d=2, dtypes=(torch.bfloat16,) * 3, tau_form="number", specials=()), _loss),
 ]

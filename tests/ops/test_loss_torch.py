@@ -16,7 +16,7 @@ import gistops
 from gistops import backends
 
 from .loss_oracle import Call, Options, gradients
-from .oracle import Sample
+from .oracle import Sample, generator
 
 f64 = torch.float64
 ALL = Options("none", smoothing=0.1, bias=True, weight=True, margin="cosine")
@@ -69,6 +69,24 @@ def test_two_backwards_of_one_graph(B: int, fused: str, seed: int) -> None:
     third = torch.autograd.grad(loss.sum() + lse.sum(), leaves)
     torch.testing.assert_close(second, first, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(third, first, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, f64], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(65, 2, 81, 0), (400, 530, 330, 3), (300, 90, 128, 4), (37, 64, 64, 2)], ids=str
+)
+def test_stashed_and_recomputed_scores_have_the_same_bits(
+    sizes: tuple[int, int, int, int], dtype: torch.dtype, seed: int
+) -> None:
+    leaves = Sample(*sizes, dtype, dtype, dtype).tensors(seed)
+    target = torch.randint(sizes[1], sizes[:1], generator=generator(seed))
+
+    outputs: Any = gistops.constellation_cross_entropy(*leaves, target, return_lse=True, backend="cpu")
+    loss, lse = outputs
+    first = torch.autograd.grad(loss + lse.sum(), leaves, retain_graph=True)
+    second = torch.autograd.grad(loss + lse.sum(), leaves)
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
 def test_gradients_accumulate_and_do_not_alias(fused: str, seed: int) -> None:

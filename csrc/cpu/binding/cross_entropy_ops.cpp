@@ -48,7 +48,7 @@ struct LossCall {
 
   template <class T>
   Stash<T> stash_in(const Problem<T>& p, const Tensor* stash) const {
-    if (!stash) return {};
+    if (!stash) return {p, nullptr};
     a.checked(*stash, a.centers.sizes(), a.centers.scalar_type(), "stash");
     STD_TORCH_CHECK(
         stash->is_contiguous() && reinterpret_cast<uintptr_t>(stash->const_data_ptr()) % alignof(double) == 0,
