@@ -1,4 +1,4 @@
-"""The tables of `pytest bench/`, and the rows of README's table."""
+"""The tables of `pytest bench/`, and the rows of the first table of docs/performance.md."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .pairs import Pairs
 #: Row -> column -> a measured case, or any other text.
 Table = dict[str, dict[str, object]]
 
-#: The table whose rows README shows.
-README = "Time of gistops, as a multiple of F.linear's (and F.cross_entropy's) in the same precision (ms; n)"
+#: The table whose rows docs/performance.md shows first.
+GLANCE = "Time of gistops, as a multiple of F.linear's (and F.cross_entropy's) in the same precision (ms; n)"
 
 
 class Tables:
@@ -35,12 +35,17 @@ class Tables:
             lines += [
                 _row(row, *(cells.get(column, "–") for column in columns)) for row, cells in table.items()
             ]
-        if README in self.tables:
-            lines += ["", "The rows of README's table", "", *readme_rows(self.tables[README], date.today())]
+        if GLANCE in self.tables:
+            lines += [
+                "",
+                "The rows of the first table of docs/performance.md",
+                "",
+                *glance_rows(self.tables[GLANCE], date.today()),
+            ]
         return lines
 
 
-def readme_rows(table: Table, day: date) -> list[str]:
+def glance_rows(table: Table, day: date) -> list[str]:
     """Return the rows of a table with ratios alone, below a row with what is common to all: hardware, version, day and n."""
     columns = _columns(table)
     rounds = [cell.n for cells in table.values() for cell in cells.values() if isinstance(cell, Pairs)]

@@ -1,4 +1,4 @@
-"""Time of the classifier in float32, bfloat16 and under autocast: the rows of README's table, and small batches.
+"""Time of the classifier in float32, bfloat16 and under autocast: the rows of the first table of docs/performance.md, and small batches.
 
 The baseline has the same precision. Its cross-entropy is in the dtype in which `F.linear` returns the logits.
 """
@@ -14,7 +14,7 @@ from ..conftest import Compare
 from ..problem import Size
 from . import logits, losses
 from .precisions import PRECISIONS, in_precision, tensors
-from .report import README
+from .report import GLANCE
 
 #: Pass -> how it is made of a function, ours, and the baseline.
 PASSES = {
@@ -31,7 +31,7 @@ def test_classifier(size: Size, kind: str, precision: str, compare: Compare) -> 
     make, *functions = PASSES[kind]
     arguments = tensors(size, precision)
     calls = (make(in_precision(function, precision), arguments) for function in functions)
-    compare(README, f"{kind}, {precision}", size, *calls)
+    compare(GLANCE, f"{kind}, {precision}", size, *calls)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

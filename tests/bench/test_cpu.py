@@ -99,15 +99,15 @@ def test_tables_and_the_rows_of_readme(monkeypatch: pytest.MonkeyPatch) -> None:
         "| sum | – (left out) | – |",
         "| product | – | 0.50 (2 ms; 7) |",
     ]
-    tables.add(report.README, "forward", "3×4", Pairs(1.234, 0.002, 40))
-    tables.add(report.README, "forward", "5×6", Pairs(0.987, 2.0, 5))
-    tables.add(report.README, "loss", "3×4", "– (left out)")
+    tables.add(report.GLANCE, "forward", "3×4", Pairs(1.234, 0.002, 40))
+    tables.add(report.GLANCE, "forward", "5×6", Pairs(0.987, 2.0, 5))
+    tables.add(report.GLANCE, "loss", "3×4", "– (left out)")
     expected = [
         "| **Abacus**, 2 threads, torch 9.9, 2026-02-03, n = 5 to 40 | | |",
         "| forward | 1.23 | 0.99 |",
         "| loss | – | – |",
     ]
-    assert report.readme_rows(tables.tables[report.README], date(2026, 2, 3)) == expected
+    assert report.glance_rows(tables.tables[report.GLANCE], date(2026, 2, 3)) == expected
     assert tables.lines()[-2:] == expected[1:]
 
 
@@ -162,7 +162,7 @@ def test_every_timed_case_at_small_sizes() -> None:
         "top 10",
     ):
         assert title in said, said
-    rows = said[said.index("The rows of README's table") :]
+    rows = said[said.index("The rows of the first table of docs/performance.md") :]
     assert re.search(
         rf"\| \*\*.+\*\*, \d+ threads, torch {re.escape(torch.__version__)}, \d{{4}}-\d\d-\d\d, n = \d+ to \d+ \| \| \|",
         rows,
