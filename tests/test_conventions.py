@@ -22,7 +22,7 @@ LAYERS = {
         "sampling", "info",
     ],
     "train": [
-        "files", "distributed", "console", "shot_groups", "options", "data_options", "method_options", "config", "recipes", "data", "model", "evaluation",
+        "files", "distributed", "console", "shot_groups", "options", "data_options", "tuning_options", "method_options", "config", "recipes", "data", "model", "evaluation",
         "methods", "trained", "cli", "training", "footprint", "checks", "report", "run", "commands", "__main__",
     ],
 }  # fmt: skip

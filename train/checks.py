@@ -20,7 +20,7 @@ from .methods import METHODS
 from .methods.lifted import structure_loss
 from .methods.residual_directions import num_residuals
 from .methods.two_stage import TwoStageMethod
-from .model.backbones import BackboneError
+from .model.backbones import TIMM, BackboneError
 from .training.input import local_micro_batches, smallest_part
 
 
@@ -53,6 +53,7 @@ def problems_of(config: Config, data: Dataset) -> Iterator[ConfigError]:
         _packages,
         _folder,
         _backbone,
+        _tuning,
         _crop,
         _classes,
         _devices,
@@ -91,6 +92,19 @@ def _backbone(config: Config, data: Dataset) -> Iterator[ConfigError]:
         kind = "a network, for images" if data.is_images else "none (--recipe features), for features"
         expected = f"{kind} {data.sample_shape} in {config.data.data}"
         yield ConfigError("backbone", expected, repr(config.model.backbone))
+
+
+def _tuning(config: Config, data: Dataset) -> Iterator[ConfigError]:
+    """Check that the methods and the backbone fit --tune and --layer-decay; the trial of the network checks its layers."""
+    backbone, tune = config.model.backbone, config.tuning.tune
+    if tune != "all" and backbone == "none":
+        yield ConfigError("tune", "all without a backbone", repr(tune))
+    if tune == "lora" and "lfme" in config.method.methods:
+        yield ConfigError(
+            "methods", "methods other than lfme, which trains several networks, with --tune lora", "lfme"
+        )
+    if config.tuning.layer_decay is not None and not backbone.startswith(TIMM):
+        yield ConfigError("layer_decay", f"a backbone {TIMM}NAME, whose layers timm orders", repr(backbone))
 
 
 def _crop(config: Config, data: Dataset) -> Iterator[ConfigError]:
@@ -172,6 +186,9 @@ def _network(config: Config, data: Dataset) -> Iterator[ConfigError]:
     try:
         # Two samples show what more would show, and a large network takes them in a second.
         trial = try_network(config, data, min(2, max(1, smallest_part(config, data, smallest))))
+    except ConfigError as error:
+        yield error
+        return
     except BackboneError as error:
         yield ConfigError("backbone", str(error), repr(config.model.backbone))
         return

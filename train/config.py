@@ -20,6 +20,7 @@ from .method_options import MethodName as MethodName
 from .options import ConfigError as ConfigError
 from .options import Mark, Section, Sections, option
 from .shot_groups import SplitRule
+from .tuning_options import TuningConfig as TuningConfig
 
 DEFAULT_RECIPE = "fashion-mnist-lt"
 
@@ -243,6 +244,7 @@ class Config(Sections):
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     displacements: DisplacementConfig = field(default_factory=DisplacementConfig)

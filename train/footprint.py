@@ -17,6 +17,7 @@ from .files import existing_folder
 from .methods import FIRST_STAGES, METHODS
 from .model.backbones import make_backbone
 from .model.model import TRAINING_ONLY, Model, Normalize
+from .model.tuning import UPDATE, add_low_rank_updates, freeze_untuned
 from .training.input import epoch_step_sizes, local_micro_batches
 from .training.trainer import HALF_PRECISION
 
@@ -64,6 +65,7 @@ def try_network(config: Config, data: Dataset, samples: int) -> Trial:
 
     Raises:
         BackboneError: the backbone is unavailable.
+        ConfigError: the backbone does not have what --tune names.
         Exception: the network does not take samples of this size and number. The type depends on the network.
     """
     shape = list(data.sample_shape)
@@ -81,6 +83,9 @@ def try_network(config: Config, data: Dataset, samples: int) -> Trial:
         if data.is_images:
             normalize = Normalize(*torch.zeros(2, shape[0]))
             backbone = make_backbone(config.model.backbone, shape[0])
+            if config.tuning.tune == "lora":
+                add_low_rank_updates(backbone, config.tuning.lora_rank)
+            freeze_untuned(backbone, config.tuning.tune)
         x = torch.randn(samples, *shape)
         precision = HALF_PRECISION.get(config.runtime.precision)
         on_cpu = config.runtime.resolved_device == "cpu"  # the trial itself always is
@@ -93,9 +98,11 @@ def try_network(config: Config, data: Dataset, samples: int) -> Trial:
         if config.model.center_features:
             center = nn.BatchNorm1d(features.shape[1], affine=False)
             center(features)
-    weights = sum(parameter.nbytes for parameter in backbone.parameters())
-    activations = max(0, sum(saved.values()) - weights) // samples + x[0].nbytes
+    for parameter in backbone.parameters():
+        saved.pop(parameter.untyped_storage().data_ptr(), None)
+    activations = sum(saved.values()) // samples + x[0].nbytes
     network = Model(normalize, backbone, center, nn.Identity(), config.model.backbone)
+    network.tune = config.tuning.tune
     return Trial(network.to("meta"), features.shape[1], activations)
 
 
@@ -115,6 +122,7 @@ def model_sizes(
     model = copy.deepcopy(trial.network)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model.head = method.make_head(trial.features, data.num_classes)
+        model.freeze_features(method.stages[0].frozen_features)
         first = _size(model, shards)
         method.restructure(model)
     model.freeze_features(method.stages[-1].frozen_features)
@@ -127,7 +135,9 @@ def _size(model: Model, shards: int) -> ModelSize:
 
     state = {name: part(name, tensor) for name, tensor in model.state_dict().items()}
     trained = sum(part(name, x) for name, x in model.named_parameters() if x.requires_grad)
-    saved = sum(size for name, size in state.items() if not name.startswith(TRAINING_ONLY))
+    saved = sum(
+        size for name, size in state.items() if not name.startswith(TRAINING_ONLY) and UPDATE not in name
+    )
     return ModelSize(sum(state.values()), trained, saved)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train import config, data_options, method_options
+from train import config, data_options, method_options, tuning_options
 from train.__main__ import main
 from train.cli import parse, parse_run
 from train.commands import ablation, features
@@ -189,7 +189,7 @@ def test_help_has_a_box_per_section(kind: type[Sections], capsys: pytest.Capture
 def test_every_option_has_a_help_text_of_one_paragraph() -> None:
     """tyro takes help texts from comments above fields, and breaks them before lines that do not start with a letter."""
     comments = {}
-    for module in (config, data_options, method_options, ablation, features):
+    for module in (config, data_options, method_options, tuning_options, ablation, features):
         lines = Path(str(module.__file__)).read_text().splitlines()
         for before, line, after in zip(lines, lines[1:], lines[2:], strict=False):
             if before.startswith("    #: ") and line.startswith("    #: "):

@@ -19,6 +19,7 @@ from .backbones import make_backbone
 from .feature_transfer import FeatureTransfer
 from .memory_head import MemoryHead
 from .prior import log_prior
+from .tuning import add_low_rank_updates, freeze_untuned, keep_frozen_statistics, merge_low_rank_updates
 
 RANDOM_HEAD = ("head.random_", "head.raw_random_")  # tensors of the random stream's head
 TRAINING_ONLY = ("feature_transfer.", "auxiliary.")
@@ -56,6 +57,7 @@ class Model(nn.Module):
     #: Other modules that only training uses, such as teachers. Kept in evaluation mode, and left out of model files.
     auxiliary: nn.Module | None
     frozen_features = False
+    tune = "all"  # the part of the backbone that is trained where features are not frozen; see tuning.py
 
     def __init__(
         self,
@@ -79,6 +81,8 @@ class Model(nn.Module):
         self.frozen_features = frozen
         for module in (self.normalize, self.backbone, self.center):
             module.requires_grad_(not frozen)
+        if not frozen:
+            freeze_untuned(self.backbone, self.tune)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Model:
@@ -86,6 +90,8 @@ class Model(nn.Module):
         if self.frozen_features:
             for module in (self.normalize, self.backbone, self.center):
                 module.eval()
+        elif self.tune != "all":
+            keep_frozen_statistics(self.backbone)
         if self.auxiliary is not None:
             self.auxiliary.eval()
         return self
@@ -108,6 +114,8 @@ def build_model(
     pretrained: bool = False,
     center_features: bool = False,
     crop_size: int | None = None,
+    tune: str = "all",
+    lora_rank: int = 8,
 ) -> Model:
     """Return a new model for the samples and classes of a dataset.
 
@@ -118,9 +126,12 @@ def build_model(
         pretrained: start from pretrained weights.
         center_features: put a batch normalization without parameters before the head.
         crop_size: the size of the center crop; no crop if None.
+        tune: the part of the backbone that is trained, as in --tune.
+        lora_rank: the rank of the updates for "lora".
 
     Raises:
         BackboneError: the backbone is unavailable.
+        ConfigError: the backbone does not have what `tune` names.
     """
     normalize: nn.Module = nn.Identity()
     backbone: nn.Module = nn.Identity()
@@ -129,8 +140,12 @@ def build_model(
         normalize = Normalize(*data.mean_std(), crop_size or 0)
         backbone = make_backbone(backbone_name, in_features, pretrained)
         in_features = int(backbone.out_features)  # type: ignore[arg-type]
+        if tune == "lora":
+            add_low_rank_updates(backbone, lora_rank)
     center = nn.BatchNorm1d(in_features, affine=False) if center_features else nn.Identity()
-    return Model(normalize, backbone, center, make_head(in_features, data.num_classes), backbone_name)
+    model = Model(normalize, backbone, center, make_head(in_features, data.num_classes), backbone_name)
+    model.tune = tune
+    return model
 
 
 def save_model(
@@ -143,7 +158,7 @@ def save_model(
     """Write a trained model: weights as safetensors, with metadata for `load_model`.
 
     The random stream's centers are kept, because rows of the results table use them. Modules that only training uses are
-    left out.
+    left out, and low-rank updates are merged into the weights, so that the file needs no peft.
 
     Args:
         path: the file.
@@ -154,6 +169,8 @@ def save_model(
     """
     head = model.head
     state = model.state_dict() if state is None else state
+    if model.tune == "lora":
+        state = merge_low_rank_updates(model, state)
     state = {name: tensor for name, tensor in state.items() if not name.startswith(TRAINING_ONLY)}
     # A single metadata entry: safetensors does not keep the order of several, and equal models must give equal bytes.
     crop_size = model.normalize.crop_size if isinstance(model.normalize, Normalize) else 0

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import Config, OptimConfig
 from ..methods.method import Stage
+from ..model.backbones import Timm
 from ..model.model import Model
 
 #: The head's parameters that have the displacements' learning rate and weight decay.
@@ -52,7 +53,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return three parameter groups: weights, parameters without weight decay, and displacements.
 
-    A backbone with a learning rate of its own is a fourth. With --shard-classes the head has three of its own, as no
+    A backbone with learning rates of its own has groups after them. With --shard-classes the head has three of its own, as no
     optimizer takes sharded and other parameters in one group.
 
     Args:
@@ -62,10 +63,8 @@ def parameter_groups(
     """
     parameters = list(model.named_parameters())
     backbone = []
-    if config.optim.backbone_lr != 1:
-        rate = config.optim.lr * config.optim.backbone_lr
-        tuned = [parameter for name, parameter in parameters if name.startswith(BACKBONE)]
-        backbone = [{"params": tuned, "lr": rate}] if tuned else []
+    if config.optim.backbone_lr != 1 or config.tuning.layer_decay is not None:
+        backbone = _backbone_groups(model.backbone, config)
         parameters = [item for item in parameters if not item[0].startswith(BACKBONE)]
     if not config.runtime.shard_classes:
         return _groups(parameters, config, without_decay) + backbone
@@ -75,6 +74,27 @@ def parameter_groups(
     for group in groups:  # fused SGD takes no sharded parameters
         group |= {"fused": False, "foreach": True}
     return _groups(others, config, without_decay) + backbone + groups
+
+
+def _backbone_groups(backbone: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Return the groups of a backbone: one, or with --layer-decay those of timm, one or two per layer."""
+    rate = config.optim.lr * config.optim.backbone_lr
+    if config.tuning.layer_decay is None:
+        parameters = list(backbone.parameters())
+        return [{"params": parameters, "lr": rate}] if parameters else []
+    assert isinstance(backbone, Timm)  # checks.py refuses others
+    from timm.optim import param_groups_layer_decay
+
+    groups = param_groups_layer_decay(
+        backbone.network,
+        weight_decay=config.optim.weight_decay,
+        no_weight_decay_list=getattr(backbone.network, "no_weight_decay", tuple)(),
+        layer_decay=config.tuning.layer_decay,
+    )
+    return [
+        {"params": group["params"], "lr": rate * group["lr_scale"], "weight_decay": group["weight_decay"]}
+        for group in groups
+    ]
 
 
 def _groups(

@@ -17,13 +17,13 @@ from ..config import Config
 from ..data.dataset import Dataset
 from ..data.stream.batches import MicroBatch
 from ..evaluation.analysis import analyze
-from ..evaluation.evaluate import evaluate
 from ..methods import METHODS
 from ..methods.method import StageData
 from ..model.model import build_model, save_model
 from ..model.sharded_head import whole_state
 from ..model.sync_batch_norm import convert_sync_batch_norm
 from ..trained import describe
+from . import epoch_evaluation
 from .checkpoint import load_trainer_state, trainer_state
 from .cuda_graph import GraphedSteps, graphed_steps
 from .input import make_batches, with_evaluation_data_on
@@ -77,6 +77,8 @@ class Trainer:
             pretrained=config.model.pretrained,
             center_features=config.model.center_features,
             crop_size=config.augment.crop_size,
+            tune=config.tuning.tune,
+            lora_rank=config.tuning.lora_rank,
         ).to(self.device)
         self.data = with_evaluation_data_on(self.device, data)
         if distributed.is_initialized():
@@ -228,37 +230,11 @@ class Trainer:
 
     def evaluate(self, final: bool = False) -> Record:
         """Evaluate on the validation split; on the test split if there is none, or if `final`. Return the accuracies."""
-        data, rule = self.data, self.config.run.split_rule
-        split, x, y = ("test", data.x_test, data.y_test) if final else data.eval_split
-        method = self.method
-        result, alternatives = evaluate(
-            self.model,
-            x,
-            y,
-            data.num_classes,
-            method.alternative_scores,
-            alternative_predictions=method.alternative_predictions,
-        )
-        record: Record = {"split": split, "accuracy": result.accuracy(data.train_counts, rule)}
-        if alternatives:
-            accuracy_of = {
-                name: other.accuracy(data.train_counts, rule) for name, other in alternatives.items()
-            }
-            record["accuracy_of"] = accuracy_of
-        if result.slot_usage is not None:
-            record["slot_usage"] = result.slot_usage.tolist()
-        if final:
-            record |= {"accuracy_per_class": result.per_class(), "train_counts": data.train_counts.tolist()}
-        return record
+        return epoch_evaluation.evaluate(self, final)
 
     def slot_usage(self) -> Record:
         """Return the slot usage on about a thousand evaluation samples, for epochs without an evaluation."""
-        if not getattr(self.model.head, "num_displacements", 0):
-            return {}
-        _, x, y = self.data.eval_split
-        every = max(1, len(y) // 1000)
-        result, _ = evaluate(self.model, x[::every], y[::every], self.data.num_classes)
-        return {} if result.slot_usage is None else {"slot_usage": result.slot_usage.tolist()}
+        return epoch_evaluation.slot_usage(self)
 
     @torch.no_grad()
     def training_features(self) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,45 @@
+"""The evaluation of a trainer's model after an epoch, as a record."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..evaluation.evaluate import evaluate as evaluate_model
+
+if TYPE_CHECKING:
+    from .run_folder import Record
+    from .trainer import Trainer
+
+
+def evaluate(trainer: Trainer, final: bool) -> Record:
+    """Evaluate on the validation split; on the test split if there is none, or if `final`. Return the accuracies."""
+    data, rule = trainer.data, trainer.config.run.split_rule
+    split, x, y = ("test", data.x_test, data.y_test) if final else data.eval_split
+    method = trainer.method
+    result, alternatives = evaluate_model(
+        trainer.model,
+        x,
+        y,
+        data.num_classes,
+        method.alternative_scores,
+        alternative_predictions=method.alternative_predictions,
+    )
+    record: Record = {"split": split, "accuracy": result.accuracy(data.train_counts, rule)}
+    if alternatives:
+        accuracy_of = {name: other.accuracy(data.train_counts, rule) for name, other in alternatives.items()}
+        record["accuracy_of"] = accuracy_of
+    if result.slot_usage is not None:
+        record["slot_usage"] = result.slot_usage.tolist()
+    if final:
+        record |= {"accuracy_per_class": result.per_class(), "train_counts": data.train_counts.tolist()}
+    return record
+
+
+def slot_usage(trainer: Trainer) -> Record:
+    """Return the slot usage on about a thousand evaluation samples, for epochs without an evaluation."""
+    if not getattr(trainer.model.head, "num_displacements", 0):
+        return {}
+    _, x, y = trainer.data.eval_split
+    every = max(1, len(y) // 1000)
+    result, _ = evaluate_model(trainer.model, x[::every], y[::every], trainer.data.num_classes)
+    return {} if result.slot_usage is None else {"slot_usage": result.slot_usage.tolist()}
