@@ -1,0 +1,162 @@
+"""The Python and shell blocks of README and docs/ run, and figures, links to errors and citations are those of the code.
+
+Blocks of a page run in order, in one folder and one namespace. `<!-- not run: reason -->` above a block leaves it out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sybil import Example, Sybil
+from sybil.document import Document
+from sybil.parsers.markdown import CodeBlockParser
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LANGUAGES = ("python", "bash")
+NOT_RUN = re.compile(r"<!-- not run: (?P<reason>[^\n]+) -->\n\Z")
+
+#: Pages whose Python blocks are one program of several processes, and the test that runs it.
+PROGRAMS = {"docs/distributed.md": "tests/distributed/test_guide.py"}
+
+#: How many blocks do not run, by language. A new one must be counted here.
+LEFT_OUT = {"python": 5, "bash": 23}
+
+
+def name(page: Path) -> str:
+    """Return the path of a page in the repository."""
+    return page.relative_to(ROOT).as_posix()
+
+
+def reason(example: Example) -> str | None:
+    """Return why a block does not run, or None if it does."""
+    found = NOT_RUN.search(example.document.text[: example.region.start])
+    return found["reason"] if found else None
+
+
+def run_python(example: Example) -> None:
+    """Run a block in the namespace of its page."""
+    if reason(example) or name(Path(example.document.path)) in PROGRAMS:
+        return
+    code = "\n" * (example.line + example.parsed.line_offset) + str(
+        example.parsed
+    )  # line numbers of the page
+    exec(compile(code, example.path, "exec"), example.namespace)
+
+
+def run_bash(example: Example) -> None:
+    """Run a block in the current folder, with this interpreter and this checkout."""
+    if reason(example):
+        return
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    source = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PATH": path, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
+    command = ["bash", "-euo", "pipefail", "-c", str(example.parsed)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{example.path}:{example.line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
+def parse(page: Path) -> Document:
+    """Return a page with its blocks of Python and bash."""
+    parsers = [CodeBlockParser("python", run_python), CodeBlockParser("bash", run_bash)]
+    return Sybil(parsers=parsers, path=str(ROOT)).parse(page)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for example in parse(page).examples():
+        example.evaluate()
+
+
+def test_every_block_has_a_language_that_runs() -> None:
+    """A block of commands or of Python without its language would be left out without a word."""
+    known = {*LANGUAGES, "bibtex", "text"}
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        opened = re.findall(r"^```(\w*)$", text, re.MULTILINE)[::2]
+        found += [f"{name(page)}: {language!r}" for language in opened if language not in known]
+        commands = re.findall(
+            r"^    (?:python|pip|pytest|torchrun|\$) .*$",
+            re.sub(r"(?ms)^```.*?^```$", "", text),
+            re.MULTILINE,
+        )
+        found += [f"{name(page)}: {command}" for command in commands]
+    assert found == []
+
+
+def test_the_blocks_that_do_not_run_are_counted() -> None:
+    counts: Counter[str] = Counter()
+    for page in PAGES:
+        for language in LANGUAGES:
+            blocks = Sybil(parsers=[CodeBlockParser(language, run_python)], path=str(ROOT)).parse(page)
+            counts[language] += sum(reason(example) is not None for example in blocks.examples())
+        markers = page.read_text(encoding="utf-8").count("<!-- not run:")
+        counts[name(page)] = markers
+    assert {language: counts[language] for language in LANGUAGES} == LEFT_OUT
+    assert sum(LEFT_OUT.values()) == sum(counts[name(page)] for page in PAGES), (
+        "a marker stands above no block"
+    )
+
+
+def figures_of(text: str) -> tuple[str, list[float]]:
+    """Split a drawing into its text without numbers and its numbers, which other processors round differently."""
+    numbers = re.findall(r"-?\d+\.\d+", text)
+    return re.sub(r"-?\d+\.\d+", "#", text), [float(x) for x in numbers]
+
+
+def test_the_figures_are_those_of_the_script(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "figures.py"), str(tmp_path)], check=True, timeout=120
+    )
+    committed = {
+        path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "figures").glob("*.svg")
+    }
+    drawn = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.svg")}
+    assert drawn.keys() == committed.keys()
+    for figure, text in drawn.items():
+        versions = [re.search(r"Matplotlib v[\w.]+", t) for t in (text, committed[figure])]
+        assert versions[0]
+        assert versions[1]
+        if versions[0][0] != versions[1][0]:
+            continue  # other versions may draw differently
+        (skeleton, numbers), (old_skeleton, old_numbers) = figures_of(text), figures_of(committed[figure])
+        assert skeleton == old_skeleton, f"{figure}: run python docs/figures.py"
+        assert numbers == pytest.approx(old_numbers, abs=1e-3), f"{figure}: run python docs/figures.py"
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """Yield the parts of each error of docs/troubleshooting.md that are the same in every such error."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    for message in re.findall(r"^\*\*`([^`]+)`\*\*", text, re.MULTILINE):
+        for part in re.split(r"…|\[|\]|: expected |, got |--[a-z-]+", message):
+            if len(part.strip(" ,.:")) > 7:
+                yield message, part.strip(" ,.:")
+
+
+def test_the_errors_of_the_troubleshooting_page_exist() -> None:
+    sources = "\n".join(
+        re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8"))
+        for package in ("gistops", "train")
+        for path in (ROOT / package).rglob("*.py")
+    )
+    found = list(messages())
+    assert len(found) > 15
+    assert [(message, part) for message, part in found if part not in sources] == []
+
+
+def test_the_citation_has_the_version_of_the_package() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (version,) = re.findall(r'^version = "(.+)"$', project, re.MULTILINE)
+    assert f"\nversion: {version}\n" in citation
