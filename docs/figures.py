@@ -117,14 +117,15 @@ def speed() -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=(1.7, 1))
     horizontal(left, bars, "{:.2g}")
     left.axvline(1, color=INK, linewidth=1)
-    left.set_title("time, in multiples of a linear layer's (log scale)", fontsize=10)
+    left.set_title("time, in multiples of a linear layer's", fontsize=10)
     labels = {"gistops": BLUE, "`F.linear`": GRAY, "written directly": ORANGE}
     memory = [
         (name.strip("`"), number(page, f"memory of a step: {name}", 3), color)
         for name, color in labels.items()
     ]
     horizontal(right, memory, "{:.0f} MiB")
-    right.set_title(f"memory of a step, CPU\n{SIZE}", fontsize=10)
+    right.set_title("memory of a step, CPU", fontsize=10)
+    figure.suptitle(f"{SIZE} (rows × classes × dimensions), logarithmic scales", fontsize=10)
     return figure
 
 
