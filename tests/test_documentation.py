@@ -102,10 +102,15 @@ def test_the_blocks_that_do_not_run_are_counted() -> None:
             counts[language] += sum(reason(example) is not None for example in blocks.examples())
         markers = page.read_text(encoding="utf-8").count("<!-- not run:")
         counts[name(page)] = markers
-    assert {language: counts[language] for language in LANGUAGES} == LEFT_OUT
+    assert {language: counts[language] for language in LANGUAGES} == LEFT_OUT, "count them in LEFT_OUT"
     assert sum(LEFT_OUT.values()) == sum(counts[name(page)] for page in PAGES), (
         "a marker stands above no block"
     )
+
+
+@pytest.mark.parametrize("page", PROGRAMS)
+def test_programs_of_several_processes_are_run_elsewhere(page: str) -> None:
+    assert (ROOT / page).name in (ROOT / PROGRAMS[page]).read_text(encoding="utf-8")
 
 
 def figures_of(text: str) -> tuple[str, list[float]]:
