@@ -54,6 +54,7 @@ def problems_of(config: Config, data: Dataset) -> Iterator[ConfigError]:
         _folder,
         _backbone,
         _tuning,
+        _validation,
         _crop,
         _classes,
         _devices,
@@ -105,6 +106,11 @@ def _tuning(config: Config, data: Dataset) -> Iterator[ConfigError]:
         )
     if config.tuning.layer_decay is not None and not backbone.startswith(TIMM):
         yield ConfigError("layer_decay", f"a backbone {TIMM}NAME, whose layers timm orders", repr(backbone))
+
+
+def _validation(config: Config, data: Dataset) -> Iterator[ConfigError]:
+    if config.optim.keep == "best" and data.y_val is None:
+        yield ConfigError("keep", "last without a validation split, which --hold-out 0.1 makes", "'best'")
 
 
 def _crop(config: Config, data: Dataset) -> Iterator[ConfigError]:
@@ -178,6 +184,10 @@ def _sharding(config: Config, data: Dataset) -> Iterator[ConfigError]:
         yield ConfigError("optimizer", "sgd with --shard-classes", repr(config.optim.optimizer))
     if (norm := config.optim.clip_gradient_norm) is not None:
         yield ConfigError("clip_gradient_norm", "no clipping with --shard-classes", norm)
+    if (decay := config.optim.ema_decay) is not None:
+        yield ConfigError("ema_decay", "no average with --shard-classes", decay)
+    if config.optim.keep == "best":
+        yield ConfigError("keep", "last with --shard-classes", "'best'")
 
 
 def _network(config: Config, data: Dataset) -> Iterator[ConfigError]:

@@ -174,12 +174,23 @@ class OptimConfig(Section):
     #: Epochs at the start of a stage in which the learning rate grows linearly from 0; not in the second stage of
     #: crt and lws.
     warmup_epochs: float = 0.0
+    #: Decay of an exponential average of the weights, such as 0.999, which is evaluated and saved in place of the weights.
+    #: It starts with each stage, and replaces the weights where the stage ends. No average if not given.
+    ema_decay: float | None = None
+    #: Weights that a stage ends with: those of its last epoch, or those of its best epoch by the mean of the classes'
+    #: accuracies on the validation samples, which --hold-out makes.
+    keep: Literal["last", "best"] = "last"
+    #: End a stage after this many evaluations in a row without a better one. With --keep best.
+    patience: int | None = None
     #: Micro-batches per step, to save memory. Gradients are the same, except that batch normalization and
     #: the losses of ldam-drw, lifted, range, oltr and fslwf depend on the samples of a micro-batch.
     accumulate: int = 1
 
     def __post_init__(self) -> None:
-        self._expect_at_least(1, "accumulate", "max_steps_per_epoch")
+        self._expect_at_least(1, "accumulate", "max_steps_per_epoch", "patience")
+        valid = self.ema_decay is None or 0 < self.ema_decay < 1
+        self._expect("ema_decay", valid, "a number between 0 and 1")
+        self._expect("keep", self.keep == "best" or self.patience is None, "best with --patience")
         self._expect_at_least(0, "stage1_epochs", "stage2_epochs", "warmup_epochs", "weight_decay")
         epochs = self.stage1_epochs + self.stage2_epochs
         self._expect("stage1_epochs", epochs > 0, "at least 1 if --stage2-epochs is 0")

@@ -152,12 +152,18 @@ def memory_needed(method: str, config: Config, data: Dataset, trial: Trial) -> i
 def fixed_memory(method: str, config: Config, data: Dataset, trial: Trial) -> int:
     """Estimate the part of `memory_needed` that does not depend on the size of a step."""
     copies = 1 + MOMENTS[config.optim.optimizer]  # 1: gradients
+    states = _states(config)
     shards = distributed.world_size() if config.runtime.shard_classes else 1
     sizes = model_sizes(method, config, data, trial, shards)
-    needed = max(size.state + copies * size.trained for size in sizes)
+    needed = max(states * size.state + copies * size.trained for size in sizes)
     if METHODS[method](config, data.train_counts).reads_training_features():
         needed += 2 * 4 * len(data.y_train) * trial.features  # all training features, concatenated
     return needed
+
+
+def _states(config: Config) -> int:
+    """Return the number of states of the model: its own, the average, and that of the best epoch."""
+    return 1 + (config.optim.ema_decay is not None) + (config.optim.keep == "best")
 
 
 def memory_available(device: torch.device) -> int | None:
@@ -182,13 +188,15 @@ def memory_available(device: torch.device) -> int | None:
 def disk_needed(config: Config, data: Dataset, trial: Trial) -> int:
     """Estimate the bytes of a run's files: a checkpoint and its successor, a model per method, and the first stages."""
     stages = {method: model_sizes(method, config, data, trial) for method in config.method.methods}
-    moments = MOMENTS[config.optim.optimizer]
-    checkpoints = (size.state + moments * size.trained for sizes in stages.values() for size in sizes)
+    moments, states = MOMENTS[config.optim.optimizer], _states(config)
+    checkpoints = (
+        states * size.state + moments * size.trained for sizes in stages.values() for size in sizes
+    )
     first = {FIRST_STAGES[method]: sizes[0] for method, sizes in stages.items() if method in FIRST_STAGES}
     return (
         2 * max(checkpoints)
         + sum(last.saved for _, last in stages.values())
-        + sum(size.state + moments * size.trained for size in first.values())
+        + sum(states * size.state + moments * size.trained for size in first.values())
     )
 
 

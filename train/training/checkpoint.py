@@ -99,7 +99,14 @@ def trainer_state(trainer: Trainer) -> dict[str, Any]:
         "torch_rng": distributed.all_gather(torch.get_rng_state()),
         "cuda_rng": distributed.all_gather(torch.cuda.get_rng_state(trainer.device)) if on_gpu else [],
     }
+    state |= {name: part.state_dict() for name, part in _optional_parts(trainer).items()}
     return without_head(trainer, state) if trainer.config.runtime.shard_classes else state
+
+
+def _optional_parts(trainer: Trainer) -> dict[str, Any]:
+    """Return the parts of a trainer that only some options have."""
+    parts = {"average": trainer.average, "best": trainer.best}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def load_trainer_state(trainer: Trainer, state: dict[str, Any]) -> None:
@@ -119,6 +126,8 @@ def load_trainer_state(trainer: Trainer, state: dict[str, Any]) -> None:
     if trainer.config.runtime.shard_classes:
         model |= load_head(trainer, state)
     trainer.model.load_state_dict(model)
+    for name, part in _optional_parts(trainer).items():
+        part.load_state_dict(state[name])
     trainer.scheduler.load_state_dict(state["scheduler"])
     trainer.scaler.load_state_dict(state["scaler"])
     trainer.batches.load_state_dict(state["batches"])

@@ -97,6 +97,8 @@ def _lengthen(before: Config, config: Config, saved: dict[str, Any], counts: Ten
         if type(METHODS[name](config, counts)).begin_epoch is not Method.begin_epoch:
             return f"the loss of {name} depends on the length of the stage that has begun; {advice}"
         if training["position"]["stage"] == len(old):
+            if config.optim.ema_decay is not None or config.optim.keep == "best":
+                return f"other weights have replaced the last ones of the stage that is over; {advice}"
             if type(METHODS[name](config, counts)).finish is not Method.finish:
                 return f"{name} has changed its head after its last stage; {advice}"
             training["position"] |= {"stage": stage, "epoch": old[stage], "step_of_epoch": 0}

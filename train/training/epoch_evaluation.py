@@ -17,7 +17,7 @@ def evaluate(trainer: Trainer, final: bool) -> Record:
     split, x, y = ("test", data.x_test, data.y_test) if final else data.eval_split
     method = trainer.method
     result, alternatives = evaluate_model(
-        trainer.model,
+        trainer.evaluated_model,
         x,
         y,
         data.num_classes,
@@ -25,6 +25,9 @@ def evaluate(trainer: Trainer, final: bool) -> Record:
         alternative_predictions=method.alternative_predictions,
     )
     record: Record = {"split": split, "accuracy": result.accuracy(data.train_counts, rule)}
+    if trainer.best is not None and not final:
+        tested = [accuracy for accuracy in result.per_class() if accuracy is not None]
+        record["mean_of_classes"] = sum(tested) / len(tested)
     if alternatives:
         accuracy_of = {name: other.accuracy(data.train_counts, rule) for name, other in alternatives.items()}
         record["accuracy_of"] = accuracy_of
@@ -41,5 +44,5 @@ def slot_usage(trainer: Trainer) -> Record:
         return {}
     _, x, y = trainer.data.eval_split
     every = max(1, len(y) // 1000)
-    result, _ = evaluate_model(trainer.model, x[::every], y[::every], trainer.data.num_classes)
+    result, _ = evaluate_model(trainer.evaluated_model, x[::every], y[::every], trainer.data.num_classes)
     return {} if result.slot_usage is None else {"slot_usage": result.slot_usage.tolist()}

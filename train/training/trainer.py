@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from .. import distributed
 from ..config import Config
@@ -19,7 +20,7 @@ from ..data.stream.batches import MicroBatch
 from ..evaluation.analysis import analyze
 from ..methods import METHODS
 from ..methods.method import StageData
-from ..model.model import build_model, save_model
+from ..model.model import Model, build_model, save_model
 from ..model.sharded_head import whole_state
 from ..model.sync_batch_norm import convert_sync_batch_norm
 from ..trained import describe
@@ -27,6 +28,7 @@ from . import epoch_evaluation
 from .checkpoint import load_trainer_state, trainer_state
 from .cuda_graph import GraphedSteps, graphed_steps
 from .input import make_batches, with_evaluation_data_on
+from .kept_weights import BestEpoch, end_stage, weight_average
 from .optim import clip_gradients, lr_schedule, make_optimizer
 from .progress import throughput
 from .sharding import data_parallel, head_maker
@@ -93,6 +95,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.runtime.precision == "fp16")
         self.stage_data = StageData(self.training_features, self.validation_features)
         self.images = 0  # image passes so far
+        self.average: AveragedModel | None = None  # of the weights in this stage
+        self.best: BestEpoch | None = None  # of this stage
         self.input_seconds = 0.0  # time spent waiting for input in this epoch
         self.begin_stage(0)
 
@@ -108,7 +112,7 @@ class Trainer:
 
     def _fit(self, folder: RunFolder, first_stages: FirstStages, display: Display) -> None:
         while self.stage < len(self.method.stages):
-            while self.epoch < self.method.stages[self.stage].epochs:
+            while not self._is_stage_over():
                 title, start, images = self._epoch_title(), time.perf_counter(), self.images
                 while self.step_of_epoch < self.steps_per_epoch:
                     num_images = sum(self.batches.sizes[self.step_of_epoch])
@@ -121,10 +125,14 @@ class Trainer:
                 speed = throughput(self.images - images, time.perf_counter() - start, self.input_seconds)
                 record = self.end_epoch() | speed
                 record |= self.evaluate() if self._is_evaluation_epoch() else self.slot_usage()
+                if self.best is not None and "mean_of_classes" in record:
+                    record |= self.best.update(self, record)
                 folder.append_record(record)
                 folder.save_checkpoint(self, min_seconds=self.config.run.checkpoint_seconds)
                 display.epoch(title, record)
                 self._stop_if_requested(folder)
+            epochs_left = self.method.stages[self.stage].epochs - self.epoch
+            display.skip(epochs_left * sum(map(sum, self.batches.sizes)))
             if self.stage == 0:
                 first_stages.save(self, folder.records)
             self._stop_if_requested(
@@ -141,6 +149,13 @@ class Trainer:
         folder.save_checkpoint(self)
 
     @property
+    def evaluated_model(self) -> Model:
+        """The model that is evaluated: the average of the weights with --ema-decay, else the model in training."""
+        model = self.model if self.average is None else self.average.module
+        assert isinstance(model, Model)
+        return model
+
+    @property
     def steps_per_epoch(self) -> int:
         """The number of steps in an epoch of this stage."""
         return len(self.batches.sizes)
@@ -152,6 +167,8 @@ class Trainer:
             loss = self.graphed.step(self._wait_for(self.batches.next_draws), size)
         else:
             loss = self.optimize(self._wait_for(self.batches.next))
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         self.lr = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step()
         self.images += sum(size)
@@ -187,6 +204,7 @@ class Trainer:
     def begin_stage(self, stage: int) -> None:
         """Keep the weights, let the method change the head, and start with a new optimizer and schedule."""
         config = self.config
+        end_stage(self)
         self.stage, self.epoch, self.step_of_epoch, self.lr = stage, 0, 0, config.optim.lr
         self.loss_sums: dict[str, Tensor] = {}  # sums over the steps of this epoch
         self.graphed: GraphedSteps | None = None  # frees the memory of the previous stage's graph
@@ -210,6 +228,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config, self.method.parameters_without_decay)
         factor = lr_schedule(config.optim, stages[stage], self.steps_per_epoch)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.average = weight_average(self.model, config.optim.ema_decay)
+        self.best = BestEpoch() if config.optim.keep == "best" else None
         self.graphed = graphed_steps(self)
         self.method.begin_epoch(stage, 0, self.model)
 
@@ -287,6 +307,11 @@ class Trainer:
     def _is_checkpoint_step(self) -> bool:
         every = self.config.run.checkpoint_steps
         return every is not None and self.step_of_epoch % every == 0
+
+    def _is_stage_over(self) -> bool:
+        patience = self.config.optim.patience
+        stops = self.best is not None and patience is not None and self.best.worse >= patience
+        return stops or self.epoch >= self.method.stages[self.stage].epochs
 
     def _is_evaluation_epoch(self) -> bool:
         is_last = self.epoch == self.method.stages[self.stage].epochs

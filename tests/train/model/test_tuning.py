@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from train import footprint
+from train.__main__ import main
 from train.checks import problems_of
 from train.config import Config, ConfigError
 from train.data.dataset import Dataset
@@ -129,6 +130,22 @@ def test_a_model_file_holds_merged_updates_and_needs_no_peft(large_images: Datas
     code = "import sys; import tests.train.timm_networks as t; t.import_or_skip('timm'); from train.model import load_model"
     code += f"; load_model({str(tmp_path / 'm.safetensors')!r}); assert 'peft' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_recipe_for_pretrained_transformers(large_images: Dataset, tmp_path: Path) -> None:
+    """All of the recipe but its network and its weights: a small transformer with random ones."""
+    import_or_skip("timm")
+    import_or_skip("peft")
+    smaller = "--backbone timm/test_vit --no-pretrained --crop-size 160 --batch-size 8 --classes-per-batch 4"
+    short = "--samples-per-class 1 --max-steps-per-epoch 1 --stage1-epochs 1 --stage2-epochs 1 --device cpu"
+    words = (
+        f"--recipe foundation --data {tmp_path / 'large.npz'} --runs {tmp_path} --name r {smaller} {short}"
+    )
+    assert main(words.split()) == 0
+    for method in ("gist", "cos-balanced-softmax"):
+        model, classes = load_model(tmp_path / "r" / f"model-{method}.safetensors")
+        with torch.no_grad():
+            assert model(large_images.x_test).shape == (20, len(classes))
 
 
 def test_layers_before_the_last_learn_more_slowly(large_images: Dataset) -> None:

@@ -1,0 +1,69 @@
+"""The weights that a stage ends with: the last ones, their average (--ema-decay), or those of the best epoch (--keep best)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..model.model import Model
+
+if TYPE_CHECKING:
+    from .run_folder import Record
+    from .trainer import Trainer
+
+
+class BestEpoch:
+    """The weights of the best evaluated epoch of a stage so far.
+
+    Attributes:
+        epoch: its number, from 1; 0 before the first evaluation.
+        accuracy: the mean of the classes' accuracies in it.
+        worse: the number of evaluations since.
+        model: the state of the evaluated model.
+    """
+
+    def __init__(self) -> None:
+        self.epoch, self.accuracy, self.worse = 0, -1.0, 0
+        self.model: dict[str, Tensor] = {}
+
+    def update(self, trainer: Trainer, record: Record) -> Record:
+        """Take the weights of an epoch that has been evaluated, if it is the best one.
+
+        Args:
+            trainer: the trainer, after the epoch.
+            record: the record of the evaluation.
+
+        Returns:
+            The number of the best epoch, as a record.
+        """
+        if record["mean_of_classes"] > self.accuracy:
+            self.epoch, self.accuracy, self.worse = trainer.epoch, record["mean_of_classes"], 0
+            state = trainer.evaluated_model.state_dict()
+            self.model = {name: tensor.clone() for name, tensor in state.items()}
+        else:
+            self.worse += 1
+        return {"best_epoch": self.epoch}
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+def weight_average(model: Model, decay: float | None) -> AveragedModel | None:
+    """Return an exponential average of a model's parameters and buffers, with a copy of the model; None without a decay."""
+    if decay is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def end_stage(trainer: Trainer) -> None:
+    """Give the model the weights that the stage ends with."""
+    if trainer.best is not None and trainer.best.model:
+        trainer.model.load_state_dict(trainer.best.model)
+    elif trainer.average is not None:
+        trainer.model.load_state_dict(trainer.average.module.state_dict())
+    trainer.average = trainer.best = None
