@@ -5,6 +5,7 @@ from .frozen import FrozenClassifier
 from .gist import GistClassifier
 from .head import MaxCosineHead
 from .prediction import Prediction
+from .replace import replace_classifier
 from .subcenter import SubcenterClassifier
 from .two_heads import TwoHeadClassifier
 from .usage import SlotUsage
@@ -18,4 +19,5 @@ __all__ = [
     "SlotUsage",
     "SubcenterClassifier",
     "TwoHeadClassifier",
+    "replace_classifier",
 ]

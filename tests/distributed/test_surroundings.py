@@ -92,7 +92,9 @@ def check_mesh_of_another_process(rank: int) -> None:
             shard_classes(head, mesh)
     else:
         expected = head.loss(x, y).detach()
-        assert torch.equal(shard_classes(head, mesh).loss(x, y), expected)
+        torch.testing.assert_close(
+            shard_classes(head, mesh).loss(x, y), expected
+        )  # other ops, other roundings
 
 
 def check_parametrized(rank: int) -> None:
