@@ -55,6 +55,7 @@ def problems_of(config: Config, data: Dataset) -> Iterator[ConfigError]:
         _backbone,
         _tuning,
         _validation,
+        _label_smoothing,
         _crop,
         _classes,
         _devices,
@@ -111,6 +112,15 @@ def _tuning(config: Config, data: Dataset) -> Iterator[ConfigError]:
 def _validation(config: Config, data: Dataset) -> Iterator[ConfigError]:
     if config.optim.keep == "best" and data.y_val is None:
         yield ConfigError("keep", "last without a validation split, which --hold-out 0.1 makes", "'best'")
+
+
+def _label_smoothing(config: Config, data: Dataset) -> Iterator[ConfigError]:
+    if not config.method.label_smoothing:
+        return
+    fits = {name: make(config, data.train_counts).smooths_labels for name, make in METHODS.items()}
+    if others := [name for name in config.method.methods if not fits[name]]:
+        expected = f"{', '.join(name for name in fits if fits[name])} with --label-smoothing"
+        yield ConfigError("methods", expected, ", ".join(others))
 
 
 def _crop(config: Config, data: Dataset) -> Iterator[ConfigError]:
@@ -186,6 +196,8 @@ def _sharding(config: Config, data: Dataset) -> Iterator[ConfigError]:
         yield ConfigError("clip_gradient_norm", "no clipping with --shard-classes", norm)
     if (decay := config.optim.ema_decay) is not None:
         yield ConfigError("ema_decay", "no average with --shard-classes", decay)
+    if (smoothing := config.method.label_smoothing) > 0:
+        yield ConfigError("label_smoothing", "0 with --shard-classes", smoothing)
     if config.optim.keep == "best":
         yield ConfigError("keep", "last with --shard-classes", "'best'")
 

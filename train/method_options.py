@@ -61,6 +61,9 @@ class MethodConfig(Section):
     #: the class means of the unit features at the start of training, for features and pretrained networks. Not in the
     #: paper.
     center_init: Literal["random", "means"] = option("random", Mark.DEPARTURE)
+    #: Share of the target that is spread evenly over all classes. For methods whose loss is a plain cross-entropy:
+    #: GistNet and its variants, plain, balanced-softmax, cos-balanced-softmax, ncm, crt, tau-norm and lws.
+    label_smoothing: float = 0.0
     #: Samples per step from the random stream, over all processes. An epoch is one pass of this stream.
     batch_size: int = 128
     #: Classes per step from the balanced stream. If not given, 32, or all classes if the data has fewer.
@@ -73,6 +76,7 @@ class MethodConfig(Section):
     def __post_init__(self) -> None:
         self._expect_at_least(1, "batch_size", "classes_per_batch", "samples_per_class")
         self._expect_at_least(0, "prior_strength", "balanced_loss_weight")
+        self._expect("label_smoothing", 0 <= self.label_smoothing < 1, "a share, at least 0 and below 1")
         self._expect("num_displacements", 0 <= self.num_displacements <= 255, "0 to 255")
         self._expect("methods", len(self.methods) > 0, f"at least one of {', '.join(get_args(MethodName))}")
         self._expect("methods", len(set(self.methods)) == len(self.methods), "each method once")

@@ -90,6 +90,7 @@ class GistClassifier(ConstellationClassifier):
         y_random: Tensor,
         *,
         balanced_bias: Tensor | None = None,
+        label_smoothing: float = 0.0,
         sample_negatives: float | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -107,6 +108,7 @@ class GistClassifier(ConstellationClassifier):
             balanced_bias: added to the logits of the balanced loss, [num_classes], floating-point. With log class
                 frequencies, the balanced loss may take random samples in place of a class-balanced batch, also those of
                 the random stream (balanced softmax; Ren et al., NeurIPS 2020).
+            label_smoothing: as in `gistops.constellation_cross_entropy`, for both streams.
             sample_negatives, generator: as in `gistops.constellation_cross_entropy`; each stream draws its own classes.
 
         Returns:
@@ -121,15 +123,19 @@ class GistClassifier(ConstellationClassifier):
             warn_if_zero(self)
         if balanced_bias is not None and not is_dtensor(self.centers):
             check_class_vector("balanced_bias", balanced_bias, self.num_classes, self.centers)
-        sampling = {"sample_negatives": sample_negatives, "generator": generator}
+        options = {
+            "label_smoothing": label_smoothing,
+            "sample_negatives": sample_negatives,
+            "generator": generator,
+        }
         transform = self._transform()
         balanced = (self.centers, self.displacements.detach(), self.tau)
         random = (self.random_centers, self.displacements, self.random_tau)
         return (
             self._stream_loss(
-                "y_balanced", x_balanced, y_balanced, balanced, _detached(transform), balanced_bias, sampling
+                "y_balanced", x_balanced, y_balanced, balanced, _detached(transform), balanced_bias, options
             ),
-            self._stream_loss("y_random", x_random, y_random, random, transform, None, sampling),
+            self._stream_loss("y_random", x_random, y_random, random, transform, None, options),
         )
 
     def _stream_loss(
@@ -140,20 +146,21 @@ class GistClassifier(ConstellationClassifier):
         tensors: tuple[Tensor, Tensor, Tensor],
         transform: dict[str, Any],
         bias: Tensor | None,
-        sampling: dict[str, Any],
+        options: dict[str, Any],
     ) -> Tensor:
         sharded = is_dtensor(tensors[0])  # then the loss checks the targets, in all processes together
         if not sharded:
             _check_target(name, target, input.shape[:-1], self.num_classes)
         if not sharded and target.is_floating_point():
             # Probabilities are as large as the logits, so these may be too.
-            if sampling["sample_negatives"] is not None:
+            if options["sample_negatives"] is not None:
                 raise ValueError(f"{name}: expected classes with sample_negatives, got probabilities")
             logits = constellation_logits(input, *tensors, backend=self.backend, **transform)
             logits = logits if bias is None else logits + bias
             rows, target = logits.reshape(-1, self.num_classes), target.reshape(-1, self.num_classes)
-            return F.cross_entropy(rows, target.to(logits.dtype))
-        options = {"class_bias": bias, "backend": self.backend} | sampling | transform
+            smoothing = options["label_smoothing"]
+            return F.cross_entropy(rows, target.to(logits.dtype), label_smoothing=smoothing)
+        options = {"class_bias": bias, "backend": self.backend} | options | transform
         return constellation_cross_entropy(input, *tensors, target, **options)  # type: ignore[return-value]
 
     @overload

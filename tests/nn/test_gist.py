@@ -131,3 +131,18 @@ def test_a_bias_of_the_balanced_loss(probabilities: bool, seed: int) -> None:
     assert head.random_centers.grad is None
     with pytest.raises(ValueError, match=rf"balanced_bias: expected shape \[{K}\].*got \[1\]"):
         head.losses(x, target, x, y, balanced_bias=bias[:1])
+
+
+def test_smoothed_labels_are_those_of_pytorch(seed: int) -> None:
+    head = spread(GistClassifier(D, K, M, dtype=torch.float64))
+    (xb, yb), (xr, yr) = batch(), batch(size=B + 18)
+    xb, xr = xb.detach().double(), xr.detach().double()
+    tensors = [tensor.detach() for tensor in (head.centers, head.displacements, head.raw_tau)]
+    random = [tensor.detach() for tensor in (head.random_centers, head.displacements, head.raw_random_tau)]
+    expected = [
+        F.cross_entropy(reference_logits(xb, *tensors), yb, label_smoothing=0.3),
+        F.cross_entropy(reference_logits(xr, *random), yr, label_smoothing=0.3),
+    ]
+    for targets in ((yb, yr), (F.one_hot(yb, K).double(), F.one_hot(yr, K).double())):
+        losses = head.losses(xb, targets[0], xr, targets[1], label_smoothing=0.3)
+        torch.testing.assert_close([loss.detach() for loss in losses], expected)

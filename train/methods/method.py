@@ -83,10 +83,13 @@ class Method:
     parameters_without_decay: tuple[str, ...] = ()
     #: Whether --shard-classes may shard the head: the method reads neither logits of all classes nor centers of all.
     shards_classes = False
+    #: Whether --label-smoothing applies: the loss is a cross-entropy of the labels.
+    smooths_labels = False
 
     def __init__(self, config: Config, counts: Tensor) -> None:
         self.config, self.counts = config, counts
         self.backend = config.runtime.head_backend
+        self.label_smoothing = config.method.label_smoothing
         self.log_prior = config.method.prior_strength * log_prior(counts)
 
     def make_head(self, in_features: int, num_classes: int) -> nn.Module:

@@ -31,7 +31,7 @@ class OneHead(TwoStageMethod):
     def losses(
         self, head: ConstellationClassifier, features: Tensor, labels: Tensor, num_balanced: int
     ) -> dict[str, Tensor]:
-        return {"loss_balanced": head.loss(features, labels)}
+        return {"loss_balanced": head.loss(features, labels, label_smoothing=self.label_smoothing)}
 
 
 class CombinedHead(TwoStageMethod):

@@ -27,6 +27,8 @@ class SoftmaxClassifier(SingleStageMethod):
     subtracted after training.
     """
 
+    smooths_labels = True
+
     def __init__(self, config: Config, counts: Tensor, *, cosine: bool = False, prior: bool = False) -> None:
         super().__init__(config, counts)
         self.cosine, self.prior = cosine, prior
@@ -49,10 +51,11 @@ class SoftmaxClassifier(SingleStageMethod):
     ) -> dict[str, Tensor]:
         bias = self.log_prior if self.prior else None
         if isinstance(head, ConstellationClassifier):
-            return {"loss_random": head.loss(features, labels, class_bias=bias)}
-        logits = head(features)
-        logits = wide(logits)
-        return {"loss_random": F.cross_entropy(logits if bias is None else logits + bias, labels)}
+            loss = head.loss(features, labels, class_bias=bias, label_smoothing=self.label_smoothing)
+            return {"loss_random": loss}
+        logits = wide(head(features))
+        logits = logits if bias is None else logits + bias
+        return {"loss_random": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)}
 
     def alternative_scores(self, head: nn.Module, features: Tensor, logits: Tensor) -> dict[str, Tensor]:
         return {} if self.prior else {"adjusted afterwards": logits - self.log_prior}

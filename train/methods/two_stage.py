@@ -33,6 +33,7 @@ class TwoStageMethod(Method):
     """
 
     shards_classes = True
+    smooths_labels = True
     transfers_features = False  # whether --transfer-directions applies
     transform: Literal["translation", "rotation", "mlp"] = "translation"
     streams: Literal["both", "balanced"] = "both"  # with --balancing sampling
@@ -54,7 +55,7 @@ class TwoStageMethod(Method):
     ) -> dict[str, Tensor]:
         (f_b, f_r), (y_b, y_r) = features.tensor_split([num_balanced]), labels.tensor_split([num_balanced])
         balanced, random = head.losses(  # the head routes the gradients
-            f_b, y_b, f_r, y_r, balanced_bias=self.balanced_bias
+            *(f_b, y_b, f_r, y_r), balanced_bias=self.balanced_bias, label_smoothing=self.label_smoothing
         )
         return {"loss_balanced": balanced, "loss_random": random}
 
