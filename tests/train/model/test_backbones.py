@@ -43,7 +43,10 @@ def test_a_missing_timm_is_named(image_file: Any, tmp_path: Any, capsys: pytest.
         import timm  # noqa: F401
 
         pytest.skip("timm is installed")
-    except (ImportError, RuntimeError):  # RuntimeError: torchvision, which timm imports, does not fit this torch
+    except (
+        ImportError,
+        RuntimeError,
+    ):  # RuntimeError: torchvision, which timm imports, does not fit this torch
         pass
     args = f"--recipe smoke --data {image_file} --num-classes 5 --classes-per-batch 4 --runs {tmp_path} --device cpu"
     assert main([*args.split(), "--backbone", "timm/resnet50"]) == 2
