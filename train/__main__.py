@@ -1,4 +1,4 @@
-"""`python -m train [COMMAND]`: train and report (no command), ablation, doctor, features or report.
+"""`python -m train [COMMAND]`: train and report (no command), ablation, doctor, features, predict or report.
 
 `torchrun --nproc-per-node=N -m train` trains on N GPUs, with the results of one. An installed driver is `gistops-train`
 or `python -m gistops.train`.
@@ -17,6 +17,7 @@ from .cli import parse, parse_run, program
 from .commands.ablation import ablate
 from .commands.doctor import Doctor, examine
 from .commands.features import Features, extract
+from .commands.predict import predict
 from .commands.report import compare
 from .config import ConfigError
 from .console import open_console, say
@@ -33,7 +34,7 @@ SECONDS_FOR_RANK0 = 5.0
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line and return the exit code: 2 for an invalid option, 1 for a run that failed, 143 for a run that
-    SIGTERM stopped, 130 for one that SIGINT stopped, and 141 if nothing reads the output."""
+    SIGTERM stopped, 130 for one that SIGINT stopped, and 141 if nothing reads the output. `predict` returns 3 if it could not read a file."""
     try:
         try:
             return run(sys.argv[1:] if args is None else args)
@@ -95,10 +96,12 @@ def dispatch(args: list[str]) -> int:
     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before", UserWarning)
     if args[:1] == ["ablation"]:
         return ablate(args[1:], console)
-    if rank() and args[:1] in (["report"], ["doctor"], ["features"]):
+    if rank() and args[:1] in (["report"], ["doctor"], ["features"], ["predict"]):
         return 0  # rank 0 alone runs these commands
     if args[:1] == ["report"]:
         return compare(args[1:], console)
+    if args[:1] == ["predict"]:
+        return predict(args[1:])
     if args[:1] == ["doctor"]:
         return examine(parse(args[1:], Doctor, program("doctor")), console)
     if args[:1] == ["features"]:

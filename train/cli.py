@@ -130,7 +130,7 @@ def check(config: Sections) -> None:
     if values.get("tensorboard") and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("tensorboard", "the package, which `pip install tensorboard` brings", "none")
     if "device" in values:
-        _check_device(config.runtime.resolved_device, values.get("backend", "auto"))  # type: ignore[attr-defined]
+        check_device(config.runtime.resolved_device, values.get("backend", "auto"))  # type: ignore[attr-defined]
 
 
 def _check_backbone(backbone: str, pretrained: bool) -> None:
@@ -143,7 +143,12 @@ def _check_backbone(backbone: str, pretrained: bool) -> None:
         )
 
 
-def _check_device(device: str, backend: str) -> None:
+def check_device(device: str, backend: str = "auto") -> None:
+    """Check that a device and a backend are available here.
+
+    Raises:
+        ConfigError: one of them is not.
+    """
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -161,7 +166,7 @@ def _description(kind: type[Sections]) -> str:
         return inspect.getdoc(kind) or ""
     paragraphs = [
         "Trains GistNet in two stages on a long-tailed dataset, and a plain softmax classifier for comparison.",
-        f"Other commands: {program('ablation')}, doctor, features and report, each with a --help of its own.",
+        f"Other commands: {program('predict')}, ablation, doctor, features and report, each with a --help of its own.",
         "Recipes:",
         *(f"{name}: {read_recipe(name).get('description', '')}" for name in recipe_names()),
     ]

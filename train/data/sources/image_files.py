@@ -62,11 +62,16 @@ def decode(file: Path, size: int) -> np.ndarray:
 
 def _decode(file: Path, size: int) -> np.ndarray:
     with Image.open(file, formats=FORMATS) as image:
-        image.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded at a reduced size
-        upright = read_rgb(image)
-        if (operation := UPRIGHT.get(_orientation(image))) is not None:
-            upright = upright.transpose(operation)
-        return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR))
+        return prepare(image, size)
+
+
+def prepare(image: Image.Image, size: int) -> np.ndarray:
+    """Return an image as the driver trains on it: upright, RGB, resized and center-cropped, [size, size, 3] uint8."""
+    image.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded at a reduced size
+    upright = read_rgb(image)
+    if (operation := UPRIGHT.get(_orientation(image))) is not None:
+        upright = upright.transpose(operation)
+    return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR))
 
 
 def _orientation(image: Image.Image) -> int:

@@ -1,0 +1,154 @@
+"""Tests of `train.load` and of the command `predict`, with a model that was trained in a few steps."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from train.__main__ import main
+from train.data.dataset import Dataset
+from train.data.sources.image_files import decode
+from train.model.model import load_model, save_model
+from train.trained import describe
+from train.training.trainer import Trainer
+
+from .conftest import REPOSITORY, write_image
+from .short_runs import FEATURES, IMAGES, finish
+
+
+def save_trained(config: Any, data: Dataset, file: Path) -> Path:
+    short = config.replace(stage2_epochs=1, max_steps_per_epoch=2)
+    trainer = Trainer("gist", short, data)
+    finish(trainer)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_model(file, trainer.model, data.class_names, describe("gist", short, data))
+    return file
+
+
+@pytest.fixture
+def model_file(images: Dataset, tmp_path: Path) -> Path:
+    return save_trained(IMAGES, images, tmp_path / "runs" / "birds" / "model-gist.safetensors")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> list[Path]:
+    colors = [(250, 10, 10), (10, 250, 10), (40, 90, 120)]
+    places = ("a.png", "deep/b.jpg", "deep/er/c.bmp")
+    return [write_image(tmp_path / "photos" / place, c) for place, c in zip(places, colors, strict=True)]
+
+
+def expected_probabilities(model_file: Path, files: list[Path]) -> torch.Tensor:
+    model, _ = load_model(model_file)
+    pixels = np.stack([decode(file, 10) for file in files])
+    with torch.no_grad():
+        return model(torch.from_numpy(pixels).permute(0, 3, 1, 2)).softmax(1)
+
+
+def test_paths_images_and_tensors_are_the_same(model_file: Path, photos: list[Path], images: Dataset) -> None:
+    classifier = train.load(model_file).to("cpu")
+    assert classifier.classes == images.class_names
+    probabilities = expected_probabilities(model_file, photos)
+    opened = [Image.open(file) for file in photos]
+    tensor = torch.stack([torch.tensor(decode(file, 10)) for file in photos]).permute(0, 3, 1, 2)
+    for samples in (photos, list(map(str, photos)), opened, tensor):
+        found = classifier.predict(samples, k=3, batch_size=2)
+        best = probabilities.topk(3)
+        torch.testing.assert_close(found.probabilities, best.values)
+        assert torch.equal(found.indices, best.indices)
+        assert found.classes == [[images.class_names[i] for i in row] for row in best.indices.tolist()]
+        assert found.labels == [[images.class_labels[i] for i in row] for row in best.indices.tolist()]
+    torch.testing.assert_close(classifier.predict(photos[0], k=99).probabilities.sum(), torch.tensor(1.0))
+
+
+def test_features_are_classified(features: Dataset, tmp_path: Path) -> None:
+    file = save_trained(FEATURES, features, tmp_path / "model")
+    found = train.load(file).predict(features.x_test, k=1)
+    with torch.no_grad():
+        assert torch.equal(found.indices[:, 0], load_model(file)[0](features.x_test).argmax(1))
+    with pytest.raises(ValueError, match=r"samples: expected tensors of features \[n, d\]"):
+        train.load(file).predict("bird.jpg")
+    with pytest.raises(ValueError, match=r"samples: expected features \[n, d\], got \[2, 3, 4, 4\]"):
+        train.load(file).predict(torch.zeros(2, 3, 4, 4))
+
+
+def test_wrong_arguments_are_named(model_file: Path) -> None:
+    classifier = train.load(model_file)
+    with pytest.raises(ValueError, match=r"expected images \[n, c, 10, 10\] uint8, got \[1, 3, 9, 9\]"):
+        classifier.predict(torch.zeros(1, 3, 9, 9, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
+        classifier.predict("bird.jpg", k=0)
+    with pytest.raises(ValueError, match="samples: expected at least one sample"):
+        classifier.predict([])
+
+
+def test_a_folder_becomes_csv(
+    model_file: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", str(model_file), str(photos[0].parent), "--k", "2", "--device", "cpu"]) == 0
+    header, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert header == ["path", "class_1", "probability_1", "class_2", "probability_2", "error"]
+    assert [row[0] for row in rows] == list(map(str, photos))
+    best = expected_probabilities(model_file, photos).topk(2)
+    names = train.load(model_file).classes
+    assert [row[1] for row in rows] == [names[i] for i in best.indices[:, 0].tolist()]
+    written = torch.tensor([[float(row[2]), float(row[4])] for row in rows])
+    torch.testing.assert_close(written, best.values, atol=1e-6, rtol=0)
+
+
+def test_an_unreadable_file_is_a_row_with_its_reason(
+    model_file: Path, photos: list[Path], tmp_path: Path
+) -> None:
+    (damaged := tmp_path / "damaged.jpg").write_bytes(b"no image")
+    missing, out = tmp_path / "missing.jpg", tmp_path / "rows.jsonl"
+    files = [str(damaged), str(photos[0]), str(missing), str(tmp_path / "photos" / "**" / "*.jpg")]
+    options = ["--json", "--out", str(out), "--batch-size", "2", "--workers", "1", "--device", "cpu"]
+    assert main(["predict", str(model_file), *files, *options]) == 3
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [row["path"] for row in rows] == [str(damaged), str(photos[0]), str(missing), str(photos[1])]
+    assert "cannot identify image file" in rows[0]["error"]
+    assert "No such file" in rows[2]["error"]
+    assert [len(row["classes"]) for row in rows] == [0, 5, 0, 5]
+    assert rows[1]["error"] is None
+
+
+def test_a_list_names_images(
+    model_file: Path, photos: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos[0].parent / "list.txt").write_text("deep/b.jpg 1\na.png 0\n", encoding="utf-8")
+    assert main(["predict", str(model_file), str(photos[0].parent / "list.txt"), "--device", "cpu"]) == 0
+    rows = list(csv.reader(io.StringIO(capsys.readouterr().out)))[1:]
+    assert [row[0] for row in rows] == [str(photos[1]), str(photos[0])]
+
+
+def test_errors_name_the_option(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (empty := tmp_path / "empty").mkdir()
+    for args, error in (
+        ([str(empty / "model"), "a.png"], "--model: expected a trained model of images"),
+        ([str(model_file), str(empty)], f"--images: expected at least one image file, got none in {empty}"),
+        ([str(model_file), "a.png", "--k", "0"], "--k: expected at least 1, got 0"),
+        ([str(model_file), "a.png", "--out", str(tmp_path / "no" / "x.csv")], "--out: expected a file in an"),
+    ):
+        assert main(["predict", *args]) == 2
+        assert error in capsys.readouterr().err
+
+
+def test_the_example_of_the_documentation(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"### Predict\n.*?```python\n(.*?)```", text, re.DOTALL)
+    write_image(tmp_path / "bird.jpg", (250, 10, 10))
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert len(found["found"].classes[0]) == 3

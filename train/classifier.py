@@ -1,0 +1,122 @@
+"""A trained model as its users need it: images or features in, names and probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .data.sources.image_files import decode, prepare
+from .trained import TrainedModel
+
+Sample = str | Path | Image.Image
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The k most probable classes of each of n samples, the most probable first.
+
+    `classes` and `labels` hold n lists of k: names, and what the training data call the classes. `indices` [n, k] are
+    positions in `Classifier.classes`, and `probabilities` [n, k] the softmax of the model's logits.
+    """
+
+    classes: list[list[str]]
+    labels: list[list[str]]
+    indices: Tensor
+    probabilities: Tensor
+
+
+class Classifier:
+    """A trained model that prepares images as in training. `train.load` makes one from a model file."""
+
+    def __init__(self, trained: TrainedModel) -> None:
+        self.trained = trained
+        self.classes = trained.class_names
+        self.labels = trained.class_labels or trained.class_names
+        self.device = torch.device("cpu")
+
+    def to(self, device: str | torch.device) -> Classifier:
+        """Move the model to a device, and return this classifier."""
+        self.device = torch.device(device)
+        self.trained.model.to(self.device)
+        return self
+
+    @property
+    def side(self) -> int:
+        """The height and the width to which images are resized.
+
+        Raises:
+            ValueError: the model takes features, or images that are not square.
+        """
+        size = self.trained.image_size
+        if len(size) != 2 or size[0] != size[1]:
+            kind = f"tensors [n, c, {size[0]}, {size[1]}]" if size else "tensors of features [n, d]"
+            raise ValueError(f"samples: expected {kind}, which the model takes, got images or their paths")
+        return size[0]
+
+    def pixels(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Return images [side, side, 3] uint8 as a batch for the model, [n, c, side, side] uint8."""
+        gray = len(self.trained.model.normalize.mean) == 1  # type: ignore[arg-type]
+        if gray:
+            images = [np.asarray(Image.fromarray(image).convert("L"))[:, :, None] for image in images]
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def predict(
+        self, samples: Tensor | Sample | Sequence[Sample], k: int = 5, batch_size: int = BATCH_SIZE
+    ) -> Predictions:
+        """Return the k most probable classes of each sample, or all classes if there are fewer.
+
+        Args:
+            samples: paths or PIL images, prepared as in training; or a tensor of images [n, c, h, w] uint8 of the size of
+                training or of features [n, d].
+            k: the number of classes per sample.
+            batch_size: the samples per pass through the network.
+
+        Raises:
+            ValueError: k or batch_size is below 1, there are no samples, or they are not what the model takes.
+            UnreadableImage: a file cannot be decoded.
+        """
+        for name, value in (("k", k), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if isinstance(samples, (str, Path, Image.Image)):
+            samples = [samples]
+        if not len(samples):
+            raise ValueError("samples: expected at least one sample, got none")
+        if isinstance(samples, Tensor):
+            self._check(samples)
+        k, model = min(k, len(self.classes)), self.trained.model
+        best = []
+        for first in range(0, len(samples), batch_size):
+            batch = samples[first : first + batch_size]
+            x = batch if isinstance(batch, Tensor) else self.pixels([self._decode(image) for image in batch])
+            best.append(model(x.to(self.device)).float().softmax(1).topk(k))
+        indices = torch.cat([found.indices for found in best]).cpu()
+        probabilities = torch.cat([found.values for found in best]).cpu()
+        rows = indices.tolist()
+        return Predictions(
+            classes=[[self.classes[i] for i in row] for row in rows],
+            labels=[[self.labels[i] for i in row] for row in rows],
+            indices=indices,
+            probabilities=probabilities,
+        )
+
+    def _check(self, x: Tensor) -> None:
+        size = self.trained.image_size
+        if not size and x.dim() != 2:
+            raise ValueError(f"samples: expected features [n, d], got {list(x.shape)}")
+        if size and (x.dim() != 4 or list(x.shape[2:]) != size or x.dtype != torch.uint8):
+            expected = f"images [n, c, {size[0]}, {size[1]}] uint8"
+            raise ValueError(f"samples: expected {expected}, got {list(x.shape)} {x.dtype}")
+
+    def _decode(self, image: Sample) -> np.ndarray:
+        if isinstance(image, Image.Image):
+            return prepare(image.copy(), self.side)
+        return decode(Path(image), self.side)

@@ -1,0 +1,181 @@
+"""The command `predict`: classifies image files with a trained model."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import glob
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from .. import load
+from ..classifier import BATCH_SIZE, Classifier
+from ..cli import check_device, program
+from ..config import ConfigError, DeviceConfig
+from ..data.cache import process_map
+from ..data.errors import DataError
+from ..data.sources.image_files import SUFFIXES, decode
+from ..data.sources.listing import read_listing
+from ..files import write_atomically
+from ..model.model import ModelFileError
+
+UNREADABLE = 3  # the exit code if a file could not be read
+
+Row = dict[str, Any]
+
+
+def predict(args: list[str]) -> int:
+    """Write the most probable classes of image files. Returns 3 if a file could not be read, otherwise 0.
+
+    Raises:
+        ConfigError: an option is invalid, the model does not take image files, or there are none.
+    """
+    options = _parse(args)
+    for name in ("k", "batch_size", "workers"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ConfigError(name, "at least 1", getattr(options, name))
+    if options.out and not options.out.absolute().parent.is_dir():
+        raise ConfigError("out", "a file in an existing folder", str(options.out))
+    device = DeviceConfig(device=options.device).resolved_device
+    check_device(device)
+    classifier = _load(options.model).to(device)
+    k = min(options.k, len(classifier.classes))
+    files = [file for source in options.images for file in find_files(source)]
+    rows = _rows(classifier, files, k, options.batch_size, options.workers)
+    try:
+        return _write_to(options.out, rows, k, options.json)
+    except DataError as error:  # the system ended a process
+        raise ConfigError("workers", "processes that decode all images", f"an error: {error}") from None
+
+
+def _write_to(out: Path | None, rows: Iterator[Row], k: int, as_json: bool) -> int:
+    """Write the rows to a file or to standard output, and return the exit code."""
+    if not out:
+        return _write(sys.stdout, rows, k, as_json)
+    codes = []
+
+    def write(path: Path) -> None:
+        with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            codes.append(_write(file, rows, k, as_json))
+
+    write_atomically(out, write)
+    return codes[0]
+
+
+def _parse(args: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=program("predict"),
+        description="Writes the most probable classes of image files, as CSV or JSON lines. "
+        f"A file that cannot be read is a row with the reason, and the exit code is then {UNREADABLE}.",
+    )
+    parser.add_argument("model", type=Path, help="a trained model, runs/<name>/model-<method>.safetensors")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        help="image files, folders (searched recursively), globs in quotes, or lists (.txt, .csv) as for --data",
+    )
+    parser.add_argument("--k", type=int, default=5, help="classes per image (default: 5)")
+    parser.add_argument("--json", action="store_true", help="write JSON lines instead of CSV")
+    parser.add_argument("--out", type=Path, help="the file to write (default: standard output)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
+    parser.add_argument(
+        "--batch-size", type=int, default=BATCH_SIZE, help=f"images per pass (default: {BATCH_SIZE})"
+    )
+    parser.add_argument("--workers", type=int, help="processes that decode (default: one per processor)")
+    return parser.parse_args(args)
+
+
+def _load(path: Path) -> Classifier:
+    try:
+        classifier = load(path)
+        _ = classifier.side  # refuses models that do not take image files
+    except (OSError, ValueError) as error:
+        got = error.got if isinstance(error, ModelFileError) else f"{path} ({error})"
+        raise ConfigError("model", "a trained model of images, model-<method>.safetensors", got) from None
+    return classifier
+
+
+def find_files(source: str) -> list[Path]:
+    """Return the image files that a word of the command line names. A file that does not exist is returned too.
+
+    Raises:
+        ConfigError: a folder, a glob or a list names no image file.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _some(source, (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES))
+    if not path.exists() and glob.has_magic(source):
+        return _some(source, map(Path, glob.iglob(source, recursive=True)))
+    if path.suffix in (".txt", ".csv"):
+        try:
+            return read_listing(source).files
+        except DataError as error:
+            raise ConfigError("images", "a list of images", f"{source} ({error})") from None
+    return [path]
+
+
+def _some(source: str, found: Iterator[Path]) -> list[Path]:
+    files = sorted(file for file in found if not file.is_dir())
+    if not files:
+        raise ConfigError("images", "at least one image file", f"none in {source}")
+    return files
+
+
+def _decode(size: int, file: Path) -> np.ndarray | str:
+    """Return an image, or the reason why the file cannot be read."""
+    try:
+        return decode(file, size)
+    except DataError as error:
+        return str(error).removeprefix(f"{file}: ")
+
+
+def _rows(
+    classifier: Classifier, files: list[Path], k: int, batch_size: int, workers: int | None
+) -> Iterator[Row]:
+    """Yield the path of each file with its classes and probabilities, or with the error."""
+    decode_file = functools.partial(_decode, classifier.side)
+    console = Console(stderr=True)
+    starts = range(0, len(files), batch_size)
+    with process_map(workers, serial=len(files) <= batch_size) as each:
+        for start in track(starts, "images", console=console, disable=not console.is_terminal):
+            batch = files[start : start + batch_size]
+            decoded = list(each(decode_file, batch))
+            images = [image for image in decoded if not isinstance(image, str)]
+            found: Iterator[Row] = iter(())
+            if images:
+                best = classifier.predict(classifier.pixels(images), k, batch_size)
+                found = (
+                    {"classes": names, "probabilities": values, "error": None}
+                    for names, values in zip(best.classes, best.probabilities.tolist(), strict=True)
+                )
+            for file, image in zip(batch, decoded, strict=True):
+                failed = {"classes": [], "probabilities": [], "error": image}
+                yield {"path": str(file)} | (failed if isinstance(image, str) else next(found))
+
+
+def _write(file: TextIO, rows: Iterator[Row], k: int, as_json: bool) -> int:
+    """Write the rows and return the exit code."""
+    code = 0
+    writer = csv.writer(file, lineterminator="\n")
+    if not as_json:
+        ranks = range(1, k + 1)
+        writer.writerow(
+            ["path", *(f"{name}_{i}" for i in ranks for name in ("class", "probability")), "error"]
+        )
+    for row in rows:
+        code = UNREADABLE if row["error"] else code
+        if as_json:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        else:
+            pairs = zip(row["classes"], (f"{p:.6f}" for p in row["probabilities"]), strict=True)
+            cells = [cell for pair in pairs for cell in pair] or [""] * (2 * k)
+            writer.writerow([row["path"], *cells, row["error"] or ""])
+    return code
