@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .classifier import Classifier
@@ -21,3 +21,31 @@ def load(path: str | Path) -> Classifier:
     from .trained import load_trained
 
     return Classifier(load_trained(path))
+
+
+def fit(recipe: str, **options: Any) -> dict[str, dict[str, Any]]:
+    """Train as `python -m train` does, without its console, and return the result of each method by the method's name.
+
+    A result has the accuracies of the run's metrics.jsonl, and `model`, the path of the model file for `load`.
+
+    Args:
+        recipe: a recipe's name or a .toml file.
+        **options: options of the command line with underscores, such as `data="birds/", stage1_epochs=20`. Lists are tuples.
+
+    Raises:
+        ConfigError: an invalid option.
+        Diverged: the loss is not finite.
+    """
+    from rich.console import Console
+
+    from .cli import check
+    from .recipes import configure
+    from .run import start
+
+    config = configure(recipe, options)
+    check(config)
+    folder = Path(config.run.runs) / config.run.name
+    return {
+        result["method"]: result | {"model": folder / f"model-{result['method']}.safetensors"}
+        for result in start(config, Console(quiet=True))
+    }

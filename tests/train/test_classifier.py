@@ -1,4 +1,4 @@
-"""Tests of `train.load` and of the command `predict`, with a model that was trained in a few steps."""
+"""Tests of `train.load`, `train.fit` and of the command `predict`, with a model that was trained in a few steps."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from PIL import Image
 
 import train
 from train.__main__ import main
+from train.config import ConfigError
 from train.data.dataset import Dataset
 from train.data.sources.image_files import decode
 from train.model.model import load_model, save_model
@@ -152,3 +153,15 @@ def test_the_example_of_the_documentation(
     found: dict[str, Any] = {}
     exec(code, found)
     assert len(found["found"].classes[0]) == 3
+
+
+def test_fit_returns_results_and_models(features: Dataset, feature_file: Path, tmp_path: Path) -> None:
+    short = {"stage1_epochs": 1, "stage2_epochs": 1, "classes_per_batch": 3, "device": "cpu"}
+    options = {"data": str(feature_file), "runs": str(tmp_path), "name": "r", "methods": ("gist",)} | short
+    result = train.fit("features", **options)["gist"]
+    best = train.load(result["model"]).predict(features.x_test, k=1).indices[:, 0]
+    assert float((best == features.y_test).float().mean()) == pytest.approx(result["accuracy"]["overall"])
+    with pytest.raises(ConfigError, match="--epochs: expected the name of an option"):
+        train.fit("features", epochs=3)
+    with pytest.raises(ConfigError, match="--stage1-epochs: expected int, got 'many'"):
+        train.fit("features", stage1_epochs="many")

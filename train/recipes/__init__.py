@@ -67,6 +67,21 @@ def load_recipe(recipe: str) -> Config:
     return Config().replace(**values)
 
 
+def configure(recipe: str, options: dict[str, Any]) -> Config:
+    """The configuration of a recipe with some options replaced.
+
+    Raises:
+        ConfigError: the recipe is invalid, or an option does not exist or has a value that is not valid.
+    """
+    config = load_recipe(recipe)
+    for key, value in options.items():
+        if key not in HINTS:
+            raise ConfigError(key, "the name of an option", repr(key))
+        _check_type(key, value, repr(value))
+    config = config.replace(**options)
+    return config if config.run.name else config.replace(name=Path(recipe).stem)
+
+
 def parse_value(option: str, text: str) -> Any:
     """The value of an option from text, in the syntax of recipes except that words need no quotes.
 
