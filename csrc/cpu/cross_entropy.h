@@ -33,8 +33,7 @@ struct Stash {
   }
   // The number of rows to score at once, from row i on: of one block of rows, and all or none of them stashed.
   int64_t rows_from(int64_t i, int64_t B) const {
-    const int64_t end = std::min((i / kBlockRows + 1) * kBlockRows, B);
-    return (i < rows ? std::min(end, rows) : end) - i;
+    return gistops::rows_from(i, i < rows ? rows : B);
   }
   bool holds(int64_t i) const { return data && i < rows; }
   bool holds_all(int64_t B) const { return data && B > 0 && rows == B; }

@@ -33,7 +33,7 @@ void forward(const Problem<T>& p, const StoredScores& out, T* center_rnorms, T* 
   const int64_t groups = blocks.count >= threads ? 1
                                                  : std::clamp<int64_t>(threads / std::max<int64_t>(blocks.count, 1), 1,
                                                                        std::max<int64_t>(1, p.B / 64));
-  const int64_t group_rows = ceil_div(p.B, groups);
+  const int64_t group_rows = round_up(ceil_div(p.B, groups), kPad);  // see Input::columns()
   parallel_for(0, blocks.count * groups, 1, [&](int64_t begin, int64_t end) {
     const int64_t block_rows = std::min(kBlockRows, p.B);
     ClassBlock<T> block(p, input, blocks.size, block_rows);
@@ -44,8 +44,10 @@ void forward(const Problem<T>& p, const StoredScores& out, T* center_rnorms, T* 
       const int64_t k = blocks.begin(task / groups), n = blocks.classes(task / groups);
       const int64_t first = task % groups * group_rows, last = std::min(first + group_rows, p.B);
       block.load(k, n);
-      for (int64_t i = first; i < last; i += kBlockRows)
-        store_scores(block, p.K, i, std::min(kBlockRows, last - i), k, n, out, wide, wide_slots);
+      for (int64_t i = first, rows = 0; i < last; i += rows) {
+        rows = rows_from(i, last);
+        store_scores(block, p.K, i, rows, k, n, out, wide, wide_slots);
+      }
       if (first == 0 && center_rnorms) block.copy_rnorms(center_rnorms + k, p.K);
     }
   });

@@ -21,6 +21,9 @@ constexpr int64_t kPad = 16;                // the rows of a product in half pre
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// The number of rows to take at once, from row i up to `end`: they lie within one chunk of kBlockRows rows.
+constexpr int64_t rows_from(int64_t i, int64_t end) { return std::min((i / kBlockRows + 1) * kBlockRows, end) - i; }
+
 // Calls f(begin, end) for parts of [begin, end) in PyTorch's thread pool. The first exception of a part is rethrown;
 // the stable ABI would lose its message.
 template <class F>

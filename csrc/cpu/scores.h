@@ -29,8 +29,8 @@ class Input {
   }
   const T* f() const { return p_.input.template is<T>() ? static_cast<const T*>(p_.input.data) : converted_.get(); }
   Matrix<T> rows(int64_t i, int64_t n) const { return {f() + i * p_.d, n, p_.d, p_.d}; }
-  // The rows [i, i + n) as columns, for a product in half precision: [d, n], where n is rounded up to kPad. They lie
-  // within one chunk of kBlockRows rows.
+  // The rows [i, i + n) as columns, for a product in half precision: [d, n], where n is rounded up to kPad. i is a
+  // multiple of kPad, and the rows lie within one chunk of kBlockRows rows, as those of rows_from().
   Pairs columns(int64_t i, int64_t n) const {
     const int64_t chunk = i / kBlockRows * kBlockRows, ld = padded_rows(chunk);
     return {columns_.get() + chunk * p_.d / 2 + i - chunk, p_.d / 2, round_up(n, kPad), ld};

@@ -69,11 +69,12 @@ class _StashedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, _, lse_others, loss_slopes, lse_slopes = ctx.saved_tensors[:12]
+        target = tensors[-1]
         grads = None  # of lse_others and of the targets' logits, [2, B]
         if grad_loss is not None:
             grads = grad_loss * loss_slopes
             if ctx.reduction == REDUCTIONS["none"]:  # the gradient of an ignored row may be infinite
-                grads = torch.where(loss_slopes == 0, 0, grads)
+                grads = torch.where(target == ctx.ignore_index, 0, grads)
         if grad_lse is not None:
             by_lse = grad_lse * lse_slopes
             grads = by_lse if grads is None else grads + by_lse

@@ -18,6 +18,7 @@ from ..functional import (
     subcenter_logits,
 )
 from ..functional.logits import center_norms, frozen_logits
+from ..operators.registry import autocast_dtype
 from . import state
 from .prediction import Predictor
 from .temperature import positive
@@ -174,8 +175,13 @@ class FrozenClassifier(Predictor):
             or (torch.is_grad_enabled() and input.requires_grad)
         ):
             return None
+        classifier = self._classifier()
+        if torch.is_autocast_enabled("cpu"):
+            dtype = autocast_dtype(torch.ops.gistops, "cpu", self.in_features)
+            if dtype not in (None, classifier.centers.dtype) or dtype not in (None, input.dtype):
+                return None  # autocast rounds what the norms were computed from, or the input
         # Rounded norms would give a float64 input other bits than the head's.
-        return norms if norms.dtype == self._classifier().compute_dtype(input) else None
+        return norms if norms.dtype == classifier.compute_dtype(input) else None
 
     def _make_norms(self) -> None:
         centers = self._weight("centers")

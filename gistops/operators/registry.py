@@ -153,10 +153,14 @@ def cast_operands(ops: Any, device: str, operands: Sequence[Tensor]) -> Sequence
     The CPU's kernels compute in float32 from any mix of dtypes. They are faster in half precision only on processors
     with units for this dtype, and for an even d; elsewhere a cast would lose bits and gain no time.
     """
+    dtype = autocast_dtype(ops, device, operands[0].shape[-1])
+    return operands if dtype is None else [x if x.dtype == torch.float64 else x.to(dtype) for x in operands]
+
+
+def autocast_dtype(ops: Any, device: str, d: int) -> torch.dtype | None:
+    """Return the dtype to which autocast rounds tensors [..., d], or None if it leaves them."""
     dtype = torch.get_autocast_dtype(device)
-    if device == "cpu" and (dtype not in _cpu_dtypes(ops) or operands[0].shape[-1] % 2):
-        return operands
-    return [x if x.dtype == torch.float64 else x.to(dtype) for x in operands]
+    return None if device == "cpu" and (dtype not in _cpu_dtypes(ops) or d % 2) else dtype
 
 
 @functools.cache

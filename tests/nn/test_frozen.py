@@ -291,6 +291,22 @@ def test_inputs_of_another_dtype_give_the_bits_of_the_head(
         assert torch.equal(ours, true)
 
 
+@every_head
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_gives_the_bits_of_the_head(
+    make: Callable[[], MaxCosineHead], dtype: torch.dtype, seed: int
+) -> None:
+    head = make().to(dtype)
+    frozen = head.freeze()
+    for x in (torch.randn(64, D), torch.randn(64, D).bfloat16(), torch.randn(64, D, requires_grad=True)):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(frozen(x), head(x))
+            with torch.no_grad():
+                assert torch.equal(frozen(x), head(x))
+                for ours, true in zip(frozen.predict_topk(x, 5), head.predict_topk(x, 5), strict=True):
+                    assert torch.equal(ours, true)
+
+
 def test_an_input_that_is_no_tensor_is_named() -> None:
     with pytest.raises(TypeError, match=r"^input: expected a torch.Tensor, got list"):
         HEADS["constellation"]().freeze()([[1.0] * D])

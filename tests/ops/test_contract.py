@@ -168,6 +168,26 @@ def test_half_precision_is_converted_exactly(dtype: torch.dtype, fused: str, see
     assert torch.equal(slots, wide_slots)
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("threads", [2, 3, 8, 16])
+@pytest.mark.parametrize("K", [1, 10, 64, 100])
+@pytest.mark.parametrize("B", [257, 600, 1000])
+def test_more_threads_than_blocks_of_classes(B: int, K: int, threads: int, seed: int) -> None:
+    """The threads divide the rows too, and give the logits and slots of one thread."""
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = Sample(B, K, 512, 3, dtype, dtype, dtype).tensors(seed, requires_grad=False)
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            expected, slots = run(tensors, "cpu")
+            torch.set_num_threads(threads)
+            made, made_slots = run(tensors, "cpu")
+        finally:
+            torch.set_num_threads(before)
+        torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-5)
+        assert (made_slots != slots).float().mean() < 1e-3  # roundings of near ties
+
+
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)))
 def test_only_the_gradients_asked_for(needs: tuple[bool, ...], fused: str, seed: int) -> None:
     """The backward op returns empty gradients for frozen arguments, and does not change the others."""

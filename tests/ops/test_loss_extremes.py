@@ -88,6 +88,29 @@ def test_extreme_biases_and_margins(case: dict[str, Any], smoothing: float, back
                 assert not value.isfinite().all()
 
 
+def test_a_gradient_that_is_nan_stays_nan(backend: str, seed: int) -> None:
+    """Also in rows of weight 0 and in rows whose loss has no slope; an ignored row has no gradient whatever comes."""
+    torch.manual_seed(seed)
+    x = torch.randn(3, 8, requires_grad=True)
+    w = torch.cat([x.detach()[:1], torch.randn(4, 8)])
+    target, weight = torch.tensor([0, 1, -100]), torch.tensor([1.0, 0, 1, 1, 1])
+    loss = gistops.constellation_cross_entropy(
+        x,
+        w.requires_grad_(),
+        torch.empty(0, 8),
+        1e4,
+        target,
+        weight=weight,
+        reduction="none",
+        backend=backend,
+    )
+    for row, ignored in enumerate([False, False, True]):
+        upstream = torch.zeros(3).index_fill(0, torch.tensor(row), nan)
+        (gradient,) = torch.autograd.grad(loss, x, upstream, retain_graph=True)
+        assert gradient[row].isnan().all() != ignored
+        assert gradient.nan_to_num().abs().sum() == 0
+
+
 @pytest.mark.parametrize("ignored", [0, 1])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 def test_a_mean_of_targets_without_weight_is_nan(
