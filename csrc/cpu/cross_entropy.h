@@ -32,9 +32,7 @@ struct Stash {
     rows = room >= p.B ? p.B : room >= kFewest ? room / kPad * kPad : 0;
   }
   // The number of rows to score at once, from row i on: of one block of rows, and all or none of them stashed.
-  int64_t rows_from(int64_t i, int64_t B) const {
-    return gistops::rows_from(i, i < rows ? rows : B);
-  }
+  int64_t rows_from(int64_t i, int64_t B) const { return gistops::rows_from(i, i < rows ? rows : B); }
   bool holds(int64_t i) const { return data && i < rows; }
   bool holds_all(int64_t B) const { return data && B > 0 && rows == B; }
   // For the block of classes [k, k + n). The norms come first, so that they and the scores are aligned.
