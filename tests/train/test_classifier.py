@@ -165,3 +165,32 @@ def test_fit_returns_results_and_models(features: Dataset, feature_file: Path, t
         train.fit("features", epochs=3)
     with pytest.raises(ConfigError, match="--stage1-epochs: expected int, got 'many'"):
         train.fit("features", stage1_epochs="many")
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch-export"])
+def test_an_exported_file_has_the_description(kind: str, model_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "exported"
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    assert main(["export", str(model_file), "--format", kind, "--out", str(out)]) == 0
+    if kind == "onnx":
+        import onnxruntime
+
+        text = onnxruntime.InferenceSession(str(out)).get_modelmeta().custom_metadata_map["train"]
+    else:
+        extra = {"train": ""}
+        with open(out, "rb") as file:
+            torch.export.load(file, extra_files=extra)
+        text = extra["train"]
+    description = json.loads(text)
+    assert description["classes"] == train.load(model_file).classes
+    assert description["shot_groups"] == ["many", "medium", "medium", "few", "few"]
+
+
+def test_a_model_of_features_is_exported(features: Dataset, tmp_path: Path) -> None:
+    file, out = save_trained(FEATURES, features, tmp_path / "model"), tmp_path / "exported"
+    assert main(["export", str(file), "--format", "torch-export", "--out", str(out)]) == 0
+    with open(out, "rb") as opened, torch.no_grad():
+        logits = torch.export.load(opened).module()(features.x_test)
+    torch.testing.assert_close(logits, load_model(file)[0](features.x_test).detach(), atol=1e-4, rtol=1e-4)

@@ -1,0 +1,112 @@
+"""The command `export`: writes a trained model for other programs, and checks the written file by running it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from gistops.export import decompositions
+
+from ..cli import program
+from ..config import ConfigError
+from ..console import say
+from ..files import write_atomically
+from ..model.model import Model, ModelFileError, load_model, read_model_file
+
+BATCHES = (2, 5)  # samples in the two checks: the size of the batch is free
+
+
+def export(args: list[str], console: Console) -> int:
+    """Write a model as ONNX or as a program of torch.export, and compare its logits with those of the model.
+
+    Raises:
+        ConfigError: an option is invalid, a package is missing, or the written file gives other logits. Then no file is left.
+    """
+    parser = argparse.ArgumentParser(
+        prog=program("export"),
+        description="Writes a trained model for other programs, with its description as metadata, and runs the file.",
+    )
+    parser.add_argument("model", type=Path, help="a trained model, runs/<name>/model-<method>.safetensors")
+    parser.add_argument("--format", choices=("onnx", "torch-export"), default="onnx", help="default: onnx")
+    parser.add_argument("--out", type=Path, required=True, help="the file to write")
+    options = parser.parse_args(args)
+    if not options.out.absolute().parent.is_dir():
+        raise ConfigError("out", "a file in an existing folder", str(options.out))
+    try:
+        description, state = read_model_file(options.model)
+        model, _ = load_model(options.model)
+    except ModelFileError as error:
+        raise ConfigError("model", error.expected, error.got) from None
+    except OSError as error:
+        raise ConfigError("model", ModelFileError.expected, f"{options.model} ({error})") from None
+    if "image_size" not in description:
+        raise ConfigError(
+            "model", "a model file with its image size", f"{options.model} of an earlier version"
+        )
+    size = description["image_size"]
+    shape = [state["normalize.mean"].shape[0], *size] if size else [_num_features(state)]
+    samples = [_random(batch, shape) for batch in BATCHES]
+    write = _write_onnx if options.format == "onnx" else _write_program
+    write_atomically(options.out, lambda path: write(path, model, samples, json.dumps(description)))
+    say(console, f"written to {options.out}, whose logits are those of the model for {BATCHES} samples")
+    return 0
+
+
+def _num_features(state: dict[str, Tensor]) -> int:
+    """Return the number of features that a head takes."""
+    names = ("head.centers", "head.centroids", "head.weight")
+    return next(state[name].shape[1] for name in names if name in state)
+
+
+def _random(batch: int, shape: list[int]) -> Tensor:
+    if len(shape) == 1:
+        return torch.randn(batch, *shape)
+    return torch.randint(256, (batch, *shape), dtype=torch.uint8)
+
+
+def _compare(found: Tensor, expected: Tensor) -> None:
+    if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
+        largest = float((found - expected).abs().max())
+        raise ConfigError("format", "a file that gives the model's logits", f"a difference of {largest}")
+
+
+@torch.no_grad()
+def _write_onnx(path: Path, model: Model, samples: list[Tensor], description: str) -> None:
+    try:
+        import onnx
+        import onnxruntime  # type: ignore[import-untyped,unused-ignore]
+        import onnxscript  # noqa: F401  # torch.onnx needs it
+    except ImportError as error:
+        expected = "the packages onnx, onnxscript and onnxruntime"
+        raise ConfigError("format", expected, f"no {error.name}") from None
+    exported = torch.onnx.export(
+        model, (samples[0],), dynamic_shapes=({0: "batch"},), input_names=["samples"], output_names=["logits"]
+    )
+    assert exported is not None
+    proto = exported.model_proto
+    onnx.helper.set_model_props(proto, {"train": description})
+    path.write_bytes(proto.SerializeToString())
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for x in samples:
+        (found,) = session.run(None, {"samples": x.numpy()})
+        _compare(torch.from_numpy(np.asarray(found)), model(x))
+
+
+@torch.no_grad()
+def _write_program(path: Path, model: Model, samples: list[Tensor], description: str) -> None:
+    free = ({0: torch.export.Dim.DYNAMIC},)
+    exported = torch.export.export(model, (samples[0],), dynamic_shapes=free)
+    with open(path, "wb") as file:
+        torch.export.save(
+            exported.run_decompositions(decompositions()), file, extra_files={"train": description}
+        )
+    with open(path, "rb") as file:
+        loaded = torch.export.load(file).module()
+    for x in samples:
+        _compare(loaded(x), model(x))
