@@ -115,11 +115,15 @@ def _validation(config: Config, data: Dataset) -> Iterator[ConfigError]:
 
 
 def _label_smoothing(config: Config, data: Dataset) -> Iterator[ConfigError]:
-    if not config.method.label_smoothing:
-        return
-    fits = {name: make(config, data.train_counts).smooths_labels for name, make in METHODS.items()}
+    if config.method.label_smoothing:
+        yield from _methods_with(config, data, "smooths_labels", "--label-smoothing")
+
+
+def _methods_with(config: Config, data: Dataset, ability: str, option: str) -> Iterator[ConfigError]:
+    """Check that all methods of the run have an ability, an attribute of `Method`, that an option needs."""
+    fits = {name: getattr(make(config, data.train_counts), ability) for name, make in METHODS.items()}
     if others := [name for name in config.method.methods if not fits[name]]:
-        expected = f"{', '.join(name for name in fits if fits[name])} with --label-smoothing"
+        expected = f"{', '.join(name for name in fits if fits[name])} with {option}"
         yield ConfigError("methods", expected, ", ".join(others))
 
 
@@ -183,10 +187,7 @@ def _sharding(config: Config, data: Dataset) -> Iterator[ConfigError]:
     """Check that the heads can be sharded, whatever the number of processes, as another number may resume the run."""
     if not config.runtime.shard_classes:
         return
-    fits = {name: make(config, data.train_counts).shards_classes for name, make in METHODS.items()}
-    if others := [name for name in config.method.methods if not fits[name]]:
-        expected = f"{', '.join(name for name in fits if fits[name])} with --shard-classes"
-        yield ConfigError("methods", expected, ", ".join(others))
+    yield from _methods_with(config, data, "shards_classes", "--shard-classes")
     if config.runtime.precision == "fp16":
         # A gradient scaler skips the steps of the processes whose gradients overflow, and classes would go apart.
         yield ConfigError("precision", "float32 or bf16 with --shard-classes", "'fp16'")
