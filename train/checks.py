@@ -191,16 +191,6 @@ def _sharding(config: Config, data: Dataset) -> Iterator[ConfigError]:
     if config.runtime.precision == "fp16":
         # A gradient scaler skips the steps of the processes whose gradients overflow, and classes would go apart.
         yield ConfigError("precision", "float32 or bf16 with --shard-classes", "'fp16'")
-    if config.optim.optimizer != "sgd":
-        yield ConfigError("optimizer", "sgd with --shard-classes", repr(config.optim.optimizer))
-    if (norm := config.optim.clip_gradient_norm) is not None:
-        yield ConfigError("clip_gradient_norm", "no clipping with --shard-classes", norm)
-    if (decay := config.optim.ema_decay) is not None:
-        yield ConfigError("ema_decay", "no average with --shard-classes", decay)
-    if (smoothing := config.method.label_smoothing) > 0:
-        yield ConfigError("label_smoothing", "0 with --shard-classes", smoothing)
-    if config.optim.keep == "best":
-        yield ConfigError("keep", "last with --shard-classes", "'best'")
 
 
 def _network(config: Config, data: Dataset) -> Iterator[ConfigError]:

@@ -84,7 +84,7 @@ def load_trainer_file(file: Path, *names: str) -> dict[str, Any]:
 def trainer_state(trainer: Trainer) -> dict[str, Any]:
     """Return the state of a trainer in plain types and tensors. It is the same in all processes.
 
-    With --shard-classes it lacks the tensors of `sharding.head_tensors`.
+    With --shard-classes it lacks the tensors of `head_tensors`.
     """
     on_gpu = trainer.device.type == "cuda"
     state = {
@@ -121,11 +121,10 @@ def load_trainer_state(trainer: Trainer, state: dict[str, Any]) -> None:
     rank = distributed.rank()
     # The saved sums are over all processes: rank 0 continues them, the others start from zero.
     trainer.loss_sums = {name: sum_.to(trainer.device) * (rank == 0) for name, sum_ in state["sums"].items()}
-    model = {RENAMED.get(name, name): x for name, x in state["model"].items()}
     trainer.optimizer.load_state_dict(state["optimizer"])
     if trainer.config.runtime.shard_classes:
-        model |= load_head(trainer, state)
-    trainer.model.load_state_dict(model)
+        state = load_head(trainer, state)
+    trainer.model.load_state_dict({RENAMED.get(name, name): x for name, x in state["model"].items()})
     for name, part in _optional_parts(trainer).items():
         part.load_state_dict(state[name])
     trainer.scheduler.load_state_dict(state["scheduler"])

@@ -26,12 +26,17 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 HEAD = "head."
+COPIES = ("", "average", "best")  # of the head: in the names of its tensors, before a space
 METADATA = ".metadata"  # a folder is complete if it has this file
 
 
 def head_tensors(trainer: Trainer) -> dict[str, Tensor]:
-    """Return the tensors of the head and of its optimizer state, by name; they share the trainer's memory."""
-    tensors = {name: x for name, x in trainer.model.state_dict().items() if name.startswith(HEAD)}
+    """Return the tensors of the head, of its copies and of its optimizer state, by name; they share the trainer's memory."""
+    tensors = _of_head("", trainer.model.state_dict())
+    if trainer.average is not None:
+        tensors |= _of_head("average ", trainer.average.module.state_dict())
+    if trainer.best is not None:
+        tensors |= _of_head("best ", trainer.best.model)
     for name, parameter in trainer.model.named_parameters():
         if name.startswith(HEAD):
             for key, value in trainer.optimizer.state.get(parameter, {}).items():
@@ -40,34 +45,62 @@ def head_tensors(trainer: Trainer) -> dict[str, Tensor]:
     return tensors
 
 
+def _of_head(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: x for name, x in state.items() if name.startswith(HEAD)}
+
+
+def _without_head(state: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    return {name: x for name, x in state.items() if not name.startswith(prefix + HEAD)}
+
+
 def without_head(trainer: Trainer, state: dict[str, Any]) -> dict[str, Any]:
     """Return a trainer's state without the tensors of `head_tensors`, but with their names."""
     head = {id(p) for name, p in trainer.model.named_parameters() if name.startswith(HEAD)}
     parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     others = {i: values for i, values in state["optimizer"]["state"].items() if id(parameters[i]) not in head}
-    return state | {
-        "model": {name: x for name, x in state["model"].items() if not name.startswith(HEAD)},
+    state = state | {
+        "model": _without_head(state["model"]),
         "optimizer": state["optimizer"] | {"state": others},
         "head": sorted(head_tensors(trainer)),
     }
+    if "average" in state:
+        state["average"] = _without_head(state["average"], "module.")
+    if "best" in state:
+        state["best"] = state["best"] | {"model": _without_head(state["best"]["model"])}
+    return state
 
 
-def load_head(trainer: Trainer, state: dict[str, Any]) -> dict[str, Tensor]:
-    """Read the tensors of `head_tensors` into a trainer whose head has the saved shapes, and return those of the head.
+def load_head(trainer: Trainer, state: dict[str, Any]) -> dict[str, Any]:
+    """Read the tensors of `head_tensors` for a trainer whose head has the saved shapes; put those of the optimizer into it.
+
+    Returns:
+        The state that `without_head` was given, but for the optimizer's.
 
     Raises:
         ConfigError: a file is missing or damaged.
     """
-    tensors = head_tensors(trainer)
-    for name, parameter in trainer.model.named_parameters():
-        for saved in state["head"]:
-            key, _, owner = saved.rpartition(" ")
-            if key and owner == name:
-                tensors[saved] = trainer.optimizer.state[parameter][key] = torch.zeros_like(
-                    parameter.detach()
-                )
+    head = _of_head("", trainer.model.state_dict())
+    parameters = dict(trainer.model.named_parameters())
+    tensors = {}
+    for saved in state["head"]:
+        key, _, name = saved.rpartition(" ")
+        # AdamW's step is a number.
+        tensors[saved] = torch.zeros(()) if key == "step" else torch.zeros_like(head[name])
+        if key not in COPIES:
+            trainer.optimizer.state[parameters[name]][key] = tensors[saved]
     _read(Path(state["head_folder"]), tensors)
-    return {name: x for name, x in tensors.items() if name.startswith(HEAD)}
+    of_copy: dict[str, dict[str, Tensor]] = {key: {} for key in COPIES}
+    for saved, tensor in tensors.items():
+        key, _, name = saved.rpartition(" ")
+        if key in COPIES:
+            of_copy[key][name] = tensor
+    state = state | {"model": state["model"] | of_copy[""]}
+    if "average" in state:
+        of_module = {f"module.{name}": x for name, x in of_copy["average"].items()}
+        state["average"] = state["average"] | of_module
+    if "best" in state:
+        state["best"] = state["best"] | {"model": state["best"]["model"] | of_copy["best"]}
+    return state
 
 
 def write_head(file: Path, tensors: dict[str, Tensor]) -> str:

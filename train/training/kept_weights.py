@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..model.model import Model
+from ..model.sharded_head import local
 
 if TYPE_CHECKING:
     from .run_folder import Record
@@ -57,7 +59,14 @@ def weight_average(model: Model, decay: float | None) -> AveragedModel | None:
     """Return an exponential average of a model's parameters and buffers, with a copy of the model; None without a decay."""
     if decay is None:
         return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    average = get_ema_multi_avg_fn(decay)
+
+    def average_own_parts(
+        averages: Sequence[Tensor], values: Sequence[Tensor], updates: Tensor | int
+    ) -> None:
+        average([local(x) for x in averages], [local(x) for x in values], updates)
+
+    return AveragedModel(model, multi_avg_fn=average_own_parts, use_buffers=True)
 
 
 def end_stage(trainer: Trainer) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gistops._dtensor import is_dtensor, whole
+
 from ..config import Config, OptimConfig
 from ..methods.method import Stage
 from ..model.backbones import Timm
@@ -40,12 +42,26 @@ def make_optimizer(
 def clip_gradients(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, max_norm: float | None
 ) -> None:
-    """Scale the gradients down to a norm over all parameters of the optimizer, if theirs is larger; None clips nothing."""
+    """Scale the gradients down to a norm over all parameters of the optimizer, if theirs is larger; None clips nothing.
+
+    The norm of a sharded head is over the classes of all processes, which all call the function.
+    """
     if max_norm is None:
         return
     scaler.unscale_(optimizer)  # the norm is that of the gradients themselves
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    # torch takes no sharded and other parameters together.
+    parts = [
+        [p for p in parameters if is_dtensor(p) == sharded and p.grad is not None]
+        for sharded in (False, True)
+    ]
+    norms = [
+        whole(torch.nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]))
+        for part in parts
+        if part
+    ]
+    for part in parts:
+        torch.nn.utils.clip_grads_with_norm_(part, max_norm, torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def parameter_groups(

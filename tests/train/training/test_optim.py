@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from train import footprint
-from train.checks import problems_of
 from train.config import Config, ConfigError
 from train.data.dataset import Dataset
 from train.training.trainer import Trainer
@@ -69,22 +67,6 @@ def test_gradients_are_clipped_to_the_norm(precision: str, features: Dataset) ->
     _, unclipped = steps_taken(config.replace(clip_gradient_norm=float(norm) * 3), features)
     for step, expected in zip(unclipped, whole, strict=True):
         torch.testing.assert_close(step, expected, rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"optimizer": "adamw"}, "--optimizer: expected sgd with --shard-classes, got 'adamw'"),
-        (
-            {"clip_gradient_norm": 2.0},
-            "--clip-gradient-norm: expected no clipping with --shard-classes, got 2.0",
-        ),
-    ],
-)
-def test_a_sharded_head_takes_neither(options: dict[str, Any], words: str, features: Dataset) -> None:
-    config = FEATURES.replace(shard_classes=True, methods=("gist",))
-    assert words not in map(str, problems_of(config, features))
-    assert words in map(str, problems_of(config.replace(**options), features))
 
 
 @pytest.mark.parametrize("name", ["clip_gradient_norm", "backbone_lr"])

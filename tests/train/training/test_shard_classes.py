@@ -31,6 +31,16 @@ SHARDED_IMAGES = IMAGES.replace(batch_size=51, shard_classes=True)
 SHARDED_FEATURES = FEATURES.replace(batch_size=51, center_features=False, shard_classes=True)
 
 
+#: Options of fine-tuning.
+TUNING: dict[str, Any] = {
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "clip_gradient_norm": 0.5,
+    "ema_decay": 0.5,
+    "label_smoothing": 0.1,
+}
+
+
 class Case(NamedTuple):
     """A stage of a method."""
 
@@ -46,6 +56,7 @@ CASES = {
         Case("gist", SHARDED_IMAGES.replace(batch_norm="split"), 1),
         Case("cos-balanced-softmax", SHARDED_FEATURES.replace(center_init="means")),
         Case("gist", SHARDED_FEATURES.replace(compile=True, accumulate=2)),
+        Case("gist", SHARDED_IMAGES.replace(**TUNING), 1),
     ],
     3: [
         Case("gist-mlp", SHARDED_FEATURES, 1),
@@ -57,6 +68,7 @@ CASES = {
         Case("cos-cs-cb", SHARDED_IMAGES.replace(displacement_init="residuals"), 1),
         Case("ldam-drw", SHARDED_FEATURES),
         Case("cos-gist", SHARDED_FEATURES.replace(center_features=True)),
+        Case("cos-balanced-softmax", SHARDED_FEATURES.replace(**TUNING)),
     ],
 }
 
@@ -212,8 +224,9 @@ def test_a_run_goes_on_with_any_number_of_processes(image_file: Path, tmp_path: 
         torch.testing.assert_close(model.double()(x), logits, rtol=1e-6, atol=1e-6)
 
 
-def _same_bits(rank: int, file: str, folder: str, stop: int) -> None:
-    data, config = load_arrays(file), SHARDED_IMAGES.replace(stage2_epochs=1, precision="bf16")
+def _same_bits(rank: int, file: str, folder: str, stop: int, more: dict[str, Any]) -> None:
+    data = load_arrays(file)
+    config = SHARDED_IMAGES.replace(stage2_epochs=1, precision="bf16", **more)
     uninterrupted = Trainer("gist", config, data)
     expected = finish(uninterrupted)
     first = Trainer("gist", config, data)
@@ -228,13 +241,14 @@ def _same_bits(rank: int, file: str, folder: str, stop: int) -> None:
     assert equal(weights(second), weights(uninterrupted))
 
 
+@pytest.mark.parametrize("more", [{}, TUNING])
 def test_the_same_number_of_processes_goes_on_to_the_same_bits(
-    image_file: Path, tmp_path: Path, seed: int
+    more: dict[str, Any], image_file: Path, tmp_path: Path, seed: int
 ) -> None:
     (tmp_path / "group").mkdir()
     (tmp_path / "run").mkdir()
     stop = random.Random(seed).randrange(1, 10)
-    in_group(_same_bits, 2, tmp_path / "group", str(image_file), str(tmp_path / "run"), stop)
+    in_group(_same_bits, 2, tmp_path / "group", str(image_file), str(tmp_path / "run"), stop, more)
 
 
 def saved_run(file: Path, folder: Path) -> tuple[Trainer, Path]:

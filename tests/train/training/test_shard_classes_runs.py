@@ -61,6 +61,7 @@ def test_killed_and_resumed_with_other_numbers_of_processes(
     options += (
         " --stage1-epochs 2 --stage2-epochs 3 --device cpu --methods cos-gist gist --checkpoint-steps 1"
     )
+    options += " --optimizer adamw --lr 1e-3 --clip-gradient-norm 1 --label-smoothing 0.1 --ema-decay 0.5 --keep best --hold-out 0.2"
     words = [*options.split(), "--shard-classes", "--runs", str(tmp_path)]
     ran(command(1, "whole", words))
     chance = random.Random(seed)
