@@ -23,7 +23,7 @@ LAYERS = {
     ],
     "train": [
         "files", "distributed", "console", "shot_groups", "options", "data_options", "tuning_options", "method_options", "config", "recipes", "data", "model", "evaluation",
-        "methods", "trained", "classifier", "cli", "training", "footprint", "checks", "report", "run", "commands", "__main__",
+        "methods", "trained", "evaluated", "classifier", "cli", "training", "footprint", "checks", "report", "run", "commands", "__main__",
     ],
 }  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""`python -m train [COMMAND]`: train and report (no command), ablation, doctor, export, features, predict or report.
+"""`python -m train [COMMAND]`: train and report (no command), ablation, doctor, evaluate, export, features,
+predict or report.
 
 `torchrun --nproc-per-node=N -m train` trains on N GPUs, with the results of one. An installed driver is `gistops-train`
 or `python -m gistops.train`.
@@ -16,6 +17,7 @@ import warnings
 from .cli import parse, parse_run, program
 from .commands.ablation import ablate
 from .commands.doctor import Doctor, examine
+from .commands.evaluate import evaluate
 from .commands.export import export
 from .commands.features import Features, extract
 from .commands.predict import predict
@@ -97,12 +99,14 @@ def dispatch(args: list[str]) -> int:
     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before", UserWarning)
     if args[:1] == ["ablation"]:
         return ablate(args[1:], console)
-    if rank() and args[:1] in (["report"], ["doctor"], ["features"], ["predict"], ["export"]):
+    if rank() and args[:1] in (["report"], ["doctor"], ["features"], ["predict"], ["export"], ["evaluate"]):
         return 0  # rank 0 alone runs these commands
     if args[:1] == ["report"]:
         return compare(args[1:], console)
     if args[:1] == ["export"]:
         return export(args[1:], console)
+    if args[:1] == ["evaluate"]:
+        return evaluate(args[1:], console)
     if args[:1] == ["predict"]:
         return predict(args[1:])
     if args[:1] == ["doctor"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .data.labeled import ClassMatcher
 from .data.sources.image_files import decode, prepare
+from .evaluated import Results, evaluate_trained
+from .evaluation.priors import class_bias
 from .trained import TrainedModel
 
 Sample = str | Path | Image.Image
@@ -107,6 +110,62 @@ class Classifier:
             indices=indices,
             probabilities=probabilities,
         )
+
+    @property
+    def matcher(self) -> ClassMatcher:
+        """Finds the model's classes by what other data call them."""
+        return ClassMatcher(self.labels, self.classes)
+
+    def class_bias(self, prior: str, assumed: str | None = None) -> Tensor:
+        """Return what adjusts the model's logits to another class prior, [K]; see `evaluation.priors.class_bias`.
+
+        Args:
+            prior: "uniform", "training", or the path of a CSV file with the columns class and count.
+            assumed: the prior that the logits assume, "uniform" or "training"; None for the one of the method.
+
+        Raises:
+            ConfigError: the file cannot be used, or `assumed` is None and the method does not know the prior.
+        """
+        trained = self.trained
+        return class_bias(prior, assumed, trained.prior_exponent, trained.train_counts, self.matcher)
+
+    def evaluate(
+        self,
+        samples: Tensor,
+        classes: Tensor | Sequence[str],
+        class_bias: Tensor | None = None,
+        batch_size: int | None = None,
+        progress: Callable[[int], object] = lambda done: None,
+    ) -> Results:
+        """Classify samples and compare with their classes, with the numbers that training reports for its test split.
+
+        Args:
+            samples: images [n, c, h, w] uint8 of the size of training, or features [n, d].
+            classes: the class of each sample: positions in `classes`, [n] int64, or names or labels.
+            class_bias: added to the logits, [K], as `Classifier.class_bias` returns it.
+            batch_size: samples per pass; by default as many as in the evaluation after training.
+            progress: called with the number of samples of each pass.
+
+        Raises:
+            ValueError: the samples are not what the model takes, or a class is not one of the model's.
+        """
+        if not len(samples):
+            raise ValueError("samples: expected at least one sample, got none")
+        self._check(samples)
+        y = classes if isinstance(classes, Tensor) else torch.tensor([*map(self._number, classes)])
+        if y.shape != samples.shape[:1] or y.dtype != torch.int64:
+            expected = f"a class of each of {len(samples)} samples, [n] int64"
+            raise ValueError(f"classes: expected {expected}, got {list(y.shape)} {y.dtype}")
+        if not 0 <= int(y.min()) <= int(y.max()) < len(self.classes):
+            expected = f"positions in {len(self.classes)} classes"
+            raise ValueError(f"classes: expected {expected}, got {int(y.min())} to {int(y.max())}")
+        return evaluate_trained(self.trained, samples, y.cpu(), class_bias, batch_size, progress)
+
+    def _number(self, text: str) -> int:
+        number = self.matcher.find(text, text)
+        if number is None:
+            raise ValueError(f"classes: expected the model's classes, got {text!r}")
+        return number
 
     def _check(self, x: Tensor) -> None:
         size = self.trained.image_size

@@ -166,7 +166,7 @@ def _description(kind: type[Sections]) -> str:
         return inspect.getdoc(kind) or ""
     paragraphs = [
         "Trains GistNet in two stages on a long-tailed dataset, and a plain softmax classifier for comparison.",
-        f"Other commands: {program('predict')}, export, ablation, doctor, features and report, each with a --help of its own.",
+        f"Other commands: {program('predict')}, evaluate, export, ablation, doctor, features and report, each with a --help of its own.",
         "Recipes:",
         *(f"{name}: {read_recipe(name).get('description', '')}" for name in recipe_names()),
     ]

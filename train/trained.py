@@ -24,7 +24,7 @@ class TrainedModel:
     `model` has the heads of training and is in evaluation mode. `class_labels` holds what the data call each class: the label,
     name or id in position k is class k. It is empty in files that do not say so. `train_counts` holds the training samples of each class, [K],
     `shot_groups` the group of each class by `split_rule`: many, medium or few. `image_size` is the height and the width of
-    the images before the crop; it is empty if the model takes features.
+    the images before the crop; it is empty if the model takes features. `prior_exponent` is that of `Method`, with the options of training.
     """
 
     model: Model
@@ -36,6 +36,7 @@ class TrainedModel:
     shot_groups: list[str]
     split_rule: str
     image_size: list[int]
+    prior_exponent: float | None
 
     @torch.no_grad()
     def scores(self, x: Tensor) -> dict[str, Tensor]:
@@ -61,6 +62,7 @@ def describe(method: str, config: Config, data: Dataset) -> dict[str, Any]:
             next(name for name, mask in groups.items() if mask[k]) for k in range(data.num_classes)
         ],
         "prior_strength": config.method.prior_strength,
+        "prior_exponent": METHODS[method](config, data.train_counts).prior_exponent,
         "image_size": data.sample_shape[1:],
     }
 
@@ -99,5 +101,13 @@ def load_trained(path: str | Path) -> TrainedModel:
         class_names=description["classes"],
         class_labels=description.get("class_labels", []),
         train_counts=counts,
+        prior_exponent=_prior_exponent(description, method),
         **{name: description[name] for name in names},
     )
+
+
+def _prior_exponent(description: dict[str, Any], method: Method) -> float | None:
+    """Return the exponent that training has written or, of a file of an earlier version, the one that all its options imply."""
+    implied = method.prior_exponent if description["prior_strength"] == 1 else None
+    exponent: float | None = description.get("prior_exponent", implied)
+    return exponent

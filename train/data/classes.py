@@ -69,10 +69,13 @@ def number_classes(
 
 
 def _texts(values: Sequence[int], texts: Sequence[object] | None) -> list[str]:
-    """Return the text of each value, or the value itself. A file name may have bytes that are no text, which no file could
-    be written with."""
-    named = (value if texts is None else texts[value] for value in values)
-    return [str(text).encode("utf-8", "backslashreplace").decode() for text in named]
+    """Return the text of each value, or the value itself. No file could be written with bytes that are no text."""
+    return [text_of(value if texts is None else texts[value]) for value in values]
+
+
+def text_of(value: object) -> str:
+    """Return a value as text in which bytes of a file name that are no text are written out."""
+    return str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def _mapping(numbering: Numbering) -> list[str]:

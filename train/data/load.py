@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from ..config import DataConfig
 from ..console import counted
@@ -35,9 +36,7 @@ def load(config: DataConfig) -> Dataset:
         DataError: the data cannot be used. The message names the option, file or array.
     """
     path = Path(config.data)
-    if config.data not in NAMED and not path.exists():
-        expected = "an existing file" if path.suffix else f"an existing folder or file, or {', '.join(NAMED)}"
-        raise DataError(f"{config.data}: expected {expected}, got none: the path does not exist")
+    check_exists(config.data)
     if config.data == GLYPHS:
         data = _load_glyphs(config)
     elif config.data in EMBEDDED or path.suffix in (".npz", ".safetensors"):
@@ -60,6 +59,19 @@ def load(config: DataConfig) -> Dataset:
     return data
 
 
+def check_exists(data: str) -> None:
+    """Check that `--data` is the name of a dataset or a path that exists.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if data not in NAMED and not Path(data).exists():
+        expected = (
+            "an existing file" if Path(data).suffix else f"an existing folder or file, or {', '.join(NAMED)}"
+        )
+        raise DataError(f"{data}: expected {expected}, got none: the path does not exist")
+
+
 def is_list(data: str) -> bool:
     """Return whether `--data` names a list of image files or a folder of them. A named dataset precedes a folder."""
     return data not in NAMED and (Path(data).is_dir() or Path(data).suffix in LISTS)
@@ -74,8 +86,7 @@ def read_listings(config: DataConfig) -> dict[str, Listing]:
         DataError: a list is missing or cannot be read.
     """
     test, val = config.test_data, config.val_data
-    if config.images and not Path(config.images).is_dir():
-        raise DataError(f"--images: expected an existing folder, got {config.images}")
+    check_images_folder(config)
     splits = find_splits(Path(config.data))
     train = str(splits.get("train", config.data))
     if not test:
@@ -99,6 +110,16 @@ def read_listings(config: DataConfig) -> dict[str, Listing]:
     return lists
 
 
+def check_images_folder(config: DataConfig) -> None:
+    """Check that the folder of --images exists.
+
+    Raises:
+        DataError: it does not.
+    """
+    if config.images and not Path(config.images).is_dir():
+        raise DataError(f"--images: expected an existing folder, got {config.images}")
+
+
 def _read_other(config: DataConfig, split: str, source: str, trained: Listing) -> Listing:
     """Read the list of test or validation images. An error names the option that gives the list."""
     try:
@@ -115,25 +136,44 @@ def _load_image_files(config: DataConfig) -> Dataset:
     notes: list[str] = []
     lists = read_listings(config)
     for split, listing in lists.items():
-        notes += _check_left_out(config, split, listing)
-        images, rows, errors = load_images(listing, config.image_size, cache_folder(config.cache))
-        labels = np.array(listing.labels)[rows]
-        if errors:
-            unreadable = f"{len(errors):,} of {counted(len(listing), 'image')} of the {split} split that cannot be read: "
-            unreadable += "; ".join(errors[:5]) + ("; …" if len(errors) > 5 else "")
-            if config.unreadable == "stop":
-                raise DataError(
-                    f"{config.data}: expected readable images, got {unreadable} (--unreadable skip leaves them out)"
-                )
-            warnings.warn(f"left out {unreadable}", RuntimeWarning, stacklevel=2)
-        if not len(labels):
-            raise DataError(
-                f"{config.data}: expected at least one readable image of the {split} split, got none"
-            )
+        images, labels, left_out = load_split(config, split, listing)
         splits[split] = images, labels
+        notes += left_out
     classes = lists["train"].classes
     data = make_dataset(splits, classes.names, config.num_classes, classes.keys)
     return dataclasses.replace(data, notes=(*notes, *data.notes))
+
+
+def load_split(
+    config: DataConfig, split: str, listing: Listing, workers: int | None = None
+) -> tuple[Tensor, np.ndarray, list[str]]:
+    """Load the images of a list. Return them, their labels, and notes on what was left out.
+
+    Args:
+        config: the options of the dataset.
+        split: the name of the split in messages.
+        listing: the list.
+        workers: the number of processes that decode; one per processor if None.
+
+    Raises:
+        DataError: images or folders cannot be read, and unreadable files stop the run; or there are no images.
+    """
+    notes = _check_left_out(config, split, listing)
+    images, rows, errors = load_images(listing, config.image_size, cache_folder(config.cache), workers)
+    labels = np.array(listing.labels)[rows]
+    if errors:
+        unreadable = (
+            f"{len(errors):,} of {counted(len(listing), 'image')} of the {split} split that cannot be read: "
+        )
+        unreadable += "; ".join(errors[:5]) + ("; …" if len(errors) > 5 else "")
+        if config.unreadable == "stop":
+            raise DataError(
+                f"{config.data}: expected readable images, got {unreadable} (--unreadable skip leaves them out)"
+            )
+        warnings.warn(f"left out {unreadable}", RuntimeWarning, stacklevel=2)
+    if not len(labels):
+        raise DataError(f"{config.data}: expected at least one readable image of the {split} split, got none")
+    return images, labels, notes
 
 
 def _check_left_out(config: DataConfig, split: str, listing: Listing) -> list[str]:

@@ -30,6 +30,9 @@ class Decoupled(SoftmaxClassifier):
     def __init__(self, config: Config, counts: Tensor, classifier_epochs: int = 0) -> None:
         super().__init__(config, counts)
         self.stages = [Stage("stage 1", self.stages[0].epochs, "random")]
+        self.prior_exponent = (
+            0.0 if classifier_epochs else None
+        )  # trained on the balanced stream, or not by a loss
         self.loss_coefficients = {"loss_random": 1.0}
         if classifier_epochs:
             self.stages.append(Stage("stage 2", classifier_epochs, "balanced", frozen_features=True))

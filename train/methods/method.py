@@ -83,6 +83,10 @@ class Method:
     parameters_without_decay: tuple[str, ...] = ()
     #: Whether --shard-classes may shard the head: the method reads neither logits of all classes nor centers of all.
     shards_classes = False
+    #: e, if softmax of the logits estimates the probabilities of the classes where they are as frequent as π^e / Σ π^e, for the
+    #: frequencies π of the training samples: 1 after a cross-entropy on random samples, 0 after one on class-balanced samples.
+    #: None if the loss or the classifier is not of this kind, so that no prior is known.
+    prior_exponent: float | None = None
     #: Whether --label-smoothing applies: the loss is a cross-entropy of the labels.
     smooths_labels = False
 

@@ -36,6 +36,7 @@ class Oltr(Method):
             Stage("stage 2", config.optim.stage2_epochs, "balanced"),
         ]
         self.loss_coefficients = {"loss_balanced": 1.0, "loss_random": 1.0}
+        self.prior_exponent = 0.0 if config.optim.stage2_epochs else 1.0
 
     def make_head(self, in_features: int, num_classes: int) -> nn.Module:
         return nn.Linear(in_features, num_classes)

@@ -40,6 +40,10 @@ class CombinedHead(TwoStageMethod):
     L = L_random + λ L_balanced,    with δ detached in L_balanced, as in `Gist`
     """
 
+    def __init__(self, config: Config, counts: Tensor) -> None:
+        super().__init__(config, counts)
+        self.prior_exponent = None  # the same scores have two losses, which assume different priors
+
     def make_head(self, in_features: int, num_classes: int) -> nn.Module:
         return TiedGistClassifier(in_features, num_classes, 0, backend=self.backend)
 

@@ -28,6 +28,7 @@ class PairLoss(SingleStageMethod):
     """
 
     stream: Literal["balanced"] = "balanced"
+    prior_exponent = 0.0
 
     def __init__(self, config: Config, counts: Tensor) -> None:
         super().__init__(config, counts)

@@ -33,6 +33,8 @@ class SoftmaxClassifier(SingleStageMethod):
         super().__init__(config, counts)
         self.cosine, self.prior = cosine, prior
         self.shards_classes = cosine
+        # softmax(s + c log π) estimates the probabilities under π, so that softmax(s) does under π^(1 - c).
+        self.prior_exponent = 1 - config.method.prior_strength if prior else 1.0
 
     def make_head(self, in_features: int, num_classes: int) -> nn.Module:
         if self.cosine:

@@ -44,6 +44,9 @@ class TwoStageMethod(Method):
         shared = self.streams == "both" and config.method.balancing == "prior"
         streams: Literal["both", "balanced", "shared"] = "shared" if shared else self.streams
         self.balanced_bias = self.log_prior if shared else None
+        self.prior_exponent = (
+            1 - config.method.prior_strength if shared else 0.0
+        )  # of the balanced stream's loss
         self.stages = [
             Stage("stage 1", config.optim.stage1_epochs, streams),
             Stage("stage 2", config.optim.stage2_epochs, streams),

@@ -20,26 +20,27 @@ def percent(value: float | None) -> str:
 
 def print_results(console: Console, results: list[dict[str, Any]], train_counts: Tensor, rule: str) -> None:
     """Print the table: the methods, then other scores of the same models. Below it, print the slot usage, the temperatures and
-    the norms of the displacements of heads with slots."""
+    the norms of the displacements of heads with slots. A model that is evaluated later has no number of image passes."""
     sizes = {
         group: counted(int(mask.sum()), "class", "classes")
         for group, mask in split_classes(train_counts, rule).items()
     }
-    passes = {result["images"] for result in results}
+    passes = {result["images"] for result in results if "images" in result}
+    differ = len(passes) > 1
     shared = f"; {passes.pop():,} image passes" if len(passes) == 1 else ""
     table = Table(title=f"Test accuracy in %, split rule {rule}{shared}")
     table.add_column("", no_wrap=True)
     table.add_column(f"overall\n{counted(len(train_counts), 'class', 'classes')}", justify="right")
     for group in GROUPS:
         table.add_column(f"{group}\n{sizes[group]}", justify="right")
-    if not shared:
+    if differ:
         table.add_column("image\npasses", justify="right")
 
     def add_row(name: str, accuracy: dict[str, float | None], *more: str) -> None:
         table.add_row(name, *(percent(accuracy[column]) for column in ("overall", *GROUPS)), *more)
 
     for result in results:
-        more = () if shared else (f"{result['images']:,}",)
+        more = (f"{result['images']:,}",) if differ else ()
         add_row(TITLES[result["method"]], result["accuracy"], *more)
     table.add_section()
     for result in results:

@@ -22,6 +22,7 @@ from ..errors import DataError
 EMBEDDED = {"fashion-mnist-lt": Path(__file__).parents[1] / "fashion_mnist_lt" / "fashion_mnist_lt100.npz"}
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 VALIDATION = ("x_val", "y_val")  # optional
+PAIR = ("x", "y")  # samples without a division into splits, which are evaluated but not trained on
 KNOWN = {*ARRAYS, *VALIDATION, "classes"}
 #: Errors that damaged files raise in zipfile, zlib and numpy.
 DAMAGED = (
@@ -47,7 +48,7 @@ def load_arrays(source: str, num_classes: int | None = None) -> Dataset:
         DataError: the file or an array in it is invalid.
     """
     path = EMBEDDED.get(source, Path(source))
-    return from_arrays(path, _read(path), num_classes)
+    return from_arrays(path, read_arrays(path), num_classes)
 
 
 def from_arrays(
@@ -76,13 +77,35 @@ def from_arrays(
         raise DataError(f"{path}: {error}") from None
 
 
-def _check_present(path: Path, names: Iterable[str]) -> None:
+def pair_of(path: Path, arrays: Mapping[str, np.ndarray | Tensor]) -> tuple[Tensor, Labels, list[str] | None]:
+    """Return the samples, the labels and the names of the classes, if there are any, of arrays x and y read from `path`.
+
+    Raises:
+        DataError: an array is invalid.
+    """
+    try:
+        x, y = _samples("x", arrays["x"]), _labels("y", arrays["y"])
+        _check_lengths("", x, y)
+        return x, y, _names(arrays["classes"]) if "classes" in arrays else None
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def _check_present(path: Path, names: Iterable[str], other: tuple[str, ...] = ()) -> None:
+    """Refuse a file without the arrays of a dataset, or with neither these nor `other`."""
     names = list(names)
-    if any(name not in names for name in ARRAYS):
-        raise DataError(f"{path}: expected the arrays {', '.join(ARRAYS)}, got {', '.join(names) or 'none'}")
+    choices = [expected for expected in (other, ARRAYS) if expected]
+    if not any(set(expected) <= set(names) for expected in choices):
+        expected = ", or ".join(map(", ".join, choices))
+        raise DataError(f"{path}: expected the arrays {expected}, got {', '.join(names) or 'none'}")
 
 
-def _read(path: Path) -> dict[str, np.ndarray | Tensor]:
+def read_arrays(path: Path, other: tuple[str, ...] = ()) -> dict[str, np.ndarray | Tensor]:
+    """Read the arrays of a dataset or, from a file without training samples, `other` arrays.
+
+    Raises:
+        DataError: the file cannot be read, or has neither.
+    """
     if path.suffix not in (".npz", ".safetensors"):
         raise DataError(
             f"{path}: expected a file named .npz or .safetensors, or one of {', '.join(EMBEDDED)}"
@@ -90,7 +113,7 @@ def _read(path: Path) -> dict[str, np.ndarray | Tensor]:
     if not path.is_file():
         raise DataError(f"{path}: expected an existing file, got none")
     try:
-        return _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
+        return (_read_npz if path.suffix == ".npz" else _read_safetensors)(path, other)
     except DataError:
         raise
     except (*DAMAGED, safetensors.SafetensorError) as error:
@@ -98,7 +121,7 @@ def _read(path: Path) -> dict[str, np.ndarray | Tensor]:
         raise DataError(f"{path}: expected a readable {path.suffix} file, got {why}") from None
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray | Tensor]:
+def _read_npz(path: Path, other: tuple[str, ...]) -> dict[str, np.ndarray | Tensor]:
     """Read the arrays that a dataset has, each to its end, so that its checksum is verified."""
     with open(path, "rb") as file:
         if file.read(6) == b"\x93NUMPY":
@@ -106,8 +129,8 @@ def _read_npz(path: Path) -> dict[str, np.ndarray | Tensor]:
     arrays: dict[str, np.ndarray | Tensor] = {}
     with zipfile.ZipFile(path) as archive:
         members = {member.removesuffix(".npy"): member for member in archive.namelist()}
-        _check_present(path, members)
-        for name in sorted(members.keys() & KNOWN):
+        _check_present(path, members, other)
+        for name in sorted(members.keys() & {*KNOWN, *other}):
             with archive.open(members[name]) as content:
                 arrays[name] = np.lib.format.read_array(content, allow_pickle=False)
                 if content.read(1):
@@ -115,13 +138,13 @@ def _read_npz(path: Path) -> dict[str, np.ndarray | Tensor]:
     return arrays
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray | Tensor]:
+def _read_safetensors(path: Path, other: tuple[str, ...]) -> dict[str, np.ndarray | Tensor]:
     """Read the tensors, and the class names: a JSON list in the metadata, as the format has no tensors of strings."""
     with safetensors.safe_open(path, framework="pt") as file:
         names_in_file = list(file.keys())
-        _check_present(path, names_in_file)
+        _check_present(path, names_in_file, other)
         arrays: dict[str, np.ndarray | Tensor] = {
-            name: file.get_tensor(name) for name in sorted(KNOWN.intersection(names_in_file))
+            name: file.get_tensor(name) for name in sorted({*KNOWN, *other}.intersection(names_in_file))
         }
         names = (file.metadata() or {}).get("classes")
     if names is not None:
@@ -172,15 +195,18 @@ def _names(array: np.ndarray | Tensor) -> list[str]:
 
 def _check_shapes(splits: Splits) -> None:
     shape = list(splits["train"][0].shape[1:])
-    if 0 in shape:
-        raise DataError(f"x_train: expected samples that are not empty, got the shape {shape}")
     for split, (x, y) in splits.items():
-        if len(x) == 0:
-            raise DataError(f"x_{split}: expected at least one sample, got none")
-        if len(x) != len(y):
-            raise DataError(
-                f"y_{split}: expected {counted(len(x), 'label')} to match x_{split}, got {len(y)}"
-            )
+        _check_lengths(f"_{split}", x, y)
         if list(x.shape[1:]) != shape:
             got = list(x.shape[1:])
             raise DataError(f"x_{split}: expected samples of x_train's shape {shape}, got {got}")
+
+
+def _check_lengths(split: str, x: Tensor, y: Labels) -> None:
+    """Check samples and their labels; `split` is the end of the arrays' names."""
+    if 0 in x.shape[1:]:
+        raise DataError(f"x{split}: expected samples that are not empty, got the shape {list(x.shape[1:])}")
+    if len(x) == 0:
+        raise DataError(f"x{split}: expected at least one sample, got none")
+    if len(x) != len(y):
+        raise DataError(f"y{split}: expected {counted(len(x), 'label')} to match x{split}, got {len(y)}")

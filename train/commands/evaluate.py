@@ -1,0 +1,225 @@
+"""The command `evaluate`: compares a trained model's predictions with the classes of labeled samples."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from .. import load
+from ..classifier import Classifier
+from ..cli import check_device, program
+from ..config import ConfigError, DataConfig, DeviceConfig
+from ..console import counted, say
+from ..data.errors import DataError
+from ..data.labeled import Labeled, Matched, listed, load_labeled, match
+from ..data.load import is_list
+from ..evaluated import Results, analysis_of
+from ..evaluation.priors import NAMED
+from ..options import InvalidData
+from ..report.evaluation import FILES, metrics, write_files
+from ..report.table import print_results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Compares the predictions of a trained model with the classes of labeled samples, and prints the results table.
+
+    Classes are matched by what the data and the model call them: by name, or by label where the data have no names.
+    """
+
+    #: A trained model, runs/<name>/model-<method>.safetensors.
+    model: tyro.conf.Positional[Path]
+    #: Labeled samples: data as for training, whose test split is evaluated; or data without training samples, all of which
+    #: are evaluated: a folder of class folders, a list of labeled images, or a .npz or .safetensors file with the arrays x and y
+    #: (and classes, the names).
+    data: str
+    #: Folder that relative paths in lists start from; the folder of the list if not given.
+    images: str = ""
+    #: OLD=NEW: replace the prefix OLD of paths in lists by NEW.
+    path_prefixes: tuple[str, ...] = ()
+    #: Evaluate the test samples that training with this --hold-out held out. Without it, all images of a folder of class
+    #: folders are evaluated, also those that the model was trained on.
+    hold_out: float = 0.0
+    #: Seed of --hold-out.
+    hold_out_seed: int = 0
+    #: Stop at image files and class folders that cannot be read, or skip them with a warning.
+    unreadable: Literal["stop", "skip"] = "stop"
+    #: Stop at classes that the model does not have, or skip their samples with a warning.
+    unknown: Literal["stop", "skip"] = "stop"
+    #: Adjust the scores to the class prior of the evaluated samples: uniform, training (the frequencies of the training
+    #: samples), or a CSV file with the columns class and count. Adds log(prior) - log(prior that the scores assume) to the
+    #: logits (Menon et al., ICLR 2021, with strength 1).
+    adjust: str = ""
+    #: The prior that the scores assume, for --adjust. If not given, the one that the method's loss implies, such as uniform
+    #: for GistNet and training for plain; methods whose scores are no estimates of probabilities have none.
+    assumed_prior: Literal["uniform", "training"] | None = None
+    #: Folder for report.html, classes.csv (the scores of each class), confusion.csv and metrics.json.
+    out: Path | None = None
+    #: Write one JSON object, the content of metrics.json, to standard output in place of the table.
+    json: bool = False
+    #: cpu, cuda, or auto: a GPU if there is one.
+    device: str = "auto"
+    #: Samples per pass. If not given, as many as in the evaluation after training.
+    batch_size: int | None = None
+    #: Processes that decode images; one per processor if not given.
+    workers: int | None = None
+    #: Folder of decoded images; ~/.cache/gistops/images if not given.
+    cache: str = ""
+
+
+def evaluate(args: list[str], console: Console) -> int:
+    """Evaluate a model, print the results table or JSON, and write the files of --out.
+
+    Raises:
+        ConfigError: an option is invalid, or the model and the data do not belong together.
+    """
+    options = tyro.cli(Evaluate, args=args, prog=program("evaluate"), config=(tyro.conf.FlagCreatePairsOff,))
+    for name in ("batch_size", "workers"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(name, "at least 1", value)
+    if options.assumed_prior and not options.adjust:
+        raise ConfigError("assumed_prior", f"--adjust {', '.join(NAMED)} or a file beside it", "none")
+    messages = Console(stderr=True) if options.json else console
+    warnings.showwarning = lambda message, *_: say(messages, f"warning: {message}")
+    device = DeviceConfig(device=options.device).resolved_device
+    check_device(device)
+    classifier = load(options.model).to(device)
+    bias = None
+    if options.adjust:
+        bias = classifier.class_bias(options.adjust, options.assumed_prior)
+    if options.out:
+        _check_folder(options.out)
+    data, matched = load_data(options, classifier)
+    about = _describe(options, classifier, data, matched)
+    for line in (*data.notes, *about):
+        say(messages, line)
+    results = _evaluate(classifier, matched, bias, options.batch_size)
+    details = _details(options, classifier, matched)
+    if options.json:
+        sys.stdout.write(json.dumps(metrics(results, details)) + "\n")
+    else:
+        counts = classifier.trained.train_counts
+        print_results(console, [results.record], counts, classifier.trained.split_rule)
+        say(console, f"expected calibration error: {100 * results.calibration['error']:.1f} %")
+    if options.out:
+        options.out.mkdir(exist_ok=True)
+        analysis = analysis_of(classifier.trained, matched.x, matched.y, results)
+        write_files(options.out, classifier.trained, results, details, analysis, " ".join(about))
+        say(messages, f"written to {options.out}")
+    return 0
+
+
+def load_data(options: Evaluate, classifier: Classifier) -> tuple[Labeled, Matched]:
+    """Load the samples as the model takes them, and number their classes as the model does.
+
+    Raises:
+        ConfigError: the data cannot be used with the model.
+    """
+    size = classifier.trained.image_size
+    config = DataConfig(
+        data=options.data,
+        images=options.images,
+        path_prefixes=options.path_prefixes,
+        image_size=size[0] if size else 1,
+        hold_out=options.hold_out,
+        hold_out_seed=options.hold_out_seed,
+        unreadable=options.unreadable,
+        cache=options.cache,
+    )
+    try:
+        data = load_labeled(config, options.workers)
+        matched = match(data, classifier.matcher, skip_unknown=options.unknown == "skip")
+    except DataError as error:
+        raise InvalidData(error) from None
+    samples = _with_channels(matched.x, classifier) if is_list(options.data) else matched.x
+    expected, got = _sample_shape(classifier), list(samples.shape[1:])
+    if got != expected:
+        raise ConfigError("data", f"samples {expected}, which the model takes", f"{got} in {options.data}")
+    for name, count in matched.skipped.items():
+        warnings.warn(
+            f"left out {counted(count, 'sample')} of {name}, which the model does not have",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return data, Matched(samples, matched.y, matched.skipped)
+
+
+def _sample_shape(classifier: Classifier) -> list[int]:
+    model: Any = classifier.trained.model
+    size = classifier.trained.image_size
+    return [len(model.normalize.mean), *size] if size else [next(model.head.parameters()).shape[1]]
+
+
+def _with_channels(x: Tensor, classifier: Classifier) -> Tensor:
+    """Return decoded images with the model's number of channels: in gray for one."""
+    if _sample_shape(classifier)[0] == x.shape[1]:
+        return x
+    images = [image.permute(1, 2, 0).numpy() for image in x]
+    return classifier.pixels(images)
+
+
+def _evaluate(classifier: Classifier, data: Matched, bias: Tensor | None, batch_size: int | None) -> Results:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("samples", total=len(data.y))
+        return classifier.evaluate(
+            data.x, data.y, bias, batch_size, lambda done: progress.advance(task, done)
+        )
+
+
+def _describe(options: Evaluate, classifier: Classifier, data: Labeled, matched: Matched) -> list[str]:
+    """Return sentences on the samples, the classes and the prior."""
+    names = classifier.classes
+    count = torch.bincount(matched.y, minlength=len(names))
+    absent = [names[k] for k in (count == 0).nonzero().flatten().tolist()]
+    kind = "images" if data.is_images else "features"
+    lines = [
+        f"{options.data}: {len(matched.y):,} {kind} of {len(names) - len(absent):,} of the model's "
+        f"{counted(len(names), 'class', 'classes')}, evaluated with {options.model}."
+    ]
+    if absent:
+        lines.append(f"Classes without samples: {listed(absent)} ({len(absent):,}).")
+    if options.adjust:
+        assumed = options.assumed_prior or _assumed(classifier.trained.prior_exponent)
+        lines.append(f"Scores are adjusted from the {assumed} prior to {options.adjust}.")
+    return lines
+
+
+def _assumed(exponent: float | None) -> str:
+    """Return the name of the prior that the exponent of a method stands for."""
+    named = {0.0: "uniform", 1.0: "training"}
+    return named.get(exponent or 0.0, f"training (to the power {exponent:g})")
+
+
+def _details(options: Evaluate, classifier: Classifier, matched: Matched) -> dict[str, Any]:
+    return {
+        "model": str(options.model),
+        "data": options.data,
+        "adjust": options.adjust or None,
+        "skipped": matched.skipped,
+        "classes": classifier.classes,
+    }
+
+
+def _check_folder(folder: Path) -> None:
+    """Check that the folder is absent, empty, or one of an earlier evaluation, so that nothing else is overwritten."""
+    if not folder.absolute().parent.is_dir():
+        raise ConfigError("out", "a folder in an existing folder", str(folder))
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError("out", "a folder", f"{folder}, which is a file")
+    if folder.is_dir():
+        others = sorted(entry.name for entry in folder.iterdir() if entry.name not in FILES)
+        if others:
+            got = f"{folder}, which has other files: {listed(others)}"
+            raise ConfigError("out", "a new folder or one of an earlier evaluation", got)

@@ -1,0 +1,129 @@
+"""The evaluation of a trained model on labeled samples, with the numbers that training reports for its test split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gistops.nn import ConstellationClassifier, SlotUsage
+
+from .data.dataset import Dataset
+from .evaluation.analysis import calibration, confusion, feature_map
+from .evaluation.evaluate import Evaluation, eval_batch_size
+from .evaluation.per_class import ClassScores, Confusions, class_scores, confusions
+from .trained import TrainedModel
+
+UNADJUSTED = "not adjusted"  # the row of the logits as they are, where others are evaluated in their place
+
+
+@dataclass(frozen=True)
+class Results:
+    """The evaluation of n samples of K classes.
+
+    `record` is that of metrics.jsonl after training, with the method, the accuracies of each row of the results table, and the
+    accuracy of each class. `calibration` has the expected calibration error, and the mean confidence, the accuracy and the
+    size of bins of confidence. `classes` has the scores of each class, and `confusions` the confusion matrix. `predicted` [n] are
+    positions in the model's classes, and `confidence` [n] their probabilities.
+    """
+
+    record: dict[str, Any]
+    calibration: dict[str, Any]
+    classes: ClassScores
+    confusions: Confusions
+    predicted: Tensor
+    confidence: Tensor
+
+    @property
+    def accuracy(self) -> dict[str, float | None]:
+        """The accuracy of all samples, and the mean of the classes' accuracies of each group of classes."""
+        accuracy: dict[str, float | None] = self.record["accuracy"]
+        return accuracy
+
+
+@torch.no_grad()
+def evaluate_trained(
+    trained: TrainedModel,
+    x: Tensor,
+    y: Tensor,
+    class_bias: Tensor | None = None,
+    batch_size: int | None = None,
+    progress: Callable[[int], object] = lambda done: None,
+) -> Results:
+    """Classify samples and compare with their classes.
+
+    Args:
+        trained: the model.
+        x: images or features that the model takes, [n, …].
+        y: their classes, [n] int64.
+        class_bias: added to the logits, [K], for another prior; the logits as they are become another row of the table.
+        batch_size: samples per pass. If None, as many as in the evaluation after training, which has the same bits.
+        progress: called with the number of samples of each pass.
+    """
+    num_classes, model, head = len(trained.class_names), trained.model, trained.model.head
+    device = next(model.parameters()).device
+    usage = SlotUsage(head) if isinstance(head, ConstellationClassifier) else None
+    bias = None if class_bias is None else class_bias.to(device)
+    predictions: dict[str, list[Tensor]] = {}
+    confidences = []
+    size = batch_size or eval_batch_size(num_classes)
+    for samples, labels in zip(x.split(size), y.split(size), strict=True):
+        features = model.features(samples.to(device))
+        if usage is None:
+            logits = head(features)
+        else:
+            logits, slots = head(features, return_slots=True)
+            usage.update_slots(slots, labels.to(device))
+        scores = {"": logits} | trained.method.alternative_scores(head, features, logits)
+        if bias is not None:
+            scores = {"": logits + bias, UNADJUSTED: logits} | {k: v for k, v in scores.items() if k}
+        for name, values in scores.items():
+            predictions.setdefault(name, []).append(values.argmax(1).cpu())
+        confidences.append(scores[""].softmax(1).amax(1).cpu())
+        progress(len(labels))
+    predicted = {name: torch.cat(parts) for name, parts in predictions.items()}
+    confidence = torch.cat(confidences)
+    shares = None if usage is None else usage.shares().cpu()
+    own = predicted[""]
+    return Results(
+        record=_record(trained, y, predicted, shares),
+        calibration=calibration(confidence, own == y),
+        classes=class_scores(y, own, num_classes),
+        confusions=confusions(y, own, num_classes),
+        predicted=own,
+        confidence=confidence,
+    )
+
+
+def _record(
+    trained: TrainedModel, y: Tensor, predicted: dict[str, Tensor], slot_usage: Tensor | None
+) -> dict[str, Any]:
+    """Return the record of the result, with the keys of metrics.jsonl."""
+    num_classes, counts, rule = len(trained.class_names), trained.train_counts, trained.split_rule
+    total = torch.bincount(y, minlength=num_classes)
+    evaluations = {
+        name: Evaluation(torch.bincount(y[classes == y], minlength=num_classes), total, None)
+        for name, classes in predicted.items()
+    }
+    own = evaluations.pop("")
+    record: dict[str, Any] = {"method": trained.method_name, "accuracy": own.accuracy(counts, rule)}
+    if evaluations:
+        accuracies = {name: other.accuracy(counts, rule) for name, other in evaluations.items()}
+        record["accuracy_of"] = accuracies
+    if slot_usage is not None:
+        record["slot_usage"] = slot_usage.tolist()
+    record |= {"accuracy_per_class": own.per_class(), "train_counts": counts.tolist()}
+    return record | trained.method.describe(trained.model.head)
+
+
+def analysis_of(trained: TrainedModel, x: Tensor, y: Tensor, results: Results) -> dict[str, Any]:
+    """Return the analysis of the predictions for the report page, as training makes it."""
+    data = Dataset(x[:0], y[:0], x, y, trained.class_names, trained.train_counts)
+    return {
+        "calibration": results.calibration,
+        "confusion": confusion(results.predicted, data, trained.split_rule),
+        "map": feature_map(trained.model, data, seed=0),
+    }
