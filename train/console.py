@@ -34,7 +34,10 @@ def printable(text: str) -> str:
 
 def _written_out(character: str) -> str:
     is_control = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
-    if is_control or re.match(f"[{DIRECTIONS}]", character):
+    is_noncharacter = (
+        ord(character) & 0xFFFE == 0xFFFE or 0xFDD0 <= ord(character) <= 0xFDEF
+    )  # not valid in HTML
+    if is_control or is_noncharacter or re.match(f"[{DIRECTIONS}]", character):
         return character.encode("unicode_escape").decode()
     return character
 

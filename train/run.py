@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from .methods import TITLES
 from .model.backbones import BackboneError
 from .options import InvalidData
 from .report import figures
+from .report.data_record import FILE as DATA_RECORD
+from .report.data_record import data_record
 from .report.html import read_records, write_page
 from .report.table import print_results
 from .training.first_stages import FirstStages
@@ -76,10 +79,15 @@ def _train(
 def write_report(
     config: Config, data: Dataset, folder: RunFolder, results: list[dict[str, Any]], console: Console
 ) -> None:
-    """Write accuracy.png and report.html. An error in them, but for that of a disk, is a warning: the models are trained."""
+    """Write accuracy.png, report.json and report.html.
+
+    An error in them, but for that of a disk, is a warning: the models are trained.
+    """
     titled = {TITLES[result["method"]]: result for result in results}
-    about = f"{describe_data(config, data)}. Seed {config.run.seed}, backbone {config.model.backbone}, torch {torch.__version__}."
+    about = f"{describe_data(config, data)}. torch {torch.__version__}."
     try:
+        details = json.dumps(data_record(config, data, results))
+        folder.write(DATA_RECORD, lambda path: path.write_text(details, encoding="utf-8"))
         if drawn := figures.accuracy_by_size(titled):
             folder.write("accuracy.png", lambda path: path.write_bytes(drawn))
         records = {config.run.name: read_records(folder.path)}

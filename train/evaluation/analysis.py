@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,25 +16,28 @@ from .. import distributed
 from ..data.dataset import Dataset
 from ..model.model import Model
 from ..model.sharded_head import common_slots, is_sharded, local, rows_of
-from ..shot_groups import split_classes
+from .confusions import confusion, examples
 from .evaluate import eval_batch_size, own_features
 
 BINS = 15  # intervals of confidence
 MAPPED_CLASSES = 10
 MAPPED_SAMPLES = 60  # per class, at most
-LISTED_CONFUSIONS = 3  # per class, at most
-LISTED_CLASSES = 100  # if more classes are few-shot, those with the highest single confusion are listed
 
 
 @torch.no_grad()
 def analyze(model: Model, data: Dataset, rule: str, seed: int) -> dict[str, Any]:
-    """Analyze the head's own predictions; return plain values. The model is left in training mode."""
+    """Analyze the head's own predictions; return plain values, which metrics.jsonl can hold.
+
+    The model is left in training mode.
+    """
     model.eval()
     confidence, predicted, common = (_top_classes if is_sharded(model.head) else _predictions)(model, data)
     result: dict[str, Any] = {} if common is None else {"common_slot": common}
     result |= {
         "calibration": calibration(confidence, predicted == data.y_test),
         "confusion": confusion(predicted, data, rule),
+        "examples": examples(confidence, predicted, data, rule),
+        "correct": packed(predicted == data.y_test, data.y_test),
         "map": feature_map(model, data, seed),
     }
     model.train()
@@ -110,39 +115,10 @@ def calibration(confidence: Tensor, correct: Tensor) -> dict[str, Any]:
     return {"error": error, "bins": [list(row) for row in rows if row[2]]}
 
 
-def confusion(predicted: Tensor, data: Dataset, rule: str) -> list[dict[str, Any]]:
-    """Return, for each few-shot class, the classes that its test samples are confused with, most frequent first.
-
-    At most `LISTED_CLASSES` classes are listed, each with at most `LISTED_CONFUSIONS` others.
-    """
-    y, num_classes = data.y_test, data.num_classes
-    few = split_classes(data.train_counts, rule)["few"]
-    total = torch.bincount(y, minlength=num_classes)
-    wrong = few[y] & (predicted != y)
-    pairs, counts = torch.unique(y[wrong] * num_classes + predicted[wrong], return_counts=True)
-    order = counts.argsort(descending=True, stable=True)
-    confused: dict[int, list[tuple[int, int]]] = {int(k): [] for k in (few & (total > 0)).nonzero()}
-    for pair, count in zip(pairs[order].tolist(), counts[order].tolist(), strict=True):
-        confused[pair // num_classes].append((pair % num_classes, count))
-    if len(confused) > LISTED_CLASSES:
-
-        def highest_share(k: int) -> float:
-            return confused[k][0][1] / int(total[k]) if confused[k] else 0.0
-
-        confused = {
-            k: confused[k] for k in sorted(confused, key=highest_share, reverse=True)[:LISTED_CLASSES]
-        }
-    return [
-        {
-            "class": data.class_names[k],
-            "training": int(data.train_counts[k]),
-            "accuracy": (int(total[k]) - sum(count for _, count in others)) / int(total[k]),
-            "taken for": [
-                [data.class_names[o], count / int(total[k])] for o, count in others[:LISTED_CONFUSIONS]
-            ],
-        }
-        for k, others in confused.items()
-    ]
+def packed(correct: Tensor, y: Tensor) -> str:
+    """Return one bit per sample, ordered by class, in base64: the report compares methods sample by sample."""
+    bits = correct[y.argsort(stable=True)].numpy()
+    return base64.b64encode(np.packbits(bits).tobytes()).decode("ascii")
 
 
 @torch.no_grad()

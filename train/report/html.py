@@ -12,12 +12,16 @@ import jinja2
 from markupsafe import Markup
 
 from ..console import printable
-from ..methods import TITLES
 from ..shot_groups import GROUPS
 from ..training.run_folder import with_current_names
 from . import figures, names
+from .class_table import class_tables
+from .data_record import read_data_record
+from .differences import standard_error
 from .figures import Record
+from .summary import summarize
 from .table import percent
+from .trained import TrainedMethod, trained_methods
 
 
 def _plain(value: Any) -> Any:
@@ -25,9 +29,14 @@ def _plain(value: Any) -> Any:
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-TEMPLATE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=_plain).from_string(
-    Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-)
+TEMPLATE = jinja2.Environment(
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    finalize=_plain,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    loader=jinja2.FileSystemLoader(Path(__file__).with_name("page")),
+).get_template("page.html")
 CAPTIONS = {
     "accuracy by size": "Accuracy of each class over its number of training samples. Lines: means of tenths of the classes",
     "losses": "Training loss, mean of each epoch",
@@ -44,50 +53,84 @@ def write_page(path: Path, runs: dict[str, list[Record]], title: str, about: str
 
     Args:
         path: the file.
-        runs: name of a run -> its records, as in metrics.jsonl. The "result" records may have an "analysis".
+        runs: name of a run -> its records, as `read_records` returns them: those of metrics.jsonl, where "result" records
+            may have an "analysis", and the "data" record of data_record.py, without which the page has no class names
+            and no images.
         title, about: the heading and the line below it, as plain text.
     """
-    rows: list[Record] = []
-    others: list[Record] = []
-    sections: list[Record] = []
-    results: dict[str, Record] = {}
-    for run, records in runs.items():
-        for result in (record for record in records if record["event"] == "result"):
-            name = TITLES[result["method"]] if len(runs) == 1 else f"{run}: {TITLES[result['method']]}"
-            results[name] = result
-            rows.append(_row(name, result["accuracy"], result["images"]))
-            for key, accuracy in result.get("accuracy_of", {}).items():
-                others.append(_row(f"{name}: {key}", accuracy, result["images"]))
-            epochs = [r for r in records if r["event"] == "epoch" and r["method"] == result["method"]]
-            sections.append({"name": name, **_section(epochs, result.get("analysis"))})
-    overview = _embed({"accuracy by size": lambda: figures.accuracy_by_size(results)})
-    if overview and (numbers := names.explanation(list(results))):
+    methods = trained_methods(runs)
+    overview = _embed({"accuracy by size": lambda: figures.accuracy_by_size(_results(methods))})
+    if overview and (numbers := names.explanation([method.name for method in methods])):
         overview[0]["caption"] += f". {numbers}"
     html = TEMPLATE.render(
-        title=title, about=about, groups=GROUPS, rows=rows + others, overview=overview, sections=sections
+        title=title,
+        about=about,
+        summary=summarize(methods) if methods else None,
+        groups=GROUPS,
+        rows=[_row(method.name, method.result, method.result["accuracy"]) for method in methods],
+        others=[
+            _row(f"{method.name}: {way}", method.result, accuracy)
+            for method in methods
+            for way, accuracy in method.result.get("accuracy_of", {}).items()
+        ],
+        overview=overview,
+        sections=[_section(method) for method in methods],
+        tables=class_tables(methods),
     )
     path.write_text(html, encoding="utf-8")
 
 
-def _row(name: str, accuracy: Record, images: int) -> Record:
-    return {"name": name, "cells": [*(percent(accuracy[c]) for c in ("overall", *GROUPS)), f"{images:,}"]}
+def _results(methods: list[TrainedMethod]) -> dict[str, Record]:
+    return {method.name: method.result for method in methods}
 
 
-def _section(epochs: list[Record], analysis: Record | None) -> Record:
-    plots: dict[str, Callable[[], bytes | None]] = {
-        "losses": lambda: figures.loss_curves(epochs),
-        "accuracies": lambda: figures.accuracy_curves(epochs),
-        "slot usage": lambda: figures.slot_usage(epochs),
-        "norms": lambda: figures.norms_and_temperatures(epochs),
+def _row(name: str, result: Record, accuracy: Record) -> Record:
+    error = standard_error(result | {"accuracy": accuracy})
+    return {
+        "name": name,
+        "overall": percent(accuracy["overall"]),
+        "error": "" if error is None else f"±{100 * error:.1f}",
+        "groups": [percent(accuracy[group]) for group in GROUPS],
+        "images": f"{result['images']:,}" if result.get("images") else "–",
     }
+
+
+def _section(method: TrainedMethod) -> Record:
+    epochs, analysis = method.epochs, method.result.get("analysis")
+    section: Record = {"name": method.name, "confusion": [], "pairs": []}
+    plots: dict[str, Callable[[], bytes | None]] = {}
+    if epochs:  # none if a trained model is evaluated
+        plots = {
+            "losses": lambda: figures.loss_curves(epochs),
+            "accuracies": lambda: figures.accuracy_curves(epochs),
+            "slot usage": lambda: figures.slot_usage(epochs),
+            "norms": lambda: figures.norms_and_temperatures(epochs),
+        }
     if not analysis:
-        return {"figures": _embed(plots), "confusion": []}
+        return section | {"figures": _embed(plots)}
     plots["reliability"] = lambda: figures.reliability(analysis["calibration"])
     plots["feature map"] = lambda: figures.feature_map(analysis["map"])
     drawn = _embed(plots)
     if numbers := names.explanation(analysis["map"]["classes"]):
         drawn[-1]["caption"] += f". {numbers}"
-    return {"figures": drawn, "confusion": analysis["confusion"]}
+    return section | {"figures": drawn, "confusion": analysis["confusion"], "pairs": _pairs(method)}
+
+
+def _pairs(method: TrainedMethod) -> list[Record]:
+    """Return the images of the method's most frequent confusions, with the names of both classes."""
+    pairs = method.data.get("pairs", {}).get(method.result["method"], [])
+    class_names = method.data.get("class_names", [])
+    return [
+        {
+            "class": class_names[pair["class"]],
+            "other": class_names[pair["taken for"]],
+            "count": pair["count"],
+            "of": pair["of"],
+            "image": pair["image"],
+            "other_image": pair["other image"],
+        }
+        for pair in pairs
+    ]
 
 
 def _embed(plots: dict[str, Callable[[], bytes | None]]) -> list[Record]:
@@ -106,10 +149,10 @@ def _embed(plots: dict[str, Callable[[], bytes | None]]) -> list[Record]:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """Read the records of a run's folder.
+    """Read the records of a run's folder: those of metrics.jsonl and the record of the data.
 
     Raises:
-        OSError, ValueError: the folder has no metrics.jsonl, or it is damaged.
+        OSError, ValueError: the folder has no metrics.jsonl, or a file is damaged.
     """
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return with_current_names([json.loads(line) for line in lines])
+    return with_current_names([json.loads(line) for line in lines]) + read_data_record(folder)

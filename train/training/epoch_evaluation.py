@@ -35,6 +35,7 @@ def evaluate(trainer: Trainer, final: bool) -> Record:
         record["slot_usage"] = result.slot_usage.tolist()
     if final:
         record |= {"accuracy_per_class": result.per_class(), "train_counts": data.train_counts.tolist()}
+        record["test_counts"] = result.total.tolist()
     return record
 
 

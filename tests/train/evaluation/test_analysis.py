@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from train.data.dataset import Dataset
-from train.evaluation.analysis import BINS, analyze, calibration, common_slot, confusion, feature_map
+from train.evaluation.analysis import BINS, analyze, calibration, common_slot, feature_map
+from train.evaluation.confusions import confusion
 from train.training.trainer import Trainer
 
 from ..short_runs import FEATURES, finish
@@ -38,7 +39,7 @@ def test_the_few_shot_classes_with_the_highest_confusion_are_listed(
     predicted = features.y_test.clone()
     predicted[(features.y_test == 4).nonzero().flatten()[:5]] = 0
     predicted[(features.y_test == 3).nonzero().flatten()[:3]] = 0
-    monkeypatch.setattr("train.evaluation.analysis.LISTED_CLASSES", 1)
+    monkeypatch.setattr("train.evaluation.confusions.LISTED_CLASSES", 1)
     assert [row["class"] for row in confusion(predicted, features, "standard")] == ["4"]
 
 

@@ -1,0 +1,74 @@
+"""The small images of report.json: the confused test sample, beside a sample of the other class."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from train.config import Config
+from train.data.dataset import Dataset
+from train.evaluation.confusions import examples
+from train.report.data_record import MAX_SIDE, data_record, thumbnail
+
+from .conftest import NAMES
+
+
+def pixels(image: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(image)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(10, 20), (300, 100), (97, 1)])
+def test_images_are_small(channels: int, size: tuple[int, int]) -> None:
+    image = torch.full((channels, *size), 200, dtype=torch.uint8)
+    shown = pixels(thumbnail(image))
+    assert shown.mode == {1: "L", 3: "RGB"}[channels]
+    assert max(shown.size) == min(MAX_SIDE, max(size))
+    levels = shown.convert("L").getextrema()
+    assert max(abs(level - 200) for level in levels) <= 2
+
+
+def test_examples_are_the_most_confident_mistakes(images: Dataset) -> None:
+    """Classes 3 and 4 are few-shot, with 20 test samples each."""
+    predicted = images.y_test.clone()
+    third, fourth = ((images.y_test == k).nonzero().flatten() for k in (3, 4))
+    predicted[third[:6]], predicted[third[6:9]], predicted[fourth[:8]] = 1, 0, 2
+    predicted[(images.y_test == 0).nonzero().flatten()] = 1  # many-shot
+    confidence = torch.rand(len(predicted)) / 2
+    confidence[third[4]] = confidence[fourth[7]] = 0.9
+    found = examples(confidence, predicted, images, "standard")
+    assert found == [
+        {"class": 4, "taken for": 2, "count": 8, "of": 20, "sample": int(fourth[7])},
+        {"class": 3, "taken for": 1, "count": 6, "of": 20, "sample": int(third[4])},
+    ]
+    result = {"method": "gist", "analysis": {"examples": found}}
+    pairs = data_record(Config(), images, [result])["pairs"]["gist"]
+    for pair, own, other in zip(pairs, (4, 3), (2, 1), strict=True):
+        for shown, label in ((pair["image"], own), (pair["other image"], other)):
+            expected = images.x_train[images.y_train == label].float().mean((0, 2, 3))
+            color = torch.tensor(pixels(shown).resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))
+            assert (color - expected).abs().max() < 15
+
+
+def test_features_have_no_images(features: Dataset) -> None:
+    found = [{"class": 4, "taken for": 2, "count": 1, "of": 20, "sample": 0}]
+    record = data_record(Config(), features, [{"method": "gist", "analysis": {"examples": found}}])
+    assert record["pairs"] == {"gist": []}
+
+
+def test_a_run_writes_images_to_report_json_alone(trained_run: Path) -> None:
+    record = json.loads((trained_run / "report.json").read_text())
+    assert record["class_names"] == list(NAMES)
+    shown = [pair["image"] for pairs in record["pairs"].values() for pair in pairs]
+    assert shown
+    assert all(pixels(image).size == (7, MAX_SIDE) for image in shown)  # of 10×130 pixels
+    page, metrics = ((trained_run / name).read_text() for name in ("report.html", "metrics.jsonl"))
+    for image in shown:
+        assert f"data:image/jpeg;base64,{image}" in page
+        assert image not in metrics

@@ -1,0 +1,184 @@
+"""The summary in words: differences by hand, and a sentence for each cause of worry and none without one."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from train.evaluation.analysis import packed
+from train.report.differences import difference, difference_of_group, standard_error
+from train.report.summary import Summary, summarize
+from train.report.trained import trained_methods
+
+COUNTS = [500, 50, 5, 4]  # training samples: one many-, one medium- and two few-shot classes
+TESTED = [100, 100, 100, 100]
+
+
+def a_result(method: str, correct: list[int], **more: Any) -> dict[str, Any]:
+    """Return a result that classifies the first `correct` of each class's 100 test samples correctly."""
+    bits = np.concatenate([np.arange(100) < n for n in correct])
+    shares = [n / 100 for n in correct]
+    accuracy = {
+        "overall": sum(correct) / 400,
+        "many": shares[0],
+        "medium": shares[1],
+        "few": (shares[2] + shares[3]) / 2,
+    }
+    analysis = {
+        "calibration": {"error": 0.02, "bins": [[0.5, 0.5, 400]]},
+        "correct": base64.b64encode(np.packbits(bits).tobytes()).decode(),
+    }
+    record = {"event": "result", "method": method, "images": 9, "accuracy": accuracy, "analysis": analysis}
+    return record | {"accuracy_per_class": shares, "train_counts": COUNTS, "test_counts": TESTED} | more
+
+
+def an_epoch(method: str, loss: float, split: str = "validation") -> dict[str, Any]:
+    return {"event": "epoch", "method": method, "stage": 1, "images": 9, "loss": loss, "split": split}
+
+
+FACTS = {
+    "event": "data",
+    "data": "birds.csv",
+    "samples": "images",
+    "train": 559,
+    "validation": 40,
+    "test": 400,
+    "class_names": ["owl", "jay", "kite", "gull"],
+    "split_rule": "standard",
+    "backbone": "resnet32",
+    "seed": 3,
+    "pairs": {},
+}
+
+
+def summary_of(*records: dict[str, Any]) -> Summary:
+    return summarize(trained_methods({"run": [FACTS, *records]}))
+
+
+def test_standard_error_by_hand() -> None:
+    first, second = a_result("gist", [100, 100, 50, 50]), a_result("plain", [100, 100, 48, 44])
+    assert standard_error(first) == pytest.approx((0.75 * 0.25 / 400) ** 0.5)
+    # Eight of 400 samples are correct for the first method alone, none for the second alone.
+    paired = difference(first, second, same_samples=True)
+    assert paired is not None
+    assert paired.value == pytest.approx(0.02)
+    assert paired.error == pytest.approx((0.02 * 0.98 / 400) ** 0.5)
+    independent = difference(first, second, same_samples=False)
+    assert independent is not None
+    assert independent.error == pytest.approx(((0.75 * 0.25 + 0.73 * 0.27) / 400) ** 0.5)
+    assert paired.is_clear
+    assert not independent.is_clear
+    few = difference_of_group(first, second, [False, False, True, True])
+    assert few is not None
+    assert few.value == pytest.approx(0.04)  # of 0.02 and 0.06
+    assert few.error == pytest.approx(0.02)
+    assert difference_of_group(first, second, [False, False, False, True]) is None
+
+
+def test_correct_samples_are_stored_by_class() -> None:
+    y = torch.tensor([2, 0, 1, 0, 2, 2, 1, 0, 0])
+    correct = torch.tensor([True, False, False, True, True, False, True, True, False])
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(packed(correct, y)), dtype=np.uint8), count=9)
+    assert bits.tolist() == [0, 1, 1, 0, 0, 1, 1, 1, 0]
+
+
+def test_the_summary_says_what_was_trained_and_who_won() -> None:
+    summary = summary_of(a_result("gist", [90, 60, 50, 50]), a_result("plain", [95, 55, 10, 20]))
+    assert summary.trained == [
+        "The training data is birds.csv: 559 images in 4 classes. The largest class has 500 images, the smallest 4. The test set has 400.",
+        "The backbone: resnet32. The seed: 3.",
+    ]
+    best, few, seed = summary.outcome
+    assert best.startswith(
+        "GistNet (COS+CS+GIST) has the highest overall accuracy: it classifies 62.5 % of the test images correctly, plain softmax 45.0 %."
+    )
+    assert best.endswith("The lead is 17.5 points, with a standard error of 2.1.")
+    assert few.startswith(
+        "On the 2 few-shot classes (at most 5 training samples) GistNet (COS+CS+GIST) is best: 50.0 % against 15.0 % of plain softmax."
+    )
+    assert "one seed" in seed
+    assert summary.worries == []
+
+
+def test_a_small_difference_is_none_or_may_be_chance() -> None:
+    equal = summary_of(a_result("gist", [90, 61, 30, 30]), a_result("plain", [90, 60, 31, 30])).outcome[0]
+    assert equal.startswith("GistNet (COS+CS+GIST) and plain softmax do equally well")
+    small = summary_of(a_result("gist", [92, 60, 30, 30]), a_result("plain", [90, 60, 30, 31])).outcome[0]
+    assert small.startswith("GistNet (COS+CS+GIST) and plain softmax do equally well")
+    lead = summary_of(a_result("gist", [93, 60, 30, 30]), a_result("plain", [90, 60, 30, 30])).outcome[0]
+    assert lead.endswith("it may be chance.")
+    alone = summary_of(a_result("gist", [90, 60, 30, 30])).outcome[0]
+    assert (
+        alone == "GistNet (COS+CS+GIST) classifies 52.5 % of the test images correctly (standard error 2.5)."
+    )
+
+
+def test_another_use_of_a_model_that_is_better_is_named() -> None:
+    other = {"both heads": {"overall": 0.9, "many": 0.9, "medium": 0.9, "few": 0.9}}
+    summary = summary_of(a_result("gist", [90, 60, 30, 30], accuracy_of=other))
+    assert any("GistNet (COS+CS+GIST): both heads, 90.0 %" in sentence for sentence in summary.outcome)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"accuracy_per_class": [0.9, 0.6, 0.0, 0.3]},
+            "recognizes no test sample of 1 of 2 few-shot classes.",
+        ),
+        ({"slot_usage": [0.7, 0.295, 0.005]}, "hardly uses δ2: it wins less than 1 %"),
+        ({"slot_usage": [0.0, 0.5, 0.5]}, None),  # the bare center has no parameters
+        ({"slot_usage": [1.0, 0.0, 0.0]}, "hardly uses δ1 and δ2: each wins less"),
+        ({"test_counts": [100, 100, 0, 100]}, "1 class has no test samples"),
+        (
+            {"analysis": {"calibration": {"error": 0.3, "bins": [[0.9, 0.6, 400]]}}},
+            "its mean confidence is 90 %, its accuracy 60 %",
+        ),
+        (
+            {"analysis": {"calibration": {"error": 0.1, "bins": [[0.6, 0.5, 400]]}, "common_slot": 0.99}},
+            "99 % of all classes have the same best slot",
+        ),
+    ],
+)
+def test_worries_about_a_result(changes: dict[str, Any], words: str | None) -> None:
+    worries = summary_of(a_result("gist", [90, 60, 30, 30], **changes)).worries
+    assert len(worries) == (words is not None)
+    assert words is None or words in worries[0]
+
+
+@pytest.mark.parametrize(
+    ("losses", "worries"),
+    [
+        ([3.0, 2.0, 1.0], 0),
+        ([2.0, 1.0, 1.05, 1.1], 1),
+        ([2.0, 1.0, 1.01, 1.02], 0),
+        ([1.0, 2.0, 1.9], 0),
+        ([1.0, 2.0], 0),
+    ],
+)
+def test_a_loss_that_rises_at_the_end(losses: list[float], worries: int) -> None:
+    summary = summary_of(*(an_epoch("gist", loss) for loss in losses), a_result("gist", [90, 60, 30, 30]))
+    assert len(summary.worries) == worries
+    assert all("The loss of GistNet (COS+CS+GIST) rose by" in worry for worry in summary.worries)
+
+
+def test_without_a_validation_split_the_summary_warns() -> None:
+    summary = summary_of(an_epoch("gist", 1.0, "test"), a_result("gist", [90, 60, 30, 30]))
+    assert [worry[:32] for worry in summary.worries] == ["There is no validation split: th"]
+
+
+def test_records_of_early_versions_are_summarized() -> None:
+    results = [a_result("gist", [90, 60, 30, 30]), a_result("plain", [80, 60, 30, 30])]
+    for result in results:
+        for name in ("analysis", "test_counts", "train_counts", "accuracy_per_class"):
+            del result[name]
+    summary = summarize(trained_methods({"old": results}))
+    assert summary.trained == []
+    assert summary.outcome == [
+        "GistNet (COS+CS+GIST) has the highest overall accuracy: it classifies 52.5 % of the test samples correctly, plain softmax 50.0 %."
+    ]
+    assert summary.worries == []
