@@ -8,6 +8,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ def begin(
     function(rank, *arguments)
     gc.collect()  # DistributedDataParallel may be in a reference cycle, and aborts or hangs if it outlives the group
     dist.destroy_process_group()
+    time.sleep(0.2)  # gloo's threads free their last tensors: if Python has ended, they abort the process
 
 
 def groups_in_turn(rank: int, sizes: tuple[int, ...], folder: Path) -> Iterator[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""The programs of docs/examples run; each says in its first lines which packages it needs."""
+"""The programs of docs/examples run; each says in its first lines which packages it needs, and how many processes."""
 
 from __future__ import annotations
 
@@ -20,19 +20,24 @@ def test_there_are_examples() -> None:
         "timm_model",
         "lightning_two_streams",
         "hugging_face",
+        "fsdp2",
     }
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path: Path, tmp_path: Path) -> None:
-    found = re.search(r"Needs `pip install ([^`]+)`", path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    found = re.search(r"Needs `pip install ([^`]+)`", text)
     for package in found[1].split() if found else ():
         try:
             pytest.importorskip(package)
         except RuntimeError as error:  # timm imports torchvision, which may not fit this torch
             pytest.skip(f"{package}: {error}")
+    launcher = [sys.executable]
+    if processes := re.search(r"Run by `torchrun (--nproc-per-node=\d+)`", text):
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", processes[1]]
     done = subprocess.run(
-        [sys.executable, str(path)],
+        [*launcher, str(path)],
         cwd=tmp_path,
         env=dict(os.environ) | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+SECONDS_FOR_GLOO = 0.2
 
 #: A group with a long timeout, because other processes may wait for hours while one decodes all images.
 _patient_group: dist.ProcessGroup | None = None
@@ -34,6 +36,8 @@ def init_process_group() -> Iterator[None]:
     _patient_group = None
     gc.collect()  # a DDP wrapper in a reference cycle would abort the process if it outlived the group
     dist.destroy_process_group()  # not after an error: other processes may not get here, and torchrun ends them
+    # gloo's threads need the interpreter to free their last tensors. If it has ended, they abort the process.
+    time.sleep(SECONDS_FOR_GLOO)
 
 
 def is_initialized() -> bool:
