@@ -116,6 +116,7 @@ def _record(
     if slot_usage is not None:
         record["slot_usage"] = slot_usage.tolist()
     record |= {"accuracy_per_class": own.per_class(), "train_counts": counts.tolist()}
+    record["test_counts"] = total.tolist()
     return record | trained.method.describe(trained.model.head)
 
 

@@ -59,6 +59,8 @@ def test_scores_are_adjusted_to_another_prior(
     assert found["accuracy"]["overall"] == float((best.indices == features.y_test).double().mean())
     own = classifier.evaluate(features.x_test, features.y_test)
     assert found["accuracy_of"]["not adjusted"] == own.accuracy
+    names = {0.0: "uniform", 0.5: "training to the power 0.5", 1.0: "training"}
+    assert found["assumed_prior"] == names[exponent]
 
 
 def test_a_prior_that_the_scores_assume_changes_nothing(features: Dataset, tmp_path: Path) -> None:
@@ -82,7 +84,7 @@ def test_an_unknown_prior_must_be_named(
     options = ("--data", str(feature_file), "--adjust", "uniform")
     assert "--assumed-prior: expected uniform or training with --adjust" in error_of(capsys, model, *options)
     found = evaluated(capsys, model, feature_file, "--adjust", "uniform", "--assumed-prior", "training")
-    assert found["adjust"] == "uniform"
+    assert (found["adjust"], found["assumed_prior"]) == ("uniform", "training")
     classifier = train.load(model)
     frequencies = features.train_counts / features.train_counts.sum()
     torch.testing.assert_close(classifier.class_bias("uniform", "training"), -frequencies.log())

@@ -124,7 +124,7 @@ def test_unknown_classes_are_refused_or_skipped(
     np.savez(file, x=x, y=y, classes=["emu", *NAMES[1:]])
     error = error_of(capsys, feature_model, "--data", str(file))
     assert "--data: expected classes that the model has, such as ant, red" in error
-    assert "got 1 others: emu (--unknown skip" in error
+    assert "got 1 other: emu (--unknown skip" in error
     capsys.readouterr()
     assert main(["evaluate", str(feature_model), "--data", str(file), *COMMAND, "--unknown", "skip"]) == 0
     printed = capsys.readouterr()

@@ -25,6 +25,7 @@ from ..data.labeled import Labeled, Matched, listed, load_labeled, match
 from ..data.load import is_list
 from ..evaluated import Results, analysis_of
 from ..evaluation.priors import NAMED
+from ..files import check_writable
 from ..options import InvalidData
 from ..report.evaluation import FILES, metrics, write_files
 from ..report.table import print_results
@@ -99,7 +100,7 @@ def evaluate(args: list[str], console: Console) -> int:
     if options.adjust:
         bias = classifier.class_bias(options.adjust, options.assumed_prior)
     if options.out:
-        _check_folder(options.out)
+        _make_folder(options.out)
     data, matched = load_data(options, classifier)
     about = _describe(options, classifier, data, matched)
     for line in (*data.notes, *about):
@@ -113,7 +114,6 @@ def evaluate(args: list[str], console: Console) -> int:
         print_results(console, [results.record], counts, classifier.trained.split_rule)
         say(console, f"expected calibration error: {100 * results.calibration['error']:.1f} %")
     if options.out:
-        options.out.mkdir(exist_ok=True)
         analysis = analysis_of(classifier.trained, matched.x, matched.y, results)
         write_files(options.out, classifier.trained, results, details, analysis, " ".join(about))
         say(messages, f"written to {options.out}")
@@ -183,23 +183,27 @@ def _describe(options: Evaluate, classifier: Classifier, data: Labeled, matched:
     names = classifier.classes
     count = torch.bincount(matched.y, minlength=len(names))
     absent = [names[k] for k in (count == 0).nonzero().flatten().tolist()]
-    kind = "images" if data.is_images else "features"
+    samples = counted(len(matched.y), "image" if data.is_images else "feature vector")
     lines = [
-        f"{options.data}: {len(matched.y):,} {kind} of {len(names) - len(absent):,} of the model's "
+        f"{options.data}: {samples} of {len(names) - len(absent):,} of the model's "
         f"{counted(len(names), 'class', 'classes')}, evaluated with {options.model}."
     ]
     if absent:
         lines.append(f"Classes without samples: {listed(absent)} ({len(absent):,}).")
     if options.adjust:
-        assumed = options.assumed_prior or _assumed(classifier.trained.prior_exponent)
-        lines.append(f"Scores are adjusted from the {assumed} prior to {options.adjust}.")
+        lines.append(
+            f"Scores are adjusted from the prior {_assumed(options, classifier)} to {options.adjust}."
+        )
     return lines
 
 
-def _assumed(exponent: float | None) -> str:
-    """Return the name of the prior that the exponent of a method stands for."""
+def _assumed(options: Evaluate, classifier: Classifier) -> str | None:
+    """Return the name of the prior that the scores are taken to assume; None without --adjust."""
+    if not options.adjust:
+        return None
+    exponent = classifier.trained.prior_exponent
     named = {0.0: "uniform", 1.0: "training"}
-    return named.get(exponent or 0.0, f"training (to the power {exponent:g})")
+    return options.assumed_prior or named.get(exponent or 0.0, f"training to the power {exponent}")
 
 
 def _details(options: Evaluate, classifier: Classifier, matched: Matched) -> dict[str, Any]:
@@ -207,13 +211,14 @@ def _details(options: Evaluate, classifier: Classifier, matched: Matched) -> dic
         "model": str(options.model),
         "data": options.data,
         "adjust": options.adjust or None,
+        "assumed_prior": _assumed(options, classifier),
         "skipped": matched.skipped,
         "classes": classifier.classes,
     }
 
 
-def _check_folder(folder: Path) -> None:
-    """Check that the folder is absent, empty, or one of an earlier evaluation, so that nothing else is overwritten."""
+def _make_folder(folder: Path) -> None:
+    """Make the folder, which must be absent, empty, or one of an earlier evaluation, so that nothing else is overwritten."""
     if not folder.absolute().parent.is_dir():
         raise ConfigError("out", "a folder in an existing folder", str(folder))
     if folder.exists() and not folder.is_dir():
@@ -223,3 +228,8 @@ def _check_folder(folder: Path) -> None:
         if others:
             got = f"{folder}, which has other files: {listed(others)}"
             raise ConfigError("out", "a new folder or one of an earlier evaluation", got)
+    try:
+        folder.mkdir(exist_ok=True)
+        check_writable(folder)
+    except OSError as error:
+        raise ConfigError("out", "a folder that can be written to", f"{folder} ({error.strerror})") from None

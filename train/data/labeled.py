@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import DataConfig
+from ..console import counted
 from .classes import text_of
 from .dataset import Dataset
 from .errors import DataError
@@ -178,5 +179,7 @@ def match(data: Labeled, matcher: ClassMatcher, *, skip_unknown: bool) -> Matche
     if unknown and not (skip_unknown and kept.any()):
         expected = f"classes that the model has, such as {matcher.describe()}"
         advice = "" if skip_unknown else " (--unknown skip leaves their samples out)"
-        raise DataError(f"expected {expected}, got {len(unknown)} others: {listed(unknown)}{advice}")
+        raise DataError(
+            f"expected {expected}, got {counted(len(unknown), 'other')}: {listed(unknown)}{advice}"
+        )
     return Matched(data.x if not unknown else data.x[kept], y[kept], unknown)
