@@ -12,7 +12,8 @@ from torch import Tensor
 from gistops.nn import ConstellationClassifier, SlotUsage
 
 from .data.dataset import Dataset
-from .evaluation.analysis import calibration, confusion, feature_map
+from .evaluation.analysis import calibration, common_slot, feature_map, packed
+from .evaluation.confusions import confusion, examples
 from .evaluation.evaluate import Evaluation, eval_batch_size
 from .evaluation.per_class import ClassScores, Confusions, class_scores, confusions
 from .trained import TrainedModel
@@ -27,7 +28,8 @@ class Results:
     `record` is that of metrics.jsonl after training, with the method, the accuracies of each row of the results table, and the
     accuracy of each class. `calibration` has the expected calibration error, and the mean confidence, the accuracy and the
     size of bins of confidence. `classes` has the scores of each class, and `confusions` the confusion matrix. `predicted` [n] are
-    positions in the model's classes, and `confidence` [n] their probabilities.
+    positions in the model's classes, and `confidence` [n] their probabilities. `common_slot` is the mean of `analysis.common_slot`;
+    None for a head without displacements.
     """
 
     record: dict[str, Any]
@@ -36,6 +38,7 @@ class Results:
     confusions: Confusions
     predicted: Tensor
     confidence: Tensor
+    common_slot: float | None
 
     @property
     def accuracy(self) -> dict[str, float | None]:
@@ -68,7 +71,7 @@ def evaluate_trained(
     usage = SlotUsage(head) if isinstance(head, ConstellationClassifier) else None
     bias = None if class_bias is None else class_bias.to(device)
     predictions: dict[str, list[Tensor]] = {}
-    confidences = []
+    confidences, common = [], []
     size = batch_size or eval_batch_size(num_classes)
     for samples, labels in zip(x.split(size), y.split(size), strict=True):
         features = model.features(samples.to(device))
@@ -77,6 +80,7 @@ def evaluate_trained(
         else:
             logits, slots = head(features, return_slots=True)
             usage.update_slots(slots, labels.to(device))
+            common.append(common_slot(slots).cpu())
         scores = {"": logits} | trained.method.alternative_scores(head, features, logits)
         if bias is not None:
             scores = {"": logits + bias, UNADJUSTED: logits} | {k: v for k, v in scores.items() if k}
@@ -88,6 +92,7 @@ def evaluate_trained(
     confidence = torch.cat(confidences)
     shares = None if usage is None else usage.shares().cpu()
     own = predicted[""]
+    has_displacements = getattr(head, "num_displacements", 0) > 0
     return Results(
         record=_record(trained, y, predicted, shares),
         calibration=calibration(confidence, own == y),
@@ -95,6 +100,7 @@ def evaluate_trained(
         confusions=confusions(y, own, num_classes),
         predicted=own,
         confidence=confidence,
+        common_slot=float(torch.cat(common).mean()) if has_displacements else None,
     )
 
 
@@ -120,11 +126,25 @@ def _record(
     return record | trained.method.describe(trained.model.head)
 
 
-def analysis_of(trained: TrainedModel, x: Tensor, y: Tensor, results: Results) -> dict[str, Any]:
-    """Return the analysis of the predictions for the report page, as training makes it."""
-    data = Dataset(x[:0], y[:0], x, y, trained.class_names, trained.train_counts)
-    return {
+def analysis_of(trained: TrainedModel, data: Dataset, results: Results) -> dict[str, Any]:
+    """Return the analysis of the predictions for the report page, as training makes it.
+
+    Args:
+        trained: the model.
+        data: the evaluated samples, as `as_dataset` returns them.
+        results: their evaluation.
+    """
+    confidence, predicted, rule = results.confidence, results.predicted, trained.split_rule
+    common = {} if results.common_slot is None else {"common_slot": results.common_slot}
+    return common | {
         "calibration": results.calibration,
-        "confusion": confusion(results.predicted, data, trained.split_rule),
+        "confusion": confusion(predicted, data, rule),
+        "examples": examples(confidence, predicted, data, rule),
+        "correct": packed(predicted == data.y_test, data.y_test),
         "map": feature_map(trained.model, data, seed=0),
     }
+
+
+def as_dataset(trained: TrainedModel, x: Tensor, y: Tensor) -> Dataset:
+    """Return samples as the test split of a dataset without training samples, but with their number in each class."""
+    return Dataset(x[:0], y[:0], x, y, trained.class_names, trained.train_counts)

@@ -15,7 +15,11 @@ from PIL import Image
 
 import train
 from train.__main__ import main
+from train.config import DataConfig
 from train.data.dataset import Dataset
+from train.data.load import load
+from train.data.sources.arrays import load_arrays
+from train.evaluated import analysis_of, as_dataset
 
 from .short_runs import FEATURES, IMAGES
 from .test_classifier import save_trained
@@ -34,8 +38,6 @@ def named(feature_arrays: Arrays, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def feature_model(named: Path, tmp_path: Path) -> Path:
-    from train.data.sources.arrays import load_arrays
-
     return save_trained(FEATURES, load_arrays(str(named)), tmp_path / "model.safetensors")
 
 
@@ -89,6 +91,11 @@ def test_the_test_split_has_the_numbers_of_training(
         calibration = trained["analysis"]["calibration"]
         assert found["calibration"]["expected_calibration_error"] == calibration["error"]
         assert [list(row.values()) for row in found["calibration"]["bins"]] == calibration["bins"]
+    classifier = train.load(results["gist"]["model"])
+    loaded = load_arrays(str(data))
+    samples = as_dataset(classifier.trained, loaded.x_test, loaded.y_test)
+    scores = classifier.evaluate(loaded.x_test, loaded.y_test)
+    assert analysis_of(classifier.trained, samples, scores) == results["gist"]["analysis"]
 
 
 def test_arrays_without_training_samples_are_matched_by_name(
@@ -174,9 +181,6 @@ def test_folders_and_lists_have_the_numbers_of_the_arrays(
 def test_a_dataset_of_images_is_loaded_as_in_training(
     tree: Path, cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from train.config import DataConfig
-    from train.data.load import load
-
     held = DataConfig(data=str(tree / "train"), test_data="", hold_out=0.4, image_size=10, cache=cache)
     model = save_trained(IMAGES, load(held), tmp_path / "model.safetensors")
     found = evaluated(capsys, model, tree, "--cache", cache)
@@ -191,8 +195,6 @@ def test_a_dataset_of_images_is_loaded_as_in_training(
 def test_gray_models_take_image_files(
     arrays: Arrays, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from train.data.sources.arrays import load_arrays
-
     gray = {part: x[..., 0] if part[0] == "x" else x for part, x in arrays.items()}
     np.savez(tmp_path / "gray.npz", **gray)
     model = save_trained(IMAGES, load_arrays(str(tmp_path / "gray.npz")), tmp_path / "model.safetensors")
@@ -236,6 +238,7 @@ def test_files_of_an_evaluation(
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "дог" in page
     assert "cat\ncow" not in page
+    assert "Not drawn" not in page
 
 
 def test_wrong_options_are_named(

@@ -23,7 +23,7 @@ from ..console import counted, say
 from ..data.errors import DataError
 from ..data.labeled import Labeled, Matched, listed, load_labeled, match
 from ..data.load import is_list
-from ..evaluated import Results, analysis_of
+from ..evaluated import Results, as_dataset
 from ..evaluation.priors import NAMED
 from ..files import check_writable
 from ..options import InvalidData
@@ -114,8 +114,8 @@ def evaluate(args: list[str], console: Console) -> int:
         print_results(console, [results.record], counts, classifier.trained.split_rule)
         say(console, f"expected calibration error: {100 * results.calibration['error']:.1f} %")
     if options.out:
-        analysis = analysis_of(classifier.trained, matched.x, matched.y, results)
-        write_files(options.out, classifier.trained, results, details, analysis, " ".join(about))
+        samples = as_dataset(classifier.trained, matched.x, matched.y)
+        write_files(options.out, classifier.trained, results, details, samples, " ".join(about))
         say(messages, f"written to {options.out}")
     return 0
 

@@ -27,7 +27,7 @@ def data_record(config: Config, data: Dataset, results: list[Record]) -> Record:
         data: the dataset on the CPU, whose test samples were analyzed.
         results: the results of the methods. The "examples" of their analysis name the test samples that are shown.
     """
-    images = {result["method"]: _pairs(data, result["analysis"]["examples"]) for result in results}
+    images = {result["method"]: example_images(data, result["analysis"]["examples"]) for result in results}
     return {
         "event": "data",
         "data": config.data.data,
@@ -54,7 +54,7 @@ def read_data_record(folder: Path) -> list[Record]:
     return [json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
 
 
-def _pairs(data: Dataset, examples: list[dict[str, int]]) -> list[Record]:
+def example_images(data: Dataset, examples: list[dict[str, int]]) -> list[Record]:
     """Return each example with the image that was classified wrongly and an image of the class that it was taken for."""
     if not data.is_images or data.x_test.shape[1] not in (1, 3):
         return []

@@ -8,9 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..evaluated import Results
+from ..data.dataset import Dataset
+from ..evaluated import Results, analysis_of
 from ..files import write_atomically
 from ..trained import TrainedModel
+from .data_record import example_images
 from .html import write_page
 
 PAGE, CLASSES, CONFUSIONS, METRICS = FILES = ("report.html", "classes.csv", "confusion.csv", "metrics.json")
@@ -38,7 +40,7 @@ def write_files(
     trained: TrainedModel,
     results: Results,
     details: dict[str, Any],
-    analysis: dict[str, Any],
+    data: Dataset,
     about: str,
 ) -> None:
     """Write all files, each as a whole.
@@ -48,18 +50,29 @@ def write_files(
         trained: the model.
         results: its evaluation.
         details: further entries of metrics.json.
-        analysis: the analysis that the page shows, as `evaluated.analysis_of` returns it.
+        data: the evaluated samples, as `evaluated.as_dataset` returns them.
         about: the line below the page's heading.
     """
     text = json.dumps(metrics(results, details), indent=2, ensure_ascii=False) + "\n"
-    # The file of the model does not know the image passes of its training.
-    record = {"event": "result", "images": 0, **results.record, "analysis": analysis}
     write_atomically(folder / METRICS, lambda path: path.write_text(text, encoding="utf-8"))
     _write_csv(folder / CLASSES, _class_rows(trained, results))
     _write_csv(folder / CONFUSIONS, _confusion_rows(trained, results))
-    write_atomically(
-        folder / PAGE, lambda path: write_page(path, {"evaluation": [record]}, "Evaluation", about)
-    )
+    records = {"evaluation": _records(trained, results, data)}
+    write_atomically(folder / PAGE, lambda path: write_page(path, records, "Evaluation", about))
+
+
+def _records(trained: TrainedModel, results: Results, data: Dataset) -> list[dict[str, Any]]:
+    """Return the records of a run that has this evaluation as its result, and whose training is not known."""
+    analysis = analysis_of(trained, data, results)
+    images = {trained.method_name: example_images(data, analysis["examples"])}
+    facts = {
+        "event": "data",
+        "samples": "images" if data.is_images else "features",
+        "class_names": trained.class_names,
+        "split_rule": trained.split_rule,
+        "pairs": images,
+    }
+    return [{"event": "result", **results.record, "analysis": analysis}, facts]
 
 
 def _class_rows(trained: TrainedModel, results: Results) -> Iterable[list[object]]:

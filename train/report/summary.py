@@ -38,7 +38,7 @@ def listed(names: list[str]) -> str:
 
 def _trained(methods: list[TrainedMethod]) -> list[str]:
     sentences = []
-    facts = {method.run: method.data for method in methods if method.data}
+    facts = {method.run: method.data for method in methods if "seed" in method.data}
     datasets = [
         {key: value for key, value in data.items() if key not in ("pairs", "seed", "backbone")}
         for data in facts.values()
@@ -131,7 +131,7 @@ def _few_shot(methods: list[TrainedMethod]) -> Iterator[str]:
 
 
 def _seeds(methods: list[TrainedMethod]) -> Iterator[str]:
-    seeds = {method.data["seed"] for method in methods if method.data}
+    seeds = {method.data["seed"] for method in methods if "seed" in method.data}
     if len(seeds) == 1:
         yield "All of this is from one seed, which says little. Standard errors cover the choice of test samples, not that of the seed: train with other seeds before you rely on a difference."
 
