@@ -33,6 +33,8 @@ from .training.trainer import Diverged
 #: Errors of files and disks that a traceback would not explain better.
 STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 SECONDS_FOR_RANK0 = 5.0
+#: Commands that rank 0 alone runs, in seconds or minutes, and that begin again if they are repeated.
+SHORT = ("report", "doctor", "features", "predict", "export", "evaluate")
 
 
 def main(args: list[str] | None = None) -> int:
@@ -69,16 +71,28 @@ def run(args: list[str]) -> int:
                 if isinstance(error, WriteError)
                 else f"{error.filename or 'the disk'}: {error.strerror}"
             )
-            advice = "the same command with --resume continues from the last checkpoint"
-            report_error(f"{what}; when this is repaired, {advice}")
+            report_error(f"{what}; when this is repaired, {advice_of(args)}")
             return 1
         except Stopped as stopped:
             if not rank():
-                print(f"{stopped}; the same command with --resume continues", file=sys.stderr)
+                print(f"{stopped}; {advice_of(args)}", file=sys.stderr)
             return stopped.exit_code
         except KeyboardInterrupt:
-            report_error("interrupted; the same command with --resume continues from the last checkpoint")
+            report_error(f"interrupted; {advice_of(args)}")
             return 130
+
+
+def advice_of(args: list[str]) -> str:
+    """Return how to go on after a command line that has ended early."""
+    first = args[0] if args else ""
+    how = (
+        "continues"
+        if first == "ablation"
+        else "begins again"
+        if first in SHORT
+        else "with --resume continues"
+    )
+    return f"the same command {how}"
 
 
 def report_error(message: str) -> None:
@@ -99,8 +113,8 @@ def dispatch(args: list[str]) -> int:
     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before", UserWarning)
     if args[:1] == ["ablation"]:
         return ablate(args[1:], console)
-    if rank() and args[:1] in (["report"], ["doctor"], ["features"], ["predict"], ["export"], ["evaluate"]):
-        return 0  # rank 0 alone runs these commands
+    if rank() and args and args[0] in SHORT:
+        return 0
     if args[:1] == ["report"]:
         return compare(args[1:], console)
     if args[:1] == ["export"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,29 @@ def test_wrong_options_are_named(
     ):
         assert error in error_of(capsys, feature_model, *options)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_full_disk_is_named(
+    feature_model: Path,
+    named: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100, limit[1])
+    )  # bytes of a file, which Python reports as an error
+    try:
+        code = main(
+            ["evaluate", str(feature_model), "--data", str(named), *COMMAND, "--out", str(tmp_path / "out")]
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: cannot write {tmp_path / 'out' / 'metrics.json'}: File too large")
+    assert error.endswith("when this is repaired, the same command begins again")
+    assert not any((tmp_path / "out").iterdir())
 
 
 def test_classes_by_name_in_python(feature_model: Path, features: Dataset) -> None:
