@@ -136,7 +136,7 @@ def test_unknown_classes_are_refused_or_skipped(
     capsys.readouterr()
     assert main(["evaluate", str(feature_model), "--data", str(file), *COMMAND, "--unknown", "skip"]) == 0
     printed = capsys.readouterr()
-    assert "left out 20 samples of emu, which the model does not have" in printed.err
+    assert "left out 20 samples of 1 class that the model does not have: emu" in printed.err
     assert "Classes without samples: ant, red (1)." in printed.err
     found = json.loads(printed.out)
     assert (found["skipped"], found["samples"]) == ({"emu": 20}, 80)

@@ -146,9 +146,11 @@ def load_data(options: Evaluate, classifier: Classifier) -> tuple[Labeled, Match
     expected, got = _sample_shape(classifier), list(samples.shape[1:])
     if got != expected:
         raise ConfigError("data", f"samples {expected}, which the model takes", f"{got} in {options.data}")
-    for name, count in matched.skipped.items():
+    if skipped := matched.skipped:
+        left_out = counted(sum(skipped.values()), "sample")
+        classes = counted(len(skipped), "class", "classes")
         warnings.warn(
-            f"left out {counted(count, 'sample')} of {name}, which the model does not have",
+            f"left out {left_out} of {classes} that the model does not have: {listed(skipped)}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -6,6 +6,7 @@ To add a method:
    methods with one stage, `TwoStageMethod` (two_stage.py) for methods whose displacements are added in a second stage.
 2. Add its name to `MethodName` in method_options.py, and to METHODS and TITLES below. Add it to FIRST_STAGES if it differs from
    another method in the second stage only, so that their first stage is trained once.
+3. If the softmax of its logits estimates probabilities, set `prior_exponent` (method.py), for `evaluate --adjust`.
 
 The gradients of GistNet's two streams are routed in `gistops.nn.GistClassifier.losses`.
 """
