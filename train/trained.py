@@ -13,8 +13,10 @@ from .config import Config
 from .data.dataset import Dataset
 from .methods import METHODS
 from .methods.method import Method
-from .model.model import Model, head_of, network_of, read_model_file
+from .model.model import Model, ModelFileError, head_of, network_of, read_model_file
 from .shot_groups import split_classes
+
+HEAD_WEIGHTS = ("head.centers", "head.centroids", "head.weight")  # [K, d], whichever a head has
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class TrainedModel:
     name or id in position k is class k. It is empty in files that do not say so. `train_counts` holds the training samples of each class, [K],
     `shot_groups` the group of each class by `split_rule`: many, medium or few. `image_size` is the height and the width of
     the images before the crop; it is empty if the model takes features. `prior_exponent` is that of `Method`, with the options of training.
+    `sample_shape` is that of a sample: [c, h, w] uint8 or [d].
     """
 
     model: Model
@@ -37,6 +40,7 @@ class TrainedModel:
     split_rule: str
     image_size: list[int]
     prior_exponent: float | None
+    sample_shape: list[int]
 
     @torch.no_grad()
     def scores(self, x: Tensor) -> dict[str, Tensor]:
@@ -73,12 +77,12 @@ def load_trained(path: str | Path) -> TrainedModel:
     `load_model` loads the head for inference alone, also from files of earlier versions.
 
     Raises:
-        ValueError: the file is of an earlier version, which has neither the method nor the random stream's head.
-        ModelFileError: the file is truncated or damaged, or is not from a run.
+        ModelFileError: the file is truncated or damaged, is not from a run, or is of an earlier version, which has neither the
+            method nor the random stream's head.
     """
     description, state = read_model_file(path)
     if "method" not in description:
-        raise ValueError(f"{path}: expected a model file with its method, got one of an earlier version")
+        raise ModelFileError(f"{path} of an earlier version, which does not name its method; train again")
     counts = torch.tensor(description["train_counts"])
     num_displacements = len(state.get("head.displacements", ()))
     config = Config().replace(
@@ -94,6 +98,8 @@ def load_trained(path: str | Path) -> TrainedModel:
     model = Model(*network_of(description, state), head, description["backbone"])
     model.load_state_dict(state)
     names = ("shot_groups", "split_rule", "image_size")
+    num_features = next(state[name].shape[1] for name in HEAD_WEIGHTS if name in state)
+    size = description["image_size"]
     return TrainedModel(
         model=model.eval(),
         method_name=description["method"],
@@ -102,6 +108,7 @@ def load_trained(path: str | Path) -> TrainedModel:
         class_labels=description.get("class_labels", []),
         train_counts=counts,
         prior_exponent=_prior_exponent(description, method),
+        sample_shape=[len(state["normalize.mean"]), *size] if size else [num_features],
         **{name: description[name] for name in names},
     )
 

@@ -134,7 +134,7 @@ def test_a_list_names_images(
 def test_errors_name_the_option(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (empty := tmp_path / "empty").mkdir()
     for args, error in (
-        ([str(empty / "model"), "a.png"], "--model: expected a trained model of images"),
+        ([str(empty / "model"), "a.png"], "--model: expected a trained model, runs/<name>/model-"),
         ([str(model_file), str(empty)], f"--images: expected at least one image file, got none in {empty}"),
         ([str(model_file), "a.png", "--k", "0"], "--k: expected at least 1, got 0"),
         ([str(model_file), "a.png", "--out", str(tmp_path / "no" / "x.csv")], "--out: expected a file in an"),

@@ -15,7 +15,7 @@ from gistops.nn import TwoHeadClassifier
 from train.config import Config
 from train.data.dataset import Dataset
 from train.evaluation.evaluate import evaluate
-from train.model.model import load_model, read_model_file, save_model
+from train.model.model import ModelFileError, load_model, read_model_file, save_model
 from train.trained import describe, load_trained
 from train.training.trainer import Trainer
 
@@ -129,9 +129,7 @@ def test_files_of_earlier_versions_load(features: Dataset, tmp_path: Path) -> No
     safetensors.torch.save_file(earlier, tmp_path / "earlier", metadata)
     models = [load_model(tmp_path / name)[0] for name in ("model", "earlier")]
     assert torch.equal(*(model(features.x_test) for model in models))
-    with pytest.raises(
-        ValueError, match="expected a model file with its method, got one of an earlier version"
-    ):
+    with pytest.raises(ModelFileError, match="earlier of an earlier version, which does not name its method"):
         load_trained(tmp_path / "earlier")
 
 

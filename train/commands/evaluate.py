@@ -29,6 +29,7 @@ from ..files import check_writable
 from ..options import InvalidData
 from ..report.evaluation import FILES, metrics, write_files
 from ..report.table import print_results
+from .model_file import open_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ def evaluate(args: list[str], console: Console) -> int:
     warnings.showwarning = lambda message, *_: say(messages, f"warning: {message}")
     device = DeviceConfig(device=options.device).resolved_device
     check_device(device)
-    classifier = load(options.model).to(device)
+    classifier = open_model("model", options.model, load).to(device)
     bias = None
     if options.adjust:
         bias = classifier.class_bias(options.adjust, options.assumed_prior)
@@ -143,7 +144,7 @@ def load_data(options: Evaluate, classifier: Classifier) -> tuple[Labeled, Match
     except DataError as error:
         raise InvalidData(error) from None
     samples = _with_channels(matched.x, classifier) if is_list(options.data) else matched.x
-    expected, got = _sample_shape(classifier), list(samples.shape[1:])
+    expected, got = classifier.trained.sample_shape, list(samples.shape[1:])
     if got != expected:
         raise ConfigError("data", f"samples {expected}, which the model takes", f"{got} in {options.data}")
     if skipped := matched.skipped:
@@ -157,15 +158,9 @@ def load_data(options: Evaluate, classifier: Classifier) -> tuple[Labeled, Match
     return data, Matched(samples, matched.y, matched.skipped)
 
 
-def _sample_shape(classifier: Classifier) -> list[int]:
-    model: Any = classifier.trained.model
-    size = classifier.trained.image_size
-    return [len(model.normalize.mean), *size] if size else [next(model.head.parameters()).shape[1]]
-
-
 def _with_channels(x: Tensor, classifier: Classifier) -> Tensor:
     """Return decoded images with the model's number of channels: in gray for one."""
-    if _sample_shape(classifier)[0] == x.shape[1]:
+    if classifier.trained.sample_shape[0] == x.shape[1]:
         return x
     images = [image.permute(1, 2, 0).numpy() for image in x]
     return classifier.pixels(images)

@@ -17,7 +17,9 @@ from ..cli import program
 from ..config import ConfigError
 from ..console import say
 from ..files import write_atomically
-from ..model.model import Model, ModelFileError, load_model, read_model_file
+from ..model.model import Model, load_model, read_model_file
+from ..trained import load_trained
+from .model_file import open_model
 
 BATCHES = (2, 5)  # samples in the two checks: the size of the batch is free
 
@@ -38,30 +40,14 @@ def export(args: list[str], console: Console) -> int:
     options = parser.parse_args(args)
     if not options.out.absolute().parent.is_dir():
         raise ConfigError("out", "a file in an existing folder", str(options.out))
-    try:
-        description, state = read_model_file(options.model)
-        model, _ = load_model(options.model)
-    except ModelFileError as error:
-        raise ConfigError("model", error.expected, error.got) from None
-    except OSError as error:
-        raise ConfigError("model", ModelFileError.expected, f"{options.model} ({error})") from None
-    if "image_size" not in description:
-        raise ConfigError(
-            "model", "a model file with its image size", f"{options.model} of an earlier version"
-        )
-    size = description["image_size"]
-    shape = [state["normalize.mean"].shape[0], *size] if size else [_num_features(state)]
+    model, _ = open_model("model", options.model, load_model)
+    shape = open_model("model", options.model, load_trained).sample_shape
+    description, _ = read_model_file(options.model)
     samples = [_random(batch, shape) for batch in BATCHES]
     write = _write_onnx if options.format == "onnx" else _write_program
     write_atomically(options.out, lambda path: write(path, model, samples, json.dumps(description)))
     say(console, f"written to {options.out}, whose logits are those of the model for {BATCHES} samples")
     return 0
-
-
-def _num_features(state: dict[str, Tensor]) -> int:
-    """Return the number of features that a head takes."""
-    names = ("head.centers", "head.centroids", "head.weight")
-    return next(state[name].shape[1] for name in names if name in state)
 
 
 def _random(batch: int, shape: list[int]) -> Tensor:

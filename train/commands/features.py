@@ -23,8 +23,9 @@ from ..data.errors import DataError
 from ..data.load import load
 from ..files import write_atomically
 from ..model.backbones import BackboneError, Timm, make_backbone
-from ..model.model import Model, ModelFileError, Normalize, load_model
+from ..model.model import Model, Normalize, load_model
 from ..options import InvalidData, Sections
+from .model_file import expect_images, open_model
 
 BATCH_SIZE = 500  # as in evaluation, so that the features are bitwise those of the evaluation
 
@@ -92,7 +93,8 @@ def load_network(features: Features, data: Dataset) -> Model:
     if features.weights and features.model.pretrained:
         raise ConfigError("pretrained", "either --weights or --pretrained", "both")
     if features.weights:
-        model = _read_model(features.weights)
+        model, _ = open_model("weights", features.weights, load_model)
+        expect_images("weights", features.weights, model)
         assert isinstance(model.normalize, Normalize)
         if len(model.normalize.mean) != channels:
             expected = f"a network for images with {channels} channels, as in {features.data.data}"
@@ -113,23 +115,6 @@ def load_network(features: Features, data: Dataset) -> Model:
         raise ConfigError("weights", expected, f"neither, so {features.model.backbone} would be untrained")
     if crop_size > side:
         raise ConfigError(option, f"a crop of at most the images' side, {side}", crop_size)
-    return model
-
-
-def _read_model(weights: str) -> Model:
-    try:
-        model, _ = load_model(weights)
-    except BackboneError as error:
-        raise ConfigError("weights", str(error), repr(weights)) from None
-    except ModelFileError as error:
-        raise ConfigError("weights", error.expected, error.got) from None
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        why = str(error).partition("\n")[0]
-        raise ConfigError(
-            "weights", ModelFileError.expected, f"{weights} ({type(error).__name__}: {why})"
-        ) from None
-    if not isinstance(model.normalize, Normalize):
-        raise ConfigError("weights", "a model with a network for images", f"a head alone in {weights}")
     return model
 
 

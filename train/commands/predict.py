@@ -25,7 +25,7 @@ from ..data.errors import DataError
 from ..data.sources.image_files import SUFFIXES, decode
 from ..data.sources.listing import read_listing
 from ..files import write_atomically
-from ..model.model import ModelFileError
+from .model_file import expect_images, open_model
 
 UNREADABLE = 3  # the exit code if a file could not be read
 
@@ -46,7 +46,12 @@ def predict(args: list[str]) -> int:
         raise ConfigError("out", "a file in an existing folder", str(options.out))
     device = DeviceConfig(device=options.device).resolved_device
     check_device(device)
-    classifier = _load(options.model).to(device)
+    classifier = open_model("model", options.model, load)
+    expect_images("model", options.model, classifier.trained.model)
+    shape = classifier.trained.sample_shape
+    if shape[1] != shape[2]:
+        raise ConfigError("model", "a model of square images", f"{options.model}, a model of images {shape}")
+    classifier.to(device)
     k = min(options.k, len(classifier.classes))
     files = [file for source in options.images for file in find_files(source)]
     rows = _rows(classifier, files, k, options.batch_size, options.workers)
@@ -91,16 +96,6 @@ def _parse(args: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--workers", type=int, help="processes that decode (default: one per processor)")
     return parser.parse_args(args)
-
-
-def _load(path: Path) -> Classifier:
-    try:
-        classifier = load(path)
-        _ = classifier.side  # refuses models that do not take image files
-    except (OSError, ValueError) as error:
-        got = error.got if isinstance(error, ModelFileError) else f"{path} ({error})"
-        raise ConfigError("model", "a trained model of images, model-<method>.safetensors", got) from None
-    return classifier
 
 
 def find_files(source: str) -> list[Path]:

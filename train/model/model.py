@@ -209,7 +209,12 @@ def read_model_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
         ) from None
     if "train" not in metadata:
         raise ModelFileError(f"{path}, which no run has written")
-    description: dict[str, Any] = json.loads(metadata["train"])
+    try:
+        description = json.loads(metadata["train"])
+    except ValueError as error:
+        raise ModelFileError(f"{path}, whose description is damaged ({error})") from None
+    if not isinstance(description, dict):
+        raise ModelFileError(f"{path}, whose description is a {type(description).__name__}")
     return description, state
 
 
