@@ -124,7 +124,9 @@ def test_invalid_options_are_refused(
 
     args = f"--recipe features --data {feature_file} --runs {tmp_path} --name head --methods plain {SHORT}"
     assert main(args.split()) == 0
-    refuses("expected a model of images, got", "--weights", str(tmp_path / "head" / "model-plain.safetensors"))
+    refuses(
+        "expected a model of images, got", "--weights", str(tmp_path / "head" / "model-plain.safetensors")
+    )
     small = {"x_train": np.zeros((5, 6, 6, 3), np.uint8), "y_train": np.arange(5)}
     small |= {"x_test": small["x_train"], "y_test": small["y_train"]}
     np.savez(tmp_path / "small.npz", **small)
