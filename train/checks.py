@@ -56,6 +56,7 @@ def problems_of(config: Config, data: Dataset) -> Iterator[ConfigError]:
         _tuning,
         _validation,
         _label_smoothing,
+        _mixing,
         _crop,
         _classes,
         _devices,
@@ -117,6 +118,16 @@ def _validation(config: Config, data: Dataset) -> Iterator[ConfigError]:
 def _label_smoothing(config: Config, data: Dataset) -> Iterator[ConfigError]:
     if config.method.label_smoothing:
         yield from _methods_with(config, data, "smooths_labels", "--label-smoothing")
+
+
+def _mixing(config: Config, data: Dataset) -> Iterator[ConfigError]:
+    """Check that the methods and the samples fit --mixup and --cutmix."""
+    augment = config.augment
+    for name, alpha in (("mixup", augment.mixup), ("cutmix", augment.cutmix)):
+        if alpha:
+            yield from _methods_with(config, data, "mixes_labels", f"--{name}")
+    if augment.cutmix and not data.is_images:
+        yield ConfigError("cutmix", "0 for features, which --mixup can mix", augment.cutmix)
 
 
 def _methods_with(config: Config, data: Dataset, ability: str, option: str) -> Iterator[ConfigError]:

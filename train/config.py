@@ -130,6 +130,13 @@ class AugmentConfig(CropConfig):
     crop_scale: float | None = None
     #: Random changes of brightness, contrast and saturation by up to this fraction.
     color_jitter: float = 0.0
+    #: Mixup: training samples are mixed in pairs, with shares from Beta(ALPHA, ALPHA), and so are the losses of their
+    #: labels. 0 turns it off. Pairs are from one stream of one process and micro-batch. For images and features, and
+    #: for methods whose loss is a mean over samples; lifted, range, fslwf, oltr and lfme are refused.
+    mixup: float = 0.0
+    #: CutMix: a box of each image is replaced by that of another one, and the losses of their labels are mixed by
+    #: area, which is from Beta(ALPHA, ALPHA). With --mixup each step has one of them at random. 0 turns it off.
+    cutmix: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,6 +144,8 @@ class AugmentConfig(CropConfig):
         valid = self.crop_scale is None or 0 < self.crop_scale <= 1
         self._expect("crop_scale", valid, "a fraction, above 0 and at most 1")
         self._expect("color_jitter", 0 <= self.color_jitter <= 1, "a fraction, 0 to 1")
+        for name in ("mixup", "cutmix"):
+            self._expect(name, 0 <= getattr(self, name) < float("inf"), "a finite number, at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ class ClassBalancedFocal(SingleStageMethod):
     the authors' code: one per sample. The method trains on the random stream in one stage.
     """
 
+    mixes_labels = True
     parameters_without_decay = ("bias",)
 
     def __init__(self, config: Config, counts: Tensor) -> None:

@@ -22,6 +22,8 @@ class Focal(SingleStageMethod):
     stream in one stage.
     """
 
+    mixes_labels = True
+
     def losses(
         self, head: nn.Module, features: Tensor, labels: Tensor, num_balanced: int
     ) -> dict[str, Tensor]:

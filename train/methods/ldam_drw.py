@@ -34,6 +34,8 @@ class LdamDrw(SingleStageMethod):
     """
 
     shards_classes = True
+    # The weights of a micro-batch have the same sum for both labels of mixed samples, which are permutations of each other.
+    mixes_labels = True
 
     def __init__(self, config: Config, counts: Tensor) -> None:
         super().__init__(config, counts)

@@ -89,6 +89,8 @@ class Method:
     prior_exponent: float | None = None
     #: Whether --label-smoothing applies: the loss is a cross-entropy of the labels.
     smooths_labels = False
+    #: Whether --mixup and --cutmix apply: the loss is a mean over samples, and a sample's part depends on its label alone.
+    mixes_labels = False
 
     def __init__(self, config: Config, counts: Tensor) -> None:
         self.config, self.counts = config, counts

@@ -28,6 +28,7 @@ class SoftmaxClassifier(SingleStageMethod):
     """
 
     smooths_labels = True
+    mixes_labels = True
 
     def __init__(self, config: Config, counts: Tensor, *, cosine: bool = False, prior: bool = False) -> None:
         super().__init__(config, counts)

@@ -34,6 +34,7 @@ class TwoStageMethod(Method):
 
     shards_classes = True
     smooths_labels = True
+    mixes_labels = True
     transfers_features = False  # whether --transfer-directions applies
     transform: Literal["translation", "rotation", "mlp"] = "translation"
     streams: Literal["both", "balanced"] = "both"  # with --balancing sampling

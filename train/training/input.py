@@ -16,6 +16,7 @@ from ..config import Config
 from ..data.dataset import Dataset
 from ..data.stream.augment import Augmentation
 from ..data.stream.batches import Batches, step_sizes
+from ..data.stream.mixing import Mixing
 from ..data.stream.streams import BalancedStream, RandomStream
 from ..methods import METHODS
 from ..methods.method import Stage
@@ -63,6 +64,7 @@ def make_batches(config: Config, data: Dataset, stage: Stage, number: int, devic
         local_micro_batches(config),
         ahead=device.type != "cpu",  # on the CPU, preparing batches would compete with training
         subset=subset,
+        mixing=Mixing(augment.mixup, augment.cutmix),
     )
 
 

@@ -186,7 +186,7 @@ class Trainer:
             with self._gradient_sync(last=i == len(micro_batches) - 1):
                 with self._autocast():
                     losses = self.training_model(
-                        batch.x, batch.y, batch.num_balanced, batch.transfer_uniforms
+                        batch.x, batch.y, batch.num_balanced, batch.transfer_uniforms, batch.mixed
                     )
                 losses = {name: batch.loss_weights[name] * loss for name, loss in losses.items()}
                 weighted = [self.method.loss_coefficients[name] * loss for name, loss in losses.items()]

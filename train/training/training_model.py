@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..data.stream.mixing import MixedLabels
 from ..methods.method import Method
 from ..model.model import Model
 
@@ -36,18 +37,33 @@ class TrainingModel(nn.Module):
         self.split_batch_norm, self.shared_streams = split_batch_norm, shared_streams
 
     def forward(
-        self, x: Tensor, y: Tensor, num_balanced: int, transfer_uniforms: Tensor
+        self,
+        x: Tensor,
+        y: Tensor,
+        num_balanced: int,
+        transfer_uniforms: Tensor,
+        mixed: MixedLabels | None = None,
     ) -> dict[str, Tensor]:
+        """Return the losses of the samples; those of mixed samples are the means over both labels, by their shares."""
         if self.split_batch_norm and 0 < num_balanced < len(x):
             streams = x.tensor_split([num_balanced])
             features = torch.cat([self.features(stream) for stream in streams])
         else:
             features = self.features(x)
+        labels = [y] if mixed is None else [y, mixed.labels]
         if self.shared_streams:
-            features, y, num_balanced = features.repeat(2, 1), y.repeat(2), len(y)
+            features, num_balanced = features.repeat(2, 1), len(y)
+            labels = [label.repeat(2) for label in labels]
         if self.model.feature_transfer is not None:
             features = self.model.feature_transfer(features, num_balanced, transfer_uniforms)
-        return self.method.training_losses(self.model, x, features, y, num_balanced)
+        losses, *others = (
+            self.method.training_losses(self.model, x, features, label, num_balanced) for label in labels
+        )
+        if mixed is None:
+            return losses
+        return {
+            name: torch.lerp(others[0][name], loss, mixed.share.to(loss)) for name, loss in losses.items()
+        }
 
 
 class CompiledFeatures:

@@ -54,7 +54,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize("method", ["gist", "cos-balanced-softmax"])
-@pytest.mark.parametrize("way", [{}, {"accumulate": 2}, {"precision": "bf16"}])
+@pytest.mark.parametrize("way", [{}, {"accumulate": 2}, {"precision": "bf16"}, {"mixup": 0.5}])
 def test_held_steps_are_the_eager_ones(way: dict[str, Any], method: str, features: Dataset) -> None:
     config = CONFIG.replace(**way)
     eager, held, recorder = Trainer(method, config, features), Trainer(method, config, features), Recorder()

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from .augment import NUM_UNIFORMS, Augmentation
+from .mixing import MixedLabels, Mixing, partners_of
 from .streams import BalancedStream, RandomStream
 
 #: The draw of one step, as a checkpoint stores it: indices [n], the first num_balanced [] of them from the balanced stream,
-#: numbers [n, NUM_UNIFORMS] for the augmentation, and transfer_uniforms [n]. The random numbers are uniform in [0, 1).
+#: numbers [n, NUM_UNIFORMS] for the augmentation, and transfer_uniforms [n], all uniform in [0, 1). With mixup or CutMix also
+#: mix_keys [n], whose order within a micro-batch is that of its partners, and mix_numbers from `Mixing.draw`.
 StepDraw = dict[str, Tensor]
 
 
@@ -26,17 +28,24 @@ class MicroBatchDraw:
     transfer_uniforms: Tensor  # [b]
     num_balanced: int
     loss_weights: dict[str, float]
+    mixing: tuple[
+        Tensor, ...
+    ] = ()  # partners [b] and numbers [4] for `Mixing`; empty without mixup and CutMix
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.indices, self.augment_uniforms, self.transfer_uniforms
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.indices, self.augment_uniforms, self.transfer_uniforms, *self.mixing
 
     def with_tensors(
-        self, indices: Tensor, augment_uniforms: Tensor, transfer_uniforms: Tensor
+        self, indices: Tensor, augment_uniforms: Tensor, transfer_uniforms: Tensor, *mixing: Tensor
     ) -> MicroBatchDraw:
         """Return the draw with other tensors of the same shapes."""
         return replace(
-            self, indices=indices, augment_uniforms=augment_uniforms, transfer_uniforms=transfer_uniforms
+            self,
+            indices=indices,
+            augment_uniforms=augment_uniforms,
+            transfer_uniforms=transfer_uniforms,
+            mixing=mixing,
         )
 
     def to(self, device: torch.device) -> MicroBatchDraw:
@@ -54,13 +63,16 @@ class MicroBatch:
     loss_weights: dict[str, float]
     #: One random number per sample, uniform in [0, 1), [b]: selects the direction of a feature transfer.
     transfer_uniforms: Tensor
+    #: The second labels of samples that are mixed.
+    mixed: MixedLabels | None = None
 
 
 class Batches:
     """An endless sequence of steps, each with samples of both streams, split into micro-batches.
 
     A step is split into world size × accumulate micro-batches with equal numbers of samples of each stream. Each process
-    materializes its own micro-batches. The draws do not depend on the split.
+    materializes its own micro-batches. The draws do not depend on the split, but with mixup or CutMix the pairs do: both
+    samples of a pair are in the same stream of the same micro-batch.
 
     Args:
         x: samples [n, …], on the device or the CPU.
@@ -69,11 +81,12 @@ class Batches:
         balanced: the balanced stream.
         sizes: for each step of an epoch, the numbers of samples from the balanced and the random stream. Repeats.
         augment: the augmentation of images, on the device.
-        generator: draws the random numbers of the augmentation.
+        generator: draws the random numbers of the augmentation and the mixing.
         transfer_generator: draws `MicroBatch.transfer_uniforms`. It is separate, so that they do not change other draws.
         micro_batches: the indices of this process's micro-batches, and the number of all micro-batches of a step.
         ahead: prepare the next step in a thread while the current one is in use. The draws are the same.
         subset: the indices of the samples that the streams draw from; all samples if None.
+        mixing: the mixing of samples after the augmentation, or None.
     """
 
     def __init__(
@@ -89,10 +102,12 @@ class Batches:
         micro_batches: tuple[range, int] = (range(1), 1),
         ahead: bool = False,
         subset: Tensor | None = None,
+        mixing: Mixing | None = None,
     ) -> None:
         self.subset = subset
         self.x, self.y, self.random, self.balanced, self.sizes = x, y, random, balanced, sizes
-        self.augment, self.generator, self.transfer_generator = augment, generator, transfer_generator
+        self.augment, self.mixing = augment, mixing or Mixing()
+        self.generator, self.transfer_generator = generator, transfer_generator
         self.local_indices, self.num_micro_batches = micro_batches
         self._executor = ThreadPoolExecutor(1) if ahead else None
         self._pending: tuple[StepDraw, Future[list[MicroBatch]] | None] | None = None
@@ -117,13 +132,10 @@ class Batches:
         device = self.y.device
         on_device = draw.to(device)
         x = self.x[on_device.indices] if self.x.device == device else to_device(self.x[draw.indices], device)
-        return MicroBatch(
-            self.augment(x, on_device.augment_uniforms),
-            self.y[on_device.indices],
-            draw.num_balanced,
-            draw.loss_weights,
-            on_device.transfer_uniforms,
-        )
+        x, y, mixed = self.augment(x, on_device.augment_uniforms), self.y[on_device.indices], None
+        if draw.mixing:
+            x, mixed = self.mixing(x, y, *on_device.mixing)
+        return MicroBatch(x, y, draw.num_balanced, draw.loss_weights, on_device.transfer_uniforms, mixed)
 
     def _next_draw(self) -> StepDraw:
         """Return the pending draw, which was prepared ahead or comes from a checkpoint, or a new one."""
@@ -137,12 +149,16 @@ class Batches:
         self._drawn += 1
         indices = torch.cat([self.balanced.take(num_balanced), self.random.take(num_random)])
         indices = indices if self.subset is None else self.subset[indices]
-        return {
+        draw = {
             "indices": indices,
             "numbers": torch.rand(len(indices), NUM_UNIFORMS, generator=self.generator),
             "transfer_uniforms": self._transfer_uniforms(len(indices)),
             "num_balanced": torch.tensor(num_balanced),
         }
+        if self.mixing:
+            draw["mix_keys"] = torch.rand(len(indices), generator=self.generator)
+            draw["mix_numbers"] = self.mixing.draw(self.generator)
+        return draw
 
     def _transfer_uniforms(self, count: int) -> Tensor:
         return torch.rand(count, generator=self.transfer_generator)
@@ -179,6 +195,7 @@ class Batches:
             draw["transfer_uniforms"][rows],
             local_balanced,
             loss_weights,
+            (partners_of(draw["mix_keys"][rows], local_balanced), draw["mix_numbers"]) if self.mixing else (),
         )
 
     def micro_batch_sizes(self, step: int = 0) -> list[tuple[int, int]]:
