@@ -12,8 +12,7 @@ from torch import Tensor
 from gistops.nn import ConstellationClassifier, SlotUsage
 
 from .data.dataset import Dataset
-from .evaluation.analysis import calibration, common_slot, feature_map, packed
-from .evaluation.confusions import confusion, examples
+from .evaluation.analysis import calibration, common_slot, feature_map, predictions
 from .evaluation.evaluate import Evaluation, eval_batch_size
 from .evaluation.per_class import ClassScores, Confusions, class_scores, confusions
 from .trained import TrainedModel
@@ -134,15 +133,9 @@ def analysis_of(trained: TrainedModel, data: Dataset, results: Results) -> dict[
         data: the evaluated samples, as `as_dataset` returns them.
         results: their evaluation.
     """
-    confidence, predicted, rule = results.confidence, results.predicted, trained.split_rule
     common = {} if results.common_slot is None else {"common_slot": results.common_slot}
-    return common | {
-        "calibration": results.calibration,
-        "confusion": confusion(predicted, data, rule),
-        "examples": examples(confidence, predicted, data, rule),
-        "correct": packed(predicted == data.y_test, data.y_test),
-        "map": feature_map(trained.model, data, seed=0),
-    }
+    found = predictions(results.confidence, results.predicted, data, trained.split_rule)
+    return common | found | {"map": feature_map(trained.model, data, seed=0)}
 
 
 def as_dataset(trained: TrainedModel, x: Tensor, y: Tensor) -> Dataset:

@@ -84,9 +84,17 @@ def write_report(
     An error in them, but for that of a disk, is a warning: the models are trained.
     """
     titled = {TITLES[result["method"]]: result for result in results}
-    about = f"{describe_data(config, data)}. torch {torch.__version__}."
+    about = f"Trained with torch {torch.__version__} on {config.runtime.resolved_device}."
     try:
-        details = json.dumps(data_record(config, data, results))
+        facts = data_record(
+            data,
+            results,
+            name=config.data.data,
+            split_rule=config.run.split_rule,
+            backbone=config.model.backbone,
+            seed=config.run.seed,
+        )
+        details = json.dumps(facts)
         folder.write(DATA_RECORD, lambda path: path.write_text(details, encoding="utf-8"))
         if drawn := figures.accuracy_by_size(titled):
             folder.write("accuracy.png", lambda path: path.write_bytes(drawn))

@@ -33,21 +33,33 @@ def analyze(model: Model, data: Dataset, rule: str, seed: int) -> dict[str, Any]
     model.eval()
     confidence, predicted, common = (_top_classes if is_sharded(model.head) else _predictions)(model, data)
     result: dict[str, Any] = {} if common is None else {"common_slot": common}
-    result |= {
-        "calibration": calibration(confidence, predicted == data.y_test),
-        "confusion": confusion(predicted, data, rule),
-        "examples": examples(confidence, predicted, data, rule),
-        "correct": packed(predicted == data.y_test, data.y_test),
-        "map": feature_map(model, data, seed),
-    }
+    result |= predictions(confidence, predicted, data, rule) | {"map": feature_map(model, data, seed)}
     model.train()
     return result
+
+
+def predictions(confidence: Tensor, predicted: Tensor, data: Dataset, rule: str) -> dict[str, Any]:
+    """Return the part of the analysis that needs the predictions alone.
+
+    Args:
+        confidence: the probability of the predicted class of each test sample, [n].
+        predicted: the predicted class, [n].
+        data: the dataset.
+        rule: the rule of the groups of classes.
+    """
+    correct = predicted == data.y_test
+    return {
+        "calibration": calibration(confidence, correct),
+        "confusion": confusion(predicted, data, rule),
+        "examples": examples(confidence, predicted, data, rule),
+        "correct": packed(correct, data.y_test),
+    }
 
 
 def _predictions(model: Model, data: Dataset) -> tuple[Tensor, Tensor, float | None]:
     """Return the probability [n] of the predicted class and the class, of each test sample; and the mean common slot."""
     device = next(model.parameters()).device
-    confidences, predictions, common = [], [], []
+    confidences, classes, common = [], [], []
     has_displacements = isinstance(model.head, ConstellationClassifier) and model.head.num_displacements > 0
     for samples in data.x_test.split(eval_batch_size(data.num_classes)):
         if has_displacements:
@@ -57,24 +69,24 @@ def _predictions(model: Model, data: Dataset) -> tuple[Tensor, Tensor, float | N
             logits = model(samples.to(device))
         best = logits.softmax(1).max(1)
         confidences.append(best.values.cpu())
-        predictions.append(best.indices.cpu())
+        classes.append(best.indices.cpu())
     mean = float(torch.cat(common).mean()) if has_displacements else None
-    return torch.cat(confidences), torch.cat(predictions), mean
+    return torch.cat(confidences), torch.cat(classes), mean
 
 
 def _top_classes(model: Model, data: Dataset) -> tuple[Tensor, Tensor, float | None]:
     """Return `_predictions` of a sharded head, by the top class. Each process takes a part of the samples."""
     head: Any = model.head
-    confidences, predictions, common = [], [], []
+    confidences, classes, common = [], [], []
     for features, _ in own_features(model, data.x_test, data.y_test):
         top = head.predict_topk(features, 1)
         confidences.append(top.probabilities[:, 0])
-        predictions.append(top.classes[:, 0])
+        classes.append(top.classes[:, 0])
         if head.num_displacements:
             common.append(common_slots(features, head).cpu())
     mean = float(torch.cat(common).mean()) if common else None
     confidence, predicted = (
-        torch.cat(distributed.all_gather_rows(torch.cat(parts))).cpu() for parts in (confidences, predictions)
+        torch.cat(distributed.all_gather_rows(torch.cat(parts))).cpu() for parts in (confidences, classes)
     )
     return confidence, predicted, mean
 

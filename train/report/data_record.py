@@ -11,7 +11,6 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ..config import Config
 from ..data.dataset import Dataset
 
 Record = dict[str, Any]
@@ -19,28 +18,29 @@ FILE = "report.json"
 MAX_SIDE = 96  # pixels of the longer side of an image
 
 
-def data_record(config: Config, data: Dataset, results: list[Record]) -> Record:
+def data_record(
+    data: Dataset, results: list[Record], *, name: str, split_rule: str, **training: str | int
+) -> Record:
     """Return the record, with the event "data".
 
     Args:
-        config: the options of the run.
         data: the dataset on the CPU, whose test samples were analyzed.
         results: the results of the methods. The "examples" of their analysis name the test samples that are shown.
+        name: what the user calls the data.
+        split_rule: the rule of the groups of classes.
+        training: the backbone and the seed of the training, if they are known.
     """
-    images = {result["method"]: example_images(data, result["analysis"]["examples"]) for result in results}
     return {
         "event": "data",
-        "data": config.data.data,
+        "data": name,
         "samples": "images" if data.is_images else "features",
-        "shape": data.sample_shape,
         "train": len(data.y_train),
         "validation": 0 if data.y_val is None else len(data.y_val),
         "test": len(data.y_test),
         "class_names": data.class_names,
-        "split_rule": config.run.split_rule,
-        "backbone": config.model.backbone,
-        "seed": config.run.seed,
-        "pairs": images,
+        "split_rule": split_rule,
+        "pairs": {result["method"]: _pairs(data, result) for result in results},
+        **training,
     }
 
 
@@ -54,8 +54,9 @@ def read_data_record(folder: Path) -> list[Record]:
     return [json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
 
 
-def example_images(data: Dataset, examples: list[dict[str, int]]) -> list[Record]:
+def _pairs(data: Dataset, result: Record) -> list[Record]:
     """Return each example with the image that was classified wrongly and an image of the class that it was taken for."""
+    examples = result.get("analysis", {}).get("examples", [])  # results of early versions have none
     if not data.is_images or data.x_test.shape[1] not in (1, 3):
         return []
     return [

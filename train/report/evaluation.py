@@ -12,7 +12,7 @@ from ..data.dataset import Dataset
 from ..evaluated import Results, analysis_of
 from ..files import write_atomically
 from ..trained import TrainedModel
-from .data_record import example_images
+from .data_record import data_record
 from .html import write_page
 
 PAGE, CLASSES, CONFUSIONS, METRICS = FILES = ("report.html", "classes.csv", "confusion.csv", "metrics.json")
@@ -57,22 +57,11 @@ def write_files(
     write_atomically(folder / METRICS, lambda path: path.write_text(text, encoding="utf-8"))
     _write_csv(folder / CLASSES, _class_rows(trained, results))
     _write_csv(folder / CONFUSIONS, _confusion_rows(trained, results))
-    records = {"evaluation": _records(trained, results, data)}
+    # The record of a run that has this evaluation as its result, and whose training is not known.
+    record = {"event": "result", **results.record, "analysis": analysis_of(trained, data, results)}
+    facts = data_record(data, [record], name=details["data"], split_rule=trained.split_rule)
+    records = {"evaluation": [facts, record]}
     write_atomically(folder / PAGE, lambda path: write_page(path, records, "Evaluation", about))
-
-
-def _records(trained: TrainedModel, results: Results, data: Dataset) -> list[dict[str, Any]]:
-    """Return the records of a run that has this evaluation as its result, and whose training is not known."""
-    analysis = analysis_of(trained, data, results)
-    images = {trained.method_name: example_images(data, analysis["examples"])}
-    facts = {
-        "event": "data",
-        "samples": "images" if data.is_images else "features",
-        "class_names": trained.class_names,
-        "split_rule": trained.split_rule,
-        "pairs": images,
-    }
-    return [{"event": "result", **results.record, "analysis": analysis}, facts]
 
 
 def _class_rows(trained: TrainedModel, results: Results) -> Iterable[list[object]]:

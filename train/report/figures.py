@@ -149,7 +149,7 @@ def reliability(calibration: Record) -> bytes:
         label = f"this model; expected calibration error {100 * calibration['error']:.1f} %"
         axes.plot(confidence, accuracy, marker="o", label=label)
 
-    return render(draw, 4.2, 3.6, xlabel="confidence", ylabel="accuracy")
+    return render(draw, 6.0, 4.7, xlabel="confidence", ylabel="accuracy")
 
 
 def feature_map(mapped: Record) -> bytes | None:
@@ -177,4 +177,4 @@ def feature_map(mapped: Record) -> bytes | None:
         axes.set_xticks([])
         axes.set_yticks([])
 
-    return render(draw, 7.0, 5.5)
+    return render(draw, 6.0, 4.7)

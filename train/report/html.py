@@ -40,11 +40,11 @@ TEMPLATE = jinja2.Environment(
 CAPTIONS = {
     "accuracy by size": "Accuracy of each class over its number of training samples. Lines: means of tenths of the classes",
     "losses": "Training loss, mean of each epoch",
-    "accuracies": "Accuracy on the validation split, or on the test split if there is none. Nothing is selected by it",
+    "accuracies": "Accuracy after evaluated epochs, of all samples and as the mean of the classes of each group",
     "slot usage": "Share of samples that each slot of their own class wins; of about 1,000 samples after epochs without evaluation",
-    "norms": "Norms of centers and displacements; temperatures",
-    "reliability": "Calibration on the test split",
-    "feature map": "t-SNE of unit test features. Stars: centers. Crosses: displaced centers",
+    "norms": "Norms of centers w and displacements δ, and temperatures τ",
+    "reliability": "Calibration on the test split: accuracy over the predicted probability. Below the dashed line the model is too confident",
+    "feature map": "Map of test samples: those that the network finds alike are close (t-SNE of unit features). Stars: centers. Crosses: displaced centers",
 }
 
 

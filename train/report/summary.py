@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from ..console import counted
 from .differences import Difference, difference, difference_of_group, standard_error
 from .table import percent
-from .trained import TrainedMethod
+from .trained import Record, TrainedMethod
 
 UNUSED = 0.01  # share of samples below which a slot counts as unused
 COMMON = 0.95  # share of classes with one best slot above which slots hardly change the predictions
@@ -28,7 +29,7 @@ class Summary:
 def summarize(methods: list[TrainedMethod]) -> Summary:
     """Summarize the methods of all runs of a page, of which there is at least one."""
     worries = [*_worries_of_data(methods), *(worry for method in methods for worry in _worries(method))]
-    return Summary(_trained(methods), [*_outcome(methods), *_seeds(methods)], worries)
+    return Summary(list(_trained(methods)), [*_outcome(methods), *_seeds(methods)], worries)
 
 
 def listed(names: list[str]) -> str:
@@ -36,34 +37,41 @@ def listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _trained(methods: list[TrainedMethod]) -> list[str]:
-    sentences = []
-    facts = {method.run: method.data for method in methods if "seed" in method.data}
-    datasets = [
-        {key: value for key, value in data.items() if key not in ("pairs", "seed", "backbone")}
-        for data in facts.values()
-    ]
-    if datasets and all(data == datasets[0] for data in datasets):
-        data, counts = datasets[0], methods[0].result["train_counts"]
-        sentences.append(
-            f"The training data is {data['data']}: {data['train']:,} {data['samples']} in "
-            f"{counted(len(counts), 'class', 'classes')}. The largest class has {max(counts):,} {data['samples']}, "
-            f"the smallest {min(counts):,}. The test set has {data['test']:,}."
+def _trained(methods: list[TrainedMethod]) -> Iterator[str]:
+    facts = list({method.run: method.data for method in methods if method.data}.values())
+    if facts and all(_dataset(data) == _dataset(facts[0]) for data in facts):
+        yield _sentence_on_data(facts[0], methods[0].result["train_counts"])
+    backbones = sorted({data["backbone"] for data in facts if "backbone" in data})
+    seeds = sorted({data["seed"] for data in facts if "seed" in data})
+    if backbones and seeds:
+        yield (
+            f"{'Backbones' if len(backbones) > 1 else 'Backbone'} {listed(backbones)}, "
+            f"{'seeds' if len(seeds) > 1 else 'seed'} {listed([str(seed) for seed in seeds])}."
         )
-    if facts:
-        backbones = sorted({data["backbone"] for data in facts.values()})
-        seeds = sorted({data["seed"] for data in facts.values()})
-        sentences.append(
-            f"{'Backbones' if len(backbones) > 1 else 'The backbone'}: {listed(backbones)}. "
-            f"{'Seeds' if len(seeds) > 1 else 'The seed'}: {listed([str(seed) for seed in seeds])}."
+
+
+def _dataset(data: Record) -> tuple[Any, ...]:
+    return tuple(data[key] for key in ("data", "samples", "train", "validation", "test", "class_names"))
+
+
+def _sentence_on_data(data: Record, counts: list[int]) -> str:
+    kind, classes = data["samples"], counted(len(counts), "class", "classes")
+    sizes = f"{max(counts):,} training samples in the largest class and {min(counts):,} in the smallest"
+    if not data["train"]:  # a trained model was evaluated
+        return (
+            f"Evaluated on {data['data']}, {data['test']:,} {kind}. The model knows {classes}, with {sizes}."
         )
-    return sentences
+    validation = f"{data['validation']:,}" if data["validation"] else "none"
+    return (
+        f"Trained on {data['data']}: {data['train']:,} {kind} of {classes}, with {sizes}. "
+        f"{data['test']:,} {kind} are for testing, {validation} for validation."
+    )
 
 
 def _outcome(methods: list[TrainedMethod]) -> Iterator[str]:
     ranked = sorted(methods, key=lambda method: -method.result["accuracy"]["overall"])
     best = ranked[0]
-    yield from _overall(ranked)
+    yield _overall(ranked)
     yield from _few_shot(methods)
     others = [
         (accuracy["overall"], f"{method.name}: {way}")
@@ -73,29 +81,36 @@ def _outcome(methods: list[TrainedMethod]) -> Iterator[str]:
     if others:
         highest, name = max(others)
         if highest > best.result["accuracy"]["overall"] + (standard_error(best.result) or 0):
-            yield f"Another way to use a trained model has a higher overall accuracy: {name}, {percent(highest)} %."
+            yield f"Another use of a trained model has a higher overall accuracy: {name}, {percent(highest)} %."
 
 
-def _overall(ranked: list[TrainedMethod]) -> Iterator[str]:
-    best, error = ranked[0], standard_error(ranked[0].result)
+def _overall(ranked: list[TrainedMethod]) -> str:
+    best = ranked[0]
     samples = best.data.get("samples", "samples")
-    accuracy = percent(best.result["accuracy"]["overall"])
+    accuracies = [f"{percent(method.result['accuracy']['overall'])} %" for method in ranked]
     if len(ranked) == 1:
+        error = standard_error(best.result)
         margin = f" (standard error {100 * error:.1f})" if error is not None else ""
-        yield f"{best.name} classifies {accuracy} % of the test {samples} correctly{margin}."
-        return
-    gaps = [difference(best.result, other.result, same_samples=best.run == other.run) for other in ranked[1:]]
-    equal = [
-        other.name
-        for other, gap in zip(ranked[1:], gaps, strict=True)
-        if gap is not None and not gap.is_clear
+        return f"{best.name} classifies {accuracies[0]} of the test {samples} correctly{margin}."
+    gaps = [difference(best.result, other.result, best.run == other.run) for other in ranked[1:]]
+    # The best method itself, and those that are not clearly worse.
+    equal = [(best, accuracies[0])]
+    equal += [
+        (method, accuracy)
+        for method, accuracy, gap in zip(ranked[1:], accuracies[1:], gaps, strict=True)
+        if not _is_clear(gap, accuracy != accuracies[0])
     ]
-    second, gap = ranked[1], gaps[0]
-    against = f"{accuracy} % of the test {samples} correctly, {second.name} {percent(second.result['accuracy']['overall'])} %"
-    if equal:
-        yield f"{listed([best.name, *equal])} do equally well on all test {samples}: their differences are smaller than the standard error. {best.name} classifies {accuracy} % correctly."
-    else:
-        yield f"{best.name} has the highest overall accuracy: it classifies {against}.{_lead(gap)}"
+    if len(equal) > 1:
+        names = listed([f"{method.name} ({accuracy})" for method, accuracy in equal])
+        return f"No method is clearly best overall: the shares of correct test {samples} of {names} differ by less than the standard error."
+    return (
+        f"Best overall: {best.name}. It classifies {accuracies[0]} of the test {samples} correctly, "
+        f"{ranked[1].name} {accuracies[1]}.{_lead(gaps[0])}"
+    )
+
+
+def _is_clear(gap: Difference | None, differs: bool) -> bool:
+    return differs if gap is None else gap.is_clear
 
 
 def _lead(gap: Difference | None) -> str:
@@ -107,41 +122,38 @@ def _lead(gap: Difference | None) -> str:
 
 
 def _few_shot(methods: list[TrainedMethod]) -> Iterator[str]:
-    """Compare methods on few-shot classes, if all have the same classes."""
+    """Compare methods on few-shot classes, if all have the same classes and some of these were tested."""
     groups = [method.group_of_classes for method in methods]
+    scored = [(method.result["accuracy"]["few"], method) for method in methods]
     if len(methods) < 2 or groups[0] is None or any(group != groups[0] for group in groups):
         return
-    few = [group == "few" for group in groups[0]]
-    scored = [
-        (method.result["accuracy"]["few"], method)
-        for method in methods
-        if method.result["accuracy"]["few"] is not None
-    ]
-    if len(scored) < 2:
+    if any(accuracy is None for accuracy, _ in scored):
         return
+    few = [group == "few" for group in groups[0]]
     (highest, best), (second, other) = sorted(scored, key=lambda pair: -pair[0])[:2]
     gap = difference_of_group(best.result, other.result, few)
     most = max(count for count, member in zip(best.result["train_counts"], few, strict=True) if member)
-    where = f"On the {counted(sum(few), 'few-shot class', 'few-shot classes')} (at most {counted(most, 'training sample')})"
-    numbers = f"{percent(highest)} % against {percent(second)} %"
-    if gap is not None and not gap.is_clear:
-        yield f"{where} the two best, {best.name} and {other.name}, do equally well: {numbers}."
+    count = counted(sum(few), "few-shot class", "few-shot classes")
+    where = f"the {count} (at most {counted(most, 'training sample')})"
+    if _is_clear(gap, highest > second):
+        chance = _lead(gap) if gap else " One class says little."
+        yield f"Best on {where}: {best.name}, with {percent(highest)} % against {percent(second)} % of {other.name}.{chance}"
     else:
-        yield f"{where} {best.name} is best: {numbers} of {other.name}.{_lead(gap)}"
+        yield f"No method is clearly best on {where}: {best.name} has {percent(highest)} %, {other.name} {percent(second)} %."
 
 
 def _seeds(methods: list[TrainedMethod]) -> Iterator[str]:
-    seeds = {method.data["seed"] for method in methods if "seed" in method.data}
+    seeds = {method.data.get("seed") for method in methods} - {None}
     if len(seeds) == 1:
-        yield "All of this is from one seed, which says little. Standard errors cover the choice of test samples, not that of the seed: train with other seeds before you rely on a difference."
+        yield "All models are from one seed (one random start), which says little: standard errors cover the choice of test samples, not that of the seed. Train with other seeds before you rely on a difference."
 
 
 def _worries_of_data(methods: list[TrainedMethod]) -> Iterator[str]:
     if any(epoch.get("split") == "test" for method in methods for epoch in method.epochs):
-        yield "There is no validation split: the curves show the test samples. Do not choose options or epochs by these numbers. --hold-out 0.1 makes a validation split."
-    untested = [method.result["test_counts"].count(0) for method in methods if method.classes]
-    if untested and max(untested):
-        yield f"{counted(max(untested), 'class has', 'classes have')} no test samples, so nothing is known about them."
+        yield "There is no validation split, so the curves show the test samples. Do not choose options or epochs by these numbers. --hold-out 0.1 makes a validation split."
+    untested = max((method.result["test_counts"].count(0) for method in methods if method.classes), default=0)
+    if untested:
+        yield f"{counted(untested, 'class has', 'classes have')} no test samples: nothing is known about them."
 
 
 def _worries(method: TrainedMethod) -> Iterator[str]:
@@ -151,18 +163,19 @@ def _worries(method: TrainedMethod) -> Iterator[str]:
         few = [a for a, g in zip(result["accuracy_per_class"], groups, strict=True) if g == "few"]
         tested = [accuracy for accuracy in few if accuracy is not None]
         if zero := tested.count(0):
-            yield f"{name} recognizes no test sample of {zero:,} of {counted(len(tested), 'few-shot class', 'few-shot classes')}."
-    unused = [j for j, share in enumerate(result.get("slot_usage", [])) if j and share < UNUSED]
+            of = counted(len(tested), "few-shot class", "few-shot classes")
+            yield f"{name}: not one test sample of {zero:,} of {of} is classified correctly."
+    unused = [f"δ{j}" for j, share in enumerate(result.get("slot_usage", [])) if j and share < UNUSED]
     if unused:
-        slots = listed([f"δ{j}" for j in unused])
-        yield f"{name} hardly uses {slots}: {'it wins' if len(unused) == 1 else 'each wins'} less than {100 * UNUSED:.0f} % of the test samples."
+        slots = f"slot {unused[0]} is" if len(unused) == 1 else f"slots {listed(unused)} are"
+        yield f"{name}: {slots} hardly used, for less than {100 * UNUSED:.0f} % of the test samples."
     analysis = result.get("analysis", {})
-    if (common := analysis.get("common_slot")) and common > COMMON:
-        yield f"The slots of {name} hardly change its predictions: {100 * common:.0f} % of all classes have the same best slot for a sample."
+    if (common := analysis.get("common_slot", 0)) > COMMON:
+        yield f"{name}: the slots hardly change the predictions, because {100 * common:.0f} % of the classes have the same best slot for a sample."
     if analysis and (error := analysis["calibration"]["error"]) > MISCALIBRATED:
-        yield f"The probabilities of {name} are not to be trusted: {_calibration(analysis['calibration']['bins'], error)}."
+        yield f"{name}: do not trust the probabilities. {_calibration(analysis['calibration']['bins'], error)}"
     if rise := _rise(method):
-        yield f"The loss of {name} rose by {100 * rise:.0f} % over the last three epochs."
+        yield f"{name}: the training loss rose by {100 * rise:.0f} % over the last three epochs."
 
 
 def _calibration(bins: list[list[float]], error: float) -> str:
@@ -170,8 +183,8 @@ def _calibration(bins: list[list[float]], error: float) -> str:
     confidence = sum(mean * count for mean, _, count in bins) / n
     accuracy = sum(mean * count for _, mean, count in bins) / n
     return (
-        f"its mean confidence is {100 * confidence:.0f} %, its accuracy {100 * accuracy:.0f} % "
-        f"(expected calibration error {100 * error:.0f} %)"
+        f"Their mean is {100 * confidence:.0f} %, while {100 * accuracy:.0f} % of the predictions are correct "
+        f"(expected calibration error {100 * error:.0f} %)."
     )
 
 

@@ -21,7 +21,7 @@ class TrainedMethod:
     run: str
     result: Record
     epochs: list[Record]
-    data: Record  # see data_record.py; empty for runs of early versions, and without the training data for an evaluation
+    data: Record  # see data_record.py; empty for runs of early versions
 
     @property
     def classes(self) -> tuple[list[str], list[int], list[int]] | None:

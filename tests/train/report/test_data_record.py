@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from train.config import Config
+from train.__main__ import main
 from train.data.dataset import Dataset
 from train.evaluation.confusions import examples
 from train.report.data_record import MAX_SIDE, data_record, thumbnail
@@ -48,7 +49,7 @@ def test_examples_are_the_most_confident_mistakes(images: Dataset) -> None:
         {"class": 3, "taken for": 1, "count": 6, "of": 20, "sample": int(third[4])},
     ]
     result = {"method": "gist", "analysis": {"examples": found}}
-    pairs = data_record(Config(), images, [result])["pairs"]["gist"]
+    pairs = data_record(images, [result], name="x", split_rule="standard")["pairs"]["gist"]
     for pair, own, other in zip(pairs, (4, 3), (2, 1), strict=True):
         for shown, label in ((pair["image"], own), (pair["other image"], other)):
             expected = images.x_train[images.y_train == label].float().mean((0, 2, 3))
@@ -58,7 +59,8 @@ def test_examples_are_the_most_confident_mistakes(images: Dataset) -> None:
 
 def test_features_have_no_images(features: Dataset) -> None:
     found = [{"class": 4, "taken for": 2, "count": 1, "of": 20, "sample": 0}]
-    record = data_record(Config(), features, [{"method": "gist", "analysis": {"examples": found}}])
+    result = {"method": "gist", "analysis": {"examples": found}}
+    record = data_record(features, [result], name="x", split_rule="standard")
     assert record["pairs"] == {"gist": []}
 
 
@@ -72,3 +74,16 @@ def test_a_run_writes_images_to_report_json_alone(trained_run: Path) -> None:
     for image in shown:
         assert f"data:image/jpeg;base64,{image}" in page
         assert image not in metrics
+
+
+def test_the_page_of_an_evaluation_has_names_and_images(trained_run: Path, tmp_path: Path) -> None:
+    model, data = trained_run / "model-plain.safetensors", trained_run.parent / "images.npz"
+    assert main(["evaluate", str(model), "--data", str(data), "--out", str(tmp_path / "e")]) == 0
+    trained, page = ((folder / "report.html").read_text() for folder in (trained_run, tmp_path / "e"))
+    table = re.compile(r'<script type="application/json">(.*?)</script>')
+    (found,), (expected,) = (map(json.loads, table.findall(text)) for text in (page, trained))
+    assert found == expected | {"correct": expected["correct"][1:]}  # without the other method
+    shown = re.findall('data:image/jpeg;base64,[^"]+', page)
+    assert shown
+    assert shown[0] in trained  # the mistaken test image; the other image is of the test split
+    assert "Evaluated on" in page

@@ -89,32 +89,47 @@ def test_correct_samples_are_stored_by_class() -> None:
 def test_the_summary_says_what_was_trained_and_who_won() -> None:
     summary = summary_of(a_result("gist", [90, 60, 50, 50]), a_result("plain", [95, 55, 10, 20]))
     assert summary.trained == [
-        "The training data is birds.csv: 559 images in 4 classes. The largest class has 500 images, the smallest 4. The test set has 400.",
-        "The backbone: resnet32. The seed: 3.",
+        "Trained on birds.csv: 559 images of 4 classes, with 500 training samples in the largest class and 4 in the smallest. "
+        "400 images are for testing, 40 for validation.",
+        "Backbone resnet32, seed 3.",
     ]
     best, few, seed = summary.outcome
-    assert best.startswith(
-        "GistNet (COS+CS+GIST) has the highest overall accuracy: it classifies 62.5 % of the test images correctly, plain softmax 45.0 %."
+    assert best == (
+        "Best overall: GistNet (COS+CS+GIST). It classifies 62.5 % of the test images correctly, plain softmax 45.0 %. "
+        "The lead is 17.5 points, with a standard error of 2.1."
     )
-    assert best.endswith("The lead is 17.5 points, with a standard error of 2.1.")
-    assert few.startswith(
-        "On the 2 few-shot classes (at most 5 training samples) GistNet (COS+CS+GIST) is best: 50.0 % against 15.0 % of plain softmax."
+    assert few == (
+        "Best on the 2 few-shot classes (at most 5 training samples): GistNet (COS+CS+GIST), with 50.0 % against 15.0 % of "
+        "plain softmax. The lead is 35.0 points, with a standard error of 5.0."
     )
     assert "one seed" in seed
     assert summary.worries == []
 
 
 def test_a_small_difference_is_none_or_may_be_chance() -> None:
-    equal = summary_of(a_result("gist", [90, 61, 30, 30]), a_result("plain", [90, 60, 31, 30])).outcome[0]
-    assert equal.startswith("GistNet (COS+CS+GIST) and plain softmax do equally well")
+    equal = summary_of(a_result("gist", [90, 61, 30, 30]), a_result("plain", [90, 60, 31, 30])).outcome
+    assert equal[0] == (
+        "No method is clearly best overall: the shares of correct test images of GistNet (COS+CS+GIST) (52.8 %) and "
+        "plain softmax (52.8 %) differ by less than the standard error."
+    )
+    assert equal[1].startswith("No method is clearly best on the 2 few-shot classes (at most 5 training")
     small = summary_of(a_result("gist", [92, 60, 30, 30]), a_result("plain", [90, 60, 30, 31])).outcome[0]
-    assert small.startswith("GistNet (COS+CS+GIST) and plain softmax do equally well")
+    assert small.startswith("No method is clearly best overall")
     lead = summary_of(a_result("gist", [93, 60, 30, 30]), a_result("plain", [90, 60, 30, 30])).outcome[0]
     assert lead.endswith("it may be chance.")
     alone = summary_of(a_result("gist", [90, 60, 30, 30])).outcome[0]
     assert (
         alone == "GistNet (COS+CS+GIST) classifies 52.5 % of the test images correctly (standard error 2.5)."
     )
+
+
+def test_methods_beside_the_best_are_compared_with_it_alone() -> None:
+    """The third is clearly worse; the first two are equal."""
+    results = [("plain", [92, 60, 30, 30]), ("gist", [92, 61, 30, 30]), ("focal", [10, 10, 10, 10])]
+    two = summary_of(*(a_result(*result) for result in [*results, ("crt", [92, 60, 30, 31])])).outcome[0]
+    assert "GistNet" in two
+    assert "cRT" in two
+    assert "Focal" not in two
 
 
 def test_another_use_of_a_model_that_is_better_is_named() -> None:
@@ -128,19 +143,19 @@ def test_another_use_of_a_model_that_is_better_is_named() -> None:
     [
         (
             {"accuracy_per_class": [0.9, 0.6, 0.0, 0.3]},
-            "recognizes no test sample of 1 of 2 few-shot classes.",
+            "not one test sample of 1 of 2 few-shot classes is classified correctly.",
         ),
-        ({"slot_usage": [0.7, 0.295, 0.005]}, "hardly uses δ2: it wins less than 1 %"),
+        ({"slot_usage": [0.7, 0.295, 0.005]}, "slot δ2 is hardly used, for less than 1 %"),
         ({"slot_usage": [0.0, 0.5, 0.5]}, None),  # the bare center has no parameters
-        ({"slot_usage": [1.0, 0.0, 0.0]}, "hardly uses δ1 and δ2: each wins less"),
+        ({"slot_usage": [1.0, 0.0, 0.0]}, "slots δ1 and δ2 are hardly used"),
         ({"test_counts": [100, 100, 0, 100]}, "1 class has no test samples"),
         (
             {"analysis": {"calibration": {"error": 0.3, "bins": [[0.9, 0.6, 400]]}}},
-            "its mean confidence is 90 %, its accuracy 60 %",
+            "Their mean is 90 %, while 60 % of the predictions are correct",
         ),
         (
             {"analysis": {"calibration": {"error": 0.1, "bins": [[0.6, 0.5, 400]]}, "common_slot": 0.99}},
-            "99 % of all classes have the same best slot",
+            "99 % of the classes have the same best slot",
         ),
     ],
 )
@@ -163,12 +178,12 @@ def test_worries_about_a_result(changes: dict[str, Any], words: str | None) -> N
 def test_a_loss_that_rises_at_the_end(losses: list[float], worries: int) -> None:
     summary = summary_of(*(an_epoch("gist", loss) for loss in losses), a_result("gist", [90, 60, 30, 30]))
     assert len(summary.worries) == worries
-    assert all("The loss of GistNet (COS+CS+GIST) rose by" in worry for worry in summary.worries)
+    assert all("GistNet (COS+CS+GIST): the training loss rose by" in worry for worry in summary.worries)
 
 
 def test_without_a_validation_split_the_summary_warns() -> None:
     summary = summary_of(an_epoch("gist", 1.0, "test"), a_result("gist", [90, 60, 30, 30]))
-    assert [worry[:32] for worry in summary.worries] == ["There is no validation split: th"]
+    assert [worry[:32] for worry in summary.worries] == ["There is no validation split, so"]
 
 
 def test_records_of_early_versions_are_summarized() -> None:
@@ -179,6 +194,6 @@ def test_records_of_early_versions_are_summarized() -> None:
     summary = summarize(trained_methods({"old": results}))
     assert summary.trained == []
     assert summary.outcome == [
-        "GistNet (COS+CS+GIST) has the highest overall accuracy: it classifies 52.5 % of the test samples correctly, plain softmax 50.0 %."
+        "Best overall: GistNet (COS+CS+GIST). It classifies 52.5 % of the test samples correctly, plain softmax 50.0 %."
     ]
     assert summary.worries == []

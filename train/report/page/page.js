@@ -1,6 +1,6 @@
 // The tables of classes: rows are made as they are shown, so that a page with thousands of classes opens at once.
 'use strict';
-const STEP = 100;
+const FIRST = 25, STEP = 500;
 for (const section of document.querySelectorAll('.classes')) {
   const data = JSON.parse(section.querySelector('script').textContent);
   const table = section.querySelector('table'), body = table.querySelector('tbody');
@@ -13,7 +13,7 @@ for (const section of document.querySelectorAll('.classes')) {
     k => data.name[k], k => data.group[k], k => data.train[k], k => data.test[k],
     ...data.correct.map((_, method) => k => accuracy(method, k)),
   ];
-  let column = 2, direction = -1, shown = STEP, rows = [];
+  let column = 2, direction = -1, shown = FIRST, rows = [];
 
   function compare(a, b) {
     const x = values[column](a), y = values[column](b);
@@ -29,7 +29,7 @@ for (const section of document.querySelectorAll('.classes')) {
       if (i === column) head.setAttribute('aria-sort', direction > 0 ? 'ascending' : 'descending');
       else head.removeAttribute('aria-sort');
     });
-    show(STEP);
+    show(FIRST);
   }
   function show(count) {
     shown = Math.min(count, rows.length);
@@ -57,7 +57,7 @@ for (const section of document.querySelectorAll('.classes')) {
   }));
   search.addEventListener('input', find);
   group.addEventListener('change', find);
-  more.querySelector('button').addEventListener('click', () => show(shown + 5 * STEP));
+  more.querySelector('button').addEventListener('click', () => show(shown + STEP));
   table.hidden = section.querySelector('.tools').hidden = false;
   find();
 }
