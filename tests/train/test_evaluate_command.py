@@ -113,6 +113,7 @@ def test_arrays_without_training_samples_are_matched_by_name(
     names = np.array([NAMES[k] for k in order] + ["unused"])
     np.savez(tmp_path / "pair.npz", x=feature_arrays["x_test"], y=y, classes=names)
     found = evaluated(capsys, feature_model, tmp_path / "pair.npz")
+    assert (found.pop("part"), expected.pop("part")) == ("all samples", "the test split")
     assert {**found, "data": ""} == {**expected, "data": ""}
     tensors = {"x": torch.tensor(feature_arrays["x_test"]), "y": torch.tensor(feature_arrays["y_test"])}
     safetensors.torch.save_file(tensors, tmp_path / "pair.safetensors", {"classes": json.dumps(NAMES)})
@@ -168,6 +169,7 @@ def test_folders_and_lists_have_the_numbers_of_the_arrays(
     files = save_images(arrays, tmp_path / "photos" / "test")
     found = evaluated(capsys, image_model, tmp_path / "photos" / "test", *cache, "--workers", "1")
     assert (found["accuracy"], found["samples"]) == (expected["accuracy"], 100)
+    assert found["part"] == "all samples"
     lines = [f"old/{file.name} {y}" for file, y in zip(files, arrays["y_test"], strict=True)]
     for file in files:
         file.rename(tmp_path / "photos" / file.name)
@@ -186,6 +188,7 @@ def test_a_dataset_of_images_is_loaded_as_in_training(
     model = save_trained(IMAGES, load(held), tmp_path / "model.safetensors")
     found = evaluated(capsys, model, tree, "--cache", cache)
     assert (found["samples"], found["classes"]) == (3, ["ant", "bee", "cat"])
+    assert found["part"] == "the test split"
     (tree / "val").rename(tree / "other")
     found = evaluated(capsys, model, tree / "train", "--cache", cache, "--hold-out", "0.4")
     assert found["samples"] == 4  # of 4, 3 and 2 images, 2, 1 and 1
@@ -255,6 +258,7 @@ def test_wrong_options_are_named(
     data = ["--data", str(named)]
     for options, error in (
         (["--data", str(tmp_path / "no.npz")], "expected an existing file, got none"),
+        (["--data", str(tmp_path)], f"expected a model of images, got {feature_model}, a model of features"),
         (
             ["--data", str(image_file)],
             "--data: expected samples [12], which the model takes, got [3, 10, 10]",

@@ -29,7 +29,7 @@ from ..files import check_writable
 from ..options import InvalidData
 from ..report.evaluation import FILES, metrics, write_files
 from ..report.table import print_results
-from .model_file import open_model
+from .model_file import expect_images, open_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ def evaluate(args: list[str], console: Console) -> int:
     for line in (*data.notes, *about):
         say(messages, line)
     results = _evaluate(classifier, matched, bias, options.batch_size)
-    details = _details(options, classifier, matched)
+    details = _details(options, classifier, data, matched)
     if options.json:
         sys.stdout.write(json.dumps(metrics(results, details)) + "\n")
     else:
@@ -127,7 +127,12 @@ def load_data(options: Evaluate, classifier: Classifier) -> tuple[Labeled, Match
     Raises:
         ConfigError: the data cannot be used with the model.
     """
-    size = classifier.trained.image_size
+    size, shape = classifier.trained.image_size, classifier.trained.sample_shape
+    if is_list(options.data):
+        expect_images("model", options.model, classifier.trained.model)
+        if size[0] != size[1]:
+            expected = f"arrays of images {shape}, which the model takes: image files are cropped to squares"
+            raise ConfigError("data", expected, options.data)
     config = DataConfig(
         data=options.data,
         images=options.images,
@@ -144,9 +149,9 @@ def load_data(options: Evaluate, classifier: Classifier) -> tuple[Labeled, Match
     except DataError as error:
         raise InvalidData(error) from None
     samples = _with_channels(matched.x, classifier) if is_list(options.data) else matched.x
-    expected, got = classifier.trained.sample_shape, list(samples.shape[1:])
-    if got != expected:
-        raise ConfigError("data", f"samples {expected}, which the model takes", f"{got} in {options.data}")
+    got = list(samples.shape[1:])
+    if got != shape:
+        raise ConfigError("data", f"samples {shape}, which the model takes", f"{got} in {options.data}")
     if skipped := matched.skipped:
         left_out = counted(sum(skipped.values()), "sample")
         classes = counted(len(skipped), "class", "classes")
@@ -182,7 +187,7 @@ def _describe(options: Evaluate, classifier: Classifier, data: Labeled, matched:
     absent = [names[k] for k in (count == 0).nonzero().flatten().tolist()]
     samples = counted(len(matched.y), "image" if data.is_images else "feature vector")
     lines = [
-        f"{options.data}: {samples} of {len(names) - len(absent):,} of the model's "
+        f"{options.data}: {data.part}, {samples} of {len(names) - len(absent):,} of the model's "
         f"{counted(len(names), 'class', 'classes')}, evaluated with {options.model}."
     ]
     if absent:
@@ -203,10 +208,11 @@ def _assumed(options: Evaluate, classifier: Classifier) -> str | None:
     return options.assumed_prior or named.get(exponent or 0.0, f"training to the power {exponent}")
 
 
-def _details(options: Evaluate, classifier: Classifier, matched: Matched) -> dict[str, Any]:
+def _details(options: Evaluate, classifier: Classifier, data: Labeled, matched: Matched) -> dict[str, Any]:
     return {
         "model": str(options.model),
         "data": options.data,
+        "part": data.part,
         "adjust": options.adjust or None,
         "assumed_prior": _assumed(options, classifier),
         "skipped": matched.skipped,

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,18 +24,22 @@ from .sources.splits import find_splits
 
 SHOWN = 5  # classes in messages
 
+Part = Literal["the test split", "all samples"]
+
 
 @dataclass(frozen=True)
 class Labeled:
     """Samples [n, …], and the position [n] int64 of each sample's class in `labels` and `names`.
 
     `labels` holds what the data call each class, and `names` its name. They are equal if the data have one text for a class.
+    `part` says which samples of the data these are.
     """
 
     x: Tensor
     y: Tensor
     labels: list[str]
     names: list[str]
+    part: Part
     notes: tuple[str, ...] = ()
 
     @property
@@ -56,14 +61,14 @@ def load_labeled(config: DataConfig, workers: int | None = None) -> Labeled:
     path = Path(config.data)
     check_exists(config.data)
     if is_list(config.data):
-        listing = _listing(config)
+        listing, part = _listing(config)
         x, numbers, notes = load_split(config, "test", listing, workers)
         keys = list(map(text_of, listing.classes.keys))
         has_names = (
             listing.classes.kind == "COCO id"
         )  # other lists write the key of a class in one way or another
         names = list(map(text_of, listing.classes.names)) if has_names else keys
-        return Labeled(x, torch.from_numpy(numbers), keys, names, tuple(notes))
+        return Labeled(x, torch.from_numpy(numbers), keys, names, part, tuple(notes))
     if config.data not in EMBEDDED and path.suffix in (".npz", ".safetensors"):
         arrays = read_arrays(path, PAIR)
         if "x_train" not in arrays:
@@ -72,19 +77,20 @@ def load_labeled(config: DataConfig, workers: int | None = None) -> Labeled:
     return _test_split(load(config))
 
 
-def _listing(config: DataConfig) -> Listing:
+def _listing(config: DataConfig) -> tuple[Listing, Part]:
     """Return the list of the test images of a dataset, or the list of all images if the data is no dataset."""
     check_images_folder(config)
     path = Path(config.data)
     splits = find_splits(path)
     train = splits.get("train")
     if config.hold_out or (train is not None and (train != path or len(splits) > 1)):
-        return read_listings(config)["test"]
-    return read_listing(config.data, config.images, config.path_prefixes)
+        return read_listings(config)["test"], "the test split"
+    return read_listing(config.data, config.images, config.path_prefixes), "all samples"
 
 
 def _test_split(data: Dataset) -> Labeled:
-    return Labeled(data.x_test, data.y_test, list(data.class_labels), data.class_names, data.notes)
+    labels = list(data.class_labels)
+    return Labeled(data.x_test, data.y_test, labels, data.class_names, "the test split", data.notes)
 
 
 def _of_pair(path: Path, x: Tensor, y: np.ndarray | Tensor, names: list[str] | None) -> Labeled:
@@ -95,7 +101,7 @@ def _of_pair(path: Path, x: Tensor, y: np.ndarray | Tensor, names: list[str] | N
             expected = f"labels of at least 0 and below {len(names)}, the number of names in classes"
             raise DataError(f"{path}: y: expected {expected}, got {labels[0]} to {labels[-1]}")
         names = [names[value] for value in values.tolist()]
-    return Labeled(x, torch.from_numpy(positions.reshape(-1)), labels, names or labels)
+    return Labeled(x, torch.from_numpy(positions.reshape(-1)), labels, names or labels, "all samples")
 
 
 class ClassMatcher:
