@@ -14,6 +14,7 @@ from . import distributed
 from .config import Config, ConfigError
 from .console import counted
 from .data.dataset import Dataset
+from .data.stream.auto_augment import AutoAugment
 from .files import check_writable, existing_folder
 from .footprint import disk_available, disk_needed, fixed_memory, memory_available, memory_needed, try_network
 from .methods import METHODS
@@ -51,6 +52,7 @@ def problems_of(config: Config, data: Dataset) -> Iterator[ConfigError]:
     usable = True
     for check in (
         _packages,
+        _auto_augment,
         _folder,
         _backbone,
         _tuning,
@@ -70,6 +72,26 @@ def problems_of(config: Config, data: Dataset) -> Iterator[ConfigError]:
         usable &= all(isinstance(problem, Doubt) for problem in found)
     if usable:  # otherwise the trial would fail for the same reasons
         yield from _network(config, data)
+
+
+def _auto_augment(config: Config, data: Dataset) -> Iterator[ConfigError]:
+    """Check that --auto-augment has its package and images that it can change."""
+    policy = config.augment.auto_augment
+    if policy == "none":
+        return
+    if not data.is_images or data.sample_shape[0] not in (1, 3):
+        yield ConfigError(
+            "auto_augment", f"none for samples {data.sample_shape}, not gray or color images", policy
+        )
+    if config.runtime.cuda_graph:
+        yield ConfigError(
+            "cuda_graph", "off with --auto-augment, whose work differs from image to image", True
+        )
+    try:
+        AutoAugment(policy)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
+        expected = "torchvision for this torch, which `pip install '.[augment]'` installs"
+        yield ConfigError("auto_augment", expected, error)
 
 
 def _packages(config: Config, data: Dataset) -> Iterator[ConfigError]:

@@ -130,6 +130,9 @@ class AugmentConfig(CropConfig):
     crop_scale: float | None = None
     #: Random changes of brightness, contrast and saturation by up to this fraction.
     color_jitter: float = 0.0
+    #: TrivialAugment or RandAugment of each image after crops and flips, by torchvision (`pip install '.[augment]'`),
+    #: with its defaults. Crops, flips, jitter, mixup and CutMix need no torchvision.
+    auto_augment: Literal["none", "trivial", "rand"] = "none"
     #: Mixup: training samples are mixed in pairs, with shares from Beta(ALPHA, ALPHA), and so are the losses of their
     #: labels. 0 turns it off. Pairs are from one stream of one process and micro-batch. For images and features, and
     #: for methods whose loss is a mean over samples; lifted, range, fslwf, oltr and lfme are refused.

@@ -15,6 +15,7 @@ from .. import distributed
 from ..config import Config
 from ..data.dataset import Dataset
 from ..data.stream.augment import Augmentation
+from ..data.stream.auto_augment import AutoAugment
 from ..data.stream.batches import Batches, step_sizes
 from ..data.stream.mixing import Mixing
 from ..data.stream.streams import BalancedStream, RandomStream
@@ -58,6 +59,7 @@ def make_batches(config: Config, data: Dataset, stage: Stage, number: int, devic
             augment.crop_size or 0,
             augment.crop_scale,
             augment.color_jitter,
+            None if augment.auto_augment == "none" else AutoAugment(augment.auto_augment),
         ),
         generator,
         torch.Generator().manual_seed(2**64 - 1 - seed),

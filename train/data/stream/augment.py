@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .auto_augment import AutoAugment, image_seeds
+
 #: Weights of red, green and blue in the luminance (ITU-R 601), as in torchvision and PIL.
 LUMINANCE = (0.299, 0.587, 0.114)
 
-#: The random numbers of an image, uniform in [0, 1), by column. The last three columns are the color jitter's.
+#: The random numbers of an image, uniform in [0, 1), by column. The last three columns are the color jitter's, and
+#: the last two make the seed of an `AutoAugment`.
 NUM_UNIFORMS = 8
 CROP_X, CROP_Y, FLIP, AREA, RATIO, JITTER = range(6)
 
@@ -27,6 +30,7 @@ class Augmentation:
         crop_size: side of the crops; 0 for the whole image.
         crop_scale: random crops take at least this share of the area, at an aspect ratio from 3/4 to 4/3, and are resized
             to crop_size (Szegedy et al., CVPR 2015). Replaces crop_padding.
+        policy: changes the images after crops and flips; see `AutoAugment`.
         jitter: brightness, contrast and saturation change, in this order, by up to this share.
     """
 
@@ -35,12 +39,18 @@ class Augmentation:
     crop_size: int = 0
     crop_scale: float | None = None
     jitter: float = 0.0
+    policy: AutoAugment | None = None
 
-    def __call__(self, images: Tensor, uniforms: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, uniforms: Tensor, seeds: list[int] | None = None) -> Tensor:
         """Augment the images by random numbers [b, NUM_UNIFORMS].
 
         All work is done on the images' device, where the random numbers are too. The host does not wait, and a CUDA graph
-        can capture the work.
+        can capture the work, unless there is a policy.
+
+        Args:
+            images: [b, c, h, w] uint8, or features.
+            uniforms: the random numbers.
+            seeds: from `seeds`, for a policy.
 
         Returns:
             uint8 images if pixels are only moved, otherwise float32 images from 0 to 255. Features are returned as they are.
@@ -51,7 +61,13 @@ class Augmentation:
             images = self._resized_crop(images, uniforms, self.crop_scale)
         elif self.crop_padding or self.flip or 0 < self.crop_size < max(images.shape[2:]):
             images = self._crop(images, uniforms)
+        if self.policy is not None and seeds is not None:
+            images = self.policy(images, seeds)
         return self._color_jitter(images, uniforms) if self.jitter else images
+
+    def seeds(self, uniforms: Tensor) -> list[int] | None:
+        """Return the seeds of the images for the policy, from their random numbers on the CPU; None without a policy."""
+        return None if self.policy is None else image_seeds(uniforms[:, -2:])
 
     def _flipped(self, uniforms: Tensor) -> Tensor:
         """Return the mask of the images to flip, [b] bool."""

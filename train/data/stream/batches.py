@@ -132,7 +132,8 @@ class Batches:
         device = self.y.device
         on_device = draw.to(device)
         x = self.x[on_device.indices] if self.x.device == device else to_device(self.x[draw.indices], device)
-        x, y, mixed = self.augment(x, on_device.augment_uniforms), self.y[on_device.indices], None
+        x = self.augment(x, on_device.augment_uniforms, self.augment.seeds(draw.augment_uniforms))
+        y, mixed = self.y[on_device.indices], None
         if draw.mixing:
             x, mixed = self.mixing(x, y, *on_device.mixing)
         return MicroBatch(x, y, draw.num_balanced, draw.loss_weights, on_device.transfer_uniforms, mixed)
