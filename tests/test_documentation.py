@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -22,6 +23,7 @@ from sybil.document import Document
 from sybil.parsers.markdown import CodeBlockParser
 
 import gistops
+from train.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -137,6 +139,49 @@ def test_the_blocks_that_do_not_run_are_counted() -> None:
     assert sum(LEFT_OUT.values()) == sum(counts[name(page)] for page in PAGES), (
         "a marker stands above no block"
     )
+
+
+def commands_left_out() -> Iterator[tuple[str, list[str]]]:
+    """Yield the page and the words after `-m train` of each command of the driver that does not run."""
+    for page in PAGES:
+        document = Sybil(parsers=[CodeBlockParser("bash", run_bash)], path=str(ROOT)).parse(page)
+        for example in filter(reason, document.examples()):
+            for line in str(example.parsed).replace("\\\n", "").splitlines():
+                _, found, words = line.partition(" -m train")
+                if found and words[:1] in ("", " ") and "…" not in line:
+                    yield name(page), shlex.split(words, comments=True)
+
+
+COMMANDS = list(commands_left_out())
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(("page", "words"), COMMANDS)
+def test_commands_that_do_not_run_have_options_that_exist(
+    page: str,
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Such a command ends at the file that it lacks, or at the GPU."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    if not words or ("--recipe" in words and words[words.index("--recipe") + 1] in ("smoke", "glyphs")):
+        words = [*words, "--data", "missing.npz"]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"does not exist|No such file|a GPU|is not installed", error), (page, error)
+
+
+def test_commands_that_do_not_run_are_found() -> None:
+    assert {words[0] for _, words in COMMANDS if words} >= {
+        "ablation",
+        "predict",
+        "evaluate",
+        "features",
+        "--recipe",
+    }
 
 
 @pytest.mark.parametrize("page", PROGRAMS)
