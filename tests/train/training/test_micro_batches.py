@@ -29,6 +29,15 @@ from ..short_runs import FEATURES, IMAGES, equal, finish
 UNEVEN = IMAGES.replace(batch_size=51)
 PLAIN_FEATURES = FEATURES.replace(batch_size=51, center_features=False)
 
+#: Options of fine-tuning.
+TUNING: dict[str, Any] = {
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "clip_gradient_norm": 0.5,
+    "ema_decay": 0.5,
+    "label_smoothing": 0.1,
+}
+
 
 def in_float64(method: str, config: Config, data: Dataset) -> Trainer:
     """Return a trainer in float64, where rounding does not change the outcome of a ReLU or a maximum."""
@@ -100,9 +109,9 @@ def _as_one_process(rank: int, folder: str, method: str, config: Config) -> None
             assert_same(gradients(trainer), wanted)
         except AssertionError as error:
             raise AssertionError(f"process {rank}, step {step}: {error}") from None
-    buffers = dict(trainer.model.named_buffers())
-    for name, wanted in expected["buffers"].items():
-        torch.testing.assert_close(buffers[name], wanted, rtol=1e-6, atol=1e-9)
+    state = trainer.evaluated_model.state_dict()
+    for name, wanted in expected["state"].items():
+        torch.testing.assert_close(state[name], wanted, rtol=1e-6, atol=1e-9)
     record = trainer.evaluate(final=True)
     assert record["accuracy_per_class"] == expected["record"]["accuracy_per_class"]
     torch.testing.assert_close(record.get("slot_usage"), expected["record"].get("slot_usage"))
@@ -115,8 +124,9 @@ def _as_one_process(rank: int, folder: str, method: str, config: Config) -> None
         ("gist", {"batch_norm": "split"}),
         ("plain", {}),
         ("cos-cb", {"center_features": False}),
+        ("gist", TUNING),
     ],
-    ids=["joint", "split", "plain", "one stream"],
+    ids=["joint", "split", "plain", "one stream", "fine-tuning"],
 )
 def test_processes_get_the_gradients_of_one_with_the_joint_batch(
     method: str, changes: dict[str, Any], image_file: Path, tmp_path: Path
@@ -128,8 +138,8 @@ def test_processes_get_the_gradients_of_one_with_the_joint_batch(
         alone.step()
         steps.append(gradients(alone))
     assert any(isinstance(m, nn.BatchNorm2d) for m in alone.model.modules())
-    buffers = {name: buffer.clone() for name, buffer in alone.model.named_buffers()}
-    expected = {"steps": steps, "buffers": buffers, "record": alone.evaluate(final=True)}
+    state = alone.evaluated_model.state_dict()
+    expected = {"steps": steps, "state": state, "record": alone.evaluate(final=True)}
     folder = tmp_path / "group"
     folder.mkdir()
     torch.save(expected, folder / "expected.pt")

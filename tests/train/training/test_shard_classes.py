@@ -24,21 +24,11 @@ from train.training.trainer import Trainer
 from ...processes import in_group
 from ..short_runs import FEATURES, IMAGES, equal, finish
 from .test_full_disk import file_limit
-from .test_micro_batches import assert_same
+from .test_micro_batches import TUNING, assert_same
 
 #: Batches that cannot be halved; features as they are, so that nothing is trained but the head.
 SHARDED_IMAGES = IMAGES.replace(batch_size=51, shard_classes=True)
 SHARDED_FEATURES = FEATURES.replace(batch_size=51, center_features=False, shard_classes=True)
-
-
-#: Options of fine-tuning.
-TUNING: dict[str, Any] = {
-    "optimizer": "adamw",
-    "lr": 1e-3,
-    "clip_gradient_norm": 0.5,
-    "ema_decay": 0.5,
-    "label_smoothing": 0.1,
-}
 
 
 class Case(NamedTuple):
