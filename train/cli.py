@@ -126,20 +126,25 @@ def check(config: Sections) -> None:
         expected = f"a file, a folder, or {', '.join(NAMED)} (the recipe {values['recipe']} brings no data)"
         raise ConfigError("data", expected, repr(values["data"]))
     if "backbone" in values:
-        _check_backbone(values["backbone"], values["pretrained"])
+        _check_backbone(values["backbone"], values["pretrained"], values["pretrained_file"])
     if values.get("tensorboard") and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("tensorboard", "the package, which `pip install tensorboard` brings", "none")
     if "device" in values:
         check_device(config.runtime.resolved_device, values.get("backend", "auto"))  # type: ignore[attr-defined]
 
 
-def _check_backbone(backbone: str, pretrained: bool) -> None:
+def _check_backbone(backbone: str, pretrained: bool, pretrained_file: str) -> None:
     is_timm = backbone.startswith(TIMM)
     if not is_timm and backbone not in ("none", *BACKBONES):
         raise ConfigError("backbone", f"one of none, {', '.join(BACKBONES)}, or {TIMM}NAME", repr(backbone))
-    if pretrained and not is_timm:
+    option = "pretrained_file" if pretrained_file else "pretrained"
+    if (pretrained or pretrained_file) and not is_timm:
+        raise ConfigError(option, f"a backbone {TIMM}NAME, which has pretrained weights", repr(backbone))
+    if pretrained and pretrained_file:
+        raise ConfigError(option, "either --pretrained or --pretrained-file", "both")
+    if pretrained_file and not Path(pretrained_file).is_file():
         raise ConfigError(
-            "pretrained", f"a backbone {TIMM}NAME, which has pretrained weights", repr(backbone)
+            option, "a file of weights, .safetensors or .pth", f"{pretrained_file}, which does not exist"
         )
 
 

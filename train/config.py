@@ -81,8 +81,15 @@ class BackboneConfig(Section):
     #: resnet10 (224×224), or timm/NAME for a network of timm, such as timm/resnet50 (`pip install timm`).
     #: none: a head alone, on features.
     backbone: str = "resnet32"
-    #: Start from the pretrained weights of timm, which are downloaded.
+    #: Start from the pretrained weights of timm, which are downloaded. Images are then normalized as timm says.
     pretrained: bool = False
+    #: Start from the weights in this file, .safetensors or .pth, which have the names of timm, in place of a download.
+    pretrained_file: str = ""
+
+    @property
+    def weights(self) -> bool | str:
+        """The weights that the network starts from: a file; otherwise, whether those of timm."""
+        return self.pretrained_file or self.pretrained
 
 
 @dataclass(frozen=True, kw_only=True)

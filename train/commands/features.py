@@ -41,7 +41,7 @@ class Features(Sections):
     runtime: DeviceConfig = field(default_factory=DeviceConfig)
     #: A trained model, runs/<name>/model-<method>.safetensors. Its own network, normalization, crop and centering
     #: are used, and --backbone and --crop-size have no effect. If not given, use the weights of timm:
-    #: set --backbone timm/NAME and --pretrained.
+    #: set --backbone timm/NAME and --pretrained or --pretrained-file.
     weights: str = ""
     #: The .safetensors file to write, with x_train, y_train, x_test, y_test and the names of the classes.
     out: str = "features.safetensors"
@@ -90,8 +90,9 @@ def load_network(features: Features, data: Dataset) -> Model:
         ConfigError: no weights are given, or the network is for other images.
     """
     channels, side = data.sample_shape[0], min(data.sample_shape[1:])
-    if features.weights and features.model.pretrained:
-        raise ConfigError("pretrained", "either --weights or --pretrained", "both")
+    if features.weights and features.model.weights:
+        option = "pretrained_file" if features.model.pretrained_file else "pretrained"
+        raise ConfigError(option, f"either --weights or --{option.replace('_', '-')}", "both")
     if features.weights:
         model, _ = open_model("weights", features.weights, load_model)
         expect_images("weights", features.weights, model)
@@ -100,9 +101,9 @@ def load_network(features: Features, data: Dataset) -> Model:
             expected = f"a network for images with {channels} channels, as in {features.data.data}"
             raise ConfigError("weights", expected, f"{len(model.normalize.mean)} in {features.weights}")
         option, crop_size = "weights", model.normalize.crop_size
-    elif features.model.pretrained:
+    elif features.model.weights:
         try:
-            backbone = make_backbone(features.model.backbone, channels, pretrained=True)
+            backbone = make_backbone(features.model.backbone, channels, features.model.weights)
         except BackboneError as error:
             raise ConfigError("backbone", str(error), repr(features.model.backbone)) from None
         assert isinstance(backbone, Timm)  # cli.check refuses other backbones

@@ -105,7 +105,7 @@ class Lfme(Method):
         with torch.random.fork_rng(devices=[]):  # the weights depend on the seed and the stage alone
             torch.default_generator.manual_seed(self.config.run.seed + 1_000_003 * stage)
             if stage:
-                reset_network(model, self.config.model.pretrained)
+                reset_network(model, self.config.model.weights)
             new_head = self.make_head(head.in_features, len(self.counts))
             if group is not None:
                 new_head = ExpertHead(head.in_features, group.cpu())

@@ -101,26 +101,50 @@ class ResNet10(nn.Module):
 
 
 class Timm(nn.Module):
-    """A network of timm without its classifier."""
+    """A network of timm without its classifier.
 
-    def __init__(self, name: str, in_channels: int, pretrained: bool) -> None:
+    Args:
+        name: its name in timm.
+        in_channels: the channels of the images. timm adapts the weights of the first layer.
+        pretrained: True for timm's weights, or the path of a file of weights with timm's names.
+    """
+
+    def __init__(self, name: str, in_channels: int, pretrained: bool | str) -> None:
         super().__init__()
         try:
             import timm  # type: ignore[import-not-found, unused-ignore]
         except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another torch
             raise BackboneError(f"timm, which `pip install timm` installs ({error})") from None
-        try:
-            self.network: Any = timm.create_model(name, pretrained, in_chans=in_channels, num_classes=0)
-        except (
-            RuntimeError,
-            OSError,
-            ValueError,
-        ) as error:  # unknown network, or its weights cannot be loaded
-            expected = "the name of a network of timm" + (
-                " whose weights can be loaded" if pretrained else ""
+        overlay = {"file": pretrained} if isinstance(pretrained, str) else None
+
+        def create() -> Any:
+            return timm.create_model(
+                name, bool(pretrained), pretrained_cfg_overlay=overlay, in_chans=in_channels, num_classes=0
             )
-            raise BackboneError(f"{expected} ({error})") from None
+
+        expected = "the name of a network of timm"
+        if pretrained:
+            expected += f" whose weights can be loaded{f' from {pretrained}' if overlay else ''}"
+        try:
+            self.network: Any = create()
+        except (
+            Exception
+        ) as error:  # unknown network, or its weights cannot be loaded: the type depends on the file
+            why = str(error).partition("\n")[0] or type(error).__name__
+            raise BackboneError(f"{expected} ({why})") from None
+        if overlay and (drawn := self._drawn(create)):
+            raise BackboneError(f"{expected} (it has no {drawn[0]}; {len(drawn)} tensors are missing)")
         self.out_features: int = self.network.num_features  # type: ignore[assignment, unused-ignore]
+
+    def _drawn(self, create: Callable[[], Any]) -> list[str]:
+        """Return the names of the weights that are drawn anew in a second network: timm draws those that a file lacks."""
+        with torch.random.fork_rng(devices=[]):
+            again = create().named_parameters()
+        return [
+            name
+            for (name, first), (_, second) in zip(self.network.named_parameters(), again, strict=True)
+            if not torch.equal(first, second)
+        ]
 
     def mean_std(self, channels: int) -> tuple[Tensor, Tensor]:
         """Return the mean and standard deviation of the images that the weights were trained on, [channels] each.
@@ -144,7 +168,7 @@ class BackboneError(ValueError):
 TIMM = "timm/"
 
 
-def make_backbone(name: str, in_channels: int, pretrained: bool = False) -> nn.Module:
+def make_backbone(name: str, in_channels: int, pretrained: bool | str = False) -> nn.Module:
     """Return a backbone by its name; it has the attribute `out_features`.
 
     Raises:

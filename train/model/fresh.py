@@ -10,7 +10,7 @@ from .model import Model, Normalize
 
 
 @torch.no_grad()
-def reset_network(model: Model, pretrained: bool = False) -> None:
+def reset_network(model: Model, pretrained: bool | str = False) -> None:
     """Give the backbone and the centering of a model new weights and statistics.
 
     The tensors are changed in place, because compiled functions hold the modules. New weights are drawn from torch's
@@ -18,7 +18,7 @@ def reset_network(model: Model, pretrained: bool = False) -> None:
 
     Args:
         model: the model.
-        pretrained: start from the pretrained weights.
+        pretrained: start from the pretrained weights of timm, or from those in this file.
     """
     if isinstance(model.normalize, Normalize):
         fresh = make_backbone(model.backbone_name, len(model.normalize.mean), pretrained)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gistops.nn import ConstellationClassifier, GistClassifier
 
 from ..data.dataset import Dataset
-from .backbones import make_backbone
+from .backbones import Timm, make_backbone
 from .feature_transfer import FeatureTransfer
 from .memory_head import MemoryHead
 from .prior import log_prior
@@ -111,7 +111,7 @@ def build_model(
     make_head: HeadMaker,
     *,
     backbone_name: str,
-    pretrained: bool = False,
+    pretrained: bool | str = False,
     center_features: bool = False,
     crop_size: int | None = None,
     tune: str = "all",
@@ -123,7 +123,7 @@ def build_model(
         data: the dataset.
         make_head: returns the head, given in_features and num_classes.
         backbone_name: the backbone; not used if the samples are features.
-        pretrained: start from pretrained weights.
+        pretrained: start from the pretrained weights of timm, or from those in this file.
         center_features: put a batch normalization without parameters before the head.
         crop_size: the size of the center crop; no crop if None.
         tune: the part of the backbone that is trained, as in --tune.
@@ -137,8 +137,11 @@ def build_model(
     backbone: nn.Module = nn.Identity()
     in_features = data.sample_shape[0]
     if data.is_images:
-        normalize = Normalize(*data.mean_std(), crop_size or 0)
         backbone = make_backbone(backbone_name, in_features, pretrained)
+        statistics = (
+            backbone.mean_std(in_features) if isinstance(backbone, Timm) and pretrained else data.mean_std()
+        )
+        normalize = Normalize(*statistics, crop_size or 0)
         in_features = int(backbone.out_features)  # type: ignore[arg-type]
         if tune == "lora":
             add_low_rank_updates(backbone, lora_rank)

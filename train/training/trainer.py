@@ -76,7 +76,7 @@ class Trainer:
             data,
             head_maker(self.method, config, self.device),
             backbone_name=config.model.backbone,
-            pretrained=config.model.pretrained,
+            pretrained=config.model.weights,
             center_features=config.model.center_features,
             crop_size=config.augment.crop_size,
             tune=config.tuning.tune,
