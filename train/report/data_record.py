@@ -51,7 +51,12 @@ def read_data_record(folder: Path) -> list[Record]:
         OSError, ValueError: the file is damaged.
     """
     file = folder / FILE
-    return [json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
+    if not file.exists():
+        return []
+    record = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(record, dict) or record.get("event") != "data":
+        raise ValueError(f"{file}: expected the record of a run's data")
+    return [record]
 
 
 def _pairs(data: Dataset, result: Record) -> list[Record]:

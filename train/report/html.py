@@ -38,7 +38,7 @@ TEMPLATE = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).with_name("page")),
 ).get_template("page.html")
 CAPTIONS = {
-    "accuracy by size": "Accuracy of each class over its number of training samples. Lines: means of tenths of the classes",
+    "accuracy by class size": "Accuracy of each class over its number of training samples. Lines: means of tenths of the classes",
     "losses": "Training loss, mean of each epoch",
     "accuracies": "Accuracy after evaluated epochs, of all samples and as the mean of the classes of each group",
     "slot usage": "Share of samples that each slot of their own class wins; of about 1,000 samples after epochs without evaluation",
@@ -59,7 +59,7 @@ def write_page(path: Path, runs: dict[str, list[Record]], title: str, about: str
         title, about: the heading and the line below it, as plain text.
     """
     methods = trained_methods(runs)
-    overview = _embed({"accuracy by size": lambda: figures.accuracy_by_size(_results(methods))})
+    overview = _embed({"accuracy by class size": lambda: figures.accuracy_by_size(_results(methods))})
     if overview and (numbers := names.explanation([method.name for method in methods])):
         overview[0]["caption"] += f". {numbers}"
     html = TEMPLATE.render(
@@ -141,10 +141,10 @@ def _embed(plots: dict[str, Callable[[], bytes | None]]) -> list[Record]:
             png = draw()
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
-            embedded.append({"caption": f"{CAPTIONS[name]}. Not drawn: {why}", "data": ""})
+            embedded.append({"name": name, "caption": f"{CAPTIONS[name]}. Not drawn: {why}", "data": ""})
             continue
         if png:
-            embedded.append({"caption": CAPTIONS[name], "data": base64.b64encode(png).decode()})
+            embedded.append({"name": name, "caption": CAPTIONS[name], "data": base64.b64encode(png).decode()})
     return embedded
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from ..console import counted
 from .differences import Difference, difference, difference_of_group, standard_error
@@ -38,20 +37,17 @@ def listed(names: list[str]) -> str:
 
 
 def _trained(methods: list[TrainedMethod]) -> Iterator[str]:
-    facts = list({method.run: method.data for method in methods if method.data}.values())
-    if facts and all(_dataset(data) == _dataset(facts[0]) for data in facts):
-        yield _sentence_on_data(facts[0], methods[0].result["train_counts"])
-    backbones = sorted({data["backbone"] for data in facts if "backbone" in data})
-    seeds = sorted({data["seed"] for data in facts if "seed" in data})
+    yield from dict.fromkeys(
+        _sentence_on_data(method.data, method.result["train_counts"]) for method in methods if method.data
+    )
+    backbones, seeds = (
+        sorted({method.data[key] for method in methods if key in method.data}) for key in ("backbone", "seed")
+    )
     if backbones and seeds:
         yield (
             f"{'Backbones' if len(backbones) > 1 else 'Backbone'} {listed(backbones)}, "
             f"{'seeds' if len(seeds) > 1 else 'seed'} {listed([str(seed) for seed in seeds])}."
         )
-
-
-def _dataset(data: Record) -> tuple[Any, ...]:
-    return tuple(data[key] for key in ("data", "samples", "train", "validation", "test", "class_names"))
 
 
 def _sentence_on_data(data: Record, counts: list[int]) -> str:
@@ -69,19 +65,38 @@ def _sentence_on_data(data: Record, counts: list[int]) -> str:
 
 
 def _outcome(methods: list[TrainedMethod]) -> Iterator[str]:
-    ranked = sorted(methods, key=lambda method: -method.result["accuracy"]["overall"])
-    best = ranked[0]
-    yield _overall(ranked)
-    yield from _few_shot(methods)
+    """Compare the methods with the same test set, and these alone."""
+    sets: dict[Hashable, list[TrainedMethod]] = {}
+    for method in methods:
+        sets.setdefault(_test_set(method), []).append(method)
+    if len(sets) > 1:
+        yield "The test data of these runs differ. Accuracies on different test data do not compare, so each has its own best method."
+    for same in sets.values():
+        ranked = sorted(same, key=lambda method: -method.result["accuracy"]["overall"])
+        yield _overall(ranked)
+        yield from _few_shot(same)
+        yield from _other_uses(same, ranked[0].result)
+
+
+def _test_set(method: TrainedMethod) -> Hashable:
+    """Return a value that differs between test sets; early records know the number of classes alone."""
+    classes = method.classes
+    return (
+        len(method.result.get("accuracy_per_class", ()))
+        if classes is None
+        else (*classes[0], sum(classes[2]))
+    )
+
+
+def _other_uses(methods: list[TrainedMethod], best: Record) -> Iterator[str]:
     others = [
         (accuracy["overall"], f"{method.name}: {way}")
         for method in methods
         for way, accuracy in method.result.get("accuracy_of", {}).items()
     ]
-    if others:
-        highest, name = max(others)
-        if highest > best.result["accuracy"]["overall"] + (standard_error(best.result) or 0):
-            yield f"Another use of a trained model has a higher overall accuracy: {name}, {percent(highest)} %."
+    highest, name = max(others, default=(0, ""))
+    if highest > best["accuracy"]["overall"] + (standard_error(best) or 0):
+        yield f"Another use of a trained model has a higher overall accuracy: {name}, {percent(highest)} %."
 
 
 def _overall(ranked: list[TrainedMethod]) -> str:
@@ -146,6 +161,8 @@ def _seeds(methods: list[TrainedMethod]) -> Iterator[str]:
     seeds = {method.data.get("seed") for method in methods} - {None}
     if len(seeds) == 1:
         yield "All models are from one seed (one random start), which says little: standard errors cover the choice of test samples, not that of the seed. Train with other seeds before you rely on a difference."
+    elif seeds:
+        yield f"These runs have {len(seeds)} seeds (random starts). The best of several runs looks better than a new run will: compare the rows of each method in the table."
 
 
 def _worries_of_data(methods: list[TrainedMethod]) -> Iterator[str]:

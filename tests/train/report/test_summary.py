@@ -186,6 +186,28 @@ def test_without_a_validation_split_the_summary_warns() -> None:
     assert [worry[:32] for worry in summary.worries] == ["There is no validation split, so"]
 
 
+def test_runs_with_other_test_data_are_not_compared() -> None:
+    birds, fish = a_result("gist", [90, 60, 30, 30]), a_result("gist", [80, 60, 30, 30])
+    others = FACTS | {"data": "fish.csv", "class_names": ["cod", "eel", "ray", "tuna"]}
+    runs = {"a": [FACTS, birds, a_result("plain", [50, 60, 30, 30])], "b": [others, fish]}
+    summary = summarize(trained_methods(runs))
+    assert [sentence.partition(":")[0] for sentence in summary.trained] == [
+        "Trained on birds.csv",
+        "Trained on fish.csv",
+        "Backbone resnet32, seed 3.",
+    ]
+    assert summary.outcome[0].startswith("The test data of these runs differ")
+    assert summary.outcome[1].startswith("Best overall: a: GistNet (COS+CS+GIST).")
+    assert "b: GistNet (COS+CS+GIST) classifies 50.0 % of the test images" in summary.outcome[3]
+
+
+def test_runs_of_several_seeds_are_told_apart_from_methods() -> None:
+    runs = {str(seed): [FACTS | {"seed": seed}, a_result("gist", [90, 60, 30, 30])] for seed in range(3)}
+    summary = summarize(trained_methods(runs))
+    assert summary.trained[1] == "Backbone resnet32, seeds 0, 1 and 2."
+    assert summary.outcome[-1].startswith("These runs have 3 seeds")
+
+
 def test_records_of_early_versions_are_summarized() -> None:
     results = [a_result("gist", [90, 60, 30, 30]), a_result("plain", [80, 60, 30, 30])]
     for result in results:

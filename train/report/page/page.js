@@ -58,6 +58,6 @@ for (const section of document.querySelectorAll('.classes')) {
   search.addEventListener('input', find);
   group.addEventListener('change', find);
   more.querySelector('button').addEventListener('click', () => show(shown + STEP));
-  table.hidden = section.querySelector('.tools').hidden = false;
+  for (const part of [table, section.querySelector('.tools'), section.querySelector('.note')]) part.hidden = false;
   find();
 }
