@@ -72,7 +72,11 @@ class Classifier:
 
     @torch.no_grad()
     def predict(
-        self, samples: Tensor | Sample | Sequence[Sample], k: int = 5, batch_size: int = BATCH_SIZE
+        self,
+        samples: Tensor | Sample | Sequence[Sample],
+        k: int = 5,
+        batch_size: int = BATCH_SIZE,
+        flips: bool = False,
     ) -> Predictions:
         """Return the k most probable classes of each sample, or all classes if there are fewer.
 
@@ -81,9 +85,11 @@ class Classifier:
                 training or of features [n, d].
             k: the number of classes per sample.
             batch_size: the samples per pass through the network.
+            flips: average the probabilities of each image and its mirror image, which takes two passes.
 
         Raises:
-            ValueError: k or batch_size is below 1, there are no samples, or they are not what the model takes.
+            ValueError: k or batch_size is below 1, there are no samples, they are not what the model takes, or features are to
+                be flipped.
             UnreadableImage: a file cannot be decoded.
         """
         for name, value in (("k", k), ("batch_size", batch_size)):
@@ -95,12 +101,14 @@ class Classifier:
             raise ValueError("samples: expected at least one sample, got none")
         if isinstance(samples, Tensor):
             self._check(samples)
-        k, model = min(k, len(self.classes)), self.trained.model
+        if flips and not self.trained.image_size:
+            raise ValueError("flips: expected False for a model of features, got True")
+        k = min(k, len(self.classes))
         best = []
         for first in range(0, len(samples), batch_size):
             batch = samples[first : first + batch_size]
             x = batch if isinstance(batch, Tensor) else self.pixels([self._decode(image) for image in batch])
-            best.append(model(x.to(self.device)).float().softmax(1).topk(k))
+            best.append(self._probabilities(x.to(self.device), flips).topk(k))
         indices = torch.cat([found.indices for found in best]).cpu()
         probabilities = torch.cat([found.values for found in best]).cpu()
         rows = indices.tolist()
@@ -110,6 +118,11 @@ class Classifier:
             indices=indices,
             probabilities=probabilities,
         )
+
+    def _probabilities(self, x: Tensor, flips: bool) -> Tensor:
+        views = (x, x.flip(3)) if flips else (x,)
+        probabilities = [self.trained.model(view).float().softmax(1) for view in views]
+        return torch.stack(probabilities).mean(0)
 
     @property
     def matcher(self) -> ClassMatcher:

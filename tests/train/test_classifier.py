@@ -82,6 +82,30 @@ def test_features_are_classified(features: Dataset, tmp_path: Path) -> None:
         train.load(file).predict(torch.zeros(2, 3, 4, 4))
 
 
+def test_flips_average_the_probabilities_of_both_views(
+    model_file: Path,
+    photos: list[Path],
+    features: Dataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    noise = np.random.default_rng(3).integers(0, 256, (10, 10, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file := tmp_path / "noise.png")
+    Image.fromarray(noise[:, ::-1]).save(mirrored := tmp_path / "mirrored.png")
+    classifier = train.load(model_file)
+    views = [classifier.predict(view, k=5) for view in (file, mirrored)]
+    assert not torch.equal(views[0].probabilities, views[1].probabilities)
+    mean = sum(torch.zeros(1, 5).scatter(1, view.indices, view.probabilities) for view in views) / 2
+    for view in (file, mirrored):
+        found = classifier.predict(view, k=5, flips=True)
+        torch.testing.assert_close(found.probabilities, mean.gather(1, found.indices))
+    assert main(["predict", str(model_file), str(file), "--flips", "--json", "--device", "cpu"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["probabilities"] == pytest.approx(found.probabilities[0].tolist())
+    with pytest.raises(ValueError, match="flips: expected False for a model of features, got True"):
+        train.load(save_trained(FEATURES, features, tmp_path / "model")).predict(features.x_test, flips=True)
+
+
 def test_wrong_arguments_are_named(model_file: Path) -> None:
     classifier = train.load(model_file)
     with pytest.raises(ValueError, match=r"expected images \[n, c, 10, 10\] uint8, got \[1, 3, 9, 9\]"):

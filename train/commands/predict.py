@@ -54,7 +54,7 @@ def predict(args: list[str]) -> int:
     classifier.to(device)
     k = min(options.k, len(classifier.classes))
     files = [file for source in options.images for file in find_files(source)]
-    rows = _rows(classifier, files, k, options.batch_size, options.workers)
+    rows = _rows(classifier, files, k, options.batch_size, options.workers, options.flips)
     try:
         return _write_to(options.out, rows, k, options.json)
     except DataError as error:  # the system ended a process
@@ -88,6 +88,9 @@ def _parse(args: list[str]) -> argparse.Namespace:
         help="image files, folders (searched recursively), globs in quotes, or lists (.txt, .csv) as for --data",
     )
     parser.add_argument("--k", type=int, default=5, help="classes per image (default: 5)")
+    parser.add_argument(
+        "--flips", action="store_true", help="average the probabilities of each image and its mirror image"
+    )
     parser.add_argument("--json", action="store_true", help="write JSON lines instead of CSV")
     parser.add_argument("--out", type=Path, help="the file to write (default: standard output)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
@@ -133,7 +136,7 @@ def _decode(size: int, file: Path) -> np.ndarray | str:
 
 
 def _rows(
-    classifier: Classifier, files: list[Path], k: int, batch_size: int, workers: int | None
+    classifier: Classifier, files: list[Path], k: int, batch_size: int, workers: int | None, flips: bool
 ) -> Iterator[Row]:
     """Yield the path of each file with its classes and probabilities, or with the error."""
     decode_file = functools.partial(_decode, classifier.side)
@@ -146,7 +149,7 @@ def _rows(
             images = [image for image in decoded if not isinstance(image, str)]
             found: Iterator[Row] = iter(())
             if images:
-                best = classifier.predict(classifier.pixels(images), k, batch_size)
+                best = classifier.predict(classifier.pixels(images), k, batch_size, flips)
                 found = (
                     {"classes": names, "probabilities": values, "error": None}
                     for names, values in zip(best.classes, best.probabilities.tolist(), strict=True)
