@@ -42,8 +42,8 @@ class Evaluate:
     #: A trained model, runs/<name>/model-<method>.safetensors.
     model: tyro.conf.Positional[Path]
     #: Labeled samples: data as for training, whose test split is evaluated; or data without training samples, all of which
-    #: are evaluated: a folder of class folders, a list of labeled images, or a .npz or .safetensors file with the arrays x and y
-    #: (and classes, the names).
+    #: are evaluated: a folder of class folders, a list of labeled images, or a .npz or .safetensors file with the arrays x, y and
+    #: optionally classes, the names.
     data: str
     #: Folder that relative paths in lists start from; the folder of the list if not given.
     images: str = ""
@@ -108,16 +108,17 @@ def evaluate(args: list[str], console: Console) -> int:
         say(messages, line)
     results = _evaluate(classifier, matched, bias, options.batch_size)
     details = _details(options, classifier, data, matched)
+    if options.out:  # before the table, whose reader may end early
+        samples = as_dataset(classifier.trained, matched.x, matched.y)
+        write_files(options.out, classifier.trained, results, details, samples, " ".join(about))
     if options.json:
         sys.stdout.write(json.dumps(metrics(results, details)) + "\n")
     else:
         counts = classifier.trained.train_counts
         print_results(console, [results.record], counts, classifier.trained.split_rule)
         say(console, f"expected calibration error: {100 * results.calibration['error']:.1f} %")
-    if options.out:
-        samples = as_dataset(classifier.trained, matched.x, matched.y)
-        write_files(options.out, classifier.trained, results, details, samples, " ".join(about))
-        say(messages, f"written to {options.out}")
+        if options.out:
+            say(console, f"written to {options.out}")
     return 0
 
 
@@ -193,9 +194,8 @@ def _describe(options: Evaluate, classifier: Classifier, data: Labeled, matched:
     if absent:
         lines.append(f"Classes without samples: {listed(absent)} ({len(absent):,}).")
     if options.adjust:
-        lines.append(
-            f"Scores are adjusted from the prior {_assumed(options, classifier)} to {options.adjust}."
-        )
+        assumed = _assumed(options, classifier)
+        lines.append(f"Scores assume the class prior {assumed}, and are adjusted to {options.adjust}.")
     return lines
 
 
