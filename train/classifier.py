@@ -101,8 +101,7 @@ class Classifier:
             raise ValueError("samples: expected at least one sample, got none")
         if isinstance(samples, Tensor):
             self._check(samples)
-        if flips and not self.trained.image_size:
-            raise ValueError("flips: expected False for a model of features, got True")
+        self._check_flips(flips)
         k = min(k, len(self.classes))
         best = []
         for first in range(0, len(samples), batch_size):
@@ -149,6 +148,8 @@ class Classifier:
         class_bias: Tensor | None = None,
         batch_size: int | None = None,
         progress: Callable[[int], object] = lambda done: None,
+        *,
+        flips: bool = False,
     ) -> Results:
         """Classify samples and compare with their classes, with the numbers that training reports for its test split.
 
@@ -158,9 +159,11 @@ class Classifier:
             class_bias: added to the logits, [K], as `Classifier.class_bias` returns it.
             batch_size: samples per pass; by default as many as in the evaluation after training.
             progress: called with the number of samples of each pass.
+            flips: average the probabilities of each image and its mirror image, as `predict` does.
 
         Raises:
-            ValueError: the samples are not what the model takes, or a class is not one of the model's.
+            ValueError: the samples are not what the model takes, a class is not one of the model's, or features are to be
+                flipped.
         """
         if not len(samples):
             raise ValueError("samples: expected at least one sample, got none")
@@ -172,13 +175,18 @@ class Classifier:
         if not 0 <= int(y.min()) <= int(y.max()) < len(self.classes):
             expected = f"positions in {len(self.classes)} classes"
             raise ValueError(f"classes: expected {expected}, got {int(y.min())} to {int(y.max())}")
-        return evaluate_trained(self.trained, samples, y.cpu(), class_bias, batch_size, progress)
+        self._check_flips(flips)
+        return evaluate_trained(self.trained, samples, y.cpu(), class_bias, batch_size, progress, flips=flips)
 
     def _number(self, text: str) -> int:
         number = self.matcher.find(text, text)
         if number is None:
             raise ValueError(f"classes: expected the model's classes, got {text!r}")
         return number
+
+    def _check_flips(self, flips: bool) -> None:
+        if flips and not self.trained.image_size:
+            raise ValueError("flips: expected False for a model of features, got True")
 
     def _check(self, x: Tensor) -> None:
         size = self.trained.image_size

@@ -17,7 +17,9 @@ from .evaluation.evaluate import Evaluation, eval_batch_size
 from .evaluation.per_class import ClassScores, Confusions, class_scores, confusions
 from .trained import TrainedModel
 
-UNADJUSTED = "not adjusted"  # the row of the logits as they are, where others are evaluated in their place
+UNCHANGED = (
+    "as after training"  # the row of the logits as they are, where others are evaluated in their place
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ def evaluate_trained(
     class_bias: Tensor | None = None,
     batch_size: int | None = None,
     progress: Callable[[int], object] = lambda done: None,
+    *,
+    flips: bool = False,
 ) -> Results:
     """Classify samples and compare with their classes.
 
@@ -64,6 +68,7 @@ def evaluate_trained(
         class_bias: added to the logits, [K], for another prior; the logits as they are become another row of the table.
         batch_size: samples per pass. If None, as many as in the evaluation after training, which has the same bits.
         progress: called with the number of samples of each pass.
+        flips: average the probabilities of each image and its mirror image; the logits of the image alone become another row.
     """
     num_classes, model, head = len(trained.class_names), trained.model, trained.model.head
     device = next(model.parameters()).device
@@ -81,8 +86,13 @@ def evaluate_trained(
             usage.update_slots(slots, labels.to(device))
             common.append(common_slot(slots).cpu())
         scores = {"": logits} | trained.method.alternative_scores(head, features, logits)
+        if flips:
+            mirrored = model(samples.flip(3).to(device))
+            scores[""] = torch.stack([logits.softmax(1), mirrored.softmax(1)]).mean(0).log()
         if bias is not None:
-            scores = {"": logits + bias, UNADJUSTED: logits} | {k: v for k, v in scores.items() if k}
+            scores[""] = scores[""] + bias
+        if scores[""] is not logits:
+            scores = {"": scores.pop(""), UNCHANGED: logits} | scores
         for name, values in scores.items():
             predictions.setdefault(name, []).append(values.argmax(1).cpu())
         confidences.append(scores[""].softmax(1).amax(1).cpu())

@@ -58,7 +58,7 @@ def test_scores_are_adjusted_to_another_prior(
     found = evaluated(capsys, model, feature_file, "--adjust", str(prior))
     assert found["accuracy"]["overall"] == float((best.indices == features.y_test).double().mean())
     own = classifier.evaluate(features.x_test, features.y_test)
-    assert found["accuracy_of"]["not adjusted"] == own.accuracy
+    assert found["accuracy_of"]["as after training"] == own.accuracy
     names = {0.0: "uniform", 0.5: "training to the power 0.5", 1.0: "training"}
     assert found["assumed_prior"] == names[exponent]
 

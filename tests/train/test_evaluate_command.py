@@ -208,6 +208,21 @@ def test_gray_models_take_image_files(
     assert found["accuracy"] == expected["accuracy"]
 
 
+def test_mirror_images_are_averaged_as_by_predict(
+    image_model: Path, image_file: Path, images: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classifier = train.load(image_model)
+    expected = classifier.predict(images.x_test, k=1, batch_size=500, flips=True)
+    found = classifier.evaluate(images.x_test, images.y_test, flips=True)
+    assert torch.equal(found.predicted, expected.indices[:, 0])
+    torch.testing.assert_close(found.confidence, expected.probabilities[:, 0])
+    own = classifier.evaluate(images.x_test, images.y_test)
+    assert not torch.equal(own.confidence, found.confidence)
+    printed = evaluated(capsys, image_model, image_file, "--flips")
+    assert (printed["flips"], printed["accuracy"]) == (True, found.accuracy)
+    assert printed["accuracy_of"]["as after training"] == own.accuracy
+
+
 def test_files_of_an_evaluation(
     feature_model: Path, named: Path, features: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -274,6 +289,7 @@ def test_wrong_options_are_named(
             ["--data", str(tmp_path / "x.npz")],
             "expected the arrays x, y, or x_train, y_train, x_test, y_test, got x",
         ),
+        ([*data, "--flips"], f"--model: expected a model of images, got {feature_model}"),
         ([*data, "--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
         ([*data, "--out", str(tmp_path / "a" / "b")], "--out: expected a folder in an existing folder"),
         ([*data, "--out", str(named)], "which is a file"),

@@ -65,6 +65,8 @@ class Evaluate:
     #: The prior that the scores assume, for --adjust. If not given, the one that the method's loss implies, such as uniform
     #: for GistNet and training for plain; methods whose scores are no estimates of probabilities have none.
     assumed_prior: Literal["uniform", "training"] | None = None
+    #: Average the probabilities of each image and its mirror image, as predict --flips does.
+    flips: bool = False
     #: Folder for report.html, classes.csv (the scores of each class), confusion.csv and metrics.json.
     out: Path | None = None
     #: Write one JSON object, the content of metrics.json, to standard output in place of the table.
@@ -98,6 +100,8 @@ def evaluate(args: list[str], console: Console) -> int:
     check_device(device)
     classifier = open_model("model", options.model, load).to(device)
     bias = None
+    if options.flips:
+        expect_images("model", options.model, classifier.trained.model)
     if options.adjust:
         bias = classifier.class_bias(options.adjust, options.assumed_prior)
     if options.out:
@@ -106,7 +110,7 @@ def evaluate(args: list[str], console: Console) -> int:
     about = _describe(options, classifier, data, matched)
     for line in (*data.notes, *about):
         say(messages, line)
-    results = _evaluate(classifier, matched, bias, options.batch_size)
+    results = _evaluate(classifier, matched, bias, options)
     details = _details(options, classifier, data, matched)
     if options.out:  # before the table, whose reader may end early
         samples = as_dataset(classifier.trained, matched.x, matched.y)
@@ -172,12 +176,17 @@ def _with_channels(x: Tensor, classifier: Classifier) -> Tensor:
     return classifier.pixels(images)
 
 
-def _evaluate(classifier: Classifier, data: Matched, bias: Tensor | None, batch_size: int | None) -> Results:
+def _evaluate(classifier: Classifier, data: Matched, bias: Tensor | None, options: Evaluate) -> Results:
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("samples", total=len(data.y))
         return classifier.evaluate(
-            data.x, data.y, bias, batch_size, lambda done: progress.advance(task, done)
+            data.x,
+            data.y,
+            bias,
+            options.batch_size,
+            lambda done: progress.advance(task, done),
+            flips=options.flips,
         )
 
 
@@ -214,6 +223,7 @@ def _details(options: Evaluate, classifier: Classifier, data: Labeled, matched: 
         "data": options.data,
         "part": data.part,
         "adjust": options.adjust or None,
+        "flips": options.flips,
         "assumed_prior": _assumed(options, classifier),
         "skipped": matched.skipped,
         "classes": classifier.classes,
