@@ -1,5 +1,4 @@
-"""`python -m train [COMMAND]`: train and report (no command), ablation, doctor, evaluate, export, features,
-predict or report.
+"""`python -m train [COMMAND]`: trains and reports without a command; `--help` lists the commands.
 
 `torchrun --nproc-per-node=N -m train` trains on N GPUs, with the results of one. An installed driver is `gistops-train`
 or `python -m gistops.train`.
@@ -14,27 +13,18 @@ import sys
 import time
 import warnings
 
-from .cli import parse, parse_run, program
-from .commands.ablation import ablate
-from .commands.doctor import Doctor, examine
-from .commands.evaluate import evaluate
-from .commands.export import export
-from .commands.features import Features, extract
-from .commands.predict import predict
-from .commands.report import compare
+from .commands.table import COMMANDS, SHORT, described, unknown
+from .commands.training import train
 from .config import ConfigError
 from .console import open_console, say
 from .distributed import init_process_group, rank
 from .files import WriteError
-from .run import start
 from .training.stopping import Stopped, handle_signals
 from .training.trainer import Diverged
 
 #: Errors of files and disks that a traceback would not explain better.
 STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 SECONDS_FOR_RANK0 = 5.0
-#: Commands that rank 0 alone runs, in seconds or minutes, and that begin again if they are repeated.
-SHORT = ("report", "doctor", "features", "predict", "export", "evaluate")
 
 
 def main(args: list[str] | None = None) -> int:
@@ -111,24 +101,13 @@ def dispatch(args: list[str]) -> int:
     warnings.showwarning = lambda message, *_: say(console, f"warning: {message}")
     # fp16: GradScaler skips a first step that overflows, which is intended.
     warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before", UserWarning)
-    if args[:1] == ["ablation"]:
-        return ablate(args[1:], console)
-    if rank() and args and args[0] in SHORT:
-        return 0
-    if args[:1] == ["report"]:
-        return compare(args[1:], console)
-    if args[:1] == ["export"]:
-        return export(args[1:], console)
-    if args[:1] == ["evaluate"]:
-        return evaluate(args[1:], console)
-    if args[:1] == ["predict"]:
-        return predict(args[1:])
-    if args[:1] == ["doctor"]:
-        return examine(parse(args[1:], Doctor, program("doctor")), console)
-    if args[:1] == ["features"]:
-        return extract(parse(args[1:], Features, program("features")), console)
-    start(parse_run(args), console)
-    return 0
+    name = args[0] if args else ""
+    if name in COMMANDS:
+        return 0 if rank() and name in SHORT else COMMANDS[name].run(args[1:], console)
+    if name and not name.startswith("-"):
+        report_error(unknown(name))
+        return 2
+    return train(args, console, described())
 
 
 if __name__ == "__main__":

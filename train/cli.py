@@ -21,9 +21,10 @@ from .config import DEFAULT_RECIPE, Config, ConfigError
 from .data.load import NAMED
 from .model.backbones import BACKBONES, TIMM
 from .options import Mark, Sections
-from .recipes import load_recipe, read_recipe, recipe_names
+from .recipes import load_recipe
 
 Options = TypeVar("Options", bound=Sections)
+Plain = TypeVar("Plain")
 
 
 def program(command: str = "") -> str:
@@ -33,13 +34,14 @@ def program(command: str = "") -> str:
     return f"{name} {command}".rstrip()
 
 
-def parse(args: list[str] | None, kind: type[Options], prog: str) -> Options:
+def parse(args: list[str] | None, kind: type[Options], prog: str, description: str | None = None) -> Options:
     """Parse a command line and check the options as far as possible without the data.
 
     Args:
         args: the command line's words; those of sys.argv if None.
         kind: the options of the command: sections, and options of its own.
         prog: the program's name in help texts.
+        description: the text above the options in --help; that of the options if None.
 
     Raises:
         ConfigError: an invalid option.
@@ -68,7 +70,7 @@ def parse(args: list[str] | None, kind: type[Options], prog: str) -> Options:
             args=args,
             default=kind().replace(**{name: values[name] for name in kind.fields()}),
             prog=prog,
-            description=_description(kind),
+            description=inspect.getdoc(kind) if description is None else description,
             config=(tyro.conf.OmitArgPrefixes,),
         )
     _check_repeated(sys.argv[1:] if args is None else args, config)
@@ -111,8 +113,17 @@ def data_name(data: str) -> str:
 
 
 def parse_run(args: list[str] | None = None) -> Config:
-    """Parse the command line of a run; see `parse`."""
+    """Parse the options of a run; see `parse`."""
     return parse(args, Config, program())
+
+
+def parse_command(args: list[str], kind: type[Plain], command: str) -> Plain:
+    """Parse the command line of a command whose options are not those of a run: a dataclass with a field per option.
+
+    Raises:
+        SystemExit: --help, an unknown option, or a value of another type (code 2).
+    """
+    return tyro.cli(kind, args=args, prog=program(command), config=(tyro.conf.FlagCreatePairsOff,))
 
 
 def check(config: Sections) -> None:
@@ -163,16 +174,3 @@ def check_device(device: str, backend: str = "auto") -> None:
         backends.choose(torch.device(device).type, None if backend == "auto" else backend)
     except (ValueError, RuntimeError) as error:
         raise ConfigError("backend", "a backend that is available here", f"{backend!r} ({error})") from None
-
-
-def _description(kind: type[Sections]) -> str:
-    """The text above the options in --help."""
-    if kind is not Config:
-        return inspect.getdoc(kind) or ""
-    paragraphs = [
-        "Trains GistNet in two stages on a long-tailed dataset, and a plain softmax classifier for comparison.",
-        f"Other commands: {program('predict')}, evaluate, export, ablation, doctor, features and report, each with a --help of its own.",
-        "Recipes:",
-        *(f"{name}: {read_recipe(name).get('description', '')}" for name in recipe_names()),
-    ]
-    return "\n\n".join(paragraphs)

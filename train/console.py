@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 import unicodedata
+import warnings
+from typing import Any
 
 from rich.console import Console
 
@@ -19,6 +22,20 @@ def open_console(*, quiet: bool) -> Console:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     return Console(quiet=quiet)
+
+
+def messages_of(console: Console, *, as_json: bool) -> Console:
+    """Return the console for messages and warnings: standard error if standard output holds JSON."""
+    if not as_json:
+        return console
+    messages = Console(stderr=True, quiet=console.quiet)
+    warnings.showwarning = lambda message, *_: say(messages, f"warning: {message}")
+    return messages
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Write an object to standard output in one line."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
 
 
 def printable(text: str) -> str:

@@ -196,7 +196,7 @@ def test_every_option_has_a_help_text_of_one_paragraph() -> None:
                 assert line[7].isalpha(), line
             if line.startswith("    #: ") and not after.startswith("    #: "):
                 comments[after.split(":")[0].strip()] = line
-    assert comments.keys() == Config.fields().keys() | {"seeds", "vary", "table", "weights", "out"}
+    assert comments.keys() == Config.fields().keys() | {"seeds", "vary", "table", "weights", "out", "json"}
 
 
 def test_commands_take_the_options_that_they_use() -> None:

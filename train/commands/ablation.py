@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import functools
 import itertools
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
 from .. import distributed
 from ..cli import check, parse, program, times_given
 from ..config import Config, ConfigError, MethodName
-from ..console import say
+from ..console import messages_of, print_json, say
 from ..files import write_atomically
 from ..options import Mark
 from ..recipes import load_recipe
@@ -50,6 +51,8 @@ class Ablation(Config):
     #: through an MLP, and 2, 4, 8 or 16 of them. Any data will do; the paper's figures stand beside if --data
     #: is the dataset of the table, all of it: not with --hold-out.
     table: Literal[1, 2, 3] | None = None
+    #: Write one JSON object to standard output: for each line of the table the accuracies by seed, their means and standard deviations; messages go to standard error.
+    json: bool = False
 
 
 def ablate(args: list[str], console: Console) -> int:
@@ -79,7 +82,7 @@ def ablate(args: list[str], console: Console) -> int:
     for variant in variants:
         check(base.replace(**variant.options))
     with locked(folder):
-        return _complete(ablation, base, variants, folder, console)
+        return _complete(ablation, base, variants, folder, messages_of(console, as_json=ablation.json))
 
 
 def _complete(
@@ -106,10 +109,41 @@ def _complete(
         if distributed.rank() == 0:
             write = functools.partial(Path.write_text, data=text, encoding="utf-8")
             write_atomically(folder / "table.md", write)
+    if ablation.json and distributed.rank() == 0:
+        print_json({"table": str(folder / "table.md"), "rows": rows_of(results)})
     for line in text.splitlines():
         say(console, line)
     say(console, f"written to {folder / 'table.md'}")
     return 0
+
+
+def rows_of(results: Results) -> list[dict[str, Any]]:
+    """Return the lines of the table as plain values: fractions by group of classes, None for a group without classes."""
+    found: dict[tuple[str, str], dict[int, dict[str, float | None]]] = {}
+    for variant, by_seed in results.items():
+        for seed, run in by_seed.items():
+            for result in run:
+                found.setdefault((variant, result["method"]), {})[seed] = result["accuracy"]
+    rows = []
+    for (variant, method), accuracies in found.items():
+        first, *more = accuracies.values()
+        groups = {name: [first[name], *(other[name] for other in more)] for name in first}
+        known = {name: [x for x in values if x is not None] for name, values in groups.items()}
+        rows.append(
+            {
+                "variant": variant,
+                "method": method,
+                "seeds": accuracies,
+                "mean": {
+                    name: statistics.fmean(values) if values else None for name, values in known.items()
+                },
+                "deviation": {
+                    name: statistics.stdev(values) if len(values) > 1 else None
+                    for name, values in known.items()
+                },
+            }
+        )
+    return rows
 
 
 def with_earlier(run: Path, methods: tuple[MethodName, ...]) -> tuple[MethodName, ...]:

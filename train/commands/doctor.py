@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ..checks import problems_of
 from ..config import Config
-from ..console import counted, say
+from ..console import counted, messages_of, print_json, say
 from ..data.dataset import Dataset
 from ..data.errors import DataError
 from ..data.load import is_list, load, read_listings
@@ -27,6 +27,9 @@ SPLITS = {"train": "training", "test": "test", "val": "validation"}
 class Doctor(Config):
     """Examines a dataset, and makes every check of a run with the same options, without training. Lists the problems."""
 
+    #: Write one JSON object to standard output: the lines of the description and the problems; messages go to standard error.
+    json: bool = False
+
 
 def examine(config: Doctor, console: Console) -> int:
     """Print a description of the data and its problems. Return 0 if there are none, otherwise 1.
@@ -34,6 +37,7 @@ def examine(config: Doctor, console: Console) -> int:
     Raises:
         ConfigError: the data cannot be read.
     """
+    messages = messages_of(console, as_json=config.json)
     problems = _missing_files(config)
     source = dataclasses.replace(config.data, unreadable="skip")
     try:
@@ -42,15 +46,18 @@ def examine(config: Doctor, console: Console) -> int:
             data = load(source)
     except DataError as error:
         for problem in problems + [str(warning.message) for warning in caught]:
-            say(console, f"problem: {problem}")
+            say(messages, f"problem: {problem}")
         raise InvalidData(error) from None
     problems += [str(warning.message) for warning in caught] + _content_problems(data, config)
     problems += [str(problem) for problem in problems_of(config, data)]
+    if config.json:
+        print_json({"description": describe(data, config), "problems": problems})
+        return 1 if problems else 0
     for line in describe(data, config):
-        say(console, line)
+        say(messages, line)
     for problem in problems:
-        say(console, f"problem: {problem}")
-    say(console, counted(len(problems), "problem") if problems else "no problems")
+        say(messages, f"problem: {problem}")
+    say(messages, counted(len(problems), "problem") if problems else "no problems")
     return 1 if problems else 0
 
 

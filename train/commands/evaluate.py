@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -17,9 +15,9 @@ from torch import Tensor
 
 from .. import load
 from ..classifier import Classifier
-from ..cli import check_device, program
+from ..cli import check_device, parse_command
 from ..config import ConfigError, DataConfig, DeviceConfig
-from ..console import counted, say
+from ..console import counted, messages_of, print_json, say
 from ..data.errors import DataError
 from ..data.labeled import Labeled, Matched, listed, load_labeled, match
 from ..data.load import is_list
@@ -40,7 +38,7 @@ class Evaluate:
     """
 
     #: A trained model, runs/<name>/model-<method>.safetensors.
-    model: tyro.conf.Positional[Path]
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     #: Labeled samples: data as for training, whose test split is evaluated; or data without training samples, all of which
     #: are evaluated: a folder of class folders, a list of labeled images, or a .npz or .safetensors file with the arrays x, y and
     #: optionally classes, the names.
@@ -87,15 +85,14 @@ def evaluate(args: list[str], console: Console) -> int:
     Raises:
         ConfigError: an option is invalid, or the model and the data do not belong together.
     """
-    options = tyro.cli(Evaluate, args=args, prog=program("evaluate"), config=(tyro.conf.FlagCreatePairsOff,))
+    options = parse_command(args, Evaluate, "evaluate")
     for name in ("batch_size", "workers"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(name, "at least 1", value)
     if options.assumed_prior and not options.adjust:
         raise ConfigError("assumed_prior", f"--adjust {', '.join(NAMED)} or a file beside it", "none")
-    messages = Console(stderr=True) if options.json else console
-    warnings.showwarning = lambda message, *_: say(messages, f"warning: {message}")
+    messages = messages_of(console, as_json=options.json)
     device = DeviceConfig(device=options.device).resolved_device
     check_device(device)
     classifier = open_model("model", options.model, load).to(device)
@@ -116,7 +113,7 @@ def evaluate(args: list[str], console: Console) -> int:
         samples = as_dataset(classifier.trained, matched.x, matched.y)
         write_files(options.out, classifier.trained, results, details, samples, " ".join(about))
     if options.json:
-        sys.stdout.write(json.dumps(metrics(results, details)) + "\n")
+        print_json(metrics(results, details))
     else:
         counts = classifier.trained.train_counts
         print_results(console, [results.record], counts, classifier.trained.split_rule)

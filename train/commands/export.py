@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import tyro
 from rich.console import Console
 from torch import Tensor
 
 from gistops.export import decompositions
 
-from ..cli import program
+from ..cli import parse_command
 from ..config import ConfigError
-from ..console import say
+from ..console import messages_of, print_json, say
 from ..files import write_atomically
 from ..model.model import Model, load_model, read_model_file
 from ..trained import load_trained
@@ -24,20 +26,28 @@ from .model_file import open_model
 BATCHES = (2, 5)  # samples in the two checks: the size of the batch is free
 
 
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Writes a trained model for other programs, with its description as metadata, and runs the file."""
+
+    #: A trained model, runs/<name>/model-<method>.safetensors.
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    #: onnx, or torch-export: a program of torch.export.
+    format: Literal["onnx", "torch-export"] = "onnx"
+    #: The file to write.
+    out: Path
+    #: Write one JSON object to standard output: the file, its format, the shape of a sample and the metadata.
+    json: bool = False
+
+
 def export(args: list[str], console: Console) -> int:
     """Write a model as ONNX or as a program of torch.export, and compare its logits with those of the model.
 
     Raises:
         ConfigError: an option is invalid, a package is missing, or the written file gives other logits. Then no file is left.
     """
-    parser = argparse.ArgumentParser(
-        prog=program("export"),
-        description="Writes a trained model for other programs, with its description as metadata, and runs the file.",
-    )
-    parser.add_argument("model", type=Path, help="a trained model, runs/<name>/model-<method>.safetensors")
-    parser.add_argument("--format", choices=("onnx", "torch-export"), default="onnx", help="default: onnx")
-    parser.add_argument("--out", type=Path, required=True, help="the file to write")
-    options = parser.parse_args(args)
+    options = parse_command(args, Export, "export")
+    messages = messages_of(console, as_json=options.json)
     if not options.out.absolute().parent.is_dir():
         raise ConfigError("out", "a file in an existing folder", str(options.out))
     model, _ = open_model("model", options.model, load_model)
@@ -46,7 +56,16 @@ def export(args: list[str], console: Console) -> int:
     samples = [_random(batch, shape) for batch in BATCHES]
     write = _write_onnx if options.format == "onnx" else _write_program
     write_atomically(options.out, lambda path: write(path, model, samples, json.dumps(description)))
-    say(console, f"written to {options.out}, whose logits are those of the model for {BATCHES} samples")
+    if options.json:
+        print_json(
+            {
+                "file": str(options.out),
+                "format": options.format,
+                "sample_shape": shape,
+                "metadata": description,
+            }
+        )
+    say(messages, f"written to {options.out}, whose logits are those of the model for {BATCHES} samples")
     return 0
 
 

@@ -17,7 +17,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from ..config import BackboneConfig, ConfigError, CropConfig, DataConfig, DeviceConfig, RecipeConfig
-from ..console import say
+from ..console import messages_of, print_json, say
 from ..data.dataset import Dataset
 from ..data.errors import DataError
 from ..data.load import load
@@ -45,6 +45,8 @@ class Features(Sections):
     weights: str = ""
     #: The .safetensors file to write, with x_train, y_train, x_test, y_test and the names of the classes.
     out: str = "features.safetensors"
+    #: Write one JSON object to standard output: the file, its arrays' shapes and the names of the classes; messages go to standard error.
+    json: bool = False
 
 
 def extract(features: Features, console: Console) -> int:
@@ -53,6 +55,7 @@ def extract(features: Features, console: Console) -> int:
     Raises:
         ConfigError: the data are not images, there is no trained network for them, or the file cannot be written.
     """
+    messages = messages_of(console, as_json=features.json)
     out = Path(features.out)
     if out.suffix != ".safetensors":
         raise ConfigError("out", "a file named .safetensors", repr(features.out))
@@ -75,11 +78,14 @@ def extract(features: Features, console: Console) -> int:
         parts["val"] = (data.x_val, data.y_val)
     arrays: dict[str, Tensor] = {}
     for part, (x, y) in parts.items():
-        arrays[f"x_{part}"] = compute_features(model, x, part, console)
+        arrays[f"x_{part}"] = compute_features(model, x, part, messages)
         arrays[f"y_{part}"] = y
     metadata = {"classes": json.dumps(data.class_names)}
     write_atomically(out, lambda path: safetensors.torch.save_file(arrays, path, metadata))
-    say(console, f"written to {out}")
+    if features.json:
+        shapes = {name: list(array.shape) for name, array in arrays.items()}
+        print_json({"file": str(out), "arrays": shapes, "classes": data.class_names})
+    say(messages, f"written to {out}")
     return 0
 
 
@@ -125,7 +131,8 @@ def compute_features(model: Model, x: Tensor, part: str, console: Console) -> Te
     device = next(model.parameters()).device
     result: Tensor | None = None
     batches = list(range(0, len(x), BATCH_SIZE))
-    for first in track(batches, f"{part} features", console=console, disable=not console.is_terminal):
+    bar = Console(stderr=True, quiet=console.quiet)
+    for first in track(batches, f"{part} features", console=bar, disable=not bar.is_terminal):
         rows = slice(first, first + BATCH_SIZE)
         features = model.features(x[rows].to(device))
         if result is None:  # allocated once: concatenating a list of batches would take twice the memory

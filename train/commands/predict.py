@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import functools
 import glob
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import numpy as np
+import tyro
 from rich.console import Console
 from rich.progress import track
 
 from .. import load
 from ..classifier import BATCH_SIZE, Classifier
-from ..cli import check_device, program
+from ..cli import check_device, parse_command
 from ..config import ConfigError, DeviceConfig
+from ..console import messages_of
 from ..data.cache import process_map
 from ..data.errors import DataError
 from ..data.sources.image_files import SUFFIXES, decode
@@ -32,13 +34,43 @@ UNREADABLE = 3  # the exit code if a file could not be read
 Row = dict[str, Any]
 
 
-def predict(args: list[str]) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Predict:
+    """Writes the most probable classes of image files, as CSV or JSON lines.
+
+    A file that cannot be read is a row with the reason, and the exit code is then 3.
+    """
+
+    #: A trained model, runs/<name>/model-<method>.safetensors.
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    #: Image files, folders (searched recursively), globs in quotes, or lists (.txt, .csv) as for --data.
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES...")]
+    #: Classes per image.
+    k: int = 5
+    #: Average the probabilities of each image and its mirror image.
+    flips: bool = False
+    #: Write JSON lines instead of CSV.
+    json: bool = False
+    #: The file to write; standard output if not given.
+    out: Path | None = None
+    #: cpu, cuda, or auto: a GPU if there is one.
+    device: str = "auto"
+    #: Images per pass.
+    batch_size: int = BATCH_SIZE
+    #: Processes that decode images; one per processor if not given.
+    workers: int | None = None
+
+
+def predict(args: list[str], console: Console) -> int:
     """Write the most probable classes of image files. Returns 3 if a file could not be read, otherwise 0.
 
     Raises:
         ConfigError: an option is invalid, the model does not take image files, or there are none.
     """
-    options = _parse(args)
+    options = parse_command(args, Predict, "predict")
+    messages_of(console, as_json=True)  # rows alone are on standard output
+    if not options.images:
+        raise ConfigError("images", "at least one image file", "none")
     for name in ("k", "batch_size", "workers"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ConfigError(name, "at least 1", getattr(options, name))
@@ -73,32 +105,6 @@ def _write_to(out: Path | None, rows: Iterator[Row], k: int, as_json: bool) -> i
 
     write_atomically(out, write)
     return codes[0]
-
-
-def _parse(args: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=program("predict"),
-        description="Writes the most probable classes of image files, as CSV or JSON lines. "
-        f"A file that cannot be read is a row with the reason, and the exit code is then {UNREADABLE}.",
-    )
-    parser.add_argument("model", type=Path, help="a trained model, runs/<name>/model-<method>.safetensors")
-    parser.add_argument(
-        "images",
-        nargs="+",
-        help="image files, folders (searched recursively), globs in quotes, or lists (.txt, .csv) as for --data",
-    )
-    parser.add_argument("--k", type=int, default=5, help="classes per image (default: 5)")
-    parser.add_argument(
-        "--flips", action="store_true", help="average the probabilities of each image and its mirror image"
-    )
-    parser.add_argument("--json", action="store_true", help="write JSON lines instead of CSV")
-    parser.add_argument("--out", type=Path, help="the file to write (default: standard output)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
-    parser.add_argument(
-        "--batch-size", type=int, default=BATCH_SIZE, help=f"images per pass (default: {BATCH_SIZE})"
-    )
-    parser.add_argument("--workers", type=int, help="processes that decode (default: one per processor)")
-    return parser.parse_args(args)
 
 
 def find_files(source: str) -> list[Path]:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from rich.console import Console
 
-from ..cli import program
+from ..cli import parse_command
 from ..config import ConfigError
-from ..console import say
+from ..console import messages_of, print_json, say
 from ..files import write_atomically
 from ..report.figures import Record
 from ..report.html import read_records, write_page
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Writes an HTML page that compares several runs."""
+
+    #: Folders of finished runs or ablations, such as runs/smoke.
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDERS...")]
+    #: The page to write.
+    out: Path = Path("report.html")
+    #: Write one JSON object to standard output: the page, and the results of each run.
+    json: bool = False
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -35,19 +49,10 @@ def compare(args: list[str], console: Console) -> int:
     Raises:
         ConfigError: a folder does not hold a finished run, or the page cannot be written.
     """
-    parser = argparse.ArgumentParser(
-        prog=program("report"), description="Writes an HTML page that compares several runs."
-    )
-    parser.add_argument(
-        "folders",
-        nargs="+",
-        type=Path,
-        help="folders of finished runs or ablations, such as runs/smoke",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("report.html"), help="the page (default: report.html)"
-    )
-    options = parser.parse_args(args)
+    options = parse_command(args, Report, "report")
+    messages = messages_of(console, as_json=options.json)
+    if not options.folders:
+        raise ConfigError("folders", "folders of finished runs", "none")
     runs: dict[str, list[Record]] = {}
     for folder in options.folders:
         for run in runs_in(folder):
@@ -57,7 +62,7 @@ def compare(args: list[str], console: Console) -> int:
             elif run == folder:
                 raise ConfigError("folders", "folders of finished runs", f"{folder}, which has no result yet")
             else:
-                say(console, f"left out {run}, which has no result yet")
+                say(messages, f"left out {run}, which has no result yet")
         if not any(Path(run).is_relative_to(folder) for run in runs):
             raise ConfigError(
                 "folders", "folders of finished runs", f"{folder}, whose runs have no result yet"
@@ -66,5 +71,8 @@ def compare(args: list[str], console: Console) -> int:
     if not options.out.absolute().parent.is_dir():
         raise ConfigError("out", "a file in an existing folder", str(options.out))
     write_atomically(options.out, lambda path: write_page(path, runs, "Comparison", about))
-    say(console, f"written to {options.out}")
+    if options.json:
+        results = {run: [x for x in records if x["event"] == "result"] for run, records in runs.items()}
+        print_json({"file": str(options.out), "runs": results})
+    say(messages, f"written to {options.out}")
     return 0

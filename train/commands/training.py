@@ -1,0 +1,44 @@
+"""Training, which is the program without a command: a run from its options to its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from .. import distributed
+from ..cli import parse, program
+from ..config import Config
+from ..console import messages_of, print_json
+from ..recipes import read_recipe, recipe_names
+from ..run import start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Config):
+    """The options of a run and of its output."""
+
+    #: Write one JSON object to standard output, the results; messages go to standard error.
+    json: bool = False
+
+
+def train(args: list[str], console: Console, commands: Mapping[str, str]) -> int:
+    """Train all methods and write the report; see `run.start`. `commands` holds a line for --help per command."""
+    options = parse(args, Training, program(), _description(commands))
+    results = start(Config().replace(**options.options()), messages_of(console, as_json=options.json))
+    if options.json and distributed.rank() == 0:
+        print_json({"folder": f"{options.run.runs}/{options.run.name}", "results": results})
+    return 0
+
+
+def _description(commands: Mapping[str, str]) -> str:
+    """The text above the options of a run in --help."""
+    paragraphs = [
+        "Trains GistNet in two stages on a long-tailed dataset, and a plain softmax classifier for comparison.",
+        f"Commands, such as `{program('predict')}`, each with a --help of its own:",
+        *(f"{name}: {line}" for name, line in commands.items()),
+        "Recipes:",
+        *(f"{name}: {read_recipe(name).get('description', '')}" for name in recipe_names()),
+    ]
+    return "\n\n".join(paragraphs)
