@@ -53,7 +53,10 @@ def read_data_record(folder: Path) -> list[Record]:
     file = folder / FILE
     if not file.exists():
         return []
-    record = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     if not isinstance(record, dict) or record.get("event") != "data":
         raise ValueError(f"{file}: expected the record of a run's data")
     return [record]

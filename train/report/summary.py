@@ -13,6 +13,7 @@ from .trained import Record, TrainedMethod
 UNUSED = 0.01  # share of samples below which a slot counts as unused
 COMMON = 0.95  # share of classes with one best slot above which slots hardly change the predictions
 MISCALIBRATED = 0.1  # expected calibration error
+MIN_SAMPLES = 100  # test samples below which shares of them prove little
 RISE = 0.05  # relative rise of the loss over the last three epochs of a stage
 
 
@@ -40,14 +41,14 @@ def _trained(methods: list[TrainedMethod]) -> Iterator[str]:
     yield from dict.fromkeys(
         _sentence_on_data(method.data, method.result["train_counts"]) for method in methods if method.data
     )
-    backbones, seeds = (
-        sorted({method.data[key] for method in methods if key in method.data}) for key in ("backbone", "seed")
-    )
-    if backbones and seeds:
-        yield (
-            f"{'Backbones' if len(backbones) > 1 else 'Backbone'} {listed(backbones)}, "
-            f"{'seeds' if len(seeds) > 1 else 'seed'} {listed([str(seed) for seed in seeds])}."
-        )
+    facts = []
+    for key in ("backbone", "seed"):
+        values = sorted({method.data[key] for method in methods if key in method.data} - {"none"})
+        if values:
+            facts.append(f"{key}{'s' if len(values) > 1 else ''} {listed([str(value) for value in values])}")
+    if facts:
+        text = ", ".join(facts)
+        yield f"{text[0].upper()}{text[1:]}."
 
 
 def _sentence_on_data(data: Record, counts: list[int]) -> str:
@@ -151,7 +152,7 @@ def _few_shot(methods: list[TrainedMethod]) -> Iterator[str]:
     count = counted(sum(few), "few-shot class", "few-shot classes")
     where = f"the {count} (at most {counted(most, 'training sample')})"
     if _is_clear(gap, highest > second):
-        chance = _lead(gap) if gap else " One class says little."
+        chance = _lead(gap) if gap else " Only one of these classes has test samples, which says little."
         yield f"Best on {where}: {best.name}, with {percent(highest)} % against {percent(second)} % of {other.name}.{chance}"
     else:
         yield f"No method is clearly best on {where}: {best.name} has {percent(highest)} %, {other.name} {percent(second)} %."
@@ -168,6 +169,11 @@ def _seeds(methods: list[TrainedMethod]) -> Iterator[str]:
 def _worries_of_data(methods: list[TrainedMethod]) -> Iterator[str]:
     if any(epoch.get("split") == "test" for method in methods for epoch in method.epochs):
         yield "There is no validation split, so the curves show the test samples. Do not choose options or epochs by these numbers. --hold-out 0.1 makes a validation split."
+    tested = min(
+        (sum(method.result["test_counts"]) for method in methods if method.classes), default=MIN_SAMPLES
+    )
+    if tested < MIN_SAMPLES:
+        yield f"There are only {counted(tested, 'test sample')}, so that all accuracies are uncertain."
     untested = max((method.result["test_counts"].count(0) for method in methods if method.classes), default=0)
     if untested:
         yield f"{counted(untested, 'class has', 'classes have')} no test samples: nothing is known about them."
@@ -176,23 +182,25 @@ def _worries_of_data(methods: list[TrainedMethod]) -> Iterator[str]:
 def _worries(method: TrainedMethod) -> Iterator[str]:
     """Return the worries about one model."""
     result, name = method.result, method.name
+    if rise := _rise(method):
+        yield f"{name}: the training loss rose by {100 * rise:.0f} % over the last three epochs."
     if groups := method.group_of_classes:
         few = [a for a, g in zip(result["accuracy_per_class"], groups, strict=True) if g == "few"]
         tested = [accuracy for accuracy in few if accuracy is not None]
         if zero := tested.count(0):
             of = counted(len(tested), "few-shot class", "few-shot classes")
-            yield f"{name}: not one test sample of {zero:,} of {of} is classified correctly."
+            yield f"{name}: in {zero:,} of {of} not one test sample is classified correctly."
+    analysis = result.get("analysis", {})
+    if analysis and sum(count for _, _, count in analysis["calibration"]["bins"]) < MIN_SAMPLES:
+        return
     unused = [f"δ{j}" for j, share in enumerate(result.get("slot_usage", [])) if j and share < UNUSED]
     if unused:
         slots = f"slot {unused[0]} is" if len(unused) == 1 else f"slots {listed(unused)} are"
         yield f"{name}: {slots} hardly used, for less than {100 * UNUSED:.0f} % of the test samples."
-    analysis = result.get("analysis", {})
     if (common := analysis.get("common_slot", 0)) > COMMON:
         yield f"{name}: the slots hardly change the predictions, because {100 * common:.0f} % of the classes have the same best slot for a sample."
     if analysis and (error := analysis["calibration"]["error"]) > MISCALIBRATED:
         yield f"{name}: do not trust the probabilities. {_calibration(analysis['calibration']['bins'], error)}"
-    if rise := _rise(method):
-        yield f"{name}: the training loss rose by {100 * rise:.0f} % over the last three epochs."
 
 
 def _calibration(bins: list[list[float]], error: float) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 from train.__main__ import main
 from train.data.dataset import Dataset
 from train.evaluation.confusions import examples
-from train.report.data_record import MAX_SIDE, data_record, thumbnail
+from train.report.data_record import MAX_SIDE, data_record, read_data_record, thumbnail
 
 from .conftest import NAMES
 
@@ -87,3 +87,10 @@ def test_the_page_of_an_evaluation_has_names_and_images(trained_run: Path, tmp_p
     assert shown
     assert shown[0] in trained  # the mistaken test image; the other image is of the test split
     assert "Evaluated on" in page
+
+
+@pytest.mark.parametrize("content", ["{}", "[", "", "[1]"])
+def test_a_damaged_file_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(ValueError, match=r"report\.json: "):
+        read_data_record(tmp_path)

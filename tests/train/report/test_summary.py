@@ -49,7 +49,7 @@ FACTS = {
     "test": 400,
     "class_names": ["owl", "jay", "kite", "gull"],
     "split_rule": "standard",
-    "backbone": "resnet32",
+    "backbone": "timm/ResNet",
     "seed": 3,
     "pairs": {},
 }
@@ -91,7 +91,7 @@ def test_the_summary_says_what_was_trained_and_who_won() -> None:
     assert summary.trained == [
         "Trained on birds.csv: 559 images of 4 classes, with 500 training samples in the largest class and 4 in the smallest. "
         "400 images are for testing, 40 for validation.",
-        "Backbone resnet32, seed 3.",
+        "Backbone timm/ResNet, seed 3.",
     ]
     best, few, seed = summary.outcome
     assert best == (
@@ -143,7 +143,7 @@ def test_another_use_of_a_model_that_is_better_is_named() -> None:
     [
         (
             {"accuracy_per_class": [0.9, 0.6, 0.0, 0.3]},
-            "not one test sample of 1 of 2 few-shot classes is classified correctly.",
+            "in 1 of 2 few-shot classes not one test sample is classified correctly.",
         ),
         ({"slot_usage": [0.7, 0.295, 0.005]}, "slot δ2 is hardly used, for less than 1 %"),
         ({"slot_usage": [0.0, 0.5, 0.5]}, None),  # the bare center has no parameters
@@ -194,18 +194,34 @@ def test_runs_with_other_test_data_are_not_compared() -> None:
     assert [sentence.partition(":")[0] for sentence in summary.trained] == [
         "Trained on birds.csv",
         "Trained on fish.csv",
-        "Backbone resnet32, seed 3.",
+        "Backbone timm/ResNet, seed 3.",
     ]
     assert summary.outcome[0].startswith("The test data of these runs differ")
     assert summary.outcome[1].startswith("Best overall: a: GistNet (COS+CS+GIST).")
     assert "b: GistNet (COS+CS+GIST) classifies 50.0 % of the test images" in summary.outcome[3]
 
 
+def test_features_have_no_backbone() -> None:
+    features = FACTS | {"backbone": "none", "samples": "features"}
+    summary = summarize(trained_methods({"run": [features, a_result("gist", [90, 60, 30, 30])]}))
+    assert summary.trained[1:] == ["Seed 3."]
+
+
 def test_runs_of_several_seeds_are_told_apart_from_methods() -> None:
     runs = {str(seed): [FACTS | {"seed": seed}, a_result("gist", [90, 60, 30, 30])] for seed in range(3)}
     summary = summarize(trained_methods(runs))
-    assert summary.trained[1] == "Backbone resnet32, seeds 0, 1 and 2."
+    assert summary.trained[1] == "Backbone timm/ResNet, seeds 0, 1 and 2."
     assert summary.outcome[-1].startswith("These runs have 3 seeds")
+
+
+def test_few_test_samples_prove_nothing() -> None:
+    calibration = {"calibration": {"error": 0.3, "bins": [[0.9, 0.6, 40]]}}
+    few = {"test_counts": [10, 10, 0, 20], "slot_usage": [1.0, 0.0], "analysis": calibration}
+    worries = summary_of(a_result("gist", [90, 60, 30, 30], **few)).worries
+    assert [worry[:28] for worry in worries] == [
+        "There are only 40 test sampl",
+        "1 class has no test samples:",
+    ]
 
 
 def test_records_of_early_versions_are_summarized() -> None:
