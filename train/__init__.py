@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .classifier import Classifier
+    from .config import Config
 
 
 def load(path: str | Path) -> Classifier:
@@ -23,14 +24,14 @@ def load(path: str | Path) -> Classifier:
     return Classifier(load_trained(path))
 
 
-def fit(recipe: str, **options: Any) -> dict[str, dict[str, Any]]:
+def fit(recipe: str | Config, **options: Any) -> dict[str, dict[str, Any]]:
     """Train as `python -m train` does, without its console, and return the result of each method by the method's name.
 
     A result has the accuracies of the run's metrics.jsonl, and `model`, the path of the model file for `load`.
 
     Args:
-        recipe: a recipe's name or a .toml file.
-        **options: options of the command line with underscores, such as `data="birds/", stage1_epochs=20`. Lists are tuples.
+        recipe: a recipe's name, a .toml file, or a `Config`, whose run is named after its data if it has no name.
+        **options: options of the command line with underscores, such as `data="birds/", stage1_epochs=20`.
 
     Raises:
         ConfigError: an invalid option.
@@ -38,12 +39,14 @@ def fit(recipe: str, **options: Any) -> dict[str, dict[str, Any]]:
     """
     from rich.console import Console
 
-    from .cli import check
+    from .cli import check, data_name
     from .recipes import configure
     from .run import start
 
     config = configure(recipe, options)
     check(config)
+    if not config.run.name:
+        config = config.replace(name=data_name(config.data.data))
     folder = Path(config.run.runs) / config.run.name
     return {
         result["method"]: result | {"model": folder / f"model-{result['method']}.safetensors"}

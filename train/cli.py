@@ -21,7 +21,7 @@ from .config import DEFAULT_RECIPE, Config, ConfigError
 from .data.load import NAMED
 from .model.backbones import BACKBONES, TIMM
 from .options import Mark, Sections
-from .recipes import load_recipe
+from .recipes import as_in_paper, load_recipe
 
 Options = TypeVar("Options", bound=Sections)
 Plain = TypeVar("Plain")
@@ -58,8 +58,7 @@ def parse(args: list[str] | None, kind: type[Options], prog: str, description: s
         general = Config().options()
         defaults = defaults.replace(**{name: general[name] for name in Config.marked(Mark.DATASET)})
     if known.preset == "paper":
-        paper = Config().options()
-        defaults = defaults.replace(**{name: paper[name] for name in Config.marked(Mark.DEPARTURE)})
+        defaults = as_in_paper(defaults)
     values = defaults.options()
     with contextlib.ExitStack() as stack:
         if distributed.rank():  # rank 0 prints the help and the errors

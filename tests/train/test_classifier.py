@@ -16,10 +16,12 @@ from PIL import Image
 
 import train
 from train.__main__ import main
+from train.cli import parse_run
 from train.config import ConfigError
 from train.data.dataset import Dataset
 from train.data.sources.image_files import decode
 from train.model.model import load_model, save_model
+from train.recipes import configure
 from train.trained import describe
 from train.training.trainer import Trainer
 
@@ -189,6 +191,28 @@ def test_fit_returns_results_and_models(features: Dataset, feature_file: Path, t
         train.fit("features", epochs=3)
     with pytest.raises(ConfigError, match="--stage1-epochs: expected int, got 'many'"):
         train.fit("features", stage1_epochs="many")
+
+
+def test_fit_takes_a_config(feature_file: Path, tmp_path: Path) -> None:
+    short = FEATURES.replace(data=str(feature_file), stage1_epochs=1, stage2_epochs=1, methods=("plain",))
+    config = short.replace(runs=str(tmp_path), name="")
+    results = train.fit(config)
+    assert results["plain"]["model"] == tmp_path / "features" / "model-plain.safetensors"
+    again = train.fit(config, data=feature_file, name="again", methods=["plain"])  # a path and a list
+    assert again["plain"]["accuracy"] == results["plain"]["accuracy"]
+    with pytest.raises(ConfigError, match=r"--threads: expected .*int.*, got 'all'"):
+        train.fit(config.replace(threads=None), threads="all")
+    with pytest.raises(
+        ConfigError, match=r"--recipe: expected a recipe's name, a \.toml file or a Config, got 3"
+    ):
+        train.fit(3)  # type: ignore[arg-type]
+
+
+def test_the_preset_of_the_paper_replaces_what_the_recipe_departs_from() -> None:
+    recipe, paper = configure("features", {}), configure("features", {"preset": "paper", "lr": 0.5})
+    parsed = parse_run(["--recipe", "features", "--data", "x.npz", "--preset", "paper", "--lr", "0.5"])
+    assert recipe.model.center_features
+    assert paper.replace(data="x.npz") == parsed.replace(recipe="features")
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torch-export"])

@@ -10,6 +10,7 @@ import typeguard
 
 from ..config import Config, ConfigError
 from ..files import TextError, read_text
+from ..options import Mark
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -67,19 +68,40 @@ def load_recipe(recipe: str) -> Config:
     return Config().replace(**values)
 
 
-def configure(recipe: str, options: dict[str, Any]) -> Config:
-    """The configuration of a recipe with some options replaced.
+def as_in_paper(config: Config) -> Config:
+    """Return the options with the paper's settings where recipes depart from them, as --preset paper does."""
+    paper = Config().options()
+    return config.replace(**{name: paper[name] for name in Config.marked(Mark.DEPARTURE)})
+
+
+def configure(recipe: str | Config, options: dict[str, Any]) -> Config:
+    """The configuration of a recipe, or a configuration, with some options replaced. Lists become tuples, and paths texts.
 
     Raises:
         ConfigError: the recipe is invalid, or an option does not exist or has a value that is not valid.
     """
-    config = load_recipe(recipe)
-    for key, value in options.items():
+    if not isinstance(recipe, str | Config):
+        raise ConfigError("recipe", "a recipe's name, a .toml file or a Config", repr(recipe))
+    config = recipe if isinstance(recipe, Config) else load_recipe(recipe)
+    for key in options:
         if key not in HINTS:
             raise ConfigError(key, "the name of an option", repr(key))
+    if options.get("preset") == "paper":
+        config = as_in_paper(config)
+    given = config.options() | options if isinstance(recipe, Config) else options
+    values = {key: _plain(value) for key, value in given.items()}
+    for key, value in values.items():
         _check_type(key, value, repr(value))
-    config = config.replace(**options)
-    return config if config.run.name else config.replace(name=Path(recipe).stem)
+    config = config.replace(**values)
+    if config.run.name or isinstance(recipe, Config):
+        return config
+    return config.replace(name=Path(recipe).stem)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def parse_value(option: str, text: str) -> Any:
