@@ -189,11 +189,11 @@ class Classifier:
             raise ValueError("flips: expected False for a model of features, got True")
 
     def _check(self, x: Tensor) -> None:
-        size = self.trained.image_size
-        if not size and x.dim() != 2:
-            raise ValueError(f"samples: expected features [n, d], got {list(x.shape)}")
-        if size and (x.dim() != 4 or list(x.shape[2:]) != size or x.dtype != torch.uint8):
-            expected = f"images [n, c, {size[0]}, {size[1]}] uint8"
+        shape = self.trained.sample_shape
+        is_images = len(shape) > 1
+        if list(x.shape[1:]) != shape or (x.dtype != torch.uint8 if is_images else not x.is_floating_point()):
+            sizes = ", ".join(map(str, ("n", *shape)))
+            expected = f"images [{sizes}] uint8" if is_images else f"floating-point features [{sizes}]"
             raise ValueError(f"samples: expected {expected}, got {list(x.shape)} {x.dtype}")
 
     def _decode(self, image: Sample) -> np.ndarray:

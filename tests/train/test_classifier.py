@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import train
 from train.__main__ import main
@@ -80,7 +81,7 @@ def test_features_are_classified(features: Dataset, tmp_path: Path) -> None:
         assert torch.equal(found.indices[:, 0], load_model(file)[0](features.x_test).argmax(1))
     with pytest.raises(ValueError, match=r"samples: expected tensors of features \[n, d\]"):
         train.load(file).predict("bird.jpg")
-    with pytest.raises(ValueError, match=r"samples: expected features \[n, d\], got \[2, 3, 4, 4\]"):
+    with pytest.raises(ValueError, match=r"expected floating-point features \[n, 12\], got \[2, 3, 4, 4\]"):
         train.load(file).predict(torch.zeros(2, 3, 4, 4))
 
 
@@ -110,7 +111,7 @@ def test_flips_average_the_probabilities_of_both_views(
 
 def test_wrong_arguments_are_named(model_file: Path) -> None:
     classifier = train.load(model_file)
-    with pytest.raises(ValueError, match=r"expected images \[n, c, 10, 10\] uint8, got \[1, 3, 9, 9\]"):
+    with pytest.raises(ValueError, match=r"expected images \[n, 3, 10, 10\] uint8, got \[1, 3, 9, 9\]"):
         classifier.predict(torch.zeros(1, 3, 9, 9, dtype=torch.uint8))
     with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
         classifier.predict("bird.jpg", k=0)
@@ -146,6 +147,38 @@ def test_an_unreadable_file_is_a_row_with_its_reason(
     assert "No such file" in rows[2]["error"]
     assert [len(row["classes"]) for row in rows] == [0, 5, 0, 5]
     assert rows[1]["error"] is None
+
+
+def test_files_of_features_are_classified(
+    features: Dataset,
+    feature_file: Path,
+    model_file: Path,
+    image_file: Path,
+    photos: list[Path],
+    tmp_path: Path,
+) -> None:
+    head, out = save_trained(FEATURES, features, tmp_path / "head"), tmp_path / "rows.jsonl"
+    alone = tmp_path / "x.safetensors"
+    save_file({"x": features.x_train[:3]}, alone)
+    (damaged := tmp_path / "damaged.npz").write_bytes(b"PK")
+    files = [str(feature_file), str(alone), str(image_file), str(damaged)]
+    options = ["--json", "--out", str(out), "--batch-size", "30", "--k", "2", "--device", "cpu"]
+    assert main(["predict", str(head), *files, *options]) == 3
+    *rows, wrong, unreadable = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    paths = [f"{feature_file}[{i}]" for i in range(100)] + [f"{alone}[{i}]" for i in range(3)]
+    assert [row["path"] for row in rows] == paths
+    found = train.load(head).predict(torch.cat([features.x_test, features.x_train[:3]]), k=2)
+    assert [row["classes"] for row in rows] == found.classes
+    assert wrong["path"] == str(image_file)
+    assert wrong["error"] == "x_test: expected samples [12], which the model takes, got [3, 10, 10]"
+    assert "expected a readable .npz file" in unreadable["error"]
+
+    mixed = [str(photos[0]), str(image_file), str(photos[1])]
+    assert main(["predict", str(model_file), *mixed, *options]) == 0
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [row["path"] for row in rows[::101]] == [str(photos[0]), str(photos[1])]
+    x = torch.tensor(np.load(image_file)["x_test"]).permute(0, 3, 1, 2)
+    assert [row["classes"] for row in rows[1:101]] == train.load(model_file).predict(x, k=2).classes
 
 
 def test_a_list_names_images(

@@ -1,10 +1,11 @@
-"""The command `predict`: classifies image files with a trained model."""
+"""The command `predict`: classifies image files or stored features with a trained model."""
 
 from __future__ import annotations
 
 import csv
 import functools
 import glob
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from .. import load
 from ..classifier import BATCH_SIZE, Classifier
@@ -24,6 +26,7 @@ from ..config import ConfigError, DeviceConfig
 from ..console import messages_of
 from ..data.cache import process_map
 from ..data.errors import DataError
+from ..data.sources.arrays import unlabeled
 from ..data.sources.image_files import SUFFIXES, decode
 from ..data.sources.listing import read_listing
 from ..files import write_atomically
@@ -36,14 +39,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Writes the most probable classes of image files, as CSV or JSON lines.
+    """Writes the most probable classes of image files or of stored features, as CSV or JSON lines.
 
     A file that cannot be read is a row with the reason, and the exit code is then 3.
     """
 
     #: A trained model, runs/<name>/model-<method>.safetensors.
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    #: Image files, folders (searched recursively), globs in quotes, or lists (.txt, .csv) as for --data.
+    #: Image files, folders (searched recursively), globs in quotes, lists (.txt, .csv) as for --data, or files of features or
+    #: images (.npz, .safetensors) with the array x, or with the arrays of a dataset, whose x_test is read.
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES...")]
     #: Classes per image.
     k: int = 5
@@ -70,7 +74,7 @@ def predict(args: list[str], console: Console) -> int:
     options = parse_command(args, Predict, "predict")
     messages_of(console, as_json=True)  # rows alone are on standard output
     if not options.images:
-        raise ConfigError("images", "at least one image file", "none")
+        raise ConfigError("images", "at least one file", "none")
     for name in ("k", "batch_size", "workers"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ConfigError(name, "at least 1", getattr(options, name))
@@ -79,14 +83,22 @@ def predict(args: list[str], console: Console) -> int:
     device = DeviceConfig(device=options.device).resolved_device
     check_device(device)
     classifier = open_model("model", options.model, load)
-    expect_images("model", options.model, classifier.trained.model)
     shape = classifier.trained.sample_shape
-    if shape[1] != shape[2]:
-        raise ConfigError("model", "a model of square images", f"{options.model}, a model of images {shape}")
+    if options.flips:
+        expect_images("model", options.model, classifier.trained.model)
+    groups = [(is_arrays, list(words)) for is_arrays, words in itertools.groupby(options.images, _is_arrays)]
+    if not all(is_arrays for is_arrays, _ in groups):
+        expect_images("model", options.model, classifier.trained.model)
+        if shape[1] != shape[2]:
+            got = f"{options.model}, a model of images {shape}"
+            raise ConfigError("model", "a model of square images", got)
+    found = [
+        (is_arrays, [file for word in words for file in ([Path(word)] if is_arrays else find_files(word))])
+        for is_arrays, words in groups
+    ]
     classifier.to(device)
     k = min(options.k, len(classifier.classes))
-    files = [file for source in options.images for file in find_files(source)]
-    rows = _rows(classifier, files, k, options.batch_size, options.workers, options.flips)
+    rows = _rows(classifier, found, options)
     try:
         return _write_to(options.out, rows, k, options.json)
     except DataError as error:  # the system ended a process
@@ -141,28 +153,67 @@ def _decode(size: int, file: Path) -> np.ndarray | str:
         return str(error).removeprefix(f"{file}: ")
 
 
-def _rows(
-    classifier: Classifier, files: list[Path], k: int, batch_size: int, workers: int | None, flips: bool
-) -> Iterator[Row]:
+def _is_arrays(word: str) -> bool:
+    return Path(word).suffix in (".npz", ".safetensors")
+
+
+def _rows(classifier: Classifier, groups: list[tuple[bool, list[Path]]], options: Predict) -> Iterator[Row]:
+    """Yield the rows of groups of files, which are files of arrays if the first value of a group is True."""
+    for is_arrays, files in groups:
+        if is_arrays:
+            for file in files:
+                yield from _array_rows(classifier, file, options)
+        else:
+            yield from _image_rows(classifier, files, options)
+
+
+def _array_rows(classifier: Classifier, file: Path, options: Predict) -> Iterator[Row]:
+    """Yield a row per sample of a file of arrays, with its position as in `features.npz[0]`; or one with the error."""
+    try:
+        name, x = unlabeled(file)
+    except DataError as error:
+        yield _failed(str(file), str(error).removeprefix(f"{file}: "))
+        return
+    expected, got = classifier.trained.sample_shape, list(x.shape[1:])
+    if got != expected:
+        yield _failed(str(file), f"{name}: expected samples {expected}, which the model takes, got {got}")
+        return
+    for rows in _batches(len(x), options.batch_size, file.name):
+        paths = [f"{file}[{i}]" for i in range(rows.start, rows.stop)]
+        yield from _classified(classifier, paths, x[rows], options)
+
+
+def _image_rows(classifier: Classifier, files: list[Path], options: Predict) -> Iterator[Row]:
     """Yield the path of each file with its classes and probabilities, or with the error."""
     decode_file = functools.partial(_decode, classifier.side)
-    console = Console(stderr=True)
-    starts = range(0, len(files), batch_size)
-    with process_map(workers, serial=len(files) <= batch_size) as each:
-        for start in track(starts, "images", console=console, disable=not console.is_terminal):
-            batch = files[start : start + batch_size]
-            decoded = list(each(decode_file, batch))
-            images = [image for image in decoded if not isinstance(image, str)]
+    with process_map(options.workers, serial=len(files) <= options.batch_size) as each:
+        for rows in _batches(len(files), options.batch_size, "images"):
+            decoded = list(each(decode_file, files[rows]))
+            paths, images = list(map(str, files[rows])), [x for x in decoded if not isinstance(x, str)]
+            read = [path for path, image in zip(paths, decoded, strict=True) if not isinstance(image, str)]
             found: Iterator[Row] = iter(())
             if images:
-                best = classifier.predict(classifier.pixels(images), k, batch_size, flips)
-                found = (
-                    {"classes": names, "probabilities": values, "error": None}
-                    for names, values in zip(best.classes, best.probabilities.tolist(), strict=True)
-                )
-            for file, image in zip(batch, decoded, strict=True):
-                failed = {"classes": [], "probabilities": [], "error": image}
-                yield {"path": str(file)} | (failed if isinstance(image, str) else next(found))
+                found = _classified(classifier, read, classifier.pixels(images), options)
+            for path, image in zip(paths, decoded, strict=True):
+                yield _failed(path, image) if isinstance(image, str) else next(found)
+
+
+def _batches(count: int, size: int, shown: str) -> Iterator[slice]:
+    """Yield the slices of batches, with a progress bar on standard error."""
+    console = Console(stderr=True)
+    starts = range(0, count, size)
+    for start in track(starts, shown, console=console, disable=not console.is_terminal):
+        yield slice(start, min(start + size, count))
+
+
+def _classified(classifier: Classifier, paths: list[str], x: Tensor, options: Predict) -> Iterator[Row]:
+    best = classifier.predict(x, options.k, options.batch_size, options.flips)
+    for path, names, values in zip(paths, best.classes, best.probabilities.tolist(), strict=True):
+        yield {"path": path, "classes": names, "probabilities": values, "error": None}
+
+
+def _failed(path: str, error: str) -> Row:
+    return {"path": path, "classes": [], "probabilities": [], "error": error}
 
 
 def _write(file: TextIO, rows: Iterator[Row], k: int, as_json: bool) -> int:

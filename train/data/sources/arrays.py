@@ -91,6 +91,20 @@ def pair_of(path: Path, arrays: Mapping[str, np.ndarray | Tensor]) -> tuple[Tens
         raise DataError(f"{path}: {error}") from None
 
 
+def unlabeled(path: Path) -> tuple[str, Tensor]:
+    """Return the samples of a file without labels, array x, or the test samples of a dataset; and the array's name.
+
+    Raises:
+        DataError: the file cannot be read, or has no such array.
+    """
+    arrays = read_arrays(path, ("x",))
+    name = "x" if "x" in arrays else "x_test"
+    try:
+        return name, _samples(name, arrays[name])
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
 def _check_present(path: Path, names: Iterable[str], other: tuple[str, ...] = ()) -> None:
     """Refuse a file without the arrays of a dataset, or with neither these nor `other`."""
     names = list(names)
