@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .data.labeled import ClassMatcher
+from .data.labeled import ClassMatcher, listed
 from .data.sources.image_files import decode, prepare
 from .evaluated import Results, evaluate_trained
 from .evaluation.priors import class_bias
@@ -168,7 +168,7 @@ class Classifier:
         if not len(samples):
             raise ValueError("samples: expected at least one sample, got none")
         self._check(samples)
-        y = classes if isinstance(classes, Tensor) else torch.tensor([*map(self._number, classes)])
+        y = classes if isinstance(classes, Tensor) else self._numbers(classes)
         if y.shape != samples.shape[:1] or y.dtype != torch.int64:
             expected = f"a class of each of {len(samples)} samples, [n] int64"
             raise ValueError(f"classes: expected {expected}, got {list(y.shape)} {y.dtype}")
@@ -178,11 +178,13 @@ class Classifier:
         self._check_flips(flips)
         return evaluate_trained(self.trained, samples, y.cpu(), class_bias, batch_size, progress, flips=flips)
 
-    def _number(self, text: str) -> int:
-        number = self.matcher.find(text, text)
-        if number is None:
-            raise ValueError(f"classes: expected the model's classes, got {text!r}")
-        return number
+    def _numbers(self, classes: Sequence[str]) -> Tensor:
+        """Return the positions of classes in the model, [n] int64, by names or labels."""
+        matcher = self.matcher
+        numbers = {text: matcher.find(text, text) for text in dict.fromkeys(classes)}
+        if unknown := [text for text, number in numbers.items() if number is None]:
+            raise ValueError(f"classes: expected the model's classes, got {listed(unknown)}")
+        return torch.tensor([numbers[text] for text in classes])
 
     def _check_flips(self, flips: bool) -> None:
         if flips and not self.trained.image_size:
