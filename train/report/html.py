@@ -67,6 +67,7 @@ def write_page(path: Path, runs: dict[str, list[Record]], title: str, about: str
         about=about,
         summary=summarize(methods) if methods else None,
         groups=GROUPS,
+        has_images=any(method.result.get("images") for method in methods),
         rows=[_row(method.name, method.result, method.result["accuracy"]) for method in methods],
         others=[
             _row(f"{method.name}: {way}", method.result, accuracy)

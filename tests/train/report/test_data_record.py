@@ -8,6 +8,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +17,8 @@ from train.__main__ import main
 from train.data.dataset import Dataset
 from train.evaluation.confusions import examples
 from train.report.data_record import MAX_SIDE, data_record, read_data_record, thumbnail
+from train.report.differences import difference
+from train.report.html import read_records
 
 from .conftest import NAMES
 
@@ -74,6 +77,17 @@ def test_a_run_writes_images_to_report_json_alone(trained_run: Path) -> None:
     for image in shown:
         assert f"data:image/jpeg;base64,{image}" in page
         assert image not in metrics
+
+
+def test_the_stored_samples_have_the_accuracies_of_a_run(trained_run: Path) -> None:
+    results = [record for record in read_records(trained_run) if record["event"] == "result"]
+    for result in results:
+        stored = np.frombuffer(base64.b64decode(result["analysis"]["correct"]), dtype=np.uint8)
+        shares = np.unpackbits(stored, count=100).reshape(5, 20).mean(1)
+        assert shares.tolist() == result["accuracy_per_class"]
+    gap = difference(*results, same_samples=True)
+    assert gap is not None
+    assert gap.value == results[0]["accuracy"]["overall"] - results[1]["accuracy"]["overall"]
 
 
 def test_the_page_of_an_evaluation_has_names_and_images(trained_run: Path, tmp_path: Path) -> None:
