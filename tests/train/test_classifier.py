@@ -30,12 +30,12 @@ from .conftest import REPOSITORY, write_image
 from .short_runs import FEATURES, IMAGES, finish
 
 
-def save_trained(config: Any, data: Dataset, file: Path) -> Path:
+def save_trained(config: Any, data: Dataset, file: Path, method: str = "gist") -> Path:
     short = config.replace(stage2_epochs=1, max_steps_per_epoch=2)
-    trainer = Trainer("gist", short, data)
+    trainer = Trainer(method, short, data)
     finish(trainer)
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_model(file, trainer.model, data.class_names, describe("gist", short, data))
+    save_model(file, trainer.model, data.class_names, describe(method, short, data))
     return file
 
 
@@ -246,32 +246,3 @@ def test_the_preset_of_the_paper_replaces_what_the_recipe_departs_from() -> None
     parsed = parse_run(["--recipe", "features", "--data", "x.npz", "--preset", "paper", "--lr", "0.5"])
     assert recipe.model.center_features
     assert paper.replace(data="x.npz") == parsed.replace(recipe="features")
-
-
-@pytest.mark.parametrize("kind", ["onnx", "torch-export"])
-def test_an_exported_file_has_the_description(kind: str, model_file: Path, tmp_path: Path) -> None:
-    out = tmp_path / "exported"
-    if kind == "onnx":
-        pytest.importorskip("onnxruntime")
-        pytest.importorskip("onnxscript")
-    assert main(["export", str(model_file), "--format", kind, "--out", str(out)]) == 0
-    if kind == "onnx":
-        import onnxruntime
-
-        text = onnxruntime.InferenceSession(str(out)).get_modelmeta().custom_metadata_map["train"]
-    else:
-        extra = {"train": ""}
-        with open(out, "rb") as file:
-            torch.export.load(file, extra_files=extra)
-        text = extra["train"]
-    description = json.loads(text)
-    assert description["classes"] == train.load(model_file).classes
-    assert description["shot_groups"] == ["many", "medium", "medium", "few", "few"]
-
-
-def test_a_model_of_features_is_exported(features: Dataset, tmp_path: Path) -> None:
-    file, out = save_trained(FEATURES, features, tmp_path / "model"), tmp_path / "exported"
-    assert main(["export", str(file), "--format", "torch-export", "--out", str(out)]) == 0
-    with open(out, "rb") as opened, torch.no_grad():
-        logits = torch.export.load(opened).module()(features.x_test)
-    torch.testing.assert_close(logits, load_model(file)[0](features.x_test).detach(), atol=1e-4, rtol=1e-4)

@@ -218,6 +218,8 @@ def read_model_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]
         raise ModelFileError(f"{path}, whose description is damaged ({error})") from None
     if not isinstance(description, dict):
         raise ModelFileError(f"{path}, whose description is a {type(description).__name__}")
+    if "exported" in description:
+        raise ModelFileError(f"{path}, which is an export; use the model file that it was made from")
     return description, state
 
 
