@@ -137,8 +137,10 @@ def check(config: Sections) -> None:
         raise ConfigError("data", expected, repr(values["data"]))
     if "backbone" in values:
         _check_backbone(values["backbone"], values["pretrained"], values["pretrained_file"])
-    if values.get("tensorboard") and importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError("tensorboard", "the package, which `pip install tensorboard` brings", "none")
+    for name in values.get("track", ()):
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # without an origin it is a folder of that name
+            raise ConfigError("track", f"the package {name}, which `pip install '.[{name}]'` brings", "none")
     if "device" in values:
         check_device(config.runtime.resolved_device, values.get("backend", "auto"))  # type: ignore[attr-defined]
 

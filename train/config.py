@@ -58,8 +58,10 @@ class RunConfig(RecipeConfig):
     #: Number of training samples of many-shot and few-shot classes: standard (>100, <20),
     #: paper_text (>100, <=20) or paper_code (>=100, <=20).
     split_rule: SplitRule = "standard"
-    #: Also write the metrics of every epoch to runs/<name>/tensorboard/<method> (`pip install tensorboard`).
-    tensorboard: bool = option(False, Mark.UNRECORDED)
+    #: Also send the numbers of every epoch and the results to these: tensorboard (runs/<name>/tensorboard), wandb (Weights &
+    #: Biases) and mlflow. Extras of the same names install their packages, whose own environment variables set the
+    #: server, the project and offline modes. A resumed run continues there. A tracker that fails does not end the run.
+    track: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = option((), Mark.UNRECORDED)
     #: Also write a checkpoint every this many steps, not only after epochs.
     checkpoint_steps: int | None = option(None, Mark.CHANGEABLE)
     #: Skip the checkpoint after an epoch if the last one is less than this many seconds old. For epochs that

@@ -69,6 +69,8 @@ def _train(
             results = train_methods(config, data, folder, first_stages, display, saved)
         except BackboneError as error:  # pretrained weights that cannot be loaded
             raise ConfigError("backbone", str(error), repr(config.model.backbone)) from None
+        finally:
+            folder.trackers.close()
     print_results(console, results, data.train_counts, config.run.split_rule)
     if distributed.rank() == 0:
         write_report(config, data, folder, results, console)

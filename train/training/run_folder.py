@@ -1,7 +1,7 @@
 """The folder of a run.
 
 If a process is killed at any moment, each file is complete or has its previous content. Only the last lines of
-metrics.jsonl and TensorBoard's event files may be incomplete; a resumed run rewrites them.
+metrics.jsonl and the trackers' files may be incomplete; a resumed run rewrites them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from ..files import append_line, check_writable, existing_folder, write_atomical
 from .checkpoint import DamagedFileError, load_trainer_file, save_trainer
 from .continuation import continued, environment
 from .lock import LOCK
-from .tensorboard import TensorBoardWriter
+from .mlflow_runs import MlflowRuns
+from .tensorboard import TensorBoard
+from .trackers import Tracker, Trackers
+from .wandb_runs import WandbRuns
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -35,7 +38,7 @@ Record = dict[str, Any]  # a line of metrics.jsonl: the record of an epoch, or t
 
 
 class RunFolder:
-    """`runs/<name>/`: config.toml, metrics.jsonl, checkpoint.pt, trained models, the report; tensorboard/ on request.
+    """`runs/<name>/`: config.toml, metrics.jsonl, checkpoint.pt, trained models, the report; the trackers' files with --track.
 
     Only rank 0 writes.
 
@@ -51,8 +54,7 @@ class RunFolder:
         self.records: list[Record] = []
         self._checkpoint_time = -math.inf  # when the last checkpoint was saved
         self._data_fingerprint = ""  # set by `open`, on rank 0
-        writes_events = config.run.tensorboard and distributed.rank() == 0
-        self.tensorboard = TensorBoardWriter(self.path / "tensorboard") if writes_events else None
+        self.trackers = Trackers({})  # set by `open`, on rank 0
 
     def check_new(self, config: Config) -> None:
         """Check that the run would not overwrite another one.
@@ -87,6 +89,7 @@ class RunFolder:
         if saved and self.config_file.exists():
             config = continued(config, self.config_file, saved, data.train_counts)
         self._data_fingerprint = data_fingerprint
+        self.trackers = make_trackers(config, self.path)
         values = {name: value for name, value in config.recorded().items() if value is not None}
         text = f"# From the recipe {printable(config.run.recipe)}. `--recipe` accepts this file.\n{tomli_w.dumps(values)}"
         self.write(self.config_file.name, lambda path: path.write_text(text, encoding="utf-8"))
@@ -96,7 +99,16 @@ class RunFolder:
 
     def _has_results(self) -> bool:
         """Return whether the folder has more files than a run leaves that ends before its first epoch."""
-        initial = {"config.toml", "environment.json", "metrics.jsonl", "tensorboard", LOCK}
+        initial = {
+            "config.toml",
+            "environment.json",
+            "metrics.jsonl",
+            "tensorboard",
+            "wandb",
+            "wandb.json",
+            "mlflow.json",
+            LOCK,
+        }
         has_records = self.metrics_file.exists() and self.metrics_file.stat().st_size > 0
         return has_records or any(entry.name not in initial for entry in self.path.iterdir())
 
@@ -135,20 +147,29 @@ class RunFolder:
         return time.monotonic() - self._checkpoint_time
 
     def start_records(self, records: list[Record]) -> None:
-        """Set the records to those of the checkpoint, and rewrite metrics.jsonl and the event files with them."""
+        """Set the records to those of the checkpoint, and rewrite metrics.jsonl and the trackers' files with them."""
         self.records = records
         text = "".join(json.dumps(record) + "\n" for record in records)
         self.write(self.metrics_file.name, lambda path: path.write_text(text, encoding="utf-8"))
-        if self.tensorboard:
-            self.tensorboard.restart(records)
+        self.trackers.restart(records)
 
     def append_record(self, record: Record) -> None:
-        """Append a record to the records, to metrics.jsonl and to the event files."""
+        """Append a record to the records, to metrics.jsonl and to the trackers."""
         self.records.append(record)
         if distributed.rank() == 0:
             append_line(self.metrics_file, json.dumps(record))
-            if self.tensorboard:
-                self.tensorboard.append(record)
+            self.trackers.append(record)
+
+
+def make_trackers(config: Config, folder: Path) -> Trackers:
+    """Return the trackers that the options name."""
+    about = folder, config.run.name, config.recorded()
+    makers: dict[str, Callable[[], Tracker]] = {
+        "tensorboard": lambda: TensorBoard(folder / "tensorboard"),
+        "wandb": lambda: WandbRuns(*about),
+        "mlflow": lambda: MlflowRuns(*about),
+    }
+    return Trackers({name: makers[name]() for name in config.run.track})
 
 
 def with_current_names(records: list[Record]) -> list[Record]:
