@@ -140,7 +140,8 @@ def check(config: Sections) -> None:
     for name in values.get("track", ()):
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:  # without an origin it is a folder of that name
-            raise ConfigError("track", f"the package {name}, which `pip install '.[{name}]'` brings", "none")
+            expected = f"the package {name}, which `pip install '.[{name}]'` brings"
+            raise ConfigError("track", expected, f"{name}, which is not installed")
     if "device" in values:
         check_device(config.runtime.resolved_device, values.get("backend", "auto"))  # type: ignore[attr-defined]
 
