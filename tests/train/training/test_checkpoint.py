@@ -23,6 +23,8 @@ OPTIONS = {
     "threads": "1",
     "device": "cpu",
 }
+#: Options that add random numbers, averages and the weights of the best epoch to the state of a run.
+FINE_TUNING = "--methods gist --mixup 0.2 --cutmix 1 --ema-decay 0.8 --keep best --patience 3 --hold-out 0.1"
 
 
 def start(runs: Path, name: str, *more: str) -> subprocess.Popen[str]:
@@ -66,12 +68,19 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs / "whole"
 
 
-def test_killed_and_resumed(whole: Path, tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("options", "most_kills"), [("", 8), (FINE_TUNING, 2)], ids=["default", "fine-tuning"]
+)
+def test_killed_and_resumed(options: str, most_kills: int, whole: Path, tmp_path: Path, seed: int) -> None:
+    more = options.split()
+    if more:
+        finish(start(tmp_path, "whole", *more))
+        whole = tmp_path / "whole"
     chance = random.Random(seed)
     folder = tmp_path / "killed"
     kills = 0
-    for _ in range(8):
-        process = start(tmp_path, "killed", *(["--resume"] if kills else []))
+    for _ in range(most_kills):
+        process = start(tmp_path, "killed", *more, *(["--resume"] if kills else []))
         deadline = time.monotonic() + chance.uniform(0.0, 0.4)
         before = (folder / "checkpoint.pt").stat().st_mtime_ns if (folder / "checkpoint.pt").exists() else 0
         while process.poll() is None:  # kill it some time after its first checkpoint, at an arbitrary moment
@@ -89,10 +98,12 @@ def test_killed_and_resumed(whole: Path, tmp_path: Path, seed: int) -> None:
         kills += 1
         torch.load(folder / "checkpoint.pt", weights_only=True)  # complete, and safe to load
     else:
-        finish(start(tmp_path, "killed", "--resume"))
+        finish(start(tmp_path, "killed", *more, "--resume"))
     assert kills, "the run ended before it was killed, so nothing was tested"
 
-    for model in ("model-gist.safetensors", "model-plain.safetensors"):
+    models, found = ({file.name for file in run.glob("model-*.safetensors")} for run in (whole, folder))
+    assert models == found != set()
+    for model in models:
         expected, value = load_file(whole / model), load_file(folder / model)
         assert expected.keys() == value.keys()
         assert all(torch.equal(expected[name], value[name]) for name in expected), model
