@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import Config
+from .config import Config, DataConfig
 from .data.dataset import Dataset
 from .methods import METHODS
 from .methods.method import Method
@@ -27,7 +27,8 @@ class TrainedModel:
     name or id in position k is class k. It is empty in files that do not say so. `train_counts` holds the training samples of each class, [K],
     `shot_groups` the group of each class by `split_rule`: many, medium or few. `image_size` is the height and the width of
     the images before the crop; it is empty if the model takes features. `prior_exponent` is that of `Method`, with the options of training.
-    `sample_shape` is that of a sample: [c, h, w] uint8 or [d].
+    `sample_shape` is that of a sample: [c, h, w] uint8 or [d]. `held_out` is the name of the data, --hold-out and --hold-out-seed of
+    training; None if nothing was held out.
     """
 
     model: Model
@@ -41,6 +42,7 @@ class TrainedModel:
     image_size: list[int]
     prior_exponent: float | None
     sample_shape: list[int]
+    held_out: tuple[str, float, int] | None
 
     @torch.no_grad()
     def scores(self, x: Tensor) -> dict[str, Tensor]:
@@ -68,7 +70,15 @@ def describe(method: str, config: Config, data: Dataset) -> dict[str, Any]:
         "prior_strength": config.method.prior_strength,
         "prior_exponent": METHODS[method](config, data.train_counts).prior_exponent,
         "image_size": data.sample_shape[1:],
+        "held_out": held_out(config.data),
     }
+
+
+def held_out(config: DataConfig) -> list[Any] | None:
+    """Return the name of the data, and the share and the seed of the samples that are held out; None if there are none."""
+    if not config.hold_out:
+        return None
+    return [Path(config.data).resolve().name, config.hold_out, config.hold_out_seed]
 
 
 def load_trained(path: str | Path) -> TrainedModel:
@@ -109,6 +119,7 @@ def load_trained(path: str | Path) -> TrainedModel:
         train_counts=counts,
         prior_exponent=_prior_exponent(description, method),
         sample_shape=[len(state["normalize.mean"]), *size] if size else [num_features],
+        held_out=tuple(description["held_out"]) if description.get("held_out") else None,
         **{name: description[name] for name in names},
     )
 

@@ -185,14 +185,22 @@ def test_a_dataset_of_images_is_loaded_as_in_training(
     tree: Path, cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     held = DataConfig(data=str(tree / "train"), test_data="", hold_out=0.4, image_size=10, cache=cache)
-    model = save_trained(IMAGES, load(held), tmp_path / "model.safetensors")
+    config = IMAGES.replace(data=held.data, hold_out=0.4)
+    model = save_trained(config, load(held), tmp_path / "model.safetensors")
     found = evaluated(capsys, model, tree, "--cache", cache)
     assert (found["samples"], found["classes"]) == (3, ["ant", "bee", "cat"])
     assert found["part"] == "the test split"
     (tree / "val").rename(tree / "other")
-    found = evaluated(capsys, model, tree / "train", "--cache", cache, "--hold-out", "0.4")
-    assert found["samples"] == 4  # of 4, 3 and 2 images, 2, 1 and 1
-    assert evaluated(capsys, model, tree / "train", "--cache", cache)["samples"] == 9
+    words = ["evaluate", str(model), "--data", str(tree / "train"), *COMMAND, "--cache", cache]
+    for options, samples in (
+        (["--hold-out", "0.4"], 4),
+        ([], 9),
+    ):  # of 4, 3 and 2 images, 2, 1 and 1 are held out
+        assert main([*words, *options]) == 0
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["samples"] == samples
+        warning = "on train with --hold-out 0.4: without it, training samples are evaluated too"
+        assert (warning in " ".join(printed.err.split())) == (samples == 9)
     assert "--test-data: expected a list or folder" in error_of(capsys, model, "--data", str(tree))
 
 

@@ -19,7 +19,7 @@ from ..cli import check_device, parse_command
 from ..config import ConfigError, DataConfig, DeviceConfig
 from ..console import counted, messages_of, print_json, say
 from ..data.errors import DataError
-from ..data.labeled import Labeled, Matched, listed, load_labeled, match
+from ..data.labeled import Labeled, Matched, Part, listed, load_labeled, match
 from ..data.load import is_list
 from ..evaluated import Results, as_dataset
 from ..evaluation.priors import NAMED
@@ -27,6 +27,7 @@ from ..files import check_writable
 from ..options import InvalidData
 from ..report.evaluation import FILES, metrics, write_files
 from ..report.table import print_results
+from ..trained import held_out
 from .model_file import expect_images, open_model
 
 
@@ -150,6 +151,7 @@ def load_data(options: Evaluate, classifier: Classifier) -> tuple[Labeled, Match
         matched = match(data, classifier.matcher, skip_unknown=options.unknown == "skip")
     except DataError as error:
         raise InvalidData(error) from None
+    _warn_of_training_samples(config, classifier, data.part)
     samples = _with_channels(matched.x, classifier) if is_list(options.data) else matched.x
     got = list(samples.shape[1:])
     if got != shape:
@@ -163,6 +165,24 @@ def load_data(options: Evaluate, classifier: Classifier) -> tuple[Labeled, Match
             stacklevel=2,
         )
     return data, Matched(samples, matched.y, matched.skipped)
+
+
+def _warn_of_training_samples(config: DataConfig, classifier: Classifier, part: Part) -> None:
+    """Warn if the samples are of the data of training, and may not be those that training held out."""
+    trained, now = classifier.trained.held_out, held_out(config) or [Path(config.data).resolve().name, 0.0, 0]
+    if (
+        trained
+        and trained[0] == now[0]
+        and list(trained) != now
+        and (part == "all samples" or config.hold_out)
+    ):
+        name, share, seed = trained
+        options = f"--hold-out {share:g}{f' --hold-out-seed {seed}' if seed else ''}"
+        warnings.warn(
+            f"the model was trained on {name} with {options}: without it, training samples are evaluated too",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _with_channels(x: Tensor, classifier: Classifier) -> Tensor:
