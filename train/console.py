@@ -35,7 +35,7 @@ def messages_of(console: Console, *, as_json: bool) -> Console:
 
 def print_json(value: dict[str, Any]) -> None:
     """Write an object to standard output in one line."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
 def printable(text: str) -> str:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,7 @@ from train.__main__ import main
 from train.data.dataset import Dataset
 from train.model.model import read_model_file
 
+from .conftest import REPOSITORY, write_image
 from .short_runs import FEATURES, IMAGES
 from .test_classifier import save_trained
 
@@ -122,3 +128,56 @@ def test_images_that_are_not_square(
     line = refused(commands["predict"](model), capsys)
     assert "--model: expected a model of square images, got" in line
     assert line.endswith("a model of images [3, 10, 8]")
+
+
+@pytest.mark.parametrize("command", ["predict", "export"])
+def test_a_file_that_should_not_be_written(
+    command: str,
+    commands: dict[str, Words],
+    images: Dataset,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = save_trained(IMAGES, images, tmp_path / "model")
+    content = model.read_bytes()
+    words = commands[command](model)
+    for out, error in (
+        (model, f"--out: expected another file than the model, got {model}"),
+        (tmp_path, f"--out: expected a file, got {tmp_path}, which is a folder"),
+        (Path("/dev/full"), "--out: expected a file, got /dev/full, which is a device"),
+        (tmp_path / "no" / "x", "--out: expected a file in an existing folder"),
+    ):
+        words[words.index("--out") + 1] = str(out)
+        assert main(words) == 2
+        assert error in capsys.readouterr().err
+    assert model.read_bytes() == content
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images.npz", "model"]
+
+
+def test_ctrl_c_leaves_no_file_and_no_traceback(images: Dataset, tmp_path: Path) -> None:
+    """The signal goes to the processes that decode images too, as it does from a terminal."""
+    model = save_trained(IMAGES, images, tmp_path / "model")
+    picture = str(write_image(tmp_path / "a.png", (1, 2, 3), (700, 700)))
+    words = [
+        "predict",
+        str(model),
+        *([picture] * 5000),
+        "--out",
+        str(tmp_path / "rows.csv"),
+        "--workers",
+        "2",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", *words, "--device", "cpu"],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (tmp_path / ".rows.csv.tmp").exists() and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert errors == "stopped by SIGINT; the same command begins again\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "images.npz", "model"]

@@ -26,7 +26,7 @@ from ..model.memory_head import MemoryHead
 from ..model.model import Model, Normalize, load_model, network_of, read_model_file
 from ..model.prototypes import prototypes
 from ..trained import load_trained
-from .model_file import open_model
+from .model_file import check_out, open_model
 
 BATCHES = (2, 5)  # samples in the two checks: the size of the batch is free
 
@@ -53,8 +53,7 @@ def export(args: list[str], console: Console) -> int:
     """
     options = parse_command(args, Export, "export")
     messages = messages_of(console, as_json=options.json)
-    if not options.out.absolute().parent.is_dir():
-        raise ConfigError("out", "a file in an existing folder", str(options.out))
+    check_out(options.out, options.model)
     model, _ = open_model("model", options.model, load_model)
     shape = open_model("model", options.model, load_trained).sample_shape
     description, _ = read_model_file(options.model)

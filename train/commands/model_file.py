@@ -1,4 +1,4 @@
-"""Model files that a command line names: every fault of such a file is an invalid option."""
+"""Files that a command line names: every fault of a model file, and of a file to write, is an invalid option."""
 
 from __future__ import annotations
 
@@ -53,3 +53,17 @@ def expect_images(option: str, path: str | Path, model: Model) -> None:
     """
     if not isinstance(model.normalize, Normalize):
         raise ConfigError(option, "a model of images", f"{path}, a model of features")
+
+
+def check_out(out: Path, model: Path | None = None) -> None:
+    """Refuse a file to write that is in no folder, is a folder or a device, or is the model that the command reads.
+
+    Raises:
+        ConfigError: the file cannot be written, or should not be.
+    """
+    if not out.absolute().parent.is_dir():
+        raise ConfigError("out", "a file in an existing folder", out)
+    if out.exists() and not out.is_file():
+        raise ConfigError("out", "a file", f"{out}, which is a {'folder' if out.is_dir() else 'device'}")
+    if model is not None and out.exists() and model.exists() and out.samefile(model):
+        raise ConfigError("out", "another file than the model", out)

@@ -30,7 +30,7 @@ from ..data.sources.arrays import unlabeled
 from ..data.sources.image_files import SUFFIXES, decode
 from ..data.sources.listing import read_listing
 from ..files import write_atomically
-from .model_file import expect_images, open_model
+from .model_file import check_out, expect_images, open_model
 
 UNREADABLE = 3  # the exit code if a file could not be read
 
@@ -78,8 +78,8 @@ def predict(args: list[str], console: Console) -> int:
     for name in ("k", "batch_size", "workers"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ConfigError(name, "at least 1", getattr(options, name))
-    if options.out and not options.out.absolute().parent.is_dir():
-        raise ConfigError("out", "a file in an existing folder", str(options.out))
+    if options.out:
+        check_out(options.out, options.model)
     device = DeviceConfig(device=options.device).resolved_device
     check_device(device)
     classifier = open_model("model", options.model, load)

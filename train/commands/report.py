@@ -15,6 +15,7 @@ from ..console import messages_of, print_json, say
 from ..files import write_atomically
 from ..report.figures import Record
 from ..report.html import read_records, write_page
+from .model_file import check_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +69,7 @@ def compare(args: list[str], console: Console) -> int:
                 "folders", "folders of finished runs", f"{folder}, whose runs have no result yet"
             )
     about = "Runs: " + ", ".join(runs) + "."
-    if not options.out.absolute().parent.is_dir():
-        raise ConfigError("out", "a file in an existing folder", str(options.out))
+    check_out(options.out)
     write_atomically(options.out, lambda path: write_page(path, runs, "Comparison", about))
     if options.json:
         results = {run: [x for x in records if x["event"] == "result"] for run, records in runs.items()}

@@ -16,6 +16,7 @@ import platform
 import re
 import secrets
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -188,8 +189,22 @@ def process_map(workers: int | None, *, serial: bool) -> Iterator[Callable[..., 
     try:
         # Not fork: a fork of a process with threads, such as torch's, may deadlock.
         with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
-            yield pool.map
+            _start(pool)
+            try:
+                yield pool.map
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
     except BrokenProcessPool:
         raise DataError(
             "expected worker processes that finish their images, got one that the system ended, as when memory runs out"
         ) from None
+
+
+def _start(pool: ProcessPoolExecutor) -> None:
+    """Start the processes of a pool so that SIGINT does not reach them: Ctrl-C goes to this process, which ends them."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited
+    try:
+        pool.submit(int)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
