@@ -22,7 +22,7 @@ LAYERS = {
         "sampling", "info",
     ],
     "train": [
-        "files", "distributed", "console", "shot_groups", "options", "data_options", "tuning_options", "method_options", "config", "recipes", "data", "model", "evaluation",
+        "files", "console", "shot_groups", "options", "distributed", "data_options", "tuning_options", "method_options", "config", "recipes", "data", "model", "evaluation",
         "methods", "trained", "evaluated", "classifier", "cli", "training", "footprint", "checks", "report", "run", "commands", "__main__",
     ],
 }  # fmt: skip

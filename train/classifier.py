@@ -181,7 +181,7 @@ class Classifier:
     def _numbers(self, classes: Sequence[str]) -> Tensor:
         """Return the positions of classes in the model, [n] int64, by names or labels."""
         matcher = self.matcher
-        numbers = {text: matcher.find(text, text) for text in dict.fromkeys(classes)}
+        numbers = {text: matcher.find(text) for text in dict.fromkeys(classes)}
         if unknown := [text for text, number in numbers.items() if number is None]:
             raise ValueError(f"classes: expected the model's classes, got {listed(unknown)}")
         return torch.tensor([numbers[text] for text in classes])

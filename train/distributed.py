@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .options import ConfigError
 
 T = TypeVar("T")
 SECONDS_FOR_GLOO = 0.2
@@ -65,12 +67,20 @@ def local_rank0_first() -> Iterator[None]:
 
 
 def broadcast_from_rank0(make: Callable[[], T]) -> T:
-    """Call `make` on rank 0 and return its result on all ranks."""
+    """Call `make` on rank 0 and return its result on all ranks, or raise its ConfigError on all ranks."""
     if not is_initialized():
         return make()
-    objects = [make() if rank() == 0 else None]
+    objects: list[Any] = [None]
+    if rank() == 0:
+        try:
+            objects = [make()]
+        except ConfigError as error:
+            objects = [error]
     dist.broadcast_object_list(objects, group=_patient_group)
-    return objects[0]  # type: ignore[return-value]
+    if isinstance(objects[0], ConfigError):
+        raise objects[0]
+    result: T = objects[0]
+    return result
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:

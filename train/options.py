@@ -19,6 +19,16 @@ class ConfigError(Exception):
     def __init__(self, option: str, expected: str, got: object) -> None:
         super().__init__(printable(f"--{option.replace('_', '-')}: expected {expected}, got {got}"))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Say how the error is copied to other processes: by its message, as it does not keep the arguments."""
+        return _with_message, (type(self), str(self))
+
+
+def _with_message(kind: type[ConfigError], message: str) -> ConfigError:
+    error = kind.__new__(kind)
+    Exception.__init__(error, message)
+    return error
+
 
 class InvalidData(ConfigError):
     """Data that cannot be used. The message names the option at fault, which is --data if the error names none."""

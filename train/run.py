@@ -45,8 +45,8 @@ def start(config: Config, console: Console, shared: Path | None = None) -> list[
         Diverged: the loss is not finite.
     """
     folder = RunFolder(config)
-    if distributed.rank() == 0:
-        folder.check_new(config)  # before images are decoded, which may take hours
+    # Before images are decoded, which may take hours.
+    distributed.broadcast_from_rank0(lambda: folder.check_new(config))
     with distributed.local_rank0_first():
         data = load(config)
     check_options(config, data)

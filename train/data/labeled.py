@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -107,40 +108,52 @@ def _of_pair(path: Path, x: Tensor, y: np.ndarray | Tensor, names: list[str] | N
 class ClassMatcher:
     """Finds the classes of a model by what other data call them, never by their position.
 
-    A class with the same label and the same name is the class. Otherwise, a class whose name differs from its label is the one
-    with the same name, and a class with one text alone is the one that has this text as its label or as its name.
+    A class with the same label and the same name is the class. Otherwise, a name is that of the class with this name, and a text
+    of data without names is the label or the name of a class. Texts are compared in Unicode's normalization form C, as the
+    names of folders may have another one.
 
     Args:
         labels, names: the label and the name of each class of the model.
     """
 
     def __init__(self, labels: list[str], names: list[str]) -> None:
-        self.names = names
+        self.labels, self.names = labels, names
         self._pairs: dict[tuple[str, str], set[int]] = defaultdict(set)
         self._by_name: dict[str, set[int]] = defaultdict(set)
         self._by_text: dict[str, set[int]] = defaultdict(set)
-        for k, (label, name) in enumerate(zip(labels, names, strict=True)):
+        for k, (label, name) in enumerate(zip(map(normalized, labels), map(normalized, names), strict=True)):
             self._pairs[label, name].add(k)
             self._by_name[name].add(k)
             self._by_text[name].add(k)
             self._by_text[label].add(k)
 
-    def find(self, label: str, name: str) -> int | None:
+    def find(self, label: str, name: str | None = None) -> int | None:
         """Return the number of a class in the model; None if the model lacks the class.
+
+        Args:
+            label: the text that stands for the class in the data.
+            name: its name; None if the data have one text for a class.
 
         Raises:
             DataError: several classes of the model have the text.
         """
-        found = self._pairs.get((label, name)) or (self._by_text if name == label else self._by_name).get(
-            name
-        )
+        label, text = normalized(label), normalized(label if name is None else name)
+        found = self._pairs.get((label, text)) or (self._by_text if name is None else self._by_name).get(text)
         if found and len(found) > 1:
-            raise DataError(f"expected a class that one class of the model is called, got {name!r}")
+            same = ", ".join(f"{self.names[k]!r} (label {self.labels[k]})" for k in sorted(found))
+            raise DataError(
+                f"expected a text that stands for one class of the model, got {text!r}, which fits {same}"
+            )
         return next(iter(found)) if found else None
 
     def describe(self) -> str:
         """Return the first names of the model's classes."""
         return listed(self.names)
+
+
+def normalized(text: str) -> str:
+    """Return a text in Unicode's normalization form C."""
+    return unicodedata.normalize("NFC", text)
 
 
 def listed(texts: Iterable[str]) -> str:
@@ -167,19 +180,24 @@ def match(data: Labeled, matcher: ClassMatcher, *, skip_unknown: bool) -> Matche
         skip_unknown: leave out samples of classes that the model lacks, instead of an error.
 
     Raises:
-        DataError: a class is unknown or ambiguous, or no sample is left.
+        DataError: a class is unknown or ambiguous, two classes are called the same, or no sample is left.
     """
     count = torch.bincount(data.y, minlength=len(data.labels)).tolist()
     numbers = torch.full((len(data.labels),), -1)
     unknown: dict[str, int] = {}
+    found: dict[int, str] = {}  # the label in the data of each class of the model
+    has_names = data.names != data.labels
     for position, (label, name) in enumerate(zip(data.labels, data.names, strict=True)):
         if not count[position]:
             continue
-        number = matcher.find(label, name)
+        number = matcher.find(label, name if has_names else None)
         if number is None:
             unknown[name] = unknown.get(name, 0) + count[position]
-        else:
-            numbers[position] = number
+            continue
+        if number in found:
+            got = f"two, with the labels {found[number]} and {label}"
+            raise DataError(f"expected one class that is called {matcher.names[number]!r}, got {got}")
+        numbers[position], found[number] = number, label
     y = numbers[data.y]
     kept = y >= 0
     if unknown and not (skip_unknown and kept.any()):

@@ -75,7 +75,7 @@ def _read_counts(path: Path, num_classes: int, matcher: ClassMatcher) -> Tensor:
         if len(row) != 2:
             raise ConfigError("adjust", "a class and a count in each row", f"{row} ({where})")
         try:
-            found = matcher.find(row[0], row[0])
+            found = matcher.find(row[0])
         except DataError as error:
             raise ConfigError("adjust", "classes of the model", f"{where} ({error})") from None
         if found is None or found in counts:

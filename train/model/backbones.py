@@ -137,14 +137,13 @@ class Timm(nn.Module):
         self.out_features: int = self.network.num_features  # type: ignore[assignment, unused-ignore]
 
     def _drawn(self, create: Callable[[], Any]) -> list[str]:
-        """Return the names of the weights that are drawn anew in a second network: timm draws those that a file lacks."""
+        """Return the names of tensors that a file lacks: timm draws such weights, and such statistics remain zero."""
         with torch.random.fork_rng(devices=[]):
             again = create().named_parameters()
-        return [
-            name
-            for (name, first), (_, second) in zip(self.network.named_parameters(), again, strict=True)
-            if not torch.equal(first, second)
-        ]
+        pairs = zip(self.network.named_parameters(), again, strict=True)
+        drawn = [name for (name, first), (_, second) in pairs if not torch.equal(first, second)]
+        buffers = self.network.named_buffers()
+        return drawn + [name for name, x in buffers if name.endswith("running_mean") and not x.any()]
 
     def mean_std(self, channels: int) -> tuple[Tensor, Tensor]:
         """Return the mean and standard deviation of the images that the weights were trained on, [channels] each.

@@ -134,8 +134,8 @@ def remove_other_folders(file: Path, kept: str) -> None:
 
 def _folders(file: Path) -> dict[int, Path]:
     """Return the folders of a checkpoint by their numbers."""
-    start = f"{file.stem}-head-"
-    return {int(path.name.removeprefix(start)): path for path in file.parent.glob(f"{start}*")}
+    numbers = ((path, path.name.removeprefix(f"{file.stem}-head-")) for path in file.parent.iterdir())
+    return {int(number): path for path, number in numbers if number.isdecimal() and path.is_dir()}
 
 
 def _next_folder(file: Path) -> Path:

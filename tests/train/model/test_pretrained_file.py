@@ -25,7 +25,9 @@ SMALL = "--recipe smoke --stage1-epochs 1 --stage2-epochs 1 --methods gist --dev
 def test_the_weights_are_those_of_the_file(suffix: str, tmp_path: Path, seed: int) -> None:
     timm = import_or_skip("timm")
     torch.manual_seed(seed)
-    other = timm.create_model("resnet18", num_classes=7).eval()  # its classifier is left out
+    other = timm.create_model("resnet18", num_classes=7).train()  # its classifier is left out
+    other(torch.randn(4, 3, 32, 32))  # a trained network has statistics
+    other.eval()
     file = tmp_path / f"weights.{suffix}"
     if suffix == "pth":
         torch.save(other.state_dict(), file)
@@ -44,12 +46,17 @@ def test_a_file_that_does_not_fit_is_named(tmp_path: Path) -> None:
     empty.write_bytes(b"")
     safetensors.torch.save_file({"weight": torch.zeros(3)}, foreign)
     part = tmp_path / "part.pth"
-    state = timm.create_model("resnet18").state_dict()
+    source = timm.create_model("resnet18").train()
+    source(torch.randn(4, 3, 32, 32))  # a trained network has statistics
+    state = source.state_dict()
     torch.save({name: x for name, x in state.items() if not name.startswith("layer4.1.conv")}, part)
+    no_statistics = tmp_path / "no-statistics.pth"
+    torch.save({name: x for name, x in state.items() if "running" not in name}, no_statistics)
     for file, why in (
         (empty, "."),
         (foreign, "it has no conv1.weight; "),
         (part, "it has no layer4.1.conv1.weight; 2 "),
+        (no_statistics, "it has no bn1.running_mean; 20 "),
     ):
         with pytest.raises(BackboneError, match=f"whose weights can be loaded from {file} \\({why}"):
             make_backbone("timm/resnet18", 3, str(file))

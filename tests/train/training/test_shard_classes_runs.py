@@ -78,6 +78,15 @@ def test_killed_and_resumed_with_other_numbers_of_processes(
     assert kills, "no run was killed, so nothing was tested"
     assert "warning: the report is incomplete" not in ran(command(4, "killed", words, "--resume"))
 
+    again = subprocess.run(
+        command(2, "killed", words, "--resume", "--lr", "0.1"), capture_output=True, text=True, check=False
+    )
+    assert again.returncode
+    assert (
+        again.stderr.count("error: --lr: expected") == 1
+    )  # rank 0 prints it, and the others do not fail on their own
+    assert "Connection closed" not in again.stderr
+
     assert {path.name for path in killed.iterdir() if "head" not in path.name} == {
         path.name for path in whole.iterdir() if "head" not in path.name
     }
