@@ -24,8 +24,8 @@ from ..classifier import BATCH_SIZE, Classifier
 from ..cli import check_device, parse_command
 from ..config import ConfigError, DeviceConfig
 from ..console import messages_of
-from ..data.cache import process_map
 from ..data.errors import DataError
+from ..data.processes import process_map
 from ..data.sources.arrays import unlabeled
 from ..data.sources.image_files import SUFFIXES, decode
 from ..data.sources.listing import read_listing

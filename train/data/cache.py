@@ -16,16 +16,11 @@ import platform
 import re
 import secrets
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 from .errors import DataError
 
@@ -174,37 +169,3 @@ def reserve(file: Path, size: int) -> None:
             os.posix_fallocate(opened.fileno(), 0, size)
         else:
             opened.truncate(size)
-
-
-@contextmanager
-def process_map(workers: int | None, *, serial: bool) -> Iterator[Callable[..., Iterator[Any]]]:
-    """Yield a `map` over `workers` processes, by default one per processor; the built-in `map` if `serial`.
-
-    Raises:
-        DataError: the system ended a process.
-    """
-    if serial:
-        yield map
-        return
-    try:
-        # Not fork: a fork of a process with threads, such as torch's, may deadlock.
-        with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn")) as pool:
-            _start(pool)
-            try:
-                yield pool.map
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    except BrokenProcessPool:
-        raise DataError(
-            "expected worker processes that finish their images, got one that the system ended, as when memory runs out"
-        ) from None
-
-
-def _start(pool: ProcessPoolExecutor) -> None:
-    """Start the processes of a pool so that SIGINT does not reach them: Ctrl-C goes to this process, which ends them."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited
-    try:
-        pool.submit(int)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from train.config import DataConfig
-from train.data.cache import atomic_folder, folder_lock, process_map
+from train.data.cache import atomic_folder, folder_lock
 from train.data.errors import DataError
 from train.data.load import load
+from train.data.processes import process_map
 from train.data.sources import decode
 from train.data.sources.listing import read_listing
 
@@ -198,9 +199,30 @@ def test_a_worker_process_that_the_system_ends() -> None:
         list(each(os._exit, [1]))
 
 
+def test_worker_processes_do_not_run_the_users_script(tmp_path: Path) -> None:
+    """A script that trains at its top level, without `if __name__ == "__main__"`, would wait for itself."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from train.data.processes import process_map\n"
+        "print('began', flush=True)\n"
+        "with process_map(2, serial=False) as each:\n"
+        "    print(list(each(abs, [-1, -2, 3])), __file__ is not None, __spec__)\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert done.stdout == "began\n[1, 2, 3] True None\n", done.stderr
+
+
 def test_modules_of_worker_processes_do_not_import_torch() -> None:
     script = (
-        "import sys, train.data.cache, train.data.glyphs.dataset, train.data.sources.image_files\n"
+        "import sys, train.data.cache, train.data.processes, train.data.glyphs.dataset, train.data.sources.image_files\n"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..cache import atomic_folder, folder_lock, process_map, reserve
+from ..cache import atomic_folder, folder_lock, reserve
 from ..errors import DataError
+from ..processes import process_map
 from .characters import character_frequencies, word_list
 from .drawing import SUPERSAMPLING, Variation, fit_to_square, render_ink
 from .faces import PACKAGES, Coverage, Face, check_coverage, find_faces, system_fonts

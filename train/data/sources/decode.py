@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ..cache import atomic_folder, folder_lock, process_map, reserve
+from ..cache import atomic_folder, folder_lock, reserve
 from ..dataset import read_only_tensor
+from ..processes import process_map
 from .image_files import decode_into, decoding_error
 from .listing import Listing
 
