@@ -211,7 +211,7 @@ class OptimConfig(Section):
         self._expect_at_least(1, "accumulate", "max_steps_per_epoch", "patience")
         valid = self.ema_decay is None or 0 < self.ema_decay < 1
         self._expect("ema_decay", valid, "a number between 0 and 1")
-        self._expect("keep", self.keep == "best" or self.patience is None, "best with --patience")
+        self._expect("keep", self.keep == "best" or self.patience is None, "best, which --patience needs")
         self._expect_at_least(0, "stage1_epochs", "stage2_epochs", "warmup_epochs", "weight_decay")
         epochs = self.stage1_epochs + self.stage2_epochs
         self._expect("stage1_epochs", epochs > 0, "at least 1 if --stage2-epochs is 0")

@@ -100,6 +100,7 @@ def test_every_command_prints_one_object(
     run = [*SHORT.split(), "--data", str(feature_file), "--runs", str(tmp_path)]
     trained = printed_json([*run, "--name", "r"], capsys)
     assert trained["folder"] == str(tmp_path / "r")
+    assert Path(trained["results"][0]["model"]).is_file()
     accuracy = trained["results"][0]["accuracy"]
     report = printed_json(["report", str(tmp_path / "r"), "--out", str(tmp_path / "r.html")], capsys)
     assert report["file"] == str(tmp_path / "r.html")

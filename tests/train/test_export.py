@@ -20,7 +20,7 @@ from train.data.dataset import Dataset
 from train.model.model import load_model
 from train.model.prototypes import prototypes
 
-from .conftest import REPOSITORY
+from .conftest import REPOSITORY, write_image
 from .short_runs import FEATURES, IMAGES
 from .test_classifier import save_trained
 
@@ -62,8 +62,9 @@ def test_an_exported_file_has_the_description(
     assert description["class_labels"] == list(images.class_labels)
     assert description["shot_groups"] == ["many", "medium", "medium", "few", "few"]
     mean, std = (x.flatten().tolist() for x in images.mean_std())
-    expected = {"image_size": [10, 10], "crop_size": 0, "mean": mean, "std": std}
-    assert description["preprocessing"] == expected
+    expected = {"image_size": [10, 10], "channels": "RGB", "crop_size": 0, "mean": mean, "std": std}
+    assert description["preprocessing"].items() >= expected.items()
+    assert description["preprocessing"]["crops_and_normalizes_itself"] == (kind != "safetensors")
 
 
 def test_a_model_of_features_is_exported(features: Dataset, tmp_path: Path) -> None:
@@ -98,11 +99,34 @@ def test_weights_of_every_head(method: str, features: Dataset, tmp_path: Path) -
     assert names >= heads.get(method, {"head.prototypes", "head.tau"})
 
 
+def blocks() -> list[str]:
+    """Return the Python blocks of the documentation of `export`."""
+    text = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"### Export\n(.*?)\n### ", text, re.DOTALL)
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+
+
+def test_the_block_of_the_documentation_runs_onnx(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.chdir(tmp_path)
+    write_image(tmp_path / "bird.jpg", (200, 30, 90), (40, 25))
+    assert main(["export", str(model_file), "--out", "birds.onnx"]) == 0
+    found: dict[str, Any] = {}
+    exec(blocks()[0], found)
+    expected = train.load(model_file).predict("bird.jpg", k=5)
+    logits = torch.from_numpy(found["logits"])
+    best = logits.softmax(1).topk(5)
+    torch.testing.assert_close(best.values, expected.probabilities, atol=1e-3, rtol=1e-2)
+    assert found["name"] == expected.classes[0][0]
+
+
 def test_the_block_of_the_documentation_reads_weights(
     features: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"### Export\n.*?```python\n(.*?)```", text, re.DOTALL)
+    _, code = blocks()
     file = save_trained(FEATURES, features, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     assert main(["export", str(file), "--format", "safetensors", "--out", "head.safetensors"]) == 0

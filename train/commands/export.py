@@ -57,7 +57,7 @@ def export(args: list[str], console: Console) -> int:
     model, _ = open_model("model", options.model, load_model)
     shape = open_model("model", options.model, load_trained).sample_shape
     description, _ = read_model_file(options.model)
-    metadata = description | {"preprocessing": _preprocessing(model, shape)}
+    metadata = description | {"preprocessing": _preprocessing(model, shape, options.format)}
     samples = [_random(batch, shape) for batch in BATCHES]
     write = WRITERS[options.format]
     write_atomically(options.out, lambda path: write(path, model, samples, metadata))
@@ -70,18 +70,27 @@ def export(args: list[str], console: Console) -> int:
                 "metadata": metadata,
             }
         )
-    say(messages, f"written to {options.out}, whose logits are those of the model for {BATCHES} samples")
+    say(messages, f"written to {options.out}, which gives the model's logits: checked for batches of 2 and 5")
     return 0
 
 
-def _preprocessing(model: Model, shape: list[int]) -> dict[str, Any] | None:
+def _preprocessing(model: Model, shape: list[int], file_format: str) -> dict[str, Any] | None:
     """Return how images are prepared, in plain types; None for a model of features. Mean and standard deviation are those of
-    pixels from 0 to 1, and a crop size of 0 is no crop."""
+    pixels from 0 to 1, and a crop size of 0 is no crop. A file with the whole network crops and normalizes by itself."""
     normalize = model.normalize
     if not isinstance(normalize, Normalize):
         return None
     mean, std = (tensor.flatten().tolist() for tensor in (normalize.mean, normalize.std))
-    return {"image_size": shape[1:], "crop_size": normalize.crop_size, "mean": mean, "std": std}
+    return {
+        "image_size": shape[1:],
+        "resize": "shorter side to image_size, bilinear, then the center",
+        "channels": "RGB" if shape[0] == 3 else shape[0],
+        "pixels": "0 to 255, uint8",
+        "crop_size": normalize.crop_size,
+        "mean": mean,
+        "std": std,
+        "crops_and_normalizes_itself": file_format != "safetensors",
+    }
 
 
 def _random(batch: int, shape: list[int]) -> Tensor:

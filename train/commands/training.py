@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 
@@ -28,7 +29,10 @@ def train(args: list[str], console: Console, commands: Mapping[str, str]) -> int
     options = parse(args, Training, program(), _description(commands))
     results = start(Config().replace(**options.options()), messages_of(console, as_json=options.json))
     if options.json and distributed.rank() == 0:
-        print_json({"folder": f"{options.run.runs}/{options.run.name}", "results": results})
+        folder = Path(options.run.runs) / options.run.name
+        for result in results:
+            result["model"] = str(folder / f"model-{result['method']}.safetensors")
+        print_json({"folder": str(folder), "results": results})
     return 0
 
 

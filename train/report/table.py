@@ -62,6 +62,6 @@ def constellation_line(result: dict[str, Any]) -> str:
     if "tau_random" in result:
         tau += f" (random head {result['tau_random']:.2f})"
     return (
-        f"{TITLES[result['method']]}: slot usage on the test split, center first: {usage} %;  {tau};  "
+        f"{TITLES[result['method']]}: slot usage on the test samples, center first: {usage} %;  {tau};  "
         f"‖δ‖ {norms}, mean ‖w‖ {result['mean_center_norm']:.2f}"
     )

@@ -67,7 +67,7 @@ def test_a_class_may_be_named_as_a_split(tmp_path: Path) -> None:
 MISTAKES = [
     (
         ("ant", "bee"),
-        "expected train/ and test/ (or val/) with a folder per class, got the folders ant, bee; --hold-out 0.1 holds",
+        "expected train/ and test/ (or val/) with a folder per class, got the folders ant, bee; if these are the classes, add --hold-out 0.1, ",
     ),
     (("val/ant", "Test/ant"), "expected train/ with a folder per class, got Test, val alone"),
     (("train/ant", "Train/ant"), "expected one folder of train samples, got Train, train"),

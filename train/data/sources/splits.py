@@ -55,6 +55,8 @@ def describe_missing_test(source: Path, splits: dict[str, Path]) -> str:
     folders = sorted(entry.name for entry in source.iterdir() if entry.is_dir())
     found = ", ".join(folders[:SHOWN]) + (", …" if len(folders) > SHOWN else "")
     expected = "train/ and test/ (or val/) with a folder per class"
+    if folders:
+        advice = "if these are the classes, add --hold-out 0.1, which holds test samples out of each"
     return (
         f"{source}: expected {expected}, got {f'the folders {found}' if folders else 'no folder'}; {advice}"
     )
