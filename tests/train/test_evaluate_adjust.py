@@ -85,6 +85,7 @@ def test_an_unknown_prior_must_be_named(
     assert "--assumed-prior: expected uniform or training with --adjust" in error_of(capsys, model, *options)
     found = evaluated(capsys, model, feature_file, "--adjust", "uniform", "--assumed-prior", "training")
     assert (found["adjust"], found["assumed_prior"]) == ("uniform", "training")
+    assert found["title"].endswith(", adjusted to uniform")  # the row of the table
     classifier = train.load(model)
     frequencies = features.train_counts / features.train_counts.sum()
     torch.testing.assert_close(classifier.class_bias("uniform", "training"), -frequencies.log())

@@ -24,6 +24,7 @@ from ..data.load import is_list
 from ..evaluated import Results, as_dataset
 from ..evaluation.priors import NAMED
 from ..files import check_writable
+from ..methods import TITLES
 from ..options import InvalidData
 from ..report.evaluation import FILES, metrics, write_files
 from ..report.table import print_results
@@ -109,6 +110,8 @@ def evaluate(args: list[str], console: Console) -> int:
     for line in (*data.notes, *about):
         say(messages, line)
     results = _evaluate(classifier, matched, bias, options)
+    if options.adjust:
+        results.record["title"] = f"{TITLES[classifier.trained.method_name]}, adjusted to {options.adjust}"
     details = _details(options, classifier, data, matched)
     if options.out:  # before the table, whose reader may end early
         samples = as_dataset(classifier.trained, matched.x, matched.y)

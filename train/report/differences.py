@@ -26,11 +26,16 @@ class Difference:
 
 
 def standard_error(result: Record) -> float | None:
-    """Return the standard error of the overall accuracy, √(p·(1 − p)/n); None if the number of test samples is unknown."""
+    """Return the standard error of the overall accuracy; None if the number of test samples is unknown.
+
+    It is √(p·(1 − p)/n) with two correct and two wrong samples added (Agresti, Coull, The American Statistician 1998), because
+    it would be 0 for accuracies of 0 and 1, of few samples too.
+    """
     if "test_counts" not in result:
         return None
-    p = float(result["accuracy"]["overall"])
-    return math.sqrt(p * (1 - p) / sum(result["test_counts"]))
+    samples = sum(result["test_counts"])
+    p = (float(result["accuracy"]["overall"]) * samples + 2) / (samples + 4)
+    return math.sqrt(p * (1 - p) / (samples + 4))
 
 
 def difference(first: Record, second: Record, same_samples: bool) -> Difference | None:

@@ -20,7 +20,8 @@ def percent(value: float | None) -> str:
 
 def print_results(console: Console, results: list[dict[str, Any]], train_counts: Tensor, rule: str) -> None:
     """Print the table: the methods, then other scores of the same models. Below it, print the slot usage, the temperatures and
-    the norms of the displacements of heads with slots. A model that is evaluated later has no number of image passes."""
+    the norms of the displacements of heads with slots. A model that is evaluated later has no number of image passes, and may
+    have a title other than the method's."""
     sizes = {
         group: counted(int(mask.sum()), "class", "classes")
         for group, mask in split_classes(train_counts, rule).items()
@@ -41,7 +42,7 @@ def print_results(console: Console, results: list[dict[str, Any]], train_counts:
 
     for result in results:
         more = (f"{result['images']:,}",) if differ else ()
-        add_row(TITLES[result["method"]], result["accuracy"], *more)
+        add_row(result.get("title", TITLES[result["method"]]), result["accuracy"], *more)
     table.add_section()
     for result in results:
         if others := result.get("accuracy_of", {}):

@@ -47,7 +47,7 @@ def trained_methods(runs: dict[str, list[Record]]) -> list[TrainedMethod]:
     for run, records in runs.items():
         data: Record = next((record for record in records if record["event"] == "data"), {})
         for result in (record for record in records if record["event"] == "result"):
-            title = TITLES[result["method"]]
+            title = result.get("title", TITLES[result["method"]])
             name = title if len(runs) == 1 else f"{run}: {title}"
             epochs = [r for r in records if r["event"] == "epoch" and r["method"] == result["method"]]
             found.append(TrainedMethod(name, run, result, epochs, data))

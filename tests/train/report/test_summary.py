@@ -61,7 +61,8 @@ def summary_of(*records: dict[str, Any]) -> Summary:
 
 def test_standard_error_by_hand() -> None:
     first, second = a_result("gist", [100, 100, 50, 50]), a_result("plain", [100, 100, 48, 44])
-    assert standard_error(first) == pytest.approx((0.75 * 0.25 / 400) ** 0.5)
+    assert standard_error(first) == pytest.approx((302 / 404 * 102 / 404 / 404) ** 0.5)
+    assert standard_error(a_result("gist", [100] * 4)) == pytest.approx((402 / 404 * 2 / 404 / 404) ** 0.5)
     # Eight of 400 samples are correct for the first method alone, none for the second alone.
     paired = difference(first, second, same_samples=True)
     assert paired is not None
@@ -69,7 +70,7 @@ def test_standard_error_by_hand() -> None:
     assert paired.error == pytest.approx((0.02 * 0.98 / 400) ** 0.5)
     independent = difference(first, second, same_samples=False)
     assert independent is not None
-    assert independent.error == pytest.approx(((0.75 * 0.25 + 0.73 * 0.27) / 400) ** 0.5)
+    assert independent.error == pytest.approx(((302 / 404 * 102 / 404 + 294 / 404 * 110 / 404) / 404) ** 0.5)
     assert paired.is_clear
     assert not independent.is_clear
     few = difference_of_group(first, second, [False, False, True, True])
