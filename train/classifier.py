@@ -15,7 +15,7 @@ from .data.labeled import ClassMatcher, listed
 from .data.sources.image_files import decode, prepare
 from .evaluated import Results, evaluate_trained
 from .evaluation.priors import class_bias
-from .trained import TrainedModel
+from .trained import TrainedModel, mean_probabilities
 
 Sample = str | Path | Image.Image
 BATCH_SIZE = 64
@@ -120,8 +120,7 @@ class Classifier:
 
     def _probabilities(self, x: Tensor, flips: bool) -> Tensor:
         views = (x, x.flip(3)) if flips else (x,)
-        probabilities = [self.trained.model(view).float().softmax(1) for view in views]
-        return torch.stack(probabilities).mean(0)
+        return mean_probabilities([self.trained.model(view) for view in views])
 
     @property
     def matcher(self) -> ClassMatcher:

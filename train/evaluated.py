@@ -13,9 +13,9 @@ from gistops.nn import ConstellationClassifier, SlotUsage
 
 from .data.dataset import Dataset
 from .evaluation.analysis import calibration, common_slot, feature_map, predictions
-from .evaluation.evaluate import Evaluation, eval_batch_size
+from .evaluation.evaluate import Evaluation, details_of, eval_batch_size, record_of
 from .evaluation.per_class import ClassScores, Confusions, class_scores, confusions
-from .trained import TrainedModel
+from .trained import TrainedModel, mean_probabilities
 
 UNCHANGED = (
     "as after training"  # the row of the logits as they are, where others are evaluated in their place
@@ -88,7 +88,7 @@ def evaluate_trained(
         scores = {"": logits} | trained.method.alternative_scores(head, features, logits)
         if flips:
             mirrored = model(samples.flip(3).to(device))
-            scores[""] = torch.stack([logits.softmax(1), mirrored.softmax(1)]).mean(0).log()
+            scores[""] = mean_probabilities([logits, mirrored]).log()
         if bias is not None:
             scores[""] = scores[""] + bias
         if scores[""] is not logits:
@@ -101,12 +101,13 @@ def evaluate_trained(
     confidence = torch.cat(confidences)
     shares = None if usage is None else usage.shares().cpu()
     own = predicted[""]
+    pairs = confusions(y, own, num_classes)
     has_displacements = getattr(head, "num_displacements", 0) > 0
     return Results(
         record=_record(trained, y, predicted, shares),
         calibration=calibration(confidence, own == y),
-        classes=class_scores(y, own, num_classes),
-        confusions=confusions(y, own, num_classes),
+        classes=class_scores(y, own, pairs, num_classes),
+        confusions=pairs,
         predicted=own,
         confidence=confidence,
         common_slot=float(torch.cat(common).mean()) if has_displacements else None,
@@ -120,19 +121,14 @@ def _record(
     num_classes, counts, rule = len(trained.class_names), trained.train_counts, trained.split_rule
     total = torch.bincount(y, minlength=num_classes)
     evaluations = {
-        name: Evaluation(torch.bincount(y[classes == y], minlength=num_classes), total, None)
+        name: Evaluation(
+            torch.bincount(y[classes == y], minlength=num_classes), total, None if name else slot_usage
+        )
         for name, classes in predicted.items()
     }
     own = evaluations.pop("")
-    record: dict[str, Any] = {"method": trained.method_name, "accuracy": own.accuracy(counts, rule)}
-    if evaluations:
-        accuracies = {name: other.accuracy(counts, rule) for name, other in evaluations.items()}
-        record["accuracy_of"] = accuracies
-    if slot_usage is not None:
-        record["slot_usage"] = slot_usage.tolist()
-    record |= {"accuracy_per_class": own.per_class(), "train_counts": counts.tolist()}
-    record["test_counts"] = total.tolist()
-    return record | trained.method.describe(trained.model.head)
+    record = {"method": trained.method_name} | record_of(own, evaluations, counts, rule)
+    return record | details_of(own, counts) | trained.method.describe(trained.model.head)
 
 
 def analysis_of(trained: TrainedModel, data: Dataset, results: Results) -> dict[str, Any]:

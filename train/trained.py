@@ -56,6 +56,11 @@ class TrainedModel:
         return {"": logits} | self.method.alternative_scores(self.model.head, features, logits)
 
 
+def mean_probabilities(logits: list[Tensor]) -> Tensor:
+    """Return the mean of the probabilities that the logits [b, K] of several views of the same samples give, [b, K]."""
+    return torch.stack([view.float().softmax(1) for view in logits]).mean(0)
+
+
 def describe(method: str, config: Config, data: Dataset) -> dict[str, Any]:
     """Return the description of a trained model for `save_model`, in plain types."""
     groups = split_classes(data.train_counts, config.run.split_rule)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,7 @@ from ..files import write_atomically
 from ..options import Mark
 from ..recipes import load_recipe
 from ..report.html import read_records
-from ..report.markdown import Results, table
+from ..report.markdown import COLUMNS, Results, mean_and_deviation, table
 from ..report.paper import TABLES
 from ..run import start
 from ..training.lock import locked
@@ -126,21 +125,16 @@ def rows_of(results: Results) -> list[dict[str, Any]]:
                 found.setdefault((variant, result["method"]), {})[seed] = result["accuracy"]
     rows = []
     for (variant, method), accuracies in found.items():
-        first, *more = accuracies.values()
-        groups = {name: [first[name], *(other[name] for other in more)] for name in first}
-        known = {name: [x for x in values if x is not None] for name, values in groups.items()}
+        spreads = {
+            name: mean_and_deviation([accuracy[name] for accuracy in accuracies.values()]) for name in COLUMNS
+        }
         rows.append(
             {
                 "variant": variant,
                 "method": method,
                 "seeds": accuracies,
-                "mean": {
-                    name: statistics.fmean(values) if values else None for name, values in known.items()
-                },
-                "deviation": {
-                    name: statistics.stdev(values) if len(values) > 1 else None
-                    for name, values in known.items()
-                },
+                "mean": {name: mean for name, (mean, _) in spreads.items()},
+                "deviation": {name: deviation for name, (_, deviation) in spreads.items()},
             }
         )
     return rows

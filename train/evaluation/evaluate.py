@@ -55,6 +55,27 @@ class Evaluation:
         return result
 
 
+def record_of(
+    own: Evaluation, alternatives: dict[str, Evaluation], train_counts: Tensor, rule: str
+) -> dict[str, Any]:
+    """Return the accuracies of an evaluation and of other ways to use the head, and the slot usage, in plain types."""
+    record: dict[str, Any] = {"accuracy": own.accuracy(train_counts, rule)}
+    if alternatives:
+        record["accuracy_of"] = {name: e.accuracy(train_counts, rule) for name, e in alternatives.items()}
+    if own.slot_usage is not None:
+        record["slot_usage"] = own.slot_usage.tolist()
+    return record
+
+
+def details_of(own: Evaluation, train_counts: Tensor) -> dict[str, Any]:
+    """Return the accuracy and the numbers of samples of each class, in plain types."""
+    return {
+        "accuracy_per_class": own.per_class(),
+        "train_counts": train_counts.tolist(),
+        "test_counts": own.total.tolist(),
+    }
+
+
 def eval_batch_size(num_classes: int) -> int:
     """Return 500, or fewer samples if the logits of 500 exceed 256 MiB."""
     return max(1, min(MAX_BATCH, 2**26 // num_classes))

@@ -51,8 +51,8 @@ def confusions(y: Tensor, predicted: Tensor, num_classes: int) -> Confusions:
     return Confusions(pairs // num_classes, pairs % num_classes, count)
 
 
-def class_scores(y: Tensor, predicted: Tensor, num_classes: int) -> ClassScores:
-    """Return the scores of each class; the arguments are those of `confusions`.
+def class_scores(y: Tensor, predicted: Tensor, found: Confusions, num_classes: int) -> ClassScores:
+    """Return the scores of each class; the arguments are those of `confusions`, and what it returns.
 
     A precision is not defined for a class that is never predicted, a recall for a class without samples, and F1 for a class
     with neither.
@@ -63,7 +63,6 @@ def class_scores(y: Tensor, predicted: Tensor, num_classes: int) -> ClassScores:
     precision, recall, f1, n = precision_recall_fscore_support(
         y.numpy(), predicted.numpy(), labels=np.arange(num_classes), zero_division=np.nan
     )
-    found = confusions(y, predicted, num_classes)
     wrong = found.true != found.predicted
     true, other, count = found.true[wrong], found.predicted[wrong], found.count[wrong]
     order = count.argsort(descending=True, stable=True)

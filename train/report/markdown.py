@@ -162,11 +162,18 @@ def plain(name: str) -> str:
 
 def spread(values: Sequence[float | None]) -> str:
     """Return the mean ± standard deviation of fractions, in percent; a dash if a fraction is missing or there are none."""
-    if not values or any(value is None for value in values):
+    mean, deviation = mean_and_deviation([None if value is None else 100 * value for value in values])
+    if mean is None:
         return "–"
-    percent = [100 * value for value in values if value is not None]
-    deviation = f" ± {statistics.stdev(percent):.1f}" if len(percent) > 1 else ""
-    return f"{statistics.fmean(percent):.1f}{deviation}"
+    return f"{mean:.1f}" if deviation is None else f"{mean:.1f} ± {deviation:.1f}"
+
+
+def mean_and_deviation(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Return the mean and the standard deviation; None for both if a value is missing, and for the latter of one value."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None, None
+    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None
 
 
 def usage(found: Sequence[Result]) -> str:

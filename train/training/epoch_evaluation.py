@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..evaluation.evaluate import details_of, record_of
 from ..evaluation.evaluate import evaluate as evaluate_model
 
 if TYPE_CHECKING:
@@ -24,19 +25,11 @@ def evaluate(trainer: Trainer, final: bool) -> Record:
         method.alternative_scores,
         alternative_predictions=method.alternative_predictions,
     )
-    record: Record = {"split": split, "accuracy": result.accuracy(data.train_counts, rule)}
+    record: Record = {"split": split} | record_of(result, alternatives, data.train_counts, rule)
     if trainer.best is not None and not final:
         tested = [accuracy for accuracy in result.per_class() if accuracy is not None]
         record["mean_of_classes"] = sum(tested) / len(tested)
-    if alternatives:
-        accuracy_of = {name: other.accuracy(data.train_counts, rule) for name, other in alternatives.items()}
-        record["accuracy_of"] = accuracy_of
-    if result.slot_usage is not None:
-        record["slot_usage"] = result.slot_usage.tolist()
-    if final:
-        record |= {"accuracy_per_class": result.per_class(), "train_counts": data.train_counts.tolist()}
-        record["test_counts"] = result.total.tolist()
-    return record
+    return record | details_of(result, data.train_counts) if final else record
 
 
 def slot_usage(trainer: Trainer) -> Record:

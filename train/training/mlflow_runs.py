@@ -15,17 +15,12 @@ MAX_LENGTH = 500  # characters of a value that every server takes
 
 
 class MlflowRuns(RunTracker):
-    """Stores each method of a run as a run of MLflow, with the options as its parameters.
+    """Stores each method of a run as a run of MLflow, with the options as its parameters."""
 
-    Args:
-        folder: the run's folder.
-        name: the name of the run.
-        options: the options of the run.
-    """
+    FILE = "mlflow.json"
 
     def __init__(self, folder: Path, name: str, options: dict[str, Any]) -> None:
-        super().__init__(folder / "mlflow.json")
-        self._name, self._options = name, options
+        super().__init__(folder, name, options)
         self._client: Any = None
         self._run = ""  # id of the open run
 

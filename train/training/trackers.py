@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..console import printable
 from ..files import write_atomically
@@ -67,15 +67,20 @@ class Trackers:
 class RunTracker(Tracker):
     """A tracker with a run of its own for each method, which a resumed run continues.
 
-    A file in the run's folder holds the id and the last record of each. Records cannot be taken back, so that epochs that are
+    `FILE` in the run's folder holds the id and the last record of each. Records cannot be taken back, so that epochs that are
     trained again after an interruption are left out.
 
     Args:
-        file: the file.
+        folder: the run's folder.
+        name: the name of the run.
+        options: the options of the run.
     """
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    FILE: ClassVar[str]
+
+    def __init__(self, folder: Path, name: str, options: dict[str, Any]) -> None:
+        self._folder, self._name, self._options = folder, name, options
+        self._file = folder / self.FILE
         self._runs: dict[str, dict[str, Any]] = {}
         self._method = ""  # method of the open run
 

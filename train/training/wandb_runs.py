@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from pathlib import Path
 from typing import Any
 
 from .trackers import RunTracker
@@ -12,16 +11,11 @@ from .trackers import RunTracker
 class WandbRuns(RunTracker):
     """Stores each method of a run as a run of Weights & Biases. The methods of a run are a group.
 
-    Args:
-        folder: the run's folder, which also gets the library's files.
-        name: the name of the run.
-        options: the options of the run.
+    The library writes its files into the run's folder.
     """
 
-    def __init__(self, folder: Path, name: str, options: dict[str, Any]) -> None:
-        super().__init__(folder / "wandb.json")
-        self._folder, self._name, self._options = folder, name, options
-        self._run: Any = None
+    FILE = "wandb.json"
+    _run: Any = None
 
     def _open(self, method: str, run: str) -> str:
         import wandb  # takes a second, and may not be installed

@@ -11,7 +11,7 @@ from train.evaluation.per_class import class_scores, confusions
 def test_scores_that_are_not_defined() -> None:
     """Class 0 is always found, 1 is never predicted, 2 has no samples, and 3 has neither samples nor predictions."""
     y, predicted = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 0, 2, 2, 0])
-    scores = class_scores(y, predicted, 4)
+    scores = class_scores(y, predicted, confusions(y, predicted, 4), 4)
     assert scores.n == [2, 3, 0, 0]
     assert scores.precision == [pytest.approx(2 / 3), None, 0, None]
     assert scores.recall == [1, 0, None, None]
