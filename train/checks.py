@@ -134,10 +134,7 @@ def _tuning(config: Config, data: Dataset) -> Iterator[ConfigError]:
 
 def _validation(config: Config, data: Dataset) -> Iterator[ConfigError]:
     if config.optim.keep == "best" and data.y_val is None:
-        way = "--hold-out 0.1 makes"
-        if config.data.hold_out:
-            way = "--hold-out makes if --test-data or the folder test/ has the test samples (here it made the test split)"
-        yield ConfigError("keep", f"last without a validation split, which {way}", "'best'")
+        yield ConfigError("keep", "last without a validation split, which --hold-out-val 0.1 makes", "'best'")
 
 
 def _label_smoothing(config: Config, data: Dataset) -> Iterator[ConfigError]:

@@ -199,7 +199,7 @@ class OptimConfig(Section):
     #: It starts with each stage, and replaces the weights where the stage ends. No average if not given.
     ema_decay: float | None = None
     #: Weights that a stage ends with: those of its last epoch, or those of its best epoch by the mean of the classes'
-    #: accuracies on the validation samples, which --hold-out makes.
+    #: accuracies on the validation samples, which --hold-out-val makes.
     keep: Literal["last", "best"] = "last"
     #: End a stage after this many evaluations in a row without a better one. With --keep best.
     patience: int | None = None

@@ -47,10 +47,14 @@ class DataConfig(Section):
     #: otherwise as the validation samples. Each class with two samples or more holds out at least one and keeps
     #: at least one. In arrays and archives, after --imbalance-ratio; in folders and lists, before it.
     hold_out: float = 0.0
-    #: Seed of --hold-out.
+    #: Then hold this fraction of what is left of each class out, as the validation samples. A class with one sample
+    #: left keeps it. The test samples are the same with and without it.
+    hold_out_val: float = 0.0
+    #: Seed of --hold-out and --hold-out-val.
     hold_out_seed: int = 0
 
     def __post_init__(self) -> None:
         self._expect_at_least(1, "imbalance_ratio", "image_size", "num_classes")
         self._expect_at_least(0, "hold_out_seed")
-        self._expect("hold_out", 0 <= self.hold_out < 1, "a fraction, at least 0 and below 1")
+        for name in ("hold_out", "hold_out_val"):
+            self._expect(name, 0 <= getattr(self, name) < 1, "a fraction, at least 0 and below 1")

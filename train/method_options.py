@@ -143,7 +143,7 @@ class BaselineConfig(Section):
     #: crt: epochs of the new classifier: 10 for ImageNet-LT and Places-LT, 30 for iNaturalist 2018.
     crt_epochs: int = 10
     #: tau-norm: the exponent t of ‖w‖^t, by which weights are divided. If not given, the best one of 0, 0.1, …, 2
-    #: on the validation samples (see --hold-out), or 0.7 if there are none.
+    #: on the validation samples (see --hold-out-val), or 0.7 if there are none.
     tau_norm: float | None = None
 
     def __post_init__(self) -> None:

@@ -31,17 +31,23 @@ def hold_out(listing: Listing, fraction: float, seed: int) -> tuple[Listing, Lis
     return _part(listing, held, False), _part(listing, held, True)
 
 
-def hold_out_validation(data: Dataset, fraction: float, seed: int) -> Dataset:
+def hold_out_validation(data: Dataset, fraction: float, seed: int, option: str) -> Dataset:
     """Return the dataset with a part of its training samples as the validation split, as `held_out` selects them.
+
+    Args:
+        data: the dataset.
+        fraction: above 0 and below 1.
+        seed: the seed of the choice.
+        option: the option that asks for it, for messages.
 
     Raises:
         DataError: the dataset has validation samples, or no class has a sample to spare.
     """
     if data.x_val is not None:
-        raise DataError("--hold-out: expected no validation samples to hold out for, got those of --data")
+        raise DataError(f"{option}: expected no validation samples to hold out for, got those of --data")
     held = torch.from_numpy(held_out(data.y_train.numpy(), fraction, seed))
     if not held.any():
-        raise DataError("--hold-out: expected a class with at least two training samples, got none")
+        raise DataError(f"{option}: expected a class with at least two training samples, got none")
     return dataclasses.replace(
         data,
         x_train=data.x_train[~held],

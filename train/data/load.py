@@ -52,10 +52,8 @@ def load(config: DataConfig) -> Dataset:
         )
     if config.imbalance_ratio != 1:
         data = long_tailed(data, config.imbalance_ratio)
-    if config.hold_out and not is_list(
-        config.data
-    ):  # the files of lists are held out before they are decoded
-        data = hold_out_validation(data, config.hold_out, config.hold_out_seed)
+    if not is_list(config.data):  # the files of lists are held out before they are decoded
+        data = _hold_out_validation(data, config)
     return data
 
 
@@ -101,13 +99,28 @@ def read_listings(config: DataConfig) -> dict[str, Listing]:
         for split, source in {"test": test, "val": val}.items()
         if source
     }
-    if config.hold_out:
-        split = "val" if test else "test"
-        if split in lists:
-            raise DataError(f"--hold-out: expected no {split} samples to hold out for, got those of {val}")
-        lists["train"], lists[split] = hold_out(trained, config.hold_out, config.hold_out_seed)
-        lists = {split: lists[split] for split in ("train", "test", "val") if split in lists}
-    return lists
+    parts = {"--hold-out": config.hold_out, "--hold-out-val": config.hold_out_val}
+    for option, fraction in parts.items():
+        if fraction:
+            split = "val" if "test" in lists else "test"
+            if split in lists:
+                source = val or "--hold-out"
+                raise DataError(
+                    f"{option}: expected no {split} samples to hold out for, got those of {source}"
+                )
+            lists["train"], lists[split] = hold_out(lists["train"], fraction, config.hold_out_seed)
+    return {split: lists[split] for split in ("train", "test", "val") if split in lists}
+
+
+def _hold_out_validation(data: Dataset, config: DataConfig) -> Dataset:
+    """Return the dataset, which has a test split, with the validation split that one of the options makes."""
+    if config.hold_out and config.hold_out_val:
+        expected = "0 with --hold-out, which makes the validation samples here: --data has test samples"
+        raise DataError(f"--hold-out-val: expected {expected}, got {config.hold_out_val}")
+    option, fraction = (
+        ("--hold-out-val", config.hold_out_val) if config.hold_out_val else ("--hold-out", config.hold_out)
+    )
+    return hold_out_validation(data, fraction, config.hold_out_seed, option) if fraction else data
 
 
 def check_images_folder(config: DataConfig) -> None:

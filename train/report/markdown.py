@@ -57,7 +57,7 @@ def table(results: Results, config: Config, paper: PaperTable | None = None) -> 
         f"data {plain(Path(config.data.data).name)}, split rule {config.run.split_rule}"
         f"{f'; {passes.pop():,} image passes' if len(passes) == 1 else ''}."
     )
-    notes = _notes(paper, counts, config.data.hold_out) if paper else []
+    notes = _notes(paper, counts, config) if paper else []
     parts = [caption, *notes, "", *_methods(lines, differ=len(passes) > 1)]
     if others := _other_scores(lines):
         parts += ["", "Other scores of the same models:", "", *others]
@@ -82,13 +82,13 @@ def _lines(results: Results, config: Config, paper: PaperTable | None, dataset: 
     return lines + list(found.values())
 
 
-def _notes(paper: PaperTable, train_counts: Sequence[int], hold_out: float) -> list[str]:
+def _notes(paper: PaperTable, train_counts: Sequence[int], config: Config) -> list[str]:
     """Return sentences on the paper's figures, a line each.
 
     Args:
         paper: the table of the paper.
         train_counts: the number of training samples of each class; empty if it is not known.
-        hold_out: the fraction of training samples that is held out.
+        config: the options of the runs.
     """
     dataset, datasets = dataset_of(train_counts), paper.datasets()
     if dataset in datasets:
@@ -98,7 +98,9 @@ def _notes(paper: PaperTable, train_counts: Sequence[int], hold_out: float) -> l
     elif not train_counts:
         note = "Paper: no figures, because the records, of an early version, have no numbers of training samples per class."
     else:
-        after = f", after --hold-out {hold_out:g}," if hold_out else ""
+        shares = {"--hold-out": config.data.hold_out, "--hold-out-val": config.data.hold_out_val}
+        held_out = " and ".join(f"{option} {share:g}" for option, share in shares.items() if share)
+        after = f", after {held_out}," if held_out else ""
         note = (
             f"Paper: no figures, because the numbers of training samples per class{after} are not those of {' or '.join(datasets)}, "
             f"the data of its Table {paper.number}."

@@ -168,7 +168,7 @@ def _seeds(methods: list[TrainedMethod]) -> Iterator[str]:
 
 def _worries_of_data(methods: list[TrainedMethod]) -> Iterator[str]:
     if any(epoch.get("split") == "test" for method in methods for epoch in method.epochs):
-        yield "There is no validation split, so the curves show the test samples. Do not choose options or epochs by these numbers. --hold-out 0.1 makes a validation split."
+        yield "There is no validation split, so the curves show the test samples. Do not choose options or epochs by these numbers. --hold-out-val 0.1 makes a validation split."
     tested = min(
         (sum(method.result["test_counts"]) for method in methods if method.classes), default=MIN_SAMPLES
     )

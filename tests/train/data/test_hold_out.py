@@ -138,13 +138,48 @@ def test_a_run_on_one_folder(tmp_path: Path, cache: str, capsys: pytest.CaptureF
     short = ["--stage1-epochs", "1", "--stage2-epochs", "0"]
     assert main([*words.split(), *short, "--hold-out", "0.3"]) == 0
     assert (
-        "hold_out = 0.3\nhold_out_seed = 0\n" in (tmp_path / "runs" / "animals" / "config.toml").read_text()
+        "hold_out = 0.3\nhold_out_val = 0.0\nhold_out_seed = 0\n"
+        in (tmp_path / "runs" / "animals" / "config.toml").read_text()
     )
     assert main([*words.split(), *short, "--hold-out", "0.3", "--resume"]) == 0
     capsys.readouterr()
     assert main([*words.split(), *short, "--hold-out", "0.3", "--hold-out-seed", "1", "--resume"]) == 2
     message = capsys.readouterr().err
     assert "--hold-out-seed: expected 0 as in" in message or "--data: expected the data" in message
+
+
+def test_one_folder_gives_test_and_validation_samples(tmp_path: Path, seed: int) -> None:
+    counts = {"ant": 1, "bee": 2, "cat": 3, "dog": 20}
+    for name, count in counts.items():
+        for i in range(count):
+            write_image(tmp_path / "set" / name / f"{i}.png", (9, 9, 9))
+    alone = lists(tmp_path / "set", hold_out=0.2, hold_out_seed=seed)
+    both = lists(tmp_path / "set", hold_out=0.2, hold_out_val=0.25, hold_out_seed=seed)
+    assert list(both) == ["train", "test", "val"]
+    assert both["test"] == alone["test"]  # so `evaluate --hold-out 0.2` has the same test samples
+    numbers = {split: Counter(listing.labels) for split, listing in both.items()}
+    assert numbers == {"train": {0: 1, 1: 1, 2: 1, 3: 12}, "test": {1: 1, 2: 1, 3: 4}, "val": {2: 1, 3: 4}}
+    files = [file for listing in both.values() for file in listing.files]
+    assert sorted(files) == sorted(alone["train"].files + alone["test"].files)
+    assert len(set(files)) == 26
+
+
+def test_validation_samples_are_held_out_once(arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    np.savez(path, **arrays)
+    one, other = (load(DataConfig(data=str(path), **{name: 0.2})) for name in ("hold_out", "hold_out_val"))
+    assert one.x_val is not None
+    assert other.x_val is not None
+    assert torch.equal(one.x_val, other.x_val)
+    for split in ("train", "test"):
+        write_image(tmp_path / "set" / split / "ant" / "0.png", (9, 9, 9))
+    assert list(lists(tmp_path / "set", hold_out_val=0.2)) == ["train", "test", "val"]
+    with pytest.raises(DataError, match=r"--hold-out-val: expected 0 with --hold-out, .* got 0.2"):
+        load(DataConfig(data=str(path), hold_out=0.1, hold_out_val=0.2))
+    with pytest.raises(
+        DataError, match=r"--hold-out-val: expected no val samples to .* got those of --hold-out"
+    ):
+        lists(tmp_path / "set", hold_out=0.1, hold_out_val=0.2)
 
 
 @pytest.mark.parametrize("kind", ["npz", "safetensors", "features", "archive"])

@@ -76,7 +76,7 @@ def test_the_exponent_of_the_largest_mean_accuracy(seed: int) -> None:
 
 @pytest.mark.parametrize(("given", "held"), [(0.4, 0.2), (None, 0.2), (None, 0.0)])
 def test_the_normalized_classifier(given: float | None, held: float, features: Dataset) -> None:
-    data = hold_out_validation(features, held, 0) if held else features
+    data = hold_out_validation(features, held, 0, "--hold-out") if held else features
     trainer = at_the_end_of_stage_1("tau-norm", FEATURES.replace(tau_norm=given, **SHORT), data)
     head = trainer.model.head
     assert trainer.method.describe(head) == {}

@@ -152,6 +152,10 @@ def test_a_table_without_the_papers_figures_names_the_reason() -> None:
     assert notes_on_figures(1, held_out, CONFIG.replace(hold_out=0.1)) == [
         f"{few}, after --hold-out 0.1, are not those of ImageNet-LT or Places-LT, the data of its Table 1."
     ]
+    both = CONFIG.replace(hold_out=0.1, hold_out_val=0.2)
+    assert notes_on_figures(1, held_out, both)[0].startswith(
+        f"{few}, after --hold-out 0.1 and --hold-out-val 0.2, are not"
+    )
     assert notes_on_figures(2, held_out, CONFIG) == [
         f"{few} are not those of iNaturalist 2018, the data of its Table 2."
     ]
