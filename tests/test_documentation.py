@@ -13,8 +13,9 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,16 @@ from sybil import Example, Sybil
 from sybil.document import Document
 from sybil.parsers.markdown import CodeBlockParser
 
+import bench.gpu.cli
+import bench.gpu_train.cli
+import bench.sharded.cli
+import bench.sharded.gpus
+import bench.training
 import gistops
 from train.__main__ import main
+from train.cli import parse as parse_options
+from train.commands.ablation import Ablation
+from train.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -182,6 +191,46 @@ def test_commands_that_do_not_run_are_found() -> None:
         "features",
         "--recipe",
     }
+
+
+#: Programs of bench/ and the functions that read their command lines.
+BENCH: dict[str, Callable[[list[str]], Any]] = {
+    "bench.gpu": bench.gpu.cli.arguments,
+    "bench.gpu_train": bench.gpu_train.cli.parse,
+    "bench.sharded": bench.sharded.cli.arguments,
+    "bench.sharded.gpus": bench.sharded.gpus.arguments,
+    "bench.training": lambda words: parse_options(words, bench.training.Measured, "bench.training"),
+}
+BENCH_PAGES = [*PAGES, ROOT / "bench" / "README.md", ROOT / "csrc" / "README.md", ROOT / "CONTRIBUTING.md"]
+
+
+def bench_commands() -> Iterator[tuple[str, str, list[str]]]:
+    """Yield the page, the program and the words of each command of `BENCH`, in blocks and in sentences."""
+    for page in BENCH_PAGES:
+        text = re.sub(r"\\\n *", "", page.read_text(encoding="utf-8"))
+        for program, words in re.findall(r"python -m (bench(?:\.\w+)*)([^`\n…]*)", text):
+            if program in BENCH and "<" not in words:
+                yield name(page), program, shlex.split(words, comments=True)
+
+
+@pytest.mark.parametrize(("page", "program", "words"), list(bench_commands()))
+def test_commands_of_bench_have_options_that_exist(page: str, program: str, words: list[str]) -> None:
+    if program == "bench.gpu_train" and "--folder" not in words:
+        words = ["--folder", "runs/x", *words]  # left out in sentences
+    options = BENCH[program](words)
+    if program == "bench.gpu_train":
+        parse_options(["--recipe", "cifar100-lt", "--data", "x.npz", *options.options], Config, page)
+
+
+def test_abbreviated_commands_have_options_that_exist() -> None:
+    """A line with `…` repeats a command above it, with the options that differ."""
+    known = {option.replace("_", "-") for option in Ablation.fields()}
+    known |= {"seeds", "vary", "epochs", "folder", "at-once", "mps"}
+    lines = [line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line.startswith("… --")]
+    assert len(lines) > 3
+    given = {option for line in lines for option in re.findall(r"--([a-z][a-z0-9-]*)", line)}
+    assert given <= known
 
 
 @pytest.mark.parametrize("page", PROGRAMS)

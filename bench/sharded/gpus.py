@@ -170,7 +170,8 @@ def _gb(count: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.sharded.gpus", description=__doc__)
     add = parser.add_argument
     add(
@@ -181,7 +182,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--gpus", type=numbers, default=(8,), help="numbers of GPUs, separated by commas; default: 8")
     add("--links", type=NamedLink.parse, nargs="+", default=LINKS, help="NAME:GB/s:µs, such as NVLink:450:2")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = arguments(argv)
     print(render(options.sizes, options.gpus, options.links), end="")
     return 0
 
