@@ -34,7 +34,13 @@ def program(command: str = "") -> str:
     return f"{name} {command}".rstrip()
 
 
-def parse(args: list[str] | None, kind: type[Options], prog: str, description: str | None = None) -> Options:
+def parse(
+    args: list[str] | None,
+    kind: type[Options],
+    prog: str,
+    description: str | None = None,
+    own: type | None = None,
+) -> Options:
     """Parse a command line and check the options as far as possible without the data.
 
     Args:
@@ -42,11 +48,13 @@ def parse(args: list[str] | None, kind: type[Options], prog: str, description: s
         kind: the options of the command: sections, and options of its own.
         prog: the program's name in help texts.
         description: the text above the options in --help; that of the options if None.
+        own: the options of the command beside those of a run. If given, --help lists these alone.
 
     Raises:
         ConfigError: an invalid option.
         SystemExit: --help, an unknown option, or a value of another type (code 2).
     """
+    description = inspect.getdoc(kind) if description is None else description
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     first.add_argument("--data")
@@ -64,12 +72,15 @@ def parse(args: list[str] | None, kind: type[Options], prog: str, description: s
         if distributed.rank():  # rank 0 prints the help and the errors
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        if own is not None and {"-h", "--help"} & set(sys.argv[1:] if args is None else args):
+            text = f"{description}\n\nTakes all options of training too, which `{program()} --help` lists."
+            tyro.cli(own, args=["--help"], prog=prog, description=text)  # exits
         config = tyro.cli(
             kind,
             args=args,
             default=kind().replace(**{name: values[name] for name in kind.fields()}),
             prog=prog,
-            description=inspect.getdoc(kind) if description is None else description,
+            description=description,
             config=(tyro.conf.OmitArgPrefixes,),
         )
     _check_repeated(sys.argv[1:] if args is None else args, config)

@@ -49,11 +49,11 @@ class RunConfig(RecipeConfig):
     #: displacements in use (centered features, the balanced loss, the start of the centers, and how
     #: displacements start and move). Options on the command line take precedence.
     preset: Literal["recipe", "paper"] = option("recipe", Mark.SECOND_STAGE | Mark.IDENTITY)
-    #: Seed of all random numbers. The same seed gives bitwise identical results on the CPU.
+    #: Seed of all random numbers. The same seed gives bitwise identical results on one CPU with one number of --threads.
     seed: int = option(0, Mark.IDENTITY)
     #: Epochs between two evaluations on the validation samples, or on the test samples if there are none. The
-    #: last epoch of a stage is always evaluated. Slot usage is measured after every epoch. Final results are
-    #: always on the test samples.
+    #: last epoch of a stage is always evaluated. Slot usage (the share of the samples that each slot wins) is
+    #: measured after every epoch. Final results are always on the test samples.
     evaluate_every: int = 1
     #: Number of training samples of many-shot and few-shot classes: standard (>100, <20),
     #: paper_text (>100, <=20) or paper_code (>=100, <=20).
@@ -85,7 +85,7 @@ class BackboneConfig(Section):
     backbone: str = "resnet32"
     #: Start from the pretrained weights of timm, which are downloaded. Images are then normalized as timm says.
     pretrained: bool = False
-    #: Start from the weights in this file, .safetensors or .pth, which have the names of timm, in place of a download.
+    #: Start from the weights in this file, .safetensors or .pth with timm's parameter names, in place of a download.
     pretrained_file: str = ""
 
     @property
@@ -142,12 +142,13 @@ class AugmentConfig(CropConfig):
     #: TrivialAugment or RandAugment of each image after crops and flips, by torchvision (`pip install '.[augment]'`),
     #: with its defaults. Crops, flips, jitter, mixup and CutMix need no torchvision.
     auto_augment: Literal["none", "trivial", "rand"] = "none"
-    #: Mixup: training samples are mixed in pairs, with shares from Beta(ALPHA, ALPHA), and so are the losses of their
-    #: labels. 0 turns it off. Pairs are from one stream of one process and micro-batch. For images and features, and
+    #: Mixup: training samples are mixed in pairs, with shares from Beta(α, α), and so are the losses of their
+    #: labels. α is this value; 0 turns it off. Pairs are from one stream of one process and micro-batch. For images and features, and
     #: for methods whose loss is a mean over samples; lifted, range, fslwf, oltr and lfme are refused.
     mixup: float = 0.0
     #: CutMix: a box of each image is replaced by that of another one, and the losses of their labels are mixed by
-    #: area, which is from Beta(ALPHA, ALPHA). With --mixup each step has one of them at random. 0 turns it off.
+    #: area, which is from Beta(α, α). α is this value; 0 turns it off. With --mixup each step has one of the two, at
+    #: random.
     cutmix: float = 0.0
 
     def __post_init__(self) -> None:

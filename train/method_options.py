@@ -40,10 +40,11 @@ class MethodConfig(Section):
     #: Methods to train, all with the same number of image passes, except lfme, fslwf, crt and lws. gist is GistNet, which
     #: is COS+CS+GIST in Table 3 of the paper. cos-cb, cos-cs-cb, cos-gist, gist-combined (w = v), gist-rotation
     #: and gist-mlp are the other rows of that table. plain is a linear softmax classifier. balanced-softmax and
-    #: cos-balanced-softmax add the log prior to the logits in training. lifted and range add a loss of pairs
+    #: cos-balanced-softmax add the log prior (the log of the class frequencies) to the logits in training. focal and
+    #: cb-focal are focal losses, ldam-drw has larger margins for smaller classes. lifted and range add a loss of pairs
     #: of samples to the cross-entropy on the balanced stream; lifted needs `pip install '.[baselines]'`. oltr
-    #: answers features from a memory of class centroids. lfme distills networks for the groups of classes into
-    #: one, and has more passes for them. fslwf trains on the many-shot classes, generates the weights of the
+    #: adds to each feature what a memory of class centroids holds. lfme distills networks for the groups of classes
+    #: into one, and has more passes for them. fslwf trains on the many-shot classes, generates the weights of the
     #: others, and has fewer passes. ncm, crt, tau-norm and lws replace the classifier of plain after its training;
     #: crt and lws train the new one.
     methods: tuple[MethodName, ...] = option(("gist", "plain"), Mark.SECOND_STAGE)
@@ -53,7 +54,7 @@ class MethodConfig(Section):
     prior_strength: float = 1.0
     #: λ in GistNet's loss L = L_random + λ L_balanced.
     balanced_loss_weight: float = option(0.5, Mark.DEPARTURE)
-    #: Balancing of GistNet's balanced loss. sampling: class-balanced samples, as in the paper. prior: random
+    #: How GistNet's balanced loss treats all classes equally. sampling: class-balanced samples, as in the paper. prior: random
     #: samples, with the log prior added to the logits (balanced softmax), so that each sample trains both
     #: heads. Not in the paper.
     balancing: Literal["sampling", "prior"] = option("sampling", Mark.DEPARTURE)
@@ -61,7 +62,7 @@ class MethodConfig(Section):
     #: the class means of the unit features at the start of training, for features and pretrained networks. Not in the
     #: paper.
     center_init: Literal["random", "means"] = option("random", Mark.DEPARTURE)
-    #: Share of the target that is spread evenly over all classes. For methods whose loss is a plain cross-entropy:
+    #: Share of each target that is spread evenly over all classes. For methods whose loss is a plain cross-entropy:
     #: GistNet and its variants, plain, balanced-softmax, cos-balanced-softmax, ncm, crt, tau-norm and lws.
     label_smoothing: float = 0.0
     #: Samples per step from the random stream, over all processes. An epoch is one pass of this stream.

@@ -12,15 +12,15 @@ from .options import Section
 class TuningConfig(Section):
     """Fine-tuning of the backbone."""
 
-    #: Part of the backbone that is trained: all; head: none of it, the head alone; norm: its normalization layers;
+    #: Part of the backbone that is trained. all: all of it; head: none, the head alone; norm: its normalization layers;
     #: last-N: its last N layers, such as last-2; lora: low-rank updates of its linear layers by peft, which
     #: the extra foundation installs. The model file holds them merged into the weights. Frozen parts have no
     #: gradients, and frozen batch normalization keeps its statistics.
     tune: str = "all"
     #: Rank of the updates of --tune lora.
     lora_rank: int = 8
-    #: Factor of the learning rate from each layer of a backbone timm/NAME to the layer before it; 1-d parameters
-    #: of the backbone then have no weight decay. The same rate for all layers if not given.
+    #: Each layer of a backbone timm/NAME has this multiple of the learning rate of the layer after it, and 1-d
+    #: parameters of the backbone have no weight decay. All layers have the same rate if not given.
     layer_decay: float | None = None
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -45,6 +46,21 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert command.line.endswith(".")
         assert f" {name}: {command.line}" in text
         assert command.line in " ".join(help_of([name], capsys).split())
+
+
+@pytest.mark.parametrize(
+    ("command", "own"), [("doctor", {"json"}), ("ablation", {"seeds", "vary", "table", "json"})]
+)
+def test_help_of_a_command_that_trains_lists_its_own_options(
+    command: str, own: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = help_of([command, "--recipe", "smoke"], capsys)
+    assert (
+        own
+        <= set(re.findall(r"--([a-z][a-z-]*)", text))
+        <= own | {"help", "no-json", "methods", "seed", "resume", "data", "hold-out"}
+    )
+    assert "`python -m train --help` lists" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(

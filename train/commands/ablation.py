@@ -36,22 +36,27 @@ UNCOMPARED = Mark.IDENTITY | Mark.CHANGEABLE  # options that differ between runs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ablation(Config):
-    """Trains runs for several seeds, and values of options or the rows of a table of the paper, and writes a table of means.
-    Sets --seed and --resume itself."""
+class AblationOptions:
+    """The options of the command beside those of a run."""
 
-    #: Seeds, with a run of all methods for each.
+    #: One run of all methods for each of these seeds.
     seeds: tuple[int, ...] = (0, 1, 2)
-    #: OPTION=VALUE,VALUE,…: a run per seed and value, for example num-displacements=2,4,8,16. With several
-    #: options, a run per combination of values.
+    #: OPTION=VALUE,VALUE,…: one run per seed and value, for example num-displacements=2,4,8,16. With several
+    #: options, one run per combination of values.
     vary: tuple[str, ...] = ()
-    #: The rows of a table of the paper, in its order, in place of --methods and --vary: 1 for ImageNet-LT and
-    #: Places-LT, 2 for iNaturalist 2018, or 3, the ablation: w and v, displacements that move, rotate or pass
-    #: through an MLP, and 2, 4, 8 or 16 of them. Any data will do; the paper's figures stand beside if --data
-    #: is the dataset of the table, all of it: not with --hold-out.
+    #: Train the rows of this table of the paper, in its order, in place of --methods and --vary. 1: ImageNet-LT and
+    #: Places-LT. 2: iNaturalist 2018. 3: the ablation of the two streams, the displacements and their transforms.
+    #: Any data will do. If --data is the whole dataset of the table, without --hold-out, the paper's figures stand
+    #: beside the results.
     table: Literal[1, 2, 3] | None = None
-    #: Write one JSON object to standard output: for each line of the table the accuracies by seed, their means and standard deviations; messages go to standard error.
+    #: Write one JSON object to standard output: the accuracies of each line of the table by seed, with means and standard deviations. Messages go to standard error.
     json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation(Config, AblationOptions):
+    """Trains one run per seed and value of --vary, or the rows of a table of the paper, and writes a table of means.
+    Sets --seed and --resume itself."""
 
 
 def ablate(args: list[str], console: Console) -> int:
@@ -64,7 +69,7 @@ def ablate(args: list[str], console: Console) -> int:
     Raises:
         ConfigError: an invalid option, or an option that differs from an earlier run in the same folder.
     """
-    ablation = parse(args, Ablation, program("ablation"))
+    ablation = parse(args, Ablation, program("ablation"), own=AblationOptions)
     if not ablation.seeds or len(set(ablation.seeds)) != len(ablation.seeds):
         raise ConfigError("seeds", "at least one seed, each once", repr(ablation.seeds))
     for option in ("methods", "vary") if ablation.table else ():

@@ -24,11 +24,16 @@ SPLITS = {"train": "training", "test": "test", "val": "validation"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Doctor(Config):
-    """Examines a dataset, and makes every check of a run with the same options, without training. Lists the problems."""
+class DoctorOptions:
+    """The options of the command beside those of a run."""
 
     #: Write one JSON object to standard output: the lines of the description and the problems; messages go to standard error.
     json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor(Config, DoctorOptions):
+    """Examines a dataset, and makes every check of a run with the same options, without training. Lists the problems."""
 
 
 def examine(config: Doctor, console: Console) -> int:
