@@ -24,13 +24,14 @@ def load(path: str | Path) -> Classifier:
     return Classifier(load_trained(path))
 
 
-def fit(recipe: str | Config, **options: Any) -> dict[str, dict[str, Any]]:
+def fit(recipe: str | Config | None = None, **options: Any) -> dict[str, dict[str, Any]]:
     """Train as `python -m train` does, without its console, and return the result of each method by the method's name.
 
     A result has the accuracies of the run's metrics.jsonl, and `model`, the path of the model file for `load`.
 
     Args:
-        recipe: a recipe's name, a .toml file, or a `Config`, whose run is named after its data if it has no name.
+        recipe: a recipe's name, a .toml file, or a `Config`, whose run is named after its data if it has no name. If not given,
+            `data` of your own takes the default recipe's options, and the classes and the run's name from the data.
         **options: options of the command line with underscores, such as `data="birds/", stage1_epochs=20`.
 
     Raises:

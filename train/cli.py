@@ -17,11 +17,11 @@ import tyro
 from gistops import backends
 
 from . import distributed
-from .config import DEFAULT_RECIPE, Config, ConfigError
+from .config import Config, ConfigError
 from .data.load import NAMED
 from .model.backbones import BACKBONES, TIMM
-from .options import Mark, Sections
-from .recipes import as_in_paper, load_recipe
+from .options import Sections
+from .recipes import as_in_paper, default_options, is_own_data
 
 Options = TypeVar("Options", bound=Sections)
 Plain = TypeVar("Plain")
@@ -60,11 +60,7 @@ def parse(
     first.add_argument("--data")
     first.add_argument("--preset", default="")
     known = first.parse_known_args(args)[0]
-    defaults = load_recipe(known.recipe or DEFAULT_RECIPE)
-    other_data = known.recipe is None and known.data not in (None, defaults.data.data)
-    if other_data:  # the classes are those of the data, not those of the default recipe
-        general = Config().options()
-        defaults = defaults.replace(**{name: general[name] for name in Config.marked(Mark.DATASET)})
+    defaults = default_options(known.recipe, known.data)
     if known.preset == "paper":
         defaults = as_in_paper(defaults)
     values = defaults.options()
@@ -86,7 +82,8 @@ def parse(
     _check_repeated(sys.argv[1:] if args is None else args, config)
     values = config.options()
     if values.get("name") == "":
-        name = data_name(values["data"]) if other_data else Path(values["recipe"]).stem
+        own = is_own_data(known.recipe, known.data)
+        name = data_name(values["data"]) if own else Path(values["recipe"]).stem
         config = config.replace(name=name)
     check(config)
     return config

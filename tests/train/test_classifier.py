@@ -241,6 +241,22 @@ def test_fit_takes_a_config(feature_file: Path, tmp_path: Path) -> None:
         train.fit(3)  # type: ignore[arg-type]
 
 
+def test_fit_without_a_recipe_takes_the_classes_from_the_data(feature_file: Path, tmp_path: Path) -> None:
+    words = {
+        "backbone": "none",
+        "stage1_epochs": 1,
+        "stage2_epochs": 0,
+        "methods": ["plain"],
+        "device": "cpu",
+    }
+    result = train.fit(data=feature_file, runs=tmp_path, **words)["plain"]
+    assert result["model"] == tmp_path / "features" / "model-plain.safetensors"
+    assert len(train.load(result["model"]).classes) == 5
+    parsed = parse_run(["--data", str(feature_file), "--lr", "0.5"])
+    assert configure(None, {"data": feature_file, "lr": 0.5}).replace(name="features") == parsed
+    assert configure(None, {"lr": 0.5}) == parse_run(["--lr", "0.5"])
+
+
 def test_the_preset_of_the_paper_replaces_what_the_recipe_departs_from() -> None:
     recipe, paper = configure("features", {}), configure("features", {"preset": "paper", "lr": 0.5})
     parsed = parse_run(["--recipe", "features", "--data", "x.npz", "--preset", "paper", "--lr", "0.5"])

@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 import typeguard
 
-from ..config import Config, ConfigError
+from ..config import DEFAULT_RECIPE, Config, ConfigError
 from ..files import TextError, read_text
 from ..options import Mark
 
@@ -68,21 +68,48 @@ def load_recipe(recipe: str) -> Config:
     return Config().replace(**values)
 
 
+def default_options(recipe: str | None, data: str | None) -> Config:
+    """Return the options of a recipe, or without one those of the default recipe.
+
+    For data of one's own, the latter leave the number of classes, and what depends on it, to the data.
+
+    Args:
+        recipe: the recipe that is given.
+        data: the data that are given.
+
+    Raises:
+        ConfigError: the recipe is invalid.
+    """
+    config = load_recipe(recipe or DEFAULT_RECIPE)
+    if not is_own_data(recipe, data):
+        return config
+    general = Config().options()
+    return config.replace(**{name: general[name] for name in Config.marked(Mark.DATASET)})
+
+
+def is_own_data(recipe: str | None, data: str | None) -> bool:
+    """Return whether the data are given, but no recipe: the run then has the name of the data."""
+    return recipe is None and data not in (None, load_recipe(DEFAULT_RECIPE).data.data)
+
+
 def as_in_paper(config: Config) -> Config:
     """Return the options with the paper's settings where recipes depart from them, as --preset paper does."""
     paper = Config().options()
     return config.replace(**{name: paper[name] for name in Config.marked(Mark.DEPARTURE)})
 
 
-def configure(recipe: str | Config, options: dict[str, Any]) -> Config:
+def configure(recipe: str | Config | None, options: dict[str, Any]) -> Config:
     """The configuration of a recipe, or a configuration, with some options replaced. Lists become tuples, and paths texts.
+
+    Without a recipe it is that of the command line without --recipe. The name is empty if the run has that of its data.
 
     Raises:
         ConfigError: the recipe is invalid, or an option does not exist or has a value that is not valid.
     """
-    if not isinstance(recipe, str | Config):
+    if not isinstance(recipe, str | Config | None):
         raise ConfigError("recipe", "a recipe's name, a .toml file or a Config", repr(recipe))
-    config = recipe if isinstance(recipe, Config) else load_recipe(recipe)
+    data = _plain(options.get("data"))
+    config = recipe if isinstance(recipe, Config) else default_options(recipe, data)
     for key in options:
         if key not in HINTS:
             raise ConfigError(key, "the name of an option", repr(key))
@@ -93,9 +120,9 @@ def configure(recipe: str | Config, options: dict[str, Any]) -> Config:
     for key, value in values.items():
         _check_type(key, value, repr(value))
     config = config.replace(**values)
-    if config.run.name or isinstance(recipe, Config):
+    if config.run.name or isinstance(recipe, Config) or is_own_data(recipe, data):
         return config
-    return config.replace(name=Path(recipe).stem)
+    return config.replace(name=Path(config.run.recipe).stem)
 
 
 def _plain(value: Any) -> Any:
