@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._checks import check_constellation, check_loss, check_subcenters
+from .._checks import check_classifier, check_loss
 from .._classifier import Classifier, LossOptions, MarginKind, Transform, no_displacements
 from .._dtensor import is_dtensor
 from .._numbers import plain_scalar
@@ -102,12 +102,8 @@ def constellation_cross_entropy(
         *(class_bias, weight, margin, margin_kind, reduction, ignore_index, label_smoothing),
         *(sample_negatives, generator),
     )
-    if is_dtensor(centers):
-        classifier = Classifier(centers, displacements, tau, transform, axis, mlp)  # type: ignore[arg-type]
-        return _sharded(input, classifier, target, options, return_lse, backend)
-    classifier = check_constellation(input, centers, displacements, tau, transform, axis, mlp)
-    loss, lse = _cross_entropy(input, classifier, target, options, backend)
-    return (loss, _owned(lse)) if return_lse else loss
+    classifier = Classifier(centers, displacements, tau, transform, axis, mlp)  # type: ignore[arg-type]
+    return _cross_entropy(input, classifier, target, options, return_lse, backend)
 
 
 def subcenter_cross_entropy(
@@ -138,14 +134,11 @@ def subcenter_cross_entropy(
         *(class_bias, weight, margin, margin_kind, reduction, ignore_index, label_smoothing),
         *(sample_negatives, generator),
     )
-    if is_dtensor(centers):
-        classifier = Classifier(centers, no_displacements(centers), tau, "subcenters")  # type: ignore[arg-type]
-        return _sharded(input, classifier, target, options, return_lse, backend)
-    loss, lse = _cross_entropy(input, check_subcenters(input, centers, tau), target, options, backend)
-    return (loss, _owned(lse)) if return_lse else loss
+    classifier = Classifier(centers, None, tau, "subcenters")  # type: ignore[arg-type]  # the check adds displacements
+    return _cross_entropy(input, classifier, target, options, return_lse, backend)
 
 
-def _sharded(
+def _cross_entropy(
     input: Tensor,
     classifier: Classifier,
     target: Tensor,
@@ -153,25 +146,12 @@ def _sharded(
     return_lse: bool,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return the outputs of a loss whose centers are a DTensor; the arguments are unchecked."""
-    from .sharded.loss import (
-        cross_entropy,  # imports torch.distributed.tensor, which most processes never need
-    )
+    """Return the loss and, with `return_lse`, the log-sum-exp [...]; the arguments are unchecked."""
+    if is_dtensor(classifier.centers):
+        from .sharded.loss import cross_entropy  # imports torch.distributed.tensor, which few processes need
 
-    outputs: Tensor | tuple[Tensor, Tensor]
-    outputs = cross_entropy(input, classifier, target, options, return_lse, backend)
-    return outputs
-
-
-def _owned(lse: Tensor) -> Tensor:
-    """Return a copy of a log-sum-exp that has a gradient: the backward may need lse, which the caller may change in-place."""
-    return lse.clone() if lse.requires_grad else lse
-
-
-def _cross_entropy(
-    input: Tensor, classifier: Classifier, target: Tensor, options: LossOptions, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    """Return the loss and the log-sum-exp [...]."""
+        return cross_entropy(input, classifier, target, options, return_lse, backend)  # type: ignore[no-any-return]
+    classifier = check_classifier(input, classifier)
     target, options = check_loss(input, classifier, target, options)
     target = target if target.dim() == 1 else target.reshape(-1)
     if options.sample_negatives is not None:
@@ -182,7 +162,12 @@ def _cross_entropy(
         labels = torch.where(target == options.ignore_index, IGNORED, target.long())
         classifier, target, options = sampled(classifier.centers, classifier, labels, options)
     loss, lse = loss_of_rows(rows(input), classifier, target, options, backend)
-    return restore(loss, input) if options.reduction == "none" else loss, restore(lse, input)
+    loss = restore(loss, input) if options.reduction == "none" else loss
+    if not return_lse:
+        return loss
+    lse = restore(lse, input)
+    # A copy if it has a gradient: the backward may need lse, which the caller may change in-place.
+    return loss, lse.clone() if lse.requires_grad else lse
 
 
 def loss_of_rows(

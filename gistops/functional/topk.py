@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from .._checks import check_class_vector, check_constellation, check_some_classes, check_subcenters
+from .._checks import check_class_vector, check_classifier, check_some_classes
 from .._classifier import Classifier, Transform, no_displacements
 from .._dtensor import is_dtensor
 from .._numbers import check_integer
@@ -53,10 +53,7 @@ def constellation_topk(
     Raises:
         TypeError, ValueError, gistops.BackendUnavailable: as in `constellation_logits`; the message names the argument.
     """
-    if is_dtensor(centers):
-        classifier = Classifier(centers, displacements, tau, transform, axis, mlp)  # type: ignore[arg-type]
-        return sharded_topk(input, classifier, k, class_bias, return_lse, backend)
-    classifier = check_constellation(input, centers, displacements, tau, transform, axis, mlp)
+    classifier = Classifier(centers, displacements, tau, transform, axis, mlp)  # type: ignore[arg-type]
     return topk(input, classifier, k, class_bias, return_lse, backend)
 
 
@@ -75,25 +72,8 @@ def subcenter_topk(
 
     Arguments, returns and errors are those of `constellation_topk`, with centers [K, M, d].
     """
-    if is_dtensor(centers):
-        classifier = Classifier(centers, no_displacements(centers), tau, "subcenters")  # type: ignore[arg-type]
-        return sharded_topk(input, classifier, k, class_bias, return_lse, backend)
-    return topk(input, check_subcenters(input, centers, tau), k, class_bias, return_lse, backend)
-
-
-def sharded_topk(
-    input: Tensor,
-    classifier: Classifier,
-    k: int,
-    class_bias: Tensor | None,
-    return_lse: bool,
-    backend: str | None,
-) -> tuple[Tensor, ...]:
-    """Return the top k of a classifier whose centers are a DTensor; the arguments are unchecked."""
-    from .sharded.topk import topk  # imports torch.distributed.tensor, which most processes never need
-
-    found: tuple[Tensor, ...] = topk(input, classifier, k, class_bias, return_lse, backend)
-    return found
+    classifier = Classifier(centers, None, tau, "subcenters")  # type: ignore[arg-type]  # the check adds displacements
+    return topk(input, classifier, k, class_bias, return_lse, backend)
 
 
 def topk(
@@ -105,7 +85,24 @@ def topk(
     backend: str | None,
     norms: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Return the top k of a checked classifier; norms: from `center_norms`, for the `cpu` backend."""
+    """Return the top k; the arguments are unchecked. norms: from `center_norms`, for the `cpu` backend."""
+    if is_dtensor(classifier.centers):
+        from .sharded.topk import topk  # imports torch.distributed.tensor, which most processes never need
+
+        return topk(input, classifier, k, class_bias, return_lse, backend)
+    return local_topk(input, check_classifier(input, classifier), k, class_bias, return_lse, backend, norms)
+
+
+def local_topk(
+    input: Tensor,
+    classifier: Classifier,
+    k: int,
+    class_bias: Tensor | None,
+    return_lse: bool,
+    backend: str | None,
+    norms: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Return the top k of a checked classifier whose centers are a plain tensor."""
     centers, displacements, tau = classifier[:3]
     classes = check_some_classes(centers)
     k = check_integer("k", k, 1, classes)

@@ -7,10 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_classifier
 from .._classifier import Classifier
-from .._dtensor import is_dtensor
-from ..functional.topk import sharded_topk, topk
+from ..functional.topk import topk
 
 
 class Prediction(NamedTuple):
@@ -35,11 +33,8 @@ class Predictor(nn.Module):
         return None
 
     def _topk(self, input: Tensor, k: int, class_bias: Tensor | None, return_lse: bool) -> tuple[Tensor, ...]:
-        classifier = self._classifier()
-        if is_dtensor(classifier.centers):
-            return sharded_topk(input, classifier, k, class_bias, return_lse, self.backend)
-        classifier = check_classifier(input, classifier)
-        return topk(input, classifier, k, class_bias, return_lse, self.backend, self._known_norms(input))
+        norms = self._known_norms(input)
+        return topk(input, self._classifier(), k, class_bias, return_lse, self.backend, norms)
 
     @torch.no_grad()
     def predict(self, input: Tensor, *, class_bias: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._classifier import Classifier
 from .._dtensor import is_dtensor, local
-from ..functional.topk import sharded_topk
+from ..functional.topk import topk
 
 #: Samples per slot below which an unused slot proves nothing.
 MIN_SAMPLES_PER_SLOT = 100
@@ -88,11 +88,10 @@ class SlotUsage:
     def _update_sharded(self, input: Tensor, classifier: Classifier, labels: Tensor | None) -> None:
         from ..functional.sharded.topk import slot_counts
 
-        backend = self.head.backend
         if labels is None:
-            labels = sharded_topk(input, classifier, 1, None, False, backend)[1][..., 0]
+            labels = topk(input, classifier, 1, None, False, self.head.backend)[1][..., 0]
         self._follow_the_head()
-        self.counts += slot_counts(input, classifier, labels, len(self.counts), backend)
+        self.counts += slot_counts(input, classifier, labels, len(self.counts), self.head.backend)
 
     @torch.no_grad()
     def update_slots(self, slots: Tensor, labels: Tensor) -> None:

@@ -13,7 +13,7 @@ from ..._checks import check_class_vector, check_classifier
 from ..._classifier import Classifier
 from ..._numbers import check_integer
 from ..logits import checked_logits
-from ..topk import topk as local_topk
+from ..topk import local_topk
 from .collectives import all_reduce, gather_rows
 from .problem import Problem, agreed, local_classifier
 from .shards import Batch, Shards, all_gather_single
