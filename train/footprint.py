@@ -33,11 +33,13 @@ class Trial:
         network: the model without a head, on the meta device: it has sizes, but no values.
         features: the number of features.
         activations: the bytes of one sample's activations.
+        values: the number of values of a sample that the network takes.
     """
 
     network: Model
     features: int
     activations: int
+    values: int
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,10 @@ def try_network(config: Config, data: Dataset, samples: int) -> Trial:
             center(features)
     for parameter in backbone.parameters():
         saved.pop(parameter.untyped_storage().data_ptr(), None)
-    activations = sum(saved.values()) // samples + x[0].nbytes
+    activations = sum(saved.values()) // samples
     network = Model(normalize, backbone, center, nn.Identity(), config.model.backbone)
     network.tune = config.tuning.tune
-    return Trial(network.to("meta"), features.shape[1], activations)
+    return Trial(network.to("meta"), features.shape[1], activations, x[0].numel())
 
 
 def model_sizes(
@@ -142,11 +144,21 @@ def _size(model: Model, shards: int) -> ModelSize:
 
 
 def memory_needed(method: str, config: Config, data: Dataset, trial: Trial) -> int:
-    """Estimate the bytes that the training of a method needs on its device, beside the samples."""
-    parts = local_micro_batches(config)[1]
+    """Estimate the bytes that the training of a method needs on its device, beside the dataset."""
+    own, parts = local_micro_batches(config)
     samples = -(-max(map(sum, epoch_step_sizes(config, data))) // parts)
     scores = 2 * 4 * samples * data.num_classes  # and their gradient
-    return fixed_memory(method, config, data, trial) + samples * trial.activations + scores
+    steps = 1 if config.runtime.resolved_device == "cpu" else 2  # a GPU's next step is prepared ahead
+    inputs = steps * len(own) * samples * trial.values * _value_size(config, data)
+    return fixed_memory(method, config, data, trial) + samples * trial.activations + scores + inputs
+
+
+def _value_size(config: Config, data: Dataset) -> int:
+    """Return the bytes of a value of the samples in a step. Augmentations that compute pixels make images float32."""
+    augment = config.augment
+    resized = augment.crop_scale is not None and augment.auto_augment == "none"  # whose results are uint8
+    computed = resized or augment.color_jitter or augment.mixup or augment.cutmix
+    return 4 if data.is_images and computed else data.x_train.element_size()
 
 
 def fixed_memory(method: str, config: Config, data: Dataset, trial: Trial) -> int:

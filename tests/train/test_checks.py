@@ -210,9 +210,10 @@ def test_memory_and_disk_are_compared_with_what_is_free(
     assert trial.features == 128
     # The first convolution keeps its input, and its output for the normalization after it.
     assert trial.activations > 4 * (3 * 10 * 10 + 2 * 32 * 5 * 5)
+    assert trial.values == 3 * 10 * 10
     twice = IMAGES.replace(batch_size=100)
     needed = [footprint.memory_needed("plain", config, images, trial) for config in (IMAGES, twice)]
-    assert needed[1] - needed[0] == 50 * (trial.activations + 2 * 4 * 5)
+    assert needed[1] - needed[0] == 50 * (trial.activations + trial.values + 2 * 4 * 5)
     fixed = footprint.fixed_memory("plain", IMAGES, images, trial)
     for available, option in ((fixed, "--batch-size"), (fixed - 1, "--methods")):
         monkeypatch.setattr("train.checks.memory_available", lambda device, free=available: free)

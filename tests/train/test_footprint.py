@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,32 @@ def test_the_files_of_a_run_have_the_estimated_size(
     files = sum(models) + sum(first) + 2 * (folder / "checkpoint.pt").stat().st_size
     # Beside the tensors of the models, files hold names, records and the state of random generators.
     assert 0.95 * files < footprint.disk_needed(config, images, trial) < files
+
+
+def peak_of_step(config: Config, data: Dataset) -> int:
+    """Return the largest number of bytes that a step allocates at once; of three, as threads may free some a little earlier."""
+    trainer = Trainer("plain", config, data)
+    trainer.step()  # allocates gradients and momentum
+    gc.collect()  # memory of other trainers that is freed in the step would count against its own
+    with torch.profiler.profile(profile_memory=True) as profile:
+        for _ in range(3):
+            trainer.step()
+    events = profile.profiler.kineto_results.events()
+    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+def test_the_estimate_counts_the_images_of_all_micro_batches() -> None:
+    x, y = torch.randint(256, (240, 3, 32, 32), dtype=torch.uint8), torch.arange(240) % 5
+    data = Dataset(x, y, x[:5], y[:5], list("abcde"), torch.bincount(y))
+    moved = CONFIG.replace(batch_size=60, accumulate=4)
+    trial = footprint.try_network(moved, data, 2)
+    for options in ({"crop_scale": 0.5}, {"color_jitter": 0.3}, {"cutmix": 1.0}, {"mixup": 0.4}):
+        computed = moved.replace(**options)
+        estimates = [footprint.memory_needed("plain", config, data, trial) for config in (moved, computed)]
+        micro_batches = Trainer("plain", computed, data).batches.next()
+        more = sum(batch.x.nbytes - batch.x.numel() for batch in micro_batches)
+        assert estimates[1] - estimates[0] == more == 3 * (60 + 12) * 3 * 32 * 32
+    assert peak_of_step(computed, data) - peak_of_step(moved, data) == pytest.approx(more, rel=0.1)
 
 
 def test_an_estimate_takes_no_random_numbers(images: Dataset) -> None:
