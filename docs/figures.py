@@ -105,7 +105,9 @@ def speed() -> Figure:
     """Time of five slots over that of the linear layer, and memory of a step, from docs/performance.md."""
     page = (DOCS / "performance.md").read_text(encoding="utf-8")
     glance = page[page.index("| multiples of the linear layer's time") :]
-    cpu, gpu, direct = (glance[glance.index(name) :] for name in ("**AMD", "**NVIDIA", "**the PyTorch code"))
+    cpu, gpu, direct = (
+        glance[glance.index(name) :] for name in ("**AMD", "**NVIDIA", "**written directly**")
+    )
     kinds = {"forward": "forward", "step": "forward and backward", "loss": "loss and backward"}
     bars = [(f"CPU, float32: {kind}", number(cpu, f"{kinds[kind]}, float32", 3), BLUE) for kind in kinds]
     bars += [(f"GPU, bfloat16: {kind}", number(gpu, f"{kinds[kind]}, bfloat16", 3), GREEN) for kind in kinds]
