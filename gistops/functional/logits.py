@@ -119,7 +119,8 @@ def constellation_logits(
         backend: "cpu", "cuda", "triton", "reference", or None for the best one on the device of input.
 
     Returns:
-        Logits [..., K] in `logits_dtype`. With `return_slots` also slots [..., K], uint8. If several slots attain the maximum,
+        Logits [..., K] in `logits_dtype`. The backward reads them: add to them out of place (`logits + prior`), because it raises an
+        error if they have been changed in-place. With `return_slots` also slots [..., K], uint8. If several slots attain the maximum,
         the lowest is returned: always if their vectors are equal, and otherwise if their scores are equal after rounding.
         Slots take memory, one byte per logit, only if they are returned or a gradient can be asked for: under
         `torch.no_grad()`, and where no tensor requires a gradient, they are not written. A graph that is exported under

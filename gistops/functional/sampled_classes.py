@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._classifier import Classifier, LossOptions
 from .._dtensor import is_dtensor
+from .._functorch import is_wrapped, transforms_active
 
 IGNORED = -100
 
@@ -31,7 +32,9 @@ def drawn_classes(classes: int, target: Tensor, share: float, generator: torch.G
     keys = torch.rand(classes, generator=generator, device=target.device)
     # Random numbers are below 1. Rows without a class mark a cell of its own.
     keys = torch.cat([keys, keys.new_zeros(1)])
-    keys[torch.where(target == IGNORED, classes, target)] = 2.0
+    keys = keys.scatter(
+        0, torch.where(target == IGNORED, classes, target), 2.0
+    )  # torch.vmap needs a new tensor
     return keys[:classes].topk(count, sorted=False).indices.sort().values
 
 
@@ -51,9 +54,8 @@ def sampled(
     index = drawn_classes(classes, target, options.sample_negatives, options.generator)
     position = torch.searchsorted(index, target)
     target = torch.where(target == IGNORED, IGNORED, position)
-    sparse = torch.is_grad_enabled() and centers.requires_grad
-    if is_dtensor(centers) and not centers.is_leaf:
-        sparse = False  # autograd cannot pass a sparse DTensor on to a parametrization
+    # Most backward formulas, such as those of parametrizations and casts, take no sparse gradient; nor does torch.func.
+    sparse = torch.is_grad_enabled() and centers.requires_grad and centers.is_leaf and not transforms_active()
     rows = _Rows.apply(centers, index) if sparse else classifier.centers[index]  # type: ignore[no-untyped-call]
 
     def part(vector: Any) -> Any:
@@ -79,6 +81,10 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         (index,) = ctx.saved_tensors
+        if not torch.compiler.is_compiling() and is_wrapped(
+            grad
+        ):  # sparse tensors have no rules of vmap, which is_grads_batched needs
+            return grad.new_zeros(ctx.shape).index_copy(0, index, grad), None
         # Drawn classes are sorted and unique, so that the tensor is coalesced.
         sparse = torch.sparse_coo_tensor(
             index[None], grad, ctx.shape, is_coalesced=True, check_invariants=False

@@ -47,6 +47,12 @@ def check_plain(head: nn.Module, method: str, names: Iterable[str]) -> None:
             )
 
 
+def check_all_plain(head: nn.Module, method: str) -> None:
+    """Check as `check_plain` all parameters of a head."""
+    names = {name.removesuffix("_orig").removesuffix("_g").removesuffix("_v") for name in head._parameters}
+    check_plain(head, method, sorted(names | set(getattr(head, "parametrizations", ()))))
+
+
 def check_whole(head: nn.Module, method: str) -> None:
     """Check that the classes of a head are not divided between processes.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import backends
 from .._checks import FLOAT_DTYPES
 from .._numbers import check_integer, check_positive
-from .changes import check_generator, check_plain, check_whole
+from .changes import check_all_plain, check_generator, check_plain, check_whole
 from .frozen import FrozenClassifier
 from .prediction import Predictor
 from .temperature import check_representable, inverse_softplus, positive
@@ -90,9 +90,11 @@ class MaxCosineHead(Predictor):
         module.reset_parameters()` in the `_init_weights` of the `PreTrainedModel`.
 
         Raises:
-            RuntimeError: the head is sharded; `shard_classes` draws the values of a head on the meta device.
+            RuntimeError: the head is sharded; `shard_classes` draws the values of a head on the meta device. Or a parameter is
+                parametrized, so that its values cannot be written.
         """
         check_whole(self, "reset_parameters")
+        check_all_plain(self, "reset_parameters")
         nn.init.normal_(self.centers, std=self.in_features**-0.5)
         self._reset_shared(None)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .constellation import ConstellationClassifier
+from .frozen import FrozenClassifier
 from .head import MaxCosineHead
+from .prediction import Predictor
+from .two_heads import TwoHeadClassifier
 
 Head = TypeVar("Head", bound=nn.Module)
 
@@ -24,8 +27,9 @@ def replace_classifier(
     """Put a new classifier in the place of a model's last layer, and return the new one.
 
     The model's `forward` then returns the logits of the new head. Models of timm name their classifier. In other models it
-    is the last `nn.Linear` or head of gistops in the order of `named_modules()`, which fits the classifiers of torchvision.
-    A model that has an attribute `num_classes` gets the new number.
+    is the last `nn.Linear` or head of gistops, also a frozen one, in the order of `named_modules()`, which fits the classifiers
+    of torchvision. Layers inside `nn.MultiheadAttention` are none. A layer that the model has under several names is replaced under
+    all of them. A model that has an attribute `num_classes` gets the new number.
 
         model = timm.create_model("resnet50", pretrained=True)
         head = replace_classifier(model, 8142)  # model.fc is a ConstellationClassifier
@@ -56,19 +60,26 @@ def replace_classifier(
             f"name: expected the name of a layer of the model, got {place!r} ({error})"
         ) from None
     in_features: Any
+    like: Tensor
     if isinstance(old, nn.Identity) and hasattr(
         model, "num_features"
     ):  # a model of timm without its classifier
         in_features = getattr(model, "head_hidden_size", None) or model.num_features
         like = next(model.parameters())
-    elif isinstance(old, (nn.Linear, MaxCosineHead)):
-        in_features, like = old.in_features, next(old.parameters())
+    elif isinstance(old, nn.LazyLinear):
+        raise ValueError(
+            f"name: expected a layer with known in_features as {place!r}, got LazyLinear; call the model once first"
+        )
+    elif isinstance(old, (nn.Linear, Predictor)):
+        in_features, like = old.in_features, _first_weight(old)
     else:
         expected = "an nn.Linear or a head of gistops.nn"
         raise ValueError(f"name: expected {expected} as the layer {place!r}, got {type(old).__name__}")
     new = head(in_features, num_classes, device=like.device, dtype=like.dtype, **options)
-    parent, _, last = place.rpartition(".")
-    setattr(model.get_submodule(parent), last, new.train(old.training))
+    new.train(old.training)
+    names = [place] if isinstance(old, nn.Identity) else _names(model, old)
+    for parent, _, last in (n.rpartition(".") for n in names):
+        setattr(model.get_submodule(parent), last, new)
     if isinstance(getattr(model, "num_classes", None), int):
         model.num_classes = num_classes  # type: ignore[assignment]
     return new
@@ -86,11 +97,29 @@ def _classifier_name(model: nn.Module) -> str:
         raise ValueError(f"name: expected one of the model's classifiers {', '.join(named)}, got none")
     if isinstance(named, str) and hasattr(model, "reset_classifier"):
         return str(named)
-    layers: list[str] = [
-        n for n, layer in model.named_modules() if isinstance(layer, (nn.Linear, MaxCosineHead))
-    ]
+    layers: list[str] = []
+    wholes: tuple[str, ...] = ()  # prefixes of the parts of a module that uses them itself
+    for place, layer in model.named_modules():
+        if place.startswith(wholes):
+            continue
+        if isinstance(layer, (nn.Linear, Predictor)):
+            layers.append(place)
+        if isinstance(layer, (nn.MultiheadAttention, Predictor)):
+            wholes += (f"{place}." if place else "",)
     if not layers:
         raise ValueError(
             f"model: expected one with an nn.Linear or a head, got {type(model).__name__}, which has none"
         )
     return layers[-1]
+
+
+def _names(model: nn.Module, layer: nn.Module) -> list[str]:
+    """Return all names of a layer in a model."""
+    return [name for name, module in model.named_modules(remove_duplicate=False) if module is layer]
+
+
+def _first_weight(layer: nn.Module) -> Tensor:
+    """Return a tensor with the device and the dtype of a linear layer or a head."""
+    if isinstance(layer, TwoHeadClassifier):
+        layer = layer.balanced
+    return layer.centers if isinstance(layer, (MaxCosineHead, FrozenClassifier)) else next(layer.parameters())

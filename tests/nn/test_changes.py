@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -202,3 +205,22 @@ def test_reset_parameters_initializes_everything_after_to_empty(
     expected.reset_parameters()
     x = torch.randn(B, D)
     assert torch.equal(head(x), expected(x))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (parametrizations.weight_norm, "centers"),
+        (parametrizations.spectral_norm, "displacements"),
+        (nn.utils.weight_norm, "random_centers"),
+        (functools.partial(prune.l1_unstructured, amount=0.5), "mlp_in"),
+    ],
+)
+def test_reset_parameters_names_a_parameter_that_it_cannot_write(change: Any, name: str) -> None:
+    head = GistClassifier(6, 5, 2, transform="mlp")
+    change(head, name)
+    before = copy.deepcopy(head.state_dict())
+    with pytest.raises(RuntimeError, match=f"reset_parameters: expected {name} to be a plain parameter, got"):
+        head.reset_parameters()
+    assert all(torch.equal(value, before[key]) for key, value in head.state_dict().items())

@@ -153,3 +153,54 @@ def test_torchvision(name: str, place: str) -> None:
     assert head.centers.is_meta
     with torch.device("meta"):
         assert model(torch.empty(2, 3, 224, 224)).shape == (2, 7)
+
+
+class TwoNames(nn.Module):
+    """A model that has its classifier under two names, and calls the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(6, 8)
+        self.parts = nn.ModuleList([self.classifier])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.parts[0](x)
+
+
+@pytest.mark.parametrize("name", [None, "classifier", "parts.0"])
+def test_a_layer_with_two_names(name: str | None) -> None:
+    model = TwoNames()
+    head = replace_classifier(model, 7, name=name)
+    assert model.classifier is head
+    x = torch.randn(5, 6)
+    assert torch.equal(model(x), head(x))
+
+
+def test_the_layer_inside_an_attention_stays() -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(6, 8), "pool": nn.MultiheadAttention(6, 2)})
+    head = replace_classifier(model, 7)
+    assert model["fc"] is head
+    assert type(model["pool"].out_proj) is not type(head)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "both", "both frozen"])
+def test_a_head_for_inference_is_replaced(kind: str) -> None:
+    gist = GistClassifier(8, 10, 2, dtype=torch.float64)
+    old = gist.freeze() if kind == "frozen" else gist.export(heads="both")
+    model = nn.Sequential(nn.Linear(6, 8).double(), old.freeze() if kind == "both frozen" else old)
+    head = replace_classifier(model, 7)
+    assert model[1] is head
+    assert head.centers.dtype == torch.float64
+    x = torch.randn(5, 6, dtype=torch.float64)
+    assert torch.equal(model(x), head(model[0](x)))
+
+
+def test_a_lazy_layer() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.LazyLinear(10))
+    with pytest.raises(
+        ValueError,
+        match="name: expected a layer with known in_features as '1', got LazyLinear; call the model",
+    ):
+        replace_classifier(model, 7)
+    model(torch.randn(2, 6))
+    assert replace_classifier(model, 7).in_features == 8

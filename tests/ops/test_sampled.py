@@ -270,3 +270,54 @@ def test_other_optimizers_are_accepted(kind: type[torch.optim.Optimizer], option
 def test_the_optimizer_needs_a_class() -> None:
     with pytest.raises(TypeError, match=r"optimizer: expected a class of torch\.optim, got 'sgd'"):
         RowOptimizer("sgd", [torch.zeros(1, requires_grad=True)])
+
+
+def dense_gradient(centers: Tensor, *arguments: Tensor) -> Tensor:
+    """Return the gradient of centers of the sampled loss below as a dense tensor."""
+    leaf = centers.detach().clone().requires_grad_()
+    sampled_loss(leaf, *arguments).sum().backward()
+    return leaf.grad.to_dense()
+
+
+def sampled_loss(centers: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    tensors = (x, centers, x[:2], 9.0, y)
+    loss: Any = constellation_cross_entropy(
+        *tensors, reduction="none", sample_negatives=0.3, generator=generator(3)
+    )
+    return loss
+
+
+@pytest.mark.parametrize("change", ["cast", "parametrization"])
+def test_centers_that_are_computed(change: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    x, y = torch.randn(B, D), torch.randint(K, (B,))
+    head = ConstellationClassifier(D, K, 0)
+    if change == "cast":
+        head.half()
+        sampled_loss(head.centers.float(), x, y).sum().backward()
+        expected, found = dense_gradient(head.centers.float(), x, y).half(), head.centers.grad
+    else:
+        torch.nn.utils.parametrizations.weight_norm(head, "centers", dim=0)
+        parts = list(head.parametrizations.centers.parameters())
+        sampled_loss(head.centers, x, y).sum().backward()
+        centers, found = head.centers, parts[1].grad
+        (expected,) = torch.autograd.grad(centers, parts[1], dense_gradient(centers, x, y))
+    torch.testing.assert_close(found, expected)
+
+
+def test_transforms_of_functorch(seed: int) -> None:
+    torch.manual_seed(seed)
+    x, y, other = torch.randn(B, D), torch.randint(K, (B,)), torch.randint(K, (B,))
+    centers = torch.randn(K, D, requires_grad=True)
+    grad = torch.func.grad(lambda w: sampled_loss(w, x, y).sum())(centers.detach())
+    expected = dense_gradient(centers, x, y)
+    torch.testing.assert_close(grad, expected)
+    losses = torch.vmap(lambda y: sampled_loss(centers, x, y).sum(), randomness="same")(
+        torch.stack([y, other])
+    )
+    torch.testing.assert_close(losses, torch.stack([sampled_loss(centers, x, t).sum() for t in (y, other)]))
+    weights = torch.rand(2, B)
+    (grads,) = torch.autograd.grad(sampled_loss(centers, x, y), centers, weights, is_grads_batched=True)
+    for found, weight in zip(grads, weights, strict=True):
+        (single,) = torch.autograd.grad(sampled_loss(centers, x, y), centers, weight)
+        torch.testing.assert_close(found, single.to_dense())
