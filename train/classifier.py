@@ -47,7 +47,7 @@ class Classifier:
     def to(self, device: str | torch.device) -> Classifier:
         """Move the model to a device, and return this classifier."""
         self.device = torch.device(device)
-        self.trained.model.to(self.device)
+        self.trained.to(self.device)
         return self
 
     @property

@@ -44,6 +44,11 @@ class TrainedModel:
     sample_shape: list[int]
     held_out: tuple[str, float, int] | None
 
+    def to(self, device: torch.device) -> None:
+        """Move the model, and the tensors with which its method scores, to a device."""
+        self.model.to(device)
+        self.method.to(device)
+
     @torch.no_grad()
     def scores(self, x: Tensor) -> dict[str, Tensor]:
         """Return the scores [b, K] of each row of the results table, by the row's name; "" names the head's own logits.

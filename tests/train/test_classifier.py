@@ -262,3 +262,15 @@ def test_the_preset_of_the_paper_replaces_what_the_recipe_departs_from() -> None
     parsed = parse_run(["--recipe", "features", "--data", "x.npz", "--preset", "paper", "--lr", "0.5"])
     assert recipe.model.center_features
     assert paper.replace(data="x.npz") == parsed.replace(recipe="features")
+
+
+@pytest.mark.parametrize("method", ["gist", "plain"])
+def test_a_method_scores_on_the_device_of_its_model(method: str, features: Dataset, tmp_path: Path) -> None:
+    """Scores such as "both heads" need tensors of the method beside those of the model. meta stands for a GPU."""
+    classifier = train.load(save_trained(FEATURES, features, tmp_path / "model.safetensors", method))
+    x = torch.empty(3, features.sample_shape[0])
+    rows = list(classifier.trained.scores(x))
+    assert len(rows) > 1
+    moved = classifier.to("meta").trained.scores(x.to("meta"))
+    assert list(moved) == rows
+    assert all(scores.is_meta for scores in moved.values())

@@ -98,6 +98,12 @@ class Method:
         self.label_smoothing = config.method.label_smoothing
         self.log_prior = config.method.prior_strength * log_prior(counts)
 
+    def to(self, device: torch.device) -> None:
+        """Move the method's tensors, such as the log prior, to the device of its head."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+
     def make_head(self, in_features: int, num_classes: int) -> nn.Module:
         """Return a new head for the first stage."""
         raise NotImplementedError

@@ -56,7 +56,10 @@ class BestEpoch:
 
 
 def weight_average(model: Model, decay: float | None) -> AveragedModel | None:
-    """Return an exponential average of a model's parameters and buffers, with a copy of the model; None without a decay."""
+    """Return an exponential average of a model's parameters and buffers, with a copy of the model; None without a decay.
+
+    Integers and booleans, such as the indices of classes, are copied: rounding their average down would change them.
+    """
     if decay is None:
         return None
     average = get_ema_multi_avg_fn(decay)
@@ -64,7 +67,11 @@ def weight_average(model: Model, decay: float | None) -> AveragedModel | None:
     def average_own_parts(
         averages: Sequence[Tensor], values: Sequence[Tensor], updates: Tensor | int
     ) -> None:
-        average([local(x) for x in averages], [local(x) for x in values], updates)
+        if averages[0].is_floating_point():  # torch passes tensors of one dtype at a time
+            average([local(x) for x in averages], [local(x) for x in values], updates)
+        else:
+            for copied, value in zip(averages, values, strict=True):
+                copied.copy_(value)
 
     return AveragedModel(model, multi_avg_fn=average_own_parts, use_buffers=True)
 

@@ -18,6 +18,7 @@ from train.checks import problems_of
 from train.config import Config, ConfigError
 from train.data.dataset import Dataset
 from train.model.model import load_model
+from train.training.kept_weights import weight_average
 from train.training.trainer import Trainer
 
 from ..short_runs import FEATURES, IMAGES, check_resuming, equal
@@ -48,6 +49,21 @@ def test_the_average_is_exponential_and_is_evaluated(features: Dataset) -> None:
     assert trainer.evaluate() == before
     trainer.evaluated_model.head.centers.data.zero_()
     assert trainer.evaluate() != before
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9999])
+def test_indices_are_copied_into_the_average(decay: float, images: Dataset) -> None:
+    """The average of an index with itself, rounded down, may be the index before it."""
+    trainer = Trainer("gist", IMAGES, images)
+    trainer.model.register_buffer("classes", torch.arange(1000))
+    trainer.model.register_buffer("group", torch.arange(1000) % 3 == 0)
+    trainer.average = weight_average(trainer.model, decay)
+    for step in range(1, 4):
+        trainer.step()
+        model, average = (dict(m.named_buffers()) for m in (trainer.model, trainer.evaluated_model))
+        for name, value in model.items():
+            if not value.is_floating_point():
+                assert torch.equal(average[name], value), (name, step)
 
 
 def test_a_stage_ends_with_the_average(features: Dataset) -> None:
