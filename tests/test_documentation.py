@@ -33,6 +33,8 @@ from train.__main__ import main
 from train.cli import parse as parse_options
 from train.commands.ablation import Ablation
 from train.config import Config
+from train.methods import METHODS
+from train.report.paper import TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -231,6 +233,19 @@ def test_abbreviated_commands_have_options_that_exist() -> None:
     assert len(lines) > 3
     given = {option for line in lines for option in re.findall(r"--([a-z][a-z0-9-]*)", line)}
     assert given <= known
+
+
+def test_the_table_of_methods_names_the_tables_of_the_paper() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    table = text[text.index("| method | what it is |") :].partition("\n\n")[0]
+    found = {}
+    for line in table.splitlines()[2:]:
+        names, _, use = line.strip("| ").split(" | ")
+        numbers = [int(digit) for digit in re.findall(r"\bT(\d)", use)]
+        every = range(numbers[0], numbers[-1] + 1) if " to T" in use else numbers
+        found.update(dict.fromkeys(re.findall(r"`([a-z-]+)`", names), set(every)))
+    rows = {number: {row.method for row in paper.rows} for number, paper in TABLES.items()}
+    assert found == {method: {n for n in rows if method in rows[n]} for method in METHODS}
 
 
 @pytest.mark.parametrize("page", PROGRAMS)
