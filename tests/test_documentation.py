@@ -243,7 +243,7 @@ def test_the_table_of_methods_names_the_tables_of_the_paper() -> None:
         names, _, use = line.strip("| ").split(" | ")
         numbers = [int(digit) for digit in re.findall(r"\bT(\d)", use)]
         every = range(numbers[0], numbers[-1] + 1) if " to T" in use else numbers
-        found.update(dict.fromkeys(re.findall(r"`([a-z-]+)`", names), set(every)))
+        found.update({method: set(every) for method in re.findall(r"`([a-z-]+)`", names)})
     rows = {number: {row.method for row in paper.rows} for number, paper in TABLES.items()}
     assert found == {method: {n for n in rows if method in rows[n]} for method in METHODS}
 
