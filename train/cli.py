@@ -82,8 +82,8 @@ def parse(
     _check_repeated(sys.argv[1:] if args is None else args, config)
     values = config.options()
     if values.get("name") == "":
-        own = is_own_data(known.recipe, known.data)
-        name = data_name(values["data"]) if own else Path(values["recipe"]).stem
+        of_data = is_own_data(known.recipe, known.data)
+        name = data_name(values["data"]) if of_data else Path(values["recipe"]).stem
         config = config.replace(name=name)
     check(config)
     return config
