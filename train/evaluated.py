@@ -53,22 +53,16 @@ def evaluate_trained(
     trained: TrainedModel,
     x: Tensor,
     y: Tensor,
-    class_bias: Tensor | None = None,
-    batch_size: int | None = None,
-    progress: Callable[[int], object] = lambda done: None,
+    class_bias: Tensor | None,
+    batch_size: int | None,
+    progress: Callable[[int], object],
     *,
-    flips: bool = False,
+    flips: bool,
 ) -> Results:
-    """Classify samples and compare with their classes.
+    """Classify samples x and compare with their classes y, [n] int64. Arguments are those of `Classifier.evaluate`, checked.
 
-    Args:
-        trained: the model.
-        x: images or features that the model takes, [n, …].
-        y: their classes, [n] int64.
-        class_bias: added to the logits, [K], for another prior; the logits as they are become another row of the table.
-        batch_size: samples per pass. If None, as many as in the evaluation after training, which has the same bits.
-        progress: called with the number of samples of each pass.
-        flips: average the probabilities of each image and its mirror image; the logits of the image alone become another row.
+    With `class_bias` or `flips` the logits as they are become another row of the table. The batch size of None gives the bits of
+    the evaluation after training.
     """
     num_classes, model, head = len(trained.class_names), trained.model, trained.model.head
     device = next(model.parameters()).device

@@ -177,9 +177,7 @@ def parse_models(output: str) -> list[Any]:
     return found
 
 
-def run_concurrently(
-    jobs: Sequence[Job], document: dict[str, Any], changed: Callable[[], None], most: int | None = None
-) -> None:
+def run_concurrently(jobs: Sequence[Job], document: dict[str, Any], changed: Callable[[], None]) -> None:
     """Run jobs concurrently. Each result goes to document["parts"][part]["runs"][name] when its job ends."""
 
     def run(job: Job) -> None:
@@ -199,7 +197,7 @@ def run_concurrently(
         )
         changed()
 
-    pool = ThreadPoolExecutor(most or max(1, len(jobs)))
+    pool = ThreadPoolExecutor(max(1, len(jobs)))
     try:
         list(pool.map(run, jobs))
     except BaseException:  # SIGTERM or an interrupt: jobs that run would otherwise be waited for

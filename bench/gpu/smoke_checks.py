@@ -12,7 +12,7 @@ from torch import Tensor
 
 import gistops
 
-from ..problem import Size, Tensors, make_labels, make_tensors
+from ..problem import Tensors, make_labels
 from . import accuracy, calls
 from .plan import supports
 from .variants import TABLE
@@ -74,11 +74,6 @@ class Oracle:
             "loss": accuracy.relative_error(output, self.loss),
             "gradients": accuracy.gradients_error(kept, self.gradients),
         }
-
-
-def make_inputs(size: Size, dtype: torch.dtype, device: str) -> Tensors:
-    """Return the tensors of a smoke check."""
-    return make_tensors(size, dtype, device, SEED)
 
 
 def run_smoke_check(

@@ -25,16 +25,13 @@ MAX_STARTS = 8  # the number of times that the worker is started, at most
 MAX_CRASHES = 2  # a variant with this many crashes is excluded from all other cases
 
 
-def read_events(
-    lines: IO[str], until: float, silence: Callable[[], float], clock: Callable[[], float] = time.time
-) -> Iterator[dict[str, Any]]:
+def read_events(lines: IO[str], until: float, silence: Callable[[], float]) -> Iterator[dict[str, Any]]:
     """Yield the events of a worker.
 
     Args:
         lines: output of the worker.
-        until: end of the time, in seconds of `clock`.
+        until: end of the time, as `time.time` gives it.
         silence: returns the seconds that may pass before the next event.
-        clock: returns seconds.
 
     Raises:
         TimeoutError: no event came for too long, or `until` has passed.
@@ -48,7 +45,7 @@ def read_events(
 
     threading.Thread(target=read, daemon=True).start()
     while True:
-        left = until - clock()
+        left = until - time.time()
         if left <= 0:
             raise TimeoutError("the time was up")
         patience = silence()

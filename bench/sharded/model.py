@@ -114,9 +114,9 @@ def sent(case: Case) -> float:
     return sum(c.sent(case.ranks) for c in collectives(case))
 
 
-def stashed_rows(size: Size, itemsize: int = 4) -> int:
+def stashed_rows(size: Size) -> int:
     """Return the rows whose scores the CPU keeps in the gradient of the centers (`Stash`, csrc/cpu/cross_entropy.h)."""
-    room = (size.d * itemsize - (size.m + 1) * 4) // 5
+    room = (size.d * 4 - (size.m + 1) * 4) // 5
     return size.B if room >= size.B else max(room, 0) // BLOCK_ROWS * BLOCK_ROWS
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.gpu import accuracy, calls, roofline, smoke_checks, variants
-from bench.problem import Size
+from bench.problem import Size, make_tensors
 
 SIZE = Size(37, 131, 40, 4)
 
@@ -40,7 +40,7 @@ class Outputs(TorchDispatchMode):
     ],
 )
 def test_logits_and_slots_of_a_call(name: str, kind: str, dtype: torch.dtype, slots: tuple[int, ...]) -> None:
-    arguments = smoke_checks.make_inputs(SIZE, torch.bfloat16, "cpu")
+    arguments = make_tensors(SIZE, torch.bfloat16, "cpu", smoke_checks.SEED)
     call = calls.make_call(name, kind, arguments, "bf16")
     with Outputs() as outputs:
         result = call()
@@ -71,7 +71,7 @@ def test_bytes_of_logits_and_slots() -> None:
 @pytest.mark.parametrize("K", [131, 7])
 @pytest.mark.parametrize("name", ["cpu", "linear"])
 def test_values_and_classes_of_a_topk(name: str, K: int) -> None:
-    arguments = smoke_checks.make_inputs(replace(SIZE, K=K), torch.float32, "cpu")
+    arguments = make_tensors(replace(SIZE, K=K), torch.float32, "cpu", smoke_checks.SEED)
     values, classes = calls.make_call(name, "topk", arguments, "float32")()
     assert values.shape == classes.shape == (SIZE.B, min(K, 10))
     if name == "linear":
@@ -87,7 +87,7 @@ def test_values_and_classes_of_a_topk(name: str, K: int) -> None:
 
 
 def test_a_topk_that_misses_a_class_is_detected() -> None:
-    arguments = smoke_checks.make_inputs(SIZE, torch.float32, "cpu")
+    arguments = make_tensors(SIZE, torch.float32, "cpu", smoke_checks.SEED)
     values, classes = calls.make_call("cpu", "topk", arguments, "float32")()
     oracle = smoke_checks.Oracle(arguments, cosine=False)
     right = accuracy.check_errors(oracle.errors("topk", (values, classes), arguments), "float32")

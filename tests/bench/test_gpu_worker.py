@@ -140,7 +140,7 @@ def test_wrong_results_are_detected() -> None:
 @pytest.mark.parametrize("size", [Size(30, 20, 17), Size(1, 20, 8), Size(9, 7, 8, 0), Size(30, 20, 16, 12)])
 @pytest.mark.parametrize("precision", ["bf16", "float32"])
 def test_smoke_checks_accept_right_results(precision: str, size: Size) -> None:
-    arguments = smoke_checks.make_inputs(size, worker.DTYPES[precision], "cpu")
+    arguments = make_tensors(size, worker.DTYPES[precision], "cpu", smoke_checks.SEED)
     oracle = smoke_checks.Oracle(arguments, cosine=False)
     found = smoke_checks.run_smoke_check("cpu", precision, arguments, oracle, "cpu")
     assert set(found) == set(variants.KINDS)
@@ -150,7 +150,7 @@ def test_smoke_checks_accept_right_results(precision: str, size: Size) -> None:
 @pytest.mark.parametrize("name", ["cpu, rotation", "cpu, subcenters"])
 def test_smoke_checks_accept_right_losses_of_other_vectors(name: str) -> None:
     for size in (Size(30, 20, 17), Size(9, 7, 8, 0)):
-        arguments = smoke_checks.make_inputs(size, torch.float32, "cpu")
+        arguments = make_tensors(size, torch.float32, "cpu", smoke_checks.SEED)
         variant = variants.TABLE[name]
         oracle = smoke_checks.Oracle(arguments, variant.cosine, variant.vectors)
         found = smoke_checks.run_smoke_check(name, "float32", arguments, oracle, "cpu")
@@ -159,7 +159,7 @@ def test_smoke_checks_accept_right_losses_of_other_vectors(name: str) -> None:
 
 
 def test_smoke_checks_find_unwritten_and_unstable_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = smoke_checks.make_inputs(Size(5, 7, 8), torch.float32, "cpu")
+    arguments = make_tensors(Size(5, 7, 8), torch.float32, "cpu", smoke_checks.SEED)
     oracle = smoke_checks.Oracle(arguments, cosine=False)
 
     def unwritten(*arguments: Any, **options: Any) -> torch.Tensor:

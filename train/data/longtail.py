@@ -40,7 +40,7 @@ def long_tailed_counts(largest: int, num_classes: int, imbalance_ratio: float) -
     return [int(largest * (1.0 / imbalance_ratio) ** (k / steps)) for k in range(num_classes)]
 
 
-def long_tailed_indices(labels: np.ndarray, counts: list[int], seed: int = 0) -> np.ndarray:
+def long_tailed_indices(labels: np.ndarray, counts: list[int]) -> np.ndarray:
     """Return the indices of the subset: class by class, the first `counts[k]` of the class's shuffled samples.
 
     The published subsets were drawn with NumPy's legacy generator. Another generator would choose other images.
@@ -48,7 +48,7 @@ def long_tailed_indices(labels: np.ndarray, counts: list[int], seed: int = 0) ->
     Raises:
         ValueError: a class has fewer samples than its count.
     """
-    rng = np.random.RandomState(seed)
+    rng = np.random.RandomState(0)
     chosen = []
     for k, count in enumerate(counts):
         candidates = np.flatnonzero(labels == k)

@@ -33,7 +33,6 @@ class Decoupled(SoftmaxClassifier):
         self.prior_exponent = (
             0.0 if classifier_epochs else None
         )  # trained on the balanced stream, or not by a loss
-        self.loss_coefficients = {"loss_random": 1.0}
         if classifier_epochs:
             self.stages.append(Stage("stage 2", classifier_epochs, "balanced", frozen_features=True))
             self.loss_coefficients["loss_balanced"] = 1.0

@@ -48,7 +48,6 @@ class Choice(NamedTuple):
 H100 = "measured: bench/results/nvidia-h100-80gb-hbm3-2026-11-26.md"
 COMPILED = "compiled"
 AS_H100 = "predicted: as measured on an H100"
-AS_HALF = "predicted: as measured for half precision"
 AS_KINDS = "predicted: as for the other kinds"
 BY_CALCULATION = "predicted: by calculation; compiled without spills"
 FMA = "compiled: no wide matrix instructions; fused multiply-adds on small tiles"

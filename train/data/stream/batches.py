@@ -86,7 +86,7 @@ class Batches:
         micro_batches: the indices of this process's micro-batches, and the number of all micro-batches of a step.
         ahead: prepare the next step in a thread while the current one is in use. The draws are the same.
         subset: the indices of the samples that the streams draw from; all samples if None.
-        mixing: the mixing of samples after the augmentation, or None.
+        mixing: the mixing of samples after the augmentation.
     """
 
     def __init__(
@@ -99,14 +99,14 @@ class Batches:
         augment: Augmentation,
         generator: torch.Generator,
         transfer_generator: torch.Generator,
-        micro_batches: tuple[range, int] = (range(1), 1),
-        ahead: bool = False,
-        subset: Tensor | None = None,
-        mixing: Mixing | None = None,
+        micro_batches: tuple[range, int],
+        ahead: bool,
+        subset: Tensor | None,
+        mixing: Mixing,
     ) -> None:
         self.subset = subset
         self.x, self.y, self.random, self.balanced, self.sizes = x, y, random, balanced, sizes
-        self.augment, self.mixing = augment, mixing or Mixing()
+        self.augment, self.mixing = augment, mixing
         self.generator, self.transfer_generator = generator, transfer_generator
         self.local_indices, self.num_micro_batches = micro_batches
         self._executor = ThreadPoolExecutor(1) if ahead else None
@@ -199,9 +199,9 @@ class Batches:
             (partners_of(draw["mix_keys"][rows], local_balanced), draw["mix_numbers"]) if self.mixing else (),
         )
 
-    def micro_batch_sizes(self, step: int = 0) -> list[tuple[int, int]]:
-        """Return the numbers of balanced and random samples in each of this process's micro-batches of a step."""
-        bounds = [[self._bounds(index, count) for count in self.sizes[step]] for index in self.local_indices]
+    def micro_batch_sizes(self) -> list[tuple[int, int]]:
+        """Return the numbers of balanced and random samples in each of this process's micro-batches of the first step."""
+        bounds = [[self._bounds(index, count) for count in self.sizes[0]] for index in self.local_indices]
         return [(balanced[1] - balanced[0], random[1] - random[0]) for balanced, random in bounds]
 
     def _bounds(self, index: int, count: int) -> tuple[int, int]:
@@ -240,7 +240,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def step_sizes(
-    num_samples: int, batch_size: int, num_balanced: int, max_steps: int | None, min_batch: int = 1
+    num_samples: int, batch_size: int, num_balanced: int, max_steps: int | None, min_batch: int
 ) -> list[tuple[int, int]]:
     """Return the numbers of samples from the balanced and the random stream for each step of an epoch.
 
