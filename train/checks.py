@@ -35,19 +35,19 @@ class Doubt(ConfigError):
     """An option with which a run may be slow or run out of memory: the run warns and starts."""
 
 
-def check_options(config: Config, data: Dataset) -> None:
-    """Check the options against the data, and warn of doubtful ones.
+def check_options(config: Config, data: Dataset, shared: bool = False) -> None:
+    """Check the options against the data, and warn of doubtful ones. shared: as in `FirstStages`.
 
     Raises:
         ConfigError: the first option that does not fit the data, this machine or the number of processes.
     """
-    for problem in problems_of(config, data):
+    for problem in problems_of(config, data, shared):
         if not isinstance(problem, Doubt):
             raise problem
         warnings.warn(str(problem), RuntimeWarning, stacklevel=2)
 
 
-def problems_of(config: Config, data: Dataset) -> Iterator[ConfigError]:
+def problems_of(config: Config, data: Dataset, shared: bool = False) -> Iterator[ConfigError]:
     """Yield an error for every option that does not fit the data, this machine or the number of processes."""
     usable = True
     for check in (
@@ -71,7 +71,7 @@ def problems_of(config: Config, data: Dataset) -> Iterator[ConfigError]:
         yield from found
         usable &= all(isinstance(problem, Doubt) for problem in found)
     if usable:  # otherwise the trial would fail for the same reasons
-        yield from _network(config, data)
+        yield from _network(config, data, shared)
 
 
 def _auto_augment(config: Config, data: Dataset) -> Iterator[ConfigError]:
@@ -226,7 +226,7 @@ def _sharding(config: Config, data: Dataset) -> Iterator[ConfigError]:
         yield ConfigError("precision", "float32 or bf16 with --shard-classes", "'fp16'")
 
 
-def _network(config: Config, data: Dataset) -> Iterator[ConfigError]:
+def _network(config: Config, data: Dataset, shared: bool) -> Iterator[ConfigError]:
     """Check by a trial that the network takes the samples, and that its training fits into memory and onto the disk."""
     smallest = min(config.method.methods, key=lambda method: smallest_part(config, data, method))
     try:
@@ -241,7 +241,7 @@ def _network(config: Config, data: Dataset) -> Iterator[ConfigError]:
     except Exception as error:  # the type depends on the network
         yield _refused(config, data, smallest, error)
         return
-    if (space := disk_needed(config, data, trial)) > (free := disk_available(config)):
+    if (space := disk_needed(config, data, trial, shared)) > (free := disk_available(config)):
         expected = f"about {space:,} bytes free for checkpoints and models"
         yield ConfigError("runs", expected, f"{free:,} in {config.run.runs}")
     device = config.runtime.resolved_device

@@ -197,14 +197,22 @@ def memory_available(device: torch.device) -> int | None:
         return free
 
 
-def disk_needed(config: Config, data: Dataset, trial: Trial) -> int:
-    """Estimate the bytes of a run's files: a checkpoint and its successor, a model per method, and the first stages."""
+def disk_needed(config: Config, data: Dataset, trial: Trial, shared: bool = False) -> int:
+    """Estimate the bytes of a run's files: a checkpoint and its successor, a model per method, and the first stages.
+
+    First stages are saved for other methods of the run and, if `shared`, for other runs.
+    """
     stages = {method: model_sizes(method, config, data, trial) for method in config.method.methods}
     moments, states = MOMENTS[config.optim.optimizer], _states(config)
     checkpoints = (
         states * size.state + moments * size.trained for sizes in stages.values() for size in sizes
     )
-    first = {FIRST_STAGES[method]: sizes[0] for method, sizes in stages.items() if method in FIRST_STAGES}
+    groups = [FIRST_STAGES.get(method) for method in stages]
+    first = {
+        group: sizes[0]
+        for group, sizes in zip(groups, stages.values(), strict=True)
+        if group and (shared or groups.count(group) > 1)
+    }
     return (
         2 * max(checkpoints)
         + sum(last.saved for _, last in stages.values())

@@ -49,7 +49,7 @@ def start(config: Config, console: Console, shared: Path | None = None) -> list[
     distributed.broadcast_from_rank0(lambda: folder.check_new(config))
     with distributed.local_rank0_first():
         data = load(config)
-    check_options(config, data)
+    check_options(config, data, shared is not None)
     with locked(folder.path):
         return _train(fill_in(config, data), data, folder, console, shared)
 

@@ -117,7 +117,7 @@ def test_the_files_of_a_run_have_the_estimated_size(
     image_file: Path, images: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FirstStages, "clear", lambda stages: None)  # it removes them at the end of a run
-    methods = ("cos-cb", "cos-cs-cb", "cos-gist", "gist")
+    methods = ("cos-cb", "cos-cs-cb", "cos-gist", "gist", "plain")
     words = f"--recipe smoke --data {image_file} --num-classes 5 --classes-per-batch 3 --device cpu --runs {tmp_path} --name r"
     words += " --max-steps-per-epoch 1 --methods"
     assert main([*words.split(), *methods]) == 0
@@ -125,10 +125,14 @@ def test_the_files_of_a_run_have_the_estimated_size(
     trial = footprint.try_network(config, images, 2)
     models = [file.stat().st_size for file in folder.glob("model-*")]
     first = [file.stat().st_size for file in (folder / "first-stages").iterdir()]
-    assert (len(models), len(first)) == (4, 2)
+    assert (len(models), len(first)) == (5, 2)
     files = sum(models) + sum(first) + 2 * (folder / "checkpoint.pt").stat().st_size
     # Beside the tensors of the models, files hold names, records and the state of random generators.
-    assert 0.95 * files < footprint.disk_needed(config, images, trial) < files
+    needed = footprint.disk_needed(config, images, trial)
+    assert 0.95 * files < needed < files
+    plain, _ = footprint.model_sizes("plain", config, images, trial)  # other runs may need its first stage
+    shared = footprint.disk_needed(config, images, trial, shared=True)
+    assert shared - needed == plain.state + plain.trained
 
 
 def peak_of_step(config: Config, data: Dataset) -> int:
