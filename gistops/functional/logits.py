@@ -213,7 +213,7 @@ def _logits_of_rows(
     elif classifier.transform == "subcenters":
         outputs = ops.subcenter_forward.default(input, centers, tau, *options)
     elif classifier.transform == "rotation":
-        input, centers, *turns = rotation.operands(input, classifier, chosen)
+        input, centers, _, *turns = rotation.operands(input, classifier, chosen)
         outputs = ops.rotation_forward.default(input, centers, tau, *turns, *options)
     else:
         outputs = mlp_transform.logits(ops, input, classifier, *options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from .. import backends
 from .._checks import on_device
-from .._classifier import Classifier, LossOptions, MarginKind, no_displacements
+from .._classifier import Classifier, LossOptions, MarginKind
 from .._functorch import all_samples, transforms_active
 from ..backends import reference
 from ..backends.cpu_stash import StashedCrossEntropyParts, can_stash, in_autocast_dtype
@@ -197,12 +196,8 @@ def _parts(
         return reference.cross_entropy_parts(
             input, classifier, options.class_bias, target, weight, options.ignore_index
         )
-    centers, displacements, tau = classifier[:3]
-    class_bias, ignore_index = options.class_bias, options.ignore_index
-    turns: Sequence[Tensor | None] = (None, None)
-    if classifier.transform == "rotation":
-        input, centers, *turns = rotation.operands(input, classifier, backend)
-        displacements = no_displacements(input)
+    tau, class_bias, ignore_index = classifier.tau, options.class_bias, options.ignore_index
+    input, centers, displacements, *turns = rotation.operands(input, classifier, backend)
     arguments: tuple[Any, ...] = (input, centers, displacements, tau, class_bias, *turns, target, weight)
     if backend == "cpu" and classifier.mlp is None and can_stash(centers, *arguments):
         parts: tuple[Tensor, Tensor, Tensor]

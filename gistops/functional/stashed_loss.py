@@ -6,13 +6,12 @@ step. This serves eager mode without class bias, margin and label smoothing; `ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._classifier import Classifier, LossOptions, no_displacements
+from .._classifier import Classifier, LossOptions
 from ..backends.cpu_stash import can_stash, in_autocast_dtype, new_stash, parts_backward
 from ..operators.cross_entropy import REDUCTIONS
 from .transforms import rotation
@@ -34,14 +33,10 @@ def stashed_loss(
     input: Tensor, classifier: Classifier, target: Tensor, options: LossOptions
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and the log-sum-exp [B] of rows [B, d]; differentiable once."""
-    centers, displacements, tau = classifier[:3]
-    turns: Sequence[Tensor | None] = (None, None)
-    watched: tuple[Tensor | None, ...] = ()
-    if classifier.transform == "rotation":
-        watched = (displacements, classifier.axis)
-        input, centers, *turns = rotation.operands(input, classifier, "cpu")
-        displacements = no_displacements(input)
-    tensors = (*in_autocast_dtype(input, centers, displacements), tau, None, *turns, target, options.weight)
+    watched = (classifier.displacements, classifier.axis) if classifier.transform == "rotation" else ()
+    input, centers, displacements, *turns = rotation.operands(input, classifier, "cpu")
+    vectors = in_autocast_dtype(input, centers, displacements)
+    tensors = (*vectors, classifier.tau, None, *turns, target, options.weight)
     outputs: tuple[Tensor, Tensor]
     outputs = _StashedLoss.apply(  # type: ignore[no-untyped-call]
         *tensors, REDUCTIONS[options.reduction], options.ignore_index, watched

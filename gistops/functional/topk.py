@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from .. import backends
 from .._checks import check_class_vector, check_classifier, check_some_classes
-from .._classifier import Classifier, Transform, no_displacements
+from .._classifier import Classifier, Transform
 from .._dtensor import is_dtensor
 from .._numbers import check_integer
 from ..backends import reference
@@ -103,8 +101,7 @@ def local_topk(
     norms: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the top k of a checked classifier whose centers are a plain tensor."""
-    centers, displacements, tau = classifier[:3]
-    classes = check_some_classes(centers)
+    classes = check_some_classes(classifier.centers)
     k = check_integer("k", k, 1, classes)
     if class_bias is not None:
         check_class_vector("class_bias", class_bias, classes, input)
@@ -116,13 +113,9 @@ def local_topk(
     elif classifier.mlp is not None:
         outputs = mlp_transform.topk(ops, input, classifier, class_bias, k, return_lse, allow_tf32)
     else:
-        turns: Sequence[Tensor | None] = (None, None)
-        if classifier.transform == "rotation":
-            input, centers, *turns = rotation.operands(input, classifier, chosen)
-            displacements = no_displacements(input)
-        outputs = ops.topk.default(
-            input, centers, displacements, tau, class_bias, *turns, k, return_lse, allow_tf32, norms
-        )
+        input, centers, displacements, *turns = rotation.operands(input, classifier, chosen)
+        tensors = (input, centers, displacements, classifier.tau, class_bias, *turns)
+        outputs = ops.topk.default(*tensors, k, return_lse, allow_tf32, norms)
     values, best, slots = (restore(x, whole) for x in outputs[:3])
     lse = restore(outputs[3], whole) if return_lse else outputs[3]
     return (values, best, slots, lse) if return_lse else (values, best, slots)

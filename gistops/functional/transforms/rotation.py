@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._classifier import Classifier
+from ..._classifier import Classifier, no_displacements
 from ...backends import cpu_planes
 from ...backends.rotation_coeffs import class_coeffs
 from ...operators.registry import no_autocast, widest_dtype
@@ -79,20 +79,23 @@ def _normalized(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Operands(NamedTuple):
-    """The arguments of the ops: `rotation_forward` in csrc/schema.cpp."""
+    """The arguments of the ops that depend on the transform; directions and turns: `rotation_forward` in csrc/schema.cpp."""
 
     input: Tensor
     centers: Tensor
-    directions: Tensor  # [M, d]
-    turns: Tensor  # [3, M - 1]
+    displacements: Tensor  # [0, d] with directions and turns
+    directions: Tensor | None = None  # [M, d]
+    turns: Tensor | None = None  # [3, M - 1]
 
 
 def operands(input: Tensor, classifier: Classifier, backend: str) -> Operands:
-    """Return the arguments of the ops of a backend; differentiable.
+    """Return the arguments of the ops of a backend; differentiable. Without rotations, they are those of the call.
 
-    Input and centers that need gradients get the dtype of the logits, except for the `cpu` backend: the ops sum several
+    Input and centers of rotations that need gradients get the dtype of the logits, except for the `cpu` backend: the ops sum several
     gradients of each in that dtype, and would round them to half precision one by one.
     """
+    if classifier.transform != "rotation":
+        return Operands(input, classifier.centers, classifier.displacements)
     dtype = classifier.compute_dtype(input)
 
     def widened(x: Tensor) -> Tensor:
@@ -101,7 +104,8 @@ def operands(input: Tensor, classifier: Classifier, backend: str) -> Operands:
 
     with no_autocast(input.device.type):
         shared = _directions_and_turns(classifier, dtype, backend)
-        return Operands(widened(input), widened(classifier.centers), *shared)
+        input, centers = widened(input), widened(classifier.centers)
+        return Operands(input, centers, no_displacements(input), *shared)
 
 
 def coefficients(input: Tensor, classifier: Classifier) -> tuple[Tensor, Tensor, Tensor, Tensor]:
