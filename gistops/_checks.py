@@ -265,13 +265,16 @@ def _target(target: object, ignore_index: int, classes: int, input: Tensor) -> T
         raise ValueError(f"target: expected device {input.device} to match input, got {target.device}")
     if _readable(target) and not _all_within(target, classes):
         outside = (target.long() != ignore_index) & ((target < 0) | (target >= classes))
-        if outside.any():
-            position = tuple(outside.nonzero()[0].tolist())
-            raise IndexError(
-                f"target: expected 0 to {classes - 1} or ignore_index {ignore_index}, "
-                f"got {int(target[position])} at position {', '.join(map(str, position)) or 0}"
-            )
+        refuse_classes("target", target, outside, f"0 to {classes - 1} or ignore_index {ignore_index}")
     return target
+
+
+def refuse_classes(name: str, classes: Tensor, outside: Tensor, expected: str) -> None:
+    """Raise an IndexError that names the first class where `outside` is True, if there is one."""
+    if outside.any():
+        position = tuple(outside.nonzero()[0].tolist())
+        where = ", ".join(map(str, position)) or 0
+        raise IndexError(f"{name}: expected {expected}, got {int(classes[position])} at position {where}")
 
 
 def _all_within(target: Tensor, classes: int) -> bool:

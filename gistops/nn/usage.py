@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import refuse_classes
 from .._classifier import Classifier
 from .._dtensor import is_dtensor, local
 from ..functional.topk import topk
@@ -116,16 +117,10 @@ class SlotUsage:
             raise ValueError(f"slots: expected shape [..., {classes}], got {list(slots.shape)}")
         if labels.shape != slots.shape[:-1]:
             raise ValueError(f"labels: expected shape {list(slots.shape[:-1])}, got {list(labels.shape)}")
-        if (
-            labels.device.type == "cpu" and not torch.compiler.is_compiling()
-        ):  # a GPU would wait for the check
+        # A GPU would wait for the check.
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             outside = (labels.long() < 0) | (labels.long() >= classes)
-            if outside.any():
-                position = tuple(outside.nonzero()[0].tolist())
-                raise IndexError(
-                    f"labels: expected 0 to {classes - 1}, got {int(labels[position])} "
-                    f"at position {', '.join(map(str, position)) or 0}"
-                )
+            refuse_classes("labels", labels, outside, f"0 to {classes - 1}")
         self._follow_the_head()
         labels = labels.to(slots.device, torch.int64).reshape(-1, 1)
         won = slots.reshape(-1, classes).gather(1, labels)  # [B, 1]

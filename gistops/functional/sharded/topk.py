@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..._checks import check_class_vector, check_classifier
+from ..._checks import check_class_vector, check_classifier, refuse_classes
 from ..._classifier import Classifier
 from ..._numbers import check_integer
 from ..logits import checked_logits
@@ -148,9 +148,9 @@ def slot_counts(
         if labels.shape != input.shape[:-1]:
             raise ValueError(f"labels: expected shape {list(input.shape[:-1])}, got {list(labels.shape)}")
         flat = labels.reshape(-1).to(input.device, torch.int64)
-        if flat.device.type == "cpu" and ((flat < 0) | (flat >= shards.classes)).any():
-            wrong = flat[(flat < 0) | (flat >= shards.classes)][0]
-            raise IndexError(f"labels: expected 0 to {shards.classes - 1}, got {int(wrong)}")
+        if flat.device.type == "cpu":
+            outside = (flat < 0) | (flat >= shards.classes)
+            refuse_classes("labels", flat, outside, f"0 to {shards.classes - 1}")
         return {}, flat
 
     shards, batch, problem = agreed("slot usage", input, classifier, backend, check)
