@@ -1,7 +1,7 @@
 """gistops: fused kernels for GistNet's constellation classifier.
 
 `constellation_logits` computes the logits. `constellation_cross_entropy` and `constellation_topk` compute the loss and the
-best classes without materializing them. `subcenter_*` are the same functions for sub-centers. `gistops.nn` has classifier
+top-k classes without materializing them. `subcenter_*` are the same functions for sub-centers. `gistops.nn` has classifier
 heads, `gistops.sampling` the class-balanced sampler, `gistops.export` a table that decomposes the ops into plain PyTorch.
 `python -m gistops.info` lists the available backends.
 """

@@ -17,19 +17,19 @@ from torch.utils.data import Sampler
 from ._numbers import check_integer
 
 Integers = npt.NDArray[np.int64]
-#: Images drawn by all replicas at the largest position; far below the counters of 64 bits.
+#: Samples drawn by all replicas at the largest position; far below the counters of 64 bits.
 _MAX_POSITION = 2**62
 
 
 class ClassBalancedBatchSampler(Sampler[list[int]]):
-    """Endless batches of `classes_per_batch` distinct classes with `samples_per_class` images each.
+    """Endless batches of `classes_per_batch` distinct classes with `samples_per_class` samples each.
 
-    GistNet (Liu, Li, Kang, Hua, Vasconcelos, ICCV 2021) draws 32 classes x 4 images for its balanced loss.
-    The classes come from an endless sequence of shuffled cycles over all classes. The images of a class come from
-    an endless sequence of shuffled cycles over its images. Hence, at any moment and counted over all replicas, the
-    numbers of visits of any two classes differ by at most one, and so do the visits of any two images of a class.
-    The classes in a batch are distinct. The images of a class in a batch are distinct if the class has at least
-    `samples_per_class` images; otherwise they repeat. Classes without images are skipped.
+    GistNet (Liu, Li, Kang, Hua, Vasconcelos, ICCV 2021) draws 32 classes × 4 samples for its balanced loss.
+    The classes come from an endless sequence of shuffled cycles over all classes. The samples of a class come from
+    an endless sequence of shuffled cycles over its samples. Hence, at any moment and counted over all replicas, the
+    numbers of visits of any two classes differ by at most one, and so do the visits of any two samples of a class.
+    The classes in a batch are distinct. The samples of a class in a batch are distinct if the class has at least
+    `samples_per_class` samples; otherwise they repeat. Classes without samples are skipped.
 
         sampler = ClassBalancedBatchSampler(dataset.targets)
         loader = DataLoader(dataset, batch_sampler=sampler, num_workers=4, persistent_workers=True)
@@ -39,21 +39,21 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
     classes, no class occurs in two batches of a group.
 
     The sequence depends on the arguments alone, not on the versions of numpy and torch. It is endless. A batch takes a
-    few microseconds per class in the batch, independently of the numbers of classes and images.
+    few microseconds per class in the batch, independently of the numbers of classes and samples.
 
     Epochs: with `num_batches`, an iterator ends after this number of batches, which is the sampler's length. Without it,
     an iterator has no end and `len()` raises a TypeError, so that a loop over a `DataLoader` has to end itself. A new
-    iterator continues at the position of the last one. A `DataLoader` with workers draws ahead, so an epoch that is
-    left early skips the batches drawn ahead. `set_epoch(epoch)` starts at the beginning of an epoch instead, whatever
-    was drawn before. Lightning calls it for each epoch; construct the sampler after the process group, and the
+    iterator continues at the position of the last one. A `DataLoader` with workers draws ahead: if a loop ends early, the
+    next one skips the batches drawn ahead. `set_epoch(epoch)` moves to the beginning of an epoch, whatever was drawn
+    before. Lightning calls it for each epoch; construct the sampler after the process group, and the
     `Trainer` with `use_distributed_sampler=False`, because the sampler divides the batches itself.
 
     Several threads may draw from a sampler, or from an iterator: each batch of the sequence is drawn once.
 
     Args:
-        labels: class of each image, integers of at least 0: a list, a numpy array or a tensor, [N].
-        classes_per_batch: distinct classes per batch, at least 1 and at most the number of classes with images.
-        samples_per_class: images per class and batch, at least 1.
+        labels: class of each sample, integers of at least 0: a list, a numpy array or a tensor, [N].
+        classes_per_batch: distinct classes per batch, at least 1 and at most the number of classes with samples.
+        samples_per_class: samples per class and batch, at least 1.
         seed: at least 0; the same for all replicas.
         num_replicas: number of processes that share the sequence. Default: the world size if `torch.distributed` is
             initialized, otherwise 1.
@@ -91,7 +91,7 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
             rank = own_rank if self.num_replicas == world_size else 0
         self.rank = check_integer("rank", rank, 0, self.num_replicas - 1)
         self.num_batches = None if num_batches is None else check_integer("num_batches", num_batches, 1)
-        # The images sorted by class, and the bounds of each class there: one sort serves all classes.
+        # The samples sorted by class, and the bounds of each class there: one sort serves all classes.
         self._order = np.argsort(array, kind="stable")
         ends = np.flatnonzero(np.diff(array[self._order], append=-1)) + 1
         self._bounds = np.concatenate(([0], ends))
@@ -99,7 +99,7 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         if self.classes_per_batch > self.num_classes:
             raise ValueError(
                 f"classes_per_batch: expected at most {self.num_classes}, the number of classes that have "
-                f"images, got {self.classes_per_batch}"
+                f"samples, got {self.classes_per_batch}"
             )
         self._checksum = zlib.crc32(array.data)
         self._key = np.asarray(np.random.SeedSequence(self.seed).generate_state(2, np.uint64), np.uint64)
@@ -128,7 +128,7 @@ class ClassBalancedBatchSampler(Sampler[list[int]]):
         batches from there.
 
         Args:
-            epoch: number of the epoch, at least 0; the epochs before it have at most 2**62 images.
+            epoch: number of the epoch, at least 0; the epochs before it have at most 2**62 samples.
 
         Raises:
             TypeError, ValueError: the epoch is not an integer or is out of range.
@@ -310,11 +310,11 @@ def _as_labels(labels: object) -> Integers:
         array = np.asarray(labels)
     except ValueError as error:
         raise ValueError(
-            "labels: expected one class for each image, shape [N], got rows that differ"
+            "labels: expected one class for each sample, shape [N], got rows that differ"
         ) from error
     if array.ndim != 1 or not len(array):
         raise ValueError(
-            f"labels: expected one class for each image, shape [N] with N >= 1, got {list(array.shape)}"
+            f"labels: expected one class for each sample, shape [N] with N >= 1, got {list(array.shape)}"
         )
     if not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"labels: expected integers, got {array.dtype}")

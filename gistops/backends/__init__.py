@@ -51,7 +51,7 @@ def choose(device_type: str, requested: str | None) -> str:
 
     Raises:
         ValueError: `requested` is not the name of a backend, or the backend does not serve the device type.
-        BackendUnavailable: the requested backend cannot serve here.
+        BackendUnavailable: the requested backend cannot be used here.
         NotImplementedError: the requested backend does not support an active transform.
     """
     if requested is not None:

@@ -56,8 +56,8 @@ def constellation_cross_entropy(
     Beyond the gradients, the memory of a training step does not grow with B·K, with one exception: on GPUs, except with
     `mlp`, scores are kept from the forward to the backward if they take at most 2 GiB. A step takes three matrix products,
     as a linear layer does, if the scores are kept. It takes four if the backward recomputes them. On the CPU, scores are
-    kept in the buffer of the centers' gradient, where there is room for them while B is below about 0.8 d; on NVIDIA GPUs
-    in half precision those of translations with 33,792 classes or more too, while B is at most d / 2 and M at most 8.
+    kept in the buffer of the centers' gradient, which has room for them if B is below about 0.8 d. NVIDIA GPUs keep them
+    there too, for translations in half precision with 33,792 classes or more, if B is at most d / 2 and m at most 7.
 
     Args:
         input, centers, displacements, tau, transform, axis, mlp, backend: as in `constellation_logits`.
@@ -91,8 +91,8 @@ def constellation_cross_entropy(
 
     Raises:
         TypeError, ValueError, gistops.BackendUnavailable: as in `constellation_logits`; the message names the argument.
-            Negative weights and angular margins beyond 0 to π are found as a tau of 0 is: for numbers everywhere, for
-            tensors on the CPU in eager mode.
+            Negative weights and angular margins beyond 0 to π are checked as tau is: numbers everywhere, tensors
+            on the CPU in eager mode alone.
         IndexError: a target is out of range; the message names its position. In a compiled graph, and on a GPU, where
             the check must not make the host wait, a RuntimeError is raised instead. On a GPU, it comes from a device-side
             assertion: later, and without the position.
@@ -127,8 +127,8 @@ def subcenter_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the cross-entropy of `subcenter_logits` without materializing the logits.
 
-    Arguments, returns and errors are those of `constellation_cross_entropy`, with centers [K, M, d]. So is the memory: on
-    GPUs, the products of the sub-centers exist for one chunk of classes at a time.
+    Arguments, returns, errors and memory are those of `constellation_cross_entropy`, with centers [K, M, d]. On GPUs, the
+    products of the sub-centers exist for one chunk of classes at a time.
     """
     ignore_index, label_smoothing = plain_scalar(ignore_index), plain_scalar(label_smoothing)
     options = LossOptions(

@@ -109,13 +109,13 @@ def constellation_logits(
         axis: the direction u of a rotation, shared by all classes, [d], floating-point; differentiable.
         mlp: the weights A [h, 2 d] and B [d, h] of an MLP, floating-point; differentiable.
         return_slots: also return the slot of each logit.
-        logits_dtype: the dtype of the logits. None: float64 if input, centers, displacements, axis or a weight of the MLP is
-            float64, otherwise float32. Otherwise that dtype, or the dtype of input (inside autocast, the dtype of autocast
-            unless input is float64), which `torch.nn.functional.linear` returns. bfloat16 logits take half the memory.
-            They are the float32 logits, rounded once: a relative error of up to 2^-8 (float16: 2^-11 for normal numbers). The backward reads
-            the gradient of the logits and the rounded logits: it multiplies the two in the gradient of tau and in the
-            terms by which the gradients of centers and displacements are orthogonal to their vectors, so that these terms
-            have the same relative error.
+        logits_dtype: the dtype of the logits. By default it is float64 if input, centers, displacements, axis or a weight of
+            the MLP is float64, otherwise float32. The only other choice is the dtype that `torch.nn.functional.linear`
+            returns: that of input, or inside autocast that of autocast unless input is float64. bfloat16 logits take half
+            the memory. They are the float32 logits, rounded once: a relative error of up to 2^-8 (float16: 2^-11 for normal
+            numbers). The backward multiplies these rounded logits with their gradient, in the gradient of tau and in those
+            terms of the gradients of centers and displacements that come from the norms, which then have the same
+            relative error.
         backend: "cpu", "cuda", "triton", "reference", or None for the best one on the device of input.
 
     Returns:
@@ -129,7 +129,7 @@ def constellation_logits(
     Raises:
         TypeError: an argument is not a dense floating-point tensor, or, where a number is expected, not a number.
         ValueError: a shape, a device, a number or the name of the backend is wrong; the message names the argument.
-        gistops.BackendUnavailable: the requested backend cannot serve here.
+        gistops.BackendUnavailable: the requested backend cannot be used here.
         NotImplementedError: a second derivative of a fused backend, or a fused backend that is requested by name inside a
             transform of `torch.func` other than `vmap`.
     """
@@ -149,7 +149,7 @@ def subcenter_logits(
     """Return the logits of classes that have several centers each: `τ · max_j cos(f_i, w_kj)`.
 
     Sub-center ArcFace (Deng, Guo, Liu, Gong, Zafeiriou, ECCV 2020), and any method that computes M vectors per class. If
-    the vectors are a center plus shared displacements, use `constellation_logits`, which is about M times faster. Dtypes,
+    the vectors are a center plus shared displacements, use `constellation_logits`, which is several times faster. Dtypes,
     zero vectors, ties, determinism and errors are as there.
 
     Args:

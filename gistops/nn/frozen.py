@@ -54,8 +54,8 @@ class FrozenClassifier(Predictor):
     `torch.distributed.checkpoint` reads and writes the weights, except with `broadcast_from_rank0`, which sends parameters
     and buffers alone: load the head, then freeze it.
 
-    Norms are kept on the CPU alone, because a GPU computes them in the pass of the matrix product, and not for rotations
-    and MLPs. A call whose input requires a gradient computes them anew, and so does a float64 input of float32 weights.
+    Norms are precomputed on the CPU alone, for translations and sub-centers. (A GPU computes them beside the matrix product.)
+    A call whose input requires a gradient computes them anew, and so does a float64 input of float32 weights.
     """
 
     frozen = True

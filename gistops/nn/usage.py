@@ -37,8 +37,9 @@ class ConstellationHead(Protocol):
 
 
 class SlotUsage:
-    """A histogram over batches: the share of samples whose own class is won by each slot.
+    """The share of the samples that each slot wins, counted over batches.
 
+    A sample counts for the slot with the highest cosine among those of its own class.
     The paper reports 25/23/18/17/17 % for its five slots (GistNet, ICCV 2021). `update()` takes features and computes
     the logits. `update_slots()` takes the slots of a forward pass that is computed anyway, at no further cost:
 
