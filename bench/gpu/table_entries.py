@@ -54,7 +54,7 @@ def lines(document: dict[str, Any], source: str = "") -> Iterator[str]:
                 place = settings.SETTINGS[name].place
                 key = f"{place} {product}"
                 entries.pop(key, None)
-                entries[key] = _entry(tables, place, name, chosen.get(name), target, product, measured)
+                entries[key] = _entry(tables, place, chosen.get(name), target, product, measured)
             for size, best in pick.get("but", {}).items():
                 entries[f"{precision} {kind} {size}"] = (
                     f"# {precision} {kind} at {size}: {best['variant']} ({best['ratio']:.2f})"
@@ -62,7 +62,7 @@ def lines(document: dict[str, Any], source: str = "") -> Iterator[str]:
     yield from entries.values()
 
 
-def _entry(tables: Any, place: str, name: str, value: Any, target: str, product: str, measured: str) -> str:
+def _entry(tables: Any, place: str, value: Any, target: str, product: str, measured: str) -> str:
     if "." in place:
         module, attribute = place.rsplit(".", 1)
         current = getattr(importlib.import_module(f"gistops.{module}"), attribute)
