@@ -235,6 +235,17 @@ def test_abbreviated_commands_have_options_that_exist() -> None:
     assert given <= known
 
 
+def test_the_table_of_memory_is_what_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    command = re.search(r"`python -m bench\.sharded\.gpus (--gpus [\d,]+)` prints this table", page)
+    assert command
+    bench.sharded.gpus.main(command[1].split())
+    printed = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(printed) if line.startswith("| K | d | centers | 1 GPU"))
+    assert len(printed[start:]) > 5
+    assert "\n".join(printed[start:]).strip() in page
+
+
 def test_the_table_of_methods_names_the_tables_of_the_paper() -> None:
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     table = text[text.index("| method | what it is |") :].partition("\n\n")[0]
