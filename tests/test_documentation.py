@@ -121,6 +121,10 @@ def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytes
             torch.distributed.destroy_process_group()
 
 
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 720
+
+
 def test_every_block_has_a_language_that_runs() -> None:
     """A block of commands or of Python without its language would be left out without a word."""
     known = {*LANGUAGES, "bibtex", "text"}
