@@ -24,6 +24,8 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 #: kernels hold.
 SANITIZED_SIZES = ("300x200x136", "100x200x33", "130x200x136x12")
 PYTEST = ("-q", "--maxfail=30", "--continue-on-collection-errors", "-p", "no:cacheprovider", "--tb=short")
+#: Tests of the training driver on a GPU. They skip where there is none.
+TRAINING_TESTS = "tests/train/training/test_gpu.py"
 #: The folder of the training runs, which a second call resumes. git ignores it.
 RUNS = ROOT / "runs" / "gpu-day"
 
@@ -47,6 +49,8 @@ def pytest_arguments(device: str, backends: Sequence[str]) -> dict[str, list[str
         **{f"operators, {b}": ["tests/ops", *device_options, *only] for b, only in selected.items()},
         "heads": ["tests/nn", *device_options],
         "large": ["tests/ops", *device_options, "-m", "large"],
+        # Its tests choose the GPU themselves: with --device, the driver's tensors on the CPU would be on the GPU too.
+        "training": [TRAINING_TESTS],
     }
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from bench.gpu import concurrent_jobs, ncu
 from bench.gpu.output import Logs
-from bench.gpu.subprocesses import CommandResult
+from bench.gpu.subprocesses import ROOT, CommandResult
 from bench.problem import Size
 
 
@@ -26,6 +26,7 @@ def test_each_backend_has_its_own_pytest() -> None:
     assert asked["operators, triton"][-2:] == ["-k", "triton"]
     assert "tests/nn" in asked["heads"]
     assert asked["large"][-2:] == ["-m", "large"]
+    assert (ROOT / asked["training"][0]).is_file()
     assert "-k" not in concurrent_jobs.pytest_arguments("cpu", ["cpu"])["operators, cpu"]
 
 

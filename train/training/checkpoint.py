@@ -11,6 +11,7 @@ import torch
 from .. import distributed
 from ..files import write_atomically
 from .head_checkpoint import METADATA, head_tensors, load_head, remove_other_folders, without_head, write_head
+from .optim import load_optimizer
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -121,7 +122,7 @@ def load_trainer_state(trainer: Trainer, state: dict[str, Any]) -> None:
     rank = distributed.rank()
     # The saved sums are over all processes: rank 0 continues them, the others start from zero.
     trainer.loss_sums = {name: sum_.to(trainer.device) * (rank == 0) for name, sum_ in state["sums"].items()}
-    trainer.optimizer.load_state_dict(state["optimizer"])
+    load_optimizer(trainer.optimizer, state["optimizer"])
     if trainer.config.runtime.shard_classes:
         state = load_head(trainer, state)
     trainer.model.load_state_dict({RENAMED.get(name, name): x for name, x in state["model"].items()})

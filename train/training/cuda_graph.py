@@ -7,6 +7,7 @@ the samples' indices, the random numbers, the learning rates. The samples themse
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,7 +59,8 @@ class GraphedSteps:
     """
 
     def __init__(self, trainer: Trainer, capture: Callable[[Step], Step] | None = None) -> None:
-        self._trainer, self._capture = trainer, capture or capture_graph
+        self._trainer = trainer
+        self._capture = capture or functools.partial(capture_graph, device=trainer.device)
         self._usual_size = trainer.batches.sizes[0]
         self._warm_up_steps = 0
         self._failed = False
@@ -146,19 +148,32 @@ def tensor_learning_rates(optimizer: torch.optim.Optimizer, rates: list[Tensor])
             group["lr"] = value
 
 
-def capture_graph(step: Step) -> Step:
-    """Capture a step as a CUDA graph, without running it; return a call that replays it and returns the same loss tensor."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    try:
-        # Other threads, such as that of a progress bar, may call CUDA during the capture.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            loss = step()
-    except BaseException:
-        torch.cuda.set_stream(stream)  # a failed capture may leave its own stream as the current one
-        raise
+def capture_graph(step: Step, device: torch.device) -> Step:
+    """Capture a step as a CUDA graph, without running it; return a call that replays it and returns the same loss tensor.
+
+    Args:
+        step: the step.
+        device: the GPU of its tensors, which need not be the current one: kernels on another GPU would be launched at once,
+            and the graph would be empty.
+    """
+    with torch.cuda.device(device):
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Other threads, such as that of a progress bar, may call CUDA during the capture.
+            with torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"):
+                loss = step()
+        except BaseException:
+            torch.cuda.set_stream(stream)  # a failed capture may leave its own stream as the current one
+            raise
 
     def replay() -> Tensor:
         graph.replay()
         return loss
 
     return replay
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return a stream for all captures on a GPU. torch's own is on the GPU of the first capture."""
+    return torch.cuda.Stream(device)

@@ -81,11 +81,17 @@ def load_head(trainer: Trainer, state: dict[str, Any]) -> dict[str, Any]:
     """
     head = _of_head("", trainer.model.state_dict())
     parameters = dict(trainer.model.named_parameters())
+    groups = trainer.optimizer.param_groups
+    # The parameters whose steps are counted on their device.
+    on_device = {id(p) for g in groups if g["fused"] or g.get("capturable") for p in g["params"]}
     tensors = {}
     for saved in state["head"]:
         key, _, name = saved.rpartition(" ")
-        # AdamW's step is a number.
-        tensors[saved] = torch.zeros(()) if key == "step" else torch.zeros_like(head[name])
+        if key == "step":  # AdamW's, a number
+            device = trainer.device if id(parameters[name]) in on_device else None
+            tensors[saved] = torch.zeros((), device=device)
+        else:
+            tensors[saved] = torch.zeros_like(head[name])
         if key not in COPIES:
             trainer.optimizer.state[parameters[name]][key] = tensors[saved]
     _read(Path(state["head_folder"]), tensors)

@@ -19,6 +19,8 @@ from ..model.model import Model
 #: The head's parameters that have the displacements' learning rate and weight decay.
 DISPLACEMENT_PARAMETERS = ("displacements", "axis", "mlp_in", "mlp_out")
 BACKBONE = "backbone."  # prefix of the names of the backbone's parameters
+#: The options of an optimizer that say how it launches a step, not what the step computes.
+LAUNCH = ("fused", "foreach", "capturable")
 
 
 def make_optimizer(
@@ -37,6 +39,13 @@ def make_optimizer(
         on_gpu = config.runtime.resolved_device.startswith("cuda")
         return torch.optim.AdamW(**options, capturable=config.runtime.cuda_graph and on_gpu)
     return torch.optim.SGD(**options, momentum=config.optim.momentum)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restore a state. Steps are launched as this run asks for, with or without --cuda-graph, not as the saved run did."""
+    groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    kept = [saved | {name: own[name] for name in LAUNCH if name in own} for saved, own in groups]
+    optimizer.load_state_dict(state | {"param_groups": kept})
 
 
 def clip_gradients(
@@ -87,8 +96,9 @@ def parameter_groups(
     head = [item for item in parameters if item[0].startswith("head.")]
     others = [item for item in parameters if not item[0].startswith("head.")]
     groups = _groups(head, config, without_decay)
-    for group in groups:  # fused SGD takes no sharded parameters
-        group |= {"fused": False, "foreach": True}
+    for group in groups:
+        if any(map(is_dtensor, group["params"])):  # which fused SGD does not take
+            group |= {"fused": False, "foreach": True}
     return _groups(others, config, without_decay) + backbone + groups
 
 

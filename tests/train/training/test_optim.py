@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -13,7 +14,7 @@ from train.config import Config, ConfigError
 from train.data.dataset import Dataset
 from train.training.trainer import Trainer
 
-from ..short_runs import FEATURES, IMAGES, check_resuming
+from ..short_runs import FEATURES, IMAGES, check_resuming, equal
 
 ADAMW = {"optimizer": "adamw", "lr": 1e-3, "backbone_lr": 0.1, "clip_gradient_norm": 1.0}
 
@@ -22,6 +23,28 @@ ADAMW = {"optimizer": "adamw", "lr": 1e-3, "backbone_lr": 0.1, "clip_gradient_no
 def test_adamw_goes_on_to_the_same_bits(method: str, images: Dataset, seed: int) -> None:
     config = IMAGES.replace(**ADAMW, crt_epochs=1, schedule="cosine")
     check_resuming(method, config, images, random.Random(seed).randrange(1, 15))
+
+
+def test_a_state_is_loaded_into_steps_that_are_launched_otherwise(features: Dataset) -> None:
+    """A run may be resumed without --cuda-graph, which asks for capturable steps, or with another number of processes."""
+    config = FEATURES.replace(**ADAMW)
+    whole, resumed = Trainer("gist", config, features), Trainer("gist", config, features)
+    whole.step()
+    state = copy.deepcopy(whole.state_dict())
+    for group in state["optimizer"]["param_groups"]:
+        group |= {"capturable": True, "fused": False, "foreach": True}
+    resumed.load_state_dict(state)
+    for group in resumed.optimizer.param_groups:
+        assert (group["capturable"], group["fused"], group["foreach"]) == (False, True, None)
+    whole.step()
+    resumed.step()
+    assert equal(whole.model.state_dict(), resumed.model.state_dict())
+
+
+def test_a_whole_head_has_fused_steps(features: Dataset) -> None:
+    """Others read the learning rate on the host, where a graph has it in a tensor on the GPU."""
+    trainer = Trainer("gist", FEATURES.replace(shard_classes=True), features)
+    assert all(group["fused"] for group in trainer.optimizer.param_groups)
 
 
 def test_adamw_decays_weights_apart_from_their_gradients(features: Dataset) -> None:
