@@ -36,7 +36,7 @@ def fit(recipe: str | Config | None = None, **options: Any) -> dict[str, dict[st
 
     Raises:
         ConfigError: an invalid option.
-        Diverged: the loss is not finite.
+        Diverged: the loss or a weight is not finite.
     """
     from rich.console import Console
 

@@ -19,8 +19,8 @@ from .config import ConfigError
 from .console import open_console, say
 from .distributed import init_process_group, rank
 from .files import WriteError
+from .training.divergence import Diverged
 from .training.stopping import Stopped, handle_signals
-from .training.trainer import Diverged
 
 #: Errors of files and disks that a traceback would not explain better.
 STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}

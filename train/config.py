@@ -153,12 +153,10 @@ class AugmentConfig(CropConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._expect_at_least(0, "crop_padding")
+        self._expect_at_least(0, "crop_padding", "mixup", "cutmix")
         valid = self.crop_scale is None or 0 < self.crop_scale <= 1
         self._expect("crop_scale", valid, "a fraction, above 0 and at most 1")
         self._expect("color_jitter", 0 <= self.color_jitter <= 1, "a fraction, 0 to 1")
-        for name in ("mixup", "cutmix"):
-            self._expect(name, 0 <= getattr(self, name) < float("inf"), "a finite number, at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,10 +214,7 @@ class OptimConfig(Section):
         self._expect_at_least(0, "stage1_epochs", "stage2_epochs", "warmup_epochs", "weight_decay")
         epochs = self.stage1_epochs + self.stage2_epochs
         self._expect("stage1_epochs", epochs > 0, "at least 1 if --stage2-epochs is 0")
-        for name in ("lr", "backbone_lr"):
-            self._expect(name, getattr(self, name) > 0, "a number above 0")
-        clips = self.clip_gradient_norm is None or self.clip_gradient_norm > 0
-        self._expect("clip_gradient_norm", clips, "a number above 0")
+        self._expect_above_0("lr", "backbone_lr", "clip_gradient_norm")
         self._expect("momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
         valid = all(0 < drop < 1 for drop in self.lr_drops)
         self._expect("lr_drops", valid, "fractions of a stage, between 0 and 1")

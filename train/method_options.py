@@ -123,9 +123,7 @@ class DisplacementConfig(Section):
 
     def __post_init__(self) -> None:
         self._expect_at_least(0, "displacement_lr", "displacement_weight_decay", "transfer_directions")
-        self._expect("transfer_length", self.transfer_length > 0, "a number above 0")
-        valid = self.displacement_scale is None or self.displacement_scale > 0
-        self._expect("displacement_scale", valid, "a number above 0")
+        self._expect_above_0("transfer_length", "displacement_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +146,7 @@ class BaselineConfig(Section):
     tau_norm: float | None = None
 
     def __post_init__(self) -> None:
-        self._expect_at_least(0, "cb_focal_gamma")
+        self._expect_at_least(0, "cb_focal_gamma", "tau_norm")
         valid = 0 <= self.class_balanced_beta < 1
         self._expect("class_balanced_beta", valid, "at least 0 and below 1")
         self._expect_at_least(1, "crt_epochs")

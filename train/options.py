@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -78,10 +79,18 @@ class Section:
             raise ConfigError(name, expected, repr(getattr(self, name)))
 
     def _expect_at_least(self, bound: int, *names: str) -> None:
-        """Refuse values below `bound`; None is a valid value."""
+        """Refuse values below `bound` and values that are not finite; None is a valid value."""
         for name in names:
             value = getattr(self, name)
-            self._expect(name, value is None or value >= bound, f"at least {bound}")
+            expected = f"a finite number, at least {bound}" if value == math.inf else f"at least {bound}"
+            self._expect(name, value is None or bound <= value < math.inf, expected)
+
+    def _expect_above_0(self, *names: str) -> None:
+        """Refuse 0, negative numbers and values that are not finite; None is a valid value."""
+        for name in names:
+            value = getattr(self, name)
+            expected = "a finite number above 0" if value == math.inf else "a number above 0"
+            self._expect(name, value is None or 0 < value < math.inf, expected)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ def start(config: Config, console: Console, shared: Path | None = None) -> list[
 
     Raises:
         ConfigError: an invalid option.
-        Diverged: the loss is not finite.
+        Diverged: the loss or a weight is not finite.
     """
     folder = RunFolder(config)
     # Before images are decoded, which may take hours.

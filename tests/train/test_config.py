@@ -17,7 +17,7 @@ from train.commands.doctor import Doctor
 from train.commands.features import Features
 from train.config import Config, ConfigError, DisplacementConfig, MethodConfig
 from train.options import Sections
-from train.recipes import load_recipe, recipe_names
+from train.recipes import HINTS, load_recipe, recipe_names
 
 GOOD = {
     "x_train": np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32),
@@ -45,6 +45,15 @@ WORDS = [
         "--stage1-epochs: expected at least 1 if --stage2-epochs is 0, got 0",
     ),
 ]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0])
+def test_numbers_are_finite_and_not_negative(value: float) -> None:
+    names = [name for name, hint in HINTS.items() if hint in (float, float | None)]
+    assert len(names) > 20
+    for name in names:
+        with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}: expected .*, got {value}"):
+            Config().replace(**{name: value})
 
 
 @pytest.mark.parametrize(("options", "words"), WORDS, ids=[w[0] for w in WORDS])

@@ -27,6 +27,7 @@ from ..trained import describe
 from . import epoch_evaluation
 from .checkpoint import load_trainer_state, trainer_state
 from .cuda_graph import GraphedSteps, graphed_steps
+from .divergence import Diverged, check_weights
 from .input import make_batches, with_evaluation_data_on
 from .kept_weights import BestEpoch, end_stage, weight_average
 from .optim import clip_gradients, lr_schedule, make_optimizer
@@ -42,10 +43,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 HALF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Diverged(RuntimeError):
-    """The loss is not finite."""
 
 
 class Trainer:
@@ -104,7 +101,7 @@ class Trainer:
         """Train the remaining stages; write records, checkpoints, the model and the result to the run's folder.
 
         Raises:
-            Diverged: the loss is not finite.
+            Diverged: the loss or a weight is not finite.
             Stopped: a signal has arrived; the checkpoint is written.
         """
         with training():
@@ -239,7 +236,8 @@ class Trainer:
         sums = distributed.all_reduce_sum(torch.stack([self.loss_sums[name] for name in names]))
         means = dict(zip(names, (sums / self.step_of_epoch).tolist(), strict=True))
         if not math.isfinite(means["loss"]):
-            raise Diverged(f"the loss is {means['loss']}; a lower --lr or a longer --warmup-epochs may help")
+            raise Diverged(f"the loss is {means['loss']}")
+        check_weights(self.model)  # the last step changes them after its loss
         self.method.end_epoch(self.model, self.stage_data)
         for total in self.loss_sums.values():
             total.zero_()

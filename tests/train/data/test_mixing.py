@@ -177,5 +177,5 @@ def test_methods_with_other_losses_and_features_are_refused(features: Dataset) -
     assert any("with --cutmix, got lfme" in problem for problem in problems)
     assert any("--cutmix: expected 0 for features" in problem for problem in problems)
     for value in (-1.0, float("inf"), float("nan")):
-        with pytest.raises(ConfigError, match="--mixup: expected a finite number, at least 0, got"):
+        with pytest.raises(ConfigError, match=r"--mixup: expected .*at least 0, got"):
             Config().replace(mixup=value)

@@ -17,9 +17,10 @@ from train.__main__ import main
 from train.config import OptimConfig
 from train.data.dataset import Dataset
 from train.methods.method import Stage
+from train.training.divergence import Diverged
 from train.training.input import epoch_step_sizes
 from train.training.optim import lr_schedule
-from train.training.trainer import Diverged, Trainer
+from train.training.trainer import Trainer
 
 from ..short_runs import FEATURES, IMAGES, equal, finish
 
@@ -156,6 +157,14 @@ def test_schedules() -> None:
 def test_a_loss_that_is_no_number_stops_the_run(features: Dataset) -> None:
     trainer = Trainer("plain", FEATURES.replace(lr=1e30), features)
     with pytest.raises(Diverged, match=r"the loss is (nan|inf); a lower --lr"):
+        finish(trainer)
+
+
+def test_a_last_step_that_leaves_no_finite_weights_stops_the_run(features: Dataset) -> None:
+    """No later loss would show it, and the model would be evaluated and saved."""
+    once = FEATURES.replace(stage1_epochs=1, stage2_epochs=0, max_steps_per_epoch=1, warmup_epochs=0.0)
+    trainer = Trainer("plain", once.replace(lr=1e39), features)  # above the largest float32
+    with pytest.raises(Diverged, match="a weight of the model is not finite; a lower --lr"):
         finish(trainer)
 
 
