@@ -16,7 +16,7 @@ import warnings
 from .commands.table import COMMANDS, SHORT, described, unknown
 from .commands.training import train
 from .config import ConfigError
-from .console import open_console, say
+from .console import open_console, open_missing_streams, say
 from .distributed import init_process_group, rank
 from .files import WriteError
 from .training.divergence import Diverged
@@ -30,6 +30,7 @@ SECONDS_FOR_RANK0 = 5.0
 def main(args: list[str] | None = None) -> int:
     """Run the command line and return the exit code: 2 for an invalid option, 1 for a run that failed, 143 for a run that
     SIGTERM stopped, 130 for one that SIGINT stopped, and 141 if nothing reads the output. `predict` returns 3 if it could not read a file."""
+    open_missing_streams()
     try:
         try:
             return run(sys.argv[1:] if args is None else args)

@@ -23,6 +23,7 @@ from .shot_groups import SplitRule
 from .tuning_options import TuningConfig as TuningConfig
 
 DEFAULT_RECIPE = "fashion-mnist-lt"
+MAX_THREADS = 1024  # with as many as a process may not start OpenMP ends in a segmentation fault
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ class RunConfig(RecipeConfig):
     def __post_init__(self) -> None:
         self._expect_at_least(1, "evaluate_every", "checkpoint_steps")
         self._expect_at_least(0, "seed", "checkpoint_seconds")
+        self._expect("seed", self.seed < 2**32, "below 2^32")  # as scikit-learn and NumPy take
         is_name = Path(self.name).name == self.name and self.name != ".."
         self._expect("name", is_name, "a folder's name, not a path (see --runs)")
 
@@ -231,6 +233,7 @@ class DeviceConfig(Section):
 
     def __post_init__(self) -> None:
         self._expect_at_least(1, "threads")
+        self._expect("threads", (self.threads or 1) <= MAX_THREADS, f"at most {MAX_THREADS:,}")
 
     @property
     def resolved_device(self) -> str:

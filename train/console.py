@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
 import unicodedata
@@ -16,12 +17,26 @@ from rich.console import Console
 DIRECTIONS = "\u200e\u200f\u202a-\u202e\u2066-\u2069"
 
 
+class OutputConsole(Console):
+    """A console whose reader may end early, such as `head`: rich would exit with code 1 and without a message."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def open_missing_streams() -> None:
+    """Discard what is written to standard output or standard error if it is closed, as by `>&-`: Python has None there."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
 def open_console(*, quiet: bool) -> Console:
     """Return the console for standard output. A character that the terminal's encoding lacks is written out."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    return Console(quiet=quiet)
+    return OutputConsole(quiet=quiet)
 
 
 def messages_of(console: Console, *, as_json: bool) -> Console:

@@ -56,5 +56,6 @@ class DataConfig(Section):
     def __post_init__(self) -> None:
         self._expect_at_least(1, "imbalance_ratio", "image_size", "num_classes")
         self._expect_at_least(0, "hold_out_seed")
+        self._expect("hold_out_seed", self.hold_out_seed < 2**32, "below 2^32")
         for name in ("hold_out", "hold_out_val"):
             self._expect(name, 0 <= getattr(self, name) < 1, "a fraction, at least 0 and below 1")
