@@ -188,7 +188,8 @@ def cross_entropy(
         angle = cosines.clamp(-cosine_limit, cosine_limit).acos()
         if not isinstance(margin, Tensor):
             margin = on_device(margin, scores.dtype, scores.device)
-        margin = margin.to(scores)
+        lowers = is_target & (target != ignore_index)[:, None]
+        margin = torch.where(lowers, margin.to(scores), 0)  # others may be infinite
         lowered = {
             "logit": lambda: scores - margin,
             "cosine": lambda: scores - scale * margin,
@@ -198,7 +199,7 @@ def cross_entropy(
                 scale * (angle + margin).cos(),
             ),
         }[options.margin_kind]()
-        scores = torch.where(is_target & (target != ignore_index)[:, None], lowered, scores)
+        scores = torch.where(lowers, lowered, scores)
     if options.class_bias is not None:
         scores = scores + options.class_bias.to(scores.dtype)
     weight = None if options.weight is None else options.weight.to(scores.dtype)
@@ -210,9 +211,10 @@ def cross_entropy(
         ignore_index=ignore_index,
         label_smoothing=options.label_smoothing,
     )
-    counted = (target != ignore_index).to(scores.dtype)
+    ignored = target == ignore_index
+    counted = (~ignored).to(scores.dtype)
     if weight is not None:
-        counted = counted * weight[torch.where(target == ignore_index, 0, target)]
+        counted = torch.where(ignored, 0, weight[torch.where(ignored, 0, target)])
     if options.reduction == "sum":
         loss = loss.sum()
     elif options.reduction == "mean":

@@ -23,7 +23,7 @@ from .transforms import rotation
 class RowTerms(NamedTuple):
     """The sums over classes, and the values of the targets, that make a loss; [B] in the dtype of the logits unless noted.
 
-    Of rows whose target is ignored, all but `lse_others` and `sums` are not used.
+    Of rows whose target is ignored, all but `lse_others`, `sums`, `weight` and `margin` are not used; the last two are 0.
     """
 
     lse_others: Tensor  # log-sum-exp of all classes but the target, with biases
@@ -42,7 +42,8 @@ def row_terms(
     """Return the terms of rows [B, d]; classifier and options have tau and class_bias in the dtype of the logits."""
     dtype, bias = classifier.compute_dtype(input), options.class_bias
     labels = target.long()  # the ops take target itself, so that a later in-place change of it is detected
-    row = torch.where(labels == options.ignore_index, 0, labels)
+    ignored = labels == options.ignore_index
+    row = torch.where(ignored, 0, labels)  # a class whose weight or margin may be infinite or NaN
     shares = None  # class weights of the smoothed part
     if options.label_smoothing > 0:
         weight = options.weight
@@ -52,7 +53,7 @@ def row_terms(
     margin = options.margin
     if isinstance(margin, Tensor):
         margin = margin.to(logit)
-        margin = margin[row] if margin.dim() > 0 else margin
+        margin = torch.where(ignored, 0, margin[row]) if margin.dim() > 0 else margin
     total_weight = weighted_bias = None
     if shares is not None:
         shares = shares.to(dtype)
@@ -62,7 +63,7 @@ def row_terms(
         lse_others,
         logit,
         None if bias is None else bias[row],
-        None if options.weight is None else options.weight.to(dtype)[row],
+        None if options.weight is None else torch.where(ignored, 0, options.weight.to(dtype)[row]),
         margin,
         None if shares is None else sums,
         total_weight,
@@ -103,6 +104,7 @@ def loss_from_terms(
     score = lowered
     if terms.bias is not None:
         score = lowered + terms.bias
+    if terms.bias is not None or terms.margin is not None:
         score = torch.where(score == torch.inf, torch.nan, score)  # as in F.cross_entropy
     loss = -F.logsigmoid(score - lse_others)  # log(1 + Σ e^z / e^score): accurate for tiny losses
     lse = torch.where(ignored, lse_others, torch.logaddexp(lse_others, score))
@@ -123,7 +125,7 @@ def reduced_loss(
     Args:
         loss: the loss of each row, without a class weight, [B].
         spread: Σ_k weight_k (lse - score_k), [B]; None without smoothing.
-        scale: the target's class weight, [B]; None: 1.
+        scale: the target's class weight, [B], 0 if it is ignored; None: 1.
         ignored, classes, options: as in `loss_from_terms`.
     """
     smoothing = options.label_smoothing
@@ -135,8 +137,7 @@ def reduced_loss(
     if options.reduction == "sum":
         loss = loss.sum()
     elif options.reduction == "mean":
-        counted = (~ignored).to(loss.dtype) if scale is None else torch.where(ignored, 0, scale)
-        total = counted.sum()
+        total = (~ignored if scale is None else scale).sum(dtype=loss.dtype)
         if scale is not None and smoothing > 0:  # otherwise the sum of the losses is 0 too
             total = torch.where(total == 0, torch.nan, total)
         loss = loss.sum() / total

@@ -111,6 +111,50 @@ def test_a_gradient_that_is_nan_stays_nan(backend: str, seed: int) -> None:
         assert gradient.nan_to_num().abs().sum() == 0
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kind", ["logit", "cosine", "angle"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_an_ignored_row_has_the_weight_and_the_margin_of_no_class(
+    with_bias: bool, kind: str, reduction: str, backend: str, seed: int
+) -> None:
+    """Inverse frequencies as weights are infinite for a class without samples, and so may margins be."""
+    leaves = Sample(8, 9, 6, 2).tensors(seed)
+    target = torch.tensor([TARGET, 1, -100, 5] * 2)
+    vectors = {"weight": torch.rand(9) + 0.5, "margin": torch.rand(9)}
+    if with_bias:
+        vectors["class_bias"] = torch.randn(9)
+
+    def results(target: Tensor, first: float) -> list[Tensor]:
+        options: dict[str, Any] = {
+            name: changed(value, {0: first}) if name != "class_bias" else value
+            for name, value in vectors.items()
+        }
+        if kind == "angle":  # margins are from 0 to π there
+            options["margin"] = vectors["margin"]
+        x, w, delta, tau = leaves
+        rows = target != 0
+        loss = gistops.constellation_cross_entropy(
+            x[rows], w, delta, tau, target[rows], **options, margin_kind=kind, reduction=reduction, backend=backend
+        )  # fmt: skip
+        assert isinstance(loss, Tensor)
+        return [loss, *torch.autograd.grad(loss, leaves)]
+
+    expected = results(torch.where(target == -100, 0, target), 0.5)  # without the ignored rows
+    for value, truth in zip(results(target, inf), expected, strict=True):
+        close(value, truth.double())
+
+
+def test_an_infinite_negative_margin_is_nan(backend: str, seed: int) -> None:
+    """The cross-entropy of a logit of plus infinity is NaN too."""
+    leaves = Sample(8, 9, 6, 2).tensors(seed)
+    margin = changed(torch.rand(9), {TARGET: -inf})
+    target = torch.tensor([TARGET, 1] * 4)
+    loss = gistops.constellation_cross_entropy(
+        *leaves, target, margin=margin, reduction="none", backend=backend
+    )
+    assert torch.equal(loss.isnan(), target == TARGET)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("ignored", [0, 1])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 def test_a_mean_of_targets_without_weight_is_nan(
