@@ -239,6 +239,17 @@ def test_abbreviated_commands_have_options_that_exist() -> None:
     assert given <= known
 
 
+def test_the_commands_of_the_results_write_to_different_folders() -> None:
+    """A run refuses a folder of other options, so that the second of two commands for it would fail."""
+    text = re.sub(r"\\\n *", "", (ROOT / "docs" / "results.md").read_text(encoding="utf-8"))
+    names = [
+        max(re.findall(r"--(?:name|recipe) \S+", line), key=lambda option: option.startswith("--name"))
+        for line in re.findall(r"^python -m train .*$", text, re.MULTILINE)
+    ]
+    assert len(names) > 5
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+
+
 def test_the_table_of_memory_is_what_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
     command = re.search(r"`python -m bench\.sharded\.gpus (--gpus [\d,]+)` prints this table", page)
