@@ -20,7 +20,7 @@ from . import distributed
 from .config import Config, ConfigError
 from .data.load import NAMED
 from .model.backbones import BACKBONES, TIMM
-from .options import Sections
+from .options import Mark, Sections
 from .recipes import as_in_paper, default_options, is_own_data
 
 Options = TypeVar("Options", bound=Sections)
@@ -143,6 +143,7 @@ def check(config: Sections) -> None:
     if not values["data"]:
         expected = f"a file, a folder, or {', '.join(NAMED)} (the recipe {values['recipe']} brings no data)"
         raise ConfigError("data", expected, repr(values["data"]))
+    _check_text(config)
     if "backbone" in values:
         _check_backbone(values["backbone"], values["pretrained"], values["pretrained_file"])
     for name in values.get("track", ()):
@@ -152,6 +153,23 @@ def check(config: Sections) -> None:
             raise ConfigError("track", expected, f"{name}, which is not installed")
     if "device" in values:
         check_device(config.runtime.resolved_device, values.get("backend", "auto"))  # type: ignore[attr-defined]
+
+
+def _check_text(config: Sections) -> None:
+    """Check that texts can be recorded in config.toml: the bytes of a path need not be UTF-8."""
+    for name in config.fields().keys() - config.marked(Mark.UNRECORDED):
+        value = config.options()[name]
+        for text in (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ():
+            if isinstance(text, str) and not _is_utf8(text):
+                raise ConfigError(name, "text in UTF-8, because config.toml records it", text)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_backbone(backbone: str, pretrained: bool, pretrained_file: str) -> None:

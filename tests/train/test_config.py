@@ -33,6 +33,10 @@ WORDS = [
     ("--seed 4294967296", "--seed: expected below 2^32, got 4294967296"),
     ("--hold-out-seed 4294967296", "--hold-out-seed: expected below 2^32, got 4294967296"),
     ("--threads 100000", "--threads: expected at most 1,024, got 100000"),
+    (
+        "--data M\udcf6nch.npz",
+        "--data: expected text in UTF-8, because config.toml records it, got M\\udcf6nch.npz",
+    ),
     ("--momentum 1", "--momentum: expected at least 0 and below 1"),
     ("--num-displacements 256", "--num-displacements: expected 0 to 255, got 256"),
     ("--backbone resnet99", "--backbone: expected one of none, "),

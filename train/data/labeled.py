@@ -18,7 +18,15 @@ from ..console import counted
 from .classes import text_of
 from .dataset import Dataset
 from .errors import DataError
-from .load import check_exists, check_images_folder, is_list, load, load_split, read_listings
+from .load import (
+    check_exists,
+    check_images_folder,
+    check_list_options,
+    is_list,
+    load,
+    load_split,
+    read_listings,
+)
 from .sources.arrays import EMBEDDED, PAIR, from_arrays, pair_of, read_arrays
 from .sources.listing import Listing, read_listing
 from .sources.splits import find_splits
@@ -61,6 +69,7 @@ def load_labeled(config: DataConfig, workers: int | None = None) -> Labeled:
     """
     path = Path(config.data)
     check_exists(config.data)
+    check_list_options(config)
     if is_list(config.data):
         listing, part = _listing(config)
         x, numbers, notes = load_split(config, "test", listing, workers)

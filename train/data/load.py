@@ -37,6 +37,7 @@ def load(config: DataConfig) -> Dataset:
     """
     path = Path(config.data)
     check_exists(config.data)
+    check_list_options(config)
     if config.data == GLYPHS:
         data = _load_glyphs(config)
     elif config.data in EMBEDDED or path.suffix in (".npz", ".safetensors"):
@@ -68,6 +69,21 @@ def check_exists(data: str) -> None:
             "an existing file" if Path(data).suffix else f"an existing folder or file, or {', '.join(NAMED)}"
         )
         raise DataError(f"{data}: expected {expected}, got none: the path does not exist")
+
+
+def check_list_options(config: DataConfig) -> None:
+    """Check that options of lists and folders of image files are given only with these.
+
+    Raises:
+        DataError: one is given with arrays, an archive or a named dataset, which would ignore it.
+    """
+    if is_list(config.data):
+        return
+    for name in ("test_data", "val_data", "images", "path_prefixes"):
+        if given := getattr(config, name):
+            got = given if isinstance(given, str) else " ".join(given)
+            expected = "none unless --data is a list or a folder of images"
+            raise DataError(f"--{name.replace('_', '-')}: expected {expected}, got {got} with {config.data}")
 
 
 def is_list(data: str) -> bool:

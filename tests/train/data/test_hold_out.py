@@ -182,6 +182,24 @@ def test_validation_samples_are_held_out_once(arrays: dict[str, np.ndarray], tmp
         lists(tmp_path / "set", hold_out=0.1, hold_out_val=0.2)
 
 
+def test_arrays_have_no_other_lists(arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
+    """They were ignored, so that epochs were evaluated on the test samples in spite of --val-data."""
+    path = tmp_path / "data.npz"
+    np.savez(path, **arrays)
+    for name, value in {
+        "val_data": "v.npz",
+        "test_data": "t.npz",
+        "images": "i",
+        "path_prefixes": ("a=b",),
+    }.items():
+        option = f"--{name.replace('_', '-')}"
+        for data in (str(path), "fashion-mnist-lt"):
+            with pytest.raises(
+                DataError, match=f"^{option}: expected none unless --data is a list or a folder"
+            ):
+                load(DataConfig(data=data, **{name: value}))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kind", ["npz", "safetensors", "features", "archive"])
 def test_arrays_hold_validation_samples_out(
     kind: str,
