@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..model.model import Model
@@ -55,25 +57,43 @@ class BestEpoch:
         vars(self).update(state)
 
 
-def weight_average(model: Model, decay: float | None) -> AveragedModel | None:
-    """Return an exponential average of a model's parameters and buffers, with a copy of the model; None without a decay.
+class WeightAverage(AveragedModel):
+    """An exponential average of a model's parameters and buffers, with a copy of the model.
 
-    Integers and booleans, such as the indices of classes, are copied: rounding their average down would change them.
+    Integers and booleans, such as the indices of classes, are copied: rounding their average down would change them. The host
+    does not wait for a GPU, which it does where torch copies the number of updates to the device.
+
+    Args:
+        model: the model.
+        decay: the share of the average that an update keeps.
     """
-    if decay is None:
-        return None
-    average = get_ema_multi_avg_fn(decay)
 
-    def average_own_parts(
-        averages: Sequence[Tensor], values: Sequence[Tensor], updates: Tensor | int
-    ) -> None:
-        if averages[0].is_floating_point():  # torch passes tensors of one dtype at a time
-            average([local(x) for x in averages], [local(x) for x in values], updates)
-        else:
-            for copied, value in zip(averages, values, strict=True):
-                copied.copy_(value)
+    def __init__(self, model: Model, decay: float) -> None:
+        super().__init__(model, use_buffers=True)
+        self._average = get_ema_multi_avg_fn(decay)
 
-    return AveragedModel(model, multi_avg_fn=average_own_parts, use_buffers=True)
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        averaged: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for old, new in zip(_tensors(self.module), _tensors(model), strict=True):
+            if self.n_averaged == 0 or not old.is_floating_point():  # n_averaged is on the CPU
+                old.copy_(new)
+                continue
+            olds, news = averaged.setdefault(old.dtype, ([], []))
+            olds.append(local(old))
+            news.append(local(new))
+        for olds, news in averaged.values():
+            self._average(olds, news, 0)  # an exponential average does not depend on the number of updates
+        self.n_averaged += 1
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(model.parameters(), model.buffers())
+
+
+def weight_average(model: Model, decay: float | None) -> WeightAverage | None:
+    """Return an exponential average of a model's parameters and buffers, with a copy of the model; None without a decay."""
+    return None if decay is None else WeightAverage(model, decay)
 
 
 def end_stage(trainer: Trainer) -> None:

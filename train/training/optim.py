@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gistops._dtensor import is_dtensor, whole
+from gistops.optim import IMPLEMENTATION
 
 from ..config import Config, OptimConfig
 from ..methods.method import Stage
@@ -19,8 +20,6 @@ from ..model.model import Model
 #: The head's parameters that have the displacements' learning rate and weight decay.
 DISPLACEMENT_PARAMETERS = ("displacements", "axis", "mlp_in", "mlp_out")
 BACKBONE = "backbone."  # prefix of the names of the backbone's parameters
-#: The options of an optimizer that say how it launches a step, not what the step computes.
-LAUNCH = ("fused", "foreach", "capturable")
 
 
 def make_optimizer(
@@ -44,7 +43,7 @@ def make_optimizer(
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Restore a state. Steps are launched as this run asks for, with or without --cuda-graph, not as the saved run did."""
     groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
-    kept = [saved | {name: own[name] for name in LAUNCH if name in own} for saved, own in groups]
+    kept = [saved | {name: own[name] for name in IMPLEMENTATION if name in own} for saved, own in groups]
     optimizer.load_state_dict(state | {"param_groups": kept})
 
 

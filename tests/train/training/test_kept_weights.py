@@ -6,11 +6,14 @@ import dataclasses
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from train import footprint
 from train.__main__ import main
@@ -64,6 +67,26 @@ def test_indices_are_copied_into_the_average(decay: float, images: Dataset) -> N
         for name, value in model.items():
             if not value.is_floating_point():
                 assert torch.equal(average[name], value), (name, step)
+
+
+class OneDevice(TorchDispatchMode):
+    """A mode that refuses ops with tensors on two devices: a GPU's host waits for copies between them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, made)) if isinstance(t, Tensor)]
+        assert len({t.device.type for t in tensors}) <= 1, func
+        return made
+
+
+def test_an_update_copies_nothing_between_devices(features: Dataset) -> None:
+    """meta stands for a GPU."""
+    model = Trainer("gist", FEATURES, features).model.to("meta")
+    average = weight_average(model, 0.9)
+    assert average is not None
+    with OneDevice():
+        average.update_parameters(model)
+        average.update_parameters(model)
 
 
 def test_a_stage_ends_with_the_average(features: Dataset) -> None:
