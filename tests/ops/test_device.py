@@ -112,6 +112,19 @@ def test_no_value_comes_from_the_host_or_is_read_by_it(name: str, backend: str, 
     assert "topk" in name or tensors[0].grad is not None
 
 
+@pytest.mark.parametrize("computed", [False, True])
+def test_classes_are_drawn_on_the_device(computed: bool, backend: str, seed: int) -> None:
+    x, w, delta, *_, bias, target = (
+        t.detach().to("meta").requires_grad_(t.requires_grad) for t in tensors_of(seed)
+    )
+    with torch.device("meta"), FromTheHost(), OneDevice():
+        centers = w * 1 if computed else w  # the gradient of a parameter is sparse
+        options: Any = {"class_bias": bias, "sample_negatives": 0.5, "backend": backend}
+        backward(gistops.constellation_cross_entropy(x, centers, delta, 16.0, target, **options))
+    assert w.grad is not None
+    assert w.grad.is_sparse != computed
+
+
 @contextmanager
 def refusing_to_wait() -> Iterator[None]:
     """A context in which torch raises an error if the host waits for the GPU."""
