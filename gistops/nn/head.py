@@ -77,7 +77,12 @@ class MaxCosineHead(Predictor):
             options: class_bias, weight, margin, margin_kind, reduction, ignore_index, label_smoothing, sample_negatives,
                 generator and return_lse, as in `gistops.constellation_cross_entropy`.
 
-        Returns, raises: as for `gistops.constellation_cross_entropy`.
+        Returns:
+            The loss, a scalar, or [...] with `reduction="none"`; float32, or float64 if an operand is. With `return_lse` also
+            the log-sum-exp [...].
+
+        Raises:
+            TypeError, ValueError, IndexError, gistops.BackendUnavailable: as for `gistops.constellation_cross_entropy`.
         """
         raise NotImplementedError
 

@@ -61,6 +61,9 @@ class Predictor(nn.Module):
             input, class_bias: as in `predict`.
             k: number of classes, 1 to num_classes.
 
+        Returns:
+            Probabilities, classes and slots, [..., k], in descending order; of equal logits the lower class comes first.
+
         Raises:
             TypeError, ValueError, gistops.BackendUnavailable: as for `gistops.constellation_topk`.
         """
