@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -28,6 +29,10 @@ def _floating(name: str, value: object) -> Tensor:
             f"{name}: expected a local torch.Tensor, got a DTensor; call .to_local() or .full_tensor() first. A loss and a "
             "top-k take centers that shard_classes has divided; their logits would be a matrix over all classes. "
             + FSDP
+        )
+    if value.is_nested:  # its layout may be strided
+        raise TypeError(
+            f"{name}: expected a dense tensor, got a nested one; pass its rows, such as .values()"
         )
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
@@ -136,6 +141,10 @@ def on_device(number: float, dtype: torch.dtype, device: torch.device) -> Tensor
     """Return a number as a tensor filled on its device: a copy from the host would wait and break a CUDA graph."""
     if torch.compiler.is_compiling():  # `full` would make each value of the number a graph of its own
         return torch.ones((), dtype=dtype, device=device) * number
+    if (
+        abs(number) > torch.finfo(dtype).max
+    ):  # as products of tensors with such numbers do; `full` would raise
+        number = math.copysign(math.inf, number)
     return torch.full((), number, dtype=dtype, device=device)
 
 

@@ -82,7 +82,7 @@ def constellation_cross_entropy(
             share of its classes. The loss is that over the drawn classes, as if there were no others: it is too low, and its gradient
             is not an unbiased estimate (Rawat et al., NeurIPS 2019). The gradient of centers is a sparse tensor of the drawn rows,
             for `gistops.optim.RowOptimizer`; it is dense if centers are computed, as by a parametrization, and inside `torch.func`.
-            A sparse gradient breaks the graph of torch.compile. Excludes label_smoothing.
+            A sparse gradient breaks the graph of torch.compile, which torch 2.11 cannot resume. Excludes label_smoothing.
         generator: draws the classes, on the device of input; None for the device's default generator.
         return_lse: also return the log-sum-exp of each row's logits, including bias and margin; differentiable.
 

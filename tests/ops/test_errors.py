@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import gistops
 
@@ -26,6 +27,7 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"displacements": delta.bool()}, TypeError, "displacements: expected float32, .* got torch.bool"),
     ({"tau": torch.tensor(16)}, TypeError, "tau: expected float32, .* got torch.int64"),
     ({"input": x.to_sparse()}, TypeError, r"input: expected a dense \(strided\) tensor, got layout torch.sparse"),
+    ({"input": torch.nested.nested_tensor([x, x])}, TypeError, "input: expected a dense tensor, got a nested one"),
     ({"centers": w.to_sparse_csr()}, TypeError, r"centers: expected a dense \(strided\) tensor"),
     ({"input": x[0, 0]}, ValueError, r"input: expected shape \[\.\.\., d\] with d >= 1, got \[\]"),
     ({"input": x[:, :0]}, ValueError, r"input: expected shape \[\.\.\., d\] with d >= 1, got \[3, 0\]"),
@@ -49,6 +51,17 @@ def test_messages(change: dict[str, Any], kind: type[Exception], words: str, bac
     arguments = {"input": x, "centers": w, "displacements": delta, "tau": tau, "backend": backend} | change
     with pytest.raises(kind, match=words):
         gistops.constellation_logits(**arguments)
+
+
+def test_numbers_beyond_the_dtype_are_infinite(backend: str) -> None:
+    """The product of a float32 tensor and such a number is infinite too."""
+    ones = gistops.constellation_logits(x, w, delta, 1.0, backend=backend)
+    logits = gistops.constellation_logits(x, w, delta, 1e40, backend=backend)
+    assert torch.equal(logits, ones * 1e40)
+    target = torch.tensor([0, 1, 2])
+    lowered = torch.where(F.one_hot(target, 5).bool(), ones - 1e40, ones)
+    loss = gistops.constellation_cross_entropy(x, w, delta, 1.0, target, margin=1e40, backend=backend)
+    assert torch.equal(loss, F.cross_entropy(lowered, target))  # type: ignore[arg-type]
 
 
 def test_ops_called_directly_are_memory_safe(fused: str) -> None:
