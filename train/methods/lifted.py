@@ -22,6 +22,8 @@ class LiftedLoss(PairLoss):
     depends on the labels, so that steps are not captured in CUDA graphs.
     """
 
+    capturable = False
+
     def pair_loss(self, units: Tensor, labels: Tensor) -> Tensor:
         # Each positive pair once: the library would take it in both orders, with the same mean and twice the memory.
         same = labels[:, None] == labels

@@ -91,6 +91,8 @@ class Method:
     smooths_labels = False
     #: Whether --mixup and --cutmix apply: the loss is a mean over samples, and a sample's part depends on its label alone.
     mixes_labels = False
+    #: Whether a CUDA graph can capture a step: no shape depends on values.
+    capturable = True
 
     def __init__(self, config: Config, counts: Tensor) -> None:
         self.config, self.counts = config, counts

@@ -37,6 +37,7 @@ def graphed_steps(trainer: Trainer) -> GraphedSteps | None:
         f"CUDA graphs are not available on {trainer.device.type}": trainer.device.type != "cuda",
         "not supported with several processes": distributed.is_initialized(),
         "not supported with fp16, whose gradient scaler reads a value in each step": trainer.scaler.is_enabled(),
+        f"not supported by {trainer.name}, whose work depends on the labels": not trainer.method.capturable,
         "the samples do not fit on the GPU": trainer.batches.x.device != trainer.device,
     }
     for obstacle, holds in obstacles.items():

@@ -29,7 +29,7 @@ ABILITIES: dict[str, dict[str, Any]] = {
     "smooths_labels": {"label_smoothing": 0.1},
     "transfers_features": {"transfer_directions": 5, "displacement_update": "residuals"},
 }
-METHODS_CAPTURED = sorted(METHODS.keys() - {"lifted"})  # which says that its steps are not captured
+CAPTURED = sorted(METHODS.keys() - {"lifted"})
 
 
 def move_to_meta(trainer: Trainer) -> None:
@@ -43,7 +43,12 @@ def move_to_meta(trainer: Trainer) -> None:
     trainer.optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)  # torch has no fused steps on meta
 
 
-@pytest.mark.parametrize("name", METHODS_CAPTURED)
+def test_methods_say_whether_their_steps_can_be_captured(images: Dataset) -> None:
+    methods = {name: make(IMAGES, images.train_counts) for name, make in METHODS.items()}
+    assert sorted(name for name, method in methods.items() if method.capturable) == CAPTURED
+
+
+@pytest.mark.parametrize("name", CAPTURED)
 def test_a_step_can_be_captured(name: str, images: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     config = AUGMENTED
     method: Method = METHODS[name](config, images.train_counts)

@@ -132,7 +132,10 @@ def test_made_ahead_goes_on_with_graphs(features: Dataset) -> None:
         made.augment,
         made.generator,
         made.transfer_generator,
+        (made.local_indices, made.num_micro_batches),
         ahead=True,
+        subset=made.subset,
+        mixing=made.mixing,
     )
     for _ in range(3):
         ahead.next()
