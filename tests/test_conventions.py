@@ -23,7 +23,7 @@ LAYERS = {
     ],
     "train": [
         "files", "console", "shot_groups", "options", "distributed", "data_options", "tuning_options", "method_options", "config", "recipes", "data", "model", "evaluation",
-        "methods", "trained", "evaluated", "classifier", "cli", "training", "footprint", "checks", "report", "run", "commands", "__main__",
+        "methods", "trained", "evaluated", "classifier", "cli", "unused_options", "training", "footprint", "checks", "report", "run", "commands", "__main__",
     ],
 }  # fmt: skip
 

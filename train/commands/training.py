@@ -11,9 +11,10 @@ from rich.console import Console
 from .. import distributed
 from ..cli import parse, program
 from ..config import Config
-from ..console import messages_of, print_json
+from ..console import messages_of, print_json, say
 from ..recipes import read_recipe, recipe_names
 from ..run import start
+from ..unused_options import unused_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,10 @@ class Training(Config):
 def train(args: list[str], console: Console, commands: Mapping[str, str]) -> int:
     """Train all methods and write the report; see `run.start`. `commands` holds a line for --help per command."""
     options = parse(args, Training, program(), _description(commands))
-    results = start(Config().replace(**options.options()), messages_of(console, as_json=options.json))
+    config, messages = Config().replace(**options.options()), messages_of(console, as_json=options.json)
+    for unused in unused_options(config, args):
+        say(messages, f"warning: {unused}")
+    results = start(config, messages)
     if options.json and distributed.rank() == 0:
         folder = Path(options.run.runs) / options.run.name
         for result in results:

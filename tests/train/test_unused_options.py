@@ -1,0 +1,49 @@
+"""Options of a command line that have no effect beside the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from train.__main__ import main
+from train.config import Config
+from train.unused_options import NEEDS, unused_options
+
+from .short_runs import FEATURES
+
+USED = {
+    "backbone": "resnet10",
+    "data": ".",  # a folder
+    "hold_out_val": 0.1,
+    "methods": ("cb-focal", "crt", "tau-norm"),
+    "schedule": "step",
+    "transfer_directions": 4,
+    "tune": "lora",
+}
+
+
+def test_each_option_has_an_effect_with_what_it_needs_alone() -> None:
+    unused = FEATURES.replace(
+        data="f.npz", methods=("gist",), schedule="cosine", optimizer="adamw", tune="all"
+    )
+    args = [f"--{name.replace('_', '-')}" for name in NEEDS]
+    found = list(unused_options(unused, args))
+    assert [line.split()[0] for line in found] == args
+    assert "--lr-drops has no effect without --schedule step" in found
+    assert "--crt-epochs has no effect without --methods crt" in found
+    assert list(unused_options(unused, [])) == []
+    assert list(unused_options(Config().replace(**USED), args)) == []
+    assert list(unused_options(unused, ["--lr_drops=0.5"])) == [
+        "--lr-drops has no effect without --schedule step"
+    ]
+
+
+def test_a_run_warns(feature_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"--recipe features --data {feature_file} --methods plain --stage1-epochs 1 --stage2-epochs 0 --device cpu"
+    assert main([*words.split(), "--runs", str(tmp_path), "--flip", "--tau-norm", "0.5"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "no effect" in line]
+    assert lines == [
+        "warning: --flip has no effect without a network (--backbone)",
+        "warning: --tau-norm has no effect without --methods tau-norm",
+    ]

@@ -1,0 +1,70 @@
+"""Options of a command line that have no effect beside the others. The run warns of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from .cli import times_given
+from .config import Config
+from .data.glyphs.dataset import NAME as GLYPHS
+from .data.load import is_list
+
+
+@dataclass(frozen=True)
+class Need:
+    """A condition without which options have no effect.
+
+    Args:
+        what: in words, after "without".
+        is_met: whether a run has it.
+    """
+
+    what: str
+    is_met: Callable[[Config], bool]
+
+
+def _method(*names: str) -> Need:
+    return Need(f"--methods {' or '.join(names)}", lambda config: bool({*names} & {*config.method.methods}))
+
+
+NETWORK = Need("a network (--backbone)", lambda config: config.model.backbone != "none")
+FILES = Need("image files in --data", lambda config: is_list(config.data.data))
+RESIZED = Need("image files in --data", lambda config: FILES.is_met(config) or config.data.data == GLYPHS)
+NEEDS = {
+    "backbone_lr": NETWORK,
+    "cb_focal_gamma": _method("cb-focal"),
+    "class_balanced_beta": _method("cb-focal"),
+    "color_jitter": NETWORK,
+    "crop_padding": NETWORK,
+    "crop_scale": NETWORK,
+    "crop_size": NETWORK,
+    "crt_epochs": _method("crt"),
+    "flip": NETWORK,
+    "hold_out_seed": Need(
+        "--hold-out or --hold-out-val", lambda config: config.data.hold_out + config.data.hold_out_val > 0
+    ),
+    "image_size": RESIZED,
+    "lora_rank": Need("--tune lora", lambda config: config.tuning.tune == "lora"),
+    "lr_drops": Need("--schedule step", lambda config: config.optim.schedule == "step"),
+    "momentum": Need("--optimizer sgd", lambda config: config.optim.optimizer == "sgd"),
+    "tau_norm": _method("tau-norm"),
+    "transfer_length": Need(
+        "--transfer-directions", lambda config: config.displacements.transfer_directions > 0
+    ),
+    "unreadable": FILES,
+}
+
+
+def unused_options(config: Config, args: list[str]) -> Iterator[str]:
+    """Yield a warning for each option that a command line gives and that has no effect.
+
+    Defaults are not meant: those of a recipe serve several kinds of data and methods.
+
+    Args:
+        config: the options of the run.
+        args: the words of the command line.
+    """
+    for option, need in NEEDS.items():
+        if times_given(option, args) and not need.is_met(config):
+            yield f"--{option.replace('_', '-')} has no effect without {need.what}"
