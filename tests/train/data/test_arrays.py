@@ -147,9 +147,8 @@ def test_invalid_files(image_file: Path, feature_arrays: dict[str, Any], tmp_pat
             load_arrays(str(tmp_path / name))
     feature_arrays["x_train"][4, 2] = np.nan
     np.savez(tmp_path / "nan.npz", **feature_arrays)
-    with pytest.raises(
-        DataError, match="x_train: expected finite features, got 1 values that are not finite"
-    ):
+    message = f"x_train: expected finite features, got 1 of {feature_arrays['x_train'].size:,} values infinite or NaN"
+    with pytest.raises(DataError, match=message):
         load_arrays(str(tmp_path / "nan.npz"))
 
 

@@ -177,9 +177,9 @@ def _samples(name: str, array: np.ndarray | Tensor) -> Tensor:
     got = _describe(array)
     if array.ndim == 2 and got.startswith(("float", "bfloat")):
         features = torch.as_tensor(array).float()
-        if not features.isfinite().all():
+        if wrong := int((~features.isfinite()).sum()):
             raise DataError(
-                f"{name}: expected finite features, got {int((~features.isfinite()).sum())} values that are not finite"
+                f"{name}: expected finite features, got {wrong:,} of {features.numel():,} values infinite or NaN"
             )
         return features
     if got.startswith("uint8") and (array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3))):
