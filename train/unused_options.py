@@ -1,4 +1,4 @@
-"""Options of a command line that have no effect beside the others. The run warns of them."""
+"""Options of a command line that have no effect beside the others. A run warns of them, and doctor lists them."""
 
 from __future__ import annotations
 

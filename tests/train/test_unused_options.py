@@ -47,3 +47,8 @@ def test_a_run_warns(feature_file: Path, tmp_path: Path, capsys: pytest.CaptureF
         "warning: --flip has no effect without a network (--backbone)",
         "warning: --tau-norm has no effect without --methods tau-norm",
     ]
+
+
+def test_doctor_lists_them(feature_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(f"doctor --recipe features --data {feature_file} --device cpu --flip".split()) == 1
+    assert "problem: --flip has no effect without a network (--backbone)\n" in capsys.readouterr().out

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from ..checks import problems_of
+from ..cli import parse, program
 from ..config import Config
 from ..console import counted, messages_of, print_json, say
 from ..data.dataset import Dataset
@@ -18,6 +19,7 @@ from ..data.errors import DataError
 from ..data.load import is_list, load, read_listings
 from ..options import InvalidData
 from ..shot_groups import SPLIT_RULES, split_classes
+from ..unused_options import unused_options
 
 SHOWN = 10  # names per problem
 SPLITS = {"train": "training", "test": "test", "val": "validation"}
@@ -36,12 +38,17 @@ class Doctor(Config, DoctorOptions):
     """Examines a dataset, and makes every check of a run with the same options, without training. Lists the problems."""
 
 
-def examine(config: Doctor, console: Console) -> int:
+def examine(args: list[str], console: Console) -> int:
     """Print a description of the data and its problems. Return 0 if there are none, otherwise 1.
 
+    Args:
+        args: the words of the command line after `doctor`.
+        console: where both are written.
+
     Raises:
-        ConfigError: the data cannot be read.
+        ConfigError: an invalid option, or data that cannot be read.
     """
+    config = parse(args, Doctor, program("doctor"), own=DoctorOptions)
     messages = messages_of(console, as_json=config.json)
     problems = _missing_files(config)
     source = dataclasses.replace(config.data, unreadable="skip")
@@ -54,7 +61,7 @@ def examine(config: Doctor, console: Console) -> int:
             say(messages, f"problem: {problem}")
         raise InvalidData(error) from None
     problems += [str(warning.message) for warning in caught] + _content_problems(data, config)
-    problems += [str(problem) for problem in problems_of(config, data)]
+    problems += [*map(str, problems_of(config, data)), *unused_options(config, args)]
     if config.json:
         print_json({"description": describe(data, config), "problems": problems})
         return 1 if problems else 0

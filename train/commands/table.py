@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ..cli import parse, parse_command, program
 from .ablation import Ablation, ablate
-from .doctor import Doctor, DoctorOptions, examine
+from .doctor import Doctor, examine
 from .evaluate import Evaluate, evaluate
 from .export import Export, export
 from .features import Features, extract
@@ -60,10 +60,7 @@ def complete(args: list[str], console: Console) -> int:
 
 #: Commands by name, in the order of their use.
 COMMANDS = {
-    "doctor": Command(
-        Doctor,
-        lambda args, console: examine(parse(args, Doctor, program("doctor"), own=DoctorOptions), console),
-    ),
+    "doctor": Command(Doctor, examine),
     "predict": Command(Predict, predict),
     "evaluate": Command(Evaluate, evaluate),
     "export": Command(Export, export),
