@@ -1,8 +1,8 @@
-"""Options of a command line that have no effect beside the others. A run warns of them, and doctor lists them."""
+"""Options of a command line that have no effect beside the others. A run or an ablation warns of them, and doctor lists them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .cli import times_given
@@ -56,15 +56,15 @@ NEEDS = {
 }
 
 
-def unused_options(config: Config, args: list[str]) -> Iterator[str]:
+def unused_options(configs: Sequence[Config], args: list[str]) -> Iterator[str]:
     """Yield a warning for each option that a command line gives and that has no effect.
 
     Defaults are not meant: those of a recipe serve several kinds of data and methods.
 
     Args:
-        config: the options of the run.
+        configs: the options of each run. An option that one of them uses has an effect.
         args: the words of the command line.
     """
     for option, need in NEEDS.items():
-        if times_given(option, args) and not need.is_met(config):
+        if times_given(option, args) and not any(map(need.is_met, configs)):
             yield f"--{option.replace('_', '-')} has no effect without {need.what}"

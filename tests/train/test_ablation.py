@@ -55,6 +55,9 @@ def test_changed_options_are_refused(
     assert "--lr: expected" in capsys.readouterr().err
     assert main([*args.split(), "1", "1"]) == 2
     assert "--seeds: expected at least one seed, each once, got (0, 1, 1)" in capsys.readouterr().err
+    assert main([*args.split(), "1", "-1"]) == 2
+    assert "--seed: expected at least 0, got -1" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("seed-1")), "seed 1 was trained before the next one was refused"
 
 
 def test_values_and_seeds_of_earlier_commands_stay_in_the_table(

@@ -239,6 +239,9 @@ def test_fit_takes_a_config(feature_file: Path, tmp_path: Path) -> None:
         ConfigError, match=r"--recipe: expected a recipe's name, a \.toml file or a Config, got 3"
     ):
         train.fit(3)  # type: ignore[arg-type]
+    for recipe in (None, "features"):
+        with pytest.raises(ConfigError, match="--data: expected str, got array"):
+            train.fit(recipe, data=np.zeros((3, 2)))
 
 
 def test_fit_without_a_recipe_takes_the_classes_from_the_data(feature_file: Path, tmp_path: Path) -> None:

@@ -28,13 +28,13 @@ def test_each_option_has_an_effect_with_what_it_needs_alone() -> None:
         data="f.npz", methods=("gist",), schedule="cosine", optimizer="adamw", tune="all"
     )
     args = [f"--{name.replace('_', '-')}" for name in NEEDS]
-    found = list(unused_options(unused, args))
+    found = list(unused_options([unused], args))
     assert [line.split()[0] for line in found] == args
     assert "--lr-drops has no effect without --schedule step" in found
     assert "--crt-epochs has no effect without --methods crt" in found
-    assert list(unused_options(unused, [])) == []
-    assert list(unused_options(Config().replace(**USED), args)) == []
-    assert list(unused_options(unused, ["--lr_drops=0.5"])) == [
+    assert list(unused_options([unused], [])) == []
+    assert list(unused_options([unused, Config().replace(**USED)], args)) == []
+    assert list(unused_options([unused], ["--lr_drops=0.5"])) == [
         "--lr-drops has no effect without --schedule step"
     ]
 
@@ -52,3 +52,17 @@ def test_a_run_warns(feature_file: Path, tmp_path: Path, capsys: pytest.CaptureF
 def test_doctor_lists_them(feature_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(f"doctor --recipe features --data {feature_file} --device cpu --flip".split()) == 1
     assert "problem: --flip has no effect without a network (--backbone)\n" in capsys.readouterr().out
+
+
+def test_an_ablation_warns_of_those_that_no_run_uses(
+    feature_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It trained equal runs for the values of such an option in silence."""
+    words = f"ablation --recipe features --data {feature_file} --methods plain --stage1-epochs 1 --stage2-epochs 0 --device cpu"
+    args = [*words.split(), "--runs", str(tmp_path), "--seeds", "0", "--lr-drops", "0.5", "--momentum", "0.5"]
+    assert main([*args, "--vary", "optimizer=sgd,adamw", "tau-norm=0.5,0.7"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "no effect" in line]
+    assert lines == [
+        "warning: --lr-drops has no effect without --schedule step",
+        "warning: --tau-norm has no effect without --methods tau-norm",
+    ]

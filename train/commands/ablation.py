@@ -30,6 +30,7 @@ from ..report.paper import TABLES
 from ..run import start
 from ..training.lock import locked
 from ..training.stopping import raise_if_stopped
+from ..unused_options import unused_options
 from .variants import Variant, tabled, varied
 
 UNCOMPARED = Mark.IDENTITY | Mark.CHANGEABLE  # options that differ between runs which one table may hold
@@ -83,10 +84,18 @@ def ablate(args: list[str], console: Console) -> int:
         variants = tabled(TABLES[ablation.table], base)
     else:
         variants = varied(ablation.vary, base.method.methods)
-    for variant in variants:
-        check(base.replace(**variant.options))
+    runs = [base.replace(**variant.options | {"methods": variant.methods}) for variant in variants]
+    for config in runs:
+        check(config)
+    for seed in ablation.seeds:
+        base.replace(seed=seed)  # raises before the runs of the seeds before it
+    messages = messages_of(console, as_json=ablation.json)
+    for unused in unused_options(
+        runs, [*args, *(f"--{words.removeprefix('--')}" for words in ablation.vary)]
+    ):
+        say(messages, f"warning: {unused}")
     with locked(folder):
-        return _complete(ablation, base, variants, folder, messages_of(console, as_json=ablation.json))
+        return _complete(ablation, base, variants, folder, messages)
 
 
 def _complete(

@@ -61,7 +61,7 @@ def examine(args: list[str], console: Console) -> int:
             say(messages, f"problem: {problem}")
         raise InvalidData(error) from None
     problems += [str(warning.message) for warning in caught] + _content_problems(data, config)
-    problems += [*map(str, problems_of(config, data)), *unused_options(config, args)]
+    problems += [*map(str, problems_of(config, data)), *unused_options([config], args)]
     if config.json:
         print_json({"description": describe(data, config), "problems": problems})
         return 1 if problems else 0

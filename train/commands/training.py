@@ -29,7 +29,7 @@ def train(args: list[str], console: Console, commands: Mapping[str, str]) -> int
     """Train all methods and write the report; see `run.start`. `commands` holds a line for --help per command."""
     options = parse(args, Training, program(), _description(commands))
     config, messages = Config().replace(**options.options()), messages_of(console, as_json=options.json)
-    for unused in unused_options(config, args):
+    for unused in unused_options([config], args):
         say(messages, f"warning: {unused}")
     results = start(config, messages)
     if options.json and distributed.rank() == 0:

@@ -12,6 +12,8 @@ from .dataset import Dataset
 from .errors import DataError
 from .sources.listing import Listing
 
+TOO_FEW = "expected a class with at least two training samples, got none"
+
 
 def hold_out(listing: Listing, fraction: float, seed: int) -> tuple[Listing, Listing]:
     """Split a list into a remaining part and a held-out part, as `held_out` selects the files.
@@ -47,7 +49,7 @@ def hold_out_validation(data: Dataset, fraction: float, seed: int, option: str) 
         raise DataError(f"{option}: expected no validation samples to hold out for, got those of --data")
     held = torch.from_numpy(held_out(data.y_train.numpy(), fraction, seed))
     if not held.any():
-        raise DataError(f"{option}: expected a class with at least two training samples, got none")
+        raise DataError(f"{option}: {TOO_FEW}")
     return dataclasses.replace(
         data,
         x_train=data.x_train[~held],

@@ -18,15 +18,7 @@ from ..console import counted
 from .classes import text_of
 from .dataset import Dataset
 from .errors import DataError
-from .load import (
-    check_exists,
-    check_images_folder,
-    check_list_options,
-    is_list,
-    load,
-    load_split,
-    read_listings,
-)
+from .load import ARRAYS, check_data, check_images_folder, is_list, load, load_split, read_listings
 from .sources.arrays import EMBEDDED, PAIR, from_arrays, pair_of, read_arrays
 from .sources.listing import Listing, read_listing
 from .sources.splits import find_splits
@@ -68,8 +60,7 @@ def load_labeled(config: DataConfig, workers: int | None = None) -> Labeled:
         DataError: the data cannot be used. The message names the option, file or array.
     """
     path = Path(config.data)
-    check_exists(config.data)
-    check_list_options(config)
+    check_data(config)
     if is_list(config.data):
         listing, part = _listing(config)
         x, numbers, notes = load_split(config, "test", listing, workers)
@@ -79,7 +70,7 @@ def load_labeled(config: DataConfig, workers: int | None = None) -> Labeled:
         )  # other lists write the key of a class in one way or another
         names = list(map(text_of, listing.classes.names)) if has_names else keys
         return Labeled(x, torch.from_numpy(numbers), keys, names, part, tuple(notes))
-    if config.data not in EMBEDDED and path.suffix in (".npz", ".safetensors"):
+    if config.data not in EMBEDDED and path.suffix in ARRAYS:
         arrays = read_arrays(path, PAIR)
         if "x_train" not in arrays:
             return _of_pair(path, *pair_of(path, arrays))

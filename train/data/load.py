@@ -16,7 +16,7 @@ from .dataset import Dataset, Splits, make_dataset, read_only_tensor
 from .errors import DataError
 from .glyphs.dataset import NAME as GLYPHS
 from .glyphs.dataset import load_glyphs
-from .hold_out import hold_out, hold_out_validation
+from .hold_out import TOO_FEW, hold_out, hold_out_validation
 from .longtail import long_tailed
 from .sources.arrays import EMBEDDED, from_arrays, load_arrays
 from .sources.cifar import read_cifar
@@ -26,6 +26,7 @@ from .sources.splits import describe_missing_test, find_splits
 
 NAMED = (*EMBEDDED, GLYPHS)  # datasets that have a name instead of a path
 ARCHIVES = (".tar.gz", ".tgz", ".tar")
+ARRAYS = (".npz", ".safetensors")
 LISTS = (".txt", ".csv", ".json")
 
 
@@ -36,21 +37,15 @@ def load(config: DataConfig) -> Dataset:
         DataError: the data cannot be used. The message names the option, file or array.
     """
     path = Path(config.data)
-    check_exists(config.data)
-    check_list_options(config)
+    check_data(config)
     if config.data == GLYPHS:
         data = _load_glyphs(config)
-    elif config.data in EMBEDDED or path.suffix in (".npz", ".safetensors"):
+    elif config.data in EMBEDDED or path.suffix in ARRAYS:
         data = load_arrays(config.data, config.num_classes)
     elif config.data.endswith(ARCHIVES):
         data = from_arrays(path, read_cifar(path), config.num_classes)
-    elif is_list(config.data):
-        data = _load_image_files(config)
     else:
-        raise DataError(
-            f"{config.data}: expected a file of arrays named .npz or .safetensors, CIFAR's archive, a list named "
-            f".txt, .csv or .json, a folder of class folders, or {', '.join(NAMED)}"
-        )
+        data = _load_image_files(config)
     if config.imbalance_ratio != 1:
         data = long_tailed(data, config.imbalance_ratio)
     if not is_list(config.data):  # the files of lists are held out before they are decoded
@@ -58,32 +53,31 @@ def load(config: DataConfig) -> Dataset:
     return data
 
 
-def check_exists(data: str) -> None:
-    """Check that `--data` is the name of a dataset or a path that exists.
+def check_data(config: DataConfig) -> None:
+    """Check that `--data` is the name of a dataset or a path of a known kind, and the options of lists.
 
     Raises:
-        DataError: it is neither.
+        DataError: `--data` is neither, or options of lists and folders of image files are given with arrays, an archive or a
+            named dataset, which would ignore them.
     """
+    data = config.data
     if data not in NAMED and not Path(data).exists():
         expected = (
             "an existing file" if Path(data).suffix else f"an existing folder or file, or {', '.join(NAMED)}"
         )
         raise DataError(f"{data}: expected {expected}, got none: the path does not exist")
-
-
-def check_list_options(config: DataConfig) -> None:
-    """Check that options of lists and folders of image files are given only with these.
-
-    Raises:
-        DataError: one is given with arrays, an archive or a named dataset, which would ignore it.
-    """
-    if is_list(config.data):
+    if is_list(data):
         return
+    if data not in NAMED and Path(data).suffix not in ARRAYS and not data.endswith(ARCHIVES):
+        raise DataError(
+            f"{data}: expected a file of arrays named .npz or .safetensors, CIFAR's archive, a list named "
+            f".txt, .csv or .json, a folder of class folders, or {', '.join(NAMED)}"
+        )
     for name in ("test_data", "val_data", "images", "path_prefixes"):
         if given := getattr(config, name):
             got = given if isinstance(given, str) else " ".join(given)
             expected = "none unless --data is a list or a folder of images"
-            raise DataError(f"--{name.replace('_', '-')}: expected {expected}, got {got} with {config.data}")
+            raise DataError(f"--{name.replace('_', '-')}: expected {expected}, got {got} with {data}")
 
 
 def is_list(data: str) -> bool:
@@ -125,6 +119,8 @@ def read_listings(config: DataConfig) -> dict[str, Listing]:
                     f"{option}: expected no {split} samples to hold out for, got those of {source}"
                 )
             lists["train"], lists[split] = hold_out(lists["train"], fraction, config.hold_out_seed)
+            if not lists[split].files:
+                raise DataError(f"{option}: {TOO_FEW}")
     return {split: lists[split] for split in ("train", "test", "val") if split in lists}
 
 

@@ -109,6 +109,8 @@ def configure(recipe: str | Config | None, options: dict[str, Any]) -> Config:
     if not isinstance(recipe, str | Config | None):
         raise ConfigError("recipe", "a recipe's name, a .toml file or a Config", repr(recipe))
     data = _plain(options.get("data"))
+    if "data" in options:  # before it is compared, as with arrays
+        _check_type("data", data, repr(data))
     config = recipe if isinstance(recipe, Config) else default_options(recipe, data)
     for key in options:
         if key not in HINTS:

@@ -15,6 +15,7 @@ from train.__main__ import main
 from train.config import DataConfig
 from train.data.errors import DataError
 from train.data.hold_out import held_out, hold_out
+from train.data.labeled import load_labeled
 from train.data.load import load, read_listings
 from train.data.sources.labels import Classes
 from train.data.sources.listing import Listing
@@ -46,18 +47,15 @@ def test_splits_have_their_customary_names(
     for source in (tmp_path, tmp_path / names[0]):
         found = lists(source)
         assert {split: listing.files[0].parent.parent.name for split, listing in found.items()} == splits
-    with (
-        pytest.raises(DataError, match="expected no val samples to hold out for")
-        if "val" in splits
-        else torch.no_grad()
-    ):
-        held = lists(tmp_path, hold_out=0.5)
-        assert held["val"].files == []  # one image per class stays for training
+    expected = "no val samples to hold out for" if "val" in splits else "a class with at least two training"
+    with pytest.raises(DataError, match=f"^--hold-out: expected {expected}"):  # one image stays for training
+        lists(tmp_path, hold_out=0.5)
 
 
 def test_a_class_may_be_named_as_a_split(tmp_path: Path) -> None:
     for name in ("train", "car", "test"):  # vehicles, and a folder of experiments
-        write_image(tmp_path / "Train" / name / "0.png", (250, 10, 10))
+        for number in range(2):
+            write_image(tmp_path / "Train" / name / f"{number}.png", (250, 10, 10))
         write_image(tmp_path / "Test" / name / "0.png", (250, 10, 10))
     found = lists(tmp_path)
     assert found["train"].classes.names == found["test"].classes.names == ["car", "test", "train"]
@@ -171,8 +169,8 @@ def test_validation_samples_are_held_out_once(arrays: dict[str, np.ndarray], tmp
     assert one.x_val is not None
     assert other.x_val is not None
     assert torch.equal(one.x_val, other.x_val)
-    for split in ("train", "test"):
-        write_image(tmp_path / "set" / split / "ant" / "0.png", (9, 9, 9))
+    for image in ("train/ant/0", "train/ant/1", "train/ant/2", "test/ant/0"):
+        write_image(tmp_path / "set" / f"{image}.png", (9, 9, 9))
     assert list(lists(tmp_path / "set", hold_out_val=0.2)) == ["train", "test", "val"]
     with pytest.raises(DataError, match=r"--hold-out-val: expected 0 with --hold-out, .* got 0.2"):
         load(DataConfig(data=str(path), hold_out=0.1, hold_out_val=0.2))
@@ -198,6 +196,15 @@ def test_arrays_have_no_other_lists(arrays: dict[str, np.ndarray], tmp_path: Pat
                 DataError, match=f"^{option}: expected none unless --data is a list or a folder"
             ):
                 load(DataConfig(data=data, **{name: value}))  # type: ignore[arg-type]
+
+
+def test_data_of_an_unknown_kind_are_refused_before_their_options(tmp_path: Path) -> None:
+    """The message was that --images needs a list, about a list of another name."""
+    path = tmp_path / "train.tsv"
+    path.write_text("a/0.png 0\n")
+    for read in (load, load_labeled):
+        with pytest.raises(DataError, match=r"train.tsv: expected .* a list named .txt, .csv or .json"):
+            read(DataConfig(data=str(path), images=str(tmp_path)))
 
 
 @pytest.mark.parametrize("kind", ["npz", "safetensors", "features", "archive"])
