@@ -47,7 +47,7 @@ class AblationOptions:
     vary: tuple[str, ...] = ()
     #: Train the rows of this table of the paper, in its order, in place of --methods and --vary. 1: ImageNet-LT and
     #: Places-LT. 2: iNaturalist 2018. 3: the ablation of the two streams, the displacements and their transforms.
-    #: Any data will do. If --data is the whole dataset of the table, without --hold-out, the paper's figures stand
+    #: Any data will do. If --data is the whole dataset of the table, without samples held out, the paper's figures stand
     #: beside the results.
     table: Literal[1, 2, 3] | None = None
     #: Write one JSON object to standard output: the accuracies of each line of the table by seed, with means and standard deviations. Messages go to standard error.
