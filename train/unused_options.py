@@ -25,21 +25,33 @@ class Need:
 
 
 def _method(*names: str) -> Need:
-    return Need(f"--methods {' or '.join(names)}", lambda config: bool({*names} & {*config.method.methods}))
+    listed = f"{', '.join(names[:-1])} or {names[-1]}" if names[1:] else names[0]
+    return Need(f"--methods {listed}", lambda config: bool({*names} & {*config.method.methods}))
 
 
 NETWORK = Need("a network (--backbone)", lambda config: config.model.backbone != "none")
 FILES = Need("image files in --data", lambda config: is_list(config.data.data))
 RESIZED = Need("image files in --data", lambda config: FILES.is_met(config) or config.data.data == GLYPHS)
+TRANSLATED = ("gist", "gist-combined", "cos-cs-cb")  # methods that add displacements to centers
+DISPLACED = _method(*TRANSLATED, "gist-rotation", "gist-mlp")
+TWO_STREAMS = ("gist", "cos-gist", "gist-combined", "gist-rotation", "gist-mlp")
 NEEDS = {
     "backbone_lr": NETWORK,
+    "balanced_loss_weight": _method(*TWO_STREAMS),
+    "balancing": _method(*TWO_STREAMS),
     "cb_focal_gamma": _method("cb-focal"),
+    "center_init": _method(*TWO_STREAMS, "cos-cb", "cos-cs-cb", "cos-balanced-softmax"),
     "class_balanced_beta": _method("cb-focal"),
     "color_jitter": NETWORK,
     "crop_padding": NETWORK,
     "crop_scale": NETWORK,
     "crop_size": NETWORK,
     "crt_epochs": _method("crt"),
+    "displacement_init": _method(*TRANSLATED),
+    "displacement_lr": DISPLACED,
+    "displacement_scale": DISPLACED,
+    "displacement_update": _method(*TRANSLATED),
+    "displacement_weight_decay": DISPLACED,
     "flip": NETWORK,
     "hold_out_seed": Need(
         "--hold-out or --hold-out-val", lambda config: config.data.hold_out + config.data.hold_out_val > 0
@@ -48,7 +60,9 @@ NEEDS = {
     "lora_rank": Need("--tune lora", lambda config: config.tuning.tune == "lora"),
     "lr_drops": Need("--schedule step", lambda config: config.optim.schedule == "step"),
     "momentum": Need("--optimizer sgd", lambda config: config.optim.optimizer == "sgd"),
+    "num_displacements": DISPLACED,
     "tau_norm": _method("tau-norm"),
+    "transfer_directions": _method("gist", "gist-rotation", "gist-mlp"),
     "transfer_length": Need(
         "--transfer-directions", lambda config: config.displacements.transfer_directions > 0
     ),
