@@ -29,7 +29,7 @@ def replace_classifier(
     The model's `forward` then returns the logits of the new head. Models of timm name their classifier. In other models it
     is the last `nn.Linear` or head of gistops, also a frozen one, in the order of `named_modules()`, which fits the classifiers
     of torchvision. Layers inside `nn.MultiheadAttention` are none. A layer that the model has under several names is replaced under
-    all of them. A model that has an attribute `num_classes` gets the new number.
+    all of them. Attributes `num_classes`, `num_labels` and `config.num_labels` of the model get the new number.
 
         model = timm.create_model("resnet50", pretrained=True)
         head = replace_classifier(model, 8142)  # model.fc is a ConstellationClassifier
@@ -80,8 +80,14 @@ def replace_classifier(
     names = [place] if isinstance(old, nn.Identity) else _names(model, old)
     for parent, _, last in (n.rpartition(".") for n in names):
         setattr(model.get_submodule(parent), last, new)
-    if isinstance(getattr(model, "num_classes", None), int):
-        model.num_classes = num_classes  # type: ignore[assignment]
+    # transformers reshapes logits to these numbers where it computes a loss.
+    for owner, attribute in (
+        (model, "num_classes"),
+        (model, "num_labels"),
+        (getattr(model, "config", None), "num_labels"),
+    ):
+        if isinstance(getattr(owner, attribute, None), int):
+            setattr(owner, attribute, num_classes)
     return new
 
 

@@ -148,8 +148,10 @@ class Mistakes:
             r"class_bias: expected shape \[11\]",
             lambda: self.head.predict_topk(self.x, 1, class_bias=bias),
         )
-        labels = self.y + K if self.last else self.y
-        self.expect(IndexError, "labels: expected 0 to 10", lambda: self.head.slot_usage(self.x, labels))
+        x, labels = self.x[:4].reshape(2, 2, D), self.y[:4].reshape(2, 2).clone()
+        labels[1, 0] = K if self.last else 0
+        words = "labels: expected 0 to 10, got 11 at position 1, 0"
+        self.expect(IndexError, words, lambda: self.head.slot_usage(x, labels))
         for last in (True, False):
             with (
                 torch.set_grad_enabled(self.last != last),

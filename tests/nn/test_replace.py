@@ -112,6 +112,17 @@ def test_timm(name: str) -> None:
     assert replace_classifier(model, 4).in_features == head.in_features
 
 
+def test_a_model_of_transformers_computes_its_loss() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, num_labels=3)).eval()
+    replace_classifier(model, 7)
+    target = torch.tensor([0, 6])
+    output = model(input_ids=torch.ones(2, 4, dtype=torch.long), labels=target)
+    torch.testing.assert_close(output.loss, nn.functional.cross_entropy(output.logits, target))
+    assert (model.num_labels, model.config.num_labels) == (7, 7)
+
+
 @pytest.mark.skipif(
     not installed("timm"), reason="timm is not installed, or its torchvision does not fit this torch"
 )

@@ -147,11 +147,11 @@ def slot_counts(
     def check(shards: Shards, input: Tensor, classifier: Classifier) -> tuple[dict[str, object], Tensor]:
         if labels.shape != input.shape[:-1]:
             raise ValueError(f"labels: expected shape {list(input.shape[:-1])}, got {list(labels.shape)}")
-        flat = labels.reshape(-1).to(input.device, torch.int64)
-        if flat.device.type == "cpu":
-            outside = (flat < 0) | (flat >= shards.classes)
-            refuse_classes("labels", flat, outside, f"0 to {shards.classes - 1}")
-        return {}, flat
+        own = labels.to(input.device, torch.int64)
+        if own.device.type == "cpu":
+            outside = (own < 0) | (own >= shards.classes)
+            refuse_classes("labels", own, outside, f"0 to {shards.classes - 1}")
+        return {}, own.reshape(-1)
 
     shards, batch, problem = agreed("slot usage", input, classifier, backend, check)
     x, own = problem.input, problem.more
