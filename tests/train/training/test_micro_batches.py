@@ -226,7 +226,10 @@ def test_steps_made_ahead_are_the_same_and_go_on(images: Dataset) -> None:
             made.augment,
             made.generator,
             made.transfer_generator,
+            (made.local_indices, made.num_micro_batches),
             ahead=ahead,
+            subset=made.subset,
+            mixing=made.mixing,
         )
 
     def taken(source: Any, count: int) -> list[Any]:
