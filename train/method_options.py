@@ -141,13 +141,14 @@ class BaselineConfig(Section):
     cb_focal_gamma: float = 1.0
     #: crt: epochs of the new classifier: 10 for ImageNet-LT and Places-LT, 30 for iNaturalist 2018.
     crt_epochs: int = 10
-    #: tau-norm: the exponent t of ‖w‖^t, by which weights are divided. If not given, the best one of 0, 0.1, …, 2
+    #: tau-norm: the exponent t of ‖w‖^t, by which weights are divided, from 0 to 2. If not given, the best one of 0, 0.1, …, 2
     #: on the validation samples (see --hold-out-val), or 0.7 if there are none.
     tau_norm: float | None = None
 
     def __post_init__(self) -> None:
-        self._expect_at_least(0, "cb_focal_gamma", "tau_norm")
+        self._expect_at_least(0, "cb_focal_gamma")
         valid = 0 <= self.class_balanced_beta < 1
         self._expect("class_balanced_beta", valid, "at least 0 and below 1")
         self._expect_at_least(1, "crt_epochs")
-        self._expect_at_least(0, "tau_norm")
+        # Larger exponents than those of the paper can make weights infinite.
+        self._expect("tau_norm", self.tau_norm is None or 0 <= self.tau_norm <= 2, "from 0 to 2")

@@ -38,6 +38,7 @@ WORDS = [
         "--data: expected text in UTF-8, because config.toml records it, got M\\udcf6nch.npz",
     ),
     ("--momentum 1", "--momentum: expected at least 0 and below 1"),
+    ("--tau-norm 2.1", "--tau-norm: expected from 0 to 2, got 2.1"),
     ("--num-displacements 256", "--num-displacements: expected 0 to 255, got 256"),
     ("--backbone resnet99", "--backbone: expected one of none, "),
     ("--data nowhere.npz", "nowhere.npz: expected an existing file, got none"),
