@@ -157,8 +157,10 @@ def check(config: Sections) -> None:
 
 def _check_text(config: Sections) -> None:
     """Check that texts can be recorded in config.toml: the bytes of a path need not be UTF-8."""
-    for name in config.fields().keys() - config.marked(Mark.UNRECORDED):
-        value = config.options()[name]
+    unrecorded = config.marked(Mark.UNRECORDED)
+    for name, value in config.options().items():
+        if name in unrecorded:
+            continue
         for text in (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ():
             if isinstance(text, str) and not _is_utf8(text):
                 raise ConfigError(name, "text in UTF-8, because config.toml records it", text)

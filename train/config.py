@@ -23,7 +23,7 @@ from .shot_groups import SplitRule
 from .tuning_options import TuningConfig as TuningConfig
 
 DEFAULT_RECIPE = "fashion-mnist-lt"
-MAX_THREADS = 1024  # with as many as a process may not start OpenMP ends in a segmentation fault
+MAX_THREADS = 1024  # OpenMP ends in a segmentation fault if the system refuses it a thread
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ def replace_classifier(
 
     The model's `forward` then returns the logits of the new head. Models of timm name their classifier. In other models it
     is the last `nn.Linear` or head of gistops, also a frozen one, in the order of `named_modules()`, which fits the classifiers
-    of torchvision. Layers inside `nn.MultiheadAttention` are none. A layer that the model has under several names is replaced under
+    of torchvision. Layers inside `nn.MultiheadAttention` do not count. A layer that the model has under several names is replaced under
     all of them. Attributes `num_classes`, `num_labels` and `config.num_labels` of the model get the new number.
 
         model = timm.create_model("resnet50", pretrained=True)
@@ -104,7 +104,7 @@ def _classifier_name(model: nn.Module) -> str:
     if isinstance(named, str) and hasattr(model, "reset_classifier"):
         return str(named)
     layers: list[str] = []
-    wholes: tuple[str, ...] = ()  # prefixes of the parts of a module that uses them itself
+    wholes: tuple[str, ...] = ()  # prefixes of layers inside of modules that use these themselves
     for place, layer in model.named_modules():
         if place.startswith(wholes):
             continue
