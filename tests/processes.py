@@ -50,6 +50,11 @@ def begin(
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
     function(rank, *arguments)
+    end_group()
+
+
+def end_group() -> None:
+    """Destroy the process group before this process ends. Afterwards it cannot abort."""
     gc.collect()  # DistributedDataParallel may be in a reference cycle, and aborts or hangs if it outlives the group
     dist.destroy_process_group()
     time.sleep(0.2)  # gloo's threads free their last tensors: if Python has ended, they abort the process

@@ -34,12 +34,13 @@ def init_process_group() -> Iterator[None]:
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     _patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    yield
-    _patient_group = None
-    gc.collect()  # a DDP wrapper in a reference cycle would abort the process if it outlived the group
-    dist.destroy_process_group()  # not after an error: other processes may not get here, and torchrun ends them
-    # gloo's threads need the interpreter to free their last tensors. If it has ended, they abort the process.
-    time.sleep(SECONDS_FOR_GLOO)
+    try:
+        yield
+        _patient_group = None
+        gc.collect()  # a DDP wrapper in a reference cycle would abort the process if it outlived the group
+        dist.destroy_process_group()  # not after an error: other processes may not get here, and torchrun ends them
+    finally:  # gloo's threads need the interpreter to free their last tensors. If it has ended, they abort the process.
+        time.sleep(SECONDS_FOR_GLOO)
 
 
 def is_initialized() -> bool:

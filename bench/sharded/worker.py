@@ -59,6 +59,7 @@ def _begin(rank: int, case: Case, seconds: float, folder: str) -> None:
         Path(folder, "result.json").write_text(json.dumps(joined(everyone)), encoding="utf-8")
     gc.collect()  # tensors in reference cycles must not outlive the group
     dist.destroy_process_group()
+    time.sleep(0.2)  # gloo's threads free their last tensors: if Python has ended, they abort the process
 
 
 class Steps:

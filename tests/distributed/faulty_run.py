@@ -5,7 +5,6 @@ Arguments: the folder of checkpoints, the number of steps, and the step in which
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ import torch.distributed as dist
 
 from gistops.distributed import load_checkpoint, save_checkpoint
 
+from ..processes import end_group
 from .training import batch, make, train
 
 CASE, SEED = "rotation", 3
@@ -36,8 +36,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
-    gc.collect()  # as in tests.processes
-    dist.destroy_process_group()
+    end_group()
 
 
 if __name__ == "__main__":
