@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TextIO
 
 
 class TextError(ValueError):
@@ -83,6 +85,12 @@ def append_line(path: Path, line: str) -> None:
                 raise
     except OSError as error:
         raise WriteError(f"{path}: {_reason(error)}") from error
+
+
+def csv_writer(file: TextIO) -> Any:
+    """Return a writer of the module csv that accepts all text, null characters included."""
+    # Python 3.10 refuses null characters unless there is an escape character. Texts in UTF-8 do not have this one.
+    return csv.writer(file, lineterminator="\n", escapechar="\udfff")
 
 
 def check_writable(folder: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 
-from train.files import write_atomically
+from train.files import csv_writer, write_atomically
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
@@ -23,3 +24,13 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     write_atomically(path, lambda temporary: temporary.write_text("new"))
     assert path.read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_csv_of_any_text() -> None:
+    """Python 3.10 refuses a null character by default."""
+    file = io.StringIO(newline="")
+    csv_writer(file).writerows(
+        [["a\0b", 'say "no"', "two\nlines"], ["back\\slash", "a, b", 0.5], [None, "\udcff", "дог"]]
+    )
+    expected = 'a\0b,"say ""no""","two\nlines"\nback\\slash,"a, b",0.5\n,\udcff,дог\n'
+    assert file.getvalue() == expected

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import glob
 import itertools
@@ -29,7 +28,7 @@ from ..data.processes import process_map
 from ..data.sources.arrays import unlabeled
 from ..data.sources.image_files import SUFFIXES, decode
 from ..data.sources.listing import read_listing
-from ..files import write_atomically
+from ..files import csv_writer, write_atomically
 from .model_file import check_out, expect_images, open_model
 
 UNREADABLE = 3  # the exit code if a file could not be read
@@ -219,7 +218,7 @@ def _failed(path: str, error: str) -> Row:
 def _write(file: TextIO, rows: Iterator[Row], k: int, as_json: bool) -> int:
     """Write the rows and return the exit code."""
     code = 0
-    writer = csv.writer(file, lineterminator="\n")
+    writer = csv_writer(file)
     if not as_json:
         ranks = range(1, k + 1)
         writer.writerow(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from ..data.dataset import Dataset
 from ..evaluated import Results, analysis_of
-from ..files import write_atomically
+from ..files import csv_writer, write_atomically
 from ..trained import TrainedModel
 from .data_record import data_record
 from .html import write_page
@@ -91,6 +90,6 @@ def _confusion_rows(trained: TrainedModel, results: Results) -> Iterable[list[ob
 def _write_csv(path: Path, rows: Iterable[list[object]]) -> None:
     def write(temporary: Path) -> None:
         with open(temporary, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+            csv_writer(file).writerows(rows)
 
     write_atomically(path, write)
