@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gistops
 
+from ..one_device import OneDevice
 from .oracle import Sample
 
 K, d, m = 67, 20, 3
@@ -92,16 +92,6 @@ class FromTheHost(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func not in (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy), func
         return func(*args, **(kwargs or {}))
-
-
-class OneDevice(TorchDispatchMode):
-    """A mode that refuses ops with a tensor on the CPU."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        devices = {t.device.type for t in tree_leaves((args, kwargs, made)) if isinstance(t, Tensor)}
-        assert devices <= {"meta"}, f"{func}: {devices}"
-        return made
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -6,14 +6,11 @@ import dataclasses
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from train import footprint
 from train.__main__ import main
@@ -24,6 +21,7 @@ from train.model.model import load_model
 from train.training.kept_weights import weight_average
 from train.training.trainer import Trainer
 
+from ...one_device import OneDevice
 from ..short_runs import FEATURES, IMAGES, check_resuming, equal
 
 
@@ -67,16 +65,6 @@ def test_indices_are_copied_into_the_average(decay: float, images: Dataset) -> N
         for name, value in model.items():
             if not value.is_floating_point():
                 assert torch.equal(average[name], value), (name, step)
-
-
-class OneDevice(TorchDispatchMode):
-    """A mode that refuses ops with tensors on two devices: a GPU's host waits for copies between them."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves((args, kwargs, made)) if isinstance(t, Tensor)]
-        assert len({t.device.type for t in tensors}) <= 1, func
-        return made
 
 
 def test_an_update_copies_nothing_between_devices(features: Dataset) -> None:
