@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +44,12 @@ def fit(recipe: str | Config | None = None, **options: Any) -> dict[str, dict[st
     from .cli import check, data_name
     from .recipes import configure
     from .run import start
+    from .unused_options import unused_options
 
     config = configure(recipe, options)
     check(config)
+    for unused in unused_options([config], [f"--{name}" for name in options]):
+        warnings.warn(unused, RuntimeWarning, stacklevel=2)
     if not config.run.name:
         config = config.replace(name=data_name(config.data.data))
     folder = Path(config.run.runs) / config.run.name

@@ -23,6 +23,7 @@ from .methods.residual_directions import num_residuals
 from .methods.two_stage import TwoStageMethod
 from .model.backbones import TIMM, BackboneError
 from .training.input import local_micro_batches, smallest_part
+from .training.optim import warmup_epochs
 
 
 def fill_in(config: Config, data: Dataset) -> Config:
@@ -32,7 +33,7 @@ def fill_in(config: Config, data: Dataset) -> Config:
 
 
 class Doubt(ConfigError):
-    """An option with which a run may be slow or run out of memory: the run warns and starts."""
+    """An option with which a run may be slow, train worse or run out of memory: the run warns and starts."""
 
 
 def check_options(config: Config, data: Dataset, shared: bool = False) -> None:
@@ -64,6 +65,7 @@ def problems_of(config: Config, data: Dataset, shared: bool = False) -> Iterator
         _devices,
         _micro_batches,
         _directions,
+        _warm_up,
         _precision,
         _sharding,
     ):
@@ -209,6 +211,17 @@ def _directions(config: Config, data: Dataset) -> Iterator[ConfigError]:
             expected = f"at most {most}, the training samples of the classes with more than the mean number"
             yield ConfigError(option, expected, f"{got} for {name}")
             return
+
+
+def _warm_up(config: Config, data: Dataset) -> Iterator[ConfigError]:
+    """Doubt a warm-up that is longer than a stage: a recipe's, in a trial of a few epochs."""
+    for name in config.method.methods:
+        for stage in METHODS[name](config, data.train_counts).stages:
+            if 0 < stage.epochs < warmup_epochs(config.optim, stage):
+                of = f"{stage.name} of {name}" if stage.name else name
+                expected = f"at most {stage.epochs}, the epochs of {of}, which otherwise does not reach --lr"
+                yield Doubt("warmup_epochs", expected, f"{config.optim.warmup_epochs:g}")
+                return
 
 
 def _precision(config: Config, data: Dataset) -> Iterator[ConfigError]:

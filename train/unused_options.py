@@ -1,4 +1,4 @@
-"""Options of a command line that have no effect beside the others. A run or an ablation warns of them, and doctor lists them."""
+"""Options that are given and have no effect beside the others. A run, an ablation and `fit` warn of them, and doctor lists them."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from train import footprint
 from train.__main__ import main
 from train.checks import Doubt, fill_in, problems_of
 from train.cli import data_name, parse_run
-from train.config import Config
+from train.config import Config, MethodName
 from train.data.dataset import Dataset
 from train.data.sources.arrays import load_arrays
 from train.training.trainer import Trainer
@@ -228,6 +228,39 @@ def test_memory_and_disk_are_compared_with_what_is_free(
     (problem,) = problems_of(IMAGES, images)
     assert str(problem).startswith("--runs: expected about ")
     assert not isinstance(problem, Doubt)
+
+
+@pytest.mark.parametrize(
+    ("methods", "epochs", "warm_up", "shorter"),
+    [
+        (("plain", "gist"), (2, 3), 2.5, "2, the epochs of stage 1 of gist"),
+        (("gist",), (3, 2), 2.5, "2, the epochs of stage 2 of gist"),
+        (("plain",), (2, 1), 3.5, "3, the epochs of plain"),
+        (("plain",), (2, 1), 3, ""),  # reaches --lr in its last step
+        (("gist",), (0, 3), 3, ""),  # has no first stage
+        (("crt",), (5, 0), 4, ""),  # its second stage has no warm-up
+    ],
+)
+def test_a_warm_up_that_is_longer_than_a_stage_is_doubtful(
+    methods: tuple[MethodName, ...],
+    epochs: tuple[int, int],
+    warm_up: float,
+    shorter: str,
+    features: Dataset,
+) -> None:
+    config = FEATURES.replace(
+        methods=methods,
+        stage1_epochs=epochs[0],
+        stage2_epochs=epochs[1],
+        warmup_epochs=warm_up,
+        crt_epochs=2,
+    )
+    found = list(problems_of(config, features))
+    assert all(isinstance(problem, Doubt) for problem in found)
+    expected = (
+        f"--warmup-epochs: expected at most {shorter}, which otherwise does not reach --lr, got {warm_up}"
+    )
+    assert [str(problem) for problem in found] == ([expected] if shorter else [])
 
 
 def test_fp16_on_a_cpu_is_said_before_the_start(

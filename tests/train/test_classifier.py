@@ -226,6 +226,16 @@ def test_fit_returns_results_and_models(features: Dataset, feature_file: Path, t
         train.fit("features", stage1_epochs="many")
 
 
+def test_fit_warns_of_options_without_effect(feature_file: Path, tmp_path: Path) -> None:
+    config = FEATURES.replace(data=str(feature_file), runs=str(tmp_path), methods=("plain",), flip=True)
+    short: dict[str, Any] = {"stage1_epochs": 1, "stage2_epochs": 0}
+    with pytest.warns(RuntimeWarning) as caught:
+        train.fit(config, **short, tau_norm=0.5)
+    (warning,) = caught
+    assert str(warning.message) == "--tau-norm has no effect without --methods tau-norm"
+    assert Path(warning.filename) == Path(__file__)
+
+
 def test_fit_takes_a_config(feature_file: Path, tmp_path: Path) -> None:
     short = FEATURES.replace(data=str(feature_file), stage1_epochs=1, stage2_epochs=1, methods=("plain",))
     config = short.replace(runs=str(tmp_path), name="")

@@ -146,12 +146,14 @@ def _groups(
     return list(groups.values())
 
 
-def lr_schedule(optim: OptimConfig, stage: Stage, steps_per_epoch: int) -> Callable[[int], float]:
-    """Return a function from the step of a stage to the factor of the learning rate.
+def warmup_epochs(optim: OptimConfig, stage: Stage) -> float:
+    """Return the epochs of warm-up of a stage: none with frozen features, as such stages are short, and a linear layer needs none."""
+    return 0.0 if stage.frozen_features else optim.warmup_epochs
 
-    Stages with frozen features have no warm-up: they are short, and a linear layer needs none.
-    """
-    warmup_steps = 0 if stage.frozen_features else optim.warmup_epochs * steps_per_epoch
+
+def lr_schedule(optim: OptimConfig, stage: Stage, steps_per_epoch: int) -> Callable[[int], float]:
+    """Return a function from the step of a stage to the factor of the learning rate."""
+    warmup_steps = warmup_epochs(optim, stage) * steps_per_epoch
 
     def factor(step: int) -> float:
         progress = step / max(1, stage.epochs * steps_per_epoch)
