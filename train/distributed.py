@@ -19,17 +19,34 @@ from .options import ConfigError
 T = TypeVar("T")
 SECONDS_FOR_GLOO = 0.2
 
+#: What torchrun sets in the environment of each process.
+ENVIRONMENT = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
 #: A group with a long timeout, because other processes may wait for hours while one decodes all images.
 _patient_group: dist.ProcessGroup | None = None
 
 
+class WrongEnvironment(ConfigError):
+    """A process of several, as its environment says, which torchrun has not started."""
+
+    def __init__(self, got: str) -> None:
+        expected = f"{', '.join(ENVIRONMENT)} as torchrun sets them, or no WORLD_SIZE for one process"
+        Exception.__init__(self, f"environment: expected {expected}, got {got}")
+
+
 @contextmanager
 def init_process_group() -> Iterator[None]:
-    """Initialize torch.distributed if torchrun started this process: gloo for the CPU, NCCL for one GPU per process."""
+    """Initialize torch.distributed if torchrun started this process: gloo for the CPU, NCCL for one GPU per process.
+
+    Raises:
+        WrongEnvironment: WORLD_SIZE, which schedulers set too, is there without the rest of what torchrun sets.
+    """
     global _patient_group
-    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
+    if missing := [name for name in ENVIRONMENT if not os.environ.get(name)]:
+        raise WrongEnvironment(f"WORLD_SIZE={os.environ['WORLD_SIZE']} without {', '.join(missing)}")
     if (local_rank := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")

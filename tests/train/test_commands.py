@@ -16,6 +16,7 @@ import torch
 from train.__main__ import main
 from train.commands.table import COMMANDS
 from train.data.dataset import Dataset
+from train.distributed import ENVIRONMENT
 
 from .short_runs import FEATURES
 from .test_classifier import save_trained
@@ -38,6 +39,23 @@ def help_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         main([*words, "--help"])
     assert ended.value.code == 0
     return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}])
+def test_an_environment_of_several_processes_without_torchrun(
+    given: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scripts for schedulers set WORLD_SIZE too, and not always the rest."""
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--recipe", "smoke"]) == 2
+    missing = ", ".join(name for name in ENVIRONMENT if name not in given)
+    assert capsys.readouterr().err == (
+        "error: environment: expected WORLD_SIZE, RANK, LOCAL_WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, "
+        f"MASTER_PORT as torchrun sets them, or no WORLD_SIZE for one process, got WORLD_SIZE=2 without {missing}\n"
+    )
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -20,14 +21,16 @@ from .errors import DataError
 def process_map(workers: int | None, *, serial: bool) -> Iterator[Callable[..., Iterator[Any]]]:
     """Yield a `map` over `workers` processes, by default one per processor; the built-in `map` if `serial`.
 
+    A daemonic process, such as a worker of a pool, may not start processes, and gets the built-in `map` too.
+
     Raises:
         DataError: the system ended a process.
     """
-    if serial:
+    if serial or multiprocessing.current_process().daemon:
         yield map
         return
     try:
-        with ProcessPoolExecutor(workers or os.cpu_count(), Context()) as pool:
+        with ProcessPoolExecutor(workers or _processors(), Context()) as pool:
 
             def each(*arguments: Any) -> Iterator[Any]:
                 with _without_sigint():  # the processes start here
@@ -42,6 +45,13 @@ def process_map(workers: int | None, *, serial: bool) -> Iterator[Callable[..., 
         raise DataError(
             "expected worker processes that finish their images, got one that the system ended, as when memory runs out"
         ) from None
+
+
+def _processors() -> int | None:
+    """Return the number of processors of this process, to which a scheduler such as Slurm may give a few of the machine's."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import resource
 import signal
@@ -197,6 +198,32 @@ def test_a_worker_process_that_the_system_ends() -> None:
         process_map(1, serial=False) as each,
     ):
         list(each(os._exit, [1]))
+
+
+def test_one_worker_process_per_processor_that_a_scheduler_gives() -> None:
+    """Slurm gives a job some processors of a machine by their affinity."""
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(mine)})
+    try:
+        with process_map(None, serial=False) as each:
+            assert list(each(abs, range(-5, 0))) == [5, 4, 3, 2, 1]
+            assert len(multiprocessing.active_children()) == 1
+    finally:
+        os.sched_setaffinity(0, mine)
+
+
+def test_a_daemonic_process_works_alone() -> None:
+    """Python forbids it to start processes, as in the workers of multiprocessing's and Celery's pools."""
+    script = (
+        "import multiprocessing, train.data.processes\n"
+        "def work():\n"
+        "    with train.data.processes.process_map(2, serial=False) as each: print(list(each(abs, [-1, 2])))\n"
+        "process = multiprocessing.get_context('fork').Process(target=work, daemon=True)\n"
+        "process.start()\n"
+        "process.join()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert done.stdout == "[1, 2]\n", done.stderr
 
 
 def test_worker_processes_do_not_run_the_users_script(tmp_path: Path) -> None:
