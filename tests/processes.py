@@ -8,7 +8,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import os
-import time
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-SECONDS = 240
+SECONDS = 600
 
 
 def in_group(function: Callable[..., object], size: int, folder: Path, *arguments: Any) -> None:
@@ -50,14 +50,19 @@ def begin(
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
     function(rank, *arguments)
-    end_group()
+    end()
 
 
-def end_group() -> None:
-    """Destroy the process group before this process ends. Afterwards it cannot abort."""
+def end() -> None:
+    """Destroy the process group and end this process, with exit code 0.
+
+    Python's own end would abort it if a thread of gloo still had tensors to free.
+    """
     gc.collect()  # DistributedDataParallel may be in a reference cycle, and aborts or hangs if it outlives the group
     dist.destroy_process_group()
-    time.sleep(0.2)  # gloo's threads free their last tensors: if Python has ended, they abort the process
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def groups_in_turn(rank: int, sizes: tuple[int, ...], folder: Path) -> Iterator[tuple[int, int]]:

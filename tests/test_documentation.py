@@ -91,7 +91,7 @@ def run_bash(example: Example) -> None:
     source = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PATH": path, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
     command = ["bash", "-euo", "pipefail", "-c", str(example.parsed)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{example.path}:{example.line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
 
 
@@ -288,7 +288,7 @@ def figures_of(text: str) -> tuple[str, list[float]]:
 def test_the_figures_are_those_of_the_script(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     subprocess.run(
-        [sys.executable, str(ROOT / "docs" / "figures.py"), str(tmp_path)], check=True, timeout=120
+        [sys.executable, str(ROOT / "docs" / "figures.py"), str(tmp_path)], check=True, timeout=600
     )
     committed = {
         path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "figures").glob("*.svg")

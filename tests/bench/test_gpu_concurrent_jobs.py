@@ -34,7 +34,7 @@ def test_a_pytest_run_is_reported(tmp_path: Path) -> None:
     test = tmp_path / "test_some.py"
     test.write_text("def test_a(): pass\ndef test_b(): assert False\n", encoding="utf-8")
     logs = Logs(tmp_path)
-    found = concurrent_jobs.run_pytest("some", [str(test)], 1, 60.0, logs)
+    found = concurrent_jobs.run_pytest("some", [str(test)], 1, 600.0, logs)
     assert found["counts"] == {"passed": 1, "failed": 1}
     assert found["problem"] == "1 failed"
     assert "test_b" in found["failures"][0]
@@ -62,7 +62,7 @@ def test_finished_models_are_parsed() -> None:
 
 
 def test_jobs_run_concurrently_and_a_failure_hides_no_result() -> None:
-    barrier = threading.Barrier(2, timeout=20)
+    barrier = threading.Barrier(2, timeout=300)
 
     def meet() -> dict[str, Any]:
         barrier.wait()
@@ -86,6 +86,6 @@ def test_the_table_of_ncu_is_extracted(tmp_path: Path) -> None:
     program.write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
     program.chmod(0o755)
     size = Size(2, 3, 4)
-    text, run = ncu.profile(program, "cuda", "step", size, 20.0, tmp_path / "log")
+    text, run = ncu.profile(program, "cuda", "step", size, 200.0, tmp_path / "log")
     assert text == '"ID","Kernel Name"\n"0","norms_kernel"\n'
     assert "not run" not in run

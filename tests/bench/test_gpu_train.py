@@ -31,7 +31,7 @@ def run_command(
     command = [sys.executable, "-m", "bench.gpu_train", "--data", str(data), "--folder", str(folder)]
     done = subprocess.run(
         [*command, *SMALL.split(), *words.split(), "--", *options.split()],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=280,
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=1000,
     )  # fmt: skip
     assert not done.stderr, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -84,7 +84,7 @@ def test_a_stopped_pool_resumes(image_file: Path, tmp_path: Path) -> None:
             running.poll()
             assert len(running.running) == 2, [jobs.read_log(tmp_path, job) for job in both]
             time.sleep(0.1)
-        running.stop(time.monotonic() + 100)
+        running.stop(time.monotonic() + 600)
         assert list(running.codes.values()) == [143, 143]
         for job in both:
             assert "stopped by SIGTERM in gist, after " in jobs.read_log(tmp_path, job)
@@ -102,7 +102,7 @@ def test_a_time_limit_below_the_first_epoch(image_file: Path, tmp_path: Path) ->
 
 
 def test_finished_models_are_reported_by_every_call(image_file: Path, tmp_path: Path) -> None:
-    words = "--seeds 3 --methods gist,plain --epochs 2 --at-once 0 --seconds 250"
+    words = "--seeds 3 --methods gist,plain --epochs 2 --at-once 0 --seconds 900"
     code, lines = run_command(tmp_path / "runs", image_file, words)
     assert code == 0
     assert {(line["event"], line["method"], line["epochs"]) for line in lines} == {
@@ -117,7 +117,7 @@ def test_finished_models_are_reported_by_every_call(image_file: Path, tmp_path: 
 
 
 def test_a_failed_process_is_reported(image_file: Path, tmp_path: Path) -> None:
-    words = "--seeds 0 --methods plain --epochs 2 --seconds 100"
+    words = "--seeds 0 --methods plain --epochs 2 --seconds 900"
     code, (line,) = run_command(tmp_path / "runs", image_file, words, "--num-classes 6")
     assert code == 1
     assert (line["event"], line["code"]) == ("failed", 2)
@@ -151,12 +151,12 @@ def test_the_probe_measures_every_launch_mode(image_file: Path, tmp_path: Path) 
         "--data",
         str(image_file),
         "--seconds",
-        "110",
+        "900",
         "--ways",
         "eager,graph",
     ]
     command += ["--folder", str(folder), "--methods", "gist", *SMALL.split(), "--", *OPTIONS.split()]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1000)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = {line["way"]: line for line in map(json.loads, done.stdout.splitlines())}
     assert lines["eager"]["ms_per_step"] > 0
@@ -171,7 +171,7 @@ def test_one_process_compiles_and_the_others_reuse_its_code(
     monkeypatch.setattr(environment, "CACHE", tmp_path / "compiled")
     archive = tmp_path / "compiled.tgz"
     assert environment.compile_cache_env(archive)["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
-    program = "import time\ntime.sleep(60)"
+    program = "import time\ntime.sleep(1000)"
     monkeypatch.setattr(pool, "train_command", lambda *_: [sys.executable, "-c", program])
     args = cli.parse(["--folder", str(tmp_path), "--compile", "--at-once", "2"])
     three = [Job(seed, ("plain",)) for seed in range(3)]
@@ -185,7 +185,7 @@ def test_one_process_compiles_and_the_others_reuse_its_code(
     (tmp_path / three[0].name).mkdir()
     (tmp_path / three[0].name / "metrics.jsonl").write_text('{"event": "epoch", "method": "plain"}\n')
     assert running(cold) == 2
-    cold.stop(time.monotonic() + 20)
+    cold.stop(time.monotonic() + 600)
     made = tmp_path / "compiled" / "fxgraph" / "ab" / "graph"
     made.parent.mkdir(parents=True)
     made.write_bytes(b"code")
@@ -195,4 +195,4 @@ def test_one_process_compiles_and_the_others_reuse_its_code(
     assert made.read_bytes() == b"code"
     warm = pool.Pool(three, None, args, dict(os.environ))
     assert running(warm) == 2
-    warm.stop(time.monotonic() + 20)
+    warm.stop(time.monotonic() + 600)

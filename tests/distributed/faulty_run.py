@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from gistops.distributed import load_checkpoint, save_checkpoint
 
-from ..processes import end_group
+from ..processes import end
 from .training import batch, make, train
 
 CASE, SEED = "rotation", 3
@@ -36,7 +36,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
-    end_group()
+    end()
 
 
 if __name__ == "__main__":

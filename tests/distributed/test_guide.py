@@ -38,5 +38,5 @@ def test_the_program_of_the_guide_runs(tmp_path: Path) -> None:
         "GLOO_SOCKET_IFNAME": "lo",  # independent of the host name
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]

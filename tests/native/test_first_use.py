@@ -59,7 +59,7 @@ def start(cheap_sources: Path, site: Path, tmp_path: Path) -> Start:
 
 
 def result(process: subprocess.Popen[str]) -> tuple[dict[str, Any], str]:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     return json.loads(out), err
 

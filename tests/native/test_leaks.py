@@ -54,7 +54,7 @@ print(json.dumps(grown))
 def test_calls_keep_no_memory(products: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call makes eleven products or more, so that the 48 bytes of a string per product would be above 500."""
     monkeypatch.setenv("GISTOPS_CPU_PRODUCTS", products)
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     grown = json.loads(done.stdout)
     assert all(abs(size) < 100 for size in grown.values()), grown

@@ -177,7 +177,7 @@ def test_ctrl_c_leaves_no_file_and_no_traceback(images: Dataset, tmp_path: Path)
     while not (tmp_path / ".rows.csv.tmp").exists() and process.poll() is None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 130
     assert errors == "stopped by SIGINT; the same command begins again\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "images.npz", "model"]

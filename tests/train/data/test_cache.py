@@ -76,7 +76,7 @@ def run_together(script: str, *arguments: str, count: int = 4) -> list[str]:
     for process in started:
         process.stdin.write("\n")
         process.stdin.flush()
-    said = [process.communicate(timeout=60) for process in started]
+    said = [process.communicate(timeout=600) for process in started]
     assert [process.returncode for process in started] == [0] * count, [errors for _, errors in said]
     return [output for output, _ in said]
 
@@ -241,7 +241,7 @@ def test_worker_processes_do_not_run_the_users_script(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=600,
         check=True,
     )
     assert done.stdout == "began\n[1, 2, 3] True None\n", done.stderr

@@ -20,7 +20,7 @@ from .test_micro_batches import ran
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
 #: Seconds within which the processes end whose peer was killed: torchrun waits 30 before it kills them.
-SECONDS_TO_END = 90
+SECONDS_TO_END = 300
 
 
 def command(processes: int, name: str, options: list[str], *more: str) -> list[str]:

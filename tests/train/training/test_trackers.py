@@ -152,7 +152,7 @@ def test_a_missing_tensorboard_is_named(
 
 def wandb_records(file: Path) -> list[Any]:
     """Return the records of a file of wandb, which its service writes a little later than a run ends."""
-    for _ in range(200):
+    for _ in range(2000):
         records = read_wandb(file)
         if records and records[-1].WhichOneof("record_type") == "exit":
             return records
