@@ -46,6 +46,20 @@ def test_runs_per_seed_are_summarized_and_not_repeated(
     assert "seeds 3, 5, 4" in (tmp_path / "grid" / "table.md").read_text()
 
 
+def test_records_that_are_lost_come_from_the_checkpoint_again(feature_file: Path, tmp_path: Path) -> None:
+    """The lines of a killed run may be incomplete; the same command ended in a traceback."""
+    args = f"ablation --recipe features --data {feature_file} --runs {tmp_path} --name a --methods plain {SHORT} --seeds 0 1"
+    assert main(args.split()) == 0
+    table = (tmp_path / "a" / "table.md").read_text()
+    files = [tmp_path / "a" / f"seed-{seed}" / "metrics.jsonl" for seed in (0, 1)]
+    records = [file.read_text() for file in files]
+    files[0].unlink()
+    files[1].write_text(records[1][:-20])
+    assert main(args.split()) == 0
+    assert [file.read_text() for file in files] == records
+    assert (tmp_path / "a" / "table.md").read_text() == table
+
+
 def test_changed_options_are_refused(
     feature_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -90,6 +90,27 @@ def test_a_resumed_run_needs_its_own_data(
     assert "--data: expected the data that the run began with" in capsys.readouterr().err
 
 
+def test_a_checkpoint_without_its_options_is_not_resumed(
+    feature_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`rm -r` of the folder of a running run can leave one. Other options would go on from it."""
+    args = (
+        f"--recipe features --data {feature_file} --runs {tmp_path} --name r --methods plain {SHORT}".split()
+    )
+    assert main(args) == 0
+    config = tmp_path / "r" / "config.toml"
+    config.unlink()
+    capsys.readouterr()
+    before = {file.name: file.read_bytes() for file in config.parent.iterdir()}
+    for more in ([], ["--lr", "0.3"]):
+        assert main([*args, *more, "--resume"]) == 2
+        assert f"error: --resume: expected {config}, the options that" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in config.parent.iterdir()} == before
+    model = str(config.with_name("model-plain.safetensors"))
+    assert main(["evaluate", model, "--data", str(feature_file)]) == 0
+    assert main(["report", str(config.parent), "--out", str(tmp_path / "page.html")]) == 0
+
+
 def test_a_run_goes_on_where_its_data_has_moved(
     feature_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

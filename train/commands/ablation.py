@@ -178,7 +178,14 @@ def earlier_results(folder: Path, base: Config) -> Results:
             if now[option] != before[option] and not from_data and option not in Config.marked(UNCOMPARED):
                 expected = f"{before[option]!r} as in the earlier runs in {folder}"
                 raise ConfigError(option, f"{expected}, or another --name", repr(now[option]))
-        found = [record for record in read_records(run) if record["event"] == "result"]
+        try:
+            records = read_records(run)
+        except (
+            FileNotFoundError,
+            ValueError,
+        ):  # the run is not finished: it writes them again when it goes on
+            continue
+        found = [record for record in records if record["event"] == "result"]
         if len(found) == len(earlier.method.methods):
             results.setdefault(name, {})[earlier.run.seed] = found
     return results

@@ -86,7 +86,11 @@ class RunFolder:
         if saved and saved["data"] != data_fingerprint:
             expected = f"the data that the run began with ({saved['data']})"
             raise ConfigError("data", expected, f"{config.data.data} ({data_fingerprint})")
-        if saved and self.config_file.exists():
+        if saved:
+            if not self.config_file.exists():  # as after a removal of the folder that the run has outlived
+                expected = f"{self.config_file}, the options that the checkpoint was trained with"
+                advice = "put a copy in its place, or delete the folder to train from the beginning"
+                raise ConfigError("resume", expected, f"a checkpoint without it; {advice}")
             config = continued(config, self.config_file, saved, data.train_counts)
         self._data_fingerprint = data_fingerprint
         self.trackers = make_trackers(config, self.path)
