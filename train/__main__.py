@@ -33,12 +33,18 @@ def main(args: list[str] | None = None) -> int:
     open_missing_streams()
     try:
         try:
-            return run(sys.argv[1:] if args is None else args)
+            return run([with_home(word) for word in (sys.argv[1:] if args is None else args)])
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again when it exits
         return 128 + signal.SIGPIPE
+
+
+def with_home(word: str) -> str:
+    """Replace the ~ in a word such as --data=~/images by the home folder, which shells do only where ~ begins a word."""
+    option, equals, value = word.partition("=")
+    return f"{option}{equals}{os.path.expanduser(value)}" if option.startswith("--") else word
 
 
 def run(args: list[str]) -> int:

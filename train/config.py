@@ -70,6 +70,7 @@ class RunConfig(RecipeConfig):
     checkpoint_seconds: float = option(0.0, Mark.CHANGEABLE)
 
     def __post_init__(self) -> None:
+        self._expand_home("runs")
         self._expect_at_least(1, "evaluate_every", "checkpoint_steps")
         self._expect_at_least(0, "seed", "checkpoint_seconds")
         self._expect("seed", self.seed < 2**32, "below 2^32")  # as scikit-learn and NumPy take
@@ -89,6 +90,9 @@ class BackboneConfig(Section):
     pretrained: bool = False
     #: Start from the weights in this file, .safetensors or .pth with timm's parameter names, in place of a download.
     pretrained_file: str = ""
+
+    def __post_init__(self) -> None:
+        self._expand_home("pretrained_file")
 
     @property
     def weights(self) -> bool | str:

@@ -54,6 +54,7 @@ class DataConfig(Section):
     hold_out_seed: int = 0
 
     def __post_init__(self) -> None:
+        self._expand_home("data", "test_data", "val_data", "images", "cache")
         self._expect_at_least(1, "imbalance_ratio", "image_size", "num_classes")
         self._expect_at_least(0, "hold_out_seed")
         self._expect("hold_out_seed", self.hold_out_seed < 2**32, "below 2^32")

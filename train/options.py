@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -84,6 +85,11 @@ class Section:
             value = getattr(self, name)
             expected = f"a finite number, at least {bound}" if value == math.inf else f"at least {bound}"
             self._expect(name, value is None or bound <= value < math.inf, expected)
+
+    def _expand_home(self, *names: str) -> None:
+        """Replace a leading ~ in paths by the home folder. A shell does so in words alone: not in recipes and calls of `fit`."""
+        for name in names:
+            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
 
     def _expect_above_0(self, *names: str) -> None:
         """Refuse 0, negative numbers and values that are not finite; None is a valid value."""

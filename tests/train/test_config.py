@@ -17,7 +17,7 @@ from train.commands.doctor import Doctor
 from train.commands.features import Features
 from train.config import Config, ConfigError, DisplacementConfig, MethodConfig
 from train.options import Sections
-from train.recipes import HINTS, load_recipe, recipe_names
+from train.recipes import HINTS, configure, load_recipe, recipe_names
 
 GOOD = {
     "x_train": np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32),
@@ -151,6 +151,24 @@ def test_the_command_line_overrides_the_recipe() -> None:
     config = parse_run(["--recipe", "smoke", "--lr", "0.25", "--methods", "plain"])
     assert (config.optim.lr, config.method.methods) == (0.25, ("plain",))
     assert config.optim.max_steps_per_epoch == load_recipe("smoke").optim.max_steps_per_epoch
+
+
+def test_a_tilde_is_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell replaces it where it begins a word, which leaves --data=~/x, recipes and calls of `fit`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.toml").write_text("runs = '~/runs'\ncache = '~'\nimages = 'a~/~'\n", encoding="utf-8")
+    written = load_recipe(str(tmp_path / "mine.toml"))
+    assert (written.run.runs, written.data.cache) == (str(tmp_path / "runs"), str(tmp_path))
+    assert written.data.images == "a~/~"
+    assert configure(None, {"pretrained_file": "~/a.pth"}).model.weights == str(tmp_path / "a.pth")
+    assert main(["doctor", "--recipe=~/mine.toml", "--data=~/nothing"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --data: {tmp_path}/nothing: expected an existing")
+    assert main(["predict", "~/none.safetensors", "x.png", "--out=~/none/x.csv"]) == 2
+    assert (
+        f"--out: expected a file in an existing folder, got {tmp_path}/none/x.csv" in capsys.readouterr().err
+    )
 
 
 def test_preset_paper_restores_the_papers_settings() -> None:
