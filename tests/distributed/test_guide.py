@@ -29,6 +29,7 @@ def test_the_program_of_the_guide_runs(tmp_path: Path) -> None:
         "-m",
         "torch.distributed.run",
         "--standalone",
+        "--local-addr=127.0.0.1",  # independent of the host name
         "--nproc-per-node=2",
         "train.py",
     ]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, Request
 
 LARGE = 30_000
+MILLISECONDS = 600_000  # of an action, at most
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def browser() -> Iterator[Browser]:
     if chromium is None:
         pytest.skip("Chromium is not installed")
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium)
+        browser = playwright.chromium.launch(executable_path=chromium, timeout=MILLISECONDS)
         yield browser
         browser.close()
 
@@ -39,6 +40,7 @@ def open_page(browser: Browser, file: Path, **options: Any) -> tuple[Page, list[
             events.append(request.url)
 
     page = browser.new_page(reduced_motion="reduce", **options)
+    page.set_default_timeout(MILLISECONDS)
     page.on("console", lambda message: events.append(message.text))
     page.on("pageerror", lambda error: events.append(str(error)))
     page.on("request", requested)
