@@ -92,40 +92,62 @@ def test_an_unknown_command_is_an_error(word: str, first: str, capsys: pytest.Ca
     assert all(name in line for name in COMMANDS)
 
 
-def complete(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Return how bash completes the last word."""
+def completion(shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """Return the script of a shell's completion."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
     capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main(["completion", "bash"])
-    assert not ended.value.code
-    script = tmp_path / "completion.bash"
+    assert main(["completion", shell]) == 0
+    script = tmp_path / f"completion.{shell}"
     script.write_text(capsys.readouterr().out, encoding="utf-8")
+    return script
+
+
+def complete(words: str, script: Path) -> list[str]:
+    """Return how bash completes the last word."""
     listed = words.split(" ")
     ask = f"""
         source {script}
         COMP_WORDS=({" ".join(map(repr, listed))}) COMP_CWORD={len(listed) - 1}
         $(complete -p gistops-train | sed 's/.*-F \\([^ ]*\\).*/\\1/')
-        printf '%s\\n' "${{COMPREPLY[@]}}"
+        ((${{#COMPREPLY[@]}} == 0)) || printf '%s\\n' "${{COMPREPLY[@]}}"
     """
     shown = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
-    return shown.stdout.split()
+    return shown.stdout.splitlines()
 
 
-def test_bash_completes_commands_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if shutil.which("bash") is None:
-        pytest.skip("bash is not installed")
-    assert COMMANDS.keys() <= {*complete("gistops-train ", tmp_path, capsys)}
-    assert "--batch-size" in complete("gistops-train predict --b", tmp_path, capsys)
-    assert {"onnx", "torch-export"} <= {*complete("gistops-train export --format ", tmp_path, capsys)}
-    assert "--stage1-epochs" in complete("gistops-train --st", tmp_path, capsys)
+def test_bash_completes_commands_options_and_paths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = completion("bash", tmp_path, capsys)
+    assert COMMANDS.keys() <= {*complete("gistops-train ", script)}
+    assert "--batch-size" in complete("gistops-train predict --b", script)
+    assert {"onnx", "torch-export"} <= {*complete("gistops-train export --format ", script)}
+    assert "--stage1-epochs" in complete("gistops-train --st", script)
+    # Where the script has no word, bash completes paths.
+    assert complete("gistops-train predict ru", script) == []
+    words = ["bash", "-c", f"source {script}; complete -p gistops-train"]
+    assert " -o default " in subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 
-def test_zsh_gets_a_script_too(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["completion", "zsh"])
-    script = capsys.readouterr().out
-    assert script.startswith("#compdef gistops-train\n")
-    assert "'--assumed-prior'" in script
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("pred", "predict"), ("export --format tor", "torch-export"), ("predict ru", "paths")],
+)
+def test_zsh_completes_commands_options_and_paths(
+    words: str, found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Functions stand for those of zsh's line editor, which print what the script offers."""
+    script = completion("zsh", tmp_path, capsys)
+    offer = f"""
+        _describe() {{ [[ ${{(P)2}} != : ]] && print -l -- ${{(P)2}} }}
+        _files() {{ print paths }}
+        words=(gistops-train {words}) CURRENT=$#words
+        source {script}
+    """
+    shown = subprocess.run(["zsh", "-f", "-c", offer], capture_output=True, text=True, check=True)
+    assert [line.partition(":")[0] for line in shown.stdout.splitlines()] == [found]
+    assert shown.stderr == ""
 
 
 def test_every_command_prints_one_object(

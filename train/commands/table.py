@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -31,6 +32,14 @@ class Completion:
     shell: tyro.conf.Positional[Literal["bash", "zsh"]]
 
 
+#: Lines after tyro's script that complete paths where the script completes nothing, which in bash is an empty word.
+FILES = {
+    "bash": "_gistops_train() { _tyro_gistops_train; [[ ${COMPREPLY[0]} ]] || COMPREPLY=(); }\n"
+    "complete -o default -F _gistops_train gistops-train",
+    "zsh": "(( ! $? )) || _files",
+}
+
+
 @dataclass(frozen=True)
 class Command:
     """A command: its options, whose docstring begins with the line for --help, and the function that runs it."""
@@ -46,7 +55,8 @@ class Command:
 
 
 def complete(args: list[str], console: Console) -> int:
-    """Print the script of a shell's completion, which tyro makes of the options of all commands."""
+    """Print the script of a shell's completion, which tyro makes of the options of all commands, and which does not complete the
+    paths of models and images."""
     shell = parse_command(args, Completion, "completion").shell
     named = tuple(Annotated[each.options, tyro.conf.subcommand(name)] for name, each in COMMANDS.items())
     command: Any = Union[named]  # noqa: UP007  # of a tuple
@@ -54,7 +64,9 @@ def complete(args: list[str], console: Console) -> int:
         "everything", [("command", command)], bases=(Training,), frozen=True, kw_only=True
     )
     settings = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    tyro.cli(everything, prog="gistops-train", args=["--tyro-print-completion", shell], config=settings)
+    with contextlib.suppress(SystemExit):
+        tyro.cli(everything, prog="gistops-train", args=["--tyro-print-completion", shell], config=settings)
+    print(FILES[shell])
     return 0
 
 
