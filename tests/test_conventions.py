@@ -150,6 +150,18 @@ def test_text_files_name_their_encoding(package: str) -> None:
     assert found == []
 
 
+def test_limits_in_time_of_tests_are_long() -> None:
+    """A machine that is slow, or busy with other tests, does not reach them."""
+    found = [
+        f"{module}:{node.lineno}: timeout={node.value.value}"
+        for module, tree in modules("tests")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.keyword) and node.arg == "timeout"
+        if isinstance(node.value, ast.Constant) and node.value.value < 300
+    ]
+    assert found == []
+
+
 def test_spelling_is_american() -> None:
     words = [
         f"{path.relative_to(ROOT)}:{i}: {found.group(0)}"

@@ -222,7 +222,7 @@ def test_a_daemonic_process_works_alone() -> None:
         "process.start()\n"
         "process.join()\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
     assert done.stdout == "[1, 2]\n", done.stderr
 
 
