@@ -58,6 +58,13 @@ def _chosen(device: str) -> str:
         return backends.choose(device, None)
 
 
+def _cache_folder() -> str:
+    try:
+        return str(native.cache_dir())
+    except BuildError as error:
+        return str(error)
+
+
 def info() -> dict[str, Any]:
     """Return what `python -m gistops.info` prints. Loads the compiled ops, and compiles them if needed."""
     status = native.load()
@@ -78,7 +85,7 @@ def info() -> dict[str, Any]:
         "chosen": {
             device: _chosen(device) for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ()))
         },
-        "cache": {"folder": str(native.cache_dir()), "sources": str(native.source_dir())},
+        "cache": {"folder": _cache_folder(), "sources": str(native.source_dir())},
         "mismatch": mismatch(status.built_for, torch.__version__),
         "last load error": status.error,
     }

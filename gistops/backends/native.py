@@ -49,10 +49,17 @@ def source_dir() -> Path:
 
 
 def cache_dir() -> Path:
-    """Return the folder of first-use builds: $GISTOPS_CACHE, or gistops/ in the user's cache folder."""
-    if own := os.environ.get("GISTOPS_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "gistops"
+    """Return the folder of first-use builds: $GISTOPS_CACHE, or gistops/ in the user's cache folder.
+
+    Raises:
+        BuildError: there is no home folder, as for a user of a container whom its list of users lacks.
+    """
+    own = os.environ.get("GISTOPS_CACHE")
+    folder = own or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/gistops"
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        raise BuildError(f"no home folder for {folder}; set GISTOPS_CACHE to a writable folder") from None
 
 
 def first_use_path(wanted: str) -> Path:

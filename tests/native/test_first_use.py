@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from gistops import _build
+from gistops import _build, info
 from gistops.backends import native
 
 from .test_build import needs_compiler
@@ -185,3 +185,14 @@ def test_failures_are_reported_not_raised(
     assert "error: #error deliberately broken" in status.reason
     assert not list((tmp_path / "cache").glob("*/build-*"))
     assert not asdict(status)["path"]
+
+
+def test_without_a_home_folder_the_reason_says_what_to_set(
+    cheap_sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers may run a user whom their list of users lacks. An unknown user has no home folder either."""
+    monkeypatch.setattr(native, "source_dir", lambda: cheap_sources)
+    monkeypatch.setenv("GISTOPS_CACHE", "~no-such-user/cache")
+    reason = "no home folder for ~no-such-user/cache; set GISTOPS_CACHE to a writable folder"
+    assert native._find_and_load().reason == f"cannot compile on first use: {reason}"
+    assert info.info()["cache"]["folder"] == reason

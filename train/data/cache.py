@@ -31,8 +31,17 @@ _in_use: set[Path] = set()  # temporary folders of this process
 
 
 def cache_folder(option: str) -> Path:
-    """Return the folder of `--cache`, or the default one in the user's home if the option is empty."""
-    return Path(option) if option else Path.home() / ".cache" / "gistops" / "images"
+    """Return the folder of `--cache`, or the default one in the user's home if the option is empty.
+
+    Raises:
+        DataError: there is no home folder, as for a user of a container whom its list of users lacks.
+    """
+    if option:
+        return Path(option)
+    try:
+        return Path.home() / ".cache" / "gistops" / "images"
+    except RuntimeError:
+        raise DataError("--cache: expected a folder, as there is no home folder, got none") from None
 
 
 @contextmanager

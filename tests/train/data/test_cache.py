@@ -178,6 +178,20 @@ def test_a_cache_that_cannot_be_written(tree: Path, tmp_path: Path) -> None:
         load(DataConfig(data=str(tree), image_size=8, cache=str(tmp_path / "file" / "cache")))
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may become a user without a home folder")
+def test_without_a_home_folder_the_cache_must_be_given() -> None:
+    """Containers may run a user whom their list of users lacks."""
+    script = (
+        "import os, pwd, train.data.cache as cache\n"
+        "os.environ.pop('HOME', None)\n"
+        "os.setuid(next(i for i in range(54321, 65000) if i not in {user.pw_uid for user in pwd.getpwall()}))\n"
+        "try: print(cache.cache_folder('/c'), cache.cache_folder(''))\n"
+        "except cache.DataError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert done.stdout == "--cache: expected a folder, as there is no home folder, got none\n", done.stderr
+
+
 def test_a_disk_that_fills_up(tree: Path, cache: str) -> None:
     """A limit on the size of files acts like a full disk: one line says so, and nothing is left."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
