@@ -188,7 +188,7 @@ def test_without_a_home_folder_the_cache_must_be_given() -> None:
         "try: print(cache.cache_folder('/c'), cache.cache_folder(''))\n"
         "except cache.DataError as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert done.stdout == "--cache: expected a folder, as there is no home folder, got none\n", done.stderr
 
 
