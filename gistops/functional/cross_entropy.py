@@ -65,7 +65,7 @@ def constellation_cross_entropy(
         class_bias: added to the logits, [K], floating-point. Log class frequencies give the balanced softmax (Ren et al.,
             NeurIPS 2020), or logit adjustment (Menon et al., ICLR 2021). Minus infinity excludes a class. Plus infinity
             makes loss and lse NaN.
-        weight: class weights, [K], floating-point, not negative; not differentiable.
+        weight: class weights, [K], floating-point, not negative, and with label smoothing finite; not differentiable.
         margin: lowers the target's logit; a finite number, or a floating-point tensor without dimensions or with one
             element per class, [K].
         margin_kind: "logit": logit - margin. "cosine": τ (cos θ - margin), as in CosFace (Wang et al., CVPR 2018), and in

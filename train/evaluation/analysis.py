@@ -141,6 +141,7 @@ def feature_map(model: Model, data: Dataset, seed: int) -> dict[str, Any]:
     vectors. (van der Maaten and Hinton, JMLR 2008.)
     """
     from sklearn.manifold import TSNE  # imported here because it takes a second, also for --help
+    from threadpoolctl import threadpool_limits
 
     tested = torch.bincount(data.y_test, minlength=data.num_classes) > 0
     order = data.train_counts.argsort(descending=True, stable=True)
@@ -159,7 +160,9 @@ def feature_map(model: Model, data: Dataset, seed: int) -> dict[str, Any]:
     if len(points) < 3 or not points.isfinite().all() or spread < 1e-5:
         return {"classes": [], "samples": [], "vectors": []}
     perplexity = min(30.0, max(1.0, (len(points) - 1) / 3))
-    places = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points.numpy())
+    # Threads of OpenMP wait for each other in loops, which beside other programs takes twenty times as long as one thread.
+    with threadpool_limits(1, "openmp"):
+        places = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points.numpy())
     places = places.round(2).tolist()
     samples = [[data.class_names[k], *place] for k, place in zip(labels, places, strict=False)]
     remaining = iter(places[len(labels) :])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from train.data.dataset import Dataset
 from train.evaluation.analysis import BINS, analyze, calibration, common_slot, feature_map
@@ -81,6 +84,26 @@ def test_the_map_has_the_samples_and_vectors_of_each_class(method: str, features
     expected = [(name, slot) for name in found["classes"] for slot in range(3)] if method == "gist" else []
     assert slots == expected
     assert found == feature_map(training.model, features, seed=0)
+
+
+def openmp_threads() -> set[int]:
+    return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "openmp"}
+
+
+def test_the_map_takes_one_thread(features: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside other programs t-SNE took 80 s with two threads, and 4 s with one."""
+    during = []
+
+    class Watched(TSNE):
+        def fit_transform(self, *args: Any) -> Any:
+            during.append(openmp_threads())
+            return super().fit_transform(*args)
+
+    monkeypatch.setattr("sklearn.manifold.TSNE", Watched)
+    with threadpool_limits(2, "openmp"):
+        feature_map(Trainer("plain", FEATURES, features).model, features, seed=0)
+        assert openmp_threads() == {2}
+    assert during == [{1}]
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, float("nan")])
