@@ -22,7 +22,7 @@ LAYERS = {
         "sampling", "info",
     ],
     "train": [
-        "files", "console", "shot_groups", "options", "distributed", "data_options", "tuning_options", "method_options", "config", "recipes", "data", "model", "evaluation",
+        "files", "console", "shot_groups", "options", "distributed", "surroundings", "data_options", "tuning_options", "method_options", "config", "recipes", "data", "model", "evaluation",
         "methods", "trained", "evaluated", "classifier", "cli", "unused_options", "training", "footprint", "checks", "report", "run", "commands", "__main__",
     ],
 }  # fmt: skip

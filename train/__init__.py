@@ -20,15 +20,18 @@ def load(path: str | Path) -> Classifier:
         OSError: the file does not exist or cannot be read.
     """
     from .classifier import Classifier  # here, because processes that decode images need no torch
+    from .surroundings import usual_settings
     from .trained import load_trained
 
-    return Classifier(load_trained(path))
+    with usual_settings():
+        return Classifier(load_trained(path))
 
 
 def fit(recipe: str | Config | None = None, **options: Any) -> dict[str, dict[str, Any]]:
     """Train as `python -m train` does, without its console, and return the result of each method by the method's name.
 
-    A result has the accuracies of the run's metrics.jsonl, and `model`, the path of the model file for `load`.
+    A result has the accuracies of the run's metrics.jsonl, and `model`, the path of the model file for `load`. PyTorch's default
+    dtype and device, autocast and the mode of gradients, which the program may have set, have no effect.
 
     Args:
         recipe: a recipe's name, a .toml file, or a `Config`, whose run is named after its data if it has no name. If not given,
@@ -44,6 +47,7 @@ def fit(recipe: str | Config | None = None, **options: Any) -> dict[str, dict[st
     from .cli import check, data_name
     from .recipes import configure
     from .run import start
+    from .surroundings import usual_settings
     from .unused_options import unused_options
 
     config = configure(recipe, options)
@@ -53,7 +57,9 @@ def fit(recipe: str | Config | None = None, **options: Any) -> dict[str, dict[st
     if not config.run.name:
         config = config.replace(name=data_name(config.data.data))
     folder = Path(config.run.runs) / config.run.name
+    with usual_settings():
+        results = start(config, Console(quiet=True))
     return {
         result["method"]: result | {"model": folder / f"model-{result['method']}.safetensors"}
-        for result in start(config, Console(quiet=True))
+        for result in results
     }

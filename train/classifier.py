@@ -100,7 +100,7 @@ class Classifier:
         if not len(samples):
             raise ValueError("samples: expected at least one sample, got none")
         if isinstance(samples, Tensor):
-            self._check(samples)
+            samples = self._checked(samples)
         self._check_flips(flips)
         k = min(k, len(self.classes))
         best = []
@@ -166,7 +166,7 @@ class Classifier:
         """
         if not len(samples):
             raise ValueError("samples: expected at least one sample, got none")
-        self._check(samples)
+        samples = self._checked(samples)
         y = classes if isinstance(classes, Tensor) else self._numbers(classes)
         if y.shape != samples.shape[:1] or y.dtype != torch.int64:
             expected = f"a class of each of {len(samples)} samples, [n] int64"
@@ -189,13 +189,15 @@ class Classifier:
         if flips and not self.trained.image_size:
             raise ValueError("flips: expected False for a model of features, got True")
 
-    def _check(self, x: Tensor) -> None:
+    def _checked(self, x: Tensor) -> Tensor:
+        """Return samples in the dtype of training: images in uint8, features in float32."""
         shape = self.trained.sample_shape
         is_images = len(shape) > 1
         if list(x.shape[1:]) != shape or (x.dtype != torch.uint8 if is_images else not x.is_floating_point()):
             sizes = ", ".join(map(str, ("n", *shape)))
             expected = f"images [{sizes}] uint8" if is_images else f"floating-point features [{sizes}]"
             raise ValueError(f"samples: expected {expected}, got {list(x.shape)} {x.dtype}")
+        return x if is_images else x.float()
 
     def _decode(self, image: Sample) -> np.ndarray:
         if isinstance(image, Image.Image):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,12 @@ def test_features_are_classified(features: Dataset, tmp_path: Path) -> None:
     found = train.load(file).predict(features.x_test, k=1)
     with torch.no_grad():
         assert torch.equal(found.indices[:, 0], load_model(file)[0](features.x_test).argmax(1))
+    for dtype in (torch.float64, torch.float16):  # as NumPy makes features, and as networks do
+        narrow = features.x_test.to(dtype)
+        assert torch.equal(
+            train.load(file).predict(narrow).indices, train.load(file).predict(narrow.float()).indices
+        )
+        train.load(file).evaluate(narrow, features.y_test)
     with pytest.raises(ValueError, match=r"samples: expected tensors of features \[n, d\]"):
         train.load(file).predict("bird.jpg")
     with pytest.raises(ValueError, match=r"expected floating-point features \[n, 12\], got \[2, 3, 4, 4\]"):
@@ -224,6 +232,37 @@ def test_fit_returns_results_and_models(features: Dataset, feature_file: Path, t
         train.fit("features", epochs=3)
     with pytest.raises(ConfigError, match="--stage1-epochs: expected int, got 'many'"):
         train.fit("features", stage1_epochs="many")
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_settings_of_the_program_change_no_bit_of_a_model(feature_file: Path, tmp_path: Path) -> None:
+    config = FEATURES.replace(data=str(feature_file), stage1_epochs=1, stage2_epochs=0, methods=("plain",))
+    expected = train.fit(config, runs=str(tmp_path / "usual"))["plain"]["model"].read_bytes()
+    settings = {
+        "float64": float64(),
+        "meta": torch.device("meta"),
+        "no grad": torch.no_grad(),
+        "inference": torch.inference_mode(),
+        "autocast": torch.autocast("cpu", torch.bfloat16),
+    }
+    for name, setting in settings.items():
+        with setting:
+            found = train.fit(config, runs=str(tmp_path / name))["plain"]["model"]
+            weight = next(train.load(found).trained.model.parameters())
+            assert torch.is_grad_enabled() == (name not in ("no grad", "inference"))
+            assert torch.is_autocast_enabled("cpu") == (name == "autocast")
+        assert (weight.dtype, weight.device.type) == (torch.float32, "cpu")
+        assert found.read_bytes() == expected, name
 
 
 def test_fit_warns_of_options_without_effect(feature_file: Path, tmp_path: Path) -> None:
