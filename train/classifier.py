@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +89,7 @@ class Classifier:
             flips: average the probabilities of each image and its mirror image, which takes two passes.
 
         Raises:
+            TypeError: samples are neither paths, PIL images nor a tensor.
             ValueError: k or batch_size is below 1, there are no samples, they are not what the model takes, or features are to
                 be flipped.
             UnreadableImage: a file cannot be decoded.
@@ -95,7 +97,7 @@ class Classifier:
         for name, value in (("k", k), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        if isinstance(samples, (str, Path, Image.Image)):
+        if isinstance(samples, (str, Path, Image.Image)) or not isinstance(samples, Sized):
             samples = [samples]
         if not len(samples):
             raise ValueError("samples: expected at least one sample, got none")
@@ -161,6 +163,7 @@ class Classifier:
             flips: average the probabilities of each image and its mirror image, as `predict` does.
 
         Raises:
+            TypeError: samples are not a tensor.
             ValueError: the samples are not what the model takes, a class is not one of the model's, or features are to be
                 flipped.
         """
@@ -191,6 +194,8 @@ class Classifier:
 
     def _checked(self, x: Tensor) -> Tensor:
         """Return samples in the dtype of training: images in uint8, features in float32."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"samples: expected a tensor, got {type(x).__name__}")
         shape = self.trained.sample_shape
         is_images = len(shape) > 1
         if list(x.shape[1:]) != shape or (x.dtype != torch.uint8 if is_images else not x.is_floating_point()):
@@ -202,4 +207,7 @@ class Classifier:
     def _decode(self, image: Sample) -> np.ndarray:
         if isinstance(image, Image.Image):
             return prepare(image.copy(), self.side)
+        if not isinstance(image, str | os.PathLike):
+            expected = "paths or PIL images (Image.fromarray makes them of RGB arrays), or one tensor"
+            raise TypeError(f"samples: expected {expected}, got {type(image).__name__}")
         return decode(Path(image), self.side)

@@ -125,6 +125,15 @@ def test_wrong_arguments_are_named(model_file: Path) -> None:
         classifier.predict("bird.jpg", k=0)
     with pytest.raises(ValueError, match="samples: expected at least one sample"):
         classifier.predict([])
+    array = np.zeros((9, 9, 3), np.uint8)  # as OpenCV reads images
+    others: dict[str, Any] = {"ndarray": array, "bytes": [b"bird.jpg"], "generator": (x for x in [array])}
+    for kind, samples in others.items():
+        with pytest.raises(
+            TypeError, match=rf"samples: expected paths or PIL images .*, or one tensor, got {kind}"
+        ):
+            classifier.predict(samples)
+    with pytest.raises(TypeError, match="samples: expected a tensor, got ndarray"):
+        classifier.evaluate(others["ndarray"], ["bird"])
 
 
 def test_a_folder_becomes_csv(
