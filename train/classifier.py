@@ -16,6 +16,7 @@ from .data.labeled import ClassMatcher, listed
 from .data.sources.image_files import decode, prepare
 from .evaluated import Results, evaluate_trained
 from .evaluation.priors import class_bias
+from .surroundings import usual_settings
 from .trained import TrainedModel, mean_probabilities
 
 Sample = str | Path | Image.Image
@@ -37,7 +38,10 @@ class Predictions:
 
 
 class Classifier:
-    """A trained model that prepares images as in training. `train.load` makes one from a model file."""
+    """A trained model that prepares images as in training. `train.load` makes one from a model file.
+
+    PyTorch's default dtype and device, autocast and the mode of gradients, which the program may have set, have no effect.
+    """
 
     def __init__(self, trained: TrainedModel) -> None:
         self.trained = trained
@@ -71,6 +75,7 @@ class Classifier:
             images = [np.asarray(Image.fromarray(image).convert("L"))[:, :, None] for image in images]
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
+    @usual_settings()
     @torch.no_grad()
     def predict(
         self,
@@ -99,10 +104,10 @@ class Classifier:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         if isinstance(samples, (str, Path, Image.Image)) or not isinstance(samples, Sized):
             samples = [samples]
-        if not len(samples):
-            raise ValueError("samples: expected at least one sample, got none")
         if isinstance(samples, Tensor):
             samples = self._checked(samples)
+        if not len(samples):
+            raise ValueError("samples: expected at least one sample, got none")
         self._check_flips(flips)
         k = min(k, len(self.classes))
         best = []
@@ -129,6 +134,7 @@ class Classifier:
         """Finds the model's classes by what other data call them."""
         return ClassMatcher(self.labels, self.classes)
 
+    @usual_settings()
     def class_bias(self, prior: str, assumed: str | None = None) -> Tensor:
         """Return what adjusts the model's logits to another class prior, [K]; see `evaluation.priors.class_bias`.
 
@@ -142,6 +148,7 @@ class Classifier:
         trained = self.trained
         return class_bias(prior, assumed, trained.prior_exponent, trained.train_counts, self.matcher)
 
+    @usual_settings()
     def evaluate(
         self,
         samples: Tensor,
@@ -167,9 +174,9 @@ class Classifier:
             ValueError: the samples are not what the model takes, a class is not one of the model's, or features are to be
                 flipped.
         """
+        samples = self._checked(samples)
         if not len(samples):
             raise ValueError("samples: expected at least one sample, got none")
-        samples = self._checked(samples)
         y = classes if isinstance(classes, Tensor) else self._numbers(classes)
         if y.shape != samples.shape[:1] or y.dtype != torch.int64:
             expected = f"a class of each of {len(samples)} samples, [n] int64"

@@ -132,8 +132,10 @@ def test_wrong_arguments_are_named(model_file: Path) -> None:
             TypeError, match=rf"samples: expected paths or PIL images .*, or one tensor, got {kind}"
         ):
             classifier.predict(samples)
-    with pytest.raises(TypeError, match="samples: expected a tensor, got ndarray"):
-        classifier.evaluate(others["ndarray"], ["bird"])
+        with pytest.raises(TypeError, match="samples: expected a tensor, got "):
+            classifier.evaluate(samples, ["bird"])
+    with pytest.raises(ValueError, match=r"samples: expected images .*, got \[\] torch.uint8"):
+        classifier.predict(torch.tensor(3, dtype=torch.uint8))
 
 
 def test_a_folder_becomes_csv(
@@ -254,9 +256,20 @@ def float64() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def test_settings_of_the_program_change_no_bit_of_a_model(feature_file: Path, tmp_path: Path) -> None:
-    config = FEATURES.replace(data=str(feature_file), stage1_epochs=1, stage2_epochs=0, methods=("plain",))
-    expected = train.fit(config, runs=str(tmp_path / "usual"))["plain"]["model"].read_bytes()
+def test_settings_of_the_program_change_no_bit(features: Dataset, feature_file: Path, tmp_path: Path) -> None:
+    config = FEATURES.replace(data=str(feature_file), stage1_epochs=1, stage2_epochs=1, methods=("gist",))
+    expected = train.fit(config, runs=str(tmp_path / "usual"))["gist"]["model"]
+    classifier = train.load(expected)
+    x, y = features.x_test, features.y_test
+
+    def outcome() -> list[Any]:
+        predicted, results = (
+            classifier.predict(x),
+            classifier.evaluate(x, y, classifier.class_bias("uniform")),
+        )
+        return [predicted.probabilities.tolist(), results.confidence.tolist(), results.record]
+
+    usual = outcome()
     settings = {
         "float64": float64(),
         "meta": torch.device("meta"),
@@ -266,12 +279,13 @@ def test_settings_of_the_program_change_no_bit_of_a_model(feature_file: Path, tm
     }
     for name, setting in settings.items():
         with setting:
-            found = train.fit(config, runs=str(tmp_path / name))["plain"]["model"]
+            found = train.fit(config, runs=str(tmp_path / name))["gist"]["model"]
             weight = next(train.load(found).trained.model.parameters())
+            assert outcome() == usual, name
             assert torch.is_grad_enabled() == (name not in ("no grad", "inference"))
             assert torch.is_autocast_enabled("cpu") == (name == "autocast")
         assert (weight.dtype, weight.device.type) == (torch.float32, "cpu")
-        assert found.read_bytes() == expected, name
+        assert found.read_bytes() == expected.read_bytes(), name
 
 
 def test_fit_warns_of_options_without_effect(feature_file: Path, tmp_path: Path) -> None:
