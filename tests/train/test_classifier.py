@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -243,49 +241,6 @@ def test_fit_returns_results_and_models(features: Dataset, feature_file: Path, t
         train.fit("features", epochs=3)
     with pytest.raises(ConfigError, match="--stage1-epochs: expected int, got 'many'"):
         train.fit("features", stage1_epochs="many")
-
-
-@contextlib.contextmanager
-def float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-        assert torch.get_default_dtype() == torch.float64
-    finally:
-        torch.set_default_dtype(before)
-
-
-def test_settings_of_the_program_change_no_bit(features: Dataset, feature_file: Path, tmp_path: Path) -> None:
-    config = FEATURES.replace(data=str(feature_file), stage1_epochs=1, stage2_epochs=1, methods=("gist",))
-    expected = train.fit(config, runs=str(tmp_path / "usual"))["gist"]["model"]
-    classifier = train.load(expected)
-    x, y = features.x_test, features.y_test
-
-    def outcome() -> list[Any]:
-        predicted, results = (
-            classifier.predict(x),
-            classifier.evaluate(x, y, classifier.class_bias("uniform")),
-        )
-        return [predicted.probabilities.tolist(), results.confidence.tolist(), results.record]
-
-    usual = outcome()
-    settings = {
-        "float64": float64(),
-        "meta": torch.device("meta"),
-        "no grad": torch.no_grad(),
-        "inference": torch.inference_mode(),
-        "autocast": torch.autocast("cpu", torch.bfloat16),
-    }
-    for name, setting in settings.items():
-        with setting:
-            found = train.fit(config, runs=str(tmp_path / name))["gist"]["model"]
-            weight = next(train.load(found).trained.model.parameters())
-            assert outcome() == usual, name
-            assert torch.is_grad_enabled() == (name not in ("no grad", "inference"))
-            assert torch.is_autocast_enabled("cpu") == (name == "autocast")
-        assert (weight.dtype, weight.device.type) == (torch.float32, "cpu")
-        assert found.read_bytes() == expected.read_bytes(), name
 
 
 def test_fit_warns_of_options_without_effect(feature_file: Path, tmp_path: Path) -> None:
