@@ -87,10 +87,21 @@ def append_line(path: Path, line: str) -> None:
         raise WriteError(f"{path}: {_reason(error)}") from error
 
 
+class _Lines:
+    """A file in which rows of the module csv end with a line feed alone."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def write(self, row: str) -> None:
+        self.file.write(row.removesuffix("\r\n") + "\n")
+
+
 def csv_writer(file: TextIO) -> Any:
-    """Return a writer of the module csv that accepts all text, null characters included."""
+    """Return a writer of the module csv that accepts all text, null characters and carriage returns included."""
+    # Before Python 3.13 carriage returns are quoted only if the line terminator has one, and readers would end the row there.
     # Python 3.10 refuses null characters unless there is an escape character. Texts in UTF-8 do not have this one.
-    return csv.writer(file, lineterminator="\n", escapechar="\udfff")
+    return csv.writer(_Lines(file), lineterminator="\r\n", escapechar="\udfff")
 
 
 def check_writable(folder: Path) -> None:

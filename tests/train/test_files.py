@@ -27,10 +27,15 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
 
 
 def test_csv_of_any_text() -> None:
-    """Python 3.10 refuses a null character by default."""
+    """Python 3.10 refuses a null character by default, and Python 3.12 does not quote a carriage return."""
     file = io.StringIO(newline="")
     csv_writer(file).writerows(
-        [["a\0b", 'say "no"', "two\nlines"], ["back\\slash", "a, b", 0.5], [None, "\udcff", "дог"]]
+        [
+            ["a\0b", 'say "no"', "two\nlines"],
+            ["back\\slash", "a, b", 0.5],
+            [None, "\udcff", "дог"],
+            ["a\rb", "\r\n"],
+        ]
     )
-    expected = 'a\0b,"say ""no""","two\nlines"\nback\\slash,"a, b",0.5\n,\udcff,дог\n'
+    expected = 'a\0b,"say ""no""","two\nlines"\nback\\slash,"a, b",0.5\n,\udcff,дог\n"a\rb","\r\n"\n'
     assert file.getvalue() == expected
