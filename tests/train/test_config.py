@@ -162,6 +162,7 @@ def test_a_tilde_is_the_home_folder(
     written = load_recipe(str(tmp_path / "mine.toml"))
     assert (written.run.runs, written.data.cache) == (str(tmp_path / "runs"), str(tmp_path))
     assert written.data.images == "a~/~"
+    assert load_recipe("~/mine.toml").run.runs == written.run.runs
     assert configure(None, {"pretrained_file": "~/a.pth"}).model.weights == str(tmp_path / "a.pth")
     assert main(["doctor", "--recipe=~/mine.toml", "--data=~/nothing"]) == 2
     assert capsys.readouterr().err.startswith(f"error: --data: {tmp_path}/nothing: expected an existing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -39,7 +40,7 @@ def read_recipe(recipe: str) -> dict[str, Any]:
         ConfigError: the recipe does not exist or is not TOML.
     """
     try:
-        path = Path(recipe) if recipe.endswith(".toml") else FOLDER / f"{recipe}.toml"
+        path = Path(os.path.expanduser(recipe)) if recipe.endswith(".toml") else FOLDER / f"{recipe}.toml"
         values: dict[str, Any] = tomllib.loads(read_text(path))
         return values
     except FileNotFoundError:
