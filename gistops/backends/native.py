@@ -52,7 +52,7 @@ def cache_dir() -> Path:
     """Return the folder of first-use builds: $GISTOPS_CACHE, or gistops/ in the user's cache folder.
 
     Raises:
-        BuildError: there is no home folder, as for a user of a container whom its list of users lacks.
+        BuildError: there is no home folder, as for a numeric user id that a container's /etc/passwd lacks.
     """
     own = os.environ.get("GISTOPS_CACHE")
     folder = own or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/gistops"

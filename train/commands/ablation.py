@@ -180,11 +180,8 @@ def earlier_results(folder: Path, base: Config) -> Results:
                 raise ConfigError(option, f"{expected}, or another --name", repr(now[option]))
         try:
             records = read_records(run)
-        except (
-            FileNotFoundError,
-            ValueError,
-        ):  # the run is not finished: it writes them again when it goes on
-            continue
+        except (FileNotFoundError, ValueError):
+            continue  # as of a run that is not finished, which writes them again when it goes on
         found = [record for record in records if record["event"] == "result"]
         if len(found) == len(earlier.method.methods):
             results.setdefault(name, {})[earlier.run.seed] = found

@@ -55,8 +55,7 @@ class Command:
 
 
 def complete(args: list[str], console: Console) -> int:
-    """Print the script of a shell's completion, which tyro makes of the options of all commands, and which does not complete the
-    paths of models and images."""
+    """Print the script of a shell's completion: tyro's, which completes commands and options, and lines that complete paths."""
     shell = parse_command(args, Completion, "completion").shell
     named = tuple(Annotated[each.options, tyro.conf.subcommand(name)] for name, each in COMMANDS.items())
     command: Any = Union[named]  # noqa: UP007  # of a tuple

@@ -34,7 +34,7 @@ def cache_folder(option: str) -> Path:
     """Return the folder of `--cache`, or the default one in the user's home if the option is empty.
 
     Raises:
-        DataError: there is no home folder, as for a user of a container whom its list of users lacks.
+        DataError: there is no home folder, as for a numeric user id that a container's /etc/passwd lacks.
     """
     if option:
         return Path(option)

@@ -180,7 +180,7 @@ def test_a_cache_that_cannot_be_written(tree: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may become a user without a home folder")
 def test_without_a_home_folder_the_cache_must_be_given() -> None:
-    """Containers may run a user whom their list of users lacks."""
+    """Containers may run a numeric user id that their /etc/passwd lacks."""
     script = (
         "import os, pwd, train.data.cache as cache\n"
         "os.environ.pop('HOME', None)\n"
