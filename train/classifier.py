@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,8 +102,8 @@ class Classifier:
         for name, value in (("k", k), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        if isinstance(samples, (str, Path, Image.Image)) or not isinstance(samples, Sized):
-            samples = [samples]
+        if isinstance(samples, (str, Path, Image.Image)) or not hasattr(samples, "__getitem__"):
+            samples = [samples]  # type: ignore[list-item]  # is checked when it is decoded
         if isinstance(samples, Tensor):
             samples = self._checked(samples)
         if not len(samples):

@@ -124,7 +124,12 @@ def test_wrong_arguments_are_named(model_file: Path) -> None:
     with pytest.raises(ValueError, match="samples: expected at least one sample"):
         classifier.predict([])
     array = np.zeros((9, 9, 3), np.uint8)  # as OpenCV reads images
-    others: dict[str, Any] = {"ndarray": array, "bytes": [b"bird.jpg"], "generator": (x for x in [array])}
+    others: dict[str, Any] = {
+        "ndarray": array,
+        "bytes": [b"bird.jpg"],
+        "generator": (x for x in [array]),
+        "set": {"bird.jpg"},
+    }
     for kind, samples in others.items():
         with pytest.raises(
             TypeError, match=rf"samples: expected paths or PIL images .*, or one tensor, got {kind}"
