@@ -187,12 +187,9 @@ def test_failures_are_reported_not_raised(
     assert not asdict(status)["path"]
 
 
-def test_without_a_home_folder_the_reason_says_what_to_set(
-    cheap_sources: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_home_folder_the_reason_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """Containers may run a numeric user id that their /etc/passwd lacks. An unknown user has no home folder either."""
-    monkeypatch.setattr(native, "source_dir", lambda: cheap_sources)
     monkeypatch.setenv("GISTOPS_CACHE", "~no-such-user/cache")
     reason = "no home folder for ~no-such-user/cache; set GISTOPS_CACHE to a writable folder"
-    assert native._find_and_load().reason == f"cannot compile on first use: {reason}"
+    assert native._use_first_use("some-hash").reason == f"cannot compile on first use: {reason}"
     assert info.info()["cache"]["folder"] == reason
