@@ -181,7 +181,8 @@ def _devices(config: Config, data: Dataset) -> Iterator[ConfigError]:
         return
     if device != "cuda":
         yield ConfigError("device", "cuda or auto, as each process takes its own GPU", repr(device))
-    elif (local := int(os.environ["LOCAL_WORLD_SIZE"])) > torch.cuda.device_count():
+    # Scripts of schedulers may leave LOCAL_WORLD_SIZE out. NCCL then refuses two processes on one GPU.
+    elif (local := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > torch.cuda.device_count():
         available = f"{counted(torch.cuda.device_count(), 'GPU')} for {local} processes"
         yield ConfigError("device", "a GPU per process of this machine", available)
 

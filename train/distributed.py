@@ -19,8 +19,8 @@ from .options import ConfigError
 T = TypeVar("T")
 SECONDS_FOR_GLOO = 0.2
 
-#: What torchrun sets in the environment of each process.
-ENVIRONMENT = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+#: What torchrun, or a script of a scheduler, sets in the environment of each process.
+ENVIRONMENT = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 #: A group with a long timeout, because other processes may wait for hours while one decodes all images.
 _patient_group: dist.ProcessGroup | None = None

@@ -53,8 +53,8 @@ def test_an_environment_of_several_processes_without_torchrun(
     assert main(["--recipe", "smoke"]) == 2
     missing = ", ".join(name for name in ENVIRONMENT if name not in given)
     assert capsys.readouterr().err == (
-        "error: environment: expected WORLD_SIZE, RANK, LOCAL_WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, "
-        f"MASTER_PORT as torchrun sets them, or no WORLD_SIZE for one process, got WORLD_SIZE=2 without {missing}\n"
+        "error: environment: expected WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT "
+        f"as torchrun sets them, or no WORLD_SIZE for one process, got WORLD_SIZE=2 without {missing}\n"
     )
 
 
