@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gistops._toolchain import find_nvcc
+from train.data.processes import num_cores
 
 from .output import Logs
 from .subprocesses import ROOT, CommandResult, kill_all, python_command, run_command
@@ -209,8 +209,3 @@ def run_concurrently(jobs: Sequence[Job], document: dict[str, Any], changed: Cal
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def num_cores() -> int:
-    """Return the number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

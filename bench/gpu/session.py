@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from train.data.processes import num_cores
+
 from ..problem import MAIN
 from . import concurrent_jobs, device_constants, ncu, plan, report, selection_rule, torch_profiler
 from .budget import CONCURRENT, Budget
-from .concurrent_jobs import Job, Report, num_cores
+from .concurrent_jobs import Job, Report
 from .output import Output
 from .plan import Case
 from .subprocesses import python_command, run_command

@@ -30,7 +30,7 @@ def process_map(workers: int | None, *, serial: bool) -> Iterator[Callable[..., 
         yield map
         return
     try:
-        with ProcessPoolExecutor(workers or _processors(), Context()) as pool:
+        with ProcessPoolExecutor(workers or num_cores(), Context()) as pool:
 
             def each(*arguments: Any) -> Iterator[Any]:
                 with _without_sigint():  # the processes start here
@@ -47,11 +47,10 @@ def process_map(workers: int | None, *, serial: bool) -> Iterator[Callable[..., 
         ) from None
 
 
-def _processors() -> int | None:
-    """Return the number of processors of this process, to which a scheduler such as Slurm may give a few of the machine's."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+def num_cores() -> int:
+    """Return the number of processors that this process may use: a scheduler such as Slurm may give it a few of the machine's."""
+    # macOS has no affinity.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -160,7 +160,7 @@ def feature_map(model: Model, data: Dataset, seed: int) -> dict[str, Any]:
     if len(points) < 3 or not points.isfinite().all() or spread < 1e-5:
         return {"classes": [], "samples": [], "vectors": []}
     perplexity = min(30.0, max(1.0, (len(points) - 1) / 3))
-    # Threads of OpenMP wait for each other in loops, which beside other programs takes twenty times as long as one thread.
+    # Threads of OpenMP wait for each other in loops, which beside other programs took up to twenty times as long as one thread.
     with threadpool_limits(1, "openmp"):
         places = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points.numpy())
     places = places.round(2).tolist()

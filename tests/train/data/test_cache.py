@@ -188,8 +188,8 @@ def test_without_a_home_folder_the_cache_must_be_given() -> None:
         "try: print(cache.cache_folder('/c'), cache.cache_folder(''))\n"
         "except cache.DataError as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
-    assert done.stdout == "--cache: expected a folder, as there is no home folder, got none\n", done.stderr
+    (said,) = run_together(script, count=1)
+    assert said == "--cache: expected a folder, as there is no home folder, got none\n"
 
 
 def test_a_disk_that_fills_up(tree: Path, cache: str) -> None:
@@ -236,8 +236,7 @@ def test_a_daemonic_process_works_alone() -> None:
         "process.start()\n"
         "process.join()\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
-    assert done.stdout == "[1, 2]\n", done.stderr
+    assert run_together(script, count=1) == ["[1, 2]\n"]
 
 
 def test_worker_processes_do_not_run_the_users_script(tmp_path: Path) -> None:
